@@ -1,0 +1,37 @@
+"""MegaResNorm: train transformers hundreds of layers deep, with the residual topology of your choice.
+
+The public names below are loaded on first use; importing the package needs nothing beyond Python itself.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Recipe": "megaresnorm.recipe",
+    "load_recipe": "megaresnorm.config",
+    "TOPOLOGIES": "megaresnorm.model.topology",
+    "Topology": "megaresnorm.model.topology",
+    "ResidualSpec": "megaresnorm.model.topology",
+    "Position": "megaresnorm.model.topology",
+    "Stream": "megaresnorm.model.residual",
+    "Transformer": "megaresnorm.model.transformer",
+    "parameter_table": "megaresnorm.model.parameters",
+    "add_norm": "megaresnorm.kernels.reference",
+    "ParallelContext": "megaresnorm.parallel.context",
+    "build_model": "megaresnorm.assemble",
+    "train": "megaresnorm.trainer",
+    "UserError": "megaresnorm.errors",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'megaresnorm' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,102 @@
+"""Reading a checkpoint: everything is verified before a tensor is used, and nothing that is read can run code."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megaresnorm.checkpoint.format import FILE_NAME, FORMAT, MANIFEST, file_sha256, manifest_digest
+from megaresnorm.errors import CheckpointError
+
+MAX_MANIFEST_BYTES = 1 << 28
+
+
+class Checkpoint:
+    """A verified checkpoint folder.
+
+    Raises: CheckpointError naming the file that is missing, damaged, or not part of the checkpoint.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        manifest = _read_manifest(folder)
+        self.step: int = manifest["step"]
+        self.state: dict[str, Any] = manifest["state"]
+        self.tensors: dict[str, dict[str, dict]] = manifest["tensors"]
+        self._files: list[str] = sorted(manifest["files"])
+        for name, recorded in manifest["files"].items():
+            _verify_file(folder, name, recorded)
+
+    def load_into(self, group: str, destination: Mapping[str, Tensor]) -> None:
+        """Copy every tensor of a group into tensors that exist, one at a time.
+
+        Raises: CheckpointError if names or shapes differ, or a tensor is not covered by its slices.
+        """
+        recorded = self.tensors.get(group, {})
+        if recorded.keys() != destination.keys():
+            odd = sorted(recorded.keys() ^ destination.keys())
+            raise CheckpointError(f"{self.folder}: {group} differ in {len(odd)} tensors, the first is {odd[0]}; is it another model?")
+        for name, tensor in destination.items():
+            if recorded[name]["shape"] != list(tensor.shape):
+                raise CheckpointError(f"{self.folder}: {name} has shape {recorded[name]['shape']}, the model's is {list(tensor.shape)}")
+        missing = {name: tensor.numel() for name, tensor in destination.items()}
+        for file in (f for f in self._files if f.startswith(f"{group}-")):
+            self._load_file(self.folder / file, destination, missing)
+        incomplete = [name for name, count in missing.items() if count]
+        if incomplete:
+            raise CheckpointError(f"{self.folder}: {incomplete[0]} is not complete in the {group} files")
+
+    def _load_file(self, path: Path, destination: Mapping[str, Tensor], missing: dict[str, int]) -> None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                slices = json.loads((file.metadata() or {}).get("slices", "{}"))
+                for name in file.keys():  # noqa: SIM118 - not a mapping
+                    if name not in destination:
+                        raise CheckpointError(f"{path}: holds {name}, which the manifest does not name")
+                    target = destination[name][tuple(slice(start, stop) for start, stop in slices[name])]
+                    value = file.get_tensor(name)
+                    if value.shape != target.shape:
+                        raise CheckpointError(f"{path}: {name} has shape {list(value.shape)}, its slice has {list(target.shape)}")
+                    target.copy_(value)
+                    missing[name] -= value.numel()
+        except (SafetensorError, KeyError, TypeError, ValueError) as e:
+            raise CheckpointError(f"{path}: not a readable safetensors file of slices ({e})") from None
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise CheckpointError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes; not a manifest")
+        manifest = json.loads(path.read_bytes())
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be read ({e.strerror}); wanted a folder such as .../checkpoints/step-00000500") from None
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path}: not JSON ({e})") from None
+    match manifest:
+        case {"format": int(), "digest": str(), "step": int(), "files": dict(), "tensors": dict(), "state": dict()}:
+            pass
+        case _:
+            raise CheckpointError(f"{path}: not the manifest of a checkpoint")
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"{path}: format {manifest['format']} is unknown; this version reads {FORMAT}")
+    if manifest_digest(manifest) != manifest["digest"]:
+        raise CheckpointError(f"{path}: damaged (its digest differs)")
+    return manifest
+
+
+def _verify_file(folder: Path, name: str, recorded: dict) -> None:
+    path = folder / name
+    if not FILE_NAME.fullmatch(name) or path.is_symlink():
+        raise CheckpointError(f"{folder / MANIFEST}: {name!r} is not the name of a plain file of this checkpoint")
+    try:
+        size = path.stat().st_size
+        if size != recorded["size"]:
+            raise CheckpointError(f"{path}: has {size} bytes, the manifest says {recorded['size']}")
+        if file_sha256(path) != recorded["sha256"]:
+            raise CheckpointError(f"{path}: damaged (SHA-256 differs)")
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from None

@@ -1,0 +1,197 @@
+"""YAML and dotted overrides -> Recipe, with one-line errors that say what to do.
+
+The YAML read here is the safe subset of YAML 1.2's core schema: ``3e-4`` is a number, ``no`` and ``010`` are not
+a boolean and an octal number, and a key given twice is an error.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from megaresnorm.errors import ConfigError
+from megaresnorm.recipe import Recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2 scalars and no duplicate keys."""
+
+    yaml_implicit_resolvers: dict = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise ConfigError(f"line {key.start_mark.line + 1}: key {key.value!r} is given twice; keep one")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|false", "tf"),
+    ("null", r"null|~|", ["n", "~", ""]),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+# PyYAML's own constructor would read 010 as octal.
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply ``section.key=value`` overrides, each value read by the same YAML rules.
+
+    Raises: ConfigError, one line, for a file that cannot be read, a key or value that cannot be used.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read ({e.strerror}); give a recipe such as configs/quickstart.yaml") from None
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {e.start}); a recipe is a YAML file") from None
+    try:
+        values = read_yaml(text)
+        if values is None:
+            raise ConfigError("the file is empty; a recipe needs the sections model, data and train")
+        if not isinstance(values, dict):
+            raise ConfigError(f"got a {type(values).__name__} at the top level; wanted sections model, data, train, ...")
+        for override in overrides:
+            apply_override(values, override)
+        return build_recipe(values)
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e}") from None
+
+
+def read_yaml(text: str) -> Any:
+    """One YAML document as plain values.
+
+    >>> read_yaml("{lr: 3e-4, on: no, n: 010}")
+    {'lr': 0.0003, 'on': 'no', 'n': 10}
+    """
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except yaml.MarkedYAMLError as e:
+        where = f"line {e.problem_mark.line + 1}: " if e.problem_mark else ""
+        raise ConfigError(f"{where}not valid YAML: {e.problem or e.context}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        raise ConfigError(f"not valid YAML: {_one_line(e)}") from None
+
+
+def apply_override(values: dict, override: str) -> None:
+    """Set one dotted key, as in ``model.dim=128``, in place."""
+    key, equals, text = override.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_0-9]+(\.[A-Za-z_0-9]+)*", key):
+        raise ConfigError(f"override {override!r} is not of the form section.key=value, as in model.dim=128")
+    *sections, leaf = key.split(".")
+    for i, section in enumerate(sections):
+        inner = values.setdefault(section, {})
+        if inner is None:
+            inner = values[section] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(sections[: i + 1])} is a value, not a section")
+        values = inner
+    values[leaf] = read_yaml(text)
+
+
+def build_recipe(values: dict) -> Recipe:
+    """Validate plain values. Raises ConfigError for the first thing that is wrong."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as e:
+        # An unknown key explains a missing one better than the other way round.
+        errors = sorted(e.errors(), key=lambda error: error["type"] != "extra_forbidden")
+        raise ConfigError(_explain(errors[0])) from None
+    except RecursionError:
+        raise ConfigError("not valid YAML: an anchor contains itself") from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML that load_recipe reads back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False)
+
+
+def recipe_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a recipe.
+
+    >>> "model.init.std" in set(recipe_keys())
+    True
+    """
+    for name, field in model.model_fields.items():
+        inner = _section_of(field.annotation)
+        if inner is None:
+            yield prefix + name
+        else:
+            yield from recipe_keys(inner, f"{prefix}{name}.")
+
+
+def suggest(word: str, allowed: Sequence[str]) -> str:
+    """'; did you mean X?' or nothing.
+
+    >>> suggest("deepnrom", ["deepnorm", "keel"])
+    '; did you mean deepnorm?'
+    """
+    close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.55)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    for kind in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _explain(error: Any) -> str:
+    """One line for one pydantic error: key, value, what is allowed, a suggestion."""
+    key = ".".join(str(part) for part in error["loc"])
+    value, kind, context = error["input"], error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"{key}: no such setting{_suggest_key(key)}"
+    if kind == "missing":
+        return f"{key} is missing; set it in the file or as {key}=..."
+    if kind == "value_error":  # our own validators already name the keys
+        return str(context["error"])
+    if kind == "model_type":
+        return f"{key}={_short(value)}: wanted a section with keys, got a {type(value).__name__}"
+    if kind == "literal_error":
+        allowed = re.findall(r"'([^']*)'", context["expected"])
+        return f"{key}={_short(value)}: wanted one of {', '.join(allowed)}{suggest(str(value), allowed)}"
+    wanted = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return f"{key}={_short(value)}: wanted {wanted[0].lower()}{wanted[1:]}, got a {type(value).__name__}"
+
+
+def _suggest_key(key: str) -> str:
+    """The key meant by a misspelt one: in the same section first, else the same name in another section."""
+    keys = list(recipe_keys())
+    names = {".".join(k.split(".")[: i + 1]) for k in keys for i in range(k.count(".") + 1)}
+    section, _, leaf = key.rpartition(".")
+    siblings = sorted(n for n in names if n.rpartition(".")[0] == section)
+    close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.0)
+    best = close[0] if close and _similar(leaf, close[0].rpartition(".")[2]) else None
+    if best is None:
+        elsewhere = sorted(names, key=lambda n: _ratio(leaf, n.rpartition(".")[2]), reverse=True)[0]
+        best = elsewhere if _similar(leaf, elsewhere.rpartition(".")[2]) else None
+    if best:
+        return f"; did you mean {best}?"
+    return f"; {section or 'a recipe'} has {', '.join(n.rpartition('.')[2] for n in siblings)}"
+
+
+def _ratio(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()
+
+
+def _similar(a: str, b: str) -> bool:
+    return _ratio(a, b) >= 0.6
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,158 @@
+"""Megatron's token files: PREFIX.bin holds the tokens back to back, PREFIX.idx says where sequences and documents are.
+
+    idx := "MMIDIDX\\0\\0" | u64 version = 1 | u8 dtype code | u64 S sequences | u64 D document boundaries
+           | i32 lengths[S] | i64 byte offsets[S] | i64 boundaries[D] (in sequences, from 0 to S) | optional i8 modes[S]
+"""
+
+import struct
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from megaresnorm.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
+
+
+class TokenFiles:
+    """The tokens of PREFIX.bin, memory-mapped, and the token offsets of its documents.
+
+    tokens: [num_tokens].   boundaries: [num_documents + 1] int64, document d is tokens[boundaries[d] : boundaries[d + 1]].
+    Raises: DataError naming file and byte offset for files that are damaged or do not belong together.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        self.bin_path, self.idx_path = prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
+        index = _read(self.idx_path)
+        dtype, num_sequences, num_boundaries = self._read_header(index)
+        self.dtype = np.dtype(dtype)
+        at = HEADER.size
+        lengths = np.frombuffer(index, "<i4", num_sequences, at)
+        at += lengths.nbytes
+        offsets = np.frombuffer(index, "<i8", num_sequences, at)
+        offsets_at, at = at, at + offsets.nbytes
+        documents = np.frombuffer(index, "<i8", num_boundaries, at)
+        self._check_documents(documents, num_sequences, at)
+        starts = self._check_sequences(lengths, offsets, offsets_at)
+        self.tokens = np.memmap(self.bin_path, dtype=self.dtype, mode="r") if starts[-1] else np.empty(0, self.dtype)
+        self.boundaries = starts[documents]
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.boundaries) - 1
+
+    def check_token_range(self, vocab_size: int, max_bytes: int) -> None:
+        """Look at the tokens (evenly spread chunks of them beyond ``max_bytes``) for one that the model does not have."""
+        for start, stop in spread_chunks(len(self.tokens), max(1, max_bytes // self.dtype.itemsize)):
+            chunk = self.tokens[start:stop]
+            if chunk.min() < 0 or chunk.max() >= vocab_size:
+                at = int(np.flatnonzero((chunk < 0) | (chunk >= vocab_size))[0])
+                offset = (start + at) * self.dtype.itemsize
+                raise DataError(f"{self.bin_path}: token {chunk[at]} at byte {offset} is outside the vocabulary of {vocab_size}")
+
+    def _read_header(self, index: bytes) -> tuple[type, int, int]:
+        path = self.idx_path
+        if len(index) < HEADER.size:
+            raise DataError(f"{path}: ends at byte {len(index)} inside the header of {HEADER.size} bytes")
+        magic, version, code, num_sequences, num_boundaries = HEADER.unpack_from(index)
+        if magic != MAGIC:
+            raise DataError(f"{path}: byte 0 is not the start of a Megatron index (got {magic[:7]!r}, wanted {MAGIC[:7]!r})")
+        if version != 1:
+            raise DataError(f"{path}: version {version} at byte 9; only version 1 is known")
+        if code not in DTYPES or np.issubdtype(DTYPES[code], np.floating):
+            raise DataError(f"{path}: type code {code} at byte 17 is not one of an integer type ({sorted(c for c in DTYPES if c not in (6, 7))})")
+        without_modes = HEADER.size + 12 * num_sequences + 8 * num_boundaries
+        if len(index) not in (without_modes, without_modes + num_sequences):
+            raise DataError(
+                f"{path}: has {len(index)} bytes, but the {num_sequences} sequences and {num_boundaries} boundaries "
+                f"announced at byte 18 need {without_modes}"
+            )
+        return DTYPES[code], num_sequences, num_boundaries
+
+    def _check_documents(self, documents: np.ndarray, num_sequences: int, at: int) -> None:
+        if len(documents) < 2 or documents[0] != 0:
+            raise DataError(f"{self.idx_path}: byte {at}: the document boundaries must start with 0 and name a document")
+        steps = np.diff(documents)
+        if (steps < 0).any():
+            worst = int(np.flatnonzero(steps < 0)[0]) + 1
+            raise DataError(f"{self.idx_path}: byte {at + 8 * worst}: document boundary {documents[worst]} is below the one before it")
+        if documents[-1] != num_sequences:
+            raise DataError(
+                f"{self.idx_path}: byte {at + 8 * (len(documents) - 1)}: the last document ends at sequence {documents[-1]}, "
+                f"not at {num_sequences}"
+            )
+
+    def _check_sequences(self, lengths: np.ndarray, offsets: np.ndarray, offsets_at: int) -> np.ndarray:
+        """Token offsets [S + 1], once lengths, byte offsets and the .bin file agree."""
+        if len(lengths) and lengths.min() < 0:
+            worst = int(np.flatnonzero(lengths < 0)[0])
+            raise DataError(f"{self.idx_path}: byte {HEADER.size + 4 * worst}: sequence {worst} has length {lengths[worst]}")
+        starts = np.zeros(len(lengths) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=starts[1:])
+        wrong = np.flatnonzero(offsets != starts[:-1] * self.dtype.itemsize)
+        if len(wrong):
+            i = int(wrong[0])
+            raise DataError(
+                f"{self.idx_path}: byte {offsets_at + 8 * i}: sequence {i} is said to start at byte {offsets[i]}, "
+                f"but the lengths put it at {starts[i] * self.dtype.itemsize}"
+            )
+        need = int(starts[-1]) * self.dtype.itemsize
+        try:
+            have = self.bin_path.stat().st_size
+        except OSError as e:
+            raise DataError(f"{self.bin_path}: cannot be read ({e.strerror})") from None
+        if have != need:
+            raise DataError(f"{self.bin_path}: has {have} bytes, but {self.idx_path.name} describes {need}; they do not belong together")
+        return starts
+
+
+class TokenWriter:
+    """Writes PREFIX.bin as documents come (one sequence each), and PREFIX.idx when it is closed."""
+
+    def __init__(self, prefix: Path, dtype: type) -> None:
+        self.prefix, self.dtype = prefix, np.dtype(dtype)
+        self._bin: BinaryIO = prefix.with_name(prefix.name + ".bin").open("wb")
+        self._lengths: list[int] = []
+
+    def add(self, tokens: np.ndarray, lengths: list[int]) -> None:
+        """Append documents: their tokens back to back and the length of each."""
+        self._bin.write(np.ascontiguousarray(tokens, dtype=self.dtype).tobytes())
+        self._lengths += lengths
+
+    def close(self) -> None:
+        self._bin.close()
+        (code,) = (code for code, dtype in DTYPES.items() if np.dtype(dtype) == self.dtype)
+        lengths = np.asarray(self._lengths, dtype="<i4")
+        offsets = np.zeros(len(lengths), dtype="<i8")
+        np.cumsum(lengths[:-1].astype("<i8") * self.dtype.itemsize, out=offsets[1:])
+        with self.prefix.with_name(self.prefix.name + ".idx").open("wb") as index:
+            index.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
+            index.write(lengths.tobytes() + offsets.tobytes() + np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+
+
+def token_dtype(vocab_size: int) -> type:
+    """Megatron's choice: two bytes where they are enough."""
+    return np.uint16 if vocab_size < 65500 else np.int32
+
+
+def spread_chunks(total: int, budget: int, chunk: int = 1 << 23) -> list[tuple[int, int]]:
+    """Ranges that cover ``total`` items, or evenly spread ones of about ``budget`` items where that is less.
+
+    >>> spread_chunks(10, budget=4, chunk=2)
+    [(0, 2), (8, 10)]
+    """
+    ranges = [(start, min(start + chunk, total)) for start in range(0, total, chunk)]
+    wanted = max(2, budget // chunk)
+    if len(ranges) <= wanted:
+        return ranges
+    return [ranges[round(i * (len(ranges) - 1) / (wanted - 1))] for i in range(wanted)]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read ({e.strerror}); make it with megaresnorm prepare") from None

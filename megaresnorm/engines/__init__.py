@@ -1,0 +1,1 @@
+"""Engines do exactly one optimizer step, behind one small interface."""

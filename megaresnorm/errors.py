@@ -1,0 +1,31 @@
+"""Errors that a user can cause, and the exit code of each. Their text is always one line."""
+
+
+class UserError(Exception):
+    """Something outside the code is wrong: the command line prints the line and exits with ``exit_code``."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """A recipe, an override or a command-line argument that cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """Token files, a tokenizer or a corpus that cannot be used."""
+
+    exit_code = 3
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is damaged, unsafe or does not fit the recipe."""
+
+    exit_code = 4
+
+
+class TrainingError(UserError):
+    """The run itself cannot go on (a loss that stays non-finite, an output folder that cannot be written)."""
+
+    exit_code = 5

@@ -1,0 +1,1 @@
+"""Pure tensor functions on plain values: no torch.distributed, no recipe."""

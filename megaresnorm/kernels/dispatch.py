@@ -1,0 +1,62 @@
+"""Kernels are chosen once, when the model is built, and the choice is said aloud.
+
+A backend registers itself for an op together with ``requires(device)``, which returns None or the reason why it
+cannot run there. Asking for a backend by name that cannot run is an error with that reason; only ``auto`` may take
+another one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from megaresnorm.errors import ConfigError
+
+Requires = Callable[[torch.device], str | None]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of an op: its backend's name, the function, and what keeps it from running."""
+
+    op: str
+    backend: str
+    function: Callable
+    requires: Requires
+
+
+_KERNELS: dict[str, list[Kernel]] = {}  # op -> its kernels, the fastest first
+
+
+def register_kernel(op: str, backend: str, requires: Requires) -> Callable[[Callable], Callable]:
+    """Decorator: make a function a backend of ``op``. Earlier registrations are preferred by ``auto``."""
+
+    def register(function: Callable) -> Callable:
+        kernels = _KERNELS.setdefault(op, [])
+        assert backend not in {k.backend for k in kernels}, f"{op}/{backend} is registered twice"
+        kernels.append(Kernel(op, backend, function, requires))
+        return function
+
+    return register
+
+
+def choose_kernel(op: str, backend: str, device: torch.device) -> tuple[Kernel, str]:
+    """The kernel that runs ``op`` on ``device``, and a line that says which and why.
+
+    Raises: ConfigError for a backend that does not exist, or was asked for by name and cannot run here.
+    """
+    kernels = _KERNELS[op]
+    refusals = []
+    if backend != "auto" and backend not in {k.backend for k in kernels}:
+        raise ConfigError(f"kernels.{op}={backend!r}: wanted one of auto, {', '.join(k.backend for k in kernels)}")
+    for kernel in kernels:
+        if backend not in ("auto", kernel.backend):
+            continue
+        reason = kernel.requires(device)
+        if reason is None:
+            why = "asked for" if backend != "auto" else "; ".join(["first that can run", *refusals])
+            return kernel, f"{op} on {device.type}: {kernel.backend} ({why})"
+        if backend != "auto":
+            raise ConfigError(f"kernels.{op}={backend} cannot run on {device.type}: {reason}")
+        refusals.append(f"not {kernel.backend}: {reason}")
+    raise AssertionError(f"no backend of {op} runs on {device.type}")

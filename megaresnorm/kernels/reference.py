@@ -1,0 +1,113 @@
+"""The kernels in eager PyTorch: the specification that every other backend is compared with.
+
+T rows (tokens)   D columns (model dim)   V vocabulary
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megaresnorm.kernels.dispatch import register_kernel
+
+
+class NormWeights(NamedTuple):
+    """A norm as plain values: kind (layernorm or rmsnorm), weight [D], bias [D] or None, eps."""
+
+    kind: str
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+
+@register_kernel("add_norm", "reference", requires=lambda device: None)
+def add_norm(
+    x_TD: Tensor,
+    delta_TD: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    gate: float | Tensor = 1.0,
+    norm: NormWeights | None = None,
+    next_norm: NormWeights | None = None,
+    residual_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Close one residual connection and open the next: the one op that serves every topology.
+
+        z      = alpha * x + gate * delta         summed in FP32, rounded to ``residual_dtype``
+        trunk  = norm(z), or z                    in ``residual_dtype``
+        branch = next_norm(trunk), or trunk       in ``out_dtype``
+
+    The statistics of a norm are taken in FP32 from the *stored* tensor before it, and its output is rounded once:
+    each result is a function of what is stored, so recomputing it is exact. FP64 input is computed in FP64.
+
+    x_TD, delta_TD: the stream and a branch's output, in any two floating types; delta may be None (no add).
+    gate: a number, or a learned scalar [1] or vector [D].
+    returns: (trunk [T, D], branch input [T, D]).
+    """
+    wide = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
+    z = x_TD
+    if delta_TD is not None:
+        branch = delta_TD.to(wide)
+        if not isinstance(gate, float):
+            branch = branch * gate.to(wide)
+        elif gate != 1.0:
+            branch = branch * gate
+        z = torch.add(branch, x_TD.to(wide), alpha=alpha)
+    trunk = z.to(residual_dtype)
+    if norm is not None:
+        trunk = normalize(trunk.to(wide), norm).to(residual_dtype)
+    branch_input = trunk if next_norm is None else normalize(trunk.to(wide), next_norm)
+    return trunk, branch_input.to(out_dtype)
+
+
+def normalize(x_TD: Tensor, norm: NormWeights) -> Tensor:
+    """LayerNorm (arXiv:1607.06450, eq. 3) or RMSNorm (arXiv:1910.07467, eq. 4) of every row, in x's own type."""
+    weight = norm.weight.to(x_TD.dtype)
+    if norm.kind == "layernorm":
+        bias = None if norm.bias is None else norm.bias.to(x_TD.dtype)
+        return F.layer_norm(x_TD, x_TD.shape[-1:], weight, bias, norm.eps)
+    return F.rms_norm(x_TD, x_TD.shape[-1:], weight, norm.eps)
+
+
+def cross_entropy_sums(logits_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Sums over the valid tokens of -log p(label), and of the same plus z_loss * log(Z)^2 (PaLM, arXiv:2204.02311).
+
+    logits_TV: [T, V], computed on in FP32 or FP64.   labels_T: [T] int64, negative where there is nothing to predict.
+    returns: (cross entropy, objective), two scalars; they are the same tensor when z_loss is 0.
+    """
+    logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+    if z_loss == 0.0:
+        nll = F.cross_entropy(logits_TV, labels_T.clamp(min=-1), ignore_index=-1, reduction="sum")
+        return nll, nll
+    valid_T = labels_T >= 0
+    log_z_T = torch.logsumexp(logits_TV, dim=-1)
+    label_logit_T = logits_TV.gather(-1, labels_T.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    nll = torch.where(valid_T, log_z_T - label_logit_T, 0.0).sum()
+    return nll, nll + z_loss * torch.where(valid_T, log_z_T.square(), 0.0).sum()
+
+
+def dropout(x_TD: Tensor, probability: float, key: int, rows_T: Tensor) -> Tensor:
+    """Zero each element with ``probability`` and scale the rest by 1 / (1 - probability).
+
+    The mask is a hash of (key, row, column), not a draw from a generator: it is the same in every parallel layout, in
+    every split into microbatches and after every resume.
+
+    key: 64 random bits for the run and the place in the model.   rows_T: [T] int64, the global number of every row.
+    """
+    row_hash_T = _mix32(_mix32(rows_T ^ _mix32(rows_T >> 32)) ^ (key & _MASK))
+    column_hash_D = _mix32(torch.arange(x_TD.shape[-1], device=x_TD.device) ^ (key >> 32))
+    keep_TD = _mix32(row_hash_T.unsqueeze(-1) ^ column_hash_D) >= int(probability * 2**32)
+    return torch.where(keep_TD, x_TD * (1.0 / (1.0 - probability)), 0.0)
+
+
+_MASK = 0xFFFFFFFF
+
+
+def _mix32(h: Tensor) -> Tensor:
+    """A bijection of 32-bit numbers (held in int64) in which every input bit moves every output bit (lowbias32)."""
+    h = h & _MASK
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & _MASK
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & _MASK
+    return h ^ (h >> 16)

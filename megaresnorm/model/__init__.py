@@ -1,0 +1,1 @@
+"""Plain PyTorch to read: no torch.distributed, and no branch on the name of a topology."""

@@ -1,0 +1,67 @@
+"""Causal grouped-query attention on torch's scaled_dot_product_attention.
+
+T tokens (batch * seq)   B batch   S seq   N query heads   K key/value heads   H head width   D model dim
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megaresnorm.model.norm import Norm
+from megaresnorm.model.residual import Rows
+from megaresnorm.parallel.tensor import Linear
+from megaresnorm.recipe import ModelRecipe
+
+
+class Attention(nn.Module):
+    """u [T, D] -> [T, D]. The fused ``qkv`` holds the logical matrices q [N*H, D], k [K*H, D] and v [K*H, D]."""
+
+    def __init__(self, recipe: ModelRecipe) -> None:
+        super().__init__()
+        self.num_heads, self.kv_heads, self.head_dim = recipe.num_heads, recipe.kv_heads, recipe.head_width
+        q_dim, kv_dim = self.num_heads * self.head_dim, self.kv_heads * self.head_dim
+        self.qkv = Linear(recipe.dim, q_dim + 2 * kv_dim, bias=recipe.bias)
+        self.out = Linear(q_dim, recipe.dim, bias=recipe.bias)
+        self.norm_per_head = recipe.qk_norm == "head"
+        self.q_norm = self.k_norm = None
+        if recipe.qk_norm != "none":
+            widths = (self.head_dim, self.head_dim) if self.norm_per_head else (q_dim, kv_dim)
+            self.q_norm, self.k_norm = (Norm(recipe.norm, w, eps=recipe.norm_eps, bias=recipe.norm_bias) for w in widths)
+
+    def forward(self, u_TD: Tensor, rows: Rows) -> Tensor:
+        heads = self.num_heads, self.kv_heads, self.kv_heads
+        qkv_BSJH = self.qkv(u_TD).view(rows.batch, rows.seq, sum(heads), self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k, v_BSKH = qkv_BSJH.split(heads, dim=2)
+            qk_BSJH = torch.cat((self._normalize(q, self.q_norm), self._normalize(k, self.k_norm)), dim=2)
+        else:
+            qk_BSJH, v_BSKH = qkv_BSJH.split((self.num_heads + self.kv_heads, self.kv_heads), dim=2)
+        if rows.cos is not None and rows.sin is not None:
+            qk_BSJH = rotate(qk_BSJH, rows.cos, rows.sin)
+        q_BSNH, k_BSKH = qk_BSJH.split(heads[:2], dim=2)
+        y_BNSH = F.scaled_dot_product_attention(
+            q_BSNH.transpose(1, 2),
+            k_BSKH.transpose(1, 2),
+            v_BSKH.transpose(1, 2),
+            is_causal=True,
+            enable_gqa=self.kv_heads != self.num_heads,
+        )
+        return self.out(y_BNSH.transpose(1, 2).reshape(u_TD.shape[0], -1))
+
+    def _normalize(self, x_BSNH: Tensor, norm: Norm) -> Tensor:
+        return norm(x_BSNH) if self.norm_per_head else norm(x_BSNH.flatten(2)).view_as(x_BSNH)
+
+
+def rotary_tables(seq: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin [S, H] of RoFormer (arXiv:2104.09864, eq. 34), the two halves of a head rotated against each other."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+    angles = torch.outer(torch.arange(seq, dtype=torch.float64, device=device), frequencies)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x_BSNH: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
+    """Rotate every head by its position; computed in the tables' type, returned in x's."""
+    first, second = x_BSNH.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return torch.addcmul(x_BSNH * cos_SH.unsqueeze(1), turned, sin_SH.unsqueeze(1)).to(x_BSNH.dtype)

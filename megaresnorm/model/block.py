@@ -1,0 +1,37 @@
+"""A transformer block: attention and feed-forward, each inside a residual connection."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from torch import nn
+
+from megaresnorm.model.attention import Attention
+from megaresnorm.model.ffn import feed_forward
+from megaresnorm.model.norm import Norm
+from megaresnorm.model.residual import AddNorm, DropoutKey, Residual, Rows, Stream
+from megaresnorm.model.topology import Position, topology
+from megaresnorm.recipe import ModelRecipe
+
+
+class Block(nn.Module):
+    """Two sub-layers at a global position; the boundary between them is one kernel, whatever the topology."""
+
+    def __init__(self, recipe: ModelRecipe, block: int, norm: Callable[[], Norm], add_norm: AddNorm) -> None:
+        super().__init__()
+        wiring = topology(recipe.topology)
+
+        def residual(sublayer: Literal["attention", "ffn"], branch: nn.Module) -> Residual:
+            at = Position(block=block, num_blocks=recipe.num_blocks, sublayer=sublayer, dim=recipe.dim)
+            spec = wiring.residual(at, recipe.topology_options)
+            site = 2 * block + (sublayer == "ffn")
+            return Residual(spec, branch, norm, recipe.dim, add_norm, site=site, dropout=recipe.dropout)
+
+        self.attention = residual("attention", Attention(recipe))
+        self.ffn = residual("ffn", feed_forward(recipe))
+
+    def forward(self, stream: Stream, rows: Rows, dropout: DropoutKey | None) -> Stream:
+        x, u = self.attention.enter(stream)
+        y = self.attention.run(x, u, rows, dropout)
+        x, u = self.attention.into(self.ffn, x, y)
+        y = self.ffn.run(x, u, rows, dropout)
+        return self.ffn.leave(x, y)

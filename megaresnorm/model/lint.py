@@ -1,0 +1,192 @@
+"""What is wrong with a topology, a depth and a precision, before an accelerator is spent on it.
+
+What cannot work is refused; what is likely to disappoint is a warning. The estimates assume Xavier-like matrices, for which
+a branch with unit input has an output of RMS v * w (v, w: gains of its two matrices relative to Xavier).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import sqrt
+
+from megaresnorm.errors import ConfigError
+from megaresnorm.model.parameters import default_embedding_std, matrix_std
+from megaresnorm.model.topology import Position, ResidualSpec, topology
+from megaresnorm.model.transformer import has_embedding_norm
+from megaresnorm.recipe import ModelRecipe, PrecisionRecipe, Recipe
+
+BF16_HALF_ULP = 2.0**-8  # an add smaller than this share of its BF16 sum can vanish in the rounding
+MAX_SEARCH_BLOCKS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong. ``refused``: it cannot work, and the run must not start."""
+
+    rule: str
+    message: str
+    refused: bool = False
+
+
+@dataclass(frozen=True)
+class SublayerEstimate:
+    """One sub-layer at initialisation: its wiring, the gains of its two matrices, RMS of gate * y over alpha * x."""
+
+    spec: ResidualSpec
+    v: float
+    w: float
+    branch_to_trunk: float
+
+
+def check(recipe: Recipe) -> list[Finding]:
+    """The warnings for a recipe. Raises: ConfigError with the first finding that cannot work."""
+    findings = lint(recipe.model, recipe.precision)
+    for finding in findings:
+        if finding.refused:
+            raise ConfigError(finding.message)
+    return findings
+
+
+def lint(model: ModelRecipe, precision: PrecisionRecipe) -> list[Finding]:
+    """Everything that is wrong, refusals first."""
+    findings = [*_options_fit(model), *_combinations(model)]
+    if not findings:  # the estimates below need a topology that can be evaluated
+        findings += [*_tied_self_match(model), *_update_bound(model), *_swallowed_updates(model, precision)]
+    return sorted(findings, key=lambda finding: not finding.refused)
+
+
+def estimates(model: ModelRecipe) -> list[SublayerEstimate]:
+    """Every sub-layer at initialisation, from the input up."""
+    trunk = 1.0 if has_embedding_norm(model) else default_embedding_std(model) * (sqrt(2) if model.positions == "learned" else 1.0)
+    out = []
+    for block in range(model.num_blocks):
+        for sublayer in ("attention", "ffn"):
+            at = Position(block=block, num_blocks=model.num_blocks, sublayer=sublayer, dim=model.dim)  # type: ignore[arg-type]
+            spec = topology(model.topology).residual(at, model.topology_options)
+            v, w = _gains(model, sublayer, spec)
+            branch = 1.0 if spec.norm_branch else v * w * (spec.norm_in_scale if spec.norm_in else trunk)
+            gate = spec.gate if isinstance(spec.gate, float) else 1.0
+            ratio = gate * branch / (spec.alpha * trunk)
+            out.append(SublayerEstimate(spec, v, w, ratio))
+            trunk = 1.0 if spec.norm_out else spec.alpha * trunk * sqrt(1 + ratio**2)
+    return out
+
+
+def update_bound(model: ModelRecipe) -> float | None:
+    """B, the sum of (v^2 + w^2) / alpha^2 over the post-norm sub-layers: 2N (v^2 + w^2) / alpha^2 where all are alike.
+
+    DeepNet (arXiv:2203.00555, theorem 4.2) bounds the change of the model in one SGD step by a multiple of it. None for
+    topologies it is not about (no norm after the add, or another before the branch).
+    """
+    terms = [(e.v**2 + e.w**2) / e.spec.alpha**2 for e in estimates(model) if e.spec.norm_out and not e.spec.norm_in]
+    return sum(terms) if terms else None
+
+
+def swallowed_from(model: ModelRecipe) -> int | None:
+    """Blocks from which a BF16 stream loses branches of this topology to rounding; None: not below 65,536."""
+
+    def swallowed(num_blocks: int) -> bool:
+        deeper = model.model_copy(update={"num_blocks": num_blocks})
+        return any(isinstance(e.spec.gate, float) and e.branch_to_trunk < BF16_HALF_ULP for e in estimates(deeper))
+
+    high = 1
+    while not swallowed(high):
+        high *= 2
+        if high > MAX_SEARCH_BLOCKS:
+            return None
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if swallowed(middle) else (middle, high)
+    return high
+
+
+def _options_fit(model: ModelRecipe) -> Iterator[Finding]:
+    wiring, options = topology(model.topology), model.topology_options
+    for key, value in options.model_dump(exclude_none=True).items():
+        if key not in wiring.options:
+            yield Finding(
+                "unused-option",
+                f"model.topology_options.{key}={value} is not an option of model.topology={model.topology}; remove it",
+                refused=True,
+            )
+    if model.init.distribution == "normal" and options.base_dim not in (None, model.dim):
+        yield Finding(
+            "completep-init",
+            f"model.topology={model.topology} needs a variance that falls with width when base_dim={options.base_dim} is not "
+            f"model.dim={model.dim}; set model.init.distribution=xavier",
+            refused=True,
+        )
+
+
+def _combinations(model: ModelRecipe) -> Iterator[Finding]:
+    wiring = topology(model.topology)
+    last = Position(block=model.num_blocks - 1, num_blocks=model.num_blocks, sublayer="ffn", dim=model.dim)
+    spec = wiring.residual(last, model.topology_options)
+    if wiring.requires_qk_norm and model.qk_norm == "none":
+        yield Finding(
+            "reordered-qk-norm",
+            f"model.topology={model.topology} without model.qk_norm explodes with depth; set model.qk_norm=head or full",
+            refused=True,
+        )
+    if model.init.scale_residual and spec.norm_in_scale != 1.0:
+        yield Finding(
+            "scaled-twice",
+            f"model.init.scale_residual=true and model.topology={model.topology} both scale branches down with depth; "
+            "set model.init.scale_residual=false",
+            refused=True,
+        )
+    if model.init.scale_residual and spec.norm_in and "out" in spec.init_gain:
+        yield Finding(
+            "scaled-twice",
+            f"model.init.scale_residual=true is already part of model.topology={model.topology}; remove it",
+            refused=True,
+        )
+
+
+def _tied_self_match(model: ModelRecipe) -> Iterator[Finding]:
+    if not model.tied_embeddings:
+        return
+    std, largest = default_embedding_std(model), model.dim**-0.5
+    cosine = 1.0
+    for estimate in estimates(model):
+        learned = not isinstance(estimate.spec.gate, float)
+        cosine /= sqrt(1.0 + (0.0 if learned else estimate.branch_to_trunk) ** 2)
+    if std > largest * (1 + 1e-9) and cosine > 0.2:
+        yield Finding(
+            "tied-self-match",
+            f"model.init.embedding_std={std:g} with tied embeddings: {model.topology} passes the input almost unchanged at the "
+            f"start (cosine about {cosine:.2f}), so every token predicts itself; use at most dim^-0.5 = {largest:.4g}, or untie",
+            refused=True,
+        )
+
+
+def _update_bound(model: ModelRecipe) -> Iterator[Finding]:
+    bound = update_bound(model)
+    if bound is not None and not 0.5 <= bound <= 2.0:
+        effect = "the model changes faster with depth; warm-up or DeepNorm is needed" if bound > 2 else "deep models learn slowly"
+        yield Finding(
+            "update-bound",
+            f"B = 2N(v^2 + w^2)/alpha^2 = {bound:.3g} for model.topology={model.topology} at {model.num_blocks} blocks "
+            f"(DeepNorm keeps it at 1): {effect}",
+        )
+
+
+def _swallowed_updates(model: ModelRecipe, precision: PrecisionRecipe) -> Iterator[Finding]:
+    if precision.stream != "bf16":
+        return
+    depth = swallowed_from(model)
+    if depth is not None and model.num_blocks >= depth:
+        yield Finding(
+            "bf16-swallows",
+            f"precision.residual_dtype=bf16 loses branches of model.topology={model.topology} to rounding from {depth} blocks on "
+            f"(model.num_blocks={model.num_blocks}); use residual_dtype=fp32",
+        )
+
+
+def _gains(model: ModelRecipe, sublayer: str, spec: ResidualSpec) -> tuple[float, float]:
+    """v and w: standard deviations of a branch's two matrices relative to Xavier's."""
+    q_dim, kv_dim, ffn = model.num_heads * model.head_width, model.kv_heads * model.head_width, model.ffn_width
+    pair = (("v", kv_dim, model.dim), ("out", model.dim, q_dim)) if sublayer == "attention" else (
+        ("up", ffn, model.dim), ("down", model.dim, ffn))  # fmt: skip
+    v, w = (matrix_std(model, role, out, into, spec) / sqrt(2 / (out + into)) for role, out, into in pair)
+    return v, w

@@ -1,0 +1,141 @@
+"""The residual connection: the equation of topology.py, once, for every topology.
+
+T tokens (batch * seq)   D model dim
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megaresnorm.kernels.reference import NormWeights, dropout
+from megaresnorm.model.norm import Norm
+from megaresnorm.model.topology import Learned, ResidualSpec, TokenGate
+
+
+class Stream(NamedTuple):
+    """The residual stream with at most one add pending: alpha * x + gate * delta.
+
+    A pre-norm add belongs to the next norm's kernel, a post-norm add to its own: so the pending add travels with the
+    data, and whoever owns the next norm closes it. Only plain numbers travel; a learned gate is applied in its block.
+    """
+
+    x: Tensor
+    delta: Tensor | None = None
+    alpha: float = 1.0
+    gate: float | Tensor = 1.0
+
+
+class Rows(NamedTuple):
+    """What the rows of the flat stream are: ``batch`` sequences of ``seq`` tokens, and their rotary tables [seq, H]."""
+
+    batch: int
+    seq: int
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+
+
+class DropoutKey(NamedTuple):
+    """What dropout masks are a function of: the run's seed and the global number of every row [T]."""
+
+    seed: int
+    rows: Tensor
+
+    def drop(self, x: Tensor, probability: float, site: int) -> Tensor:
+        """Dropout at one place of the model; sites are numbered over the whole model."""
+        digest = blake2b(f"{self.seed}/{site}".encode(), digest_size=8).digest()
+        return dropout(x, probability, int.from_bytes(digest, "little"), self.rows)
+
+
+@dataclass(frozen=True)
+class AddNorm:
+    """The add_norm kernel of this run, bound to the type the stream is stored in and the type branches compute in."""
+
+    kernel: Callable[..., tuple[Tensor, Tensor]]
+    residual_dtype: torch.dtype
+    compute_dtype: torch.dtype
+
+    def __call__(self, stream: Stream, norm: Norm | None = None, next_norm: NormWeights | None = None) -> tuple[Tensor, Tensor]:
+        """Close the stream's add: the trunk norm(alpha * x + gate * delta), and next_norm of it."""
+        return self.kernel(
+            stream.x,
+            stream.delta,
+            alpha=stream.alpha,
+            gate=stream.gate,
+            norm=None if norm is None else norm.weights(),
+            next_norm=next_norm,
+            residual_dtype=self.residual_dtype,
+            out_dtype=self.compute_dtype,
+        )
+
+
+class Residual(nn.Module):
+    """One residual connection around one branch.
+
+    A block runs it in three parts, so that what lies between two branches is a single kernel:
+
+        enter    stream -> (x, u)            the pending add, then c * norm_in
+        branch   u -> y                      F, dropout, norm_branch, the token gate
+        into     (x, y) -> (x', u')          this add and norm_out, then the next connection's c * norm_in
+        leave    (x, y) -> stream            this add and norm_out; a plain add is left pending
+    """
+
+    def __init__(
+        self,
+        spec: ResidualSpec,
+        branch: nn.Module,
+        norm: Callable[[], Norm],
+        dim: int,
+        add_norm: AddNorm,
+        *,
+        site: int,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.spec, self.add_norm, self.site, self.dropout = spec, add_norm, site, dropout
+        self.norm_in = norm() if spec.norm_in else None
+        self.norm_branch = norm() if spec.norm_branch else None
+        self.norm_out = norm() if spec.norm_out else None
+        self.branch = branch
+        self.gate = nn.Parameter(torch.empty(gate_size(spec.gate, dim))) if isinstance(spec.gate, Learned) else None
+        self.token_gate = nn.Linear(dim, 1) if isinstance(spec.gate, TokenGate) else None
+
+    def enter(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        return self.add_norm(stream, next_norm=self._inner_norm())
+
+    def into(self, following: "Residual", x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.add_norm(self._pending(x, y), self.norm_out, following._inner_norm())
+
+    def leave(self, x: Tensor, y: Tensor) -> Stream:
+        stream = self._pending(x, y)
+        if self.norm_out is None and self.gate is None:
+            return stream
+        return Stream(self.add_norm(stream, self.norm_out)[0])
+
+    def run(self, x: Tensor, u: Tensor, rows: Rows, dropout_key: DropoutKey | None) -> Tensor:
+        """The branch's output y [T, D] for its input u; x is the trunk that a token gate mixes it with."""
+        y = self.branch(u, rows)
+        if dropout_key is not None and self.dropout > 0.0:
+            y = dropout_key.drop(y, self.dropout, self.site)
+        if self.norm_branch is not None:
+            y = self.norm_branch(y)
+        if self.token_gate is not None:
+            # (1 - T) x + T y = x + T (y - x), in FP32 (or FP64) so that x loses nothing.
+            wide = self.token_gate.weight.dtype
+            y = torch.sigmoid(self.token_gate(u.to(wide))) * (y.to(wide) - x)
+        return y
+
+    def _inner_norm(self) -> NormWeights | None:
+        return None if self.norm_in is None else self.norm_in.weights(self.spec.norm_in_scale)
+
+    def _pending(self, x: Tensor, y: Tensor) -> Stream:
+        gate = self.spec.gate if self.gate is None else self.gate
+        return Stream(x, y, self.spec.alpha, 1.0 if isinstance(gate, TokenGate) else gate)  # run applied the token gate
+
+
+def gate_size(gate: Learned, dim: int) -> int:
+    """Numbers in a learned gate; a scalar is a vector of one, since sharding wants a dim."""
+    return dim if gate.shape == "vector" else 1

@@ -1,0 +1,103 @@
+"""The decoder-only transformer.
+
+T tokens (batch * seq)   B batch   S seq   D model dim   V vocabulary
+"""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from megaresnorm.model.attention import rotary_tables
+from megaresnorm.model.block import Block
+from megaresnorm.model.norm import Norm
+from megaresnorm.model.residual import AddNorm, DropoutKey, Rows, Stream
+from megaresnorm.model.topology import topology
+from megaresnorm.parallel.tensor import Embedding, Linear
+from megaresnorm.recipe import ModelRecipe
+
+
+class Transformer(nn.Module):
+    """Token ids [B, S] -> logits [B * S, V].
+
+    Its parameters are left uninitialised: build it on the meta device and materialise it with model/init.py.
+    ``recipe`` must be resolved: model.vocab_size is set.
+    """
+
+    def __init__(self, recipe: ModelRecipe, add_norm: AddNorm) -> None:
+        super().__init__()
+        wiring = topology(recipe.topology)
+        self.recipe, self.add_norm = recipe, add_norm
+        self.logit_scale = wiring.logit_scale(recipe.dim, recipe.topology_options)
+        norm = functools.partial(Norm, recipe.norm, recipe.dim, eps=recipe.norm_eps, bias=recipe.norm_bias)
+
+        self.embedding = Embedding(recipe.padded_vocab_size, recipe.dim)
+        self.positions = Embedding(recipe.seq_len, recipe.dim) if recipe.positions == "learned" else None
+        self.embedding_norm = norm() if has_embedding_norm(recipe) else None
+        # Named by global block number, so that a pipeline stage has the same names as the whole model.
+        self.blocks = nn.ModuleDict({str(i): Block(recipe, i, norm, add_norm) for i in range(recipe.num_blocks)})
+        self.final_norm = norm() if wiring.final_norm else None
+        self.head = Linear(recipe.dim, recipe.padded_vocab_size)
+        if recipe.tied_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens_BS: Tensor, dropout: DropoutKey | None = None) -> Tensor:
+        """``dropout`` is given in training only; without it nothing is dropped.
+
+        Raises: ValueError for a sequence longer than model.seq_len when positions are learned.
+        """
+        return self.logits(self.finish(self.run_blocks(self.embed(tokens_BS, dropout), tokens_BS, dropout)))
+
+    def embed(self, tokens_BS: Tensor, dropout: DropoutKey | None = None) -> Stream:
+        """The stream before the first block: token and position embeddings, dropout, embedding norm."""
+        x_TD = self.embedding(tokens_BS.flatten())
+        if self.positions is not None:
+            batch, seq = tokens_BS.shape
+            if seq > self.recipe.seq_len:
+                raise ValueError(f"a sequence of {seq} tokens is longer than model.seq_len={self.recipe.seq_len}")
+            x_TD = (x_TD.view(batch, seq, -1) + self.positions.weight[:seq]).flatten(0, 1)
+        if dropout is not None and self.recipe.dropout > 0.0:
+            x_TD = dropout.drop(x_TD, self.recipe.dropout, site=2 * self.recipe.num_blocks)
+        if self.embedding_norm is None:
+            return Stream(x_TD.to(self.add_norm.residual_dtype))
+        return Stream(self.add_norm(Stream(x_TD), self.embedding_norm)[0])
+
+    def run_blocks(self, stream: Stream, tokens_BS: Tensor, dropout: DropoutKey | None = None) -> Stream:
+        """The stream after the last block; ``tokens_BS`` only says how its rows are sequences."""
+        rows = self._rows(tokens_BS)
+        for block in self.blocks.values():
+            stream = block(stream, rows, dropout)
+        return stream
+
+    def finish(self, stream: Stream) -> Tensor:
+        """What the output matrix reads [T, D], in the compute type: the resolved stream after the final norm."""
+        return self.add_norm(stream, next_norm=None if self.final_norm is None else self.final_norm.weights())[1]
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """[T, V], without the padding of the vocabulary."""
+        logits_TV = self.head(hidden_TD)[:, : self.recipe.vocab_size]
+        if self.logit_scale != 1.0:
+            logits_TV = logits_TV * self.logit_scale
+        if self.recipe.logit_softcap is not None:
+            cap = self.recipe.logit_softcap
+            wide = torch.promote_types(logits_TV.dtype, torch.float32)
+            logits_TV = cap * torch.tanh(logits_TV.to(wide) / cap)
+        return logits_TV
+
+    def _rows(self, tokens_BS: Tensor) -> Rows:
+        batch, seq = tokens_BS.shape
+        if self.recipe.positions != "rope":
+            return Rows(batch, seq)
+        wide = torch.promote_types(self.add_norm.compute_dtype, torch.float32)
+        return Rows(batch, seq, *_rotary_tables(seq, self.recipe.head_width, self.recipe.rope_theta, wide, tokens_BS.device))
+
+
+# Computed once per shape and shared by every block and step; plain tensors, so nothing can be left uninitialised on meta.
+_rotary_tables = functools.lru_cache(maxsize=8)(rotary_tables)
+
+
+def has_embedding_norm(recipe: ModelRecipe) -> bool:
+    """What the recipe says, else the topology's default for this kind of norm."""
+    if recipe.embedding_norm is not None:
+        return recipe.embedding_norm
+    return recipe.norm in topology(recipe.topology).embedding_norm

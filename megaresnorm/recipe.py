@@ -1,0 +1,347 @@
+"""Every setting of a run, one typed field each, documented where it stands.
+
+A recipe is frozen, refuses unknown keys, NaN and Inf, and never converts types: ``dim: "64"`` is an error.
+Relations between fields are checked here; relations with data, topology or hardware where those are known.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+NormKind = Literal["layernorm", "rmsnorm"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+def refuse_ignored(section: Section, name: str, why: str, *keys: str) -> None:
+    """Raise for a setting that differs from its default but would have no effect."""
+    for key in keys:
+        if getattr(section, key) != type(section).model_fields[key].default:
+            raise ValueError(f"{name}.{key}={getattr(section, key)} has no effect with {why}; remove it")
+
+
+class TopologyOptions(Section):
+    """What a few topologies need beside a block's position; refused by those that do not use it."""
+
+    base_dim: Count | None = None
+    """completep: width of the model whose hyper-parameters are transferred."""
+    base_num_blocks: Count | None = None
+    """completep: depth (blocks) of the model whose hyper-parameters are transferred."""
+    mix_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
+    """mix_ln: share of the blocks, counted from the input, that are post-norm (the paper's 0.25 when unset)."""
+
+
+class InitRecipe(Section):
+    """Initialisation; the gains of the topology multiply it (DeepNorm's beta, GPT-2's 1/sqrt(2N))."""
+
+    distribution: Literal["xavier", "normal"] = "xavier"
+    """xavier: normal with variance 2 / (fan_in + fan_out) of the logical q, k, v, gate or up matrix."""
+    std: Positive = 0.02
+    """Standard deviation of every matrix under ``distribution: normal``."""
+    embedding_std: Positive | None = None
+    """Token and learned-position embeddings; unset: 1, or min(0.02, dim^-0.5) when tied."""
+    head_std: Positive | None = None
+    """Output matrix when it is not tied; unset: dim^-0.5 (completep: base_dim^-0.5)."""
+    scale_residual: bool = False
+    """Multiply the out and down matrices by 1/sqrt(2 * num_blocks) on top of the topology's gains."""
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        if self.distribution == "xavier":
+            refuse_ignored(self, "model.init", "model.init.distribution=xavier", "std")
+        return self
+
+
+class ModelRecipe(Section):
+    dim: Count
+    """Width of the residual stream."""
+    num_blocks: Count
+    """Blocks in the whole model; a block is two sub-layers (attention, ffn)."""
+    num_heads: Count
+    """Query heads."""
+    seq_len: Count
+    """Tokens in one training sequence."""
+    num_kv_heads: Count | None = None
+    """Key and value heads (grouped-query attention); unset: num_heads."""
+    head_dim: Count | None = None
+    """Width of one head; unset: dim / num_heads."""
+    ffn_dim: Count | None = None
+    """Inner width of the ffn; unset: 4 * dim for gelu, 8/3 * dim rounded up to a multiple of 16 for swiglu."""
+    vocab_size: Count | None = None
+    """Tokens the model can predict; unset: the data set's."""
+    vocab_multiple: Count = 64
+    """The embedding and output matrices are padded to a multiple of this many rows."""
+    topology: str = "deepnorm"
+    """How residual and normalization are wired: a name of megaresnorm.TOPOLOGIES."""
+    topology_options: TopologyOptions = TopologyOptions()
+    """Options of the topology, for the few that have one."""
+    norm: NormKind = "rmsnorm"
+    """Kind of every norm of the model."""
+    norm_eps: Positive = 1e-5
+    """Added to the variance (or mean square) inside every norm."""
+    norm_bias: bool = True
+    """LayerNorm has a bias; RMSNorm never has one."""
+    embedding_norm: bool | None = None
+    """Normalise the embedding before the first block; unset: the topology's default."""
+    positions: Literal["rope", "learned"] = "rope"
+    """Rotary positions inside attention, or a learned table added to the embedding."""
+    rope_theta: Positive = 10000.0
+    """Base of the rotary frequencies."""
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """Normalise queries and keys before the positions: per head, or over all heads together."""
+    ffn: Literal["swiglu", "gelu"] = "swiglu"
+    """down(silu(gate(x)) * up(x)), or down(gelu(up(x))) with the exact GELU."""
+    bias: bool = False
+    """Biases in every linear layer of the blocks."""
+    dropout: Fraction = 0.0
+    """Share of the embedding and of every branch's output that is dropped in training."""
+    tied_embeddings: bool = False
+    """The output matrix is the token embedding."""
+    logit_softcap: Positive | None = None
+    """Logits become softcap * tanh(logits / softcap)."""
+    init: InitRecipe = InitRecipe()
+    """Initialisation."""
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Self:
+        if self.head_dim is None and self.dim % self.num_heads:
+            raise ValueError(
+                f"model.num_heads={self.num_heads} must divide model.dim={self.dim}, or set model.head_dim; "
+                f"try num_heads in {divisors(self.dim)}"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"model.num_kv_heads={self.kv_heads} must divide model.num_heads={self.num_heads}; "
+                f"try num_kv_heads in {divisors(self.num_heads)}"
+            )
+        if self.positions == "rope" and self.head_width % 2:
+            raise ValueError(f"model.head_dim={self.head_width} must be even for model.positions=rope")
+        if self.positions != "rope":
+            refuse_ignored(self, "model", f"model.positions={self.positions}", "rope_theta")
+        if self.norm == "rmsnorm":
+            refuse_ignored(self, "model", "model.norm=rmsnorm", "norm_bias")
+        if self.tied_embeddings:
+            refuse_ignored(self.init, "model.init", "model.tied_embeddings=true", "head_std")
+        return self
+
+    # What the unset fields come to.
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.dim // self.num_heads
+
+    @property
+    def ffn_width(self) -> int:
+        if self.ffn_dim:
+            return self.ffn_dim
+        return 4 * self.dim if self.ffn == "gelu" else -(-8 * self.dim // 3 // 16) * 16
+
+    @property
+    def padded_vocab_size(self) -> int:
+        assert self.vocab_size is not None, "the recipe is resolved against the data before a model is built"
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+class DataRecipe(Section):
+    path: Annotated[str, Field(min_length=1)]
+    """Folder made by ``megaresnorm prepare``, or PREFIX of Megatron's PREFIX.bin and PREFIX.idx."""
+    valid_fraction: Fraction = 0.02
+    """Share of the documents kept for validation."""
+    test_fraction: Fraction = 0.0
+    """Share of the documents never used by training or validation."""
+    seed: int = 1234
+    """Seed of the split and of the order of the samples."""
+
+    @model_validator(mode="after")
+    def _something_left_to_train_on(self) -> Self:
+        if self.valid_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                f"data.valid_fraction={self.valid_fraction} and data.test_fraction={self.test_fraction} "
+                "must leave something to train on; wanted a sum below 1"
+            )
+        return self
+
+
+class OptimRecipe(Section):
+    lr: Positive = 1e-3
+    """Peak learning rate of AdamW."""
+    beta1: Fraction = 0.9
+    """Decay of the first moment."""
+    beta2: Fraction = 0.95
+    """Decay of the second moment."""
+    eps: Positive = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay of the matrices; norms, biases and gates have none."""
+    clip: Literal["global", "adagc", "none"] = "global"
+    """Clip the norm of all gradients together, or each tensor against its own history (AdaGC)."""
+    clip_norm: Positive = 1.0
+    """Largest norm under ``clip: global``, and during AdaGC's warm-up."""
+    adagc_ratio: Annotated[float, Field(ge=1)] = 1.05
+    """AdaGC: a tensor's gradient may exceed the moving average of its clipped norms by this factor."""
+    adagc_beta: Fraction = 0.98
+    """AdaGC: decay of that moving average."""
+    adagc_warmup: Count = 100
+    """AdaGC: steps of global clipping while the averages settle."""
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        if self.clip != "adagc":
+            refuse_ignored(self, "optim", f"optim.clip={self.clip}", "adagc_ratio", "adagc_beta", "adagc_warmup")
+        if self.clip == "none":
+            refuse_ignored(self, "optim", "optim.clip=none", "clip_norm")
+        return self
+
+
+class ScheduleRecipe(Section):
+    kind: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = "cosine"
+    """Shape of the learning rate after the warm-up; wsd: constant, then linear over ``decay_steps``."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up from 0."""
+    decay_steps: Count | None = None
+    """wsd: steps of the final decay; unset: a tenth of train.steps."""
+    min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Learning rate at the end, as a share of optim.lr (linear, cosine, wsd)."""
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        if self.kind in ("constant", "inverse_sqrt"):
+            refuse_ignored(self, "schedule", f"schedule.kind={self.kind}", "min_ratio")
+        if self.kind != "wsd":
+            refuse_ignored(self, "schedule", f"schedule.kind={self.kind}", "decay_steps")
+        return self
+
+
+class PrecisionRecipe(Section):
+    compute: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """Type of the matrix products; weights, their gradients and the optimizer stay FP32 under bf16."""
+    residual_dtype: Literal["fp32", "bf16", "fp64"] | None = None
+    """Type the residual stream is stored in; unset: fp32, or fp64 under fp64."""
+
+    @model_validator(mode="after")
+    def _fp64_is_whole(self) -> Self:
+        if (self.compute == "fp64") != (self.stream == "fp64"):
+            raise ValueError(
+                f"precision.residual_dtype={self.stream} does not go with precision.compute={self.compute}; "
+                "fp64 is for both or neither"
+            )
+        return self
+
+    @property
+    def stream(self) -> str:
+        return self.residual_dtype or ("fp64" if self.compute == "fp64" else "fp32")
+
+
+class KernelRecipe(Section):
+    add_norm: str = "auto"
+    """Backend of the residual-add + norm op; auto takes the fastest that can run here."""
+
+
+class BatchRamp(Section):
+    start: Count
+    """Global batch of the first step, in samples."""
+    steps: Count
+    """Steps over which the batch grows linearly to train.global_batch, in multiples of train.micro_batch."""
+
+
+class TrainRecipe(Section):
+    output: Annotated[str, Field(min_length=1)]
+    """Folder of the run: recipe, log, metrics, TensorBoard files and checkpoints."""
+    steps: Count
+    """Optimizer steps of the whole run."""
+    global_batch: Count = 8
+    """Samples (sequences) in one optimizer step."""
+    micro_batch: Count | None = None
+    """Samples in one forward and backward pass; unset: global_batch."""
+    batch_ramp: BatchRamp | None = None
+    """Grow the global batch at the start of the run."""
+    seed: int = 1234
+    """Seed of the initial weights and of dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU if there is one."""
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Coefficient of log(Z)^2 a token, added to the loss (PaLM: 1e-4)."""
+    eval_every: Annotated[int, Field(ge=0)] = 100
+    """Steps between evaluations; 0: only at the end."""
+    eval_samples: Count = 64
+    """Validation samples of one evaluation (fewer if the split has fewer)."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 500
+    """Steps between checkpoints; 0: only at the end and when interrupted."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """Newest checkpoints kept; at least 2, so that one is whole while the next is written."""
+    log_every: Count = 1
+    """Steps between console lines; metrics are recorded at every step."""
+    tensorboard: bool = True
+    """Write TensorBoard files beside the JSON lines."""
+    max_skipped_steps: Count = 10
+    """Steps in a row refused for a non-finite gradient before the run gives up."""
+    sample_prompt: str = ""
+    """Start of the text sample written at the end."""
+    sample_tokens: Annotated[int, Field(ge=0)] = 200
+    """Length of that sample; 0: none."""
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.micro_batch or self.global_batch
+
+
+class Recipe(Section):
+    """One training run."""
+
+    model: ModelRecipe
+    """The transformer."""
+    data: DataRecipe
+    """The token files."""
+    train: TrainRecipe
+    """The run."""
+    optim: OptimRecipe = OptimRecipe()
+    """AdamW and gradient clipping."""
+    schedule: ScheduleRecipe = ScheduleRecipe()
+    """The learning rate over the run."""
+    precision: PrecisionRecipe = PrecisionRecipe()
+    """Number formats."""
+    kernels: KernelRecipe = KernelRecipe()
+    """Backends of the kernels."""
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        train, schedule = self.train, self.schedule
+        micro = train.micro_batch_size
+        if train.global_batch % micro:
+            raise ValueError(
+                f"train.micro_batch={micro} must divide train.global_batch={train.global_batch}; "
+                f"try micro_batch in {divisors(train.global_batch)}"
+            )
+        if train.batch_ramp and (train.batch_ramp.start % micro or train.batch_ramp.start > train.global_batch):
+            raise ValueError(
+                f"train.batch_ramp.start={train.batch_ramp.start} must be a multiple of train.micro_batch={micro} "
+                f"and at most train.global_batch={train.global_batch}"
+            )
+        decay = (schedule.decay_steps or 0) if schedule.kind == "wsd" else 0
+        if schedule.warmup_steps + decay > train.steps:
+            raise ValueError(
+                f"schedule.warmup_steps={schedule.warmup_steps} and schedule.decay_steps={decay} "
+                f"do not fit into train.steps={train.steps}"
+            )
+        return self
+
+
+def divisors(n: int) -> list[int]:
+    """All divisors of n, for error messages.
+
+    >>> divisors(12)
+    [1, 2, 3, 4, 6, 12]
+    """
+    return [d for d in range(1, n + 1) if n % d == 0]

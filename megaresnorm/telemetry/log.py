@@ -1,0 +1,57 @@
+"""The console: log lines above a progress bar on a terminal, plain lines elsewhere."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints records through rich, so that a progress bar stays below them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno == logging.WARNING else "red" if record.levelno > logging.WARNING else None
+        console.print(self.format(record), style=style, markup=False)
+
+
+def configure_logging() -> None:
+    """Send the package's log to the console. To be called once, by the command line."""
+    logger = logging.getLogger("megaresnorm")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [_ConsoleHandler()]
+    logger.propagate = False
+
+
+@contextmanager
+def progress_bar(label: str, total: int, done: int = 0) -> Iterator[Progress]:
+    """A bar on a terminal, nothing elsewhere. ``progress.advance(progress.task_ids[0], n)`` moves it."""
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        progress.add_task(label, total=total, completed=done)
+        yield progress
+
+
+def step_line(step: int, steps: int, metrics: dict[str, float]) -> str:
+    """One aligned line: the columns stay in place from the first step of a run to the last.
+
+    >>> step_line(7, 1000, {"loss": 5.25, "gradient_norm": 1.5, "lr": 1e-3, "tokens_per_second": 10500.0})
+    'step    7/1000 | loss  5.2500 | grad   1.500 | lr 1.000e-03 |    10,500 tok/s'
+    """
+    line = (
+        f"step {step:>{len(str(steps))}}/{steps} | loss {metrics['loss']:7.4f} | grad {metrics['gradient_norm']:7.3f} "
+        f"| lr {metrics['lr']:.3e} | {metrics['tokens_per_second']:9,.0f} tok/s"
+    )
+    return line + (f" | valid {metrics['valid_loss']:.4f}" if "valid_loss" in metrics else "")
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(3725.4)
+    '1:02:05'
+    """
+    return str(timedelta(seconds=int(seconds)))

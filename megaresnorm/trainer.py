@@ -1,0 +1,246 @@
+"""The training loop. Read this first.
+
+Randomness is never drawn from a generator that a run would have to save: the initial weights are a function of
+(seed, name), sample i of (seed, i), a dropout mask of (seed, place, row, column). So a checkpoint needs the weights, the
+optimizer's state and two integers (steps, samples), and a resumed run is equal to one that never stopped, bit for bit.
+"""
+
+import json
+import logging
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import megaresnorm
+from megaresnorm.assemble import Assembled, build_model, choose_device
+from megaresnorm.checkpoint.format import list_checkpoints
+from megaresnorm.checkpoint.reader import Checkpoint
+from megaresnorm.checkpoint.writer import save_checkpoint
+from megaresnorm.config import dump_recipe
+from megaresnorm.data.dataset import DataSet, PackedSamples, open_dataset, open_samples, resolve_vocab, unigram_entropy
+from megaresnorm.data.loader import microbatches
+from megaresnorm.engines.native import Decision, GradientStats, NativeEngine
+from megaresnorm.errors import CheckpointError, TrainingError
+from megaresnorm.generate import generate
+from megaresnorm.model.lint import check
+from megaresnorm.parallel.context import ParallelContext
+from megaresnorm.recipe import Recipe
+from megaresnorm.resilience.signals import StopSignals
+from megaresnorm.schedule import batch_size, learning_rate, total_variation
+from megaresnorm.telemetry.log import duration, progress_bar, step_line
+from megaresnorm.telemetry.metrics import MetricsWriter
+
+log = logging.getLogger(__name__)
+
+# What a resumed run must share with its checkpoint. The folder of the data may move: its content is compared.
+FIXED_ON_RESUME = ("model.", "data.valid_fraction", "data.test_fraction", "data.seed", "train.seed", "precision.")
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """How a run ended. Losses are means a token in nats; exit_code is 0, or 128 + the signal that stopped it."""
+
+    steps: int
+    train_loss: float | None
+    valid_loss: float | None
+    unigram_entropy: float
+    checkpoint: Path | None
+    weights_digest: str
+    exit_code: int
+
+
+def train(recipe: Recipe) -> RunSummary:
+    """Train, or go on training, the run in ``recipe.train.output``.
+
+    Raises: ConfigError, DataError, CheckpointError or TrainingError, one line each.
+    """
+    run = Run(recipe)
+    with StopSignals() as stop:
+        return run.train(stop)
+
+
+class Run:
+    """One run: its data, engine, position and output folder. Building it checks all that can be checked before step 0."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        for finding in check(recipe):
+            log.warning("warning: %s", finding.message)
+        self.context = ParallelContext.single()
+        self.data: DataSet = open_dataset(recipe.data.path)
+        self.recipe = recipe = resolve_vocab(recipe, self.data)
+        self.samples, self.valid = open_samples(self.data, recipe)
+        self.output = Path(recipe.train.output)
+        self.newest = next((path for _, path in reversed(list_checkpoints(self.output / "checkpoints"))), None)
+        self.device = choose_device(recipe.train.device)
+        self.assembled: Assembled = build_model(
+            recipe.model, recipe.precision, recipe.kernels, seed=recipe.train.seed, device=self.device
+        )
+        self.engine = NativeEngine(self.assembled, recipe)
+        self.steps_done = self.samples_done = self.skipped_in_a_row = 0
+        self.train_loss: float | None = None
+        if self.newest is not None:
+            self._resume(Checkpoint(self.newest))
+        self._write_recipe()
+
+    def describe(self) -> list[str]:
+        """What this run is, in lines for the console."""
+        recipe, model = self.recipe, self.recipe.model
+        parameters = sum(spec.num_elements for spec in self.assembled.table.values())
+        tokens = recipe.train.global_batch * model.seq_len
+        return [
+            f"model     {model.topology}, {model.num_blocks} blocks = {2 * model.num_blocks} sub-layers, width {model.dim}, "
+            f"{parameters:,} parameters",
+            f"precision {recipe.precision.compute}, residual stream {recipe.precision.stream}, {self.device.type}, "
+            f"{torch.get_num_threads()} threads",
+            *(f"kernel    {choice}" for choice in self.assembled.kernel_choices.values()),
+            f"data      {recipe.data.path}: {len(self.samples.documents):,} documents, "
+            f"{self.samples.per_epoch:,} sequences of {model.seq_len} tokens to train on",
+            f"schedule  {recipe.train.steps:,} steps of {tokens:,} tokens, {recipe.schedule.kind}, peak lr {recipe.optim.lr:g}, "
+            f"total variation of the lr {total_variation(recipe):.3g}",
+        ]
+
+    def train(self, stop: StopSignals) -> RunSummary:
+        """Steps until the recipe's end or a signal; a checkpoint then, and a text sample at the end."""
+        steps = self.recipe.train.steps
+        metrics = MetricsWriter(self.output, first_step=self.steps_done, tensorboard=self.recipe.train.tensorboard)
+        try:
+            with progress_bar("training", steps, self.steps_done) as progress:
+                while self.steps_done < steps and stop.received is None:
+                    record = self._step()
+                    metrics.write(self.steps_done - 1, record)
+                    if self.steps_done % self.recipe.train.log_every == 0 or "valid_loss" in record:
+                        log.info(step_line(self.steps_done, steps, record))
+                    if self._due(self.recipe.train.checkpoint_every):
+                        self.save()
+                    progress.advance(progress.task_ids[0])
+        finally:
+            metrics.close()
+        checkpoint = self.save()
+        if stop.received is not None:
+            log.warning("%s: saved step %d of %d; start again to go on", stop.received.name, self.steps_done, steps)
+        return RunSummary(
+            steps=self.steps_done,
+            train_loss=self.train_loss,
+            valid_loss=None if stop.received else self.evaluate(),
+            unigram_entropy=unigram_entropy(self.samples),
+            checkpoint=checkpoint,
+            weights_digest=self.engine.weights_digest(),
+            exit_code=stop.exit_code,
+        )
+
+    def sample_text(self) -> str | None:
+        """A continuation of train.sample_prompt; None without a tokenizer or when switched off."""
+        train = self.recipe.train
+        if self.data.tokenizer is None or not train.sample_tokens:
+            return None
+        return generate(self.engine.model, self.data.tokenizer, train.sample_prompt, train.sample_tokens, seed=train.seed)
+
+    def evaluate(self) -> float | None:
+        """Loss on the first train.eval_samples validation samples, always the same ones; None without a validation split."""
+        if self.valid is None:
+            return None
+        count = min(self.recipe.train.eval_samples, self.valid.per_epoch)
+        return self.engine.evaluate(self._batches(self.valid, 0, count))
+
+    def save(self) -> Path:
+        """A checkpoint of the present step, unless there is one."""
+        state = {
+            "samples": self.samples_done,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "train_loss": self.train_loss,
+            "engine": self.engine.state(),
+            "recipe": self.recipe.model_dump(exclude_none=True),
+            "data": self.data.digest,
+            "kernels": self.assembled.kernel_choices,
+            "versions": {"megaresnorm": megaresnorm.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        }
+        root = self.output / "checkpoints"
+        for step, path in list_checkpoints(root):
+            if step == self.steps_done:
+                return path
+        path = save_checkpoint(root, self.steps_done, self.engine.tensors(), state, keep=self.recipe.train.keep_checkpoints)
+        log.info("saved     %s", path)
+        return path
+
+    def _step(self) -> dict[str, float]:
+        """One optimizer step, and what is recorded of it."""
+        start, step = time.perf_counter(), self.steps_done
+        count, lr = batch_size(step, self.recipe.train), learning_rate(step, self.recipe)
+        stats = self.engine.step(self._batches(self.samples, self.samples_done, count), lr, self._accept)
+        self.steps_done += 1
+        self.samples_done += count
+        self.train_loss = stats.loss
+        record: dict[str, float] = {
+            "loss": stats.loss,
+            "gradient_norm": stats.gradient_norm,
+            "lr": lr,
+            "samples": self.samples_done,
+            "tokens_per_second": stats.tokens / (time.perf_counter() - start),
+        }
+        if self._due(self.recipe.train.eval_every):
+            valid_loss = self.evaluate()
+            if valid_loss is not None:
+                record["valid_loss"] = valid_loss
+        return record
+
+    def _accept(self, stats: GradientStats) -> Decision:
+        """Refuse a step that would put NaN or Inf into the weights; give up when that goes on."""
+        if stats.finite:
+            self.skipped_in_a_row = 0
+            return Decision.APPLY
+        self.skipped_in_a_row += 1
+        log.warning("step %d refused: loss %g, gradient norm %g", self.steps_done + 1, stats.loss, stats.norm)
+        if self.skipped_in_a_row >= self.recipe.train.max_skipped_steps:
+            raise TrainingError(
+                f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient, up to step {self.steps_done + 1}; "
+                f"try a smaller optim.lr, or look at samples {self.samples_done} and before"
+            )
+        return Decision.SKIP
+
+    def _batches(self, samples: PackedSamples, position: int, count: int):  # type: ignore[no-untyped-def]
+        return microbatches(samples, position, count, self.recipe.train.micro_batch_size, self.context, self.device)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.steps_done % every == 0
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        """Take over a checkpoint of this run. Raises: CheckpointError if model or data are not the ones it was made with."""
+        state = checkpoint.state
+        changed = _differences(state["recipe"], self.recipe.model_dump(exclude_none=True))
+        for key, (before, now) in changed.items():
+            if key.startswith(FIXED_ON_RESUME):
+                raise CheckpointError(
+                    f"{self.newest}: made with {key}={before}, the recipe has {now}; use another train.output for another run"
+                )
+            log.warning("warning: %s was %s up to step %d and is %s from now on", key, before, checkpoint.step, now)
+        if state["data"] != self.data.digest:
+            raise CheckpointError(f"{self.newest}: {self.recipe.data.path} has changed since; use another train.output")
+        for group, tensors in self.engine.tensors().items():
+            checkpoint.load_into(group, tensors)
+        self.engine.load_state(state["engine"])
+        self.steps_done, self.samples_done = checkpoint.step, state["samples"]
+        self.skipped_in_a_row, self.train_loss = state["skipped_in_a_row"], state["train_loss"]
+        log.info("resumed   %s: step %d of %d", self.newest, self.steps_done, self.recipe.train.steps)
+
+    def _write_recipe(self) -> None:
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            (self.output / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
+            (self.output / "checkpoints").mkdir(exist_ok=True)
+        except OSError as e:
+            raise TrainingError(f"train.output={self.output}: cannot be written ({e.strerror})") from None
+
+
+def _differences(before: dict, now: dict, prefix: str = "") -> dict[str, tuple[str, str]]:
+    """Dotted key -> (old, new) of every value that differs between two recipes."""
+    found: dict[str, tuple[str, str]] = {}
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found |= _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found[prefix + key] = (json.dumps(old), json.dumps(new))
+    return found

@@ -1,0 +1,44 @@
+"""Packaging of MegaResNorm. ``pip install -c constraints.txt -e .`` pins what was tested."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = next(
+    line.split('"')[1] for line in (here / "megaresnorm" / "__init__.py").read_text().splitlines() if line.startswith("__version__")
+)
+
+setup(
+    name="megaresnorm",
+    version=version,
+    description="Pretraining of transformers hundreds of layers deep: every residual topology, exact in every parallel layout",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megaresnorm", "megaresnorm.*"]),
+    install_requires=[
+        "torch>=2.11",
+        "numpy>=1.26",
+        "pydantic>=2.7",
+        "pyyaml>=6.0",
+        "rich>=13.7",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2",
+        "tensorboard>=2.16",
+    ],
+    extras_require={
+        "hf": ["transformers>=5.0", "datasets>=3.0"],
+        "deepspeed": ["deepspeed>=0.17"],
+        "te": ["transformer-engine[pytorch]>=2.0"],
+        # NVIDIA Apex is built from its sources; the package of that name on PyPI is another program.
+        "dev": ["pytest>=8.0", "ruff>=0.9", "mypy>=1.13", "types-PyYAML", "transformers>=5.0"],
+    },
+    entry_points={"console_scripts": ["megaresnorm = megaresnorm.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
