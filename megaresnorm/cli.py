@@ -1,5 +1,7 @@
 """megaresnorm train | prepare | depth | schema: parse, call the library, print."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
@@ -7,8 +9,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megaresnorm.errors import ConfigError, UserError
+
+if TYPE_CHECKING:  # commands import what they need, so that --help is instant
+    from rich.table import Table
+
+    from megaresnorm.recipe import Recipe
 
 EPILOG = """exit codes: 0 done, 1 unexpected, 2 bad recipe or arguments, 3 bad data, 4 bad checkpoint, 5 the run cannot go on,
 130 stopped by Ctrl-C and 143 by SIGTERM, with a checkpoint saved"""
@@ -46,8 +54,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: megaresnorm train configs/quickstart.yaml model.topology=keel train.steps=100",
     )
     train.add_argument("recipe", help="YAML file, as in configs/")
-    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
-    train.add_argument("--dry-run", action="store_true", help="check recipe, topology and data, print the resolved recipe, and end")
+    train.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file"
+    )
+    train.add_argument(
+        "--dry-run", action="store_true", help="check recipe, topology and data, print the resolved recipe, and end"
+    )
     train.set_defaults(run=_train)
 
     prepare = commands.add_parser(
@@ -58,13 +70,21 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: megaresnorm prepare --corpus stdlib --tokenizer sentencepiece --vocab-size 2048 --out runs/data",
     )
     prepare.add_argument("paths", nargs="*", metavar="PATH", help=".txt files, .jsonl files, or folders of them")
-    prepare.add_argument("--corpus", choices=["stdlib"], help="a built-in corpus: stdlib, the sources of this Python's own library")
+    prepare.add_argument(
+        "--corpus", choices=["stdlib"], help="a built-in corpus: stdlib, the sources of this Python's own library"
+    )
     prepare.add_argument("--out", required=True, type=Path, help="folder to make")
-    prepare.add_argument("--tokenizer", default="bytes", help="bytes, sentencepiece (trained on the text), or a .model file [bytes]")
-    prepare.add_argument("--vocab-size", type=_count, default=8192, help="pieces of a trained sentencepiece model [8192]")
+    prepare.add_argument(
+        "--tokenizer", default="bytes", help="bytes, sentencepiece (trained on the text), or a .model file [bytes]"
+    )
+    prepare.add_argument(
+        "--vocab-size", type=_count, default=8192, help="pieces of a trained sentencepiece model [8192]"
+    )
     prepare.add_argument("--text-key", default="text", help="key of the text in .jsonl objects [text]")
     prepare.add_argument("--workers", type=_count, default=os.cpu_count() or 1, help="processes [all cores]")
-    prepare.add_argument("--overwrite", action="store_true", help="replace another data set at --out once the new one is complete")
+    prepare.add_argument(
+        "--overwrite", action="store_true", help="replace another data set at --out once the new one is complete"
+    )
     prepare.set_defaults(run=_prepare)
 
     depth = commands.add_parser(
@@ -75,9 +95,19 @@ def _parser() -> argparse.ArgumentParser:
         "FP64, random tokens, medians over seeds.",
         epilog="example: megaresnorm depth --probe --topologies post,deepnorm,keel --depths 6,25,100 --json probe.json",
     )
-    depth.add_argument("--probe", action="store_true", required=True, help="measure models at initialisation and after one step")
-    depth.add_argument("--topologies", type=_names, default=["pre", "post", "deepnorm", "keel"], metavar="A,B", help="[pre,post,deepnorm,keel]")
-    depth.add_argument("--depths", type=_counts, default=[6, 12, 25, 50, 100], metavar="N,M", help="blocks [6,12,25,50,100]")
+    depth.add_argument(
+        "--probe", action="store_true", required=True, help="measure models at initialisation and after one step"
+    )
+    depth.add_argument(
+        "--topologies",
+        type=_names,
+        default=["pre", "post", "deepnorm", "keel"],
+        metavar="A,B",
+        help="[pre,post,deepnorm,keel]",
+    )
+    depth.add_argument(
+        "--depths", type=_counts, default=[6, 12, 25, 50, 100], metavar="N,M", help="blocks [6,12,25,50,100]"
+    )
     depth.add_argument("--seeds", type=_count, default=3, help="how many seeds [3]")
     depth.add_argument("--dim", type=_count, default=64, help="width; the ffn is twice as wide [64]")
     depth.add_argument("--json", type=Path, metavar="FILE", help="write every result here")
@@ -117,7 +147,7 @@ def _train(arguments: argparse.Namespace) -> int:
     return summary.exit_code
 
 
-def _dry_run(recipe) -> int:  # type: ignore[no-untyped-def]
+def _dry_run(recipe: Recipe) -> int:
     from megaresnorm.config import dump_recipe
     from megaresnorm.data.dataset import open_dataset, open_samples, resolve_vocab
     from megaresnorm.model.lint import check
@@ -159,7 +189,9 @@ def _prepare(arguments: argparse.Namespace) -> int:
         task = progress.add_task("tokenizing", total=sum(f.num_bytes for f in files))
         result = prepare(job, files, lambda num_bytes: progress.advance(task, num_bytes))
     verb = "reused" if result.reused else "prepared"
-    print(f"{verb} {result.folder}: {result.documents:,} documents, {result.tokens:,} tokens, vocabulary {result.vocab_size:,}")
+    print(
+        f"{verb} {result.folder}: {result.documents:,} documents, {result.tokens:,} tokens, vocabulary {result.vocab_size:,}"
+    )
     return 0
 
 
@@ -181,13 +213,15 @@ def _depth(arguments: argparse.Namespace) -> int:
     console.print(_probe_table(summary_rows(results)))
     if arguments.json:
         try:
-            arguments.json.write_text(json.dumps({"setting": asdict(setting), "results": [asdict(r) for r in results]}, indent=1))
+            arguments.json.write_text(
+                json.dumps({"setting": asdict(setting), "results": [asdict(r) for r in results]}, indent=1)
+            )
         except OSError as e:
             raise ConfigError(f"--json {arguments.json}: cannot be written ({e.strerror})") from None
     return 0
 
 
-def _probe_table(rows: list[dict]):  # type: ignore[no-untyped-def]
+def _probe_table(rows: list[dict]) -> Table:
     from rich.table import Table
 
     table = Table(title="at initialisation and after one step (medians over seeds)")

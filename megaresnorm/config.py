@@ -16,6 +16,23 @@ from pydantic import BaseModel, ValidationError
 from megaresnorm.errors import ConfigError
 from megaresnorm.recipe import Recipe
 
+# What other frameworks call our settings.
+_FOREIGN_NAMES = {
+    "model.num_blocks": ("num_layers", "n_layer", "n_layers", "num_hidden_layers", "depth"),
+    "model.dim": ("hidden_size", "d_model", "n_embd", "embed_dim", "width"),
+    "model.ffn_dim": ("intermediate_size", "ffn_hidden_size", "hidden_dim", "d_ff"),
+    "model.num_heads": ("num_attention_heads", "n_head", "n_heads"),
+    "model.num_kv_heads": ("num_key_value_heads", "num_query_groups", "n_kv_heads"),
+    "model.seq_len": ("seq_length", "max_seq_len", "max_position_embeddings", "block_size", "context_length"),
+    "model.tied_embeddings": ("tie_word_embeddings",),
+    "optim.lr": ("learning_rate", "max_lr", "peak_lr"),
+    "optim.clip_norm": ("clip_grad", "max_grad_norm", "gradient_clipping", "grad_clip"),
+    "train.global_batch": ("batch_size", "global_batch_size"),
+    "train.micro_batch": ("micro_batch_size", "per_device_train_batch_size"),
+    "train.steps": ("max_steps", "train_iters", "max_iters", "num_train_steps"),
+    "precision.compute": ("dtype", "bf16", "mixed_precision"),
+}
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2 scalars and no duplicate keys."""
@@ -38,8 +55,14 @@ for _tag, _pattern, _first in (
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
-# PyYAML's own constructor would read 010 as octal.
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+
+
+def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    """In base ten: PyYAML's own constructor would read 010 as octal."""
+    return int(loader.construct_scalar(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -50,7 +73,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as e:
-        raise ConfigError(f"{path}: cannot be read ({e.strerror}); give a recipe such as configs/quickstart.yaml") from None
+        raise ConfigError(
+            f"{path}: cannot be read ({e.strerror}); give a recipe such as configs/quickstart.yaml"
+        ) from None
     except UnicodeDecodeError as e:
         raise ConfigError(f"{path}: not UTF-8 text (byte {e.start}); a recipe is a YAML file") from None
     try:
@@ -58,7 +83,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if values is None:
             raise ConfigError("the file is empty; a recipe needs the sections model, data and train")
         if not isinstance(values, dict):
-            raise ConfigError(f"got a {type(values).__name__} at the top level; wanted sections model, data, train, ...")
+            raise ConfigError(
+                f"got a {type(values).__name__} at the top level; wanted sections model, data, train, ..."
+            )
         for override in overrides:
             apply_override(values, override)
         return build_recipe(values)
@@ -169,6 +196,9 @@ def _suggest_key(key: str) -> str:
     keys = list(recipe_keys())
     names = {".".join(k.split(".")[: i + 1]) for k in keys for i in range(k.count(".") + 1)}
     section, _, leaf = key.rpartition(".")
+    for ours, theirs in _FOREIGN_NAMES.items():
+        if leaf in theirs:
+            return f"; did you mean {ours}?"
     siblings = sorted(n for n in names if n.rpartition(".")[0] == section)
     close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.0)
     best = close[0] if close and _similar(leaf, close[0].rpartition(".")[2]) else None

@@ -9,7 +9,9 @@ from megaresnorm.model.parameters import ParameterSpec
 from megaresnorm.recipe import OptimRecipe
 
 
-def build_optimizer(parameters: Mapping[str, nn.Parameter], table: Mapping[str, ParameterSpec], recipe: OptimRecipe) -> torch.optim.AdamW:
+def build_optimizer(
+    parameters: Mapping[str, nn.Parameter], table: Mapping[str, ParameterSpec], recipe: OptimRecipe
+) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101) with one group for each combination of decay and multipliers in the table."""
     groups: dict[tuple, dict] = {}
     for name, parameter in parameters.items():
@@ -49,7 +51,9 @@ class GradientClipper:
             return
         warm = recipe.clip == "adagc" and self.steps >= recipe.adagc_warmup
         norms = norms.float().cpu()
-        limit = recipe.adagc_ratio * self.averages if warm else recipe.clip_norm * norms / torch.linalg.vector_norm(norms)
+        limit = (
+            recipe.adagc_ratio * self.averages if warm else recipe.clip_norm * norms / torch.linalg.vector_norm(norms)
+        )
         factors = (limit / norms).clamp(max=1.0).nan_to_num(nan=1.0)  # 0/0: a gradient of zeros needs no clipping
         if bool((factors < 1.0).any()):
             torch._foreach_mul_(list(gradients), factors.tolist())

@@ -1,5 +1,6 @@
 """Learning rate and batch size as pure functions of the step, counted from 0."""
 
+from itertools import pairwise
 from math import cos, pi, sqrt
 
 from megaresnorm.recipe import Recipe, TrainRecipe
@@ -36,7 +37,7 @@ def wsd_decay_steps(recipe: Recipe) -> int:
 def total_variation(recipe: Recipe) -> float:
     """Sum over the run of |lr_t - lr_(t-1)|, from the rate of the first step on: how far from flat the schedule is."""
     rates = [learning_rate(step, recipe) for step in range(recipe.train.steps)]
-    return sum(abs(b - a) for a, b in zip(rates, rates[1:], strict=False))
+    return sum(abs(b - a) for a, b in pairwise(rates))
 
 
 def batch_size(step: int, train: TrainRecipe) -> int:

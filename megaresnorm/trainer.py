@@ -9,6 +9,7 @@ import json
 import logging
 import platform
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.writer import save_checkpoint
 from megaresnorm.config import dump_recipe
 from megaresnorm.data.dataset import DataSet, PackedSamples, open_dataset, open_samples, resolve_vocab, unigram_entropy
-from megaresnorm.data.loader import microbatches
+from megaresnorm.data.loader import Batch, microbatches
 from megaresnorm.engines.native import Decision, GradientStats, NativeEngine
 from megaresnorm.errors import CheckpointError, TrainingError
 from megaresnorm.generate import generate
@@ -30,7 +31,7 @@ from megaresnorm.parallel.context import ParallelContext
 from megaresnorm.recipe import Recipe
 from megaresnorm.resilience.signals import StopSignals
 from megaresnorm.schedule import batch_size, learning_rate, total_variation
-from megaresnorm.telemetry.log import duration, progress_bar, step_line
+from megaresnorm.telemetry.log import progress_bar, step_line
 from megaresnorm.telemetry.metrics import MetricsWriter
 
 log = logging.getLogger(__name__)
@@ -136,7 +137,9 @@ class Run:
         train = self.recipe.train
         if self.data.tokenizer is None or not train.sample_tokens:
             return None
-        return generate(self.engine.model, self.data.tokenizer, train.sample_prompt, train.sample_tokens, seed=train.seed)
+        return generate(
+            self.engine.model, self.data.tokenizer, train.sample_prompt, train.sample_tokens, seed=train.seed
+        )
 
     def evaluate(self) -> float | None:
         """Loss on the first train.eval_samples validation samples, always the same ones; None without a validation split."""
@@ -155,13 +158,19 @@ class Run:
             "recipe": self.recipe.model_dump(exclude_none=True),
             "data": self.data.digest,
             "kernels": self.assembled.kernel_choices,
-            "versions": {"megaresnorm": megaresnorm.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            "versions": {
+                "megaresnorm": megaresnorm.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
         }
         root = self.output / "checkpoints"
         for step, path in list_checkpoints(root):
             if step == self.steps_done:
                 return path
-        path = save_checkpoint(root, self.steps_done, self.engine.tensors(), state, keep=self.recipe.train.keep_checkpoints)
+        path = save_checkpoint(
+            root, self.steps_done, self.engine.tensors(), state, keep=self.recipe.train.keep_checkpoints
+        )
         log.info("saved     %s", path)
         return path
 
@@ -200,7 +209,7 @@ class Run:
             )
         return Decision.SKIP
 
-    def _batches(self, samples: PackedSamples, position: int, count: int):  # type: ignore[no-untyped-def]
+    def _batches(self, samples: PackedSamples, position: int, count: int) -> Iterator[Batch]:
         return microbatches(samples, position, count, self.recipe.train.micro_batch_size, self.context, self.device)
 
     def _due(self, every: int) -> bool:

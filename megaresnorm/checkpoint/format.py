@@ -1,10 +1,10 @@
 """What a checkpoint is on disk.
 
-    step-00000500/
-      manifest.json                  everything but tensors: files with size and SHA-256, global shapes, training state,
-                                     recipe, versions, and a digest of itself
-      weights-00001.safetensors      tensors under their global names; the slice that each one is of the whole tensor
-      optimizer-00001.safetensors    stands in the file's own header
+step-00000500/
+  manifest.json                  everything but tensors: files with size and SHA-256, global shapes, training state,
+                                 recipe, versions, and a digest of itself
+  weights-00001.safetensors      tensors under their global names; the slice that each one is of the whole tensor
+  optimizer-00001.safetensors    stands in the file's own header
 """
 
 import hashlib

@@ -38,10 +38,14 @@ class Checkpoint:
         recorded = self.tensors.get(group, {})
         if recorded.keys() != destination.keys():
             odd = sorted(recorded.keys() ^ destination.keys())
-            raise CheckpointError(f"{self.folder}: {group} differ in {len(odd)} tensors, the first is {odd[0]}; is it another model?")
+            raise CheckpointError(
+                f"{self.folder}: {group} differ in {len(odd)} tensors, the first is {odd[0]}; is it another model?"
+            )
         for name, tensor in destination.items():
             if recorded[name]["shape"] != list(tensor.shape):
-                raise CheckpointError(f"{self.folder}: {name} has shape {recorded[name]['shape']}, the model's is {list(tensor.shape)}")
+                raise CheckpointError(
+                    f"{self.folder}: {name} has shape {recorded[name]['shape']}, the model's is {list(tensor.shape)}"
+                )
         missing = {name: tensor.numel() for name, tensor in destination.items()}
         for file in (f for f in self._files if f.startswith(f"{group}-")):
             self._load_file(self.folder / file, destination, missing)
@@ -59,7 +63,9 @@ class Checkpoint:
                     target = destination[name][tuple(slice(start, stop) for start, stop in slices[name])]
                     value = file.get_tensor(name)
                     if value.shape != target.shape:
-                        raise CheckpointError(f"{path}: {name} has shape {list(value.shape)}, its slice has {list(target.shape)}")
+                        raise CheckpointError(
+                            f"{path}: {name} has shape {list(value.shape)}, its slice has {list(target.shape)}"
+                        )
                     target.copy_(value)
                     missing[name] -= value.numel()
         except (SafetensorError, KeyError, TypeError, ValueError) as e:
@@ -73,7 +79,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes; not a manifest")
         manifest = json.loads(path.read_bytes())
     except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read ({e.strerror}); wanted a folder such as .../checkpoints/step-00000500") from None
+        raise CheckpointError(
+            f"{path}: cannot be read ({e.strerror}); wanted a folder such as .../checkpoints/step-00000500"
+        ) from None
     except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{path}: not JSON ({e})") from None
     match manifest:

@@ -39,7 +39,10 @@ def save_checkpoint(
                 path = temporary / f"{group}-{number:05d}.safetensors"
                 _write_tensors(path, part)
                 files[path.name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
-            shapes[group] = {name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for name, t in members.items()}
+            shapes[group] = {
+                name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
+                for name, t in members.items()
+            }
         manifest = {"format": FORMAT, "step": step, "files": files, "tensors": shapes, "state": dict(state)}
         manifest["digest"] = manifest_digest(manifest)
         _write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
@@ -71,7 +74,11 @@ def _parts(members: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 def _write_tensors(path: Path, part: Mapping[str, Tensor]) -> None:
     slices = {name: [[0, size] for size in tensor.shape] for name, tensor in part.items()}
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in part.items()}, path, {"slices": json.dumps(slices)})
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in part.items()},
+        path,
+        {"slices": json.dumps(slices)},
+    )
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

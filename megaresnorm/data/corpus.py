@@ -38,7 +38,9 @@ def find_files(corpus: str | None, paths: Sequence[str]) -> list[SourceFile]:
         elif not path.exists():
             raise DataError(f"{path}: no such file or folder; give text files, .jsonl files or folders of them")
         elif path.suffix not in SUFFIXES:
-            raise DataError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; wanted {' or '.join(SUFFIXES)}")
+            raise DataError(
+                f"{path}: cannot read {path.suffix or 'a file without suffix'}; wanted {' or '.join(SUFFIXES)}"
+            )
         else:
             inside = [path]
         found += [SourceFile(p, p.stat().st_size) for p in inside]
@@ -76,7 +78,9 @@ def _text_of(line: bytes, text_key: str, where: str) -> str:
         raise DataError(f"{where}: wanted a JSON object, got a {type(value).__name__}")
     text = value.get(text_key)
     if not isinstance(text, str):
-        raise DataError(f"{where}: no text under {text_key!r}; its keys are {', '.join(sorted(value)) or 'none'} (see --text-key)")
+        raise DataError(
+            f"{where}: no text under {text_key!r}; its keys are {', '.join(sorted(value)) or 'none'} (see --text-key)"
+        )
     return text
 
 

@@ -57,9 +57,13 @@ def resolve_vocab(recipe: Recipe, data: DataSet) -> Recipe:
     """The recipe with model.vocab_size set. Raises: ConfigError or DataError if tokens do not fit the model."""
     vocab_size = recipe.model.vocab_size or data.vocab_size
     if vocab_size is None:
-        raise ConfigError(f"model.vocab_size is missing, and {recipe.data.path} does not say it; set model.vocab_size=...")
+        raise ConfigError(
+            f"model.vocab_size is missing, and {recipe.data.path} does not say it; set model.vocab_size=..."
+        )
     if data.vocab_size is not None and vocab_size < data.vocab_size:
-        raise ConfigError(f"model.vocab_size={vocab_size} is smaller than the {data.vocab_size} tokens of {recipe.data.path}")
+        raise ConfigError(
+            f"model.vocab_size={vocab_size} is smaller than the {data.vocab_size} tokens of {recipe.data.path}"
+        )
     if data.tokenizer is None:  # files with a description were checked against their digests
         data.files.check_token_range(vocab_size, VERIFY_BYTES)
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"vocab_size": vocab_size})})
@@ -107,7 +111,11 @@ def split_documents(files: TokenFiles, recipe: DataRecipe) -> dict[str, np.ndarr
     lengths = files.boundaries[order + 1] - files.boundaries[order]
     share = np.cumsum(lengths) / max(1, int(lengths.sum()))  # share of the tokens up to and with each document
     num_test = int(np.searchsorted(share, recipe.test_fraction, side="left")) if recipe.test_fraction else 0
-    num_held = int(np.searchsorted(share, recipe.test_fraction + recipe.valid_fraction, side="left")) if recipe.valid_fraction else num_test
+    num_held = (
+        int(np.searchsorted(share, recipe.test_fraction + recipe.valid_fraction, side="left"))
+        if recipe.valid_fraction
+        else num_test
+    )
     return {"test": order[:num_test], "valid": order[num_test:num_held], "train": order[num_held:]}
 
 
@@ -186,13 +194,19 @@ def _verify_digests(path: Path, recorded: dict) -> None:
     try:
         size = path.stat().st_size
         if size != recorded["size"]:
-            raise DataError(f"{path}: has {size} bytes, but {DESCRIPTION} says {recorded['size']}; it was cut or replaced")
+            raise DataError(
+                f"{path}: has {size} bytes, but {DESCRIPTION} says {recorded['size']}; it was cut or replaced"
+            )
         if len(recorded["sha256"]) != -(-size // DIGEST_CHUNK):
-            raise DataError(f"{path.parent / DESCRIPTION}: has {len(recorded['sha256'])} digests for the {size} bytes of {path.name}")
+            raise DataError(
+                f"{path.parent / DESCRIPTION}: has {len(recorded['sha256'])} digests for the {size} bytes of {path.name}"
+            )
         with path.open("rb") as file:
             for start, stop in spread_chunks(size, VERIFY_BYTES, DIGEST_CHUNK):
                 file.seek(start)
                 if hashlib.sha256(file.read(stop - start)).hexdigest() != recorded["sha256"][start // DIGEST_CHUNK]:
-                    raise DataError(f"{path}: damaged between byte {start} and {stop} (SHA-256 differs); make the data set again")
+                    raise DataError(
+                        f"{path}: damaged between byte {start} and {stop} (SHA-256 differs); make the data set again"
+                    )
     except OSError as e:
         raise DataError(f"{path}: cannot be read ({e.strerror})") from None

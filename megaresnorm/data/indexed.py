@@ -1,7 +1,7 @@
 """Megatron's token files: PREFIX.bin holds the tokens back to back, PREFIX.idx says where sequences and documents are.
 
-    idx := "MMIDIDX\\0\\0" | u64 version = 1 | u8 dtype code | u64 S sequences | u64 D document boundaries
-           | i32 lengths[S] | i64 byte offsets[S] | i64 boundaries[D] (in sequences, from 0 to S) | optional i8 modes[S]
+idx := "MMIDIDX\\0\\0" | u64 version = 1 | u8 dtype code | u64 S sequences | u64 D document boundaries
+       | i32 lengths[S] | i64 byte offsets[S] | i64 boundaries[D] (in sequences, from 0 to S) | optional i8 modes[S]
 """
 
 import struct
@@ -51,7 +51,9 @@ class TokenFiles:
             if chunk.min() < 0 or chunk.max() >= vocab_size:
                 at = int(np.flatnonzero((chunk < 0) | (chunk >= vocab_size))[0])
                 offset = (start + at) * self.dtype.itemsize
-                raise DataError(f"{self.bin_path}: token {chunk[at]} at byte {offset} is outside the vocabulary of {vocab_size}")
+                raise DataError(
+                    f"{self.bin_path}: token {chunk[at]} at byte {offset} is outside the vocabulary of {vocab_size}"
+                )
 
     def _read_header(self, index: bytes) -> tuple[type, int, int]:
         path = self.idx_path
@@ -59,11 +61,13 @@ class TokenFiles:
             raise DataError(f"{path}: ends at byte {len(index)} inside the header of {HEADER.size} bytes")
         magic, version, code, num_sequences, num_boundaries = HEADER.unpack_from(index)
         if magic != MAGIC:
-            raise DataError(f"{path}: byte 0 is not the start of a Megatron index (got {magic[:7]!r}, wanted {MAGIC[:7]!r})")
+            raise DataError(
+                f"{path}: byte 0 is not the start of a Megatron index (got {magic[:7]!r}, wanted {MAGIC[:7]!r})"
+            )
         if version != 1:
             raise DataError(f"{path}: version {version} at byte 9; only version 1 is known")
         if code not in DTYPES or np.issubdtype(DTYPES[code], np.floating):
-            raise DataError(f"{path}: type code {code} at byte 17 is not one of an integer type ({sorted(c for c in DTYPES if c not in (6, 7))})")
+            raise DataError(f"{path}: type code {code} at byte 17 is not that of an integer type; wanted 1 to 5 or 8")
         without_modes = HEADER.size + 12 * num_sequences + 8 * num_boundaries
         if len(index) not in (without_modes, without_modes + num_sequences):
             raise DataError(
@@ -74,11 +78,15 @@ class TokenFiles:
 
     def _check_documents(self, documents: np.ndarray, num_sequences: int, at: int) -> None:
         if len(documents) < 2 or documents[0] != 0:
-            raise DataError(f"{self.idx_path}: byte {at}: the document boundaries must start with 0 and name a document")
+            raise DataError(
+                f"{self.idx_path}: byte {at}: the document boundaries must start with 0 and name a document"
+            )
         steps = np.diff(documents)
         if (steps < 0).any():
             worst = int(np.flatnonzero(steps < 0)[0]) + 1
-            raise DataError(f"{self.idx_path}: byte {at + 8 * worst}: document boundary {documents[worst]} is below the one before it")
+            raise DataError(
+                f"{self.idx_path}: byte {at + 8 * worst}: document boundary {documents[worst]} is below the one before it"
+            )
         if documents[-1] != num_sequences:
             raise DataError(
                 f"{self.idx_path}: byte {at + 8 * (len(documents) - 1)}: the last document ends at sequence {documents[-1]}, "
@@ -89,7 +97,9 @@ class TokenFiles:
         """Token offsets [S + 1], once lengths, byte offsets and the .bin file agree."""
         if len(lengths) and lengths.min() < 0:
             worst = int(np.flatnonzero(lengths < 0)[0])
-            raise DataError(f"{self.idx_path}: byte {HEADER.size + 4 * worst}: sequence {worst} has length {lengths[worst]}")
+            raise DataError(
+                f"{self.idx_path}: byte {HEADER.size + 4 * worst}: sequence {worst} has length {lengths[worst]}"
+            )
         starts = np.zeros(len(lengths) + 1, dtype=np.int64)
         np.cumsum(lengths, out=starts[1:])
         wrong = np.flatnonzero(offsets != starts[:-1] * self.dtype.itemsize)
@@ -105,7 +115,9 @@ class TokenFiles:
         except OSError as e:
             raise DataError(f"{self.bin_path}: cannot be read ({e.strerror})") from None
         if have != need:
-            raise DataError(f"{self.bin_path}: has {have} bytes, but {self.idx_path.name} describes {need}; they do not belong together")
+            raise DataError(
+                f"{self.bin_path}: has {have} bytes, but {self.idx_path.name} describes {need}; they do not belong together"
+            )
         return starts
 
 

@@ -59,7 +59,9 @@ class Prepared:
     reused: bool
 
 
-def prepare(job: PrepareJob, files: list[SourceFile] | None = None, progress: Progress = lambda num_bytes: None) -> Prepared:
+def prepare(
+    job: PrepareJob, files: list[SourceFile] | None = None, progress: Progress = lambda num_bytes: None
+) -> Prepared:
     """Tokenize a corpus into ``job.out``. A folder there is reused if it is the result of the same job, and never replaced
     without ``overwrite``; what is there stays until its successor is complete.
 
@@ -72,7 +74,9 @@ def prepare(job: PrepareJob, files: list[SourceFile] | None = None, progress: Pr
         if not job.overwrite:
             return _reuse(job.out, request)
         if not (job.out / DESCRIPTION).is_file():
-            raise DataError(f"{job.out}: exists and is not a data set, so --overwrite will not replace it; use another --out")
+            raise DataError(
+                f"{job.out}: exists and is not a data set, so --overwrite will not replace it; use another --out"
+            )
     temporary = job.out.with_name(f".{job.out.name}.tmp-{os.getpid()}")
     try:
         job.out.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +138,9 @@ def _training_text(files: list[SourceFile], text_key: str) -> Iterator[str]:
                 return
 
 
-def _tokenize(job: PrepareJob, files: list[SourceFile], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, list[int], int]]:
+def _tokenize(
+    job: PrepareJob, files: list[SourceFile], tokenizer: Tokenizer
+) -> Iterator[tuple[np.ndarray, list[int], int]]:
     """(ids, document lengths, source bytes) of one piece of work after the other, in the order of the sources."""
     work = _work(files, job.text_key)
     if job.workers <= 1:
@@ -204,7 +210,9 @@ def _reuse(folder: Path, request: dict) -> Prepared:
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         if description["request"] == request["digest"]:
-            return Prepared(folder, description["documents"], description["tokens"], description["vocab_size"], reused=True)
+            return Prepared(
+                folder, description["documents"], description["tokens"], description["vocab_size"], reused=True
+            )
     except (OSError, ValueError, KeyError, TypeError):
         pass  # something else is there: refused below like any other folder
     raise DataError(f"{folder}: exists and was made from other files or settings; use --overwrite, or another --out")

@@ -118,7 +118,9 @@ def load_tokenizer(description: dict, folder: Path) -> Tokenizer:
         case {"kind": "sentencepiece", "sha256": digest}:
             tokenizer = SentencePieceTokenizer.load(folder / SENTENCEPIECE_FILE)
             if hashlib.sha256(tokenizer.model).hexdigest() != digest:
-                raise DataError(f"{folder / SENTENCEPIECE_FILE}: not the tokenizer this data was made with (SHA-256 differs)")
+                raise DataError(
+                    f"{folder / SENTENCEPIECE_FILE}: not the tokenizer this data was made with (SHA-256 differs)"
+                )
             return tokenizer
     raise DataError(f"{folder / 'dataset.json'}: unknown tokenizer {description!r}")
 

@@ -100,7 +100,11 @@ class NativeEngine:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The live tensors of the engine's state, by group and global name: to be saved, or to be copied into."""
-        optimizer = {f"{key}.{name}": self._moments(p)[key] for key in ("exp_avg", "exp_avg_sq") for name, p in self._parameters.items()}
+        optimizer = {
+            f"{key}.{name}": self._moments(p)[key]
+            for key in ("exp_avg", "exp_avg_sq")
+            for name, p in self._parameters.items()
+        }
         weights = {name: p.data for name, p in self._parameters.items()}
         return {"weights": weights, "optimizer": {**optimizer, "clipper.averages": self._clipper.averages}}
 

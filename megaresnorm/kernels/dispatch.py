@@ -46,7 +46,7 @@ def choose_kernel(op: str, backend: str, device: torch.device) -> tuple[Kernel, 
     Raises: ConfigError for a backend that does not exist, or was asked for by name and cannot run here.
     """
     kernels = _KERNELS[op]
-    refusals = []
+    refusals: list[str] = []
     if backend != "auto" and backend not in {k.backend for k in kernels}:
         raise ConfigError(f"kernels.{op}={backend!r}: wanted one of auto, {', '.join(k.backend for k in kernels)}")
     for kernel in kernels:

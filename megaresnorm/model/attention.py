@@ -26,7 +26,9 @@ class Attention(nn.Module):
         self.q_norm = self.k_norm = None
         if recipe.qk_norm != "none":
             widths = (self.head_dim, self.head_dim) if self.norm_per_head else (q_dim, kv_dim)
-            self.q_norm, self.k_norm = (Norm(recipe.norm, w, eps=recipe.norm_eps, bias=recipe.norm_bias) for w in widths)
+            self.q_norm, self.k_norm = (
+                Norm(recipe.norm, w, eps=recipe.norm_eps, bias=recipe.norm_bias) for w in widths
+            )
 
     def forward(self, u_TD: Tensor, rows: Rows) -> Tensor:
         heads = self.num_heads, self.kv_heads, self.kv_heads
@@ -52,7 +54,9 @@ class Attention(nn.Module):
         return norm(x_BSNH) if self.norm_per_head else norm(x_BSNH.flatten(2)).view_as(x_BSNH)
 
 
-def rotary_tables(seq: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    seq: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """cos and sin [S, H] of RoFormer (arXiv:2104.09864, eq. 34), the two halves of a head rotated against each other."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
     angles = torch.outer(torch.arange(seq, dtype=torch.float64, device=device), frequencies)

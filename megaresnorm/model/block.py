@@ -1,7 +1,6 @@
 """A transformer block: attention and feed-forward, each inside a residual connection."""
 
 from collections.abc import Callable
-from typing import Literal
 
 from torch import nn
 
@@ -9,7 +8,7 @@ from megaresnorm.model.attention import Attention
 from megaresnorm.model.ffn import feed_forward
 from megaresnorm.model.norm import Norm
 from megaresnorm.model.residual import AddNorm, DropoutKey, Residual, Rows, Stream
-from megaresnorm.model.topology import Position, topology
+from megaresnorm.model.topology import Position, Sublayer, topology
 from megaresnorm.recipe import ModelRecipe
 
 
@@ -20,7 +19,7 @@ class Block(nn.Module):
         super().__init__()
         wiring = topology(recipe.topology)
 
-        def residual(sublayer: Literal["attention", "ffn"], branch: nn.Module) -> Residual:
+        def residual(sublayer: Sublayer, branch: nn.Module) -> Residual:
             at = Position(block=block, num_blocks=recipe.num_blocks, sublayer=sublayer, dim=recipe.dim)
             spec = wiring.residual(at, recipe.topology_options)
             site = 2 * block + (sublayer == "ffn")

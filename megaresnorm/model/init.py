@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from megaresnorm.model.parameters import ParameterSpec
 
 
-def materialize(model: nn.Module, table: dict[str, ParameterSpec], *, seed: int, dtype: torch.dtype, device: torch.device) -> None:
+def materialize(
+    model: nn.Module, table: dict[str, ParameterSpec], *, seed: int, dtype: torch.dtype, device: torch.device
+) -> None:
     """Give a model that was built on the meta device its memory and initial values, one parameter at a time.
 
     Peak memory is the model's own size plus its largest parameter. Tied parameters stay tied.

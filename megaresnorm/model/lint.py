@@ -10,7 +10,7 @@ from math import sqrt
 
 from megaresnorm.errors import ConfigError
 from megaresnorm.model.parameters import default_embedding_std, matrix_std
-from megaresnorm.model.topology import Position, ResidualSpec, topology
+from megaresnorm.model.topology import SUBLAYERS, Position, ResidualSpec, Sublayer, topology
 from megaresnorm.model.transformer import has_embedding_norm
 from megaresnorm.recipe import ModelRecipe, PrecisionRecipe, Recipe
 
@@ -56,11 +56,15 @@ def lint(model: ModelRecipe, precision: PrecisionRecipe) -> list[Finding]:
 
 def estimates(model: ModelRecipe) -> list[SublayerEstimate]:
     """Every sub-layer at initialisation, from the input up."""
-    trunk = 1.0 if has_embedding_norm(model) else default_embedding_std(model) * (sqrt(2) if model.positions == "learned" else 1.0)
+    trunk = (
+        1.0
+        if has_embedding_norm(model)
+        else default_embedding_std(model) * (sqrt(2) if model.positions == "learned" else 1.0)
+    )
     out = []
     for block in range(model.num_blocks):
-        for sublayer in ("attention", "ffn"):
-            at = Position(block=block, num_blocks=model.num_blocks, sublayer=sublayer, dim=model.dim)  # type: ignore[arg-type]
+        for sublayer in SUBLAYERS:
+            at = Position(block=block, num_blocks=model.num_blocks, sublayer=sublayer, dim=model.dim)
             spec = topology(model.topology).residual(at, model.topology_options)
             v, w = _gains(model, sublayer, spec)
             branch = 1.0 if spec.norm_branch else v * w * (spec.norm_in_scale if spec.norm_in else trunk)
@@ -163,7 +167,11 @@ def _tied_self_match(model: ModelRecipe) -> Iterator[Finding]:
 def _update_bound(model: ModelRecipe) -> Iterator[Finding]:
     bound = update_bound(model)
     if bound is not None and not 0.5 <= bound <= 2.0:
-        effect = "the model changes faster with depth; warm-up or DeepNorm is needed" if bound > 2 else "deep models learn slowly"
+        effect = (
+            "the model changes faster with depth; warm-up or DeepNorm is needed"
+            if bound > 2
+            else "deep models learn slowly"
+        )
         yield Finding(
             "update-bound",
             f"B = 2N(v^2 + w^2)/alpha^2 = {bound:.3g} for model.topology={model.topology} at {model.num_blocks} blocks "
@@ -183,7 +191,7 @@ def _swallowed_updates(model: ModelRecipe, precision: PrecisionRecipe) -> Iterat
         )
 
 
-def _gains(model: ModelRecipe, sublayer: str, spec: ResidualSpec) -> tuple[float, float]:
+def _gains(model: ModelRecipe, sublayer: Sublayer, spec: ResidualSpec) -> tuple[float, float]:
     """v and w: standard deviations of a branch's two matrices relative to Xavier's."""
     q_dim, kv_dim, ffn = model.num_heads * model.head_width, model.kv_heads * model.head_width, model.ffn_width
     pair = (("v", kv_dim, model.dim), ("out", model.dim, q_dim)) if sublayer == "attention" else (

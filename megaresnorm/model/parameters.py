@@ -13,6 +13,8 @@ from megaresnorm.model.topology import Learned, Multipliers, Position, ResidualS
 from megaresnorm.model.transformer import has_embedding_norm
 from megaresnorm.recipe import ModelRecipe
 
+PLAIN = Multipliers()
+
 
 @dataclass(frozen=True)
 class Part:
@@ -35,7 +37,7 @@ class ParameterSpec:
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     decay: bool
-    multipliers: Multipliers = Multipliers()
+    multipliers: Multipliers = PLAIN
 
     @property
     def num_elements(self) -> int:
@@ -59,8 +61,10 @@ def _parameters(recipe: ModelRecipe) -> Iterator[ParameterSpec]:
     outer = wiring.outer_optim(recipe.dim, options)
 
     def table(name: str, role: str, rows: int, std: float) -> ParameterSpec:
-        multipliers = outer.get(role, outer.get("*", Multipliers()))
-        return ParameterSpec(name, (rows, recipe.dim), (Part(role, rows, std=std),), decay=True, multipliers=multipliers)
+        multipliers = outer.get(role, outer.get("*", PLAIN))
+        return ParameterSpec(
+            name, (rows, recipe.dim), (Part(role, rows, std=std),), decay=True, multipliers=multipliers
+        )
 
     embedding_std = default_embedding_std(recipe)
     yield table("embedding.weight", "embedding", recipe.padded_vocab_size, embedding_std)
@@ -73,14 +77,16 @@ def _parameters(recipe: ModelRecipe) -> Iterator[ParameterSpec]:
     if wiring.final_norm:
         yield from _norm(recipe, "final_norm", recipe.dim)
     if not recipe.tied_embeddings:
-        yield table("head.weight", "head", recipe.padded_vocab_size, init.head_std or wiring.head_std(recipe.dim, options))
+        yield table(
+            "head.weight", "head", recipe.padded_vocab_size, init.head_std or wiring.head_std(recipe.dim, options)
+        )
 
 
 def _block(recipe: ModelRecipe, block: int) -> Iterator[ParameterSpec]:
     q_dim, kv_dim = recipe.num_heads * recipe.head_width, recipe.kv_heads * recipe.head_width
     ffn_dim = recipe.ffn_width
     qkv = (("q", q_dim), ("k", kv_dim), ("v", kv_dim))
-    inner = (("gate_up", (("gate", ffn_dim), ("up", ffn_dim))) if recipe.ffn == "swiglu" else ("up", (("up", ffn_dim),)))
+    inner = ("gate_up", (("gate", ffn_dim), ("up", ffn_dim))) if recipe.ffn == "swiglu" else ("up", (("up", ffn_dim),))
     branches: dict = {
         "attention": (("qkv", qkv, recipe.dim), ("out", (("out", recipe.dim),), q_dim)),
         "ffn": ((*inner, recipe.dim), ("down", (("down", recipe.dim),), ffn_dim)),
@@ -124,7 +130,7 @@ def matrix_std(recipe: ModelRecipe, role: str, fan_out: int, fan_in: int, spec: 
 
 
 def _norm(recipe: ModelRecipe, name: str, dim: int, spec: ResidualSpec | None = None) -> Iterator[ParameterSpec]:
-    multipliers = Multipliers() if spec is None else _multipliers(spec, "norm")
+    multipliers = PLAIN if spec is None else _multipliers(spec, "norm")
     yield ParameterSpec(f"{name}.weight", (dim,), (Part("norm", dim, mean=1.0),), decay=False, multipliers=multipliers)
     if recipe.norm == "layernorm" and recipe.norm_bias:
         yield ParameterSpec(f"{name}.bias", (dim,), (Part("norm", dim),), decay=False, multipliers=multipliers)
@@ -146,7 +152,7 @@ def _token_gate(spec: ResidualSpec, name: str, dim: int) -> Iterator[ParameterSp
 
 
 def _multipliers(spec: ResidualSpec, role: str) -> Multipliers:
-    return spec.optim.get(role, spec.optim.get("*", Multipliers()))
+    return spec.optim.get(role, spec.optim.get("*", PLAIN))
 
 
 def default_embedding_std(recipe: ModelRecipe) -> float:

@@ -58,7 +58,9 @@ class AddNorm:
     residual_dtype: torch.dtype
     compute_dtype: torch.dtype
 
-    def __call__(self, stream: Stream, norm: Norm | None = None, next_norm: NormWeights | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, stream: Stream, norm: Norm | None = None, next_norm: NormWeights | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Close the stream's add: the trunk norm(alpha * x + gate * delta), and next_norm of it."""
         return self.kernel(
             stream.x,
@@ -132,8 +134,10 @@ class Residual(nn.Module):
         return None if self.norm_in is None else self.norm_in.weights(self.spec.norm_in_scale)
 
     def _pending(self, x: Tensor, y: Tensor) -> Stream:
-        gate = self.spec.gate if self.gate is None else self.gate
-        return Stream(x, y, self.spec.alpha, 1.0 if isinstance(gate, TokenGate) else gate)  # run applied the token gate
+        if self.gate is not None:
+            return Stream(x, y, self.spec.alpha, self.gate)
+        # A token gate was already applied by run.
+        return Stream(x, y, self.spec.alpha, self.spec.gate if isinstance(self.spec.gate, float) else 1.0)
 
 
 def gate_size(gate: Learned, dim: int) -> int:

@@ -18,6 +18,9 @@ from megaresnorm.config import suggest
 from megaresnorm.errors import ConfigError
 from megaresnorm.recipe import TopologyOptions as Options
 
+Sublayer = Literal["attention", "ffn"]
+SUBLAYERS: tuple[Sublayer, ...] = ("attention", "ffn")
+
 
 @dataclass(frozen=True)
 class Position:
@@ -25,7 +28,7 @@ class Position:
 
     block: int
     num_blocks: int
-    sublayer: Literal["attention", "ffn"]
+    sublayer: Sublayer
     dim: int
 
     @property
@@ -230,5 +233,7 @@ TOPOLOGIES: dict[str, Topology] = {
 def topology(name: str) -> Topology:
     """Look a topology up. Raises: ConfigError naming the known ones."""
     if name not in TOPOLOGIES:
-        raise ConfigError(f"model.topology={name!r}: wanted one of {', '.join(TOPOLOGIES)}{suggest(name, list(TOPOLOGIES))}")
+        raise ConfigError(
+            f"model.topology={name!r}: wanted one of {', '.join(TOPOLOGIES)}{suggest(name, list(TOPOLOGIES))}"
+        )
     return TOPOLOGIES[name]

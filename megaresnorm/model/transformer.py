@@ -89,7 +89,9 @@ class Transformer(nn.Module):
         if self.recipe.positions != "rope":
             return Rows(batch, seq)
         wide = torch.promote_types(self.add_norm.compute_dtype, torch.float32)
-        return Rows(batch, seq, *_rotary_tables(seq, self.recipe.head_width, self.recipe.rope_theta, wide, tokens_BS.device))
+        return Rows(
+            batch, seq, *_rotary_tables(seq, self.recipe.head_width, self.recipe.rope_theta, wide, tokens_BS.device)
+        )
 
 
 # Computed once per shape and shared by every block and step; plain tensors, so nothing can be left uninitialised on meta.

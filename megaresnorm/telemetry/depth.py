@@ -101,7 +101,9 @@ def probe(topology: str, num_blocks: int, seed: int, setting: ProbeSetting) -> P
     )
 
 
-def probe_all(topologies: Sequence[str], depths: Sequence[int], seeds: Sequence[int], setting: ProbeSetting) -> Iterator[ProbeResult]:
+def probe_all(
+    topologies: Sequence[str], depths: Sequence[int], seeds: Sequence[int], setting: ProbeSetting
+) -> Iterator[ProbeResult]:
     """Every combination, depths innermost."""
     for topology in topologies:
         for seed in seeds:
@@ -115,7 +117,9 @@ def summary_rows(results: Sequence[ProbeResult]) -> list[dict[str, float | str |
     for topology, num_blocks in dict.fromkeys((r.topology, r.num_blocks) for r in results):
         same = [asdict(r) for r in results if (r.topology, r.num_blocks) == (topology, num_blocks)]
         measures = ("stream_rms", "gradient_ratio", "sgd_update", "adam_update")
-        rows.append({"topology": topology, "num_blocks": num_blocks, **{m: median(s[m] for s in same) for m in measures}})
+        rows.append(
+            {"topology": topology, "num_blocks": num_blocks, **{m: median(s[m] for s in same) for m in measures}}
+        )
     return rows
 
 

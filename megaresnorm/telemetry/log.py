@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -47,11 +46,3 @@ def step_line(step: int, steps: int, metrics: dict[str, float]) -> str:
         f"| lr {metrics['lr']:.3e} | {metrics['tokens_per_second']:9,.0f} tok/s"
     )
     return line + (f" | valid {metrics['valid_loss']:.4f}" if "valid_loss" in metrics else "")
-
-
-def duration(seconds: float) -> str:
-    """
-    >>> duration(3725.4)
-    '1:02:05'
-    """
-    return str(timedelta(seconds=int(seconds)))

@@ -1,0 +1,56 @@
+"""Fixtures and small recipes shared by the tests."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megaresnorm.config import build_recipe
+from megaresnorm.data.prepare import PrepareJob, prepare
+from megaresnorm.recipe import Recipe
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Times and sums that do not depend on the machine's cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def byte_data(tmp_path_factory) -> Path:
+    """A prepared data set of bytes: 40 documents of Python source, enough for a few hundred short sequences."""
+    import json as source
+
+    folder = tmp_path_factory.mktemp("data")
+    text = Path(source.__file__).read_text()
+    (folder / "text.jsonl").write_text(
+        "".join(source.dumps({"text": text[i * 300 : i * 300 + 300 + 7 * i]}) + "\n" for i in range(40))
+    )
+    prepare(PrepareJob(out=folder / "bytes", paths=(str(folder / "text.jsonl"),)))
+    return folder / "bytes"
+
+
+@pytest.fixture
+def tiny(byte_data, tmp_path):
+    """A function from overrides to the recipe of a run that takes a second."""
+
+    def make(**sections) -> Recipe:
+        values: dict = {
+            "model": {"dim": 16, "num_blocks": 3, "num_heads": 2, "seq_len": 16, "ffn_dim": 24},
+            "data": {"path": str(byte_data), "valid_fraction": 0.1},
+            "train": {
+                "output": str(tmp_path / "run"),
+                "steps": 6,
+                "global_batch": 4,
+                "tensorboard": False,
+                "sample_tokens": 0,
+            },
+        }
+        for section, settings in sections.items():
+            values.setdefault(section, {}).update(settings)
+        return build_recipe(values)
+
+    return make

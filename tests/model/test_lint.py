@@ -1,0 +1,85 @@
+"""Every rule of the linter: a recipe that trips it and one that is just inside."""
+
+import pytest
+
+from megaresnorm.errors import ConfigError
+from megaresnorm.model.lint import check, estimates, lint, swallowed_from, update_bound
+from megaresnorm.model.topology import TOPOLOGIES
+from megaresnorm.recipe import ModelRecipe, PrecisionRecipe
+
+BF16 = {"compute": "bf16", "residual_dtype": "bf16"}
+
+
+def model(**settings) -> ModelRecipe:
+    return ModelRecipe.model_validate(
+        {"dim": 64, "num_blocks": 24, "num_heads": 4, "seq_len": 8, "vocab_size": 64, **settings}
+    )
+
+
+def rules(precision=None, **settings):
+    return {(f.rule, f.refused) for f in lint(model(**settings), PrecisionRecipe(**(precision or {})))}
+
+
+TIED = {"tied_embeddings": True}
+CASES = [
+    # rule, refused, settings that trip it, settings just inside, precision
+    ("reordered-qk-norm", True, {"topology": "reordered"}, {"topology": "reordered", "qk_norm": "head"}, {}),
+    ("scaled-twice", True, {"topology": "lns", "init": {"scale_residual": True}},
+     {"topology": "pre", "init": {"scale_residual": True}}, {}),
+    ("scaled-twice", True, {"topology": "pre_scaled", "init": {"scale_residual": True}}, {"topology": "pre_scaled"}, {}),
+    ("unused-option", True, {"topology": "pre", "topology_options": {"mix_ratio": 0.5}},
+     {"topology": "mix_ln", "topology_options": {"mix_ratio": 0.0}}, {}),
+    ("completep-init", True,
+     {"topology": "completep", "topology_options": {"base_dim": 32}, "init": {"distribution": "normal"}},
+     {"topology": "completep", "topology_options": {"base_dim": 64}, "init": {"distribution": "normal"}}, {}),
+    ("tied-self-match", True, {**TIED, "topology": "deepnorm", "init": {"embedding_std": 1.0}},
+     {**TIED, "topology": "deepnorm", "init": {"embedding_std": 0.125}}, {}),
+    ("tied-self-match", True, {**TIED, "topology": "keel", "init": {"embedding_std": 1.0}},
+     {**TIED, "topology": "keel", "init": {"embedding_std": 0.125}}, {}),
+    ("update-bound", False, {"topology": "deepnorm_glm", "num_blocks": 3}, {"topology": "deepnorm_glm", "num_blocks": 2}, {}),
+    ("update-bound", False, {"topology": "post", "num_blocks": 1}, {"topology": "deepnorm", "num_blocks": 1}, {}),
+    ("bf16-swallows", False, {"topology": "deepnorm", "num_blocks": 323}, {"topology": "deepnorm", "num_blocks": 322}, BF16),
+    ("bf16-swallows", False, {"topology": "keel", "num_blocks": 129}, {"topology": "keel", "num_blocks": 128}, BF16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "refused", "outside", "inside", "precision"), CASES)
+def test_rule_trips_and_just_inside_it_does_not(rule, refused, outside, inside, precision):
+    assert (rule, refused) in rules(precision, **outside)
+    assert not rules(precision, **inside)
+
+
+def test_bf16_warning_is_about_the_stream_not_the_products():
+    assert not rules({"compute": "bf16", "residual_dtype": "fp32"}, topology="deepnorm", num_blocks=400)
+
+
+def test_tied_default_deviation_is_accepted_for_every_topology():
+    for name in TOPOLOGIES:
+        findings = lint(model(topology=name, qk_norm="head", tied_embeddings=True), PrecisionRecipe())
+        assert not [f for f in findings if f.refused], name
+
+
+@pytest.mark.parametrize("num_blocks", [1, 6, 32, 100, 500])
+def test_update_bound_is_the_law_of_the_paper(num_blocks):
+    n = num_blocks
+    assert update_bound(model(topology="deepnorm", num_blocks=n)) == pytest.approx(1.0)
+    assert update_bound(model(topology="post", num_blocks=n)) == pytest.approx(4 * n)
+    assert update_bound(model(topology="deepnorm_glm", num_blocks=n)) == pytest.approx(1 / n)
+    assert update_bound(model(topology="pre", num_blocks=n)) is None
+
+
+def test_branch_to_trunk_estimates():
+    """0.297 N^-3/4 for DeepNorm, 1/2N for KEEL, and a variance that grows by 1 a sub-layer for Peri."""
+    assert estimates(model(topology="deepnorm", num_blocks=100))[-1].branch_to_trunk == pytest.approx(
+        0.2973 * 100**-0.75, rel=1e-3
+    )
+    assert estimates(model(topology="keel", num_blocks=100))[-1].branch_to_trunk == pytest.approx(1 / 200)
+    assert estimates(model(topology="peri", num_blocks=8))[-1].branch_to_trunk == pytest.approx(1 / 16**0.5)
+    assert swallowed_from(model(topology="rezero")) is None  # its gate learns how much to add
+
+
+def test_refusals_stop_a_recipe_with_one_line(tiny):
+    with pytest.raises(ConfigError, match=r"set model\.qk_norm=head or full"):
+        check(tiny(model={"topology": "reordered"}))
+    warnings = check(tiny(model={"topology": "post"}))
+    assert [w.rule for w in warnings] == ["update-bound"] and "B = 2N" in warnings[0].message

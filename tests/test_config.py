@@ -1,0 +1,186 @@
+"""Recipes: YAML that means what it says, and one line for everything that is wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megaresnorm.cli import main, recipe_schema
+from megaresnorm.config import build_recipe, dump_recipe, load_recipe, read_yaml, recipe_keys
+from megaresnorm.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+GOOD = """
+model: {dim: 64, num_blocks: 4, num_heads: 4, seq_len: 32}
+data: {path: data}
+train: {output: out, steps: 10, global_batch: 8}
+"""
+
+# (overrides or a whole file, what the line must contain). A suggestion stands in a typo's line.
+BAD = [
+    # typos of keys, in their own section
+    (["model.num_blokcs=4"], ["model.num_blokcs", "did you mean model.num_blocks?"]),
+    (["model.dimm=4"], ["did you mean model.dim?"]),
+    (["model.n_heads=4"], ["did you mean model.num_heads?"]),
+    (["model.num_head=4"], ["did you mean model.num_heads?"]),
+    (["model.topolgy=keel"], ["did you mean model.topology?"]),
+    (["model.drop_out=0.1"], ["did you mean model.dropout?"]),
+    (["model.tie_embeddings=true"], ["did you mean model.tied_embeddings?"]),
+    (["model.seqlen=32"], ["did you mean model.seq_len?"]),
+    (["model.vocabsize=32"], ["did you mean model.vocab_size?"]),
+    (["model.qknorm=head"], ["did you mean model.qk_norm?"]),
+    (["model.init.distributoin=xavier"], ["did you mean model.init.distribution?"]),
+    (["model.topology_options.base_dims=4"], ["did you mean model.topology_options.base_dim?"]),
+    (["train.step=4"], ["did you mean train.steps?"]),
+    (["train.globalbatch=4"], ["did you mean train.global_batch?"]),
+    (["train.microbatch=4"], ["did you mean train.micro_batch?"]),
+    (["train.outputs=x"], ["did you mean train.output?"]),
+    (["train.batch_ramp.begin=4", "train.batch_ramp.steps=4"], ["train.batch_ramp.begin", "start, steps"]),
+    (["optim.learning_rate=4"], ["optim.learning_rate", "did you mean optim.lr?"]),
+    (["model.num_layers=4"], ["did you mean model.num_blocks?"]),
+    (["model.hidden_size=4"], ["did you mean model.dim?"]),
+    (["optim.weightdecay=0.1"], ["did you mean optim.weight_decay?"]),
+    (["optim.beta_1=0.9"], ["did you mean optim.beta1?"]),
+    (["schedule.warmup=4"], ["did you mean schedule.warmup_steps?"]),
+    (["precision.residual_type=bf16"], ["did you mean precision.residual_dtype?"]),
+    (["data.paths=x"], ["did you mean data.path?"]),
+    (["kernels.addnorm=auto"], ["did you mean kernels.add_norm?"]),
+    # typos of sections, and keys in the wrong section
+    (["modle.dim=4"], ["modle", "did you mean model?"]),
+    (["optimizer.lr=1.0"], ["optimizer", "did you mean optim?"]),
+    (["train.lr=0.1"], ["did you mean optim.lr?"]),
+    (["model.weight_decay=0.1"], ["did you mean optim.weight_decay?"]),
+    (["train.warmup_steps=1"], ["did you mean schedule.warmup_steps?"]),
+    # typos of values
+    (["model.norm=layer_norm"], ["model.norm='layer_norm'", "layernorm, rmsnorm", "did you mean layernorm?"]),
+    (["model.positions=ropee"], ["did you mean rope?"]),
+    (["model.ffn=swglu"], ["did you mean swiglu?"]),
+    (["schedule.kind=cosin"], ["did you mean cosine?"]),
+    (["precision.compute=bfloat16"], ["fp32, bf16, fp64", "did you mean bf16?"]),
+    (["optim.clip=adaGC"], ["did you mean adagc?"]),
+    (["train.device=gpu"], ["auto, cpu, cuda"]),
+    # types and ranges
+    (["model.dim=0"], ["model.dim=0", "greater than or equal to 1"]),
+    (["model.dim='64'"], ["model.dim='64'", "integer", "got a str"]),
+    (["model.dim=64.5"], ["model.dim=64.5", "integer"]),
+    (["model.dropout=1.0"], ["model.dropout=1.0", "less than 1"]),
+    (["model.dropout=-0.1"], ["greater than or equal to 0"]),
+    (["model.bias=1"], ["model.bias=1", "boolean"]),
+    (["model.bias=no"], ["model.bias='no'", "boolean"]),
+    (["optim.lr=.nan"], ["optim.lr=nan", "finite"]),
+    (["optim.lr=.inf"], ["optim.lr=inf", "finite"]),
+    (["optim.lr=0.0"], ["greater than 0"]),
+    (["optim.eps=1e-8x"], ["optim.eps='1e-8x'", "number"]),
+    (["train.keep_checkpoints=1"], ["train.keep_checkpoints=1", "greater than or equal to 2"]),
+    (["model=7"], ["model=7", "section"]),
+    (["model.init=xavier"], ["model.init='xavier'", "section"]),
+    (["train.output="], ["train.output=None", "string"]),
+    # relations between settings
+    (["model.num_heads=5"], ["model.num_heads=5 must divide model.dim=64", "[1, 2, 4, 8, 16, 32, 64]"]),
+    (["model.num_kv_heads=3"], ["model.num_kv_heads=3 must divide model.num_heads=4", "[1, 2, 4]"]),
+    (["model.head_dim=7"], ["model.head_dim=7 must be even"]),
+    (["train.micro_batch=3"], ["train.micro_batch=3 must divide train.global_batch=8", "[1, 2, 4, 8]"]),
+    (["schedule.warmup_steps=11"], ["schedule.warmup_steps=11", "train.steps=10"]),
+    (["data.valid_fraction=0.6", "data.test_fraction=0.5"], ["must leave something to train on"]),
+    (["precision.compute=fp64", "precision.residual_dtype=bf16"], ["fp64 is for both or neither"]),
+    (["train.batch_ramp.start=16", "train.batch_ramp.steps=2"], ["train.batch_ramp.start=16", "at most train.global_batch=8"]),
+    # settings without effect
+    (["model.positions=learned", "model.rope_theta=500.0"], ["model.rope_theta=500.0 has no effect"]),
+    (["model.init.std=0.1"], ["model.init.std=0.1 has no effect with model.init.distribution=xavier"]),
+    (["optim.adagc_ratio=1.5"], ["optim.adagc_ratio=1.5 has no effect with optim.clip=global"]),
+    (["schedule.decay_steps=2"], ["schedule.decay_steps=2 has no effect with schedule.kind=cosine"]),
+    (["schedule.kind=constant", "schedule.min_ratio=0.5"], ["schedule.min_ratio=0.5 has no effect"]),
+    # overrides that are not overrides
+    (["model.dim"], ["'model.dim'", "section.key=value"]),
+    (["=3"], ["section.key=value"]),
+    (["model.dim.x=3"], ["model.dim is a value, not a section"]),
+    (["model.dim=[1"], ["not valid YAML"]),
+    # whole files
+    ("", ["the file is empty"]),
+    ("- a\n- b\n", ["got a list at the top level"]),
+    ("model: {dim: 1\n", ["not valid YAML"]),
+    ("model:\n  dim: 1\n  dim: 2\n", ["line 3", "'dim' is given twice"]),
+    ("model: !!python/object/apply:os.system ['true']\n", ["not valid YAML"]),
+    ("a: &a [*a]\n", ["no such setting"]),
+    ("model: {dim: 64, num_blocks: 4, num_heads: 4, seq_len: 32}\ndata: {path: d}\n", ["train is missing"]),
+    ("model: {num_blocks: 4, num_heads: 4, seq_len: 32}\ndata: {path: d}\ntrain: {}\n", ["model.dim is missing", "model.dim="]),
+    ("\tmodel: 1\n", ["line 1", "not valid YAML"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "parts"), BAD, ids=lambda v: str(v)[:60])
+def test_bad_recipe_costs_one_line_and_exit_2(what, parts, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(GOOD if isinstance(what, list) else what)
+    overrides = what if isinstance(what, list) else []
+    assert main(["train", str(path), *overrides]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith(f"megaresnorm: error: {path}: ")
+    for part in parts:
+        assert part in error
+
+
+def test_there_are_at_least_sixty_bad_recipes():
+    assert len(BAD) >= 60
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", None])
+def test_unreadable_recipe_is_named(content, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    assert main(["train", str(path)]) == 2
+    assert str(path) in capsys.readouterr().err
+
+
+def test_unknown_topology_and_kernel_are_suggested(tiny):
+    from megaresnorm.model.lint import check
+    from megaresnorm.trainer import Run
+
+    with pytest.raises(ConfigError, match=r"did you mean deepnorm\?"):
+        check(tiny(model={"topology": "deepnom"}))
+    with pytest.raises(ConfigError, match="wanted one of auto, reference"):
+        Run(tiny(kernels={"add_norm": "referense"}))
+
+
+def test_yaml_scalars_mean_what_they_look_like():
+    text = "[3e-4, 1e5, 1., .5, no, on, yes, 010, 1_000, 0x1f, 12:30:00, 2024-01-01, ~, null, true, -3, +2.5e-1, '3']"
+    assert read_yaml(text) == [
+        3e-4, 1e5, 1.0, 0.5, "no", "on", "yes", 10, "1_000", "0x1f", "12:30:00", "2024-01-01", None, None, True, -3, 0.25, "3",
+    ]  # fmt: skip
+
+
+def test_overrides_use_the_same_rules_and_reach_every_key(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(GOOD)
+    recipe = load_recipe(
+        path,
+        [
+            "optim.lr=3e-4",
+            "model.init.embedding_std=0.02",
+            "train.batch_ramp={start: 2, steps: 5}",
+            "train.micro_batch=2",
+        ],
+    )
+    assert recipe.optim.lr == 3e-4 and recipe.model.init.embedding_std == 0.02 and recipe.train.batch_ramp.start == 2
+
+
+def test_a_dumped_recipe_reads_back_equal(tiny):
+    recipe = tiny(optim={"lr": 1e-5, "eps": 1e-12}, train={"sample_prompt": "no: 010\n"})
+    assert build_recipe(read_yaml(dump_recipe(recipe))) == recipe
+
+
+def test_recipes_are_frozen(tiny):
+    with pytest.raises(ValueError, match="frozen"):
+        tiny().model.dim = 3
+
+
+def test_schema_for_editors_is_current_and_documents_every_key():
+    assert json.loads((ROOT / "configs" / "recipe.schema.json").read_text()) == recipe_schema(), (
+        "run: megaresnorm schema > configs/recipe.schema.json"
+    )
+    definitions = recipe_schema()["$defs"]
+    for section in definitions.values():
+        for name, field in section["properties"].items():
+            assert field.get("description"), f"{section['title']}.{name} has no description"
+    assert len(set(recipe_keys())) > 50
