@@ -48,7 +48,9 @@ class InitRecipe(Section):
     std: Positive = 0.02
     """Standard deviation of every matrix under ``distribution: normal``."""
     embedding_std: Positive | None = None
-    """Token and learned-position embeddings; unset: 1, or min(0.02, dim^-0.5) when tied."""
+    """Token embedding; unset: 1, or min(0.02, dim^-0.5) when tied."""
+    position_std: Positive | None = None
+    """Learned positions; unset: half of the token embedding's, GPT-2's ratio."""
     head_std: Positive | None = None
     """Output matrix when it is not tied; unset: dim^-0.5 (completep: base_dim^-0.5)."""
     scale_residual: bool = False
@@ -125,7 +127,9 @@ class ModelRecipe(Section):
             )
         if self.positions == "rope" and self.head_width % 2:
             raise ValueError(f"model.head_dim={self.head_width} must be even for model.positions=rope")
-        if self.positions != "rope":
+        if self.positions == "rope":
+            refuse_ignored(self.init, "model.init", "model.positions=rope", "position_std")
+        else:
             refuse_ignored(self, "model", f"model.positions={self.positions}", "rope_theta")
         if self.norm == "rmsnorm":
             refuse_ignored(self, "model", "model.norm=rmsnorm", "norm_bias")

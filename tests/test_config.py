@@ -86,6 +86,7 @@ BAD = [
     (["train.batch_ramp.start=16", "train.batch_ramp.steps=2"], ["train.batch_ramp.start=16", "at most train.global_batch=8"]),
     # settings without effect
     (["model.positions=learned", "model.rope_theta=500.0"], ["model.rope_theta=500.0 has no effect"]),
+    (["model.init.position_std=0.1"], ["model.init.position_std=0.1 has no effect with model.positions=rope"]),
     (["model.init.std=0.1"], ["model.init.std=0.1 has no effect with model.init.distribution=xavier"]),
     (["optim.adagc_ratio=1.5"], ["optim.adagc_ratio=1.5 has no effect with optim.clip=global"]),
     (["schedule.decay_steps=2"], ["schedule.decay_steps=2 has no effect with schedule.kind=cosine"]),

@@ -10,7 +10,17 @@ from megaresnorm.errors import DataError
 
 BUILT_IN = ("stdlib",)
 SUFFIXES = (".txt", ".jsonl")
-_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+# Installed packages, tests, and sources that are generated tables: code pages (encodings) and help topics (pydoc_data).
+_SKIPPED_FOLDERS = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "__pycache__",
+    "encodings",
+    "pydoc_data",
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,7 @@ def _text_of(line: bytes, text_key: str, where: str) -> str:
 
 
 def _stdlib_files() -> list[SourceFile]:
-    """The running Python's own library sources, without installed packages and tests; those that are not UTF-8 are left out."""
+    """The running Python's own library sources that people wrote, without tests; those that are not UTF-8 are left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
     for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):

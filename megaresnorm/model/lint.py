@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import sqrt
 
 from megaresnorm.errors import ConfigError
-from megaresnorm.model.parameters import default_embedding_std, matrix_std
+from megaresnorm.model.parameters import default_embedding_std, default_position_std, matrix_std
 from megaresnorm.model.topology import SUBLAYERS, Position, ResidualSpec, Sublayer, topology
 from megaresnorm.model.transformer import has_embedding_norm
 from megaresnorm.recipe import ModelRecipe, PrecisionRecipe, Recipe
@@ -56,11 +56,7 @@ def lint(model: ModelRecipe, precision: PrecisionRecipe) -> list[Finding]:
 
 def estimates(model: ModelRecipe) -> list[SublayerEstimate]:
     """Every sub-layer at initialisation, from the input up."""
-    trunk = (
-        1.0
-        if has_embedding_norm(model)
-        else default_embedding_std(model) * (sqrt(2) if model.positions == "learned" else 1.0)
-    )
+    trunk = 1.0 if has_embedding_norm(model) else _embedding_rms(model)
     out = []
     for block in range(model.num_blocks):
         for sublayer in SUBLAYERS:
@@ -189,6 +185,11 @@ def _swallowed_updates(model: ModelRecipe, precision: PrecisionRecipe) -> Iterat
             f"precision.residual_dtype=bf16 loses branches of model.topology={model.topology} to rounding from {depth} blocks on "
             f"(model.num_blocks={model.num_blocks}); use residual_dtype=fp32",
         )
+
+
+def _embedding_rms(model: ModelRecipe) -> float:
+    positions = default_position_std(model) if model.positions == "learned" else 0.0
+    return sqrt(default_embedding_std(model) ** 2 + positions**2)
 
 
 def _gains(model: ModelRecipe, sublayer: Sublayer, spec: ResidualSpec) -> tuple[float, float]:

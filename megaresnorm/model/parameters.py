@@ -69,7 +69,7 @@ def _parameters(recipe: ModelRecipe) -> Iterator[ParameterSpec]:
     embedding_std = default_embedding_std(recipe)
     yield table("embedding.weight", "embedding", recipe.padded_vocab_size, embedding_std)
     if recipe.positions == "learned":
-        yield table("positions.weight", "position", recipe.seq_len, embedding_std)
+        yield table("positions.weight", "position", recipe.seq_len, default_position_std(recipe))
     if has_embedding_norm(recipe):
         yield from _norm(recipe, "embedding_norm", recipe.dim)
     for block in range(recipe.num_blocks):
@@ -160,3 +160,12 @@ def default_embedding_std(recipe: ModelRecipe) -> float:
     if recipe.init.embedding_std is not None:
         return recipe.init.embedding_std
     return min(0.02, recipe.dim**-0.5) if recipe.tied_embeddings else 1.0
+
+
+def default_position_std(recipe: ModelRecipe) -> float:
+    """The recipe's, else half of the token embedding's, as in GPT-2 (0.01 and 0.02).
+
+    Near-identity topologies pass the sum on almost unchanged, so positions as large as the tokens drown them: at 100
+    sub-layers KEEL and DeepNorm learn measurably slower.
+    """
+    return recipe.init.position_std or 0.5 * default_embedding_std(recipe)

@@ -1,0 +1,189 @@
+"""Checkpoints: whole or not there, verified before use, unable to run code or to leave their folder."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megaresnorm.checkpoint.format import list_checkpoints, manifest_digest
+from megaresnorm.checkpoint.reader import Checkpoint
+from megaresnorm.checkpoint.writer import save_checkpoint
+from megaresnorm.errors import CheckpointError
+
+
+def tensors(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "weights": {"a.weight": torch.randn(6, 4, generator=g), "b": torch.randn(3, generator=g).bfloat16()},
+        "optimizer": {"exp_avg.a.weight": torch.randn(6, 4, generator=g, dtype=torch.float64)},
+    }
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return save_checkpoint(tmp_path, 7, tensors(), {"samples": 70, "nested": {"x": [1, 2.5]}}, keep=2)
+
+
+def load(path, group="weights"):
+    destination = {n: torch.zeros_like(t) for n, t in tensors()[group].items()}
+    Checkpoint(path).load_into(group, destination)
+    return destination
+
+
+def rewrite_manifest(path, change):
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    manifest["digest"] = manifest_digest(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_what_was_saved_is_loaded_bit_for_bit(saved):
+    for group, members in tensors().items():
+        loaded = load(saved, group)
+        assert all(torch.equal(loaded[n], t) for n, t in members.items())
+    assert Checkpoint(saved).step == 7 and Checkpoint(saved).state == {"samples": 70, "nested": {"x": [1, 2.5]}}
+    assert os.listdir(saved.parent) == ["step-00000007"]  # nothing temporary stays
+
+
+def test_files_are_plain_safetensors_with_their_slices_in_the_header(saved):
+    from safetensors import safe_open
+
+    with safe_open(saved / "weights-00001.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["slices"]) == {"a.weight": [[0, 6], [0, 4]], "b": [[0, 3]]}
+        assert torch.equal(file.get_tensor("a.weight"), tensors()["weights"]["a.weight"])
+    assert json.loads((saved / "manifest.json").read_text())["tensors"]["weights"]["b"] == {
+        "shape": [3],
+        "dtype": "bfloat16",
+    }
+
+
+def test_large_groups_are_cut_into_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("megaresnorm.checkpoint.writer.FILE_BYTES", 50)
+    path = save_checkpoint(tmp_path, 1, tensors(), {}, keep=2)
+    assert sorted(p.name for p in path.glob("weights-*")) == ["weights-00001.safetensors", "weights-00002.safetensors"]
+    assert torch.equal(load(path)["b"], tensors()["weights"]["b"])
+
+
+def test_slices_of_several_files_make_one_tensor(saved):
+    """What several ranks will write: each file holds some rows. A gap is an error, not zeros."""
+    whole = tensors()["weights"]["a.weight"]
+    b = tensors()["weights"]["b"]
+
+    def write(second):
+        from megaresnorm.checkpoint.format import file_sha256
+
+        parts = {
+            "weights-00001.safetensors": (
+                {"a.weight": whole[:4], "b": b},
+                {"a.weight": [[0, 4], [0, 4]], "b": [[0, 3]]},
+            )
+        }
+        if second:
+            parts["weights-00002.safetensors"] = ({"a.weight": whole[4:]}, {"a.weight": [[4, 6], [0, 4]]})
+        files = {}
+        for name, (content, slices) in parts.items():
+            save_file({n: t.contiguous() for n, t in content.items()}, saved / name, {"slices": json.dumps(slices)})
+            files[name] = {"size": (saved / name).stat().st_size, "sha256": file_sha256(saved / name)}
+        rewrite_manifest(saved, lambda m: m.update(files=files))
+
+    write(second=True)
+    assert torch.equal(load(saved)["a.weight"], whole)
+    write(second=False)
+    with pytest.raises(CheckpointError, match=r"a\.weight is not complete"):
+        load(saved)
+
+
+def test_keeps_the_newest_and_writes_over_nothing(tmp_path):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, tensors(step), {}, keep=2)
+    assert [s for s, _ in list_checkpoints(tmp_path)] == [2, 3]
+    with pytest.raises(CheckpointError, match="never written over"):
+        save_checkpoint(tmp_path, 3, tensors(9), {}, keep=2)
+    assert torch.equal(load(tmp_path / "step-00000003")["b"], tensors(3)["weights"]["b"])
+
+
+def test_a_failed_save_leaves_the_old_checkpoint_and_nothing_else(saved, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megaresnorm.checkpoint.writer.save_file", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save_checkpoint(saved.parent, 8, tensors(), {}, keep=2)
+    assert os.listdir(saved.parent) == ["step-00000007"] and load(saved)
+
+
+def test_unfinished_folders_are_not_checkpoints(saved):
+    shutil.copytree(saved, saved.parent / ".tmp-step-00000009-123")
+    (saved.parent / "step-00000010").mkdir()
+    assert [s for s, _ in list_checkpoints(saved.parent)] == [7]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "weights-00001.safetensors", "optimizer-00001.safetensors"])
+def test_every_flipped_bit_and_every_cut_is_noticed_and_its_file_named(saved, name):
+    raw = (saved / name).read_bytes()
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(60):
+        at, bit = (int(torch.randint(n, (), generator=generator)) for n in (len(raw), 8))
+        damaged = bytearray(raw)
+        damaged[at] ^= 1 << bit
+        (saved / name).write_bytes(damaged)
+        try:
+            same = json.loads(damaged) == json.loads(raw) if name == "manifest.json" else False
+        except ValueError:
+            same = False
+        if not same:  # a flipped blank between two values of the manifest changes nothing
+            with pytest.raises(CheckpointError, match=name):
+                Checkpoint(saved)
+    for size in (0, 1, len(raw) // 2, len(raw) - 1):
+        (saved / name).write_bytes(raw[:size])
+        with pytest.raises(CheckpointError, match=name):
+            Checkpoint(saved)
+    (saved / name).unlink()
+    with pytest.raises(CheckpointError, match=name):
+        Checkpoint(saved)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside-00001.safetensors", "/etc/passwd", "weights-00001.pt", "a/weights-00001.safetensors"]
+)
+def test_names_cannot_leave_the_folder(saved, name):
+    rewrite_manifest(saved, lambda m: m["files"].update({name: {"size": 1, "sha256": ""}}))
+    with pytest.raises(CheckpointError, match="not the name of a plain file"):
+        Checkpoint(saved)
+
+
+def test_links_are_refused(saved, tmp_path):
+    real = saved / "weights-00001.safetensors"
+    real.rename(tmp_path / "elsewhere")
+    real.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="not the name of a plain file"):
+        Checkpoint(saved)
+
+
+def test_a_pickle_under_a_tensor_name_is_not_run(saved):
+    import pickle
+
+    from megaresnorm.checkpoint.format import file_sha256
+
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(saved / "exploded"),))
+
+    path = saved / "weights-00001.safetensors"
+    path.write_bytes(pickle.dumps(Bomb()))
+    rewrite_manifest(
+        saved, lambda m: m["files"].update({path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)}})
+    )
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        load(saved)
+    assert not (saved / "exploded").exists()
+
+
+def test_another_model_is_refused_with_the_first_difference(saved):
+    with pytest.raises(CheckpointError, match=r"weights differ in 1 tensors, the first is c"):
+        Checkpoint(saved).load_into("weights", {**tensors()["weights"], "c": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=r"b has shape \[3\], the model's is \[4\]"):
+        Checkpoint(saved).load_into("weights", {**tensors()["weights"], "b": torch.zeros(4)})

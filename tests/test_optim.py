@@ -1,0 +1,117 @@
+"""Parameter groups, clipping and schedules."""
+
+from math import cos, inf, pi, sqrt
+
+import pytest
+import torch
+
+from megaresnorm.assemble import build_model
+from megaresnorm.model.parameters import parameter_table
+from megaresnorm.optim import GradientClipper, build_optimizer, gradient_norms, set_learning_rate
+from megaresnorm.recipe import ModelRecipe, OptimRecipe, TopologyOptions
+from megaresnorm.schedule import batch_size, learning_rate, total_variation
+
+
+def groups_by_name(recipe: ModelRecipe, optim: OptimRecipe):
+    model = build_model(recipe).model
+    optimizer = build_optimizer(dict(model.named_parameters()), parameter_table(recipe), optim)
+    set_learning_rate(optimizer, optim.lr)
+    names = {id(p): n for n, p in model.named_parameters()}
+    return {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_matrices_decay_and_nothing_else_does():
+    recipe = ModelRecipe(
+        dim=16, num_blocks=2, num_heads=2, seq_len=8, vocab_size=64, norm="layernorm", bias=True, topology="layerscale"
+    )
+    groups = groups_by_name(recipe, OptimRecipe(weight_decay=0.3))
+    for name, group in groups.items():
+        matrix = name.endswith(
+            ("embedding.weight", "head.weight", "qkv.weight", "out.weight", "gate_up.weight", "down.weight")
+        )
+        assert group["weight_decay"] == (0.3 if matrix else 0.0), name
+
+
+def test_completep_multipliers_reach_the_optimizer():
+    recipe = ModelRecipe(
+        dim=64, num_blocks=8, num_heads=2, seq_len=8, vocab_size=64, topology="completep",
+        topology_options=TopologyOptions(base_dim=16, base_num_blocks=2),
+    )  # fmt: skip
+    groups = groups_by_name(recipe, OptimRecipe(lr=0.01, weight_decay=0.1, eps=1e-6))
+    for name, (lr, decay, eps) in {
+        "blocks.3.ffn.branch.down.weight": (0.0025, 0.4, 1e-6 / 16),
+        "blocks.3.ffn.norm_in.weight": (0.01, 0.0, 1e-6 / 16),
+        "embedding.weight": (0.01, 0.1, 1e-6 / 4),
+        "head.weight": (0.01, 0.1, 1e-6 / 4),
+        "final_norm.weight": (0.01, 0.0, 1e-6),
+    }.items():
+        group = groups[name]
+        assert (group["lr"], group["weight_decay"], group["eps"]) == pytest.approx((lr, decay, eps)), name
+
+
+def clip(clipper, *gradients):
+    tensors = [torch.tensor(g) for g in gradients]
+    clipper.clip(tensors, gradient_norms(tensors))
+    return [t.tolist() for t in tensors]
+
+
+def test_global_clipping():
+    clipper = GradientClipper(OptimRecipe(clip_norm=1.0), 2)
+    assert clip(clipper, [3.0, 0.0], [0.0, 4.0]) == [pytest.approx([0.6, 0.0]), pytest.approx([0.0, 0.8])]
+    assert clip(clipper, [0.3, 0.0], [0.0, 0.4]) == [pytest.approx([0.3, 0.0]), pytest.approx([0.0, 0.4])]
+    assert clip(clipper, [0.0], [0.0]) == [[0.0], [0.0]]
+    assert clip(GradientClipper(OptimRecipe(clip="none"), 1), [30.0, 40.0]) == [[30.0, 40.0]]
+
+
+def test_adagc_follows_its_algorithm_by_hand():
+    """Warm-up: global clipping, gamma the smallest clipped norm. Then each tensor against 1.05 gamma, gamma an average."""
+    clipper = GradientClipper(
+        OptimRecipe(clip="adagc", adagc_warmup=2, clip_norm=5.0, adagc_ratio=1.05, adagc_beta=0.9), 2
+    )
+    assert clip(clipper, [3.0], [4.0]) == [[3.0], [4.0]]
+    assert clip(clipper, [6.0], [8.0]) == [pytest.approx([3.0]), pytest.approx([4.0])]
+    assert clipper.averages.tolist() == pytest.approx([3.0, 4.0])
+    assert clip(clipper, [30.0], [4.1]) == [pytest.approx([3.15]), pytest.approx([4.1])]
+    assert clipper.averages.tolist() == pytest.approx([0.9 * 3 + 0.1 * 3.15, 0.9 * 4 + 0.1 * 4.1])
+
+
+def test_adagc_is_not_pinned_by_gradients_of_zero():
+    """Behind a gate that starts at 0 the first gradients are 0; their norm says nothing of later ones."""
+    clipper = GradientClipper(OptimRecipe(clip="adagc", adagc_warmup=1), 2)
+    clip(clipper, [0.0], [0.5])
+    assert clipper.averages.tolist() == [inf, 0.5]
+    assert clip(clipper, [0.25], [0.5]) == [[0.25], [0.5]]
+    assert clipper.averages.tolist() == pytest.approx([0.25, 0.5])
+
+
+def rates(tiny, steps, lr=1.0, **schedule):
+    recipe = tiny(train={"steps": steps}, optim={"lr": lr}, schedule=schedule)
+    return [learning_rate(s, recipe) for s in range(steps)], recipe
+
+
+def test_schedules(tiny):
+    got, recipe = rates(tiny, 5, kind="constant")
+    assert got == [1.0] * 5 and total_variation(recipe) == 0.0
+    got, recipe = rates(tiny, 6, kind="linear", warmup_steps=2, min_ratio=0.1)
+    assert got == pytest.approx([0.5, 1.0, 1.0, 0.7, 0.4, 0.1]) and total_variation(recipe) == pytest.approx(0.5 + 0.9)
+    got, _ = rates(tiny, 5, kind="cosine", min_ratio=0.2)
+    assert got == pytest.approx([0.2 + 0.8 * (1 + cos(pi * s / 4)) / 2 for s in range(5)])
+    got, _ = rates(tiny, 8, kind="wsd", warmup_steps=2, decay_steps=4, min_ratio=0.0)
+    assert got == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0])
+    got, _ = rates(tiny, 9, kind="inverse_sqrt", warmup_steps=4)
+    assert got == pytest.approx([0.25, 0.5, 0.75, 1.0, sqrt(4 / 5), sqrt(4 / 6), sqrt(4 / 7), sqrt(4 / 8), sqrt(4 / 9)])
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "wsd", "inverse_sqrt"])
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (1, 1), (2, 1), (10, 10), (10, 9), (1000, 30)])
+def test_rates_are_positive_peak_once_and_never_exceed_the_peak(tiny, kind, steps, warmup):
+    got, _ = rates(tiny, steps, lr=0.3, kind=kind, warmup_steps=warmup)
+    assert all(0 < rate <= 0.3 * (1 + 1e-12) for rate in got)
+    assert max(got) == pytest.approx(0.3) or (kind == "wsd" and warmup == 0 and steps == 1)
+
+
+def test_batch_ramp_grows_in_whole_microbatches_to_the_global_batch(tiny):
+    train = tiny(train={"global_batch": 32, "micro_batch": 4, "batch_ramp": {"start": 8, "steps": 6}}).train
+    sizes = [batch_size(s, train) for s in range(8)]
+    assert sizes == [8, 12, 16, 20, 24, 28, 32, 32]
+    assert batch_size(0, tiny().train) == 4

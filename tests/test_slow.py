@@ -1,0 +1,40 @@
+"""Training at 100 sub-layers: minutes on a core. Run with: pytest -m slow"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megaresnorm.config import build_recipe
+from megaresnorm.data.prepare import PrepareJob, prepare
+from megaresnorm.trainer import train
+
+
+@pytest.fixture(scope="module")
+def stdlib(tmp_path_factory):
+    return prepare(PrepareJob(out=tmp_path_factory.mktemp("data") / "stdlib", corpus="stdlib", workers=2)).folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("topology", "trains"), [("deepnorm", True), ("keel", True), ("pre", True), ("post", False)])
+def test_100_sublayers_without_warmup(topology, trains, stdlib, tmp_path):
+    """Width 48, sequence 64, batch 8, lr 1e-3, no warm-up, 150 steps: post-norm stays at the frequencies of single bytes."""
+    recipe = build_recipe(
+        {
+            "model": {
+                "topology": topology, "num_blocks": 50, "dim": 48, "num_heads": 2, "ffn_dim": 96, "seq_len": 64, "ffn": "gelu",
+                "norm": "layernorm", "norm_bias": False, "positions": "learned",
+                "embedding_norm": topology != "pre",
+            },
+            "data": {"path": str(stdlib)},
+            "train": {"output": str(tmp_path / "run"), "steps": 150, "global_batch": 8, "eval_every": 0, "tensorboard": False},
+            "optim": {"lr": 1e-3},
+            "schedule": {"kind": "constant"},
+        }
+    )  # fmt: skip
+    summary = train(recipe)
+    lines = (Path(recipe.train.output) / "metrics.jsonl").read_text().splitlines()
+    last = [json.loads(line)["loss"] for line in lines[-10:]]
+    final = sum(last) / len(last)
+    print(f"{topology}: mean loss of the last 10 steps {final:.3f}, validation {summary.valid_loss:.3f}")
+    assert final < 2.8 if trains else final > 3.0

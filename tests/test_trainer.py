@@ -1,0 +1,261 @@
+"""Runs: resumed exactly, stopped in order, independent of microbatches, and never updated by a bad gradient."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megaresnorm.cli import main
+from megaresnorm.config import dump_recipe
+from megaresnorm.engines.native import Decision
+from megaresnorm.errors import CheckpointError, TrainingError
+from megaresnorm.model.topology import TOPOLOGIES
+from megaresnorm.resilience.signals import StopSignals
+from megaresnorm.trainer import Run, train
+
+
+def losses(recipe):
+    lines = (Path(recipe.train.output) / "metrics.jsonl").read_text().splitlines()
+    return {json.loads(line)["step"]: json.loads(line)["loss"].hex() for line in lines}
+
+
+class StopAfter(StopSignals):
+    """A signal that comes after so many steps."""
+
+    def __init__(self, run: Run, steps: int) -> None:
+        self.run, self.steps = run, steps
+
+    @property
+    def received(self):
+        return signal.SIGINT if self.run.steps_done >= self.steps else None
+
+
+def test_stopping_at_any_of_20_steps_resumes_bit_for_bit(tiny, tmp_path):
+    """With dropout, warm-up, AdaGC, a growing batch, accumulation, several epochs and evaluations: all losses and all weights."""
+    steps = 20
+    settings = {
+        "model": {"dropout": 0.1, "topology": "layerscale", "num_blocks": 2},
+        "optim": {"clip": "adagc", "adagc_warmup": 4},
+        "schedule": {"warmup_steps": 5},
+        "precision": {"compute": "bf16"},
+    }
+    common = {
+        "steps": steps,
+        "global_batch": 96,
+        "micro_batch": 32,
+        "batch_ramp": {"start": 32, "steps": 9},
+        "eval_every": 6,
+    }
+
+    def recipe(name):
+        return tiny(**settings, train={**common, "output": str(tmp_path / name)})
+
+    whole = train(recipe("whole"))
+    finished = Run(recipe("whole"))
+    assert finished.samples_done > finished.samples.per_epoch  # more than one epoch
+    for stop in range(1, steps + 1):
+        interrupted = recipe(f"stop-{stop}")
+        run = Run(interrupted)
+        run.train(StopAfter(run, stop))
+        resumed = train(interrupted)
+        assert resumed.weights_digest == whole.weights_digest, f"stopped after step {stop}"
+        assert losses(interrupted) == losses(recipe("whole")) and len(losses(interrupted)) == steps
+
+
+def test_steps_after_a_checkpoint_that_were_lost_are_done_again(tiny):
+    recipe = tiny(train={"checkpoint_every": 2})
+    run = Run(recipe)
+    for _ in range(5):  # the process dies at step 5 without a word; steps 0 to 3 are in the checkpoint of step 4
+        run._step()
+        if run.steps_done in (2, 4):
+            run.save()
+    (Path(recipe.train.output) / "metrics.jsonl").write_text(
+        '{"step": 3, "loss": 1.0}\n{"step": 4, "loss": 9.0}\n{"step": 5, "lo'
+    )
+    train(recipe)
+    assert sorted(losses(recipe)) == [3, 4, 5] and losses(recipe)[4] != (9.0).hex()
+
+
+def test_a_finished_run_does_nothing_more(tiny):
+    first, second = train(tiny()), train(tiny())
+    assert second.weights_digest == first.weights_digest and second.steps == 6 and second.train_loss == first.train_loss
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"model": {"dim": 32}}, r"model\.dim=16"),
+        ({"data": {"seed": 3}}, r"data\.seed=1234"),
+        ({"train": {"seed": 3}}, r"train\.seed"),
+        ({"model": {"topology": "keel"}}, r"model\.topology"),
+        ({"precision": {"compute": "bf16"}}, r"precision\.compute"),
+    ],
+)
+def test_a_folder_of_another_run_is_refused(tiny, change, part):
+    train(tiny())
+    with pytest.raises(CheckpointError, match=part):
+        Run(tiny(**change))
+
+
+def test_longer_training_may_go_on_from_a_checkpoint_and_says_what_changed(tiny, caplog):
+    train(tiny())
+    assert train(tiny(train={"steps": 9}, optim={"lr": 1e-4})).steps == 9
+    assert "optim.lr was 0.001 up to step 6 and is 0.0001" in caplog.text
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_every_topology_trains_through_the_whole_program(tiny, topology):
+    recipe = tiny(
+        model={"topology": topology, "qk_norm": "head"}, train={"steps": 8, "global_batch": 16}, optim={"lr": 1e-2}
+    )
+    train(recipe)
+    curve = [float.fromhex(v) for v in losses(recipe).values()]
+    assert curve[-1] < curve[0] - 0.3, curve
+
+
+def one_step_gradients(recipe, **loader):
+    run = Run(recipe)
+    grads = {}
+
+    def keep(stats):
+        grads.update({n: p.grad.clone() for n, p in run.engine.model.named_parameters()})
+        return Decision.SKIP
+
+    stats = run.engine.step(run._batches(run.samples, 0, 16), 1e-3, keep)
+    return stats, grads
+
+
+def test_microbatches_do_not_change_loss_gradients_or_dropout(tiny):
+    """FP64, dropout on: 1, 3 and 16 microbatches of one global batch."""
+    settings = {"model": {"dropout": 0.2}, "precision": {"compute": "fp64"}}
+    whole, grads = one_step_gradients(tiny(**settings, train={"global_batch": 16}))
+    for micro in (1, 8):
+        parts, others = one_step_gradients(tiny(**settings, train={"global_batch": 16, "micro_batch": micro}))
+        assert parts.loss == pytest.approx(whole.loss, rel=1e-13)
+        for name, grad in grads.items():
+            torch.testing.assert_close(others[name], grad, rtol=0, atol=1e-13 * grad.abs().max().item() + 1e-16)
+
+
+def test_loss_is_the_mean_over_valid_tokens_of_unequal_microbatches(tiny):
+    """One microbatch with 1 valid label and one with 31: a mean of their means would weigh the one label 31 times."""
+    run = Run(tiny(precision={"compute": "fp64"}))
+    (first,), (second,) = (run._batches(run.samples, position, 4) for position in (0, 4))
+    labels = torch.full_like(first.labels, -1)
+    labels[0, 3] = first.labels[0, 3]
+    batches = [first._replace(labels=labels), second._replace(labels=second.labels.where(torch.arange(16) < 8, -1))]
+    stats = run.engine.step(batches, 1e-3, lambda s: Decision.SKIP)
+    nll = -torch.log_softmax(run.engine.model(torch.cat([b.tokens for b in batches])), -1)
+    flat = torch.cat([b.labels for b in batches]).flatten()
+    picked = nll[flat >= 0].gather(1, flat[flat >= 0, None])
+    assert stats.tokens == 33 and stats.loss == pytest.approx(picked.mean().item(), rel=1e-13)
+
+
+def test_bf16_gradients_are_accumulated_in_fp32(tiny):
+    """64 microbatches: the sum's error against FP64 stays that of one BF16 product, far below BF16 accumulation's."""
+    settings = {"model": {"num_blocks": 1}, "train": {"global_batch": 16, "micro_batch": 1}}
+    _, exact = one_step_gradients(tiny(**settings, precision={"compute": "fp64"}))
+    _, ours = one_step_gradients(tiny(**settings, precision={"compute": "bf16"}))
+    assert all(g.dtype == torch.float32 for g in ours.values())
+    for name, grad in exact.items():
+        assert (ours[name] - grad).norm() < 0.03 * grad.norm(), name
+
+
+def test_bf16_weights_are_refreshed_after_every_update(tiny):
+    recipe = tiny(precision={"compute": "bf16"})
+    run = Run(recipe)
+    run._step()
+    head = run.engine.model.head
+    assert torch.equal(run.assembled.bf16._copies[head], head.weight.detach().bfloat16())
+
+
+def test_a_bad_gradient_changes_nothing_and_goes_on_for_a_while_only(tiny, caplog):
+    run = Run(tiny(train={"max_skipped_steps": 3}))
+    before = run.engine.weights_digest()
+    with torch.no_grad():
+        run.engine.model.embedding.weight[run.samples[0][0]] = float("nan")
+    poisoned = run.engine.weights_digest()
+    run._step()
+    assert run.engine.weights_digest() == poisoned != before and "step 1 refused" in caplog.text
+    assert all(not m["exp_avg"].any() for m in run.engine._optimizer.state.values())
+    with pytest.raises(TrainingError, match="3 steps in a row had a non-finite loss"):
+        for _ in range(3):
+            run.samples_done = 0
+            run._step()
+
+
+def test_evaluation_changes_nothing_and_repeats(tiny):
+    run = Run(tiny(model={"dropout": 0.5}))
+    before = run.engine.weights_digest()
+    assert run.evaluate() == run.evaluate() and run.engine.weights_digest() == before
+
+
+def test_metrics_tensorboard_and_recipe_are_written(tiny, tmp_path):
+    recipe = tiny(train={"tensorboard": True, "eval_every": 3})
+    train(recipe)
+    out = Path(recipe.train.output)
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert (
+        [r["step"] for r in records] == list(range(6)) and records[2]["valid_loss"] > 0 and records[-1]["samples"] == 24
+    )
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert len(events.Scalars("loss")) == 6 and len(events.Scalars("valid_loss")) == 2
+    assert "vocab_size: 257" in (out / "recipe.yaml").read_text()
+
+
+def start(recipe, tmp_path, *overrides):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(recipe))
+    command = [sys.executable, "-m", "megaresnorm.cli", "train", str(path), *overrides]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_exits_with_its_code(tiny, tmp_path, number, code):
+    recipe = tiny(train={"steps": 10**6, "eval_every": 0, "checkpoint_every": 0})
+    process = start(recipe, tmp_path)
+    metrics = Path(recipe.train.output) / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    saved = Run(recipe)
+    assert saved.steps_done == len(losses(recipe)) > 0 and f"{number.name}: saved step {saved.steps_done}" in out
+
+
+def test_command_line_trains_shows_and_resumes(tiny, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(tiny(train={"sample_tokens": 5, "sample_prompt": "def "})))
+    assert main(["train", str(path), "train.steps=3"]) == 0
+    first = capsys.readouterr().out
+    for part in ("vocab_size: 257", "3 blocks = 6 sub-layers", "add_norm on cpu: reference", "step 3/3",
+                 "total variation of the lr", "--- sample ---\ndef ", "unigram entropy", "step-00000003"):  # fmt: skip
+        assert part in first, part
+    assert main(["train", str(path), "train.steps=5"]) == 0
+    second = capsys.readouterr().out
+    assert "resumed" in second and "step 3 of 5" in second and "step 4/5" in second and "step 2/5" not in second
+
+
+def test_unwritable_output_is_refused_before_step_0(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingError, match=r"train\.output=.*cannot be written"):
+        Run(tiny(train={"output": str(tmp_path / "file" / "run")}))
+
+
+def test_dry_run_touches_nothing(tiny, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(tiny(model={"topology": "post"})))
+    assert main(["train", str(path), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "vocab_size: 257" in out and "recipe and data can be used" in out and "warning: B = 2N" in out
+    assert not Path(tiny().train.output).exists()
