@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# From a fresh clone to a trained 100-sub-layer language model: environment, real text, training, a sample.
+# Run it again: the environment, the data and the finished run are reused. Arguments are overrides of the recipe:
+#   bash launch/quickstart.sh model.topology=keel train.output=runs/quickstart/keel-50
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/environment.sh
+
+if [ "${1:-}" = "--help" ] || [ "${1:-}" = "-h" ]; then
+  sed -n '2,4s/^# //p' "$0"
+  exit 0
+fi
+
+started=$SECONDS
+make_environment ""
+
+say "preparing text: the sources of Python's own library"
+"$VENV/bin/megaresnorm" prepare --corpus stdlib --tokenizer sentencepiece --vocab-size 1024 --out runs/quickstart/data
+
+say "training configs/quickstart.yaml"
+"$VENV/bin/megaresnorm" train configs/quickstart.yaml "$@"
+
+say "done in $((SECONDS - started)) s
+    curves:   $VENV/bin/tensorboard --logdir runs/quickstart
+    go on:    bash launch/quickstart.sh train.steps=2000
+    compare:  bash launch/quickstart.sh model.topology=keel train.output=runs/quickstart/keel-50
+    probe:    $VENV/bin/megaresnorm depth --probe --topologies post,deepnorm,keel"

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Installs what is missing and runs all checks: ruff, mypy, pytest. Arguments go to pytest:
+#   bash launch/test.sh -m slow
+#   bash launch/test.sh tests/model -x
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/environment.sh
+
+if [ "${1:-}" = "--help" ] || [ "${1:-}" = "-h" ]; then
+  sed -n '2,4s/^# //p' "$0"
+  exit 0
+fi
+
+make_environment dev
+say "ruff"
+"$VENV/bin/ruff" check .
+"$VENV/bin/ruff" format --check --quiet . || fail "files are not formatted; run: $VENV/bin/ruff format ."
+say "mypy"
+"$VENV/bin/mypy"
+say "pytest"
+"$VENV/bin/python" -m pytest -q "$@"
