@@ -62,7 +62,13 @@ def test_quickstart_made_small_learns_more_than_frequencies(tmp_path):
     from megaresnorm.data.prepare import PrepareJob, prepare
 
     data = prepare(PrepareJob(out=tmp_path / "data", corpus="stdlib", workers=2)).folder
-    overrides = [f"data.path={data}", f"train.output={tmp_path / 'run'}", "model.num_blocks=10", "model.seq_len=64", "train.steps=150",
-                 "train.eval_every=0", "train.tensorboard=false"]  # fmt: skip
+    quick = [
+        "model.num_blocks=10",
+        "model.seq_len=64",
+        "train.steps=150",
+        "train.eval_every=0",
+        "train.tensorboard=false",
+    ]
+    overrides = [f"data.path={data}", f"train.output={tmp_path / 'run'}", *quick]
     summary = train(load_recipe(ROOT / "configs" / "quickstart.yaml", overrides))
     assert summary.valid_loss < summary.unigram_entropy - 0.5
