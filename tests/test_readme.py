@@ -15,7 +15,7 @@ PAGES = [
     ROOT / "README.zh.md",
     ROOT / "CONTRIBUTING.md",
     *ROOT.glob("docs/*.md"),
-    *ROOT.glob("*/README.md"),
+    *ROOT.glob("[a-z]*/README.md"),
 ]
 
 
