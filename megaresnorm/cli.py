@@ -139,9 +139,10 @@ def _train(arguments: argparse.Namespace) -> int:
         console.print(f"\n--- sample ---\n{text}\n--------------\n", markup=False)
     if summary.valid_loss is not None:
         gap = summary.unigram_entropy - summary.valid_loss
+        verdict = "better" if gap > 0 else "worse"
         console.print(
             f"validation loss {summary.valid_loss:.4f} nats a token; unigram entropy {summary.unigram_entropy:.4f}, "
-            f"so {gap:.4f} nats better than knowing only how frequent each token is"
+            f"so {abs(gap):.4f} nats {verdict} than knowing only how frequent each token is"
         )
     console.print(f"checkpoint {summary.checkpoint}\nweights    {summary.weights_digest}", markup=False)
     return summary.exit_code

@@ -5,6 +5,7 @@ idx := "MMIDIDX\\0\\0" | u64 version = 1 | u8 dtype code | u64 S sequences | u64
 """
 
 import struct
+from array import array
 from pathlib import Path
 from typing import BinaryIO
 
@@ -127,12 +128,12 @@ class TokenWriter:
     def __init__(self, prefix: Path, dtype: type) -> None:
         self.prefix, self.dtype = prefix, np.dtype(dtype)
         self._bin: BinaryIO = prefix.with_name(prefix.name + ".bin").open("wb")
-        self._lengths: list[int] = []
+        self._lengths = array("i")
 
     def add(self, tokens: np.ndarray, lengths: list[int]) -> None:
         """Append documents: their tokens back to back and the length of each."""
         self._bin.write(np.ascontiguousarray(tokens, dtype=self.dtype).tobytes())
-        self._lengths += lengths
+        self._lengths.extend(lengths)
 
     def close(self) -> None:
         self._bin.close()

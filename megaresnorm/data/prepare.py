@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -199,6 +200,7 @@ _worker_tokenizer: Tokenizer  # set once in every worker process
 
 def _start_worker(model: bytes | None) -> None:
     global _worker_tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
     _worker_tokenizer = ByteTokenizer() if model is None else SentencePieceTokenizer(model, "the tokenizer")
 
 

@@ -1,0 +1,33 @@
+"""The scripts in tools/ run as scripts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[1] / "tools"
+
+
+def run(script, *arguments):
+    return subprocess.run([sys.executable, TOOLS / script, *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in TOOLS.glob("*.py")))
+def test_help(script):
+    assert "usage:" in run(script, "--help").stdout
+
+
+def test_compare_loss(tmp_path):
+    for name, shift in (("a", 0.0), ("b", 1e-6), ("c", float("nan"))):
+        (tmp_path / name).mkdir()
+        records = [{"step": s, "loss": 3.0 - 0.1 * s + (shift if s == 2 else 0)} for s in range(5)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    same = run("compare_loss.py", tmp_path / "a", tmp_path / "a")
+    assert same.returncode == 0 and "5 steps in common; largest difference 0" in same.stdout
+    other = run("compare_loss.py", tmp_path / "a", tmp_path / "b")
+    assert other.returncode == 1 and "at step 2" in other.stdout
+    assert run("compare_loss.py", tmp_path / "a", tmp_path / "b", "--tolerance", "2e-6").returncode == 0
+    assert run("compare_loss.py", tmp_path / "a", tmp_path / "c", "--tolerance", "1").returncode == 1
+    assert run("compare_loss.py", tmp_path / "a", tmp_path / "none").returncode == 2

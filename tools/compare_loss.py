@@ -1,0 +1,45 @@
+#!/usr/bin/env python3
+"""Compare the losses of two runs step by step: are they equal bit for bit, or within a tolerance?
+
+    python tools/compare_loss.py runs/a runs/b [--tolerance 2e-6]
+
+Exit code 0 if every step that both runs have differs by at most the tolerance, 1 if not, 2 if they cannot be compared.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def read_losses(run: Path) -> dict[int, float]:
+    """Step -> loss from a run's metrics.jsonl."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return {record["step"]: record["loss"] for record in map(json.loads, lines)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("first", type=Path, help="output folder of a run")
+    parser.add_argument("second", type=Path, help="output folder of another run")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.0, help="largest difference in nats [0: equal bit for bit]"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        first, second = read_losses(arguments.first), read_losses(arguments.second)
+    except (OSError, ValueError, KeyError) as e:
+        print(f"compare_loss: error: {arguments.first} and {arguments.second} cannot be compared: {e}", file=sys.stderr)
+        return 2
+    common = sorted(first.keys() & second.keys())
+    if not common:
+        print("compare_loss: error: the runs have no step in common", file=sys.stderr)
+        return 2
+    worst = max(common, key=lambda step: abs(first[step] - second[step]))
+    difference = abs(first[worst] - second[worst])
+    print(f"{len(common)} steps in common; largest difference {difference:.3g} nats, at step {worst}")
+    return int(not difference <= arguments.tolerance)  # NaN counts as different
+
+
+if __name__ == "__main__":
+    sys.exit(main())
