@@ -9,6 +9,7 @@ Exit code 0 if every step that both runs have differs by at most the tolerance, 
 import argparse
 import json
 import sys
+from math import inf, isnan
 from pathlib import Path
 
 
@@ -35,10 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     if not common:
         print("compare_loss: error: the runs have no step in common", file=sys.stderr)
         return 2
-    worst = max(common, key=lambda step: abs(first[step] - second[step]))
-    difference = abs(first[worst] - second[worst])
-    print(f"{len(common)} steps in common; largest difference {difference:.3g} nats, at step {worst}")
-    return int(not difference <= arguments.tolerance)  # NaN counts as different
+    differences = {step: abs(first[step] - second[step]) for step in common}
+    worst = max(common, key=lambda step: inf if isnan(differences[step]) else differences[step])
+    print(f"{len(common)} steps in common; largest difference {differences[worst]:.3g} nats, at step {worst}")
+    return 0 if differences[worst] <= arguments.tolerance else 1
 
 
 if __name__ == "__main__":
