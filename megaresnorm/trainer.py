@@ -74,7 +74,7 @@ class Run:
         self.recipe = recipe = resolve_vocab(recipe, self.data)
         self.samples, self.valid = open_samples(self.data, recipe)
         self.output = Path(recipe.train.output)
-        self.newest = next((path for _, path in reversed(list_checkpoints(self.output / "checkpoints"))), None)
+        checkpoints = [path for _, path in list_checkpoints(self.output / "checkpoints")]
         self.device = choose_device(recipe.train.device)
         self.assembled: Assembled = build_model(
             recipe.model, recipe.precision, recipe.kernels, seed=recipe.train.seed, device=self.device
@@ -82,8 +82,8 @@ class Run:
         self.engine = NativeEngine(self.assembled, recipe)
         self.steps_done = self.samples_done = self.skipped_in_a_row = 0
         self.train_loss: float | None = None
-        if self.newest is not None:
-            self._resume(Checkpoint(self.newest))
+        if checkpoints:
+            self._resume(_open_newest(checkpoints))
         self._write_recipe()
 
     def describe(self) -> list[str]:
@@ -222,17 +222,19 @@ class Run:
         for key, (before, now) in changed.items():
             if key.startswith(FIXED_ON_RESUME):
                 raise CheckpointError(
-                    f"{self.newest}: made with {key}={before}, the recipe has {now}; use another train.output for another run"
+                    f"{checkpoint.folder}: made with {key}={before}, the recipe has {now}; use another train.output for another run"
                 )
             log.warning("warning: %s was %s up to step %d and is %s from now on", key, before, checkpoint.step, now)
         if state["data"] != self.data.digest:
-            raise CheckpointError(f"{self.newest}: {self.recipe.data.path} has changed since; use another train.output")
+            raise CheckpointError(
+                f"{checkpoint.folder}: {self.recipe.data.path} has changed since; use another train.output"
+            )
         for group, tensors in self.engine.tensors().items():
             checkpoint.load_into(group, tensors)
         self.engine.load_state(state["engine"])
         self.steps_done, self.samples_done = checkpoint.step, state["samples"]
         self.skipped_in_a_row, self.train_loss = state["skipped_in_a_row"], state["train_loss"]
-        log.info("resumed   %s: step %d of %d", self.newest, self.steps_done, self.recipe.train.steps)
+        log.info("resumed   %s: step %d of %d", checkpoint.folder, self.steps_done, self.recipe.train.steps)
 
     def _write_recipe(self) -> None:
         try:
@@ -241,6 +243,16 @@ class Run:
             (self.output / "checkpoints").mkdir(exist_ok=True)
         except OSError as e:
             raise TrainingError(f"train.output={self.output}: cannot be written ({e.strerror})") from None
+
+
+def _open_newest(checkpoints: list[Path]) -> Checkpoint:
+    """The newest checkpoint, verified; its error says what to do where an older one is left."""
+    try:
+        return Checkpoint(checkpoints[-1])
+    except CheckpointError as e:
+        if len(checkpoints) == 1:
+            raise
+        raise CheckpointError(f"{e}; remove {checkpoints[-1]} to go on from {checkpoints[-2].name}") from None
 
 
 def _differences(before: dict, now: dict, prefix: str = "") -> dict[str, tuple[str, str]]:

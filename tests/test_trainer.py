@@ -103,6 +103,26 @@ def test_a_folder_of_another_run_is_refused(tiny, change, part):
         Run(tiny(**change))
 
 
+def test_a_damaged_newest_checkpoint_names_the_file_and_the_one_before(tiny):
+    recipe = tiny(train={"checkpoint_every": 3})
+    train(recipe)
+    folder = Path(recipe.train.output) / "checkpoints" / "step-00000006"
+    (folder / "weights-00001.safetensors").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match=r"weights-00001\.safetensors: has 4 bytes.* to go on from step-00000003"):
+        Run(recipe)
+
+
+def test_any_seed_can_be_used(tiny, tmp_path):
+    for seed in (-1, 2**70):
+        train(
+            tiny(
+                data={"seed": seed},
+                train={"seed": seed, "steps": 1, "output": str(tmp_path / str(seed))},
+                model={"dropout": 0.1},
+            )
+        )
+
+
 def test_longer_training_may_go_on_from_a_checkpoint_and_says_what_changed(tiny, caplog):
     train(tiny())
     assert train(tiny(train={"steps": 9}, optim={"lr": 1e-4})).steps == 9

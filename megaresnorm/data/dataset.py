@@ -106,16 +106,20 @@ class PackedSamples:
 
 
 def split_documents(files: TokenFiles, recipe: DataRecipe) -> dict[str, np.ndarray]:
-    """Document numbers of train, valid and test: a random assignment of whole documents, by share of the tokens."""
+    """Document numbers of train, valid and test: a random assignment of whole documents, by share of the tokens.
+
+    A split that is asked for has at least one document, as long as one is left to train on.
+    """
     order = np.random.Generator(np.random.Philox(key=recipe.seed % 2**64)).permutation(files.num_documents)
     lengths = files.boundaries[order + 1] - files.boundaries[order]
     share = np.cumsum(lengths) / max(1, int(lengths.sum()))  # share of the tokens up to and with each document
-    num_test = int(np.searchsorted(share, recipe.test_fraction, side="left")) if recipe.test_fraction else 0
-    num_held = (
-        int(np.searchsorted(share, recipe.test_fraction + recipe.valid_fraction, side="left"))
-        if recipe.valid_fraction
-        else num_test
-    )
+
+    def documents_in(fraction: float, taken: int, wanted: float) -> int:
+        count = int(np.searchsorted(share, fraction, side="right"))
+        return min(max(count, taken + (wanted > 0)), max(taken, files.num_documents - 1))
+
+    num_test = documents_in(recipe.test_fraction, 0, recipe.test_fraction)
+    num_held = documents_in(recipe.test_fraction + recipe.valid_fraction, num_test, recipe.valid_fraction)
     return {"test": order[:num_test], "valid": order[num_test:num_held], "train": order[num_held:]}
 
 
@@ -167,7 +171,7 @@ def file_digest(files: dict) -> str:
 
 
 def _random(seed: int, stream: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[seed % 2**64, stream]))
+    return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, stream], dtype=np.uint64)))
 
 
 def _read_description(folder: Path) -> dict:
