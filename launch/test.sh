@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 source launch/environment.sh
 
 if [ "${1:-}" = "--help" ] || [ "${1:-}" = "-h" ]; then
-  sed -n '2,4s/^# //p' "$0"
+  show_help "$0"
   exit 0
 fi
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megaresnorm.errors import ConfigError, UserError
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # commands import what they need, so that --help is instant
     from rich.table import Table
 
     from megaresnorm.recipe import Recipe
+
+Commands = Any  # argparse keeps the type of add_subparsers() private
 
 EPILOG = """exit codes: 0 done, 1 unexpected, 2 bad recipe or arguments, 3 bad data, 4 bad checkpoint, 5 the run cannot go on,
 130 stopped by Ctrl-C and 143 by SIGTERM, with a checkpoint saved"""
@@ -46,7 +48,15 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_train(commands)
+    _add_prepare(commands)
+    _add_depth(commands)
+    schema = commands.add_parser("schema", help="print the JSON schema of a recipe, for editors")
+    schema.set_defaults(run=_schema)
+    return parser
 
+
+def _add_train(commands: Commands) -> None:
     train = commands.add_parser(
         "train",
         help="train a recipe, or go on training it",
@@ -58,64 +68,54 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file"
     )
     train.add_argument(
-        "--dry-run", action="store_true", help="check recipe, topology and data, print the resolved recipe, and end"
+        "--dry-run", action="store_true", help="check recipe and data, print the resolved recipe, and end"
     )
     train.set_defaults(run=_train)
 
+
+def _add_prepare(commands: Commands) -> None:
     prepare = commands.add_parser(
         "prepare",
         help="turn text into token files",
-        description="Tokenize text into a folder with Megatron's .bin/.idx files. A folder that is the result of the same sources "
-        "and settings is reused.",
+        description="Tokenize text into a folder with Megatron's .bin/.idx files. A folder that is the result of the same "
+        "sources and settings is reused.",
         epilog="example: megaresnorm prepare --corpus stdlib --tokenizer sentencepiece --vocab-size 2048 --out runs/data",
     )
-    prepare.add_argument("paths", nargs="*", metavar="PATH", help=".txt files, .jsonl files, or folders of them")
-    prepare.add_argument(
-        "--corpus", choices=["stdlib"], help="a built-in corpus: stdlib, the sources of this Python's own library"
-    )
-    prepare.add_argument("--out", required=True, type=Path, help="folder to make")
-    prepare.add_argument(
-        "--tokenizer", default="bytes", help="bytes, sentencepiece (trained on the text), or a .model file [bytes]"
-    )
-    prepare.add_argument(
-        "--vocab-size", type=_count, default=8192, help="pieces of a trained sentencepiece model [8192]"
-    )
-    prepare.add_argument("--text-key", default="text", help="key of the text in .jsonl objects [text]")
-    prepare.add_argument("--workers", type=_count, default=os.cpu_count() or 1, help="processes [all cores]")
-    prepare.add_argument(
-        "--overwrite", action="store_true", help="replace another data set at --out once the new one is complete"
-    )
+    add = prepare.add_argument
+    add("paths", nargs="*", metavar="PATH", help=".txt files, .jsonl files, or folders of them")
+    add("--corpus", choices=["stdlib"], help="a built-in corpus: stdlib, the sources of this Python's own library")
+    add("--out", required=True, type=Path, help="folder to make")
+    add("--tokenizer", default="bytes", help="bytes, sentencepiece (trained on the text), or a .model file [bytes]")
+    add("--vocab-size", type=_count, default=8192, help="pieces of a trained sentencepiece model [8192]")
+    add("--text-key", default="text", help="key of the text in .jsonl objects [text]")
+    add("--workers", type=_count, default=os.cpu_count() or 1, help="processes [all cores]")
+    add("--overwrite", action="store_true", help="replace another data set at --out once the new one is complete")
     prepare.set_defaults(run=_prepare)
 
+
+def _add_depth(commands: Commands) -> None:
     depth = commands.add_parser(
         "depth",
         help="what depth does to topologies",
-        description="Probe topologies at several depths: RMS of the stream, ratio of the gradients before the first and after the "
-        "last block, and the model update ||dF|| of one SGD step (per unit of learning rate) and one AdamW step (lr 1e-3). "
+        description="Probe topologies at several depths: RMS of the stream, ratio of the gradients before the first and after "
+        "the last block, and the model update ||dF|| of one SGD step (per unit of learning rate) and one AdamW step (lr 1e-3). "
         "FP64, random tokens, medians over seeds.",
         epilog="example: megaresnorm depth --probe --topologies post,deepnorm,keel --depths 6,25,100 --json probe.json",
     )
-    depth.add_argument(
-        "--probe", action="store_true", required=True, help="measure models at initialisation and after one step"
-    )
-    depth.add_argument(
+    add = depth.add_argument
+    add("--probe", action="store_true", required=True, help="measure models at initialisation and after one step")
+    add(
         "--topologies",
         type=_names,
         default=["pre", "post", "deepnorm", "keel"],
         metavar="A,B",
         help="[pre,post,deepnorm,keel]",
     )
-    depth.add_argument(
-        "--depths", type=_counts, default=[6, 12, 25, 50, 100], metavar="N,M", help="blocks [6,12,25,50,100]"
-    )
-    depth.add_argument("--seeds", type=_count, default=3, help="how many seeds [3]")
-    depth.add_argument("--dim", type=_count, default=64, help="width; the ffn is twice as wide [64]")
-    depth.add_argument("--json", type=Path, metavar="FILE", help="write every result here")
+    add("--depths", type=_counts, default=[6, 12, 25, 50, 100], metavar="N,M", help="blocks [6,12,25,50,100]")
+    add("--seeds", type=_count, default=3, help="how many seeds [3]")
+    add("--dim", type=_count, default=64, help="width; the ffn is twice as wide [64]")
+    add("--json", type=Path, metavar="FILE", help="write every result here")
     depth.set_defaults(run=_depth)
-
-    schema = commands.add_parser("schema", help="print the JSON schema of a recipe, for editors")
-    schema.set_defaults(run=_schema)
-    return parser
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -137,7 +137,7 @@ def _train(arguments: argparse.Namespace) -> int:
         text = None if summary.exit_code else run.sample_text()
     if text is not None:
         console.print(f"\n--- sample ---\n{text}\n--------------\n", markup=False)
-    if summary.valid_loss is not None:
+    if summary.valid_loss is not None and summary.unigram_entropy is not None:
         gap = summary.unigram_entropy - summary.valid_loss
         verdict = "better" if gap > 0 else "worse"
         console.print(
@@ -206,6 +206,8 @@ def _depth(arguments: argparse.Namespace) -> int:
     setting = ProbeSetting(dim=arguments.dim, ffn_dim=2 * arguments.dim)
     if arguments.dim % setting.num_heads:
         raise ConfigError(f"--dim={arguments.dim} must be a multiple of {setting.num_heads}, the number of heads")
+    if arguments.json:
+        _write_json(arguments.json, {})  # found out now rather than after the probe
     results = []
     with progress_bar("probing", len(arguments.topologies) * len(arguments.depths) * arguments.seeds) as progress:
         for result in probe_all(arguments.topologies, arguments.depths, range(arguments.seeds), setting):
@@ -213,21 +215,24 @@ def _depth(arguments: argparse.Namespace) -> int:
             progress.advance(progress.task_ids[0])
     console.print(_probe_table(summary_rows(results)))
     if arguments.json:
-        try:
-            arguments.json.write_text(
-                json.dumps({"setting": asdict(setting), "results": [asdict(r) for r in results]}, indent=1)
-            )
-        except OSError as e:
-            raise ConfigError(f"--json {arguments.json}: cannot be written ({e.strerror})") from None
+        _write_json(arguments.json, {"setting": asdict(setting), "results": [asdict(r) for r in results]})
     return 0
+
+
+def _write_json(path: Path, value: dict) -> None:
+    try:
+        path.write_text(json.dumps(value, indent=1))
+    except OSError as e:
+        raise ConfigError(f"--json {path}: cannot be written ({e.strerror})") from None
 
 
 def _probe_table(rows: list[dict]) -> Table:
     from rich.table import Table
 
     table = Table(title="at initialisation and after one step (medians over seeds)")
-    for heading in ("topology", "blocks", "stream RMS", "gradient first/last", "||dF||/lr, SGD", "||dF||, AdamW"):
-        table.add_column(heading, justify="left" if heading == "topology" else "right")
+    table.add_column("topology", no_wrap=True, min_width=12)
+    for heading in ("blocks", "stream RMS", "gradient ratio", "SGD ||dF||/lr", "AdamW ||dF||"):
+        table.add_column(heading, justify="right")
     for row in rows:
         values = (row["stream_rms"], row["gradient_ratio"], row["sgd_update"], row["adam_update"])
         table.add_row(row["topology"], str(row["num_blocks"]), *(f"{v:.3g}" for v in values))

@@ -6,6 +6,7 @@ a boolean and an octal number, and a key given twice is an error.
 
 import difflib
 import re
+import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,18 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(f"line {key.start_mark.line + 1}: a key must be a name, not a list or mapping")
             if key.value in seen:
                 raise ConfigError(f"line {key.start_mark.line + 1}: key {key.value!r} is given twice; keep one")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes scalars so that _Loader reads them back as they are."""
+
+    yaml_implicit_resolvers: dict = {}
 
 
 for _tag, _pattern, _first in (
@@ -54,7 +63,8 @@ for _tag, _pattern, _first in (
     ("int", r"[-+]?[0-9]+", "-+0123456789"),
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
@@ -138,7 +148,7 @@ def build_recipe(values: dict) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML that load_recipe reads back to an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False)
+    return yaml.dump(recipe.model_dump(exclude_none=True), Dumper=_Dumper, sort_keys=False)
 
 
 def recipe_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
@@ -188,7 +198,8 @@ def _explain(error: Any) -> str:
         allowed = re.findall(r"'([^']*)'", context["expected"])
         return f"{key}={_short(value)}: wanted one of {', '.join(allowed)}{suggest(str(value), allowed)}"
     wanted = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return f"{key}={_short(value)}: wanted {wanted[0].lower()}{wanted[1:]}, got a {type(value).__name__}"
+    got = f", got a {type(value).__name__}" if kind.endswith(("_type", "_float", "_parsing")) else ""
+    return f"{key}={_short(value)}: wanted {wanted[0].lower()}{wanted[1:]}{got}"
 
 
 def _suggest_key(key: str) -> str:
@@ -219,7 +230,7 @@ def _similar(a: str, b: str) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = reprlib.repr(value)  # not repr: aliases can make a small file an enormous value
     return text if len(text) <= 60 else text[:57] + "..."
 
 

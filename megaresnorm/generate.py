@@ -19,7 +19,7 @@ def generate(
     ids = [tokenizer.eod, *tokenizer.encode(prompt).tolist()]
     for _ in range(num_tokens):
         window = torch.tensor([ids[-model.recipe.seq_len :]], device=device)
-        logits_V = model(window)[-1].float().cpu()
+        logits_V = model(window)[-1, : tokenizer.vocab_size].float().cpu()  # a model may have more tokens than its data
         chosen = int(torch.multinomial(torch.softmax(logits_V / temperature, dim=-1), 1, generator=generator))
         if chosen == tokenizer.eod:
             break

@@ -20,9 +20,9 @@ def weight_dtype(compute: str) -> torch.dtype:
 class Bf16Weights:
     """BF16 copies of the weights of every Linear, and the matmul that reads them.
 
-    The model's parameters stay FP32, so gradients are accumulated over microbatches, clipped and applied in FP32, and a
-    checkpoint holds the FP32 weights. ``refresh`` renews all copies in one call after the weights have changed; autocast
-    would cast every weight in every microbatch.
+    The model's parameters stay FP32: a microbatch's gradient is a BF16 product, and from there on it is accumulated over
+    microbatches, clipped and applied in FP32; a checkpoint holds the FP32 weights. ``refresh`` renews all copies in one
+    call after the weights have changed; autocast would cast every weight in every microbatch.
     """
 
     def __init__(self, model: nn.Module) -> None:

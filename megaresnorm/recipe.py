@@ -12,6 +12,7 @@ from typing_extensions import Self
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 NormKind = Literal["layernorm", "rmsnorm"]
 
@@ -137,7 +138,6 @@ class ModelRecipe(Section):
             refuse_ignored(self.init, "model.init", "model.tied_embeddings=true", "head_std")
         return self
 
-    # What the unset fields come to.
     @property
     def kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
@@ -165,7 +165,7 @@ class DataRecipe(Section):
     """Share of the documents kept for validation."""
     test_fraction: Fraction = 0.0
     """Share of the documents never used by training or validation."""
-    seed: int = 1234
+    seed: Seed = 1234
     """Seed of the split and of the order of the samples."""
 
     @model_validator(mode="after")
@@ -271,7 +271,7 @@ class TrainRecipe(Section):
     """Samples in one forward and backward pass; unset: global_batch."""
     batch_ramp: BatchRamp | None = None
     """Grow the global batch at the start of the run."""
-    seed: int = 1234
+    seed: Seed = 1234
     """Seed of the initial weights and of dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""

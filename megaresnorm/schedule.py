@@ -36,7 +36,7 @@ def wsd_decay_steps(recipe: Recipe) -> int:
 
 def total_variation(recipe: Recipe) -> float:
     """Sum over the run of |lr_t - lr_(t-1)|, from the rate of the first step on: how far from flat the schedule is."""
-    rates = [learning_rate(step, recipe) for step in range(recipe.train.steps)]
+    rates = (learning_rate(step, recipe) for step in range(recipe.train.steps))
     return sum(abs(b - a) for a, b in pairwise(rates))
 
 

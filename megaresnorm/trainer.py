@@ -42,12 +42,13 @@ FIXED_ON_RESUME = ("model.", "data.valid_fraction", "data.test_fraction", "data.
 
 @dataclass(frozen=True)
 class RunSummary:
-    """How a run ended. Losses are means a token in nats; exit_code is 0, or 128 + the signal that stopped it."""
+    """How a run ended. Losses are means a token in nats, None where a signal came before them; exit_code is 0, or 128 + that
+    signal."""
 
     steps: int
     train_loss: float | None
     valid_loss: float | None
-    unigram_entropy: float
+    unigram_entropy: float | None
     checkpoint: Path | None
     weights_digest: str
     exit_code: int
@@ -125,8 +126,8 @@ class Run:
         return RunSummary(
             steps=self.steps_done,
             train_loss=self.train_loss,
-            valid_loss=None if stop.received else self.evaluate(),
-            unigram_entropy=unigram_entropy(self.samples),
+            valid_loss=None if stop.received is not None else self.evaluate(),
+            unigram_entropy=None if stop.received is not None else unigram_entropy(self.samples),
             checkpoint=checkpoint,
             weights_digest=self.engine.weights_digest(),
             exit_code=stop.exit_code,
@@ -181,7 +182,7 @@ class Run:
         stats = self.engine.step(self._batches(self.samples, self.samples_done, count), lr, self._accept)
         self.steps_done += 1
         self.samples_done += count
-        self.train_loss = stats.loss
+        self.train_loss = stats.loss if stats.applied else self.train_loss
         record: dict[str, float] = {
             "loss": stats.loss,
             "gradient_norm": stats.gradient_norm,
@@ -225,6 +226,11 @@ class Run:
                     f"{checkpoint.folder}: made with {key}={before}, the recipe has {now}; use another train.output for another run"
                 )
             log.warning("warning: %s was %s up to step %d and is %s from now on", key, before, checkpoint.step, now)
+        if checkpoint.step > self.recipe.train.steps:
+            raise CheckpointError(
+                f"{checkpoint.folder}: step {checkpoint.step} is past train.steps={self.recipe.train.steps}; "
+                "use another train.output for a shorter run"
+            )
         if state["data"] != self.data.digest:
             raise CheckpointError(
                 f"{checkpoint.folder}: {self.recipe.data.path} has changed since; use another train.output"

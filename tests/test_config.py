@@ -185,3 +185,29 @@ def test_schema_for_editors_is_current_and_documents_every_key():
         for name, field in section["properties"].items():
             assert field.get("description"), f"{section['title']}.{name} has no description"
     assert len(set(recipe_keys())) > 50
+
+
+@pytest.mark.parametrize(
+    "text", ["1e5", "08", "1e-3", ".5e3", "010", "true", "null", "~", "", "no", "0x1f", "3", "a: b", "# x", "é\n\t"]
+)
+def test_strings_that_look_like_something_else_survive_being_saved(tiny, text):
+    recipe = tiny(train={"sample_prompt": text})
+    assert build_recipe(read_yaml(dump_recipe(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [("? [1, 2]\n: 3\n", "line 1: a key must be a name"), ("? {a: 1}\n: 3\n", "line 1: a key must be a name")],
+)
+def test_keys_are_names(text, part):
+    with pytest.raises(ConfigError, match=part):
+        read_yaml(text)
+
+
+def test_aliases_cannot_make_an_error_endless(tmp_path, capsys):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    path = tmp_path / "bomb.yaml"
+    path.write_text("\n".join([*lines, "model: *a9", "data: *a9"]))
+    assert main(["train", str(path)]) == 2
+    assert len(capsys.readouterr().err) < 500

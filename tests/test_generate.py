@@ -41,3 +41,10 @@ def test_the_end_of_a_document_ends_the_text():
         one.head.weight[:] = 0
         one.head.weight[256] = 1e4 * hidden[-1]
     assert generate(one, ByteTokenizer(), "A", 20) == "A"
+
+
+def test_a_model_with_more_tokens_than_its_data_generates_tokens_of_its_data():
+    one = build_model(ModelRecipe(dim=16, num_blocks=1, num_heads=2, seq_len=8, vocab_size=4000)).model
+    with torch.no_grad():
+        one.head.weight[256] = 0
+    assert len(generate(one, ByteTokenizer(), "A", 40)) > 1

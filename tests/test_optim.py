@@ -115,3 +115,10 @@ def test_batch_ramp_grows_in_whole_microbatches_to_the_global_batch(tiny):
     sizes = [batch_size(s, train) for s in range(8)]
     assert sizes == [8, 12, 16, 20, 24, 28, 32, 32]
     assert batch_size(0, tiny().train) == 4
+
+
+def test_wsd_decays_over_a_tenth_unless_told_and_within_what_the_warmup_leaves(tiny):
+    got, _ = rates(tiny, 100, kind="wsd")
+    assert sum(rate < 1.0 for rate in got) == 10
+    got, _ = rates(tiny, 20, kind="wsd", warmup_steps=19)
+    assert got[18] == pytest.approx(1.0) and got[19] == pytest.approx(0.1)

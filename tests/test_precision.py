@@ -65,3 +65,16 @@ def test_tied_weights_share_one_copy_and_sum_their_gradients():
         cross_entropy_sums(assembled.model(tokens), tokens.flatten() + 1)[0].backward()
     want, got = exact.model.embedding.weight.grad, rounded.model.embedding.weight.grad
     assert (got - want).norm() < 0.03 * want.norm()
+
+
+def test_biases_get_their_gradient_and_token_gates_mix_in_fp32():
+    _, exact = backward("gated", "fp32")
+    _, got = backward("gated", "bf16", "fp32")
+    for name in ("blocks.0.attention.branch.out.bias", "blocks.3.ffn.branch.down.bias"):
+        assert (got[name] - exact[name]).norm() < 0.05 * exact[name].norm() != 0
+    recipe = ModelRecipe(dim=32, num_blocks=1, num_heads=4, seq_len=8, vocab_size=64, topology="gated")
+    model = build_model(recipe, PrecisionRecipe(compute="bf16", residual_dtype="fp32")).model
+    tokens = torch.arange(8).unsqueeze(0)
+    residual = model.blocks["0"].attention
+    x, u = residual.enter(model.embed(tokens))
+    assert u.dtype == torch.bfloat16 and residual.run(x, u, model._rows(tokens), None).dtype == torch.float32

@@ -13,6 +13,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megaresnorm.errors import CheckpointError
+
 MANIFEST = "manifest.json"
 FORMAT = 1
 FILE_NAME = re.compile(r"[a-z]+-[0-9]{5}\.safetensors")
@@ -25,10 +27,13 @@ def folder_name(step: int) -> str:
 
 def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every complete checkpoint under ``root``, oldest first. Unfinished ones have other names."""
-    if not root.is_dir():
-        return []
-    found = ((_FOLDER_NAME.fullmatch(path.name), path) for path in root.iterdir())
-    return sorted((int(match[1]), path) for match, path in found if match and (path / MANIFEST).is_file())
+    try:
+        if not root.is_dir():
+            return []
+        found = ((_FOLDER_NAME.fullmatch(path.name), path) for path in root.iterdir())
+        return sorted((int(match[1]), path) for match, path in found if match and (path / MANIFEST).is_file())
+    except OSError as e:
+        raise CheckpointError(f"{root}: cannot be read ({e.strerror})") from None
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -46,30 +47,49 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.folder}: {name} has shape {recorded[name]['shape']}, the model's is {list(tensor.shape)}"
                 )
-        missing = {name: tensor.numel() for name, tensor in destination.items()}
+        loaded: dict[str, list[Box]] = {name: [] for name in destination}
         for file in (f for f in self._files if f.startswith(f"{group}-")):
-            self._load_file(self.folder / file, destination, missing)
-        incomplete = [name for name, count in missing.items() if count]
-        if incomplete:
-            raise CheckpointError(f"{self.folder}: {incomplete[0]} is not complete in the {group} files")
+            self._load_file(self.folder / file, recorded, destination, loaded)
+        for name, boxes in loaded.items():
+            if sum(_size(box) for box in boxes) != destination[name].numel():
+                raise CheckpointError(f"{self.folder}: {name} is not complete in the {group} files")
 
-    def _load_file(self, path: Path, destination: Mapping[str, Tensor], missing: dict[str, int]) -> None:
+    def _load_file(
+        self, path: Path, recorded: dict, destination: Mapping[str, Tensor], loaded: dict[str, list["Box"]]
+    ) -> None:
         try:
             with safe_open(path, framework="pt") as file:
                 slices = json.loads((file.metadata() or {}).get("slices", "{}"))
                 for name in file.keys():  # noqa: SIM118 - not a mapping
                     if name not in destination:
                         raise CheckpointError(f"{path}: holds {name}, which the manifest does not name")
-                    target = destination[name][tuple(slice(start, stop) for start, stop in slices[name])]
                     value = file.get_tensor(name)
-                    if value.shape != target.shape:
-                        raise CheckpointError(
-                            f"{path}: {name} has shape {list(value.shape)}, its slice has {list(target.shape)}"
-                        )
-                    target.copy_(value)
-                    missing[name] -= value.numel()
-        except (SafetensorError, KeyError, TypeError, ValueError) as e:
+                    box: Box = tuple((int(start), int(stop)) for start, stop in slices[name])
+                    _check_box(path, name, box, value, recorded[name], loaded[name])
+                    destination[name][tuple(slice(*edges) for edges in box)].copy_(value)
+                    loaded[name].append(box)
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as e:
             raise CheckpointError(f"{path}: not a readable safetensors file of slices ({e})") from None
+
+
+Box = tuple[tuple[int, int], ...]  # the slice that a tensor is of a whole one: (start, stop) in every dim
+
+
+def _size(box: Box) -> int:
+    return prod(stop - start for start, stop in box)
+
+
+def _check_box(path: Path, name: str, box: Box, value: Tensor, recorded: dict, others: list[Box]) -> None:
+    """A slice lies within the tensor, has the shape and type it should, and overlaps no other."""
+    whole = recorded["shape"]
+    inside = len(box) == len(whole) and all(0 <= a <= b <= size for (a, b), size in zip(box, whole, strict=True))
+    if not inside or [b - a for a, b in box] != list(value.shape):
+        raise CheckpointError(f"{path}: {name} of shape {list(value.shape)} is not the slice {list(box)} of {whole}")
+    if str(value.dtype).removeprefix("torch.") != recorded["dtype"]:
+        raise CheckpointError(f"{path}: {name} is {value.dtype}, the manifest says {recorded['dtype']}")
+    for other in others:
+        if all(max(a, c) < min(b, d) for (a, b), (c, d) in zip(box, other, strict=True)):
+            raise CheckpointError(f"{path}: {name} has the slice {list(box)}, which overlaps {list(other)}")
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -93,6 +113,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: format {manifest['format']} is unknown; this version reads {FORMAT}")
     if manifest_digest(manifest) != manifest["digest"]:
         raise CheckpointError(f"{path}: damaged (its digest differs)")
+    entries = [*manifest["files"].values(), *(t for group in manifest["tensors"].values() for t in group.values())]
+    for entry in entries:
+        match entry:
+            case {"size": int(), "sha256": str()} | {"shape": list(), "dtype": str()}:
+                pass
+            case _:
+                raise CheckpointError(f"{path}: {entry!r} is not the entry of a file or tensor")
     return manifest
 
 

@@ -1,6 +1,7 @@
 """Writing a checkpoint: a temporary folder, fsync, one rename. Nothing that exists is written over."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,9 @@ from torch import Tensor
 from megaresnorm.checkpoint.format import FORMAT, MANIFEST, file_sha256, folder_name, list_checkpoints, manifest_digest
 from megaresnorm.errors import CheckpointError
 
+log = logging.getLogger(__name__)
+
+UNFINISHED = ".tmp-"
 FILE_BYTES = 1 << 31  # tensors are gathered into files of about this size
 
 
@@ -29,9 +33,12 @@ def save_checkpoint(
     final = root / folder_name(step)
     if final.exists():
         raise CheckpointError(f"{final}: exists already; checkpoints are never written over")
-    temporary = root / f".tmp-{folder_name(step)}-{os.getpid()}"
+    temporary = root / f"{UNFINISHED}{folder_name(step)}"
     try:
-        temporary.mkdir(parents=True)
+        root.mkdir(parents=True, exist_ok=True)
+        for left in root.glob(f"{UNFINISHED}*"):  # of a process that was killed while it saved or removed one
+            shutil.rmtree(left)
+        temporary.mkdir()
         files = {}
         shapes = {}
         for group, members in tensors.items():
@@ -54,9 +61,18 @@ def save_checkpoint(
         raise CheckpointError(f"{final}: cannot be written ({reason}); earlier checkpoints are untouched") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already if it was renamed
-    for _, old in list_checkpoints(root)[:-keep]:
-        shutil.rmtree(old)
+    _remove_old(root, keep)
     return final
+
+
+def _remove_old(root: Path, keep: int) -> None:
+    """Remove all but the newest ``keep``. Each is renamed first, so that one that is half gone is no checkpoint any more."""
+    for step, old in list_checkpoints(root)[:-keep]:
+        try:
+            if not old.is_symlink():
+                shutil.rmtree(old.rename(root / f"{UNFINISHED}{folder_name(step)}"))
+        except OSError as e:
+            log.warning("warning: %s: an old checkpoint cannot be removed (%s)", old, e.strerror)
 
 
 def _parts(members: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:

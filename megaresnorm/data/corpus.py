@@ -1,6 +1,7 @@
 """Documents out of text files, JSON lines and the built-in corpus."""
 
 import json
+import re
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from megaresnorm.errors import DataError
 
 BUILT_IN = ("stdlib",)
 SUFFIXES = (".txt", ".jsonl")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 # Installed packages, tests, and sources that are generated tables: code pages (encodings) and help topics (pydoc_data).
 _SKIPPED_FOLDERS = {
     "site-packages",
@@ -40,21 +42,25 @@ def find_files(corpus: str | None, paths: Sequence[str]) -> list[SourceFile]:
         return _stdlib_files()
     found: list[SourceFile] = []
     for name in paths:
-        path = Path(name)
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-            if not inside:
-                raise DataError(f"{path}: the folder has no {' or '.join(SUFFIXES)} file")
-        elif not path.exists():
-            raise DataError(f"{path}: no such file or folder; give text files, .jsonl files or folders of them")
-        elif path.suffix not in SUFFIXES:
-            raise DataError(
-                f"{path}: cannot read {path.suffix or 'a file without suffix'}; wanted {' or '.join(SUFFIXES)}"
-            )
-        else:
-            inside = [path]
-        found += [SourceFile(p, p.stat().st_size) for p in inside]
+        try:
+            found += [SourceFile(p, p.stat().st_size) for p in _text_files(Path(name))]
+        except (OSError, ValueError) as e:
+            raise DataError(f"{name}: cannot be read ({getattr(e, 'strerror', e)})") from None
     return found
+
+
+def _text_files(path: Path) -> list[Path]:
+    """The file itself, or the text files of a folder."""
+    if path.is_dir():
+        inside = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        if not inside:
+            raise DataError(f"{path}: the folder has no {' or '.join(SUFFIXES)} file")
+        return inside
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder; give text files, .jsonl files or folders of them")
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; wanted {' or '.join(SUFFIXES)}")
+    return [path]
 
 
 def read_documents(file: SourceFile, text_key: str) -> Iterator[str]:
@@ -91,6 +97,8 @@ def _text_of(line: bytes, text_key: str, where: str) -> str:
         raise DataError(
             f"{where}: no text under {text_key!r}; its keys are {', '.join(sorted(value)) or 'none'} (see --text-key)"
         )
+    if not text.isascii() and _SURROGATE.search(text):
+        raise DataError(f"{where}: its text has half of a surrogate pair (\\ud800 to \\udfff), which is no character")
     return text
 
 

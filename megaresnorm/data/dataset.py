@@ -36,11 +36,15 @@ def open_dataset(path: str) -> DataSet:
     Raises: DataError naming file and offset for anything missing, damaged or mismatched.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        if not folder.with_name(folder.name + ".idx").exists():
+    try:
+        is_folder, is_prefix = folder.is_dir(), folder.with_name(folder.name + ".idx").exists()
+    except (OSError, ValueError) as e:
+        raise DataError(f"{path}: cannot be read ({getattr(e, 'strerror', e)})") from None
+    if not is_folder:
+        if not is_prefix:
             raise DataError(f"{path}: no such data set; make it with: megaresnorm prepare --out {path} ...")
         files = TokenFiles(folder)
-        return DataSet(files, None, None, hashlib.sha256(files.boundaries.tobytes()).hexdigest())
+        return DataSet(files, None, None, _content_digest(files.idx_path, files.bin_path))
     description = _read_description(folder)
     tokenizer = load_tokenizer(description["tokenizer"], folder)
     if tokenizer.vocab_size != description["vocab_size"]:
@@ -110,7 +114,7 @@ def split_documents(files: TokenFiles, recipe: DataRecipe) -> dict[str, np.ndarr
 
     A split that is asked for has at least one document, as long as one is left to train on.
     """
-    order = np.random.Generator(np.random.Philox(key=recipe.seed % 2**64)).permutation(files.num_documents)
+    order = np.random.Generator(np.random.Philox(key=recipe.seed)).permutation(files.num_documents)
     lengths = files.boundaries[order + 1] - files.boundaries[order]
     share = np.cumsum(lengths) / max(1, int(lengths.sum()))  # share of the tokens up to and with each document
 
@@ -135,8 +139,8 @@ def open_samples(data: DataSet, recipe: Recipe) -> tuple[PackedSamples, PackedSa
     valid = PackedSamples(data.files, splits["valid"], seq_len, recipe.data.seed)
     if valid.per_epoch == 0:
         raise DataError(
-            f"{recipe.data.path}: the validation split is shorter than one sequence of {seq_len} + 1 tokens; "
-            f"raise data.valid_fraction={recipe.data.valid_fraction}, or set it to 0"
+            f"{recipe.data.path}: the validation split, {len(splits['valid'])} of {data.files.num_documents} documents, is "
+            f"shorter than one sequence of {seq_len} + 1 tokens; raise data.valid_fraction, or set it to 0"
         )
     return train, valid
 
@@ -170,8 +174,21 @@ def file_digest(files: dict) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
+def _content_digest(*paths: Path) -> str:
+    """One digest of files that have no description: their sizes and chunks, evenly spread ones beyond VERIFY_BYTES."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.suffix} {size}\n".encode())
+        with path.open("rb") as file:
+            for start, stop in spread_chunks(size, VERIFY_BYTES, DIGEST_CHUNK):
+                file.seek(start)
+                digest.update(file.read(stop - start))
+    return digest.hexdigest()
+
+
 def _random(seed: int, stream: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, stream], dtype=np.uint64)))
+    return np.random.Generator(np.random.Philox(key=[seed, stream]))
 
 
 def _read_description(folder: Path) -> dict:

@@ -3,9 +3,9 @@
 import concurrent.futures
 import json
 import multiprocessing
-import os
 import shutil
 import signal
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -39,11 +39,17 @@ class PrepareJob:
     workers: int = 1
     overwrite: bool = False
 
+    @property
+    def names_a_tokenizer(self) -> bool:
+        return self.tokenizer in ("bytes", "sentencepiece")
+
     def request(self, files: list[SourceFile]) -> dict:
         """What was asked for, recorded to tell whether a finished folder already is its result."""
         return {
             "files": [[str(f.path.resolve()), f.num_bytes, f.path.stat().st_mtime_ns] for f in files],
-            "tokenizer": self.tokenizer,
+            "tokenizer": self.tokenizer
+            if self.names_a_tokenizer
+            else SentencePieceTokenizer.load(Path(self.tokenizer)).describe(),
             "vocab_size": self.vocab_size if self.tokenizer == "sentencepiece" else None,
             "text_key": self.text_key,
         }
@@ -71,21 +77,21 @@ def prepare(
     files = find_files(job.corpus, job.paths) if files is None else files
     request = {**job.request(files), "digest": None}
     request["digest"] = file_digest(request)
-    if job.out.exists():
-        if not job.overwrite:
-            return _reuse(job.out, request)
-        if not (job.out / DESCRIPTION).is_file():
-            raise DataError(
-                f"{job.out}: exists and is not a data set, so --overwrite will not replace it; use another --out"
-            )
-    temporary = job.out.with_name(f".{job.out.name}.tmp-{os.getpid()}")
+    unique = uuid.uuid4().hex
+    temporary = job.out.with_name(f".{job.out.name}.tmp-{unique}")
     try:
-        job.out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
+        if job.out.exists():
+            if not job.overwrite:
+                return _reuse(job.out, request)
+            if not (job.out / DESCRIPTION).is_file():
+                raise DataError(
+                    f"{job.out}: exists and is not a data set, so --overwrite will not replace it; use another --out"
+                )
+        temporary.mkdir(parents=True)
         description = _write(job, files, temporary, progress)
         text = json.dumps({**description, "request": request["digest"]}, indent=1)
         (temporary / DESCRIPTION).write_text(text, encoding="utf-8")
-        _replace(temporary, job.out)
+        _replace(temporary, job.out, job.out.with_name(f".{job.out.name}.old-{unique}"))
     except OSError as e:
         raise DataError(f"{job.out}: cannot be written ({e.strerror})") from None
     finally:
@@ -127,16 +133,16 @@ def _make_tokenizer(job: PrepareJob, files: list[SourceFile]) -> Tokenizer:
 
 
 def _training_text(files: list[SourceFile], text_key: str) -> Iterator[str]:
-    """All of a small corpus; of a large one about TRAINING_CHARACTERS, from files spread over the whole."""
-    total = sum(f.num_bytes for f in files)
-    stride = max(1, total // TRAINING_CHARACTERS)
-    budget = TRAINING_CHARACTERS
-    for file in files[:: min(stride, len(files))] if files else []:
+    """All of a small corpus; of a large one about TRAINING_CHARACTERS, the same share of the documents of every file."""
+    share = min(1.0, TRAINING_CHARACTERS / max(1, sum(f.num_bytes for f in files)))
+    due = 0.0  # characters that should have been taken by now, less those that were
+    for file in files:
         for text in read_documents(file, text_key):
-            yield text[:budget]
-            budget -= len(text)
-            if budget <= 0:
-                return
+            due += share * len(text)
+            if due > 0:
+                taken = text if share == 1.0 else text[: max(WORK_CHARACTERS, round(due))]
+                due -= len(taken)
+                yield taken
 
 
 def _tokenize(
@@ -211,18 +217,22 @@ def _encode_in_worker(texts: list[str]) -> tuple[np.ndarray, list[int]]:
 def _reuse(folder: Path, request: dict) -> Prepared:
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        if description["request"] == request["digest"]:
-            return Prepared(
-                folder, description["documents"], description["tokens"], description["vocab_size"], reused=True
-            )
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # something else is there: refused below like any other folder
-    raise DataError(f"{folder}: exists and was made from other files or settings; use --overwrite, or another --out")
+        same = description["request"] == request["digest"]
+        whole = all((folder / name).stat().st_size == f["size"] for name, f in description["files"].items())
+        counts = description["documents"], description["tokens"], description["vocab_size"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{folder}: exists and is not a whole data set; use --overwrite, or another --out") from None
+    if not same:
+        raise DataError(
+            f"{folder}: exists and was made from other files or settings; use --overwrite, or another --out"
+        )
+    if not whole:
+        raise DataError(f"{folder}: its token files are not those that were prepared; use --overwrite to make it again")
+    return Prepared(folder, *counts, reused=True)
 
 
-def _replace(temporary: Path, out: Path) -> None:
-    """Put the finished folder in place; an old one goes only afterwards."""
-    old = out.with_name(f".{out.name}.old-{os.getpid()}")
+def _replace(temporary: Path, out: Path, old: Path) -> None:
+    """Put the finished folder in place; the one that was there goes only afterwards."""
     if out.exists():
         out.rename(old)
     temporary.rename(out)

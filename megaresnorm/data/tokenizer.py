@@ -80,9 +80,18 @@ class SentencePieceTokenizer:
         import sentencepiece
 
         model = io.BytesIO()
+        bad_text: list[DataError] = []
+
+        def sentences() -> Iterator[str]:
+            """SentencePiece would replace an error of its source by a message of its own, so it is kept for later."""
+            try:
+                yield from _pieces_of_text(texts)
+            except DataError as e:
+                bad_text.append(e)
+
         try:
             sentencepiece.SentencePieceTrainer.Train(
-                sentence_iterator=_pieces_of_text(texts),
+                sentence_iterator=sentences(),
                 model_writer=model,
                 model_type="bpe",
                 vocab_size=vocab_size,
@@ -97,7 +106,10 @@ class SentencePieceTokenizer:
             )
         except RuntimeError as e:
             detail = str(e).splitlines()[-1].split("] ")[-1].strip() or "the corpus is too small"
-            raise DataError(f"cannot train a SentencePiece model of {vocab_size} pieces: {detail}") from None
+            problem = bad_text or [DataError(f"cannot train a SentencePiece model of {vocab_size} pieces: {detail}")]
+            raise problem[0] from None
+        if bad_text:
+            raise bad_text[0]
         return cls(model.getvalue(), "the trained model")
 
     def encode(self, text: str) -> np.ndarray:

@@ -15,7 +15,6 @@ from megaresnorm.model.transformer import has_embedding_norm
 from megaresnorm.recipe import ModelRecipe, PrecisionRecipe, Recipe
 
 BF16_HALF_ULP = 2.0**-8  # an add smaller than this share of its BF16 sum can vanish in the rounding
-MAX_SEARCH_BLOCKS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,8 @@ def check(recipe: Recipe) -> list[Finding]:
 def lint(model: ModelRecipe, precision: PrecisionRecipe) -> list[Finding]:
     """Everything that is wrong, refusals first."""
     findings = [*_options_fit(model), *_combinations(model)]
-    if not findings:  # the estimates below need a topology that can be evaluated
+    findings += _completep_base(model)
+    if not any(f.refused for f in findings):  # the estimates below need a topology that can be evaluated
         findings += [*_tied_self_match(model), *_update_bound(model), *_swallowed_updates(model, precision)]
     return sorted(findings, key=lambda finding: not finding.refused)
 
@@ -82,18 +82,15 @@ def update_bound(model: ModelRecipe) -> float | None:
 
 
 def swallowed_from(model: ModelRecipe) -> int | None:
-    """Blocks from which a BF16 stream loses branches of this topology to rounding; None: not below 65,536."""
+    """Blocks from which a BF16 stream loses branches of this topology to rounding; None: not at model.num_blocks or below."""
 
     def swallowed(num_blocks: int) -> bool:
         deeper = model.model_copy(update={"num_blocks": num_blocks})
         return any(isinstance(e.spec.gate, float) and e.branch_to_trunk < BF16_HALF_ULP for e in estimates(deeper))
 
-    high = 1
-    while not swallowed(high):
-        high *= 2
-        if high > MAX_SEARCH_BLOCKS:
-            return None
-    low = high // 2
+    low, high = 0, model.num_blocks
+    if not swallowed(high):
+        return None
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if swallowed(middle) else (middle, high)
@@ -141,6 +138,23 @@ def _combinations(model: ModelRecipe) -> Iterator[Finding]:
             f"model.init.scale_residual=true is already part of model.topology={model.topology}; remove it",
             refused=True,
         )
+    if model.init.scale_residual and spec.norm_branch:
+        yield Finding(
+            "scaled-in-vain",
+            f"model.init.scale_residual=true has no effect with model.topology={model.topology}, which normalises its branches; "
+            "set model.init.scale_residual=false",
+            refused=True,
+        )
+
+
+def _completep_base(model: ModelRecipe) -> Iterator[Finding]:
+    unset = [k for k in ("base_dim", "base_num_blocks") if getattr(model.topology_options, k) is None]
+    if "base_num_blocks" in topology(model.topology).options and unset:
+        yield Finding(
+            "completep-base",
+            f"model.topology={model.topology} without model.topology_options.{' and '.join(unset)} scales nothing: it takes this "
+            "model as the base whose settings are transferred",
+        )
 
 
 def _tied_self_match(model: ModelRecipe) -> Iterator[Finding]:
@@ -179,7 +193,7 @@ def _swallowed_updates(model: ModelRecipe, precision: PrecisionRecipe) -> Iterat
     if precision.stream != "bf16":
         return
     depth = swallowed_from(model)
-    if depth is not None and model.num_blocks >= depth:
+    if depth is not None:
         yield Finding(
             "bf16-swallows",
             f"precision.residual_dtype=bf16 loses branches of model.topology={model.topology} to rounding from {depth} blocks on "

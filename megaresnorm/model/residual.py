@@ -80,7 +80,7 @@ class Residual(nn.Module):
     A block runs it in three parts, so that what lies between two branches is a single kernel:
 
         enter    stream -> (x, u)            the pending add, then c * norm_in
-        branch   u -> y                      F, dropout, norm_branch, the token gate
+        run      (x, u) -> y                 F, norm_branch, dropout, the token gate
         into     (x, y) -> (x', u')          this add and norm_out, then the next connection's c * norm_in
         leave    (x, y) -> stream            this add and norm_out; a plain add is left pending
     """
@@ -120,10 +120,10 @@ class Residual(nn.Module):
     def run(self, x: Tensor, u: Tensor, rows: Rows, dropout_key: DropoutKey | None) -> Tensor:
         """The branch's output y [T, D] for its input u; x is the trunk that a token gate mixes it with."""
         y = self.branch(u, rows)
-        if dropout_key is not None and self.dropout > 0.0:
-            y = dropout_key.drop(y, self.dropout, self.site)
         if self.norm_branch is not None:
             y = self.norm_branch(y)
+        if dropout_key is not None and self.dropout > 0.0:  # after the norm, which would undo its scaling
+            y = dropout_key.drop(y, self.dropout, self.site)
         if self.token_gate is not None:
             # (1 - T) x + T y = x + T (y - x), in FP32 (or FP64) so that x loses nothing.
             wide = self.token_gate.weight.dtype
@@ -136,8 +136,8 @@ class Residual(nn.Module):
     def _pending(self, x: Tensor, y: Tensor) -> Stream:
         if self.gate is not None:
             return Stream(x, y, self.spec.alpha, self.gate)
-        # A token gate was already applied by run.
-        return Stream(x, y, self.spec.alpha, self.spec.gate if isinstance(self.spec.gate, float) else 1.0)
+        assert not isinstance(self.spec.gate, Learned)
+        return Stream(x, y, self.spec.alpha, 1.0 if isinstance(self.spec.gate, TokenGate) else float(self.spec.gate))
 
 
 def gate_size(gate: Learned, dim: int) -> int:

@@ -49,18 +49,17 @@ class Transformer(nn.Module):
         return self.logits(self.finish(self.run_blocks(self.embed(tokens_BS, dropout), tokens_BS, dropout)))
 
     def embed(self, tokens_BS: Tensor, dropout: DropoutKey | None = None) -> Stream:
-        """The stream before the first block: token and position embeddings, dropout, embedding norm."""
+        """The stream before the first block: token and position embeddings, embedding norm, dropout."""
         x_TD = self.embedding(tokens_BS.flatten())
         if self.positions is not None:
             batch, seq = tokens_BS.shape
             if seq > self.recipe.seq_len:
                 raise ValueError(f"a sequence of {seq} tokens is longer than model.seq_len={self.recipe.seq_len}")
             x_TD = (x_TD.view(batch, seq, -1) + self.positions.weight[:seq]).flatten(0, 1)
+        x_TD, _ = self.add_norm(Stream(x_TD), self.embedding_norm)
         if dropout is not None and self.recipe.dropout > 0.0:
             x_TD = dropout.drop(x_TD, self.recipe.dropout, site=2 * self.recipe.num_blocks)
-        if self.embedding_norm is None:
-            return Stream(x_TD.to(self.add_norm.residual_dtype))
-        return Stream(self.add_norm(Stream(x_TD), self.embedding_norm)[0])
+        return Stream(x_TD)
 
     def run_blocks(self, stream: Stream, tokens_BS: Tensor, dropout: DropoutKey | None = None) -> Stream:
         """The stream after the last block; ``tokens_BS`` only says how its rows are sequences."""

@@ -1,13 +1,23 @@
 """The console: log lines above a progress bar on a terminal, plain lines elsewhere."""
 
 import logging
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-console = Console(highlight=False, soft_wrap=True)
+
+class _Console(Console):
+    """A console whose reader may go away (``| head``, a closed terminal): the run goes on without it."""
+
+    def on_broken_pipe(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+console = _Console(highlight=False, soft_wrap=True)
 
 
 class _ConsoleHandler(logging.Handler):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from math import isfinite
 from pathlib import Path
 
 
@@ -28,7 +29,8 @@ class MetricsWriter:
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Record the metrics of one step; the step itself is counted from 0."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        finite = {name: value if isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
             for name, value in metrics.items():

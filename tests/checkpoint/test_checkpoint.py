@@ -187,3 +187,92 @@ def test_another_model_is_refused_with_the_first_difference(saved):
         Checkpoint(saved).load_into("weights", {**tensors()["weights"], "c": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"b has shape \[3\], the model's is \[4\]"):
         Checkpoint(saved).load_into("weights", {**tensors()["weights"], "b": torch.zeros(4)})
+
+
+def test_files_and_folders_are_on_disk_before_the_rename(tmp_path, monkeypatch):
+    """The order of system calls: every file and the folder are synced, then the rename, then its parent is synced."""
+    from pathlib import Path
+
+    events = []
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (events.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), fsync(fd))
+    )
+    monkeypatch.setattr(Path, "rename", lambda self, target: (events.append("rename"), rename(self, target))[1])
+    save_checkpoint(tmp_path / "root", 5, tensors(), {}, keep=2)
+    at = events.index("rename")
+    assert sorted(events[:at]) == [
+        ".tmp-step-00000005",
+        "manifest.json",
+        "optimizer-00001.safetensors",
+        "weights-00001.safetensors",
+    ]
+    assert events[at + 1 :] == ["root"]
+
+
+def test_what_a_killed_save_left_behind_is_swept(saved):
+    (saved.parent / ".tmp-step-00000008").mkdir()
+    (saved.parent / ".tmp-step-00000008" / "weights-00001.safetensors").write_bytes(b"half")
+    save_checkpoint(saved.parent, 8, tensors(), {}, keep=2)
+    assert sorted(os.listdir(saved.parent)) == ["step-00000007", "step-00000008"]
+
+
+def test_a_linked_old_checkpoint_is_left_alone(saved, tmp_path):
+    outside = tmp_path / "elsewhere"
+    shutil.copytree(saved, outside)
+    (saved.parent / "step-00000001").symlink_to(outside)
+    for step in (8, 9):
+        save_checkpoint(saved.parent, step, tensors(), {}, keep=2)
+    assert (outside / "manifest.json").exists() and not saved.exists()
+
+
+def test_unknown_formats_and_odd_entries_are_refused(saved):
+    original = (saved / "manifest.json").read_text()
+    for change, part in [
+        (lambda m: m.update(format=2), "format 2 is unknown"),
+        (lambda m: m["files"].update({"weights-00002.safetensors": {}}), "not the entry of a file or tensor"),
+        (lambda m: m["tensors"]["weights"].update({"b": {"shape": 3}}), "not the entry of a file or tensor"),
+        (lambda m: m.pop("state"), "not the manifest of a checkpoint"),
+    ]:
+        (saved / "manifest.json").write_text(original)
+        rewrite_manifest(saved, change)
+        with pytest.raises(CheckpointError, match=part):
+            Checkpoint(saved)
+
+
+def test_a_model_that_lacks_a_tensor_of_the_checkpoint_is_refused(saved):
+    with pytest.raises(CheckpointError, match="weights differ in 1 tensors, the first is b"):
+        Checkpoint(saved).load_into("weights", {"a.weight": torch.zeros(6, 4)})
+
+
+@pytest.mark.parametrize(
+    ("content", "slices", "part"),
+    [
+        ({"a.weight": (4, 4), "b": (3,)}, {"a.weight": [[0, 4], [0, 4]], "b": [[0, 3]]}, "overlaps"),
+        ({"a.weight": (6, 4), "b": (3,)}, {"a.weight": [[0, 6]], "b": [[0, 3]]}, "is not the slice"),
+        ({"a.weight": (6, 4), "b": (3,)}, {"a.weight": [[2, 8], [0, 4]], "b": [[0, 3]]}, "is not the slice"),
+        ({"a.weight": (6, 4), "b": (3,)}, {"a.weight": [[0, 6], [0, 4]]}, "not a readable safetensors file of slices"),
+        (
+            {"a.weight": (6, 4), "b": (3,)},
+            {"a.weight": [[0, 6], [0, 4]], "b": [[0, 3]]},
+            "b is torch.float32, the manifest says bfloat16",
+        ),
+    ],
+)
+def test_slices_that_do_not_fit_are_refused(saved, content, slices, part):
+    """With the digests made to fit. In the first case a second file covers rows that the first one has."""
+    from megaresnorm.checkpoint.format import file_sha256
+
+    def dtype(name):
+        return torch.bfloat16 if name == "b" and "manifest" not in part else torch.float32
+
+    files = {"weights-00001.safetensors": ({n: torch.ones(s, dtype=dtype(n)) for n, s in content.items()}, slices)}
+    if part == "overlaps":
+        files["weights-00002.safetensors"] = ({"a.weight": torch.ones(2, 4)}, {"a.weight": [[3, 5], [0, 4]]})
+    recorded = {}
+    for name, (parts, where) in files.items():
+        save_file(parts, saved / name, {"slices": json.dumps(where)})
+        recorded[name] = {"size": (saved / name).stat().st_size, "sha256": file_sha256(saved / name)}
+    rewrite_manifest(saved, lambda m: m.update(files=recorded))
+    with pytest.raises(CheckpointError, match=part):
+        load(saved)

@@ -167,3 +167,64 @@ def test_a_swapped_tokenizer_is_noticed(tmp_path):
     (tmp_path / "400" / "tokenizer.model").write_bytes((tmp_path / "410" / "tokenizer.model").read_bytes())
     with pytest.raises(DataError, match=r"tokenizer\.model: not the tokenizer this data was made with"):
         open_dataset(str(tmp_path / "400"))
+
+
+def test_a_data_set_that_lost_a_file_is_not_reused(corpus, tmp_path, capsys):
+    arguments = ["prepare", str(corpus), "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert main(arguments) == 0
+    (tmp_path / "out" / "tokens.bin").unlink()
+    assert main(arguments) == 3 and "not a whole data set; use --overwrite" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0
+    (tmp_path / "out" / "tokens.bin").write_bytes(b"xx")
+    assert main(arguments) == 3 and "not those that were prepared; use --overwrite" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0 and open_dataset(str(tmp_path / "out")).files.num_documents == 4
+
+
+def test_another_tokenizer_under_the_same_name_is_another_job(tmp_path, capsys):
+    import asyncio
+
+    text = tmp_path / "t.txt"
+    text.write_text("".join(p.read_text() for p in sorted(Path(asyncio.__file__).parent.glob("*.py"))))
+    model = tmp_path / "m.model"
+    arguments = ["prepare", str(text), "--tokenizer", str(model), "--out", str(tmp_path / "out"), "--workers", "1"]
+    model.write_bytes(SentencePieceTokenizer.train([text.read_text()], 400).model)
+    assert main(arguments) == 0 and main(arguments) == 0 and "reused" in capsys.readouterr().out
+    model.write_bytes(SentencePieceTokenizer.train([text.read_text()], 420).model)
+    assert main(arguments) == 3 and "other files or settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "sentencepiece"])
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_half_a_surrogate_pair_is_refused_with_its_line(tokenizer, workers, tmp_path, capsys):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "fine"}\n{"text": "a\\ud800b"}\n')
+    arguments = ["prepare", str(path), "--tokenizer", tokenizer, "--vocab-size", "300", "--workers", workers]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 3
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "x.jsonl:2" in error and "surrogate" in error
+
+
+def test_a_tokenizer_is_trained_on_the_same_share_of_every_file(tmp_path, monkeypatch):
+    from megaresnorm.data import prepare as module
+    from megaresnorm.data.corpus import find_files
+
+    monkeypatch.setattr(module, "TRAINING_CHARACTERS", 20_000)
+    monkeypatch.setattr(module, "WORK_CHARACTERS", 100)
+    (tmp_path / "a-small.txt").write_text("tiny")
+    for name, letter in (("b.jsonl", "b"), ("c.jsonl", "c")):
+        (tmp_path / name).write_text("".join(json.dumps({"text": f"{i:06}{letter * 194}"}) + "\n" for i in range(1000)))
+    texts = list(module._training_text(find_files(None, [str(tmp_path)]), "text"))
+    joined = "".join(texts)
+    assert len(joined) == pytest.approx(20_000, rel=0.15)
+    assert joined.count("b") == pytest.approx(joined.count("c"), rel=0.1)
+    numbers = [int(t[:6]) for t in texts if t.endswith("b")]
+    assert min(numbers) < 100 and max(numbers) > 900  # from all over the file
+
+
+def test_names_too_long_for_a_file_cost_one_line(tmp_path, capsys):
+    long = "x" * 300
+    assert main(["prepare", long, "--out", str(tmp_path / "out")]) == 3
+    assert main(["prepare", __file__.replace(".py", ".txt"), "--out", long]) == 3
+    with pytest.raises(DataError, match="File name too long"):
+        open_dataset(long)
+    assert capsys.readouterr().err.count("\n") == 2

@@ -156,3 +156,16 @@ def test_kernel_choice_says_which_and_why():
         choose_kernel("test_op", "fast", CPU)
     with pytest.raises(ConfigError, match="wanted one of auto, fast, slow"):
         choose_kernel("test_op", "fats", CPU)
+
+
+def test_a_post_norm_reads_the_stored_sum():
+    x, delta, norms = inputs(64, 64, BF16)
+    for norm in norms:
+        trunk, _ = add_norm(x, delta, alpha=3.0, norm=norm, residual_dtype=BF16, out_dtype=BF16)
+        stored, _ = add_norm(x, delta, alpha=3.0, residual_dtype=BF16, out_dtype=BF16)
+        assert (
+            torch.equal(trunk, textbook_norm(stored.double(), norm).to(BF16))
+            or (
+                (trunk.double() - textbook_norm(stored.double(), norm)).abs() <= 2.0**-8 * trunk.double().abs() * 0.5001
+            ).all()
+        )

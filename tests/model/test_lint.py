@@ -1,5 +1,7 @@
 """Every rule of the linter: a recipe that trips it and one that is just inside."""
 
+import time
+
 import pytest
 
 from megaresnorm.errors import ConfigError
@@ -20,6 +22,13 @@ def rules(precision=None, **settings):
     return {(f.rule, f.refused) for f in lint(model(**settings), PrecisionRecipe(**(precision or {})))}
 
 
+BASE = {"topology_options": {"base_dim": 64, "base_num_blocks": 2}}
+
+
+def square(ratio):
+    return {"topology": "deepnorm", "ffn_dim": 64, "init": {"distribution": "normal", "std": 0.125 * ratio}}
+
+
 TIED = {"tied_embeddings": True}
 CASES = [
     # rule, refused, settings that trip it, settings just inside, precision
@@ -29,11 +38,18 @@ CASES = [
     ("scaled-twice", True, {"topology": "pre_scaled", "init": {"scale_residual": True}}, {"topology": "pre_scaled"}, {}),
     ("unused-option", True, {"topology": "pre", "topology_options": {"mix_ratio": 0.5}},
      {"topology": "mix_ln", "topology_options": {"mix_ratio": 0.0}}, {}),
+    ("scaled-in-vain", True, {"topology": "peri", "init": {"scale_residual": True}},
+     {"topology": "gated", "init": {"scale_residual": True}}, {}),
+    ("completep-base", False, {"topology": "completep", "topology_options": {"base_dim": 64}},
+     {"topology": "completep", **BASE}, {}),
     ("completep-init", True,
-     {"topology": "completep", "topology_options": {"base_dim": 32}, "init": {"distribution": "normal"}},
-     {"topology": "completep", "topology_options": {"base_dim": 64}, "init": {"distribution": "normal"}}, {}),
-    ("tied-self-match", True, {**TIED, "topology": "deepnorm", "init": {"embedding_std": 1.0}},
+     {"topology": "completep", "topology_options": {"base_dim": 32, "base_num_blocks": 2}, "init": {"distribution": "normal"}},
+     {"topology": "completep", **BASE, "init": {"distribution": "normal"}}, {}),
+    ("tied-self-match", True, {**TIED, "topology": "deepnorm", "init": {"embedding_std": 0.1251}},
      {**TIED, "topology": "deepnorm", "init": {"embedding_std": 0.125}}, {}),
+    # Square matrices whose Xavier deviation is 1/8: B is the square of the deviation relative to that.
+    ("update-bound", False, square(1.45), square(1.40), {}),
+    ("update-bound", False, square(0.69), square(0.72), {}),
     ("tied-self-match", True, {**TIED, "topology": "keel", "init": {"embedding_std": 1.0}},
      {**TIED, "topology": "keel", "init": {"embedding_std": 0.125}}, {}),
     ("update-bound", False, {"topology": "deepnorm_glm", "num_blocks": 3}, {"topology": "deepnorm_glm", "num_blocks": 2}, {}),
@@ -83,3 +99,10 @@ def test_refusals_stop_a_recipe_with_one_line(tiny):
         check(tiny(model={"topology": "reordered"}))
     warnings = check(tiny(model={"topology": "post"}))
     assert [w.rule for w in warnings] == ["update-bound"] and "B = 2N" in warnings[0].message
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_linting_is_instant_at_any_depth(topology):
+    start = time.process_time()
+    lint(model(topology=topology, qk_norm="head", num_blocks=2000), PrecisionRecipe(**BF16))
+    assert time.process_time() - start < 2.0

@@ -106,3 +106,23 @@ def test_scale_residual_and_normal_distribution():
     assert block.attention.branch.qkv.weight.std().item() == pytest.approx(0.05, rel=0.03)
     assert block.attention.branch.out.weight.std().item() == pytest.approx(0.05 / 4, rel=0.05)
     assert torch.equal(block.attention.branch.qkv.bias, torch.zeros(192))
+
+
+def test_embeddings_positions_and_head_start_with_their_deviations():
+    base = {"dim": 64, "num_blocks": 1, "num_heads": 4, "vocab_size": 4096, "seq_len": 4096, "positions": "learned"}
+
+    def deviations(**settings):
+        model = build_model(ModelRecipe(**base, **settings)).model
+        return [round(t.weight.std().item(), 3) for t in (model.embedding, model.positions, model.head)]
+
+    assert deviations() == [pytest.approx(1.0, rel=0.01), pytest.approx(0.5, rel=0.01), pytest.approx(0.125, rel=0.01)]
+    assert deviations(tied_embeddings=True)[:2] == [pytest.approx(0.02, abs=6e-4), pytest.approx(0.01, abs=6e-4)]
+    scaled = deviations(topology="completep", topology_options=TopologyOptions(base_dim=16, base_num_blocks=1))
+    assert scaled[2] == pytest.approx(0.25, rel=0.01)  # base_dim^-1/2: the logits are scaled by base_dim / dim instead
+
+
+def test_logit_softcap():
+    recipe = ModelRecipe(dim=16, num_blocks=1, num_heads=2, seq_len=4, vocab_size=64)
+    plain = build_model(recipe).model(torch.arange(4).unsqueeze(0))
+    capped = build_model(recipe.model_copy(update={"logit_softcap": 0.5})).model(torch.arange(4).unsqueeze(0))
+    assert torch.allclose(capped, 0.5 * torch.tanh(plain / 0.5), atol=1e-6) and capped.abs().max() <= 0.5

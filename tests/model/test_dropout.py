@@ -1,0 +1,78 @@
+"""Dropout inside the model: where, with which masks, and that it scales nothing it should not."""
+
+import pytest
+import torch
+
+from megaresnorm.assemble import build_model
+from megaresnorm.model.residual import DropoutKey
+from megaresnorm.model.topology import TOPOLOGIES
+from megaresnorm.recipe import ModelRecipe, PrecisionRecipe
+
+
+def build(topology, p, **settings):
+    recipe = ModelRecipe(
+        dim=16,
+        num_blocks=3,
+        num_heads=2,
+        seq_len=8,
+        vocab_size=64,
+        topology=topology,
+        qk_norm="head",
+        dropout=p,
+        **settings,
+    )
+    return build_model(recipe, PrecisionRecipe(compute="fp64")).model
+
+
+TOKENS = torch.randint(64, (2, 8), generator=torch.Generator().manual_seed(0))
+ROWS = torch.arange(16) + 160
+
+
+def test_every_place_has_its_own_mask_of_the_given_rows_and_seed(monkeypatch):
+    calls = []
+    original = DropoutKey.drop
+    monkeypatch.setattr(
+        DropoutKey, "drop", lambda self, x, p, site: calls.append((self, p, site)) or original(self, x, p, site)
+    )
+    build("pre", 0.25)(TOKENS, DropoutKey(7, ROWS))
+    assert [site for _, _, site in calls] == [6, 0, 1, 2, 3, 4, 5]  # the embedding, then the sub-layers
+    assert all(key.seed == 7 and key.rows is ROWS and p == 0.25 for key, p, _ in calls)
+    one = torch.ones(16, 32)
+    masks = [
+        DropoutKey(seed, rows).drop(one, 0.5, site)
+        for seed, rows, site in [(7, ROWS, 0), (7, ROWS, 1), (8, ROWS, 0), (7, ROWS + 1, 0)]
+    ]
+    for i, mask in enumerate(masks):
+        assert all(not torch.equal(mask, other) for other in masks[i + 1 :])
+    assert len(masks[0].unique(dim=0)) == 16  # rows differ from each other
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_dropout_changes_the_output_in_training_only(topology):
+    model, without = build(topology, 0.3), build(topology, 0.0)
+    with torch.no_grad():
+        for p in (*model.parameters(), *without.parameters()):
+            p.add_(0.1)  # gates that start at zero would hide the branches
+    assert torch.equal(model(TOKENS), without(TOKENS))
+    assert not torch.allclose(model(TOKENS, DropoutKey(1, ROWS)), model(TOKENS))
+    assert torch.equal(without(TOKENS, DropoutKey(1, ROWS)), without(TOKENS))
+
+
+@pytest.mark.parametrize("topology", ["pre", "peri", "reordered", "layerscale"])
+def test_what_is_added_to_the_stream_keeps_its_mean(topology):
+    """The branch's contribution averaged over 4000 masks is the one without dropout, also behind a branch norm."""
+    model = build(topology, 0.3)
+    residual = model.blocks["0"].attention
+    rows = model._rows(TOKENS)
+    x, u = residual.enter(model.embed(TOKENS))
+    plain = residual.run(x, u, rows, None)
+    total = sum(residual.run(x, u, rows, DropoutKey(seed, ROWS)) for seed in range(4000)) / 4000
+    error = (total - plain).norm() / plain.norm()
+    assert error < 0.03  # one mask is off by sqrt(0.3 / 0.7) = 0.65; of 4000 the mean by 0.0104
+
+
+def test_the_normalised_embedding_keeps_its_mean():
+    model = build("deepnorm", 0.3, embedding_norm=True)
+    plain = model.embed(TOKENS).x
+    total = sum(model.embed(TOKENS, DropoutKey(seed, ROWS)).x for seed in range(4000)) / 4000
+    assert (total - plain).norm() / plain.norm() < 0.03
