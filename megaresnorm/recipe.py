@@ -1,7 +1,7 @@
 """Every setting of a run, one typed field each, documented where it stands.
 
-A recipe is frozen, refuses unknown keys, NaN and Inf, and never converts types: ``dim: "64"`` is an error.
-Relations between fields are checked here; relations with data, topology or hardware where those are known.
+A recipe is frozen, refuses unknown keys, NaN and Inf, and never converts types: ``dim: "64"`` is an error. Relations
+between fields are checked here; relations with data, topology or hardware where those are known.
 """
 
 from typing import Annotated, Literal
@@ -343,9 +343,5 @@ class Recipe(Section):
 
 
 def divisors(n: int) -> list[int]:
-    """All divisors of n, for error messages.
-
-    >>> divisors(12)
-    [1, 2, 3, 4, 6, 12]
-    """
+    """All divisors of n, for error messages."""
     return [d for d in range(1, n + 1) if n % d == 0]
