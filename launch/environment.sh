@@ -7,8 +7,12 @@ fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
 
-show_help() { # $1: the script; prints the comment at its top
-  sed -n '2,/^set /{/^# /s/^# //p}' "$1"
+help_if_asked() { # the script's arguments; prints the comment at its top
+  case "${1:-}" in -h | --help)
+    sed -n '2,/^set /{/^# /s/^# //p}' "launch/$(basename "$0")"
+    exit 0
+    ;;
+  esac
 }
 
 make_environment() { # $1: extras of setup.py, may be empty

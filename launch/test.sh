@@ -5,11 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
-
-if [ "${1:-}" = "--help" ] || [ "${1:-}" = "-h" ]; then
-  show_help "$0"
-  exit 0
-fi
+help_if_asked "$@"
 
 make_environment dev
 say "ruff"

@@ -86,7 +86,7 @@ def _add_prepare(commands: Commands) -> None:
     add("--corpus", choices=["stdlib"], help="a built-in corpus: stdlib, the sources of this Python's own library")
     add("--out", required=True, type=Path, help="folder to make")
     add("--tokenizer", default="bytes", help="bytes, sentencepiece (trained on the text), or a .model file [bytes]")
-    add("--vocab-size", type=_count, default=8192, help="pieces of a trained sentencepiece model [8192]")
+    add("--vocab-size", type=_count, help="pieces of a trained sentencepiece model [8192]")
     add("--text-key", default="text", help="key of the text in .jsonl objects [text]")
     add("--workers", type=_count, default=os.cpu_count() or 1, help="processes [all cores]")
     add("--overwrite", action="store_true", help="replace another data set at --out once the new one is complete")

@@ -151,6 +151,10 @@ class Run:
 
     def save(self) -> Path:
         """A checkpoint of the present step, unless there is one."""
+        root = self.output / "checkpoints"
+        for step, path in list_checkpoints(root):
+            if step == self.steps_done:
+                return path
         state = {
             "samples": self.samples_done,
             "skipped_in_a_row": self.skipped_in_a_row,
@@ -165,10 +169,6 @@ class Run:
                 "python": platform.python_version(),
             },
         }
-        root = self.output / "checkpoints"
-        for step, path in list_checkpoints(root):
-            if step == self.steps_done:
-                return path
         path = save_checkpoint(
             root, self.steps_done, self.engine.tensors(), state, keep=self.recipe.train.keep_checkpoints
         )
@@ -245,7 +245,9 @@ class Run:
     def _write_recipe(self) -> None:
         try:
             self.output.mkdir(parents=True, exist_ok=True)
-            (self.output / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
+            written = self.output / ".recipe.yaml.tmp"
+            written.write_text(dump_recipe(self.recipe), encoding="utf-8")
+            written.replace(self.output / "recipe.yaml")
             (self.output / "checkpoints").mkdir(exist_ok=True)
         except OSError as e:
             raise TrainingError(f"train.output={self.output}: cannot be written ({e.strerror})") from None

@@ -253,6 +253,17 @@ def test_a_signal_saves_and_exits_with_its_code(tiny, tmp_path, number, code):
     assert saved.steps_done == len(losses(recipe)) > 0 and f"{number.name}: saved step {saved.steps_done}" in out
 
 
+def test_the_first_signal_is_noted_and_the_second_ends_at_once():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as stop:
+        assert stop.received is None and stop.exit_code == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received is signal.SIGTERM and stop.exit_code == 143
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_command_line_trains_shows_and_resumes(tiny, tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_recipe(tiny(train={"sample_tokens": 5, "sample_prompt": "def "})))

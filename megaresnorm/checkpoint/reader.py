@@ -14,6 +14,8 @@ from megaresnorm.errors import CheckpointError
 
 MAX_MANIFEST_BYTES = 1 << 28
 
+Box = tuple[tuple[int, int], ...]  # the slice that a tensor is of a whole one: (start, stop) in every dim
+
 
 class Checkpoint:
     """A verified checkpoint folder.
@@ -55,7 +57,7 @@ class Checkpoint:
                 raise CheckpointError(f"{self.folder}: {name} is not complete in the {group} files")
 
     def _load_file(
-        self, path: Path, recorded: dict, destination: Mapping[str, Tensor], loaded: dict[str, list["Box"]]
+        self, path: Path, recorded: dict, destination: Mapping[str, Tensor], loaded: dict[str, list[Box]]
     ) -> None:
         try:
             with safe_open(path, framework="pt") as file:
@@ -70,9 +72,6 @@ class Checkpoint:
                     loaded[name].append(box)
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as e:
             raise CheckpointError(f"{path}: not a readable safetensors file of slices ({e})") from None
-
-
-Box = tuple[tuple[int, int], ...]  # the slice that a tensor is of a whole one: (start, stop) in every dim
 
 
 def _size(box: Box) -> int:

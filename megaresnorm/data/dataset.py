@@ -54,7 +54,7 @@ def open_dataset(path: str) -> DataSet:
     for name in (f"{PREFIX}.idx", f"{PREFIX}.bin"):
         _verify_digests(folder / name, description["files"][name])
     files = TokenFiles(folder / PREFIX)
-    return DataSet(files, tokenizer, tokenizer.vocab_size, file_digest(description["files"]))
+    return DataSet(files, tokenizer, tokenizer.vocab_size, json_digest(description["files"]))
 
 
 def resolve_vocab(recipe: Recipe, data: DataSet) -> Recipe:
@@ -169,9 +169,9 @@ def digests_of(path: Path) -> dict:
     return {"size": path.stat().st_size, "sha256": chunks}
 
 
-def file_digest(files: dict) -> str:
-    """One digest that stands for all files of a data set."""
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+def json_digest(value: dict) -> str:
+    """SHA-256 that stands for plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _content_digest(*paths: Path) -> str:

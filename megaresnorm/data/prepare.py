@@ -15,13 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from megaresnorm.data.corpus import SourceFile, find_files, read_documents
-from megaresnorm.data.dataset import DESCRIPTION, PREFIX, digests_of, file_digest
+from megaresnorm.data.dataset import DESCRIPTION, PREFIX, digests_of, json_digest
 from megaresnorm.data.indexed import TokenWriter, token_dtype
 from megaresnorm.data.tokenizer import SENTENCEPIECE_FILE, ByteTokenizer, SentencePieceTokenizer, Tokenizer
-from megaresnorm.errors import DataError
+from megaresnorm.errors import ConfigError, DataError
 
 WORK_CHARACTERS = 1 << 19  # text handed to a worker at a time
 TRAINING_CHARACTERS = 1 << 25  # text a SentencePiece model is trained on
+
+DEFAULT_VOCAB_SIZE = 8192  # of a trained SentencePiece model
 
 Progress = Callable[[int], None]  # called with the number of source bytes done since the last call
 
@@ -34,25 +36,27 @@ class PrepareJob:
     corpus: str | None = None
     paths: tuple[str, ...] = ()
     tokenizer: str = "bytes"
-    vocab_size: int = 8192
+    vocab_size: int | None = None
     text_key: str = "text"
     workers: int = 1
     overwrite: bool = False
 
     @property
-    def names_a_tokenizer(self) -> bool:
-        return self.tokenizer in ("bytes", "sentencepiece")
+    def tokenizer_file(self) -> Path | None:
+        """The .model file to load, if the tokenizer is one."""
+        return None if self.tokenizer in ("bytes", "sentencepiece") else Path(self.tokenizer)
 
-    def request(self, files: list[SourceFile]) -> dict:
-        """What was asked for, recorded to tell whether a finished folder already is its result."""
-        return {
-            "files": [[str(f.path.resolve()), f.num_bytes, f.path.stat().st_mtime_ns] for f in files],
-            "tokenizer": self.tokenizer
-            if self.names_a_tokenizer
-            else SentencePieceTokenizer.load(Path(self.tokenizer)).describe(),
-            "vocab_size": self.vocab_size if self.tokenizer == "sentencepiece" else None,
-            "text_key": self.text_key,
-        }
+    def digest(self, files: list[SourceFile]) -> str:
+        """Stands for what was asked for; recorded to tell whether a finished folder already is its result."""
+        file = self.tokenizer_file
+        return json_digest(
+            {
+                "files": [[str(f.path.resolve()), f.num_bytes, f.path.stat().st_mtime_ns] for f in files],
+                "tokenizer": self.tokenizer if file is None else SentencePieceTokenizer.load(file).describe(),
+                "vocab_size": self.vocab_size,
+                "text_key": self.text_key,
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,9 @@ def prepare(
     Raises: DataError, one line, for sources, tokenizer or output that cannot be used.
     """
     files = find_files(job.corpus, job.paths) if files is None else files
-    request = {**job.request(files), "digest": None}
-    request["digest"] = file_digest(request)
+    if job.vocab_size is not None and job.tokenizer != "sentencepiece":
+        raise ConfigError(f"--vocab-size={job.vocab_size} has no effect with --tokenizer {job.tokenizer}; remove it")
+    request = job.digest(files)
     unique = uuid.uuid4().hex
     temporary = job.out.with_name(f".{job.out.name}.tmp-{unique}")
     try:
@@ -89,7 +94,7 @@ def prepare(
                 )
         temporary.mkdir(parents=True)
         description = _write(job, files, temporary, progress)
-        text = json.dumps({**description, "request": request["digest"]}, indent=1)
+        text = json.dumps({**description, "request": request}, indent=1)
         (temporary / DESCRIPTION).write_text(text, encoding="utf-8")
         _replace(temporary, job.out, job.out.with_name(f".{job.out.name}.old-{unique}"))
     except OSError as e:
@@ -128,7 +133,7 @@ def _make_tokenizer(job: PrepareJob, files: list[SourceFile]) -> Tokenizer:
     if job.tokenizer == "bytes":
         return ByteTokenizer()
     if job.tokenizer == "sentencepiece":
-        return SentencePieceTokenizer.train(_training_text(files, job.text_key), job.vocab_size)
+        return SentencePieceTokenizer.train(_training_text(files, job.text_key), job.vocab_size or DEFAULT_VOCAB_SIZE)
     return SentencePieceTokenizer.load(Path(job.tokenizer))
 
 
@@ -214,10 +219,10 @@ def _encode_in_worker(texts: list[str]) -> tuple[np.ndarray, list[int]]:
     return _encode(_worker_tokenizer, texts)
 
 
-def _reuse(folder: Path, request: dict) -> Prepared:
+def _reuse(folder: Path, request: str) -> Prepared:
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        same = description["request"] == request["digest"]
+        same = description["request"] == request
         whole = all((folder / name).stat().st_size == f["size"] for name, f in description["files"].items())
         counts = description["documents"], description["tokens"], description["vocab_size"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

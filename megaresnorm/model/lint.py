@@ -47,8 +47,7 @@ def check(recipe: Recipe) -> list[Finding]:
 
 def lint(model: ModelRecipe, precision: PrecisionRecipe) -> list[Finding]:
     """Everything that is wrong, refusals first."""
-    findings = [*_options_fit(model), *_combinations(model)]
-    findings += _completep_base(model)
+    findings = [*_options_fit(model), *_combinations(model), *_completep_base(model)]
     if not any(f.refused for f in findings):  # the estimates below need a topology that can be evaluated
         findings += [*_tied_self_match(model), *_update_bound(model), *_swallowed_updates(model, precision)]
     return sorted(findings, key=lambda finding: not finding.refused)
@@ -64,8 +63,8 @@ def estimates(model: ModelRecipe) -> list[SublayerEstimate]:
             spec = topology(model.topology).residual(at, model.topology_options)
             v, w = _gains(model, sublayer, spec)
             branch = 1.0 if spec.norm_branch else v * w * (spec.norm_in_scale if spec.norm_in else trunk)
-            gate = spec.gate if isinstance(spec.gate, float) else 1.0
-            ratio = gate * branch / (spec.alpha * trunk)
+            gate = spec.constant_gate
+            ratio = (1.0 if gate is None else gate) * branch / (spec.alpha * trunk)
             out.append(SublayerEstimate(spec, v, w, ratio))
             trunk = 1.0 if spec.norm_out else spec.alpha * trunk * sqrt(1 + ratio**2)
     return out
@@ -86,7 +85,10 @@ def swallowed_from(model: ModelRecipe) -> int | None:
 
     def swallowed(num_blocks: int) -> bool:
         deeper = model.model_copy(update={"num_blocks": num_blocks})
-        return any(isinstance(e.spec.gate, float) and e.branch_to_trunk < BF16_HALF_ULP for e in estimates(deeper))
+        constant = (
+            e for e in estimates(deeper) if e.spec.constant_gate is not None
+        )  # a learned gate finds its own size
+        return any(e.branch_to_trunk < BF16_HALF_ULP for e in constant)
 
     low, high = 0, model.num_blocks
     if not swallowed(high):
@@ -163,7 +165,7 @@ def _tied_self_match(model: ModelRecipe) -> Iterator[Finding]:
     std, largest = default_embedding_std(model), model.dim**-0.5
     cosine = 1.0
     for estimate in estimates(model):
-        learned = not isinstance(estimate.spec.gate, float)
+        learned = estimate.spec.constant_gate is None
         cosine /= sqrt(1.0 + (0.0 if learned else estimate.branch_to_trunk) ** 2)
     if std > largest * (1 + 1e-9) and cosine > 0.2:
         yield Finding(

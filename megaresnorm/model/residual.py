@@ -134,10 +134,8 @@ class Residual(nn.Module):
         return None if self.norm_in is None else self.norm_in.weights(self.spec.norm_in_scale)
 
     def _pending(self, x: Tensor, y: Tensor) -> Stream:
-        if self.gate is not None:
-            return Stream(x, y, self.spec.alpha, self.gate)
-        assert not isinstance(self.spec.gate, Learned)
-        return Stream(x, y, self.spec.alpha, 1.0 if isinstance(self.spec.gate, TokenGate) else float(self.spec.gate))
+        gate = self.spec.constant_gate if self.gate is None else self.gate
+        return Stream(x, y, self.spec.alpha, 1.0 if gate is None else gate)  # None: run applied a token gate
 
 
 def gate_size(gate: Learned, dim: int) -> int:

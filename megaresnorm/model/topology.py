@@ -80,6 +80,11 @@ class ResidualSpec:
     init_gain: Mapping[str, float] = field(default_factory=dict)
     optim: Mapping[str, Multipliers] = field(default_factory=dict)
 
+    @property
+    def constant_gate(self) -> float | None:
+        """The gate where it is a number, None where it is learned."""
+        return None if isinstance(self.gate, Learned | TokenGate) else float(self.gate)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:

@@ -108,6 +108,7 @@ def test_bad_requests_cost_one_line(corpus, tmp_path, capsys):
             "cannot train a SentencePiece model of 60000",
         ),
         ([str(corpus), "--tokenizer", str(corpus / "not.model")], 3, "not a SentencePiece model"),
+        ([str(corpus), "--vocab-size", "300"], 2, "--vocab-size=300 has no effect with --tokenizer bytes"),
         ([str(corpus), "--tokenizer", "nowhere.model"], 3, "nowhere.model: cannot be read"),
     ]:
         assert main(["prepare", *arguments, *out]) == code
@@ -198,7 +199,8 @@ def test_another_tokenizer_under_the_same_name_is_another_job(tmp_path, capsys):
 def test_half_a_surrogate_pair_is_refused_with_its_line(tokenizer, workers, tmp_path, capsys):
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "fine"}\n{"text": "a\\ud800b"}\n')
-    arguments = ["prepare", str(path), "--tokenizer", tokenizer, "--vocab-size", "300", "--workers", workers]
+    size = ["--vocab-size", "300"] if tokenizer == "sentencepiece" else []
+    arguments = ["prepare", str(path), "--tokenizer", tokenizer, *size, "--workers", workers]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 3
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "x.jsonl:2" in error and "surrogate" in error

@@ -7,7 +7,7 @@ import torch
 
 from megaresnorm.assemble import build_model
 from megaresnorm.errors import ConfigError
-from megaresnorm.model.topology import TOPOLOGIES, Learned, Position, TokenGate, topology
+from megaresnorm.model.topology import TOPOLOGIES, Learned, Position, ResidualSpec, TokenGate, topology
 from megaresnorm.recipe import InitRecipe, ModelRecipe, TopologyOptions
 
 
@@ -126,3 +126,12 @@ def test_logit_softcap():
     plain = build_model(recipe).model(torch.arange(4).unsqueeze(0))
     capped = build_model(recipe.model_copy(update={"logit_softcap": 0.5})).model(torch.arange(4).unsqueeze(0))
     assert torch.allclose(capped, 0.5 * torch.tanh(plain / 0.5), atol=1e-6) and capped.abs().max() <= 0.5
+
+
+def test_a_constant_gate_may_be_any_number():
+    assert ResidualSpec(gate=2).constant_gate == 2.0
+    assert (
+        ResidualSpec(gate=Learned(0.0, "scalar")).constant_gate
+        is ResidualSpec(gate=TokenGate(-2.0)).constant_gate
+        is None
+    )
