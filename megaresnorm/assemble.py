@@ -1,9 +1,12 @@
 """The one order in which a model is put together: meta model, precision, materialise, initialise."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+import megaresnorm.kernels.cross_entropy  # noqa: F401  (registers itself)
 from megaresnorm.errors import ConfigError
 from megaresnorm.kernels.dispatch import choose_kernel
 from megaresnorm.model.init import materialize
@@ -22,6 +25,7 @@ class Assembled:
     table: dict[str, ParameterSpec]
     device: torch.device
     kernel_choices: dict[str, str]
+    cross_entropy: Callable[..., tuple[Tensor, Tensor]]
     bf16: Bf16Weights | None
 
     def weights_changed(self) -> None:
@@ -44,14 +48,16 @@ def build_model(
     """
     precision, kernels = precision or PrecisionRecipe(), kernels or KernelRecipe()
     device = torch.device(device)
-    kernel, choice = choose_kernel("add_norm", kernels.add_norm, device)
-    add_norm = AddNorm(kernel.function, DTYPES[precision.stream], DTYPES[precision.compute])
+    compute = DTYPES[precision.compute]
+    chosen = {op: choose_kernel(op, backend, device, compute) for op, backend in kernels}
+    add_norm = AddNorm(chosen["add_norm"][0].function, DTYPES[precision.stream], compute)
     with torch.device("meta"):
-        model = Transformer(recipe, add_norm)
+        model = Transformer(recipe, add_norm, chosen["attention"][0].function)
     bf16 = Bf16Weights(model) if precision.compute == "bf16" else None
     table = parameter_table(recipe)
     materialize(model, table, seed=seed, dtype=weight_dtype(precision.compute), device=device)
-    assembled = Assembled(model, table, device, {"add_norm": choice}, bf16)
+    choices = {op: line for op, (_, line) in chosen.items()}
+    assembled = Assembled(model, table, device, choices, chosen["cross_entropy"][0].function, bf16)
     assembled.weights_changed()
     return assembled
 

@@ -9,27 +9,99 @@ from megaresnorm.model.parameters import ParameterSpec
 from megaresnorm.recipe import OptimRecipe
 
 
-def build_optimizer(
-    parameters: Mapping[str, nn.Parameter], table: Mapping[str, ParameterSpec], recipe: OptimRecipe
-) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) with one group for each combination of decay and multipliers in the table."""
-    groups: dict[tuple, dict] = {}
-    for name, parameter in parameters.items():
-        spec = table[name]
-        m = spec.multipliers
-        decay = recipe.weight_decay * m.weight_decay if spec.decay else 0.0
-        group = groups.setdefault(
-            (decay, m.lr, m.eps),
-            {"params": [], "weight_decay": decay, "eps": recipe.eps * m.eps, "lr_multiplier": m.lr},
+SMALL = 1 << 16  # elements; below this, calling an operation costs about as much as its work
+
+
+class Optimizer:
+    """AdamW (arXiv:1711.05101), with one group for each combination of decay and multipliers in the table.
+
+    A deep, narrow model has thousands of small parameters. Those of a group become slices of one tensor, their gradients
+    slices of another, so that norm, clipping and update are one call for all of them. ``tensors`` is what remains to be called
+    for: those packed tensors and the large parameters.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], table: Mapping[str, ParameterSpec], recipe: OptimRecipe
+    ) -> None:
+        self._parameters = list(parameters.values())
+        self._slices: dict[nn.Parameter, tuple[nn.Parameter, int]] = {}  # small -> (packed tensor, first element)
+        groups: dict[tuple, dict] = {}
+        for name, parameter in parameters.items():
+            spec = table[name]
+            m = spec.multipliers
+            decay = recipe.weight_decay * m.weight_decay if spec.decay else 0.0
+            group = groups.setdefault(
+                (decay, m.lr, m.eps),
+                {"params": [], "weight_decay": decay, "eps": recipe.eps * m.eps, "lr_multiplier": m.lr},
+            )
+            group["params"].append(parameter)
+        for group in groups.values():
+            small = [p for p in group["params"] if p.numel() <= SMALL]
+            group["params"] = [p for p in group["params"] if p.numel() > SMALL] + ([self._pack(small)] if small else [])
+        self.tensors = [tensor for group in groups.values() for tensor in group["params"]]
+        self._packed = {packed for packed, _ in self._slices.values()}
+        self._adamw = torch.optim.AdamW(
+            list(groups.values()), lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), fused=True
         )
-        group["params"].append(parameter)
-    return torch.optim.AdamW(list(groups.values()), lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), fused=True)
 
+    @property
+    def groups(self) -> list[dict]:
+        """AdamW's groups: their tensors, decay, eps and multiplier of the learning rate."""
+        return self._adamw.param_groups
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group the schedule's rate times its own multiplier."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_multiplier"]
+    def updated_as(self, parameter: nn.Parameter) -> nn.Parameter:
+        """The tensor that AdamW updates in the place of a parameter of the model."""
+        return self._slices.get(parameter, (parameter, 0))[0]
+
+    def gradients(self, *, per_parameter: bool = False) -> list[Tensor]:
+        """Every gradient: of ``tensors``, or one for each parameter of the model."""
+        of = self._parameters if per_parameter else self.tensors
+        return [p.grad for p in of if p.grad is not None]
+
+    def step(self, lr: float) -> None:
+        """Update with the gradients at hand; ``lr`` is the schedule's, to which a group's multiplier is applied."""
+        for group in self._adamw.param_groups:
+            group["lr"] = lr * group["lr_multiplier"]
+        self._adamw.step()
+
+    def zero_grad(self) -> None:
+        for parameter in self.tensors:
+            if parameter in self._packed:
+                assert parameter.grad is not None
+                parameter.grad.zero_()
+            else:
+                parameter.grad = None
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """exp_avg and exp_avg_sq of one of the model's parameters: live, whether it is packed or not."""
+        packed, start = self._slices.get(parameter, (parameter, 0))
+        state = self._adamw.state[packed]
+        if not state:  # AdamW itself would only make it in its first step
+            state["step"] = torch.zeros((), dtype=torch.float32, device=packed.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(packed), torch.zeros_like(packed)
+        stop = start + parameter.numel()
+        return {key: state[key].flatten()[start:stop].view_as(parameter) for key in ("exp_avg", "exp_avg_sq")}
+
+    def set_updates(self, updates: int) -> None:
+        """Tell AdamW's bias correction how many updates the moments have seen."""
+        for tensor in self.tensors:
+            self._adamw.state[tensor]["step"].fill_(updates)
+
+    @torch.no_grad()
+    def _pack(self, parameters: list[nn.Parameter]) -> nn.Parameter:
+        """Move the parameters' values into one tensor, and make them and their gradients slices."""
+        packed = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
+        packed.grad = torch.zeros_like(packed)
+        start = 0
+        for p in parameters:
+            stop = start + p.numel()
+            gradient = packed.grad[start:stop].view_as(p)
+            if p.grad is not None:
+                gradient.copy_(p.grad)
+            p.data, p.grad = packed.data[start:stop].view_as(p), gradient
+            self._slices[p] = packed, start
+            start = stop
+        return packed
 
 
 class GradientClipper:

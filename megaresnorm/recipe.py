@@ -251,6 +251,10 @@ class PrecisionRecipe(Section):
 class KernelRecipe(Section):
     add_norm: str = "auto"
     """Backend of the residual-add + norm op; auto takes the fastest that can run here."""
+    attention: str = "auto"
+    """Backend of attention: sdpa, or blocked (products over blocks of queries; auto takes it for BF16 on CPUs)."""
+    cross_entropy: str = "auto"
+    """Backend of the loss: chunked (less memory), or reference."""
 
 
 class BatchRamp(Section):

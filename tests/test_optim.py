@@ -7,17 +7,20 @@ import torch
 
 from megaresnorm.assemble import build_model
 from megaresnorm.model.parameters import parameter_table
-from megaresnorm.optim import GradientClipper, build_optimizer, gradient_norms, set_learning_rate
+from megaresnorm.optim import GradientClipper, Optimizer, gradient_norms
 from megaresnorm.recipe import ModelRecipe, OptimRecipe, TopologyOptions
 from megaresnorm.schedule import batch_size, learning_rate, total_variation
 
 
 def groups_by_name(recipe: ModelRecipe, optim: OptimRecipe):
+    """The group that updates each parameter: one step with a gradient of ones moves its weights by that group's rule."""
     model = build_model(recipe).model
-    optimizer = build_optimizer(dict(model.named_parameters()), parameter_table(recipe), optim)
-    set_learning_rate(optimizer, optim.lr)
-    names = {id(p): n for n, p in model.named_parameters()}
-    return {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+    parameters = dict(model.named_parameters())
+    optimizer = Optimizer(parameters, parameter_table(recipe), optim)
+    for group in optimizer.groups:
+        group["lr"] = optim.lr * group["lr_multiplier"]
+    by_tensor = {tensor: group for group in optimizer.groups for tensor in group["params"]}
+    return {name: by_tensor[optimizer.updated_as(p)] for name, p in parameters.items()}
 
 
 def test_matrices_decay_and_nothing_else_does():

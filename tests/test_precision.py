@@ -44,7 +44,7 @@ def test_bf16_follows_fp32(topology, residual):
     floor = 1e-2 * max(g.norm() for g in exact.values())  # key biases and single gates are sums that cancel
     for name, gradient in exact.items():
         assert got[name].dtype == torch.float32
-        assert (got[name] - gradient).norm() <= 0.08 * torch.maximum(gradient.norm(), floor), name
+        assert (got[name] - gradient).norm() <= 0.1 * torch.maximum(gradient.norm(), floor), name
 
 
 def test_residual_dtype_is_the_type_that_is_stored():
@@ -76,5 +76,5 @@ def test_biases_get_their_gradient_and_token_gates_mix_in_fp32():
     model = build_model(recipe, PrecisionRecipe(compute="bf16", residual_dtype="fp32")).model
     tokens = torch.arange(8).unsqueeze(0)
     residual = model.blocks["0"].attention
-    x, u = residual.enter(model.embed(tokens))
+    x, u = residual.enter(model.embed(tokens, model.rows(tokens)))
     assert u.dtype == torch.bfloat16 and residual.run(x, u, model._rows(tokens), None).dtype == torch.float32

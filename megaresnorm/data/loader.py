@@ -12,11 +12,15 @@ from megaresnorm.parallel.context import ParallelContext
 
 
 class Batch(NamedTuple):
-    """B sequences: tokens [B, S] and the tokens that follow them [B, S], int64; samples [B], their global numbers."""
+    """B sequences: tokens [B, S] and the tokens that follow them [B, S], int64; samples [B], their global numbers.
+
+    documents: [B, S], the number of each token's document in its row, where documents are kept apart.
+    """
 
     tokens: Tensor
     labels: Tensor
     samples: Tensor
+    documents: Tensor | None = None
 
 
 def microbatches(

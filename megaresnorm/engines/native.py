@@ -12,9 +12,8 @@ from torch import Tensor
 
 from megaresnorm.assemble import Assembled
 from megaresnorm.data.loader import Batch
-from megaresnorm.kernels.reference import cross_entropy_sums
 from megaresnorm.model.residual import DropoutKey
-from megaresnorm.optim import GradientClipper, build_optimizer, gradient_norms, set_learning_rate
+from megaresnorm.optim import GradientClipper, Optimizer, gradient_norms
 from megaresnorm.recipe import Recipe
 
 
@@ -55,7 +54,8 @@ class NativeEngine:
         self._z_loss, self._seed = recipe.train.z_loss, recipe.train.seed
         self._drops = recipe.model.dropout > 0.0
         self._parameters = dict(self.model.named_parameters())
-        self._optimizer = build_optimizer(self._parameters, assembled.table, recipe.optim)
+        self._optimizer = Optimizer(self._parameters, assembled.table, recipe.optim)
+        self._clips_each = recipe.optim.clip == "adagc"
         self._clipper = GradientClipper(recipe.optim, len(self._parameters))
         self._updates = 0
 
@@ -71,17 +71,16 @@ class NativeEngine:
             nll, objective = self._losses(batch, self._dropout(batch))
             (objective / max(1, tokens)).backward()
             loss += nll.detach().cpu()
-        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        gradients = self._optimizer.gradients(per_parameter=self._clips_each)
         norms = gradient_norms(gradients)
         stats = GradientStats(loss.item() / max(1, tokens), torch.linalg.vector_norm(norms).item())
         applied = accept(stats) is Decision.APPLY
         if applied:
             self._clipper.clip(gradients, norms)
-            set_learning_rate(self._optimizer, lr)
-            self._optimizer.step()
+            self._optimizer.step(lr)
             self._updates += 1
             self.assembled.weights_changed()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad()
         return StepStats(stats.loss, stats.norm, tokens, applied)
 
     @torch.no_grad()
@@ -89,7 +88,7 @@ class NativeEngine:
         """Mean cross entropy a token, in nats, without dropout and z-loss."""
         total, tokens = 0.0, 0
         for batch in batches:
-            nll, _ = cross_entropy_sums(self.model(batch.tokens), batch.labels.flatten())
+            nll, _ = self._losses(batch, None)
             total += nll.item()
             tokens += int((batch.labels >= 0).sum())
         return total / max(1, tokens)
@@ -101,9 +100,9 @@ class NativeEngine:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The live tensors of the engine's state, by group and global name: to be saved, or to be copied into."""
         optimizer = {
-            f"{key}.{name}": self._moments(p)[key]
-            for key in ("exp_avg", "exp_avg_sq")
+            f"{key}.{name}": tensor
             for name, p in self._parameters.items()
+            for key, tensor in self._optimizer.moments(p).items()
         }
         weights = {name: p.data for name, p in self._parameters.items()}
         return {"weights": weights, "optimizer": {**optimizer, "clipper.averages": self._clipper.averages}}
@@ -111,8 +110,7 @@ class NativeEngine:
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over ``state()`` of the engine whose tensors have been copied into ``tensors()``."""
         self._updates, self._clipper.steps = state["updates"], state["clipper_steps"]
-        for parameter in self._parameters.values():
-            self._moments(parameter)["step"].fill_(self._updates)
+        self._optimizer.set_updates(self._updates)
         self.assembled.weights_changed()
 
     def weights_digest(self) -> str:
@@ -124,7 +122,8 @@ class NativeEngine:
         return digest.hexdigest()
 
     def _losses(self, batch: Batch, dropout: DropoutKey | None) -> tuple[Tensor, Tensor]:
-        return cross_entropy_sums(self.model(batch.tokens, dropout), batch.labels.flatten(), self._z_loss)
+        logits_TV = self.model(batch.tokens, dropout, documents_BS=batch.documents)
+        return self.assembled.cross_entropy(logits_TV, batch.labels.flatten(), self._z_loss)
 
     def _dropout(self, batch: Batch) -> DropoutKey | None:
         if not self._drops:
@@ -132,11 +131,3 @@ class NativeEngine:
         seq_len = batch.tokens.shape[1]
         rows = batch.samples.unsqueeze(1) * seq_len + torch.arange(seq_len, device=batch.samples.device)
         return DropoutKey(self._seed, rows.flatten())
-
-    def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
-        """AdamW's state of one parameter, which AdamW itself would only make in its first step."""
-        state = self._optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        return state

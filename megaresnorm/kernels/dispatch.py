@@ -1,8 +1,8 @@
 """Kernels are chosen once, when the model is built, and the choice is said aloud.
 
 A backend registers itself for an op together with ``requires(device)``, which returns None or the reason why it
-cannot run there. Asking for a backend by name that cannot run is an error with that reason; only ``auto`` may take
-another one.
+cannot run there, and ``avoid(device, dtype)``, which returns None or the reason why it would be the slower one. Asking
+for a backend by name that cannot run is an error with that reason; only ``auto`` takes another one.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import torch
 from megaresnorm.errors import ConfigError
 
 Requires = Callable[[torch.device], str | None]
+Avoid = Callable[[torch.device, torch.dtype], str | None]
 
 
 @dataclass(frozen=True)
@@ -23,29 +24,35 @@ class Kernel:
     backend: str
     function: Callable
     requires: Requires
+    avoid: Avoid
 
 
 _KERNELS: dict[str, list[Kernel]] = {}  # op -> its kernels, the fastest first
 
 
-def register_kernel(op: str, backend: str, requires: Requires) -> Callable[[Callable], Callable]:
+def register_kernel(
+    op: str,
+    backend: str,
+    requires: Requires = lambda device: None,
+    avoid: Avoid = lambda device, dtype: None,
+) -> Callable[[Callable], Callable]:
     """Decorator: make a function a backend of ``op``. Earlier registrations are preferred by ``auto``."""
 
     def register(function: Callable) -> Callable:
         kernels = _KERNELS.setdefault(op, [])
         assert backend not in {k.backend for k in kernels}, f"{op}/{backend} is registered twice"
-        kernels.append(Kernel(op, backend, function, requires))
+        kernels.append(Kernel(op, backend, function, requires, avoid))
         return function
 
     return register
 
 
-def choose_kernel(op: str, backend: str, device: torch.device) -> tuple[Kernel, str]:
-    """The kernel that runs ``op`` on ``device``, and a line that says which and why.
+def choose_kernel(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> tuple[Kernel, str]:
+    """The kernel that runs ``op`` on ``device`` for products in ``dtype``, and a line that says which and why.
 
     Raises: ConfigError for a backend that does not exist, or was asked for by name and cannot run here.
     """
-    kernels = _KERNELS[op]
+    kernels = sorted(_KERNELS[op], key=lambda kernel: kernel.backend == "reference")  # the specification comes last
     refusals: list[str] = []
     if backend != "auto" and backend not in {k.backend for k in kernels}:
         raise ConfigError(f"kernels.{op}={backend!r}: wanted one of auto, {', '.join(k.backend for k in kernels)}")
@@ -53,6 +60,8 @@ def choose_kernel(op: str, backend: str, device: torch.device) -> tuple[Kernel, 
         if backend not in ("auto", kernel.backend):
             continue
         reason = kernel.requires(device)
+        if reason is None and backend == "auto":
+            reason = kernel.avoid(device, dtype)
         if reason is None:
             why = "asked for" if backend != "auto" else "; ".join(["first that can run", *refusals])
             return kernel, f"{op} on {device.type}: {kernel.backend} ({why})"

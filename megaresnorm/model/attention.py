@@ -1,10 +1,11 @@
-"""Causal grouped-query attention on torch's scaled_dot_product_attention.
+"""Causal grouped-query attention.
 
 T tokens (batch * seq)   B batch   S seq   N query heads   K key/value heads   H head width   D model dim
 """
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaresnorm.model.norm import Norm
@@ -16,8 +17,9 @@ from megaresnorm.recipe import ModelRecipe
 class Attention(nn.Module):
     """u [T, D] -> [T, D]. The fused ``qkv`` holds the logical matrices q [N*H, D], k [K*H, D] and v [K*H, D]."""
 
-    def __init__(self, recipe: ModelRecipe) -> None:
+    def __init__(self, recipe: ModelRecipe, attend: Callable[..., Tensor]) -> None:
         super().__init__()
+        self.attend = attend
         self.num_heads, self.kv_heads, self.head_dim = recipe.num_heads, recipe.kv_heads, recipe.head_width
         q_dim, kv_dim = self.num_heads * self.head_dim, self.kv_heads * self.head_dim
         self.qkv = Linear(recipe.dim, q_dim + 2 * kv_dim, bias=recipe.bias)
@@ -41,14 +43,11 @@ class Attention(nn.Module):
         if rows.cos is not None and rows.sin is not None:
             qk_BSJH = rotate(qk_BSJH, rows.cos, rows.sin)
         q_BSNH, k_BSKH = qk_BSJH.split(heads[:2], dim=2)
-        y_BNSH = F.scaled_dot_product_attention(
-            q_BSNH.transpose(1, 2),
-            k_BSKH.transpose(1, 2),
-            v_BSKH.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=self.kv_heads != self.num_heads,
-        )
-        return self.out(y_BNSH.transpose(1, 2).reshape(u_TD.shape[0], -1))
+        causal = rows.cache is None or rows.cache.num_tokens == 0  # a single new token sees all that is cached
+        if rows.cache is not None:
+            k_BSKH, v_BSKH = rows.cache.extend(self, k_BSKH, v_BSKH)
+        y_BSNH = self.attend(q_BSNH, k_BSKH, v_BSKH, causal=causal, mask_BSC=rows.mask)
+        return self.out(y_BSNH.reshape(u_TD.shape[0], -1))
 
     def _normalize(self, x_BSNH: Tensor, norm: Norm) -> Tensor:
         return norm(x_BSNH) if self.norm_per_head else norm(x_BSNH.flatten(2)).view_as(x_BSNH)
@@ -65,7 +64,7 @@ def rotary_tables(
 
 
 def rotate(x_BSNH: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
-    """Rotate every head by its position; computed in the tables' type, returned in x's."""
+    """Rotate every head by its position, with tables [S, H] or [B, S, H]; computed in the tables' type, returned in x's."""
     first, second = x_BSNH.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
-    return torch.addcmul(x_BSNH * cos_SH.unsqueeze(1), turned, sin_SH.unsqueeze(1)).to(x_BSNH.dtype)
+    return torch.addcmul(x_BSNH * cos_SH.unsqueeze(-2), turned, sin_SH.unsqueeze(-2)).to(x_BSNH.dtype)

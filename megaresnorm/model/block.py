@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
 from megaresnorm.model.attention import Attention
 from megaresnorm.model.ffn import feed_forward
@@ -15,7 +15,14 @@ from megaresnorm.recipe import ModelRecipe
 class Block(nn.Module):
     """Two sub-layers at a global position; the boundary between them is one kernel, whatever the topology."""
 
-    def __init__(self, recipe: ModelRecipe, block: int, norm: Callable[[], Norm], add_norm: AddNorm) -> None:
+    def __init__(
+        self,
+        recipe: ModelRecipe,
+        block: int,
+        norm: Callable[[], Norm],
+        add_norm: AddNorm,
+        attend: Callable[..., Tensor],
+    ) -> None:
         super().__init__()
         wiring = topology(recipe.topology)
 
@@ -25,7 +32,7 @@ class Block(nn.Module):
             site = 2 * block + (sublayer == "ffn")
             return Residual(spec, branch, norm, recipe.dim, add_norm, site=site, dropout=recipe.dropout)
 
-        self.attention = residual("attention", Attention(recipe))
+        self.attention = residual("attention", Attention(recipe, attend))
         self.ffn = residual("ffn", feed_forward(recipe))
 
     def forward(self, stream: Stream, rows: Rows, dropout: DropoutKey | None) -> Stream:

@@ -4,14 +4,16 @@ T tokens (batch * seq)   B batch   S seq   D model dim   V vocabulary
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from megaresnorm.kernels.attention import sdpa_attention
 from megaresnorm.model.attention import rotary_tables
 from megaresnorm.model.block import Block
 from megaresnorm.model.norm import Norm
-from megaresnorm.model.residual import AddNorm, DropoutKey, Rows, Stream
+from megaresnorm.model.residual import AddNorm, DropoutKey, KeyValueCache, Rows, Stream
 from megaresnorm.model.topology import topology
 from megaresnorm.parallel.tensor import Embedding, Linear
 from megaresnorm.recipe import ModelRecipe
@@ -24,7 +26,7 @@ class Transformer(nn.Module):
     ``recipe`` must be resolved: model.vocab_size is set.
     """
 
-    def __init__(self, recipe: ModelRecipe, add_norm: AddNorm) -> None:
+    def __init__(self, recipe: ModelRecipe, add_norm: AddNorm, attend: Callable[..., Tensor] = sdpa_attention) -> None:
         super().__init__()
         wiring = topology(recipe.topology)
         self.recipe, self.add_norm = recipe, add_norm
@@ -35,35 +37,66 @@ class Transformer(nn.Module):
         self.positions = Embedding(recipe.seq_len, recipe.dim) if recipe.positions == "learned" else None
         self.embedding_norm = norm() if has_embedding_norm(recipe) else None
         # Named by global block number, so that a pipeline stage has the same names as the whole model.
-        self.blocks = nn.ModuleDict({str(i): Block(recipe, i, norm, add_norm) for i in range(recipe.num_blocks)})
+        self.blocks = nn.ModuleDict(
+            {str(i): Block(recipe, i, norm, add_norm, attend) for i in range(recipe.num_blocks)}
+        )
         self.final_norm = norm() if wiring.final_norm else None
         self.head = Linear(recipe.dim, recipe.padded_vocab_size)
         if recipe.tied_embeddings:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens_BS: Tensor, dropout: DropoutKey | None = None) -> Tensor:
-        """``dropout`` is given in training only; without it nothing is dropped.
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        dropout: DropoutKey | None = None,
+        *,
+        documents_BS: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """dropout: given in training only; without it nothing is dropped.
+        documents: the number of every token's document, not falling along a row; a token then sees its own document alone,
+        and positions start anew with each. None: a row is one document.
+        cache: what earlier calls have seen; empty at first, then ``tokens`` is one token a row.
 
-        Raises: ValueError for a sequence longer than model.seq_len when positions are learned.
+        Raises: ValueError for positions past model.seq_len when they are learned.
         """
-        return self.logits(self.finish(self.run_blocks(self.embed(tokens_BS, dropout), tokens_BS, dropout)))
+        rows = self.rows(tokens_BS, documents_BS, cache)
+        logits_TV = self.logits(self.finish(self.run_blocks(self.embed(tokens_BS, rows, dropout), rows, dropout)))
+        if cache is not None:
+            cache.num_tokens += rows.seq
+        return logits_TV
 
-    def embed(self, tokens_BS: Tensor, dropout: DropoutKey | None = None) -> Stream:
+    def rows(self, tokens_BS: Tensor, documents_BS: Tensor | None = None, cache: KeyValueCache | None = None) -> Rows:
+        """What the tokens' rows are: their positions, and who sees whom. Every block reads the same."""
+        batch, seq = tokens_BS.shape
+        start = 0 if cache is None else cache.num_tokens
+        assert start == 0 or (seq == 1 and documents_BS is None), (
+            "after the first call a cache takes one token at a time"
+        )
+        positions, mask = torch.arange(start, start + seq, device=tokens_BS.device), None
+        if documents_BS is not None:
+            positions = positions - torch.searchsorted(documents_BS, documents_BS)
+            mask = (documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)).tril()
+        if self.recipe.positions != "rope":
+            return Rows(batch, seq, positions, mask=mask, cache=cache)
+        wide = torch.promote_types(self.add_norm.compute_dtype, torch.float32)
+        recipe, length = self.recipe, max(self.recipe.seq_len, start + seq)
+        tables = _rotary_tables(length, recipe.head_width, recipe.rope_theta, wide, tokens_BS.device)
+        cos, sin = (table[start : start + seq] if documents_BS is None else table[positions] for table in tables)
+        return Rows(batch, seq, positions, cos, sin, mask, cache)
+
+    def embed(self, tokens_BS: Tensor, rows: Rows, dropout: DropoutKey | None = None) -> Stream:
         """The stream before the first block: token and position embeddings, embedding norm, dropout."""
         x_TD = self.embedding(tokens_BS.flatten())
         if self.positions is not None:
-            batch, seq = tokens_BS.shape
-            if seq > self.recipe.seq_len:
-                raise ValueError(f"a sequence of {seq} tokens is longer than model.seq_len={self.recipe.seq_len}")
-            x_TD = (x_TD.view(batch, seq, -1) + self.positions.weight[:seq]).flatten(0, 1)
+            x_TD = (x_TD.view(rows.batch, rows.seq, -1) + self._position_embeddings(rows)).flatten(0, 1)
         x_TD, _ = self.add_norm(Stream(x_TD), self.embedding_norm)
         if dropout is not None and self.recipe.dropout > 0.0:
             x_TD = dropout.drop(x_TD, self.recipe.dropout, site=2 * self.recipe.num_blocks)
         return Stream(x_TD)
 
-    def run_blocks(self, stream: Stream, tokens_BS: Tensor, dropout: DropoutKey | None = None) -> Stream:
-        """The stream after the last block; ``tokens_BS`` only says how its rows are sequences."""
-        rows = self._rows(tokens_BS)
+    def run_blocks(self, stream: Stream, rows: Rows, dropout: DropoutKey | None = None) -> Stream:
+        """The stream after the last block."""
         for block in self.blocks.values():
             stream = block(stream, rows, dropout)
         return stream
@@ -74,7 +107,9 @@ class Transformer(nn.Module):
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """[T, V], without the padding of the vocabulary."""
-        logits_TV = self.head(hidden_TD)[:, : self.recipe.vocab_size]
+        logits_TV = self.head(hidden_TD)
+        if logits_TV.shape[1] != self.recipe.vocab_size:
+            logits_TV = logits_TV[:, : self.recipe.vocab_size]
         if self.logit_scale != 1.0:
             logits_TV = logits_TV * self.logit_scale
         if self.recipe.logit_softcap is not None:
@@ -83,14 +118,17 @@ class Transformer(nn.Module):
             logits_TV = cap * torch.tanh(logits_TV.to(wide) / cap)
         return logits_TV
 
-    def _rows(self, tokens_BS: Tensor) -> Rows:
-        batch, seq = tokens_BS.shape
-        if self.recipe.positions != "rope":
-            return Rows(batch, seq)
-        wide = torch.promote_types(self.add_norm.compute_dtype, torch.float32)
-        return Rows(
-            batch, seq, *_rotary_tables(seq, self.recipe.head_width, self.recipe.rope_theta, wide, tokens_BS.device)
-        )
+    def _position_embeddings(self, rows: Rows) -> Tensor:
+        """[S, D], or [B, S, D] where documents are kept apart."""
+        assert self.positions is not None
+        if rows.positions.dim() == 2:
+            return self.positions(rows.positions)
+        start = 0 if rows.cache is None else rows.cache.num_tokens
+        if start + rows.seq > self.recipe.seq_len:
+            raise ValueError(
+                f"a sequence of {start + rows.seq} tokens is longer than model.seq_len={self.recipe.seq_len}"
+            )
+        return self.positions.weight[start : start + rows.seq]
 
 
 # Computed once per shape and shared by every block and step; plain tensors, so nothing can be left uninitialised on meta.

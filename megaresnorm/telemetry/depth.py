@@ -10,7 +10,7 @@ from torch import Tensor
 from megaresnorm.assemble import Assembled, build_model
 from megaresnorm.kernels.reference import cross_entropy_sums
 from megaresnorm.model.residual import Stream
-from megaresnorm.optim import build_optimizer, set_learning_rate
+from megaresnorm.optim import Optimizer
 from megaresnorm.recipe import InitRecipe, ModelRecipe, OptimRecipe, PrecisionRecipe, TopologyOptions
 
 LEARNING_RATE = 1e-3
@@ -81,8 +81,9 @@ def probe(topology: str, num_blocks: int, seed: int, setting: ProbeSetting) -> P
     assembled = build_model(recipe, PrecisionRecipe(compute="fp64"), seed=seed)
     model = assembled.model
 
-    first = model.embed(tokens)
-    last = model.add_norm(model.run_blocks(first, tokens))[0]
+    rows = model.rows(tokens)
+    first = model.embed(tokens, rows)
+    last = model.add_norm(model.run_blocks(first, rows))[0]
     first.x.retain_grad()
     last.retain_grad()
     hidden = model.finish(Stream(last))
@@ -131,11 +132,10 @@ def _update(assembled: Assembled, tokens: Tensor, before: Tensor, optimizer: str
     if optimizer == "sgd":
         torch.optim.SGD(matrices.values(), lr=LEARNING_RATE).step()
     else:
-        adam = build_optimizer(matrices, assembled.table, OptimRecipe(lr=LEARNING_RATE, weight_decay=0.0))
-        set_learning_rate(adam, LEARNING_RATE)
-        adam.step()
+        Optimizer(matrices, assembled.table, OptimRecipe(lr=LEARNING_RATE, weight_decay=0.0)).step(LEARNING_RATE)
     model = assembled.model
-    change = model.finish(model.run_blocks(model.embed(tokens), tokens)) - before
+    rows = model.rows(tokens)
+    change = model.finish(model.run_blocks(model.embed(tokens, rows), rows)) - before
     for name, parameter in matrices.items():
         parameter.copy_(saved[name])
     return _rms(change)

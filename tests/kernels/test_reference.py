@@ -149,13 +149,13 @@ def test_kernel_choice_says_which_and_why():
     @register_kernel("test_op", "slow", requires=lambda device: None)
     def slow(): ...
 
-    kernel, line = choose_kernel("test_op", "auto", CPU)
+    kernel, line = choose_kernel("test_op", "auto", CPU, F32)
     assert kernel.function is slow and "slow" in line and "not fast: needs a GPU of this test" in line
-    assert choose_kernel("test_op", "auto", torch.device("cuda"))[0].function is fast
+    assert choose_kernel("test_op", "auto", torch.device("cuda"), F32)[0].function is fast
     with pytest.raises(ConfigError, match=r"kernels.test_op=fast cannot run on cpu: needs a GPU"):
-        choose_kernel("test_op", "fast", CPU)
+        choose_kernel("test_op", "fast", CPU, F32)
     with pytest.raises(ConfigError, match="wanted one of auto, fast, slow"):
-        choose_kernel("test_op", "fats", CPU)
+        choose_kernel("test_op", "fats", CPU, F32)
 
 
 def test_a_post_norm_reads_the_stored_sum():

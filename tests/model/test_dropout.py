@@ -63,8 +63,8 @@ def test_what_is_added_to_the_stream_keeps_its_mean(topology):
     """The branch's contribution averaged over 4000 masks is the one without dropout, also behind a branch norm."""
     model = build(topology, 0.3)
     residual = model.blocks["0"].attention
-    rows = model._rows(TOKENS)
-    x, u = residual.enter(model.embed(TOKENS))
+    rows = model.rows(TOKENS)
+    x, u = residual.enter(model.embed(TOKENS, rows))
     plain = residual.run(x, u, rows, None)
     total = sum(residual.run(x, u, rows, DropoutKey(seed, ROWS)) for seed in range(4000)) / 4000
     error = (total - plain).norm() / plain.norm()
@@ -73,6 +73,6 @@ def test_what_is_added_to_the_stream_keeps_its_mean(topology):
 
 def test_the_normalised_embedding_keeps_its_mean():
     model = build("deepnorm", 0.3, embedding_norm=True)
-    plain = model.embed(TOKENS).x
-    total = sum(model.embed(TOKENS, DropoutKey(seed, ROWS)).x for seed in range(4000)) / 4000
+    plain = model.embed(TOKENS, model.rows(TOKENS)).x
+    total = sum(model.embed(TOKENS, model.rows(TOKENS), DropoutKey(seed, ROWS)).x for seed in range(4000)) / 4000
     assert (total - plain).norm() / plain.norm() < 0.03

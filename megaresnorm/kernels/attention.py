@@ -1,0 +1,123 @@
+"""Attention over whole sequences: torch's fused kernel, and products over blocks of queries, which is faster on some CPUs.
+
+B batch   S queries   C keys (S, or more where earlier ones are cached)   N query heads   K key/value heads   H head width
+"""
+
+from math import inf
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megaresnorm.kernels.dispatch import register_kernel
+
+QUERIES = 128  # in one block; the keys after a block are never looked at
+
+
+def _avoid_blocked(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return "made for CPUs"
+    if dtype != torch.bfloat16:
+        return "only BF16 gains from it"
+    return None
+
+
+@register_kernel("attention", "blocked", avoid=_avoid_blocked)
+def blocked_attention(
+    q_BSNH: Tensor, k_BCKH: Tensor, v_BCKH: Tensor, *, causal: bool, mask_BSC: Tensor | None = None
+) -> Tensor:
+    """As ``sdpa_attention``, by matrix products over blocks of queries; scores are rounded to the inputs' type.
+
+    Keeps the probabilities for the backward pass: B * N * S * C / 2 elements for causal attention.
+    """
+    batch, seq, heads, width = q_BSNH.shape
+    group = heads // k_BCKH.shape[2]
+    # P = B * N pairs: one batched product for all heads.
+    q_PSH = q_BSNH.transpose(1, 2).reshape(batch * heads, seq, width)
+    k_PCH, v_PCH = (
+        t.repeat_interleave(group, dim=2).transpose(1, 2).flatten(0, 1)
+        if group > 1
+        else t.transpose(1, 2).reshape(batch * heads, -1, width)
+        for t in (k_BCKH, v_BCKH)
+    )
+    bias = _bias(q_PSH, k_PCH.shape[1], causal, mask_BSC, heads)
+    y_PSH = _Blocked.apply(q_PSH, k_PCH, v_PCH, bias, causal)
+    return y_PSH.view(batch, heads, seq, width).transpose(1, 2)
+
+
+@register_kernel("attention", "sdpa")
+def sdpa_attention(
+    q_BSNH: Tensor, k_BCKH: Tensor, v_BCKH: Tensor, *, causal: bool, mask_BSC: Tensor | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(H)) v by torch's scaled_dot_product_attention.
+
+    causal: query i sees keys 0 .. i, and then C must be S.   mask: True where a query sees a key, instead of ``causal``.
+    returns: [B, S, N, H].
+    """
+    return F.scaled_dot_product_attention(
+        q_BSNH.transpose(1, 2),
+        k_BCKH.transpose(1, 2),
+        v_BCKH.transpose(1, 2),
+        attn_mask=None if mask_BSC is None else mask_BSC.unsqueeze(1),
+        is_causal=causal and mask_BSC is None,
+        enable_gqa=k_BCKH.shape[2] != q_BSNH.shape[2],
+    ).transpose(1, 2)
+
+
+def _bias(q_PSH: Tensor, keys: int, causal: bool, mask_BSC: Tensor | None, heads: int) -> Tensor:
+    """0 where a query sees a key and -inf where it does not: [S, C], or [P, S, C] for a mask; [1, 1] where all is seen."""
+    seq = q_PSH.shape[1]
+    if mask_BSC is not None:
+        hidden = ~mask_BSC.repeat_interleave(heads, dim=0)
+    elif causal:
+        assert keys == seq, "causal attention is over whole sequences"
+        hidden = torch.ones(seq, keys, dtype=torch.bool, device=q_PSH.device).triu(1)
+    else:
+        return q_PSH.new_zeros(1, 1)
+    return torch.zeros(hidden.shape, dtype=q_PSH.dtype, device=q_PSH.device).masked_fill_(hidden, -inf)
+
+
+class _Blocked(torch.autograd.Function):
+    """softmax(q k^T / sqrt(H) + bias) v, a block of queries at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, causal: bool) -> Tensor:
+        scale = q.shape[-1] ** -0.5
+        y, probabilities = torch.empty_like(q), []
+        for start, stop, seen in _blocks(q, k, causal):
+            scores = torch.baddbmm(
+                _part(bias, start, stop, seen), q[:, start:stop], k[:, :seen].transpose(1, 2), alpha=scale
+            )
+            p = torch.softmax(scores, dim=-1)
+            y[:, start:stop] = torch.bmm(p, v[:, :seen])
+            probabilities.append(p)
+        ctx.save_for_backward(q, k, v, *probabilities)
+        ctx.causal = causal
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        (dy,) = grads
+        q, k, v, *probabilities = ctx.saved_tensors
+        scale = q.shape[-1] ** -0.5
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (start, stop, seen), p in zip(_blocks(q, k, ctx.causal), probabilities, strict=True):
+            dy_block = dy[:, start:stop]
+            dv[:, :seen].baddbmm_(p.transpose(1, 2), dy_block)
+            dp = torch.bmm(dy_block, v[:, :seen].transpose(1, 2))
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)
+            dq[:, start:stop] = torch.bmm(ds, k[:, :seen])
+            dk[:, :seen].baddbmm_(ds.transpose(1, 2), q[:, start:stop])
+        return dq, dk, dv, None, None
+
+
+def _blocks(q: Tensor, k: Tensor, causal: bool) -> list[tuple[int, int, int]]:
+    """(first query, end, number of keys that they may see) of every block."""
+    seq, keys = q.shape[1], k.shape[1]
+    ends = [(start, min(start + QUERIES, seq)) for start in range(0, seq, QUERIES)]
+    return [(start, stop, stop if causal else keys) for start, stop in ends]
+
+
+def _part(bias: Tensor, start: int, stop: int, seen: int) -> Tensor:
+    return bias if bias.shape[-2:] == (1, 1) else bias[..., start:stop, :seen]

@@ -1,0 +1,158 @@
+"""The models that bench_train.py compares us with, built with our weights: Hugging Face Transformers and megatron-core.
+
+``weights`` is always a dict of our own parameters by global name (see megaresnorm/model/parameters.py). Nothing of the
+package imports this file, and its imports are optional: ``pip install transformers megatron-core==0.16.1``.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is trained. architecture: gpt2 (LayerNorm, learned positions, GELU, biases) or llama (RMSNorm, RoPE, SwiGLU)."""
+
+    architecture: str
+    num_blocks: int
+    dim: int
+    num_heads: int
+    seq_len: int
+    batch: int
+    vocab_size: int
+    ffn_dim: int
+
+
+class Peer:
+    """A model that is trained the plain way: cross entropy in FP32, clipping by the global norm, fused AdamW.
+
+    mode: fp32, autocast (FP32 weights, BF16 products) or bf16 (weights and optimizer state in BF16).
+    """
+
+    def __init__(self, model: nn.Module, logits: Callable[[Tensor], Tensor], mode: str) -> None:
+        self.model, self._logits, self.mode = model.train(), logits, mode
+        if mode == "bf16":
+            model.to(torch.bfloat16)
+        parameters = list(model.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.mode == "autocast"):
+            return self._logits(tokens)
+
+    def step(self, tokens: Tensor, labels: Tensor) -> float:
+        loss = F.cross_entropy(self.logits(tokens).float().flatten(0, 1), labels.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+
+def hf_gpt2(shape: Shape, weights: dict[str, Tensor], mode: str) -> Peer:
+    """transformers.GPT2LMHeadModel with scaled_dot_product_attention, the exact GELU and an untied head."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=shape.vocab_size,
+            n_positions=shape.seq_len,
+            n_embd=shape.dim,
+            n_layer=shape.num_blocks,
+            n_head=shape.num_heads,
+            n_inner=shape.ffn_dim,
+            activation_function="gelu",
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            tie_word_embeddings=False,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+    )
+    names = {
+        "attention.norm_in": "ln_1",
+        "attention.branch.qkv": "attn.c_attn",
+        "attention.branch.out": "attn.c_proj",
+        "ffn.norm_in": "ln_2",
+        "ffn.branch.up": "mlp.c_fc",
+        "ffn.branch.down": "mlp.c_proj",
+    }
+    top = {
+        "embedding": "transformer.wte",
+        "positions": "transformer.wpe",
+        "final_norm": "transformer.ln_f",
+        "head": "lm_head",
+    }
+    state = {}
+    for name, value in weights.items():
+        block, module, kind = _split(name)
+        # GPT-2's Conv1D holds its matrices the other way round.
+        turned = value.t() if block is not None and value.dim() == 2 else value
+        state[f"transformer.h.{block}.{names[module]}.{kind}" if block is not None else f"{top[module]}.{kind}"] = (
+            turned
+        )
+    model.load_state_dict(state)
+    return Peer(model, lambda tokens: model(input_ids=tokens).logits, mode)
+
+
+def hf_llama(shape: Shape, weights: dict[str, Tensor], mode: str) -> Peer:
+    """transformers.LlamaForCausalLM with scaled_dot_product_attention."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=shape.vocab_size,
+            hidden_size=shape.dim,
+            intermediate_size=shape.ffn_dim,
+            num_hidden_layers=shape.num_blocks,
+            num_attention_heads=shape.num_heads,
+            max_position_embeddings=shape.seq_len,
+            rms_norm_eps=1e-5,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            use_cache=False,
+            tie_word_embeddings=False,
+            attn_implementation="sdpa",
+        )
+    )
+    names = {
+        "attention.norm_in": ["input_layernorm"],
+        "attention.branch.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        "attention.branch.out": ["self_attn.o_proj"],
+        "ffn.norm_in": ["post_attention_layernorm"],
+        "ffn.branch.gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+        "ffn.branch.down": ["mlp.down_proj"],
+    }
+    top = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
+    state = {}
+    for name, value in weights.items():
+        block, module, kind = _split(name)
+        if block is None:
+            state[f"{top[module]}.{kind}"] = value
+        else:
+            parts = names[module]
+            for part, rows in zip(parts, value.chunk(len(parts)), strict=True):
+                state[f"model.layers.{block}.{part}.{kind}"] = rows
+    model.load_state_dict(state)
+    return Peer(model, lambda tokens: model(input_ids=tokens).logits, mode)
+
+
+def _split(name: str) -> tuple[int | None, str, str]:
+    """(block or None, module, weight or bias) of a global name."""
+    path, kind = name.rsplit(".", 1)
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", path)
+    return (int(match[1]), match[2], kind) if match else (None, path, kind)
+
+
+PEERS: dict[str, dict[str, Callable[[Shape, dict[str, Tensor], str], Peer]]] = {
+    "gpt2": {"transformers GPT-2": hf_gpt2},
+    "llama": {"transformers Llama": hf_llama},
+}
