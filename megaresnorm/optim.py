@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from megaresnorm.model.parameters import ParameterSpec
 from megaresnorm.recipe import OptimRecipe
 
-
 SMALL = 1 << 16  # elements; below this, calling an operation costs about as much as its work
 
 

@@ -77,4 +77,4 @@ def test_biases_get_their_gradient_and_token_gates_mix_in_fp32():
     tokens = torch.arange(8).unsqueeze(0)
     residual = model.blocks["0"].attention
     x, u = residual.enter(model.embed(tokens, model.rows(tokens)))
-    assert u.dtype == torch.bfloat16 and residual.run(x, u, model._rows(tokens), None).dtype == torch.float32
+    assert u.dtype == torch.bfloat16 and residual.run(x, u, model.rows(tokens), None).dtype == torch.float32

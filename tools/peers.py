@@ -5,6 +5,7 @@ package imports this file, and its imports are optional: ``pip install transform
 """
 
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,10 +32,17 @@ class Peer:
     """A model that is trained the plain way: cross entropy in FP32, clipping by the global norm, fused AdamW.
 
     mode: fp32, autocast (FP32 weights, BF16 products) or bf16 (weights and optimizer state in BF16).
+    loss: the model's own mean loss of (tokens, labels), where it has a faster one.
     """
 
-    def __init__(self, model: nn.Module, logits: Callable[[Tensor], Tensor], mode: str) -> None:
-        self.model, self._logits, self.mode = model.train(), logits, mode
+    def __init__(
+        self,
+        model: nn.Module,
+        logits: Callable[[Tensor], Tensor],
+        mode: str,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        self.model, self._logits, self._loss, self.mode = model.train(), logits, loss, mode
         if mode == "bf16":
             model.to(torch.bfloat16)
         parameters = list(model.parameters())
@@ -49,7 +57,11 @@ class Peer:
             return self._logits(tokens)
 
     def step(self, tokens: Tensor, labels: Tensor) -> float:
-        loss = F.cross_entropy(self.logits(tokens).float().flatten(0, 1), labels.flatten())
+        if self._loss is None:
+            loss = F.cross_entropy(self.logits(tokens).float().flatten(0, 1), labels.flatten())
+        else:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.mode == "autocast"):
+                loss = self._loss(tokens, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
         self.optimizer.step()
@@ -145,6 +157,108 @@ def hf_llama(shape: Shape, weights: dict[str, Tensor], mode: str) -> Peer:
     return Peer(model, lambda tokens: model(input_ids=tokens).logits, mode)
 
 
+def megatron(shape: Shape, weights: dict[str, Tensor], mode: str) -> Peer:
+    """megatron.core's GPTModel of local layers, with scaled_dot_product_attention and its own cross entropy.
+
+    It expects a GPU: its rotary tables are moved to the current CUDA device, and its linears note autocast for CUDA only. Both
+    are turned to the CPU here. Its fused kernels need Transformer Engine or Apex and are off.
+    """
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel.layers import LinearWithGradAccumulationAndAsyncCommunication as MegatronLinear
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    store = torch.distributed.FileStore(f"{tempfile.mkdtemp()}/store", 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    for name, wrap in (("forward", torch.amp.custom_fwd), ("backward", torch.amp.custom_bwd)):
+        setattr(MegatronLinear, name, staticmethod(wrap(getattr(MegatronLinear, name).__wrapped__, device_type="cpu")))
+    llama = shape.architecture == "llama"
+    config = TransformerConfig(
+        num_layers=shape.num_blocks,
+        hidden_size=shape.dim,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_heads,
+        ffn_hidden_size=shape.ffn_dim,
+        normalization="RMSNorm" if llama else "LayerNorm",
+        layernorm_epsilon=1e-5,
+        activation_func=F.silu if llama else F.gelu,
+        gated_linear_unit=llama,
+        add_bias_linear=not llama,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        bf16=mode == "bf16",
+        params_dtype=torch.bfloat16 if mode == "bf16" else torch.float32,
+    )
+    spec = get_gpt_layer_local_spec(normalization=config.normalization)
+    spec.submodules.self_attention.submodules.core_attention = ModuleSpec(module=_MegatronAttention)
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=shape.vocab_size,
+        max_sequence_length=shape.seq_len,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope" if llama else "learned_absolute",
+        rotary_base=10000,
+    )
+    _load_megatron(model, weights, shape.num_heads)
+    positions = torch.arange(shape.seq_len)[None]
+    return Peer(
+        model,
+        lambda tokens: model(tokens, positions, None),
+        mode,
+        lambda tokens, labels: model(tokens, positions, None, labels=labels).mean(),
+    )
+
+
+class _MegatronAttention(nn.Module):
+    """The interface of Megatron's DotProductAttention over torch's fused causal attention."""
+
+    def __init__(self, *, softmax_scale: float | None = None, **unused: object) -> None:
+        super().__init__()
+        self.scale = softmax_scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *unused: object, **unused_too: object) -> Tensor:
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [S, B, N, H] to [B, N, S, H]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        return y.permute(2, 0, 1, 3).flatten(2)
+
+
+@torch.no_grad()
+def _load_megatron(model: nn.Module, weights: dict[str, Tensor], num_heads: int) -> None:
+    names = {
+        "attention.norm_in": "input_layernorm",
+        "attention.branch.qkv": "self_attention.linear_qkv",
+        "attention.branch.out": "self_attention.linear_proj",
+        "ffn.norm_in": "pre_mlp_layernorm",
+        "ffn.branch.up": "mlp.linear_fc1",
+        "ffn.branch.gate_up": "mlp.linear_fc1",
+        "ffn.branch.down": "mlp.linear_fc2",
+    }
+    top = {
+        "embedding": "embedding.word_embeddings",
+        "positions": "embedding.position_embeddings",
+        "final_norm": "decoder.final_layernorm",
+        "head": "output_layer",
+    }
+    parameters = dict(model.named_parameters())
+    for name, value in weights.items():
+        block, module, kind = _split(name)
+        if module == "attention.branch.qkv":  # for each head in turn: its query rows, its key rows, its value rows
+            value = value.unflatten(0, (3, num_heads, -1)).transpose(0, 1).flatten(0, 2)
+        path = top[module] if block is None else f"decoder.layers.{block}.{names[module]}"
+        parameters.pop(f"{path}.{kind}").copy_(value)
+    assert not parameters, f"not loaded: {sorted(parameters)}"
+
+
 def _split(name: str) -> tuple[int | None, str, str]:
     """(block or None, module, weight or bias) of a global name."""
     path, kind = name.rsplit(".", 1)
@@ -153,6 +267,6 @@ def _split(name: str) -> tuple[int | None, str, str]:
 
 
 PEERS: dict[str, dict[str, Callable[[Shape, dict[str, Tensor], str], Peer]]] = {
-    "gpt2": {"transformers GPT-2": hf_gpt2},
-    "llama": {"transformers Llama": hf_llama},
+    "gpt2": {"transformers GPT-2": hf_gpt2, "megatron-core": megatron},
+    "llama": {"transformers Llama": hf_llama, "megatron-core": megatron},
 }
