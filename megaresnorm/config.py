@@ -81,6 +81,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises: ConfigError, one line, for a file that cannot be read, a key or value that cannot be used.
     """
     try:
+        values = read_recipe(path)
+        for override in overrides:
+            apply_override(values, override)
+        return build_recipe(values)
+    except ConfigError as e:
+        raise e if str(e).startswith(f"{path}: ") else ConfigError(f"{path}: {e}") from None
+
+
+def read_recipe(path: str | Path) -> dict:
+    """The plain values of a recipe file, not checked yet. Raises: ConfigError for a file that cannot be read."""
+    try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as e:
         raise ConfigError(
@@ -96,11 +107,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise ConfigError(
                 f"got a {type(values).__name__} at the top level; wanted sections model, data, train, ..."
             )
-        for override in overrides:
-            apply_override(values, override)
-        return build_recipe(values)
     except ConfigError as e:
         raise ConfigError(f"{path}: {e}") from None
+    return values
 
 
 def read_yaml(text: str) -> Any:
@@ -215,7 +224,7 @@ def _suggest_key(key: str) -> str:
     best = close[0] if close and _similar(leaf, close[0].rpartition(".")[2]) else None
     if best is None:
         elsewhere = sorted(names, key=lambda n: _ratio(leaf, n.rpartition(".")[2]), reverse=True)[0]
-        best = elsewhere if _similar(leaf, elsewhere.rpartition(".")[2]) else None
+        best = elsewhere if _similar(leaf, elsewhere.rpartition(".")[2], 0.7) else None
     if best:
         return f"; did you mean {best}?"
     return f"; {section or 'a recipe'} has {', '.join(n.rpartition('.')[2] for n in siblings)}"
@@ -225,8 +234,8 @@ def _ratio(a: str, b: str) -> float:
     return difflib.SequenceMatcher(None, a, b).ratio()
 
 
-def _similar(a: str, b: str) -> bool:
-    return _ratio(a, b) >= 0.6
+def _similar(a: str, b: str, least: float = 0.6) -> bool:
+    return _ratio(a, b) >= least
 
 
 def _short(value: Any) -> str:

@@ -1,27 +1,125 @@
-"""Text from a model."""
+"""Text from a model: greedy or sampled, with keys and values of earlier tokens kept."""
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from megaresnorm.data.tokenizer import Tokenizer
+from megaresnorm.assemble import build_model, choose_device
+from megaresnorm.checkpoint.format import list_checkpoints
+from megaresnorm.checkpoint.reader import Checkpoint
+from megaresnorm.config import build_recipe
+from megaresnorm.data.tokenizer import Tokenizer, read_tokenizer, restore_tokenizer
+from megaresnorm.errors import CheckpointError
+from megaresnorm.model.residual import KeyValueCache
 from megaresnorm.model.transformer import Transformer
 
 
-@torch.no_grad()
 def generate(
-    model: Transformer, tokenizer: Tokenizer, prompt: str, num_tokens: int, *, temperature: float = 0.8, seed: int = 0
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    num_tokens: int,
+    *,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    cache: bool = True,
 ) -> str:
-    """Continue ``prompt`` (or start a new document) by up to ``num_tokens`` sampled tokens, and return prompt and continuation.
+    """Continue ``prompt`` (or start a new document) by up to ``num_tokens`` tokens, and return prompt and continuation.
 
-    Every token is computed from the last model.seq_len tokens anew. Ends early at the end of a document.
+    Ends early at the end of a document. The other arguments are those of ``generate_tokens``.
+    """
+    start = [tokenizer.eod, *tokenizer.encode(prompt).tolist()]
+    tokens = generate_tokens(
+        model, start, num_tokens, vocab_size=tokenizer.vocab_size, end=tokenizer.eod,
+        temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, cache=cache,
+    )  # fmt: skip
+    return tokenizer.decode([*start[1:], *tokens])
+
+
+@torch.no_grad()
+def generate_tokens(
+    model: Transformer,
+    start: list[int],
+    num_tokens: int,
+    *,
+    vocab_size: int,
+    end: int | None = None,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    cache: bool = True,
+) -> Iterator[int]:
+    """Tokens that follow ``start``, one after the other, until ``end`` (which is not yielded) or ``num_tokens`` of them.
+
+    vocab_size: tokens that may be chosen; a model may have more.   temperature: 0 is greedy; it divides the logits.
+    top_k: choose among the k likeliest.   top_p: among the likeliest that together have this probability (nucleus sampling,
+    arXiv:1904.09751).   cache: False computes every token from all before it, for comparison.
+
+    When there are more than model.seq_len tokens, all but the last half of it are forgotten.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    ids = [tokenizer.eod, *tokenizer.encode(prompt).tolist()]
+    window = start[-model.recipe.seq_len :]
+    memory: KeyValueCache | None = None
     for _ in range(num_tokens):
-        window = torch.tensor([ids[-model.recipe.seq_len :]], device=device)
-        logits_V = model(window)[-1, : tokenizer.vocab_size].float().cpu()  # a model may have more tokens than its data
-        chosen = int(torch.multinomial(torch.softmax(logits_V / temperature, dim=-1), 1, generator=generator))
-        if chosen == tokenizer.eod:
-            break
-        ids.append(chosen)
-    return tokenizer.decode(ids[1:])
+        if len(window) > model.recipe.seq_len:
+            window, memory = window[-max(1, model.recipe.seq_len // 2) :], None
+        read = window if memory is None else window[-1:]
+        if cache and memory is None:
+            memory = KeyValueCache()
+        logits_V = model(torch.tensor([read], device=device), cache=memory)[-1]
+        chosen = choose(logits_V[:vocab_size].float().cpu(), temperature, top_k, top_p, generator)
+        if chosen == end:
+            return
+        yield chosen
+        window = [*window, chosen]
+
+
+def choose(
+    logits_V: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+) -> int:
+    """One token from its logits [V] in FP32. Ties at the border of top_k or top_p are resolved by the lower number."""
+    if temperature == 0.0:
+        return int(logits_V.argmax())
+    if top_k is None and top_p is None:
+        return int(torch.multinomial(torch.softmax(logits_V / temperature, dim=-1), 1, generator=generator))
+    values, order = torch.sort(logits_V, descending=True, stable=True)
+    p = torch.softmax(values[:top_k] / temperature, dim=-1)
+    if top_p is not None:
+        p = p[: 1 + int((p.cumsum(0) < top_p).sum())]  # up to the token with which top_p is reached
+    return int(order[torch.multinomial(p, 1, generator=generator)])
+
+
+def load_model(folder: Path, tokenizer_file: Path | None = None) -> tuple[Transformer, Tokenizer]:
+    """The model and tokenizer of a checkpoint, or of the newest one of a run's output folder.
+
+    tokenizer_file: for a checkpoint that has no tokenizer.   Raises: CheckpointError or DataError, one line each.
+    """
+    root = folder / "checkpoints"
+    newest = [path for _, path in list_checkpoints(root if root.is_dir() else folder)]
+    checkpoint = Checkpoint(newest[-1] if newest else folder)
+    recipe = build_recipe(checkpoint.state["recipe"])
+    description = checkpoint.state.get("tokenizer")
+    if description is None:
+        if tokenizer_file is None:
+            raise CheckpointError(
+                f"{checkpoint.folder}: has no tokenizer (trained on bare token files); give --tokenizer"
+            )
+        tokenizer = read_tokenizer(tokenizer_file)
+    else:
+        if tokenizer_file is not None:
+            raise CheckpointError(f"{checkpoint.folder}: has its own tokenizer; remove --tokenizer")
+        file = description.get("file")
+        model_file = b"" if file is None else checkpoint.attached(file)
+        tokenizer = restore_tokenizer(description, model_file, str(checkpoint.folder))
+    assembled = build_model(
+        recipe.model, recipe.precision, recipe.kernels, seed=recipe.train.seed, device=choose_device("auto")
+    )
+    checkpoint.load_into("weights", {name: p.data for name, p in assembled.model.named_parameters()})
+    assembled.weights_changed()
+    return assembled.model, tokenizer

@@ -158,9 +158,20 @@ class ModelRecipe(Section):
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
-class DataRecipe(Section):
+class BlendSource(Section):
     path: Annotated[str, Field(min_length=1)]
+    """As data.path."""
+    weight: Positive
+    """Share of the samples, relative to the other sources'."""
+
+
+class DataRecipe(Section):
+    path: Annotated[str, Field(min_length=1)] | None = None
     """Folder made by ``megaresnorm prepare``, or PREFIX of Megatron's PREFIX.bin and PREFIX.idx."""
+    blend: Annotated[list[BlendSource], Field(min_length=1)] | None = None
+    """Several data sets with weights, in the place of ``path``; each has its own split and goes through its own epochs."""
+    mask_documents: bool = False
+    """Tokens see their own document alone, positions start anew with each, and no loss is taken of a document's first token."""
     valid_fraction: Fraction = 0.02
     """Share of the documents kept for validation."""
     test_fraction: Fraction = 0.0
@@ -176,6 +187,17 @@ class DataRecipe(Section):
                 "must leave something to train on; wanted a sum below 1"
             )
         return self
+
+    @model_validator(mode="after")
+    def _one_kind_of_source(self) -> Self:
+        if (self.path is None) == (self.blend is None):
+            raise ValueError("data.path is missing; give either data.path or data.blend")
+        return self
+
+    @property
+    def sources(self) -> list[BlendSource]:
+        """The data sets, whichever way they were given."""
+        return self.blend or [BlendSource(path=self.path or "", weight=1.0)]
 
 
 class OptimRecipe(Section):

@@ -21,8 +21,8 @@ from megaresnorm.checkpoint.format import list_checkpoints
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.writer import save_checkpoint
 from megaresnorm.config import dump_recipe
-from megaresnorm.data.dataset import DataSet, PackedSamples, open_dataset, open_samples, resolve_vocab, unigram_entropy
 from megaresnorm.data.loader import Batch, microbatches
+from megaresnorm.data.samples import Samples, open_data, open_samples, resolve_vocab, unigram_entropy
 from megaresnorm.engines.native import Decision, GradientStats, NativeEngine
 from megaresnorm.errors import CheckpointError, TrainingError
 from megaresnorm.generate import generate
@@ -37,7 +37,15 @@ from megaresnorm.telemetry.metrics import MetricsWriter
 log = logging.getLogger(__name__)
 
 # What a resumed run must share with its checkpoint. The folder of the data may move: its content is compared.
-FIXED_ON_RESUME = ("model.", "data.valid_fraction", "data.test_fraction", "data.seed", "train.seed", "precision.")
+FIXED_ON_RESUME = (
+    "model.",
+    "data.valid_fraction",
+    "data.test_fraction",
+    "data.seed",
+    "data.mask_documents",
+    "train.seed",
+    "precision.",
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ class Run:
         for finding in check(recipe):
             log.warning("warning: %s", finding.message)
         self.context = ParallelContext.single()
-        self.data: DataSet = open_dataset(recipe.data.path)
+        self.data = open_data(recipe.data)
         self.recipe = recipe = resolve_vocab(recipe, self.data)
         self.samples, self.valid = open_samples(self.data, recipe)
         self.output = Path(recipe.train.output)
@@ -98,7 +106,7 @@ class Run:
             f"precision {recipe.precision.compute}, residual stream {recipe.precision.stream}, {self.device.type}, "
             f"{torch.get_num_threads()} threads",
             *(f"kernel    {choice}" for choice in self.assembled.kernel_choices.values()),
-            f"data      {recipe.data.path}: {len(self.samples.documents):,} documents, "
+            f"data      {self._data_name}: {self.samples.num_documents:,} documents, "
             f"{self.samples.per_epoch:,} sequences of {model.seq_len} tokens to train on",
             f"schedule  {recipe.train.steps:,} steps of {tokens:,} tokens, {recipe.schedule.kind}, peak lr {recipe.optim.lr:g}, "
             f"total variation of the lr {total_variation(recipe):.3g}",
@@ -127,7 +135,7 @@ class Run:
             steps=self.steps_done,
             train_loss=self.train_loss,
             valid_loss=None if stop.received is not None else self.evaluate(),
-            unigram_entropy=None if stop.received is not None else unigram_entropy(self.samples),
+            unigram_entropy=None if stop.received is not None else unigram_entropy(self.samples.token_shares()),
             checkpoint=checkpoint,
             weights_digest=self.engine.weights_digest(),
             exit_code=stop.exit_code,
@@ -155,6 +163,10 @@ class Run:
         for step, path in list_checkpoints(root):
             if step == self.steps_done:
                 return path
+        tokenizer = None if self.data.tokenizer is None else self.data.tokenizer.describe()
+        attached = {}
+        if self.data.tokenizer is not None and tokenizer is not None and "file" in tokenizer:
+            attached[tokenizer["file"]] = self.data.tokenizer.model
         state = {
             "samples": self.samples_done,
             "skipped_in_a_row": self.skipped_in_a_row,
@@ -162,6 +174,7 @@ class Run:
             "engine": self.engine.state(),
             "recipe": self.recipe.model_dump(exclude_none=True),
             "data": self.data.digest,
+            "tokenizer": tokenizer,
             "kernels": self.assembled.kernel_choices,
             "versions": {
                 "megaresnorm": megaresnorm.__version__,
@@ -169,9 +182,8 @@ class Run:
                 "python": platform.python_version(),
             },
         }
-        path = save_checkpoint(
-            root, self.steps_done, self.engine.tensors(), state, keep=self.recipe.train.keep_checkpoints
-        )
+        keep = self.recipe.train.keep_checkpoints
+        path = save_checkpoint(root, self.steps_done, self.engine.tensors(), state, keep=keep, attached=attached)
         log.info("saved     %s", path)
         return path
 
@@ -210,8 +222,14 @@ class Run:
             )
         return Decision.SKIP
 
-    def _batches(self, samples: PackedSamples, position: int, count: int) -> Iterator[Batch]:
-        return microbatches(samples, position, count, self.recipe.train.micro_batch_size, self.context, self.device)
+    def _batches(self, samples: Samples, position: int, count: int) -> Iterator[Batch]:
+        micro, masked = self.recipe.train.micro_batch_size, self.recipe.data.mask_documents
+        return microbatches(samples, position, count, micro, self.context, self.device, mask_documents=masked)
+
+    @property
+    def _data_name(self) -> str:
+        sources = self.recipe.data.sources
+        return ", ".join(f"{s.path} x {s.weight:g}" for s in sources) if len(sources) > 1 else sources[0].path
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.steps_done % every == 0
@@ -232,9 +250,7 @@ class Run:
                 "use another train.output for a shorter run"
             )
         if state["data"] != self.data.digest:
-            raise CheckpointError(
-                f"{checkpoint.folder}: {self.recipe.data.path} has changed since; use another train.output"
-            )
+            raise CheckpointError(f"{checkpoint.folder}: {self._data_name} has changed since; use another train.output")
         for group, tensors in self.engine.tensors().items():
             checkpoint.load_into(group, tensors)
         self.engine.load_state(state["engine"])

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megaresnorm.cli import main, recipe_schema
+from megaresnorm.cli import main
+from megaresnorm.cli.train import recipe_schema
 from megaresnorm.config import build_recipe, dump_recipe, load_recipe, read_yaml, recipe_keys
 from megaresnorm.errors import ConfigError
 

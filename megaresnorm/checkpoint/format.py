@@ -5,6 +5,7 @@ step-00000500/
                                  recipe, versions, and a digest of itself
   weights-00001.safetensors      tensors under their global names; the slice that each one is of the whole tensor
   optimizer-00001.safetensors    stands in the file's own header
+  tokenizer.model | .json        the tokenizer of the data, unless it is bytes
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from megaresnorm.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-FILE_NAME = re.compile(r"[a-z]+-[0-9]{5}\.safetensors")
+FILE_NAME = re.compile(r"[a-z]+-[0-9]{5}\.safetensors|tokenizer\.(model|json)")
 _FOLDER_NAME = re.compile(r"step-([0-9]{8,})")
 
 

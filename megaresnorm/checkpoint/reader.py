@@ -33,6 +33,15 @@ class Checkpoint:
         for name, recorded in manifest["files"].items():
             _verify_file(folder, name, recorded)
 
+    def attached(self, name: str) -> bytes:
+        """The content of a file that is not of tensors. Raises: CheckpointError if there is none of this name."""
+        if name not in self._files:
+            raise CheckpointError(f"{self.folder}: has no file {name}")
+        try:
+            return (self.folder / name).read_bytes()
+        except OSError as e:
+            raise CheckpointError(f"{self.folder / name}: cannot be read ({e.strerror})") from None
+
     def load_into(self, group: str, destination: Mapping[str, Tensor]) -> None:
         """Copy every tensor of a group into tensors that exist, one at a time.
 

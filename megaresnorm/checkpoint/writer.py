@@ -22,11 +22,18 @@ FILE_BYTES = 1 << 31  # tensors are gathered into files of about this size
 
 
 def save_checkpoint(
-    root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, keep: int
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+    attached: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write ``root/step-XXXXXXXX`` and remove all but the newest ``keep`` checkpoints.
 
     tensors: group (weights, optimizer) -> global name -> tensor.   state: whatever JSON can hold.
+    attached: name -> content of other files (the tokenizer).
     Raises: CheckpointError, one line, when it exists already or cannot be written; earlier checkpoints stay as they are.
     """
     assert keep >= 2, "one checkpoint must be whole while the next is written"
@@ -41,6 +48,9 @@ def save_checkpoint(
         temporary.mkdir()
         files = {}
         shapes = {}
+        for name, content in (attached or {}).items():
+            _write_durably(temporary / name, content)
+            files[name] = {"size": len(content), "sha256": file_sha256(temporary / name)}
         for group, members in tensors.items():
             for number, part in enumerate(_parts(members), start=1):
                 path = temporary / f"{group}-{number:05d}.safetensors"

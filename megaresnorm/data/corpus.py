@@ -1,16 +1,23 @@
-"""Documents out of text files, JSON lines and the built-in corpus."""
+"""Documents out of text files, JSON lines (also compressed), Parquet, Hugging Face data sets and the built-in corpora."""
 
+import gzip
+import io
 import json
 import re
 import sysconfig
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megaresnorm.errors import DataError
+from megaresnorm.data.english import BOOKS, english_chapters, fetch_english
+from megaresnorm.errors import ConfigError, DataError
 
-BUILT_IN = ("stdlib",)
-SUFFIXES = (".txt", ".jsonl")
+BUILT_IN = ("stdlib", "english")
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+HUB = "hf:"
+PIECE_CHARACTERS = 1 << 20  # a longer document is handed on in pieces that end with a line, so that memory is bounded
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Installed packages, tests, and sources that are generated tables: code pages (encodings) and help topics (pydoc_data).
 _SKIPPED_FOLDERS = {
@@ -26,61 +33,155 @@ _SKIPPED_FOLDERS = {
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """One file of a corpus. A .jsonl file has a document a line, any other file is one document."""
+class Source:
+    """One file of a corpus, or one data set of Hugging Face. ``num_bytes``: its size on disk, 0 where it is not known."""
 
-    path: Path
-    num_bytes: int
+    name: str
+    num_bytes: int = 0
+
+    @property
+    def identity(self) -> list:
+        """Tells whether it is still what was prepared."""
+        if self.name.startswith(HUB):
+            return [self.name]
+        path = Path(self.name)
+        return [str(path.resolve()), self.num_bytes, path.stat().st_mtime_ns]
 
 
-def find_files(corpus: str | None, paths: Sequence[str]) -> list[SourceFile]:
-    """The files of a built-in corpus, or of files and folders (searched for .txt and .jsonl), in a fixed order.
+def find_sources(corpus: str | None, paths: Sequence[str]) -> list[Source]:
+    """The files of a built-in corpus, or of files, folders (searched for the known kinds) and hf:NAME, in a fixed order.
 
-    Raises: DataError for a path that does not exist, is not text, or holds nothing.
+    Raises: DataError for a path that does not exist, is of no known kind, or holds nothing.
     """
-    if corpus is not None:
+    if corpus == "stdlib":
         return _stdlib_files()
-    found: list[SourceFile] = []
+    if corpus == "english":
+        return [_source(path) for path in fetch_english()]
+    found: list[Source] = []
     for name in paths:
+        if name.startswith(HUB):
+            _hub_address(name)
+            found.append(Source(name))
+            continue
         try:
-            found += [SourceFile(p, p.stat().st_size) for p in _text_files(Path(name))]
+            found += [_source(path) for path in _files_at(Path(name))]
         except (OSError, ValueError) as e:
             raise DataError(f"{name}: cannot be read ({getattr(e, 'strerror', e)})") from None
     return found
 
 
-def _text_files(path: Path) -> list[Path]:
-    """The file itself, or the text files of a folder."""
+def read_pieces(source: Source, text_key: str) -> Iterator[tuple[str, bool]]:
+    """(text, whether the document ends with it) of a source's documents; empty ones are left out.
+
+    Raises: DataError naming file and line, row or byte, for damage, text that is not UTF-8, or a missing ``text_key``.
+    """
+    path = Path(source.name)
+    if source.name.startswith(HUB):
+        documents = _hub_rows(source.name, text_key)
+    elif path.name.endswith(".parquet"):
+        documents = _parquet_rows(path, text_key)
+    elif path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+        documents = _json_lines(path, text_key)
+    elif path.name in BOOKS:
+        documents = english_chapters(path)
+    else:
+        yield from _text_pieces(path)
+        return
+    try:
+        for text in filter(None, documents):
+            yield from _cut(text)
+    except UnicodeDecodeError as e:
+        raise DataError(f"{source.name}: not UTF-8 text (byte {e.start}); convert it first") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise DataError(f"{source.name}: not a whole gzip file ({e}); was it cut off?") from None
+    except OSError as e:
+        raise DataError(f"{source.name}: cannot be read ({e.strerror or e})") from None
+
+
+def read_documents(source: Source, text_key: str) -> Iterator[str]:
+    """Whole documents. Raises: as ``read_pieces``."""
+    parts: list[str] = []
+    for text, ends in read_pieces(source, text_key):
+        parts.append(text)
+        if ends:
+            yield "".join(parts)
+            parts = []
+
+
+def _source(path: Path) -> Source:
+    return Source(str(path), path.stat().st_size)
+
+
+def _files_at(path: Path) -> list[Path]:
+    """The file itself, or the readable files of a folder."""
     if path.is_dir():
-        inside = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        inside = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
         if not inside:
-            raise DataError(f"{path}: the folder has no {' or '.join(SUFFIXES)} file")
+            raise DataError(f"{path}: the folder has no {', '.join(SUFFIXES)} file")
         return inside
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; give text files, .jsonl files or folders of them")
-    if path.suffix not in SUFFIXES:
-        raise DataError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; wanted {' or '.join(SUFFIXES)}")
+    if not path.name.endswith(SUFFIXES):
+        raise DataError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; wanted {', '.join(SUFFIXES)}")
     return [path]
 
 
-def read_documents(file: SourceFile, text_key: str) -> Iterator[str]:
-    """The documents of one file, empty ones left out.
+def _cut(text: str) -> Iterator[tuple[str, bool]]:
+    """Pieces of at most about PIECE_CHARACTERS that end with a line where there is one."""
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        stop = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1 or start + PIECE_CHARACTERS
+        yield text[start:stop], False
+        start = stop
+    yield text[start:], True
 
-    Raises: DataError naming file and line or byte, for text that is not UTF-8, a line that is not a JSON object, or one
-    without a string under ``text_key``.
-    """
+
+def _text_pieces(path: Path) -> Iterator[tuple[str, bool]]:
+    """A text file is one document, however long; it is never in memory as a whole."""
+    at, waiting = 0, ""
     try:
-        if file.path.suffix == ".jsonl":
-            with file.path.open("rb") as lines:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        yield from filter(None, [_text_of(line, text_key, f"{file.path}:{number}")])
-        else:
-            yield from filter(None, [file.path.read_bytes().decode("utf-8")])
+        with path.open("rb") as file:
+            held = b""  # bytes of a character that the next read completes
+            while block := file.read(PIECE_CHARACTERS):
+                data = held + block
+                cut = _end_of_characters(data)
+                waiting += data[:cut].decode("utf-8")
+                at, held = at + cut, data[cut:]
+                *whole, (waiting, _) = _cut(waiting)
+                yield from whole
+            waiting += held.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise DataError(f"{file.path}: not UTF-8 text (byte {e.start}); convert it first") from None
+        raise DataError(f"{path}: not UTF-8 text (byte {at + e.start}); convert it first") from None
     except OSError as e:
-        raise DataError(f"{file.path}: cannot be read ({e.strerror})") from None
+        raise DataError(f"{path}: cannot be read ({e.strerror})") from None
+    if waiting or at:
+        yield waiting, True
+
+
+def _end_of_characters(data: bytes) -> int:
+    """Where the last whole UTF-8 character of ``data`` ends: before a first byte that wants more than follow it."""
+    for back in range(1, min(4, len(data)) + 1):
+        byte = data[-back]
+        if byte & 0xC0 != 0x80:
+            wanted = 1 if byte < 0x80 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return len(data) if wanted <= back else len(data) - back
+    return len(data)
+
+
+def _json_lines(path: Path, text_key: str) -> Iterator[str]:
+    with _opened(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _text_of(line, text_key, f"{path}:{number}")
+
+
+def _opened(path: Path) -> Any:  # a binary file, of whichever package
+    if path.name.endswith(".gz"):
+        return gzip.open(path, "rb")
+    if path.name.endswith(".zst"):
+        pyarrow = _optional("pyarrow", f"{path}: .zst files")
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return path.open("rb")
 
 
 def _text_of(line: bytes, text_key: str, where: str) -> str:
@@ -92,17 +193,73 @@ def _text_of(line: bytes, text_key: str, where: str) -> str:
         raise DataError(f"{where}: not JSON ({e})") from None
     if not isinstance(value, dict):
         raise DataError(f"{where}: wanted a JSON object, got a {type(value).__name__}")
-    text = value.get(text_key)
+    return _checked(value.get(text_key), list(value), text_key, where)
+
+
+def _checked(text: Any, keys: list[str], text_key: str, where: str) -> str:
     if not isinstance(text, str):
         raise DataError(
-            f"{where}: no text under {text_key!r}; its keys are {', '.join(sorted(value)) or 'none'} (see --text-key)"
+            f"{where}: no text under {text_key!r}; its keys are {', '.join(sorted(keys)) or 'none'} (see --text-key)"
         )
     if not text.isascii() and _SURROGATE.search(text):
         raise DataError(f"{where}: its text has half of a surrogate pair (\\ud800 to \\udfff), which is no character")
     return text
 
 
-def _stdlib_files() -> list[SourceFile]:
+def _parquet_rows(path: Path, text_key: str) -> Iterator[str]:
+    parquet = _optional("pyarrow.parquet", f"{path}: .parquet files")
+    pyarrow = _optional("pyarrow", f"{path}: .parquet files")
+    row = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if text_key not in columns:
+                raise DataError(
+                    f"{path}: no column {text_key!r}; its columns are {', '.join(columns) or 'none'} (see --text-key)"
+                )
+            for batch in file.iter_batches(batch_size=256, columns=[text_key]):
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    yield _checked(text, columns, text_key, f"{path}: row {row}")
+    except pyarrow.ArrowException as e:
+        raise DataError(f"{path}: not a whole Parquet file ({str(e).splitlines()[0]})") from None
+
+
+def _hub_address(name: str) -> tuple[str, str | None, str]:
+    """hf:NAME[:CONFIG[:SPLIT]] as (name, config, split)."""
+    address, *rest = name.removeprefix(HUB).split(":")
+    if not address or len(rest) > 2:
+        raise ConfigError(f"{name}: wanted hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
+    config, split = [*rest, "", ""][:2]
+    return address, config or None, split or "train"
+
+
+def _hub_rows(name: str, text_key: str) -> Iterator[str]:
+    """Rows of a data set of the Hugging Face hub, or of a local folder that ``datasets`` can load; streamed, never stored."""
+    datasets = _optional("datasets", name)
+    address, config, split = _hub_address(name)
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(address, config, split=split, streaming=True)
+        for number, row in enumerate(rows):
+            yield _checked(row.get(text_key), list(row), text_key, f"{name}: row {number}")
+    except DataError:
+        raise
+    except Exception as e:  # noqa: BLE001 - datasets passes on whatever its backends raise; any of it means that this cannot be read
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise DataError(f"{name}: cannot be read ({type(e).__name__}: {reason[:200]})") from None
+
+
+def _optional(module: str, what: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise DataError(f"{what} need the package datasets; install it with: pip install 'megaresnorm[data]'") from None
+
+
+def _stdlib_files() -> list[Source]:
     """The running Python's own library sources that people wrote, without tests; those that are not UTF-8 are left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
@@ -113,7 +270,7 @@ def _stdlib_files() -> list[SourceFile]:
             except (UnicodeDecodeError, OSError):
                 continue
             if num_bytes:
-                files.append(SourceFile(path, num_bytes))
+                files.append(Source(str(path), num_bytes))
     if not files:
         raise DataError(f"{root}: this Python has no library sources; give text files instead of --corpus stdlib")
     return files

@@ -6,6 +6,7 @@ idx := "MMIDIDX\\0\\0" | u64 version = 1 | u8 dtype code | u64 S sequences | u64
 
 import struct
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +23,7 @@ class TokenFiles:
     """The tokens of PREFIX.bin, memory-mapped, and the token offsets of its documents.
 
     tokens: [num_tokens].   boundaries: [num_documents + 1] int64, document d is tokens[boundaries[d] : boundaries[d + 1]].
+    sequences: [num_sequences + 1] int64, the same for sequences.   modes: [num_sequences] int8, or None where the index has none.
     Raises: DataError naming file and byte offset for files that are damaged or do not belong together.
     """
 
@@ -39,7 +41,9 @@ class TokenFiles:
         self._check_documents(documents, num_sequences, at)
         starts = self._check_sequences(lengths, offsets, offsets_at)
         self.tokens = np.memmap(self.bin_path, dtype=self.dtype, mode="r") if starts[-1] else np.empty(0, self.dtype)
-        self.boundaries = starts[documents]
+        self.boundaries, self.sequences = starts[documents], starts
+        at += documents.nbytes
+        self.modes = np.frombuffer(index, "i1", num_sequences, at) if len(index) > at else None
 
     @property
     def num_documents(self) -> int:
@@ -49,8 +53,11 @@ class TokenFiles:
         """Look at the tokens (evenly spread chunks of them beyond ``max_bytes``) for one that the model does not have."""
         for start, stop in spread_chunks(len(self.tokens), max(1, max_bytes // self.dtype.itemsize)):
             chunk = self.tokens[start:stop]
-            if chunk.min() < 0 or chunk.max() >= vocab_size:
-                at = int(np.flatnonzero((chunk < 0) | (chunk >= vocab_size))[0])
+            wrong = (chunk < 0) | (chunk >= vocab_size)
+            if np.issubdtype(self.dtype, np.floating):  # Megatron may store them so; NaN is no whole number either
+                wrong |= chunk != np.floor(chunk)
+            if wrong.any():
+                at = int(np.flatnonzero(wrong)[0])
                 offset = (start + at) * self.dtype.itemsize
                 raise DataError(
                     f"{self.bin_path}: token {chunk[at]} at byte {offset} is outside the vocabulary of {vocab_size}"
@@ -67,8 +74,8 @@ class TokenFiles:
             )
         if version != 1:
             raise DataError(f"{path}: version {version} at byte 9; only version 1 is known")
-        if code not in DTYPES or np.issubdtype(DTYPES[code], np.floating):
-            raise DataError(f"{path}: type code {code} at byte 17 is not that of an integer type; wanted 1 to 5 or 8")
+        if code not in DTYPES:
+            raise DataError(f"{path}: type code {code} at byte 17 is unknown; wanted 1 to 8")
         without_modes = HEADER.size + 12 * num_sequences + 8 * num_boundaries
         if len(index) not in (without_modes, without_modes + num_sequences):
             raise DataError(
@@ -123,17 +130,40 @@ class TokenFiles:
 
 
 class TokenWriter:
-    """Writes PREFIX.bin as documents come (one sequence each), and PREFIX.idx when it is closed."""
+    """Writes PREFIX.bin as tokens come, and PREFIX.idx when it is closed: byte for byte what Megatron's own builder writes."""
 
     def __init__(self, prefix: Path, dtype: type) -> None:
         self.prefix, self.dtype = prefix, np.dtype(dtype)
         self._bin: BinaryIO = prefix.with_name(prefix.name + ".bin").open("wb")
-        self._lengths = array("i")
+        self._lengths, self._modes, self._boundaries = array("i"), array("b"), array("q", [0])
+        self._open = False  # the last sequence goes on
 
-    def add(self, tokens: np.ndarray, lengths: list[int]) -> None:
-        """Append documents: their tokens back to back and the length of each."""
-        self._bin.write(np.ascontiguousarray(tokens, dtype=self.dtype).tobytes())
+    @property
+    def num_documents(self) -> int:
+        return len(self._boundaries) - 1
+
+    def add(self, tokens: np.ndarray, lengths: Sequence[int], *, ends: bool = True) -> None:
+        """Append documents of one sequence each: their tokens back to back and the length of each.
+
+        ends: False if the last document goes on with the next call.
+        """
+        self._write(tokens)
+        for i, length in enumerate(lengths):
+            if self._open:
+                self._lengths[-1] += length
+            else:
+                self._lengths.append(length)
+            self._open = i == len(lengths) - 1 and not ends
+            if not self._open:
+                self._boundaries.append(len(self._lengths))
+
+    def add_document(self, tokens: np.ndarray, lengths: Sequence[int], modes: Sequence[int] | None = None) -> None:
+        """Append one document of several sequences. ``modes``: Megatron's multimodal marks, one a sequence, for all or none."""
+        assert not self._open
+        self._write(tokens)
         self._lengths.extend(lengths)
+        self._modes.extend(modes or ())
+        self._boundaries.append(len(self._lengths))
 
     def close(self) -> None:
         self._bin.close()
@@ -141,9 +171,20 @@ class TokenWriter:
         lengths = np.asarray(self._lengths, dtype="<i4")
         offsets = np.zeros(len(lengths), dtype="<i8")
         np.cumsum(lengths[:-1].astype("<i8") * self.dtype.itemsize, out=offsets[1:])
+        assert len(self._modes) in (0, len(lengths))
         with self.prefix.with_name(self.prefix.name + ".idx").open("wb") as index:
-            index.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
-            index.write(lengths.tobytes() + offsets.tobytes() + np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+            index.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(self._boundaries)))
+            for part in (lengths, offsets, np.asarray(self._boundaries, "<i8"), np.asarray(self._modes, "i1")):
+                index.write(part.tobytes())
+
+    def __enter__(self) -> "TokenWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _write(self, tokens: np.ndarray) -> None:
+        self._bin.write(np.ascontiguousarray(tokens, dtype=self.dtype.newbyteorder("<")).tobytes())
 
 
 def token_dtype(vocab_size: int) -> type:

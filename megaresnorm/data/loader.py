@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megaresnorm.data.dataset import PackedSamples
+from megaresnorm.data.samples import Samples
 from megaresnorm.parallel.context import ParallelContext
 
 
@@ -24,11 +24,27 @@ class Batch(NamedTuple):
 
 
 def microbatches(
-    samples: PackedSamples, position: int, count: int, micro: int, context: ParallelContext, device: torch.device
+    samples: Samples,
+    position: int,
+    count: int,
+    micro: int,
+    context: ParallelContext,
+    device: torch.device,
+    *,
+    mask_documents: bool = False,
 ) -> Iterator[Batch]:
-    """This rank's share of samples position .. position + count - 1, in microbatches of ``micro`` (the last may be smaller)."""
+    """This rank's share of samples position .. position + count - 1, in microbatches of ``micro`` (the last may be smaller).
+
+    mask_documents: keep documents apart; the first token of the next one is then no label.
+    """
     mine = range(position + context.data_rank, position + count, context.num_data_ranks)
     for start in range(0, len(mine), micro):
         numbers = list(mine[start : start + micro])
-        rows = torch.from_numpy(np.stack([samples[i] for i in numbers])).to(device)
-        yield Batch(rows[:, :-1], rows[:, 1:].contiguous(), torch.tensor(numbers, device=device))
+        tokens, documents = (
+            torch.from_numpy(np.stack(column)).to(device) for column in zip(*(samples[i] for i in numbers), strict=True)
+        )
+        labels = tokens[:, 1:].contiguous()
+        if mask_documents:
+            labels = labels.masked_fill(documents[:, 1:] != documents[:, :-1], -1)
+        inside = documents[:, :-1].contiguous() if mask_documents else None
+        yield Batch(tokens[:, :-1], labels, torch.tensor(numbers, device=device), inside)

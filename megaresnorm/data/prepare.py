@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import multiprocessing
+import os
 import shutil
 import signal
 import uuid
@@ -14,10 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
-from megaresnorm.data.corpus import SourceFile, find_files, read_documents
+from megaresnorm.data.corpus import HUB, Source, find_sources, read_pieces
 from megaresnorm.data.dataset import DESCRIPTION, PREFIX, digests_of, json_digest
 from megaresnorm.data.indexed import TokenWriter, token_dtype
-from megaresnorm.data.tokenizer import SENTENCEPIECE_FILE, ByteTokenizer, SentencePieceTokenizer, Tokenizer
+from megaresnorm.data.tokenizer import (
+    ByteTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    read_tokenizer,
+    restore_tokenizer,
+)
 from megaresnorm.errors import ConfigError, DataError
 
 WORK_CHARACTERS = 1 << 19  # text handed to a worker at a time
@@ -30,29 +37,30 @@ Progress = Callable[[int], None]  # called with the number of source bytes done 
 
 @dataclass(frozen=True)
 class PrepareJob:
-    """What to prepare. ``tokenizer``: bytes, sentencepiece (trained on the corpus) or the path of a .model file."""
+    """What to prepare. ``tokenizer``: bytes, sentencepiece (trained on the corpus) or the path of a .model or tokenizer.json."""
 
     out: Path
     corpus: str | None = None
     paths: tuple[str, ...] = ()
     tokenizer: str = "bytes"
     vocab_size: int | None = None
+    end_token: str | None = None
     text_key: str = "text"
     workers: int = 1
     overwrite: bool = False
 
     @property
     def tokenizer_file(self) -> Path | None:
-        """The .model file to load, if the tokenizer is one."""
+        """The file to load, if the tokenizer is one."""
         return None if self.tokenizer in ("bytes", "sentencepiece") else Path(self.tokenizer)
 
-    def digest(self, files: list[SourceFile]) -> str:
+    def digest(self, sources: list[Source]) -> str:
         """Stands for what was asked for; recorded to tell whether a finished folder already is its result."""
         file = self.tokenizer_file
         return json_digest(
             {
-                "files": [[str(f.path.resolve()), f.num_bytes, f.path.stat().st_mtime_ns] for f in files],
-                "tokenizer": self.tokenizer if file is None else SentencePieceTokenizer.load(file).describe(),
+                "sources": [source.identity for source in sources],
+                "tokenizer": self.tokenizer if file is None else read_tokenizer(file, self.end_token).describe(),
                 "vocab_size": self.vocab_size,
                 "text_key": self.text_key,
             }
@@ -71,17 +79,19 @@ class Prepared:
 
 
 def prepare(
-    job: PrepareJob, files: list[SourceFile] | None = None, progress: Progress = lambda num_bytes: None
+    job: PrepareJob, sources: list[Source] | None = None, progress: Progress = lambda num_bytes: None
 ) -> Prepared:
     """Tokenize a corpus into ``job.out``. A folder there is reused if it is the result of the same job, and never replaced
     without ``overwrite``; what is there stays until its successor is complete.
 
     Raises: DataError, one line, for sources, tokenizer or output that cannot be used.
     """
-    files = find_files(job.corpus, job.paths) if files is None else files
+    sources = find_sources(job.corpus, job.paths) if sources is None else sources
     if job.vocab_size is not None and job.tokenizer != "sentencepiece":
         raise ConfigError(f"--vocab-size={job.vocab_size} has no effect with --tokenizer {job.tokenizer}; remove it")
-    request = job.digest(files)
+    if job.end_token is not None and (job.tokenizer_file is None or job.tokenizer_file.suffix != ".json"):
+        raise ConfigError(f"--end-token has no effect with --tokenizer {job.tokenizer}; remove it")
+    request = job.digest(sources)
     unique = uuid.uuid4().hex
     temporary = job.out.with_name(f".{job.out.name}.tmp-{unique}")
     try:
@@ -93,7 +103,7 @@ def prepare(
                     f"{job.out}: exists and is not a data set, so --overwrite will not replace it; use another --out"
                 )
         temporary.mkdir(parents=True)
-        description = _write(job, files, temporary, progress)
+        description = _write(job, sources, temporary, progress)
         text = json.dumps({**description, "request": request}, indent=1)
         (temporary / DESCRIPTION).write_text(text, encoding="utf-8")
         _replace(temporary, job.out, job.out.with_name(f".{job.out.name}.old-{unique}"))
@@ -104,21 +114,19 @@ def prepare(
     return Prepared(job.out, description["documents"], description["tokens"], description["vocab_size"], reused=False)
 
 
-def _write(job: PrepareJob, files: list[SourceFile], folder: Path, progress: Progress) -> dict:
-    tokenizer = _make_tokenizer(job, files)
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        (folder / SENTENCEPIECE_FILE).write_bytes(tokenizer.model)
-    writer = TokenWriter(folder / PREFIX, token_dtype(tokenizer.vocab_size))
-    documents = num_tokens = 0
-    try:
-        for ids, lengths, num_bytes in _tokenize(job, files, tokenizer):
-            writer.add(ids, lengths)
-            documents, num_tokens = documents + len(lengths), num_tokens + len(ids)
+def _write(job: PrepareJob, sources: list[Source], folder: Path, progress: Progress) -> dict:
+    tokenizer = _make_tokenizer(job, sources)
+    if "file" in tokenizer.describe():
+        (folder / tokenizer.describe()["file"]).write_bytes(tokenizer.model)
+    num_tokens = 0
+    with TokenWriter(folder / PREFIX, token_dtype(tokenizer.vocab_size)) as writer:
+        for (ids, lengths, ends), num_bytes in _tokenize(job, sources, tokenizer):
+            writer.add(ids, lengths, ends=ends)
+            num_tokens += len(ids)
             progress(num_bytes)
-    finally:
-        writer.close()
+        documents = writer.num_documents
     if not documents:
-        raise DataError(f"{files[0].path if files else job.out}: the sources hold no document with text")
+        raise DataError(f"{sources[0].name if sources else job.out}: the sources hold no document with text")
     return {
         "format": 1,
         "tokenizer": tokenizer.describe(),
@@ -129,94 +137,109 @@ def _write(job: PrepareJob, files: list[SourceFile], folder: Path, progress: Pro
     }
 
 
-def _make_tokenizer(job: PrepareJob, files: list[SourceFile]) -> Tokenizer:
+def _make_tokenizer(job: PrepareJob, sources: list[Source]) -> Tokenizer:
     if job.tokenizer == "bytes":
         return ByteTokenizer()
     if job.tokenizer == "sentencepiece":
-        return SentencePieceTokenizer.train(_training_text(files, job.text_key), job.vocab_size or DEFAULT_VOCAB_SIZE)
-    return SentencePieceTokenizer.load(Path(job.tokenizer))
+        return SentencePieceTokenizer.train(_training_text(sources, job.text_key), job.vocab_size or DEFAULT_VOCAB_SIZE)
+    return read_tokenizer(Path(job.tokenizer), job.end_token)
 
 
-def _training_text(files: list[SourceFile], text_key: str) -> Iterator[str]:
-    """All of a small corpus; of a large one about TRAINING_CHARACTERS, the same share of the documents of every file."""
-    share = min(1.0, TRAINING_CHARACTERS / max(1, sum(f.num_bytes for f in files)))
+def _training_text(sources: list[Source], text_key: str) -> Iterator[str]:
+    """All of a small corpus; of a large one about TRAINING_CHARACTERS, the same share of every file's text.
+
+    Of a streamed data set, whose size is not known, the beginning.
+    """
+    share = min(1.0, TRAINING_CHARACTERS / max(1, sum(source.num_bytes for source in sources)))
     due = 0.0  # characters that should have been taken by now, less those that were
-    for file in files:
-        for text in read_documents(file, text_key):
+    for source in sources:
+        streamed = 0
+        for text, _ in read_pieces(source, text_key):
             due += share * len(text)
             if due > 0:
                 taken = text if share == 1.0 else text[: max(WORK_CHARACTERS, round(due))]
                 due -= len(taken)
+                streamed += len(taken)
                 yield taken
+            if source.name.startswith(HUB) and streamed >= TRAINING_CHARACTERS:
+                break
 
 
-def _tokenize(
-    job: PrepareJob, files: list[SourceFile], tokenizer: Tokenizer
-) -> Iterator[tuple[np.ndarray, list[int], int]]:
-    """(ids, document lengths, source bytes) of one piece of work after the other, in the order of the sources."""
-    work = _work(files, job.text_key)
+Encoded = tuple[
+    np.ndarray, list[int], bool
+]  # ids, length of each document's share of them, whether the last one ends there
+
+
+def _tokenize(job: PrepareJob, sources: list[Source], tokenizer: Tokenizer) -> Iterator[tuple[Encoded, int]]:
+    """One piece of work after the other, in the order of the sources, each with the source bytes that it finishes."""
+    work = _work(sources, job.text_key)
     if job.workers <= 1:
-        for texts, num_bytes in work:
-            yield (*_encode(tokenizer, texts), num_bytes)
+        for pieces, num_bytes in work:
+            yield _encode(tokenizer, pieces), num_bytes
         return
     spawn = multiprocessing.get_context("spawn")
-    model = tokenizer.model if isinstance(tokenizer, SentencePieceTokenizer) else None
-    with concurrent.futures.ProcessPoolExecutor(job.workers, spawn, _start_worker, (model,)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        job.workers, spawn, _start_worker, (tokenizer.describe(), tokenizer.model)
+    ) as pool:
         pending: deque = deque()
         try:
-            for texts, num_bytes in work:
-                pending.append((pool.submit(_encode_in_worker, texts), num_bytes))
+            for pieces, num_bytes in work:
+                pending.append((pool.submit(_encode_in_worker, pieces), num_bytes))
                 if len(pending) > 4 * job.workers:
-                    yield _result(pending.popleft())
-            while pending:
-                yield _result(pending.popleft())
+                    future, done = pending.popleft()
+                    yield future.result(), done
+            for future, done in pending:
+                yield future.result(), done
         except BrokenProcessPool:
             raise DataError("a tokenizer process was killed (out of memory?); try fewer --workers") from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _result(entry: tuple) -> tuple[np.ndarray, list[int], int]:
-    future, num_bytes = entry
-    ids, lengths = future.result()
-    return ids, lengths, num_bytes
-
-
-def _work(files: list[SourceFile], text_key: str) -> Iterator[tuple[list[str], int]]:
-    """Documents in pieces of about WORK_CHARACTERS, each with the source bytes that it finishes."""
-    texts: list[str] = []
+def _work(sources: list[Source], text_key: str) -> Iterator[tuple[list[tuple[str, bool]], int]]:
+    """Pieces of documents, about WORK_CHARACTERS together, and the source bytes that they finish."""
+    pieces: list[tuple[str, bool]] = []
     size = done = 0
-    for file in files:
-        for text in read_documents(file, text_key):
-            texts.append(text)
+    for source in sources:
+        for text, ends in read_pieces(source, text_key):
+            pieces.append((text, ends))
             size += len(text)
             if size >= WORK_CHARACTERS:
-                yield texts, done
-                texts, size, done = [], 0, 0
-        done += file.num_bytes
-    if texts or done:
-        yield texts, done
+                yield pieces, done
+                pieces, size, done = [], 0, 0
+        done += source.num_bytes
+    if pieces or done:
+        yield pieces, done
 
 
-def _encode(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[np.ndarray, list[int]]:
-    """The ids of all texts back to back, each text ended by eod, and the length of each."""
-    pieces, lengths = [np.empty(0, np.int32)], []
-    for text in texts:
+def _encode(tokenizer: Tokenizer, pieces: Iterable[tuple[str, bool]]) -> Encoded:
+    """The ids of all pieces back to back; a document's last piece is followed by eod."""
+    found, lengths, ends = [np.empty(0, np.int32)], [0], True
+    for text, ends in pieces:
         ids = tokenizer.encode(text)
-        pieces += [ids, np.array([tokenizer.eod], np.int32)]
-        lengths.append(len(ids) + 1)
-    return np.concatenate(pieces), lengths
+        found.append(ids)
+        lengths[-1] += len(ids)
+        if ends:
+            found.append(np.array([tokenizer.eod], np.int32))
+            lengths[-1] += 1
+            lengths.append(0)
+    if ends:
+        lengths.pop()
+    return np.concatenate(found), lengths, ends
 
 
 _worker_tokenizer: Tokenizer  # set once in every worker process
 
 
-def _start_worker(model: bytes | None) -> None:
+def _start_worker(description: dict, model: bytes) -> None:
     global _worker_tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-    _worker_tokenizer = ByteTokenizer() if model is None else SentencePieceTokenizer(model, "the tokenizer")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _worker_tokenizer = restore_tokenizer(description, model, "the tokenizer")
 
 
-def _encode_in_worker(texts: list[str]) -> tuple[np.ndarray, list[int]]:
-    return _encode(_worker_tokenizer, texts)
+def _encode_in_worker(pieces: list[tuple[str, bool]]) -> Encoded:
+    return _encode(_worker_tokenizer, pieces)
 
 
 def _reuse(folder: Path, request: str) -> Prepared:

@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, and SentencePiece trained or loaded with settings under which its Hugging Face form is equal."""
+"""Tokenizers: bytes, Hugging Face's tokenizer.json, and SentencePiece with settings under which its Hugging Face form is equal."""
 
 import hashlib
 import io
@@ -11,6 +11,9 @@ import numpy as np
 from megaresnorm.errors import DataError
 
 SENTENCEPIECE_FILE = "tokenizer.model"
+HUGGINGFACE_FILE = "tokenizer.json"
+# Names that published tokenizers give to the token that ends a document, the usual first.
+END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>")
 
 
 class Tokenizer(Protocol):
@@ -18,6 +21,7 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     eod: int
+    model: bytes  # the file that it is made from; empty for bytes
 
     def encode(self, text: str) -> np.ndarray: ...
     def decode(self, ids: Iterable[int]) -> str: ...
@@ -35,6 +39,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     eod = 256
+    model = b""
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8).astype(np.int32)
@@ -63,13 +68,6 @@ class SentencePieceTokenizer:
         self.vocab_size, self.eod = self._processor.vocab_size(), self._processor.eos_id()
         if self.eod < 0:
             raise DataError(f"{where}: has no end-of-sentence piece to end documents with; train it with one")
-
-    @classmethod
-    def load(cls, path: Path) -> "SentencePieceTokenizer":
-        try:
-            return cls(path.read_bytes(), str(path))
-        except OSError as e:
-            raise DataError(f"{path}: cannot be read ({e.strerror})") from None
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "SentencePieceTokenizer":
@@ -122,19 +120,78 @@ class SentencePieceTokenizer:
         return {"kind": "sentencepiece", "file": SENTENCEPIECE_FILE, "sha256": hashlib.sha256(self.model).hexdigest()}
 
 
-def load_tokenizer(description: dict, folder: Path) -> Tokenizer:
-    """The tokenizer that a dataset.json describes. Raises: DataError if its file is missing or another one."""
+class HuggingFaceTokenizer:
+    """A tokenizer.json of Hugging Face's tokenizers. ``end``: the token that ends documents; None: the first of END_TOKENS it has.
+
+    Raises: DataError for bytes that are not one, or one without such a token.
+    """
+
+    def __init__(self, model: bytes, where: str, end: str | None = None) -> None:
+        try:
+            import tokenizers
+        except ImportError:
+            raise DataError(f"{where}: needs the package tokenizers; pip install 'megaresnorm[data]'") from None
+        self.model = model
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(model.decode("utf-8"))
+        except Exception as e:  # noqa: BLE001 - tokenizers raises bare Exceptions
+            raise DataError(f"{where}: not a tokenizer.json ({str(e).splitlines()[0]})") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(ids.values(), default=0)
+        known = [token for token in ([end] if end is not None else END_TOKENS) if token in ids]
+        if not known:
+            wanted = end if end is not None else "one of " + ", ".join(END_TOKENS)
+            raise DataError(f"{where}: has no token {wanted} to end documents with; name one with --end-token")
+        self.end, self.eod = known[0], ids[known[0]]
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def describe(self) -> dict:
+        digest = hashlib.sha256(self.model).hexdigest()
+        return {"kind": "huggingface", "file": HUGGINGFACE_FILE, "sha256": digest, "end_token": self.end}
+
+
+def read_tokenizer(path: Path, end: str | None = None) -> Tokenizer:
+    """A SentencePiece .model or a Hugging Face .json. Raises: DataError if it is neither, or cannot be read."""
+    try:
+        model = path.read_bytes()
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read ({e.strerror})") from None
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer(model, str(path), end)
+    return SentencePieceTokenizer(model, str(path))
+
+
+def restore_tokenizer(description: dict, model: bytes, where: str) -> Tokenizer:
+    """The tokenizer with this description and file. Raises: DataError if there is none."""
     match description:
         case {"kind": "bytes"}:
             return ByteTokenizer()
-        case {"kind": "sentencepiece", "sha256": digest}:
-            tokenizer = SentencePieceTokenizer.load(folder / SENTENCEPIECE_FILE)
-            if hashlib.sha256(tokenizer.model).hexdigest() != digest:
-                raise DataError(
-                    f"{folder / SENTENCEPIECE_FILE}: not the tokenizer this data was made with (SHA-256 differs)"
-                )
-            return tokenizer
-    raise DataError(f"{folder / 'dataset.json'}: unknown tokenizer {description!r}")
+        case {"kind": "sentencepiece"}:
+            return SentencePieceTokenizer(model, where)
+        case {"kind": "huggingface", "end_token": str(end)}:
+            return HuggingFaceTokenizer(model, where, end)
+    raise DataError(f"{where}: unknown tokenizer {description!r}")
+
+
+def load_tokenizer(description: dict, folder: Path) -> Tokenizer:
+    """The tokenizer that a dataset.json describes. Raises: DataError if its file is missing or another one."""
+    file = {"sentencepiece": SENTENCEPIECE_FILE, "huggingface": HUGGINGFACE_FILE}.get(description.get("kind", ""))
+    if file is None:
+        return restore_tokenizer(description, b"", str(folder / "dataset.json"))
+    try:
+        model = (folder / file).read_bytes()
+    except OSError as e:
+        raise DataError(f"{folder / file}: cannot be read ({e.strerror})") from None
+    if hashlib.sha256(model).hexdigest() != description.get("sha256"):
+        raise DataError(f"{folder / file}: not the tokenizer this data was made with (SHA-256 differs)")
+    return restore_tokenizer(description, model, str(folder / file))
 
 
 def _pieces_of_text(texts: Iterable[str], size: int = 4096) -> Iterator[str]:

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from megaresnorm.cli import main
-from megaresnorm.data.dataset import open_dataset, resolve_vocab
+from megaresnorm.data.dataset import open_dataset
 from megaresnorm.data.indexed import HEADER, TokenFiles, TokenWriter, spread_chunks
+from megaresnorm.data.samples import open_data, resolve_vocab
 from megaresnorm.errors import DataError
+from megaresnorm.recipe import DataRecipe
 
 HEAD = HEADER.size  # 34
 
@@ -114,7 +116,7 @@ DAMAGED = [
     (patch("tokens.idx", 0, b"X"), True, ["tokens.idx", "byte 0", "Megatron index"]),
     (patch("tokens.idx", 9, i8(2)), True, ["tokens.idx", "version 2 at byte 9"]),
     (patch("tokens.idx", 17, b"\x09"), True, ["tokens.idx", "type code 9 at byte 17"]),
-    (patch("tokens.idx", 17, b"\x07"), True, ["tokens.idx", "type code 7 at byte 17"]),
+    (patch("tokens.idx", 17, b"\x07"), True, ["tokens.idx", "sequence 1 is said to start at byte"]),
     (patch("tokens.idx", 17, b"\x04"), True, ["tokens.idx", f"byte {POINTERS + 8}", "sequence 1"]),
     (patch("tokens.idx", 18, i8(39)), True, ["tokens.idx", "39 sequences", "byte 18"]),
     (patch("tokens.idx", 18, i8(2**60)), True, ["tokens.idx", "announced at byte 18"]),
@@ -174,7 +176,7 @@ def test_there_are_at_least_thirty_damaged_files():
 
 def test_bare_megatron_files_need_a_vocabulary_that_holds_their_tokens(tiny, byte_data):
     prefix = {"data": {"path": str(byte_data / "tokens")}}
-    data = open_dataset(str(byte_data / "tokens"))
+    data = open_data(DataRecipe(path=str(byte_data / "tokens")))
     assert data.tokenizer is None
     with pytest.raises(Exception, match=r"model\.vocab_size is missing"):
         resolve_vocab(tiny(**prefix), data)

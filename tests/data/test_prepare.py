@@ -79,7 +79,7 @@ BAD_SOURCES = [
     ({"x.jsonl": b'{"text": 3}\n'}, ["x.jsonl:1", "no text under 'text'"]),
     ({"x.jsonl": b'{"text": "\xff"}\n'}, ["x.jsonl:1", "UTF-8"]),
     ({"x.txt": b""}, ["x.txt", "no document"]),
-    ({"x.csv": b"a,b"}, ["has no .txt or .jsonl file"]),
+    ({"x.csv": b"a,b"}, ["has no .txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet file"]),
 ]
 
 
@@ -100,8 +100,8 @@ def test_bad_requests_cost_one_line(corpus, tmp_path, capsys):
     for arguments, code, part in [
         ([str(corpus / "none.txt")], 3, "no such file"),
         ([str(corpus / "ignored.bin")], 3, "cannot read .bin"),
-        ([], 2, "either --corpus stdlib or at least one PATH"),
-        ([str(corpus), "--corpus", "stdlib"], 2, "either --corpus stdlib or at least one PATH"),
+        ([], 2, "either --corpus stdlib or --corpus english, or at least one PATH"),
+        ([str(corpus), "--corpus", "stdlib"], 2, "either --corpus stdlib or --corpus english, or at least one PATH"),
         (
             [str(corpus), "--tokenizer", "sentencepiece", "--vocab-size", "60000"],
             3,
@@ -118,9 +118,9 @@ def test_bad_requests_cost_one_line(corpus, tmp_path, capsys):
 
 
 def test_stdlib_corpus_is_text_of_this_python_without_its_tests():
-    from megaresnorm.data.corpus import find_files
+    from megaresnorm.data.corpus import find_sources
 
-    paths = [f.path.as_posix() for f in find_files("stdlib", ())]
+    paths = [f.name for f in find_sources("stdlib", ())]
     assert len(paths) > 300 and any(p.endswith("/argparse.py") for p in paths)
     assert not any("/site-packages/" in p or "/test/" in p or "/tests/" in p for p in paths)
 
@@ -208,14 +208,14 @@ def test_half_a_surrogate_pair_is_refused_with_its_line(tokenizer, workers, tmp_
 
 def test_a_tokenizer_is_trained_on_the_same_share_of_every_file(tmp_path, monkeypatch):
     from megaresnorm.data import prepare as module
-    from megaresnorm.data.corpus import find_files
+    from megaresnorm.data.corpus import find_sources
 
     monkeypatch.setattr(module, "TRAINING_CHARACTERS", 20_000)
     monkeypatch.setattr(module, "WORK_CHARACTERS", 100)
     (tmp_path / "a-small.txt").write_text("tiny")
     for name, letter in (("b.jsonl", "b"), ("c.jsonl", "c")):
         (tmp_path / name).write_text("".join(json.dumps({"text": f"{i:06}{letter * 194}"}) + "\n" for i in range(1000)))
-    texts = list(module._training_text(find_files(None, [str(tmp_path)]), "text"))
+    texts = list(module._training_text(find_sources(None, [str(tmp_path)]), "text"))
     joined = "".join(texts)
     assert len(joined) == pytest.approx(20_000, rel=0.15)
     assert joined.count("b") == pytest.approx(joined.count("c"), rel=0.1)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from megaresnorm.data.dataset import PackedSamples, open_dataset, open_samples, split_documents, unigram_entropy
+from megaresnorm.data.dataset import open_dataset
 from megaresnorm.data.loader import microbatches
+from megaresnorm.data.samples import PackedSamples, open_data, open_samples, split_documents, unigram_entropy
 from megaresnorm.errors import DataError
 from megaresnorm.parallel.context import Axis, ParallelContext
 
@@ -21,22 +22,22 @@ def samples(byte_data):
 def test_sample_is_a_pure_function_of_seed_and_number(samples):
     order = np.random.default_rng(0).permutation(3 * samples.per_epoch)[:200]
     again = PackedSamples(samples.files, samples.documents, 16, seed=7)
-    assert all(np.array_equal(samples[i], again[i]) for i in order)
+    assert all(np.array_equal(samples[i].tokens, again[i].tokens) for i in order)
     other = PackedSamples(samples.files, samples.documents, 16, seed=8)
-    assert not all(np.array_equal(samples[i], other[i]) for i in range(20))
+    assert not all(np.array_equal(samples[i].tokens, other[i].tokens) for i in range(20))
 
 
 def test_an_epoch_holds_every_token_once_and_documents_stay_whole(samples):
     """The windows of one epoch, put back in order, are the documents end to end in a shuffled order."""
     order, ends, shuffle = samples._make_epoch(1)
     windows = {int(place): samples[samples.per_epoch + i] for i, place in enumerate(shuffle)}
-    stream = np.concatenate([windows[j][:16] for j in range(samples.per_epoch)])
+    stream = np.concatenate([windows[j].tokens[:16] for j in range(samples.per_epoch)])
     files = samples.files
     expected = np.concatenate([files.tokens[files.boundaries[d] : files.boundaries[d + 1]] for d in order])
     assert np.array_equal(stream, expected[: len(stream)]) and len(expected) - len(stream) <= 16
     assert sorted(order) == list(range(files.num_documents)) and ends[-1] == len(files.tokens)
     for j in range(samples.per_epoch - 1):  # the last token of a window is the first of the next
-        assert windows[j][16] == windows[j + 1][0]
+        assert windows[j].tokens[16] == windows[j + 1].tokens[0]
 
 
 def test_epochs_have_different_orders(samples):
@@ -66,7 +67,7 @@ def test_a_split_that_is_asked_for_has_a_document_while_training_keeps_one(byte_
 
 
 def test_split_too_small_for_a_sequence_is_refused(byte_data, tiny):
-    data = open_dataset(str(byte_data))
+    data = open_data(tiny().data)
     with pytest.raises(
         DataError,
         match=r"validation split, \d+ of 40 documents, is shorter than one sequence of 4000 .* raise data\.valid_fraction",
@@ -101,4 +102,4 @@ def test_unigram_entropy(samples):
     tokens = np.asarray(samples.files.tokens)
     _, counts = np.unique(tokens, return_counts=True)
     p = counts / counts.sum()
-    assert unigram_entropy(samples) == pytest.approx(float(-(p * np.log(p)).sum()), rel=1e-12)
+    assert unigram_entropy(samples.token_shares()) == pytest.approx(float(-(p * np.log(p)).sum()), rel=1e-12)

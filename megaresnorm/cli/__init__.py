@@ -1,0 +1,46 @@
+"""megaresnorm train | prepare | data | generate | depth | schema: parse, call the library, print."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from megaresnorm.cli.data import add_data, add_prepare
+from megaresnorm.cli.depth import add_depth
+from megaresnorm.cli.generate import add_generate
+from megaresnorm.cli.train import add_schema, add_train
+from megaresnorm.errors import UserError
+
+EPILOG = """exit codes: 0 done, 1 unexpected, 2 bad recipe or arguments, 3 bad data, 4 bad checkpoint, 5 the run cannot go on,
+130 stopped by Ctrl-C and 143 by SIGTERM, with a checkpoint saved"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; errors that the user can cause are one line on stderr."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except UserError as e:
+        print(f"megaresnorm: error: {e}", file=sys.stderr)
+        return e.exit_code
+    except KeyboardInterrupt:
+        print("megaresnorm: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megaresnorm",
+        description="Pretraining of transformers hundreds of layers deep.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (add_train, add_prepare, add_data, add_generate, add_depth, add_schema):
+        add(commands)
+    return parser

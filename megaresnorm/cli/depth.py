@@ -1,0 +1,153 @@
+"""megaresnorm depth --probe | --train: what depth does to topologies."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megaresnorm.cli.arguments import Commands, count, counts, names, write_json
+from megaresnorm.errors import ConfigError
+
+if TYPE_CHECKING:  # commands import what they need, so that --help is instant
+    from rich.table import Table
+
+
+def add_depth(commands: Commands) -> None:
+    depth = commands.add_parser(
+        "depth",
+        help="what depth does to topologies",
+        description="""--probe measures models at several depths at initialisation and after one step: RMS of the stream, ratio of
+the gradients before the first and after the last block, and the model update ||dF|| of one SGD step (per unit of learning rate)
+and one AdamW step (lr 1e-3). FP64, random tokens, medians over seeds.
+
+--train trains every topology at every depth with every seed on the same data and writes loss curves and a table. Runs that are
+done are kept, one that was interrupted goes on. With --max-lr the learning rate rises linearly from 0 to optim.lr (5e-2 unless
+set), and the table says where each run lost what it had learned.""",
+        epilog="""examples: megaresnorm depth --probe --topologies post,deepnorm,keel --depths 6,25,100 --json probe.json
+          megaresnorm depth --train --topologies pre,deepnorm --depths 12,50 --seeds 2 --out runs/depth
+          megaresnorm depth --train --recipe configs/pre-24.yaml --data runs/my-data --out runs/mine train.steps=2000""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = depth.add_argument
+    what = depth.add_mutually_exclusive_group(required=True)
+    what.add_argument("--probe", action="store_true", help="measure models at initialisation and after one step")
+    what.add_argument("--train", action="store_true", help="train them and compare")
+    add(
+        "--topologies",
+        type=names,
+        default=["pre", "post", "deepnorm", "keel"],
+        metavar="A,B",
+        help="[pre,post,deepnorm,keel]",
+    )
+    add("--depths", type=counts, metavar="N,M", help="blocks [probe: 6,12,25,50,100; train: 12,50]")
+    add("--seeds", type=count, help="how many seeds [probe: 3; train: 2]")
+    probe = depth.add_argument_group("only with --probe")
+    probe.add_argument("--dim", type=count, help="width; the ffn is twice as wide [64]")
+    probe.add_argument("--json", type=Path, metavar="FILE", help="write every result here")
+    train = depth.add_argument_group("only with --train")
+    train.add_argument("--out", type=Path, metavar="FOLDER", help="runs, comparison.md, .csv and .png [runs/depth]")
+    train.add_argument(
+        "--data", metavar="PATH", help="a data set [bytes of this Python's library, prepared in FOLDER/data]"
+    )
+    train.add_argument(
+        "--recipe", metavar="FILE", help="what the runs share [a model of width 48, 150 steps of 8 x 64 tokens]"
+    )
+    train.add_argument(
+        "--max-lr", action="store_true", help="ramp the learning rate up to see what each topology bears"
+    )
+    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that all runs share")
+    depth.set_defaults(run=_depth)
+
+
+def _depth(arguments: argparse.Namespace) -> int:
+    from megaresnorm.model.topology import topology
+
+    unused = ["out", "data", "recipe", "max_lr", "overrides"] if arguments.probe else ["dim", "json"]
+    for name in unused:
+        if getattr(arguments, name):
+            given, mode = (
+                ("section.key=value" if name == "overrides" else f"--{name.replace('_', '-')}"),
+                arguments.probe,
+            )
+            raise ConfigError(f"{given} has no effect with --{'probe' if mode else 'train'}; remove it")
+    for name in arguments.topologies:
+        topology(name)
+    return _probe(arguments) if arguments.probe else _train(arguments)
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    from megaresnorm.telemetry.depth import ProbeSetting, probe_all, summary_rows
+    from megaresnorm.telemetry.log import console, progress_bar
+
+    dim, depths, seeds = arguments.dim or 64, arguments.depths or [6, 12, 25, 50, 100], arguments.seeds or 3
+    setting = ProbeSetting(dim=dim, ffn_dim=2 * dim)
+    if dim % setting.num_heads:
+        raise ConfigError(f"--dim={dim} must be a multiple of {setting.num_heads}, the number of heads")
+    if arguments.json:
+        write_json(arguments.json, {})  # found out now rather than after the probe
+    results = []
+    with progress_bar("probing", len(arguments.topologies) * len(depths) * seeds) as progress:
+        for result in probe_all(arguments.topologies, depths, range(seeds), setting):
+            results.append(result)
+            progress.advance(progress.task_ids[0])
+    console.print(_probe_table(summary_rows(results)))
+    if arguments.json:
+        write_json(arguments.json, {"setting": asdict(setting), "results": [asdict(r) for r in results]})
+    return 0
+
+
+def _probe_table(rows: list[dict]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="at initialisation and after one step (medians over seeds)")
+    table.add_column("topology", no_wrap=True, min_width=12)
+    for heading in ("blocks", "stream RMS", "gradient ratio", "SGD ||dF||/lr", "AdamW ||dF||"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        values = (row["stream_rms"], row["gradient_ratio"], row["sgd_update"], row["adam_update"])
+        table.add_row(row["topology"], str(row["num_blocks"]), *(f"{v:.3g}" for v in values))
+    return table
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from rich.markdown import Markdown
+
+    from megaresnorm.comparison import Comparison, base_recipe, compare, markdown, write_report
+    from megaresnorm.telemetry.log import configure_logging, console, progress_bar
+
+    configure_logging()
+    out = arguments.out or Path("runs/depth")
+    data = arguments.data or _bytes_of_stdlib(out / "data")
+    overrides = [*(["optim.lr=5e-2"] if arguments.max_lr and arguments.recipe is None else []), *arguments.overrides]
+    comparison = Comparison(
+        out=out,
+        topologies=arguments.topologies,
+        depths=arguments.depths or [12, 50],
+        seeds=range(arguments.seeds or 2),
+        base=base_recipe(arguments.recipe, data, overrides),
+        ramp=arguments.max_lr,
+    )
+    results, total = [], len(comparison.topologies) * len(comparison.depths) * len(comparison.seeds)
+    with progress_bar("comparing", total) as progress:
+        for result in compare(comparison, lambda: progress.advance(progress.task_ids[0])):
+            results.append(result)
+            console.print(
+                f"{result.topology:12} {result.num_blocks:4} blocks, seed {result.seed}: final loss {result.final_loss:.4f}, "
+                f"{result.outcome}"
+                + ("" if result.max_lr is None else f", up to a learning rate of {result.max_lr:.2g}")
+            )
+    if len(results) < total:
+        console.print(f"stopped after {len(results)} of {total} runs; start again to go on")
+        return 130
+    files = write_report(comparison, results)
+    console.print(Markdown(markdown(comparison, results)))
+    console.print("written    " + ", ".join(map(str, files)), markup=False)
+    return 0
+
+
+def _bytes_of_stdlib(folder: Path) -> str:
+    from megaresnorm.data.prepare import PrepareJob, prepare
+
+    return str(prepare(PrepareJob(out=folder, corpus="stdlib")).folder)

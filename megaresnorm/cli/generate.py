@@ -1,0 +1,95 @@
+"""megaresnorm generate."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megaresnorm.cli.arguments import Commands, count
+
+
+def add_generate(commands: Commands) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="continue a text with a trained model",
+        description="Continue a prompt with the model of a checkpoint.",
+        epilog="example: megaresnorm generate runs/quickstart/deepnorm-50 --prompt 'import os' --top-p 0.95",
+    )
+    add = generate.add_argument
+    add(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="output folder of a run (its newest checkpoint), or one checkpoint",
+    )
+    add("--prompt", default="", help="text to continue; - reads it from standard input [start of a document]")
+    add("--tokens", type=count, default=200, help="how many at most [200]")
+    add("--temperature", type=_at_least_0, default=0.8, help="divides the logits; 0 takes the likeliest token [0.8]")
+    add("--top-k", type=count, metavar="K", help="choose among the K likeliest tokens")
+    add("--top-p", type=_share, metavar="P", help="choose among the likeliest tokens that together have probability P")
+    add("--samples", type=count, default=1, help="how many texts [1]")
+    add("--seed", type=int, default=0, help="the texts are those of this seed and the following ones [0]")
+    add("--no-cache", action="store_true", help="compute every token from all before it, to compare")
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="tokenizer of a checkpoint that has none (trained on bare token files)",
+    )
+    generate.set_defaults(run=_generate)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from megaresnorm.generate import generate_tokens, load_model
+
+    model, tokenizer = load_model(arguments.checkpoint, arguments.tokenizer)
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    start = [tokenizer.eod, *tokenizer.encode(prompt).tolist()]
+    for number in range(arguments.samples):
+        if arguments.samples > 1:
+            print(f"{chr(10) if number else ''}--- seed {arguments.seed + number} ---")
+        tokens = start[1:]
+        shown = _show_more("", tokenizer.decode(tokens))
+        for token in generate_tokens(
+            model,
+            start,
+            arguments.tokens,
+            vocab_size=tokenizer.vocab_size,
+            end=tokenizer.eod,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            seed=arguments.seed + number,
+            cache=not arguments.no_cache,
+        ):
+            tokens = [*tokens, token]
+            shown = _show_more(shown, tokenizer.decode(tokens))
+        print(tokenizer.decode(tokens)[len(shown) :])
+    return 0
+
+
+def _show_more(shown: str, text: str) -> str:
+    """Print what is new in ``text``, but no character whose last bytes are still to come."""
+    whole = text.rstrip("\ufffd")
+    if whole.startswith(shown):
+        print(whole[len(shown) :], end="", flush=True)
+        return whole
+    return shown
+
+
+def _at_least_0(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
+def _share(text: str) -> float:
+    value = _at_least_0(text)
+    if not 0.0 < value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
+    return value

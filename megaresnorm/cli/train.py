@@ -1,0 +1,95 @@
+"""megaresnorm train | schema."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+from megaresnorm.cli.arguments import Commands
+
+if TYPE_CHECKING:  # commands import what they need, so that --help is instant
+    from megaresnorm.recipe import Recipe
+
+
+def add_train(commands: Commands) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train a recipe, or go on training it",
+        description="Train the run of a recipe. If its output folder has a checkpoint, the run goes on from the newest one.",
+        epilog="example: megaresnorm train configs/quickstart.yaml model.topology=keel train.steps=100",
+    )
+    train.add_argument("recipe", help="YAML file, as in configs/")
+    train.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file"
+    )
+    train.add_argument(
+        "--dry-run", action="store_true", help="check recipe and data, print the resolved recipe, and end"
+    )
+    train.set_defaults(run=_train)
+
+
+def add_schema(commands: Commands) -> None:
+    schema = commands.add_parser("schema", help="print the JSON schema of a recipe, for editors")
+    schema.set_defaults(run=_schema)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from megaresnorm.config import dump_recipe, load_recipe
+    from megaresnorm.telemetry.log import configure_logging, console
+
+    configure_logging()
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.dry_run:
+        return _dry_run(recipe)
+    from megaresnorm.resilience.signals import StopSignals
+    from megaresnorm.trainer import Run
+
+    with StopSignals() as stop:
+        run = Run(recipe)
+        console.print(f"recipe    {run.output / 'recipe.yaml'}\n{dump_recipe(run.recipe).rstrip()}", markup=False)
+        console.print("\n".join(run.describe()), markup=False)
+        summary = run.train(stop)
+        text = None if summary.exit_code else run.sample_text()
+    if text is not None:
+        console.print(f"\n--- sample ---\n{text}\n--------------\n", markup=False)
+    if summary.valid_loss is not None and summary.unigram_entropy is not None:
+        gap = summary.unigram_entropy - summary.valid_loss
+        verdict = "better" if gap > 0 else "worse"
+        console.print(
+            f"validation loss {summary.valid_loss:.4f} nats a token; unigram entropy {summary.unigram_entropy:.4f}, "
+            f"so {abs(gap):.4f} nats {verdict} than knowing only how frequent each token is"
+        )
+    console.print(f"checkpoint {summary.checkpoint}\nweights    {summary.weights_digest}", markup=False)
+    return summary.exit_code
+
+
+def _dry_run(recipe: Recipe) -> int:
+    from megaresnorm.config import dump_recipe
+    from megaresnorm.data.samples import open_data, open_samples, resolve_vocab
+    from megaresnorm.model.lint import check
+    from megaresnorm.model.parameters import parameter_table
+
+    for finding in check(recipe):
+        print(f"warning: {finding.message}")
+    data = open_data(recipe.data)
+    recipe = resolve_vocab(recipe, data)
+    open_samples(data, recipe)
+    parameters = sum(spec.num_elements for spec in parameter_table(recipe.model).values())
+    print(f"{dump_recipe(recipe)}# {parameters:,} parameters; recipe and data can be used")
+    return 0
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    print(json.dumps(recipe_schema(), indent=1))
+    return 0
+
+
+def recipe_schema() -> dict:
+    """JSON schema of a recipe; the names of the topologies are added to it."""
+    from megaresnorm.model.topology import TOPOLOGIES
+    from megaresnorm.recipe import Recipe
+
+    schema = Recipe.model_json_schema()
+    schema["$defs"]["ModelRecipe"]["properties"]["topology"]["enum"] = list(TOPOLOGIES)
+    return schema

@@ -1,0 +1,318 @@
+"""Topologies trained beside each other: the same data, steps and seeds at several depths, and how much learning rate each bears."""
+
+import csv
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from math import inf, isfinite
+from pathlib import Path
+from statistics import mean
+from typing import Any, Literal
+
+from megaresnorm.config import apply_override, build_recipe, read_recipe
+from megaresnorm.data.dataset import json_digest
+from megaresnorm.data.samples import unigram_entropy
+from megaresnorm.errors import ConfigError, DataError, TrainingError
+from megaresnorm.model.topology import topology
+from megaresnorm.recipe import Recipe
+from megaresnorm.resilience.signals import StopSignals
+from megaresnorm.trainer import Run
+
+log = logging.getLogger(__name__)
+
+LEFT_UNIGRAM = (
+    0.2  # nats below the unigram entropy that a smoothed loss must reach to have learned more than frequencies
+)
+SMOOTHING = 0.9
+LAST = 10  # steps whose mean is the final loss
+Outcome = Literal["trains", "unigram level", "lost", "stopped"]
+
+# A model that a CPU trains in a minute; what the figures in the README were made with.
+DEFAULTS: dict[str, Any] = {
+    "model": {"dim": 48, "num_heads": 2, "ffn_dim": 96, "seq_len": 64, "ffn": "gelu", "norm": "layernorm", "norm_bias": False,
+              "positions": "learned"},
+    "train": {"steps": 150, "global_batch": 8, "eval_every": 0, "checkpoint_every": 0, "sample_tokens": 0, "tensorboard": False,
+              "log_every": 50},
+    "optim": {"lr": 1e-3},
+    "schedule": {"kind": "constant"},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared. depths: blocks.   base: sections of a recipe; topology, depth, seed and output are filled in.
+
+    ramp: raise the learning rate linearly from 0 to optim.lr over the run, to see where each topology stops learning.
+    """
+
+    out: Path
+    topologies: Sequence[str]
+    depths: Sequence[int]
+    seeds: Sequence[int]
+    base: dict[str, Any]
+    ramp: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run. Losses are means a token in nats; final is the mean of the last steps, best the least smoothed loss.
+
+    max_lr: under a ramp, the learning rate at which what was learned was lost for good; 0 if nothing ever was ("unigram level"),
+    None if it was never lost. lr_at_best: where the smoothed loss was least.
+    """
+
+    topology: str
+    num_blocks: int
+    seed: int
+    final_loss: float
+    valid_loss: float | None
+    unigram_entropy: float
+    best: float
+    lr_at_best: float
+    outcome: Outcome
+    max_lr: float | None
+    losses: list[float]
+
+
+def base_recipe(path: str | None, data: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The sections that all runs share: of a recipe file or DEFAULTS, with ``section.key=value`` on top."""
+    values = json.loads(json.dumps(DEFAULTS)) if path is None else read_recipe(path)
+    values["data"] = {"path": data}
+    for override in overrides:
+        apply_override(values, override)
+    return values
+
+
+def recipe_of(comparison: Comparison, name: str, num_blocks: int, seed: int) -> Recipe:
+    """The recipe of one run. Post-norm families read a normalised embedding unless the base says otherwise."""
+    values = json.loads(json.dumps(comparison.base))
+    model, train = values.setdefault("model", {}), values.setdefault("train", {})
+    model |= {"topology": name, "num_blocks": num_blocks}
+    model.setdefault("embedding_norm", name in ("post", "deepnorm", "deepnorm_glm", "keel"))
+    train |= {"seed": seed, "output": str(comparison.out / "runs" / f"{name}-{num_blocks}-seed{seed}")}
+    if comparison.ramp:
+        values["schedule"] = {"kind": "constant", "warmup_steps": train.get("steps", 1)}
+    return build_recipe(values)
+
+
+def compare(comparison: Comparison, advance: Callable[[], None] = lambda: None) -> Iterator[Result]:
+    """Train what is not done yet; results come in the order of topologies, depths and seeds.
+
+    A run that was interrupted goes on from its checkpoint. Raises: ConfigError if ``out`` holds runs with other settings.
+    """
+    for name in comparison.topologies:
+        topology(name)
+    recipes = [
+        (name, depth, seed, recipe_of(comparison, name, depth, seed))
+        for name in comparison.topologies
+        for depth in comparison.depths
+        for seed in comparison.seeds
+    ]
+    for name, depth, seed, recipe in recipes:
+        result = _finished(recipe)
+        if result is None:
+            result = _train(recipe, name, depth, seed, comparison.ramp)
+            if result.outcome == "stopped":
+                return
+        advance()
+        yield result
+
+
+def judge(
+    losses: Sequence[float], rates: Sequence[float], unigram: float, ramp: bool
+) -> tuple[float, float, Outcome, float | None]:
+    """(least smoothed loss, learning rate there, outcome, max_lr) of a run, from the loss and rate of every step.
+
+    It has learned if the smoothed loss came LEFT_UNIGRAM below the unigram entropy, and lost it at the last step from which on the
+    loss stayed above half of the way back. Having learned nothing is a failure at a learning rate of 0: it never diverges.
+    """
+    smoothed: list[float] = []
+    for loss in losses:
+        before = smoothed[-1] if smoothed else loss
+        smoothed.append(SMOOTHING * before + (1 - SMOOTHING) * loss if isfinite(loss) and isfinite(before) else inf)
+    best = min(smoothed)
+    at_best = smoothed.index(best)
+    if best > unigram - LEFT_UNIGRAM:
+        return best, rates[at_best], "unigram level", 0.0 if ramp else None
+    limit = (best + unigram) / 2
+    last_good = max(i for i, value in enumerate(smoothed) if value <= limit)
+    if last_good == len(smoothed) - 1:
+        return best, rates[at_best], "trains", None
+    return best, rates[at_best], "lost", rates[last_good] if ramp else None
+
+
+def _train(recipe: Recipe, name: str, depth: int, seed: int, ramp: bool) -> Result:
+    run = Run(recipe)
+    valid_loss = None
+    with StopSignals() as stop:
+        try:
+            valid_loss = run.train(stop).valid_loss
+        except TrainingError as e:  # refused steps: it has diverged, which is a result
+            log.warning("%s, %d blocks, seed %d: %s", name, depth, seed, e)
+        stopped = stop.received is not None
+    records = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
+    losses = [inf if r["loss"] is None else r["loss"] for r in records]
+    unigram = unigram_entropy(run.samples.token_shares())
+    best, lr_at_best, outcome, max_lr = judge(losses, [r["lr"] for r in records], unigram, ramp)
+    if len(losses) < recipe.train.steps and not stopped:
+        outcome, max_lr = "lost", records[-1]["lr"] if ramp else None
+    result = Result(
+        topology=name,
+        num_blocks=depth,
+        seed=seed,
+        final_loss=mean(losses[-LAST:]),
+        valid_loss=valid_loss,
+        unigram_entropy=unigram,
+        best=best,
+        lr_at_best=lr_at_best,
+        outcome="stopped" if stopped else outcome,
+        max_lr=max_lr,
+        losses=losses,
+    )
+    if not stopped:
+        done = {"recipe": _recipe_digest(recipe), "data": run.data.digest, "result": asdict(result)}
+        temporary = run.output / ".result.json.tmp"
+        temporary.write_text(json.dumps(done))
+        temporary.replace(run.output / "result.json")
+    return result
+
+
+def _finished(recipe: Recipe) -> Result | None:
+    """The result of a run that is done. Raises: ConfigError if it was done with other settings."""
+    path = Path(recipe.train.output) / "result.json"
+    if not path.exists():
+        return None
+    try:
+        done = json.loads(path.read_text())
+        same = done["recipe"] == _recipe_digest(recipe)
+        result = Result(**done["result"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise DataError(f"{path}: not the result of a run ({e}); delete it to train the run again") from None
+    if not same:
+        raise ConfigError(f"{path}: made with other settings; use another --out, or delete {path.parent}")
+    return result
+
+
+def _recipe_digest(recipe: Recipe) -> str:
+    return json_digest(recipe.model_dump(exclude={"train": {"output", "device"}}))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One topology at one depth: the mean over seeds and their spread (largest less smallest)."""
+
+    topology: str
+    num_blocks: int
+    seeds: int
+    final_loss: float
+    spread: float
+    valid_loss: float | None
+    outcome: str
+    max_lr: list[float | None]
+
+
+def summarize(results: Sequence[Result]) -> list[Summary]:
+    """A row for each topology and depth, in the order of the results."""
+    rows = []
+    for key in dict.fromkeys((r.topology, r.num_blocks) for r in results):
+        same = [r for r in results if (r.topology, r.num_blocks) == key]
+        finals, valids = [r.final_loss for r in same], [r.valid_loss for r in same if r.valid_loss is not None]
+        rows.append(
+            Summary(
+                *key,
+                seeds=len(same),
+                final_loss=mean(finals),
+                spread=max(finals) - min(finals) if all(map(isfinite, finals)) else inf,
+                valid_loss=mean(valids) if len(valids) == len(same) else None,
+                outcome=", ".join(dict.fromkeys(r.outcome for r in same)),
+                max_lr=[r.max_lr for r in same],
+            )
+        )
+    return rows
+
+
+def markdown(comparison: Comparison, results: Sequence[Result]) -> str:
+    """The table of the README."""
+    rows = summarize(results)
+    lines = [
+        f"Unigram entropy {results[0].unigram_entropy:.3f} nats; {len(comparison.seeds)} seeds, mean (spread). "
+        f"{len(results[0].losses)} steps.",
+        "",
+    ]
+    depths = list(dict.fromkeys(row.num_blocks for row in rows))
+    lines += [
+        "| topology | " + " | ".join(f"{2 * depth} sub-layers" for depth in depths) + " |",
+        "| --- " * (1 + len(depths)) + "|",
+    ]
+    for name in dict.fromkeys(row.topology for row in rows):
+        cells = [
+            _cell(row, comparison)
+            for depth in depths
+            for row in rows
+            if (row.topology, row.num_blocks) == (name, depth)
+        ]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: Summary, comparison: Comparison) -> str:
+    if comparison.ramp:
+        highest = recipe_of(comparison, row.topology, row.num_blocks, 0).optim.lr
+        return ", ".join(
+            f"> {highest:g}" if lr is None else "never learned" if lr == 0 else f"{lr:.2g}" for lr in row.max_lr
+        )
+    note = "" if row.outcome == "trains" else f": {row.outcome}"
+    return f"{row.final_loss:.3f} ({row.spread:.3f}){note}"
+
+
+def write_report(comparison: Comparison, results: Sequence[Result]) -> list[Path]:
+    """comparison.md, comparison.csv (a line a step), and comparison.png where matplotlib is installed; the files written.
+
+    Raises: ConfigError if ``out`` cannot be written.
+    """
+    out = comparison.out
+    try:
+        (out / "comparison.md").write_text(markdown(comparison, results), encoding="utf-8")
+        with (out / "comparison.csv").open("w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["topology", "num_blocks", "seed", "step", "loss"])
+            for r in results:
+                table.writerows([r.topology, r.num_blocks, r.seed, step, loss] for step, loss in enumerate(r.losses))
+        written = [out / "comparison.md", out / "comparison.csv"]
+        return [*written, out / "comparison.png"] if _draw(results, out / "comparison.png") else written
+    except OSError as e:
+        raise ConfigError(f"{out}: cannot be written ({e.strerror})") from None
+
+
+def _draw(results: Sequence[Result], path: Path) -> bool:
+    """Loss curves, a panel a depth, a colour a topology, a line a seed. False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        log.warning("warning: no figure, since matplotlib is missing; pip install 'megaresnorm[plots]'")
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    depths = list(dict.fromkeys(r.num_blocks for r in results))
+    names = list(dict.fromkeys(r.topology for r in results))
+    figure, panels = pyplot.subplots(1, len(depths), figsize=(5 * len(depths), 3.8), sharey=True, squeeze=False)
+    for panel, depth in zip(panels[0], depths, strict=True):
+        for r in (r for r in results if r.num_blocks == depth):
+            label = r.topology if r.seed == results[0].seed else None
+            panel.plot(_running_mean(r.losses), color=f"C{names.index(r.topology)}", label=label, linewidth=1.2)
+        panel.axhline(results[0].unigram_entropy, color="grey", linestyle=":", linewidth=1)
+        panel.set(title=f"{2 * depth} sub-layers", xlabel="step")
+        panel.grid(alpha=0.3)
+    top = results[0].unigram_entropy
+    panels[0][0].set(ylabel="loss, nats (mean of 10 steps)", ylim=(min(r.best for r in results) - 0.1, top + 0.6))
+    panels[0][-1].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True
+
+
+def _running_mean(losses: Sequence[float]) -> list[float]:
+    return [mean(losses[max(0, i - LAST + 1) : i + 1]) for i in range(len(losses))]

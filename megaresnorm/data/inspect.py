@@ -1,0 +1,80 @@
+"""What is in data sets, and what a recipe will draw from them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megaresnorm.data.dataset import DataSet
+from megaresnorm.data.samples import BlendedSamples, PackedSamples, Samples, unigram_entropy
+from megaresnorm.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class DataStatistics:
+    """One data set. Lengths are of documents, in tokens with their end-of-document token; entropy is in nats a token.
+
+    entropy: of single tokens, in about the first 2^26.   used: how many of the vocabulary's tokens occur in those.
+    """
+
+    path: str
+    tokenizer: str
+    vocab_size: int | None
+    dtype: str
+    documents: int
+    tokens: int
+    shortest: int
+    median: float
+    mean: float
+    longest: int
+    entropy: float
+    used: int
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a run draws from one source: its share of the samples, their number, and how often it goes through the source."""
+
+    path: str
+    share: float
+    tokens: int
+    sequences: int
+    drawn: int
+    epochs: float
+
+
+def statistics_of(data: DataSet) -> DataStatistics:
+    """Figures of a data set."""
+    files = data.files
+    lengths = np.diff(files.boundaries)
+    shares = PackedSamples(files, np.arange(files.num_documents), seq_len=1, seed=0).token_shares()
+    return DataStatistics(
+        path=data.path,
+        tokenizer="unknown (bare token files)" if data.tokenizer is None else data.tokenizer.describe()["kind"],
+        vocab_size=data.vocab_size,
+        dtype=files.dtype.name,
+        documents=files.num_documents,
+        tokens=len(files.tokens),
+        shortest=int(lengths.min()),
+        median=float(np.median(lengths)),
+        mean=float(lengths.mean()),
+        longest=int(lengths.max()),
+        entropy=unigram_entropy(shares),
+        used=int((shares > 0).sum()),
+    )
+
+
+def draws_of(recipe: Recipe, samples: Samples, num_samples: int) -> list[Draw]:
+    """What the first ``num_samples`` samples of a recipe's training data are drawn from."""
+    if isinstance(samples, BlendedSamples):
+        counts = np.bincount([samples.place(i)[0] for i in range(num_samples)], minlength=len(samples.sources))
+        parts: Sequence[tuple[float, PackedSamples, int]] = [
+            (float(w), s, int(c)) for w, s, c in zip(samples.weights, samples.sources, counts, strict=True)
+        ]
+    else:
+        assert isinstance(samples, PackedSamples)
+        parts = [(1.0, samples, num_samples)]
+    return [
+        Draw(source.path, share, part.num_tokens, part.per_epoch, drawn, drawn / part.per_epoch)
+        for source, (share, part, drawn) in zip(recipe.data.sources, parts, strict=True)
+    ]

@@ -1,0 +1,241 @@
+"""Sample i as a pure function of (seed, i): of one data set's split, or of a blend of several."""
+
+import functools
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from megaresnorm.data.dataset import VERIFY_BYTES, DataSet, json_digest, open_dataset
+from megaresnorm.data.indexed import TokenFiles
+from megaresnorm.data.tokenizer import Tokenizer
+from megaresnorm.errors import ConfigError, DataError
+from megaresnorm.recipe import DataRecipe, Recipe
+
+ENTROPY_TOKENS = 1 << 26
+BLEND_WINDOW = 1024  # samples of a blend that are shuffled among each other
+
+
+class Sample(NamedTuple):
+    """tokens: [seq_len + 1] int64.   documents: [seq_len + 1] int64, numbered in the sample, from 0."""
+
+    tokens: np.ndarray
+    documents: np.ndarray
+
+
+class Samples(Protocol):
+    """A sequence of samples without end. Sample i depends on (seed, i) alone: resuming needs i, and ranks do not matter."""
+
+    per_epoch: int
+    num_documents: int
+
+    def __getitem__(self, i: int) -> Sample: ...
+    def token_shares(self) -> np.ndarray:
+        """[V] how frequent each token is."""
+        ...
+
+
+class PackedSamples:
+    """Sequences cut from one split's documents, laid end to end in a new order every epoch."""
+
+    def __init__(self, files: TokenFiles, documents: np.ndarray, seq_len: int, seed: int) -> None:
+        self.files, self.documents, self.seq_len, self.seed = files, documents, seq_len, seed
+        self.num_documents = len(documents)
+        lengths = files.boundaries[documents + 1] - files.boundaries[documents]
+        self.num_tokens = int(lengths.sum())
+        self.per_epoch = max(0, self.num_tokens - 1) // seq_len
+        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
+
+    def __getitem__(self, i: int) -> Sample:
+        epoch, place = divmod(i, self.per_epoch)
+        order, ends, shuffle = self._epoch(epoch)
+        start = int(shuffle[place]) * self.seq_len
+        stop = start + self.seq_len + 1
+        pieces = []
+        d = int(np.searchsorted(ends, start, side="right"))
+        while start < stop:
+            document = order[d]
+            skipped = ends[d] - start  # tokens of this document from ``start`` to its end
+            take = min(stop - start, int(skipped))
+            end = int(self.files.boundaries[document + 1])
+            pieces.append(self.files.tokens[end - int(skipped) : end - int(skipped) + take])
+            start, d = start + take, d + 1
+        numbers = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
+        return Sample(np.concatenate(pieces).astype(np.int64), numbers)
+
+    def token_shares(self) -> np.ndarray:
+        """Of the first ENTROPY_TOKENS tokens, more or less."""
+        counts = np.zeros(1, dtype=np.int64)
+        seen = 0
+        for document in self.documents:
+            tokens = self.files.tokens[self.files.boundaries[document] : self.files.boundaries[document + 1]]
+            counts = _added(counts, np.bincount(tokens.astype(np.int64), minlength=1))
+            seen += len(tokens)
+            if seen >= ENTROPY_TOKENS:
+                break
+        return counts / max(1, counts.sum())
+
+    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The documents in this epoch's order, the token offset at which each ends, and the order of its samples."""
+        order = self.documents[_random(self.seed, 2 * epoch).permutation(len(self.documents))]
+        ends = np.cumsum(self.files.boundaries[order + 1] - self.files.boundaries[order])
+        return order, ends, _random(self.seed, 2 * epoch + 1).permutation(self.per_epoch)
+
+
+class BlendedSamples:
+    """Samples of several sources, sharing out the samples by weight exactly: of any first n samples every source has its share
+    to within a few, and each goes through its own samples in order.
+    """
+
+    def __init__(self, sources: Sequence[PackedSamples], weights: Sequence[float], seed: int) -> None:
+        self.sources, self.seed = list(sources), seed
+        exact = [Fraction(weight) for weight in weights]
+        self.weights = [weight / sum(exact) for weight in exact]
+        self.per_epoch = sum(source.per_epoch for source in sources)
+        self.num_documents = sum(source.num_documents for source in sources)
+        self._window = functools.lru_cache(maxsize=2)(self._make_window)
+        self._left_share = functools.lru_cache(maxsize=None)(self._make_left_share)
+
+    def __getitem__(self, i: int) -> Sample:
+        source, j = self.place(i)
+        return self.sources[source][j]
+
+    def place(self, i: int) -> tuple[int, int]:
+        """(source, its sample) of sample i."""
+        window, at = divmod(i, BLEND_WINDOW)
+        n = window * BLEND_WINDOW + int(self._window(window)[at])
+        first, last = 0, len(self.weights)
+        # Halve the sources: of the first n samples of a group the left half has round(n * its share), so sample n is the
+        # left half's if that number grows with it.
+        while last - first > 1:
+            middle = (first + last) // 2
+            part, whole = self._left_share(first, last)
+            before, after = _rounded(n, part, whole), _rounded(n + 1, part, whole)
+            first, last, n = (first, middle, before) if after > before else (middle, last, n - before)
+        return first, n
+
+    def token_shares(self) -> np.ndarray:
+        shares = np.zeros(1)
+        for weight, source in zip(self.weights, self.sources, strict=True):
+            shares = _added(shares, float(weight) * source.token_shares())
+        return shares
+
+    def _make_left_share(self, first: int, last: int) -> tuple[int, int]:
+        """Of the weights of sources ``first`` to ``last``, how much the left half has: numerator and denominator."""
+        left = sum(self.weights[first : (first + last) // 2], Fraction(0)) / sum(self.weights[first:last], Fraction(0))
+        return left.numerator, left.denominator
+
+    def _make_window(self, window: int) -> np.ndarray:
+        return _random(self.seed, (1 << 62) + window).permutation(BLEND_WINDOW)
+
+
+class TrainingData(NamedTuple):
+    """The data sets of a recipe. tokenizer, vocab_size: None for bare Megatron files; digest: of all of them and their weights."""
+
+    sets: list[DataSet]
+    tokenizer: Tokenizer | None
+    vocab_size: int | None
+    digest: str
+
+
+def open_data(recipe: DataRecipe) -> TrainingData:
+    """Open data.path, or the sets of data.blend. Raises: DataError for damage, or for sets with different tokenizers."""
+    sets = [open_dataset(source.path) for source in recipe.sources]
+    described = [None if data.tokenizer is None else data.tokenizer.describe() for data in sets]
+    for data, tokenizer in zip(sets, described, strict=True):
+        if tokenizer != described[0]:
+            raise DataError(
+                f"{data.path}: its tokenizer is not that of {sets[0].path}; prepare both with the same one "
+                "(--tokenizer with the other folder's tokenizer file)"
+            )
+    digest = sets[0].digest
+    if recipe.blend is not None:
+        digest = json_digest({"blend": [[d.digest, s.weight] for d, s in zip(sets, recipe.sources, strict=True)]})
+    return TrainingData(sets, sets[0].tokenizer, sets[0].vocab_size, digest)
+
+
+def resolve_vocab(recipe: Recipe, data: TrainingData) -> Recipe:
+    """The recipe with model.vocab_size set. Raises: ConfigError or DataError if tokens do not fit the model."""
+    vocab_size, path = recipe.model.vocab_size or data.vocab_size, data.sets[0].path
+    if vocab_size is None:
+        raise ConfigError(f"model.vocab_size is missing, and {path} does not say it; set model.vocab_size=...")
+    if data.vocab_size is not None and vocab_size < data.vocab_size:
+        raise ConfigError(f"model.vocab_size={vocab_size} is smaller than the {data.vocab_size} tokens of {path}")
+    if data.tokenizer is None:  # files with a description were checked against their digests
+        for one in data.sets:
+            one.files.check_token_range(vocab_size, VERIFY_BYTES)
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"vocab_size": vocab_size})})
+
+
+def open_samples(data: TrainingData, recipe: Recipe) -> tuple[Samples, Samples | None]:
+    """Training and validation samples. Raises: DataError if a split is too small for one sequence."""
+    train, valid = [], []
+    for one in data.sets:
+        splits = split_documents(one.files, recipe.data)
+        train.append(_packed(one, splits, "train", recipe))
+        if recipe.data.valid_fraction > 0:
+            valid.append(_packed(one, splits, "valid", recipe))
+    if recipe.data.blend is None:
+        return train[0], valid[0] if valid else None
+    weights = [source.weight for source in recipe.data.blend]
+    blends = [BlendedSamples(samples, weights, recipe.data.seed) for samples in (train, valid) if samples]
+    return blends[0], blends[1] if valid else None
+
+
+def split_documents(files: TokenFiles, recipe: DataRecipe) -> dict[str, np.ndarray]:
+    """Document numbers of train, valid and test: a random assignment of whole documents, by share of the tokens.
+
+    A split that is asked for has at least one document, as long as one is left to train on.
+    """
+    order = np.random.Generator(np.random.Philox(key=recipe.seed)).permutation(files.num_documents)
+    lengths = files.boundaries[order + 1] - files.boundaries[order]
+    share = np.cumsum(lengths) / max(1, int(lengths.sum()))  # share of the tokens up to and with each document
+
+    def documents_in(fraction: float, taken: int, wanted: float) -> int:
+        count = int(np.searchsorted(share, fraction, side="right"))
+        return min(max(count, taken + (wanted > 0)), max(taken, files.num_documents - 1))
+
+    num_test = documents_in(recipe.test_fraction, 0, recipe.test_fraction)
+    num_held = documents_in(recipe.test_fraction + recipe.valid_fraction, num_test, recipe.valid_fraction)
+    return {"test": order[:num_test], "valid": order[num_test:num_held], "train": order[num_held:]}
+
+
+def unigram_entropy(shares: np.ndarray) -> float:
+    """Entropy in nats of single tokens: the loss of a model that has learned their frequencies and nothing else.
+
+    >>> round(unigram_entropy(np.array([0.5, 0.5, 0.0])), 6)
+    0.693147
+    """
+    p = shares[shares > 0]
+    return float(-(p * np.log(p)).sum())
+
+
+def _packed(data: DataSet, splits: dict[str, np.ndarray], split: str, recipe: Recipe) -> PackedSamples:
+    seq_len = recipe.model.seq_len
+    samples = PackedSamples(data.files, splits[split], seq_len, recipe.data.seed)
+    if samples.per_epoch:
+        return samples
+    if split == "train":
+        raise DataError(f"{data.path}: the training split is shorter than one sequence of {seq_len} + 1 tokens")
+    raise DataError(
+        f"{data.path}: the validation split, {len(splits[split])} of {data.files.num_documents} documents, is "
+        f"shorter than one sequence of {seq_len} + 1 tokens; raise data.valid_fraction, or set it to 0"
+    )
+
+
+def _rounded(n: int, part: int, whole: int) -> int:
+    """n * part / whole, to the nearest whole number."""
+    return (2 * n * part + whole) // (2 * whole)
+
+
+def _added(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Sum of two counts whose shorter one is zero further on."""
+    total = np.zeros(max(len(a), len(b)), dtype=np.result_type(a, b))
+    total[: len(a)] += a
+    total[: len(b)] += b
+    return total
+
+
+def _random(seed: int, stream: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, stream]))
