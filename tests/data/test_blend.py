@@ -1,6 +1,6 @@
 """Blends share out samples exactly, in the same order for any number of ranks; masked documents do not see each other."""
 
-import re
+import json
 
 import numpy as np
 import pytest
@@ -144,11 +144,11 @@ def test_data_show_and_verify(three, tmp_path, capsys, blended):
     from megaresnorm.config import dump_recipe
 
     (tmp_path / "blend.yaml").write_text(dump_recipe(blended(train={"steps": 100, "global_batch": 8})))
-    assert main(["data", "show", str(tmp_path / "blend.yaml")]) == 0
-    shown = capsys.readouterr().out
-    assert "62.0000%" in shown and "800" not in shown.split("what the run draws")[0], shown
-    drawn = [int(n) for n in re.findall(r"│ +(\d+) │ +[\d.]+ │\n", shown)]
-    assert sum(drawn) == 800 and abs(drawn[0] - 496) < 40, drawn
+    assert main(["data", "show", str(tmp_path / "blend.yaml"), "--json", str(tmp_path / "draws.json")]) == 0
+    assert "62.0000%" in capsys.readouterr().out
+    draws = json.loads((tmp_path / "draws.json").read_text())["draws"]
+    assert sum(d["drawn"] for d in draws) == 800 and all(d["epochs"] == d["drawn"] / d["sequences"] for d in draws)
+    assert [d["share"] for d in draws] == pytest.approx(WEIGHTS) and abs(draws[0]["drawn"] - 496) < 40
     assert main(["data", "verify", *three]) == 0 and capsys.readouterr().out.count("every checksum right") == 3
 
 

@@ -1,0 +1,81 @@
+"""Attention by blocks of queries is attention: values and gradients, with and without masks, groups and cached keys."""
+
+import pytest
+import torch
+
+from megaresnorm.kernels.attention import QUERIES, blocked_attention, sdpa_attention
+from megaresnorm.kernels.dispatch import choose_kernel
+
+CPU = torch.device("cpu")
+
+
+def textbook(q, k, v, visible):
+    group = q.shape[2] // k.shape[2]
+    k, v = (t.repeat_interleave(group, dim=2) for t in (k, v))
+    scores = torch.einsum("bsnh,bcnh->bnsc", q, k) / q.shape[-1] ** 0.5
+    p = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    return torch.einsum("bnsc,bcnh->bsnh", p, v)
+
+
+def inputs(seq, keys, heads=4, groups=2, width=8, batch=2, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seq)
+    shapes = [(batch, seq, heads, width), (batch, keys, groups, width), (batch, keys, groups, width)]
+    return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+@pytest.mark.parametrize("kernel", [blocked_attention, sdpa_attention])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("seq", [1, 7, QUERIES, QUERIES + 1, 3 * QUERIES - 5])
+@pytest.mark.parametrize("kind", ["causal", "mask", "all"])
+def test_values_and_gradients(kernel, groups, seq, kind):
+    q, k, v = inputs(seq, seq, groups=groups)
+    visible = torch.ones(seq, seq, dtype=torch.bool)
+    mask = None
+    if kind != "all":
+        visible = visible.tril()
+    if kind == "mask":
+        documents = (torch.arange(seq) * 3 // seq).expand(2, -1).clone()
+        documents[1] = 0
+        mask = ((documents.unsqueeze(2) == documents.unsqueeze(1)) & visible).contiguous()
+        visible = mask.unsqueeze(1)
+    got = kernel(q, k, v, causal=kind == "causal", mask_BSC=mask)
+    want = textbook(q, k, v, visible)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    d = torch.randn(want.shape, dtype=want.dtype)
+    gradients = [torch.autograd.grad((y * d).sum(), (q, k, v)) for y in (got, want)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("kernel", [blocked_attention, sdpa_attention])
+def test_a_new_token_sees_all_cached_keys(kernel):
+    q, k, v = inputs(1, 300)
+    torch.testing.assert_close(
+        kernel(q, k, v, causal=False), textbook(q, k, v, torch.ones(1, 300, dtype=torch.bool)), rtol=0, atol=1e-12
+    )
+
+
+def test_in_bf16_it_is_as_near_the_truth_as_torch():
+    """Scores are rounded to BF16; the error of values and gradients stays below twice that of the fused kernel."""
+    q, k, v = inputs(256, 256, width=64, dtype=torch.bfloat16)
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    d = torch.randn(2, 256, 4, 64, dtype=torch.float64)
+    want_y = textbook(*exact, torch.ones(256, 256, dtype=torch.bool).tril())
+    want = [want_y, *torch.autograd.grad((want_y * d).sum(), exact)]
+    errors = {}
+    for kernel in (sdpa_attention, blocked_attention):
+        y = kernel(q, k, v, causal=True)
+        found = [y, *torch.autograd.grad((y.double() * d).sum(), (q, k, v))]
+        errors[kernel] = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, want, strict=True)]
+    assert all(
+        b < 2 * a and b < 0.02 for a, b in zip(errors[sdpa_attention], errors[blocked_attention], strict=True)
+    ), errors
+
+
+def test_auto_takes_blocks_for_bf16_on_cpus_only_and_says_why():
+    kernel, line = choose_kernel("attention", "auto", CPU, torch.bfloat16)
+    assert kernel.function is blocked_attention and "blocked" in line
+    kernel, line = choose_kernel("attention", "auto", CPU, torch.float32)
+    assert kernel.function is sdpa_attention and "not blocked: only BF16 gains from it" in line
+    assert choose_kernel("attention", "auto", torch.device("cuda"), torch.bfloat16)[0].function is sdpa_attention
+    assert choose_kernel("attention", "blocked", CPU, torch.float32)[0].function is blocked_attention
