@@ -14,9 +14,9 @@ SMALL = 1 << 16  # elements; below this, calling an operation costs about as muc
 class Optimizer:
     """AdamW (arXiv:1711.05101), with one group for each combination of decay and multipliers in the table.
 
-    A deep, narrow model has thousands of small parameters. Those of a group become slices of one tensor, their gradients
-    slices of another, so that norm, clipping and update are one call for all of them. ``tensors`` is what remains to be called
-    for: those packed tensors and the large parameters.
+    A deep, narrow model has thousands of small parameters. Those of a group become slices of one tensor, and ``collect`` puts
+    their gradients into another, so that norm, clipping and update are one call for all of them. ``tensors`` is what remains to
+    be called for: those packed tensors and the large parameters.
     """
 
     def __init__(
@@ -24,6 +24,7 @@ class Optimizer:
     ) -> None:
         self._parameters = list(parameters.values())
         self._slices: dict[nn.Parameter, tuple[nn.Parameter, int]] = {}  # small -> (packed tensor, first element)
+        self._members: dict[nn.Parameter, list[nn.Parameter]] = {}  # packed tensor -> its small ones, in order
         groups: dict[tuple, dict] = {}
         for name, parameter in parameters.items():
             spec = table[name]
@@ -38,7 +39,6 @@ class Optimizer:
             small = [p for p in group["params"] if p.numel() <= SMALL]
             group["params"] = [p for p in group["params"] if p.numel() > SMALL] + ([self._pack(small)] if small else [])
         self.tensors = [tensor for group in groups.values() for tensor in group["params"]]
-        self._packed = {packed for packed, _ in self._slices.values()}
         self._adamw = torch.optim.AdamW(
             list(groups.values()), lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), fused=True
         )
@@ -52,34 +52,35 @@ class Optimizer:
         """The tensor that AdamW updates in the place of a parameter of the model."""
         return self._slices.get(parameter, (parameter, 0))[0]
 
-    def gradients(self, *, per_parameter: bool = False) -> list[Tensor]:
-        """Every gradient: of ``tensors``, or one for each parameter of the model."""
-        of = self._parameters if per_parameter else self.tensors
-        return [p.grad for p in of if p.grad is not None]
+    def collect(self, *, per_parameter: bool = False) -> list[Tensor]:
+        """Take over the parameters' gradients; returns those of ``tensors``, or one (a slice) for each parameter of the model."""
+        for packed, members in self._members.items():
+            assert packed.grad is not None
+            torch.cat([_gradient_of(p).flatten() for p in members], out=packed.grad)
+            for p in members:
+                p.grad = None
+        if per_parameter:
+            return [self._slice_for(p, _gradient_of(self.updated_as(p))) for p in self._parameters]
+        return [_gradient_of(p) for p in self.tensors]
 
     def step(self, lr: float) -> None:
-        """Update with the gradients at hand; ``lr`` is the schedule's, to which a group's multiplier is applied."""
+        """Update with the gradients that were collected; ``lr`` is the schedule's, to which a group's multiplier is applied."""
         for group in self._adamw.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
         self._adamw.step()
 
     def zero_grad(self) -> None:
-        for parameter in self.tensors:
-            if parameter in self._packed:
-                assert parameter.grad is not None
-                parameter.grad.zero_()
-            else:
-                parameter.grad = None
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """exp_avg and exp_avg_sq of one of the model's parameters: live, whether it is packed or not."""
-        packed, start = self._slices.get(parameter, (parameter, 0))
-        state = self._adamw.state[packed]
+        updated = self.updated_as(parameter)
+        state = self._adamw.state[updated]
         if not state:  # AdamW itself would only make it in its first step
-            state["step"] = torch.zeros((), dtype=torch.float32, device=packed.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(packed), torch.zeros_like(packed)
-        stop = start + parameter.numel()
-        return {key: state[key].flatten()[start:stop].view_as(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            state["step"] = torch.zeros((), dtype=torch.float32, device=updated.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(updated), torch.zeros_like(updated)
+        return {key: self._slice_for(parameter, state[key]) for key in ("exp_avg", "exp_avg_sq")}
 
     def set_updates(self, updates: int) -> None:
         """Tell AdamW's bias correction how many updates the moments have seen."""
@@ -88,19 +89,28 @@ class Optimizer:
 
     @torch.no_grad()
     def _pack(self, parameters: list[nn.Parameter]) -> nn.Parameter:
-        """Move the parameters' values into one tensor, and make them and their gradients slices."""
-        packed = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
+        """Move the parameters' values into one tensor, whose slices they become."""
+        packed = nn.Parameter(torch.cat([p.flatten() for p in parameters]))
         packed.grad = torch.zeros_like(packed)
         start = 0
         for p in parameters:
-            stop = start + p.numel()
-            gradient = packed.grad[start:stop].view_as(p)
-            if p.grad is not None:
-                gradient.copy_(p.grad)
-            p.data, p.grad = packed.data[start:stop].view_as(p), gradient
             self._slices[p] = packed, start
-            start = stop
+            p.data = self._slice_for(p, packed.data)
+            start += p.numel()
+        self._members[packed] = parameters
         return packed
+
+    def _slice_for(self, parameter: nn.Parameter, tensor: Tensor) -> Tensor:
+        """What belongs to a parameter in a tensor that is laid out as the one it is updated with."""
+        if parameter not in self._slices:
+            return tensor
+        start = self._slices[parameter][1]
+        return tensor[start : start + parameter.numel()].view_as(parameter)
+
+
+def _gradient_of(parameter: nn.Parameter) -> Tensor:
+    """The gradient; zeros for a parameter that no loss depends on."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 class GradientClipper:

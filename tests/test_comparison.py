@@ -1,6 +1,7 @@
 """depth --train: verdicts, resuming, report."""
 
 import csv
+import itertools
 import json
 from math import inf
 
@@ -16,7 +17,7 @@ UNIGRAM = 3.0
 
 def curve(*points):
     """A loss curve of 50 steps between each pair of points."""
-    return np.concatenate([np.linspace(a, b, 50) for a, b in zip(points, points[1:], strict=False)]).tolist()
+    return np.concatenate([np.linspace(a, b, 50) for a, b in itertools.pairwise(points)]).tolist()
 
 
 @pytest.mark.parametrize(

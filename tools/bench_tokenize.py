@@ -3,9 +3,9 @@
 
 python tools/bench_tokenize.py --megabytes 1000 --workers 2
 
-Makes a .jsonl file of that size out of the built-in corpus (repeated), tokenizes it with prepare into .bin/.idx, and before and after
-that a sample of it with the tokenizer alone: the text is in memory already and the ids are thrown away. Rates are of text, by the
-clock; memory is the peak of the largest process.
+Makes a .jsonl file of that size out of the built-in corpus (repeated), tokenizes it with prepare into .bin/.idx, and before
+and after that a sample of it with the tokenizer alone: the text is in memory already and the ids are thrown away. Rates are
+of text, by the clock; memory is the peak of the largest process.
 """
 
 import argparse

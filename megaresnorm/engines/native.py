@@ -71,7 +71,7 @@ class NativeEngine:
             nll, objective = self._losses(batch, self._dropout(batch))
             (objective / max(1, tokens)).backward()
             loss += nll.detach().cpu()
-        gradients = self._optimizer.gradients(per_parameter=self._clips_each)
+        gradients = self._optimizer.collect(per_parameter=self._clips_each)
         norms = gradient_norms(gradients)
         stats = GradientStats(loss.item() / max(1, tokens), torch.linalg.vector_norm(norms).item())
         applied = accept(stats) is Decision.APPLY

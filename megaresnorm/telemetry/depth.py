@@ -132,7 +132,9 @@ def _update(assembled: Assembled, tokens: Tensor, before: Tensor, optimizer: str
     if optimizer == "sgd":
         torch.optim.SGD(matrices.values(), lr=LEARNING_RATE).step()
     else:
-        Optimizer(matrices, assembled.table, OptimRecipe(lr=LEARNING_RATE, weight_decay=0.0)).step(LEARNING_RATE)
+        adam = Optimizer(matrices, assembled.table, OptimRecipe(lr=LEARNING_RATE, weight_decay=0.0))
+        adam.collect()
+        adam.step(LEARNING_RATE)
     model = assembled.model
     rows = model.rows(tokens)
     change = model.finish(model.run_blocks(model.embed(tokens, rows), rows)) - before
