@@ -59,9 +59,13 @@ class Optimizer:
             torch.cat([_gradient_of(p).flatten() for p in members], out=packed.grad)
             for p in members:
                 p.grad = None
-        if per_parameter:
-            return [self._slice_for(p, _gradient_of(self.updated_as(p))) for p in self._parameters]
-        return [_gradient_of(p) for p in self.tensors]
+        return (
+            [self.gradient(p) for p in self._parameters] if per_parameter else [_gradient_of(p) for p in self.tensors]
+        )
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        """The gradient of one of the model's parameters that was collected."""
+        return self._slice_for(parameter, _gradient_of(self.updated_as(parameter)))
 
     def step(self, lr: float) -> None:
         """Update with the gradients that were collected; ``lr`` is the schedule's, to which a group's multiplier is applied."""

@@ -125,3 +125,39 @@ def test_wsd_decays_over_a_tenth_unless_told_and_within_what_the_warmup_leaves(t
     assert sum(rate < 1.0 for rate in got) == 10
     got, _ = rates(tiny, 20, kind="wsd", warmup_steps=19)
     assert got[18] == pytest.approx(1.0) and got[19] == pytest.approx(0.1)
+
+
+def test_packed_parameters_are_updated_as_single_ones_are():
+    """Two steps with clipping against torch's AdamW on every tensor alone; values, moments and slices."""
+    recipe = ModelRecipe(
+        dim=288, num_blocks=2, num_heads=2, seq_len=8, vocab_size=300, topology="layerscale", ffn_dim=48
+    )
+    optim = OptimRecipe(lr=0.01, weight_decay=0.2)
+    ours, theirs = build_model(recipe).model, build_model(recipe).model
+    table, parameters = parameter_table(recipe), dict(ours.named_parameters())
+    packed = Optimizer(parameters, table, optim)
+    assert any(p.numel() > 1 << 16 for p in parameters.values()) and len(packed.tensors) < len(parameters) / 2
+    groups = [{"params": [p], "weight_decay": 0.2 if table[n].decay else 0.0} for n, p in theirs.named_parameters()]
+    single = torch.optim.AdamW(groups, lr=0.01, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+    for step in range(2):
+        tokens = torch.randint(300, (2, 8), generator=torch.Generator().manual_seed(step))
+        for model in (ours, theirs):
+            model(tokens).square().sum().backward()
+        wanted = {n: p.grad.clone() for n, p in theirs.named_parameters()}
+        gradients = packed.collect()
+        assert all(torch.equal(packed.gradient(parameters[n]), g) for n, g in wanted.items())
+        total = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        norms = gradient_norms(gradients)
+        assert torch.linalg.vector_norm(norms).item() == pytest.approx(total.item(), rel=1e-5)
+        GradientClipper(optim, len(parameters)).clip(gradients, norms)
+        packed.step(0.01)
+        packed.zero_grad()
+        single.step()
+        single.zero_grad()
+    for name, p in theirs.named_parameters():
+        torch.testing.assert_close(parameters[name], p, rtol=1e-5, atol=1e-6)
+        moments = packed.moments(parameters[name])
+        torch.testing.assert_close(moments["exp_avg"], single.state[p]["exp_avg"], rtol=1e-4, atol=1e-7)
+    before = parameters["blocks.0.ffn.branch.down.weight"].clone()
+    packed.updated_as(parameters["blocks.0.ffn.branch.down.weight"]).data.add_(1.0)
+    assert torch.equal(parameters["blocks.0.ffn.branch.down.weight"], before + 1.0), "a slice, not a copy"

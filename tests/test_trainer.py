@@ -144,7 +144,7 @@ def one_step_gradients(recipe, count=16):
     grads = {}
 
     def keep(stats):
-        grads.update({n: p.grad.clone() for n, p in run.engine.model.named_parameters()})
+        grads.update({n: run.engine._optimizer.gradient(p).clone() for n, p in run.engine.model.named_parameters()})
         return Decision.SKIP
 
     stats = run.engine.step(run._batches(run.samples, 0, count), 1e-3, keep)
