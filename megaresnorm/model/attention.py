@@ -56,15 +56,17 @@ class Attention(nn.Module):
 def rotary_tables(
     seq: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [S, H] of RoFormer (arXiv:2104.09864, eq. 34), the two halves of a head rotated against each other."""
+    """cos and sin [S, H] of RoFormer (arXiv:2104.09864, eq. 34), the two halves of a head rotated against each other.
+
+    The first half of sin is negative, as ``rotate`` needs it.
+    """
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
     angles = torch.outer(torch.arange(seq, dtype=torch.float64, device=device), frequencies)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def rotate(x_BSNH: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
     """Rotate every head by its position, with tables [S, H] or [B, S, H]; computed in the tables' type, returned in x's."""
-    first, second = x_BSNH.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return torch.addcmul(x_BSNH * cos_SH.unsqueeze(-2), turned, sin_SH.unsqueeze(-2)).to(x_BSNH.dtype)
+    exchanged = x_BSNH.roll(x_BSNH.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x_BSNH * cos_SH.unsqueeze(-2), exchanged, sin_SH.unsqueeze(-2)).to(x_BSNH.dtype)
