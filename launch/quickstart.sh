@@ -19,5 +19,6 @@ say "training configs/quickstart.yaml"
 say "done in $((SECONDS - started)) s
     curves:   $VENV/bin/tensorboard --logdir runs/quickstart
     go on:    bash launch/quickstart.sh train.steps=2000
+    write:    $VENV/bin/megaresnorm generate runs/quickstart/deepnorm-50 --prompt 'import os' --top-p 0.95
     compare:  bash launch/quickstart.sh model.topology=keel train.output=runs/quickstart/keel-50
     probe:    $VENV/bin/megaresnorm depth --probe --topologies post,deepnorm,keel"

@@ -235,9 +235,10 @@ def summarize(results: Sequence[Result]) -> list[Summary]:
 def markdown(comparison: Comparison, results: Sequence[Result]) -> str:
     """The table of the README."""
     rows = summarize(results)
+    measure = "learning rate at which what was learned was lost, one a seed" if comparison.ramp else "mean loss (spread)"
     lines = [
-        f"Unigram entropy {results[0].unigram_entropy:.3f} nats; {len(comparison.seeds)} seeds, mean (spread). "
-        f"{len(results[0].losses)} steps.",
+        f"{measure.capitalize()}; {len(comparison.seeds)} seeds, {len(results[0].losses)} steps, unigram entropy "
+        f"{results[0].unigram_entropy:.3f} nats.",
         "",
     ]
     depths = list(dict.fromkeys(row.num_blocks for row in rows))

@@ -44,7 +44,10 @@ def test_settings_that_are_named_exist(page):
         assert key in keys | sections or key.endswith((".py", ".md")), key
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["prepare"], ["depth"], ["schema"]])
+@pytest.mark.parametrize(
+    "command",
+    [[], ["train"], ["prepare"], ["data"], ["data", "show"], ["data", "verify"], ["generate"], ["depth"], ["schema"]],
+)
 def test_help_is_printed(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--help"])
