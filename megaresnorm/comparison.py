@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from megaresnorm.config import apply_override, build_recipe, read_recipe
 from megaresnorm.data.dataset import json_digest
-from megaresnorm.data.samples import unigram_entropy
+from megaresnorm.data.samples import open_data, unigram_entropy
 from megaresnorm.errors import ConfigError, DataError, TrainingError
-from megaresnorm.model.topology import topology
+from megaresnorm.model.topology import beside_others, topology
 from megaresnorm.recipe import Recipe
 from megaresnorm.resilience.signals import StopSignals
 from megaresnorm.trainer import Run
@@ -26,7 +26,8 @@ LEFT_UNIGRAM = (
 )
 SMOOTHING = 0.9
 LAST = 10  # steps whose mean is the final loss
-Outcome = Literal["trains", "unigram level", "lost", "stopped"]
+Outcome = Literal["trains", "unigram level", "lost"]
+SET_BY_COMPARISON = ("model.topology=", "model.num_blocks=", "train.seed=", "train.output=")
 
 # A model that a CPU trains in a minute; what the figures in the README were made with.
 DEFAULTS: dict[str, Any] = {
@@ -75,45 +76,57 @@ class Result:
     losses: list[float]
 
 
-def base_recipe(path: str | None, data: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The sections that all runs share: of a recipe file or DEFAULTS, with ``section.key=value`` on top."""
+def base_recipe(path: str | None, data: str | None, overrides: Sequence[str], ramp: bool = False) -> dict[str, Any]:
+    """The sections that all runs share: of a recipe file or DEFAULTS, with ``section.key=value`` on top.
+
+    data: takes the place of data.path and data.blend.   Raises: ConfigError for what every run sets for itself.
+    """
     values = json.loads(json.dumps(DEFAULTS)) if path is None else read_recipe(path)
-    values["data"] = {"path": data}
+    values = {name: {} if section is None else section for name, section in values.items()}
     for override in overrides:
+        for own in (*SET_BY_COMPARISON, *(["schedule."] if ramp else [])):
+            if override.startswith(own):
+                raise ConfigError(
+                    f"{override} has no effect here: every run of a comparison sets {own.rstrip('.=')} itself"
+                )
         apply_override(values, override)
+    section = values.setdefault("data", {})
+    if data is not None and isinstance(section, dict):
+        values["data"] = {**{k: v for k, v in section.items() if k != "blend"}, "path": data}
     return values
 
 
 def recipe_of(comparison: Comparison, name: str, num_blocks: int, seed: int) -> Recipe:
-    """The recipe of one run. Post-norm families read a normalised embedding unless the base says otherwise."""
+    """The recipe of one run. What a topology needs beside others is added, unless the base says otherwise."""
     values = json.loads(json.dumps(comparison.base))
-    model, train = values.setdefault("model", {}), values.setdefault("train", {})
-    model |= {"topology": name, "num_blocks": num_blocks}
-    model.setdefault("embedding_norm", name in ("post", "deepnorm", "deepnorm_glm", "keel"))
-    train |= {"seed": seed, "output": str(comparison.out / "runs" / f"{name}-{num_blocks}-seed{seed}")}
+    sections = {key: values.get(key, {}) for key in ("model", "train")}
+    for key, section in sections.items():
+        if not isinstance(section, dict):
+            raise ConfigError(f"{key}: wanted a section with keys, got a {type(section).__name__}")
+    output = str(comparison.out / "runs" / f"{name}-{num_blocks}-seed{seed}")
+    values["model"] = {**beside_others(name), **sections["model"], "topology": name, "num_blocks": num_blocks}
+    values["train"] = {**sections["train"], "seed": seed, "output": output}
     if comparison.ramp:
-        values["schedule"] = {"kind": "constant", "warmup_steps": train.get("steps", 1)}
+        values["schedule"] = {"kind": "constant", "warmup_steps": sections["train"].get("steps", 1)}
     return build_recipe(values)
 
 
-def compare(comparison: Comparison, advance: Callable[[], None] = lambda: None) -> Iterator[Result]:
-    """Train what is not done yet; results come in the order of topologies, depths and seeds.
+def compare(comparison: Comparison, stop: StopSignals, advance: Callable[[], None] = lambda: None) -> Iterator[Result]:
+    """Train what is not done yet; results come in the order of topologies, depths and seeds, until ``stop`` has been received.
 
-    A run that was interrupted goes on from its checkpoint. Raises: ConfigError if ``out`` holds runs with other settings.
+    A run that was interrupted goes on from its checkpoint. Raises: ConfigError if ``out`` holds runs with other settings or data.
     """
     for name in comparison.topologies:
         topology(name)
-    recipes = [
-        (name, depth, seed, recipe_of(comparison, name, depth, seed))
-        for name in comparison.topologies
-        for depth in comparison.depths
-        for seed in comparison.seeds
-    ]
-    for name, depth, seed, recipe in recipes:
-        result = _finished(recipe)
+    runs = [(n, d, s) for n in comparison.topologies for d in comparison.depths for s in comparison.seeds]
+    recipes = [recipe_of(comparison, *run) for run in runs]
+    data = open_data(recipes[0].data).digest
+    for run, recipe in zip(runs, recipes, strict=True):
+        request = json_digest({"recipe": recipe.model_dump(exclude={"train": {"output", "device"}}), "data": data})
+        result = _begun(Path(recipe.train.output), request)
         if result is None:
-            result = _train(recipe, name, depth, seed, comparison.ramp)
-            if result.outcome == "stopped":
+            result = _train(recipe, *run, comparison.ramp, request, stop)
+            if result is None:
                 return
         advance()
         yield result
@@ -126,76 +139,83 @@ def judge(
 
     It has learned if the smoothed loss came LEFT_UNIGRAM below the unigram entropy, and lost it at the last step from which on the
     loss stayed above half of the way back. Having learned nothing is a failure at a learning rate of 0: it never diverges.
+    A step with a non-finite loss was refused and changed nothing.
     """
     smoothed: list[float] = []
+    level = inf
     for loss in losses:
-        before = smoothed[-1] if smoothed else loss
-        smoothed.append(SMOOTHING * before + (1 - SMOOTHING) * loss if isfinite(loss) and isfinite(before) else inf)
-    best = min(smoothed)
-    at_best = smoothed.index(best)
+        if isfinite(loss):
+            level = SMOOTHING * level + (1 - SMOOTHING) * loss if isfinite(level) else loss
+        smoothed.append(level if isfinite(loss) else inf)
+    best = min(smoothed, default=inf)
     if best > unigram - LEFT_UNIGRAM:
-        return best, rates[at_best], "unigram level", 0.0 if ramp else None
-    limit = (best + unigram) / 2
+        return best, rates[smoothed.index(best)] if smoothed else 0.0, "unigram level", 0.0 if ramp else None
+    lr_at_best, limit = rates[smoothed.index(best)], (best + unigram) / 2
     last_good = max(i for i, value in enumerate(smoothed) if value <= limit)
     if last_good == len(smoothed) - 1:
-        return best, rates[at_best], "trains", None
-    return best, rates[at_best], "lost", rates[last_good] if ramp else None
+        return best, lr_at_best, "trains", None
+    return best, lr_at_best, "lost", rates[last_good] if ramp else None
 
 
-def _train(recipe: Recipe, name: str, depth: int, seed: int, ramp: bool) -> Result:
+def _train(
+    recipe: Recipe, name: str, depth: int, seed: int, ramp: bool, request: str, stop: StopSignals
+) -> Result | None:
+    """The result of one run, kept in its folder; None if it was stopped."""
     run = Run(recipe)
-    valid_loss = None
-    with StopSignals() as stop:
-        try:
-            valid_loss = run.train(stop).valid_loss
-        except TrainingError as e:  # refused steps: it has diverged, which is a result
-            log.warning("%s, %d blocks, seed %d: %s", name, depth, seed, e)
-        stopped = stop.received is not None
+    _write(run.output / "request.json", {"request": request})
+    valid_loss, diverged = None, False
+    try:
+        valid_loss = run.train(stop).valid_loss
+    except TrainingError as e:  # refused steps in a row: that is a result
+        log.warning("%s, %d blocks, seed %d: %s", name, depth, seed, e)
+        diverged = True
+    if stop.received is not None:
+        return None
     records = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
     losses = [inf if r["loss"] is None else r["loss"] for r in records]
     unigram = unigram_entropy(run.samples.token_shares())
     best, lr_at_best, outcome, max_lr = judge(losses, [r["lr"] for r in records], unigram, ramp)
-    if len(losses) < recipe.train.steps and not stopped:
-        outcome, max_lr = "lost", records[-1]["lr"] if ramp else None
+    if diverged and outcome == "trains":
+        finite = [r["lr"] for r in records if r["loss"] is not None]
+        outcome, max_lr = "lost", finite[-1] if ramp else None
     result = Result(
         topology=name,
         num_blocks=depth,
         seed=seed,
-        final_loss=mean(losses[-LAST:]),
+        final_loss=inf if diverged else mean(losses[-LAST:]),
         valid_loss=valid_loss,
         unigram_entropy=unigram,
         best=best,
         lr_at_best=lr_at_best,
-        outcome="stopped" if stopped else outcome,
+        outcome=outcome,
         max_lr=max_lr,
         losses=losses,
     )
-    if not stopped:
-        done = {"recipe": _recipe_digest(recipe), "data": run.data.digest, "result": asdict(result)}
-        temporary = run.output / ".result.json.tmp"
-        temporary.write_text(json.dumps(done))
-        temporary.replace(run.output / "result.json")
+    _write(run.output / "result.json", {"request": request, "result": asdict(result)})
     return result
 
 
-def _finished(recipe: Recipe) -> Result | None:
-    """The result of a run that is done. Raises: ConfigError if it was done with other settings."""
-    path = Path(recipe.train.output) / "result.json"
-    if not path.exists():
-        return None
-    try:
-        done = json.loads(path.read_text())
-        same = done["recipe"] == _recipe_digest(recipe)
-        result = Result(**done["result"])
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise DataError(f"{path}: not the result of a run ({e}); delete it to train the run again") from None
-    if not same:
-        raise ConfigError(f"{path}: made with other settings; use another --out, or delete {path.parent}")
+def _begun(folder: Path, request: str) -> Result | None:
+    """The result of a run that is done, None for one that is not. Raises: ConfigError if it was begun with other settings."""
+    done: dict = {}
+    for path in (folder / "request.json", folder / "result.json"):
+        if not path.exists():
+            return None
+        try:
+            done = json.loads(path.read_text())
+            same = done["request"] == request
+            result = Result(**done["result"]) if path.name == "result.json" else None
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise DataError(f"{path}: not the result of a run ({e}); delete {folder} to train the run again") from None
+        if not same:
+            raise ConfigError(f"{path}: made with other settings or data; use another --out, or delete {folder}")
     return result
 
 
-def _recipe_digest(recipe: Recipe) -> str:
-    return json_digest(recipe.model_dump(exclude={"train": {"output", "device"}}))
+def _write(path: Path, value: dict) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value))
+    temporary.replace(path)
 
 
 @dataclass(frozen=True)
@@ -235,7 +255,9 @@ def summarize(results: Sequence[Result]) -> list[Summary]:
 def markdown(comparison: Comparison, results: Sequence[Result]) -> str:
     """The table of the README."""
     rows = summarize(results)
-    measure = "learning rate at which what was learned was lost, one a seed" if comparison.ramp else "mean loss (spread)"
+    measure = (
+        "learning rate at which what was learned was lost, one a seed" if comparison.ramp else "mean loss (spread)"
+    )
     lines = [
         f"{measure.capitalize()}; {len(comparison.seeds)} seeds, {len(results[0].losses)} steps, unigram entropy "
         f"{results[0].unigram_entropy:.3f} nats.",
@@ -291,7 +313,7 @@ def _draw(results: Sequence[Result], path: Path) -> bool:
     try:
         import matplotlib
     except ImportError:
-        log.warning("warning: no figure, since matplotlib is missing; pip install 'megaresnorm[plots]'")
+        log.warning("warning: no figure, since matplotlib is missing; pip install matplotlib")
         return False
     matplotlib.use("Agg")
     from matplotlib import pyplot

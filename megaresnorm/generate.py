@@ -10,8 +10,8 @@ from megaresnorm.assemble import build_model, choose_device
 from megaresnorm.checkpoint.format import list_checkpoints
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.config import build_recipe
-from megaresnorm.data.tokenizer import Tokenizer, read_tokenizer, restore_tokenizer
-from megaresnorm.errors import CheckpointError
+from megaresnorm.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer, restore_tokenizer
+from megaresnorm.errors import CheckpointError, DataError
 from megaresnorm.model.residual import KeyValueCache
 from megaresnorm.model.transformer import Transformer
 
@@ -32,12 +32,17 @@ def generate(
 
     Ends early at the end of a document. The other arguments are those of ``generate_tokens``.
     """
-    start = [tokenizer.eod, *tokenizer.encode(prompt).tolist()]
+    start = start_tokens(tokenizer, prompt)
     tokens = generate_tokens(
         model, start, num_tokens, vocab_size=tokenizer.vocab_size, end=tokenizer.eod,
         temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, cache=cache,
     )  # fmt: skip
     return tokenizer.decode([*start[1:], *tokens])
+
+
+def start_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """What the model reads first: the end of a document, then the prompt."""
+    return [tokenizer.eod, *tokenizer.encode(prompt).tolist()]
 
 
 @torch.no_grad()
@@ -86,6 +91,7 @@ def choose(
     """One token from its logits [V] in FP32. Ties at the border of top_k or top_p are resolved by the lower number."""
     if temperature == 0.0:
         return int(logits_V.argmax())
+    logits_V = logits_V - logits_V.max()  # so that no temperature makes infinities of them
     if top_k is None and top_p is None:
         return int(torch.multinomial(torch.softmax(logits_V / temperature, dim=-1), 1, generator=generator))
     values, order = torch.sort(logits_V, descending=True, stable=True)
@@ -95,10 +101,13 @@ def choose(
     return int(order[torch.multinomial(p, 1, generator=generator)])
 
 
-def load_model(folder: Path, tokenizer_file: Path | None = None) -> tuple[Transformer, Tokenizer]:
+def load_model(
+    folder: Path, tokenizer_file: Path | None = None, end_token: str | None = None
+) -> tuple[Transformer, Tokenizer]:
     """The model and tokenizer of a checkpoint, or of the newest one of a run's output folder.
 
-    tokenizer_file: for a checkpoint that has no tokenizer.   Raises: CheckpointError or DataError, one line each.
+    tokenizer_file: for a checkpoint that has no tokenizer: a file, or ``bytes``.   end_token: of a tokenizer.json.
+    Raises: CheckpointError or DataError, one line each.
     """
     root = folder / "checkpoints"
     newest = [path for _, path in list_checkpoints(root if root.is_dir() else folder)]
@@ -108,15 +117,21 @@ def load_model(folder: Path, tokenizer_file: Path | None = None) -> tuple[Transf
     if description is None:
         if tokenizer_file is None:
             raise CheckpointError(
-                f"{checkpoint.folder}: has no tokenizer (trained on bare token files); give --tokenizer"
+                f"{checkpoint.folder}: has no tokenizer (trained on bare token files); give --tokenizer FILE or bytes"
             )
-        tokenizer = read_tokenizer(tokenizer_file)
+        tokenizer = ByteTokenizer() if str(tokenizer_file) == "bytes" else read_tokenizer(tokenizer_file, end_token)
     else:
         if tokenizer_file is not None:
             raise CheckpointError(f"{checkpoint.folder}: has its own tokenizer; remove --tokenizer")
         file = description.get("file")
         model_file = b"" if file is None else checkpoint.attached(file)
         tokenizer = restore_tokenizer(description, model_file, str(checkpoint.folder))
+    assert recipe.model.vocab_size is not None
+    if tokenizer.vocab_size > recipe.model.vocab_size:
+        raise DataError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model of {checkpoint.folder} {recipe.model.vocab_size}; "
+            "it was trained with another one"
+        )
     assembled = build_model(
         recipe.model, recipe.precision, recipe.kernels, seed=recipe.train.seed, device=choose_device("auto")
     )

@@ -20,7 +20,7 @@ from megaresnorm.assemble import Assembled, build_model, choose_device
 from megaresnorm.checkpoint.format import list_checkpoints
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.writer import save_checkpoint
-from megaresnorm.config import dump_recipe
+from megaresnorm.config import build_recipe, dump_recipe
 from megaresnorm.data.loader import Batch, microbatches
 from megaresnorm.data.samples import Samples, open_data, open_samples, resolve_vocab, unigram_entropy
 from megaresnorm.engines.native import Decision, GradientStats, NativeEngine
@@ -237,13 +237,14 @@ class Run:
     def _resume(self, checkpoint: Checkpoint) -> None:
         """Take over a checkpoint of this run. Raises: CheckpointError if model or data are not the ones it was made with."""
         state = checkpoint.state
-        changed = _differences(state["recipe"], self.recipe.model_dump(exclude_none=True))
-        for key, (before, now) in changed.items():
+        before = build_recipe(state["recipe"])  # settings that are newer than the checkpoint have their defaults
+        changed = _differences(before.model_dump(exclude_none=True), self.recipe.model_dump(exclude_none=True))
+        for key, (old, now) in changed.items():
             if key.startswith(FIXED_ON_RESUME):
                 raise CheckpointError(
-                    f"{checkpoint.folder}: made with {key}={before}, the recipe has {now}; use another train.output for another run"
+                    f"{checkpoint.folder}: made with {key}={old}, the recipe has {now}; use another train.output for another run"
                 )
-            log.warning("warning: %s was %s up to step %d and is %s from now on", key, before, checkpoint.step, now)
+            log.warning("warning: %s was %s up to step %d and is %s from now on", key, old, checkpoint.step, now)
         if checkpoint.step > self.recipe.train.steps:
             raise CheckpointError(
                 f"{checkpoint.folder}: step {checkpoint.step} is past train.steps={self.recipe.train.steps}; "

@@ -9,10 +9,16 @@ import numpy as np
 import pytest
 
 from megaresnorm.cli import main
-from megaresnorm.comparison import Comparison, base_recipe, compare, judge, markdown, summarize, write_report
+from megaresnorm.comparison import Comparison, base_recipe, judge, markdown, summarize, write_report
+from megaresnorm.comparison import compare as compare_until
 from megaresnorm.errors import ConfigError, DataError
+from megaresnorm.resilience.signals import StopSignals
 
 UNIGRAM = 3.0
+
+
+def compare(comparison):
+    return compare_until(comparison, StopSignals())
 
 
 def curve(*points):
@@ -30,6 +36,8 @@ def curve(*points):
         (curve(6.0, 2.4, 9.0, 2.4, 2.3), "trains"),  # a spike that is got over
         (curve(6.0, 2.4, 2.4) + [inf] * 50, "lost"),
         ([inf] * 50, "unigram level"),
+        ([], "unigram level"),
+        ([5.0] * 5 + [inf] + [1.0] * 100, "trains"),  # one refused step
     ],
 )
 def test_judge(losses, outcome):
@@ -90,7 +98,7 @@ def test_other_settings_are_refused_and_damage_is_told(small):
         list(compare(small("optim.lr=0.1", topologies=["pre"], depths=[1], seeds=[0])))
     path = small().out / "runs" / "pre-1-seed0" / "result.json"
     path.write_text("{}")
-    with pytest.raises(DataError, match="delete it to train the run again"):
+    with pytest.raises(DataError, match=r"delete .*pre-1-seed0 to train the run again"):
         list(compare(small(topologies=["pre"], depths=[1], seeds=[0])))
 
 
@@ -170,3 +178,66 @@ def test_the_command(byte_data, tmp_path, capsys):
         assert main(arguments) in (2, 3)
         error = capsys.readouterr().err
         assert wanted in error and error.count("\n") == 1, error
+
+
+def test_a_recipe_keeps_its_data_and_data_replaces_only_the_path(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("model: {dim: 8}\ntrain:\ndata: {path: runs/web, mask_documents: true, valid_fraction: 0.1}\n")
+    assert base_recipe(str(file), None, [])["data"] == {
+        "path": "runs/web",
+        "mask_documents": True,
+        "valid_fraction": 0.1,
+    }
+    assert base_recipe(str(file), "x", [])["data"] == {"path": "x", "mask_documents": True, "valid_fraction": 0.1}
+    assert base_recipe(str(file), None, [])["train"] == {}
+    file.write_text("data: {blend: [{path: a, weight: 1.0}], seed: 5}\n")
+    assert base_recipe(str(file), "x", [])["data"] == {"path": "x", "seed": 5}
+
+
+@pytest.mark.parametrize("override", ["model.num_blocks=9", "model.topology=pre", "train.seed=5", "train.output=x"])
+def test_what_a_comparison_sets_itself_is_refused(override):
+    with pytest.raises(ConfigError, match="has no effect here"):
+        base_recipe(None, "x", [override])
+    with pytest.raises(ConfigError, match="has no effect here"):
+        base_recipe(None, "x", ["schedule.kind=linear"], ramp=True)
+    assert base_recipe(None, "x", ["schedule.kind=linear"])["schedule"]["kind"] == "linear"
+
+
+def test_an_interrupted_run_does_not_go_on_with_other_settings_or_data(small, monkeypatch):
+    from megaresnorm.trainer import Run
+
+    real, steps = Run._step, []
+
+    def step(self):
+        steps.append(self)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return real(self)
+
+    one = {"topologies": ["pre"], "depths": [1], "seeds": [0]}
+    monkeypatch.setattr(Run, "_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        list(compare(small("train.checkpoint_every=1", **one)))
+    monkeypatch.setattr(Run, "_step", real)
+    with pytest.raises(ConfigError, match="other settings or data"):
+        list(compare(small("train.checkpoint_every=1", "optim.lr=0.5", **one)))
+    (result,) = compare(small("train.checkpoint_every=1", **one))
+    assert len(result.losses) == 4
+    monkeypatch.setattr("megaresnorm.comparison.open_data", lambda recipe: type("D", (), {"digest": "another"}))
+    with pytest.raises(ConfigError, match="other settings or data"):
+        list(compare(small("train.checkpoint_every=1", **one)))
+
+
+def test_topologies_get_what_they_need_beside_others(small):
+    results = list(compare(small(topologies=["reordered", "post"], depths=[1], seeds=[0])))
+    assert [r.topology for r in results] == ["reordered", "post"]
+
+
+def test_a_signal_ends_the_comparison_with_its_exit_code(small):
+    stop = StopSignals()
+    results = compare_until(small(), stop)
+    next(results)
+    import signal
+
+    stop.received = signal.SIGTERM
+    assert list(results) == [] and stop.exit_code == 143

@@ -75,6 +75,24 @@ def test_the_cache_computes_one_token_at_a_time():
     assert seen == [3, 1, 1, 1, 1]
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(byte_data, tiny, tmp_path, capsys):
+    recipe = tiny(data={"path": str(byte_data / "tokens")}, model={"vocab_size": 260}, train={"steps": 1})
+    train(recipe)
+    (tmp_path / "t.txt").write_text("some words and other words, again and again\n" * 200)
+    prepare(
+        PrepareJob(out=tmp_path / "sp", paths=(str(tmp_path / "t.txt"),), tokenizer="sentencepiece", vocab_size=280)
+    )
+    assert main(["generate", recipe.train.output, "--tokenizer", str(tmp_path / "sp" / "tokenizer.model")]) == 3
+    assert "the tokenizer has 280 tokens, the model of" in capsys.readouterr().err
+
+
+def test_no_temperature_breaks_the_choice():
+    logits = torch.tensor([1.0, 3e4, 2.0])
+    for temperature in (1e-40, 1e-5, 1e30):
+        assert choose(logits, temperature, None, None, torch.Generator().manual_seed(0)) in range(3)
+    assert choose(logits, 1e-40, 2, 0.9, torch.Generator()) == 1
+
+
 def test_top_k_and_top_p_choose_among_the_likeliest():
     p = torch.tensor([0.05, 0.4, 0.3, 0.2, 0.05])
 
@@ -102,6 +120,7 @@ def test_the_command_continues_a_checkpoint(tiny, tmp_path, capsys):
     train(recipe)
     run = recipe.train.output
     command = ["generate", run, "--prompt", "def é", "--tokens", "30", "--seed", "5"]
+    capsys.readouterr()
     assert main(command) == 0
     text = capsys.readouterr().out
     assert text.startswith("def é")
@@ -122,6 +141,7 @@ def test_a_checkpoint_brings_its_tokenizer(tiny, tmp_path, capsys):
     recipe = tiny(data={"path": str(tmp_path / "sp"), "valid_fraction": 0.0}, train={"steps": 2})
     train(recipe)
     shutil.rmtree(tmp_path / "sp")
+    capsys.readouterr()
     assert main(["generate", recipe.train.output, "--prompt", "other words", "--tokens", "5"]) == 0
     assert capsys.readouterr().out.startswith("other words")
     file = next(Path(recipe.train.output, "checkpoints").iterdir()) / "tokenizer.model"
@@ -133,7 +153,8 @@ def test_a_checkpoint_of_bare_files_is_given_a_tokenizer(byte_data, tiny, tmp_pa
     recipe = tiny(data={"path": str(byte_data / "tokens")}, model={"vocab_size": 300}, train={"steps": 2})
     train(recipe)
     assert main(["generate", recipe.train.output]) == 4
-    assert "has no tokenizer (trained on bare token files); give --tokenizer" in capsys.readouterr().err
+    assert "has no tokenizer (trained on bare token files); give --tokenizer FILE or bytes" in capsys.readouterr().err
+    assert main(["generate", recipe.train.output, "--tokenizer", "bytes", "--tokens", "3"]) == 0
     (tmp_path / "t.txt").write_text("some words and other words, again and again\n" * 200)
     prepare(
         PrepareJob(out=tmp_path / "sp", paths=(str(tmp_path / "t.txt"),), tokenizer="sentencepiece", vocab_size=280)

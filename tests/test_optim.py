@@ -146,7 +146,9 @@ def test_packed_parameters_are_updated_as_single_ones_are():
         wanted = {n: p.grad.clone() for n, p in theirs.named_parameters()}
         gradients = packed.collect()
         for name, g in wanted.items():
-            torch.testing.assert_close(packed.gradient(parameters[name]), g, rtol=1e-3, atol=1e-4 * g.abs().max().item() + 1e-7)
+            torch.testing.assert_close(
+                packed.gradient(parameters[name]), g, rtol=1e-3, atol=1e-4 * g.abs().max().item() + 1e-7
+            )
         total = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         norms = gradient_norms(gradients)
         assert torch.linalg.vector_norm(norms).item() == pytest.approx(total.item(), rel=1e-5)

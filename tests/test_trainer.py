@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megaresnorm.checkpoint.format import manifest_digest
 from megaresnorm.cli import main
 from megaresnorm.config import dump_recipe
 from megaresnorm.engines.native import Decision
@@ -382,3 +383,16 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tiny, tmp_path):
     err = process.stderr.read()
     assert process.wait(timeout=60) == 0, err
     assert Run(tiny(train={"steps": 40})).steps_done == 40
+
+
+def test_a_checkpoint_that_knows_less_settings_is_resumed(tiny):
+    """One written before a setting existed has that setting's default."""
+    recipe = tiny(train={"steps": 2}, schedule={"kind": "constant"})
+    train(recipe)
+    (folder,) = Path(recipe.train.output, "checkpoints").iterdir()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["state"]["recipe"]["data"]["mask_documents"], manifest["state"]["recipe"]["kernels"]
+    del manifest["state"]["tokenizer"]
+    manifest["digest"] = manifest_digest(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert train(tiny(train={"steps": 3}, schedule={"kind": "constant"})).steps == 3

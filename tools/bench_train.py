@@ -63,7 +63,7 @@ def main() -> None:
     for shape in arguments.shapes:
         for architecture in arguments.architectures:
             for precision in arguments.precisions:
-                results.append(race(parse_shape(shape, architecture), precision, arguments))
+                results.append(race(parse_shape(shape, architecture, arguments.vocab_size), precision, arguments))
     report = {"machine": machine(), "malloc": MALLOC if arguments.malloc == "tuned" else {}, "results": results}
     text = markdown(report)
     print(text)
@@ -92,7 +92,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def parse_shape(text: str, architecture: str, vocab_size: int = 8192) -> Shape:
+def parse_shape(text: str, architecture: str, vocab_size: int) -> Shape:
     num_blocks, dim = (int(part) for part in text.split("x"))
     wide = dim >= 128
     ffn_dim = 4 * dim if architecture == "gpt2" else -(-8 * dim // 3 // 16) * 16

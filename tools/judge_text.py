@@ -49,7 +49,7 @@ def main() -> None:
     total = sum(map(len, written))
     right = sum(word in known for words in written for word in words)
     longest = max((longest_copy(words, corpus) for words in written), key=len)
-    print(f"\n{right} of {total} words ({right / total:.1%}) are words of the corpus")
+    print(f"\n{right} of {total} words ({right / max(1, total):.1%}) are words of the corpus")
     print(f"longest run that the corpus has as well: {len(longest)} words ({' '.join(longest)})")
 
 

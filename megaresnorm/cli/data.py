@@ -14,6 +14,7 @@ from megaresnorm.errors import ConfigError
 if TYPE_CHECKING:  # commands import what they need, so that --help is instant
     from rich.table import Table
 
+    from megaresnorm.data.dataset import DataSet
     from megaresnorm.data.inspect import DataStatistics, Draw
 
 
@@ -68,7 +69,7 @@ def add_data(commands: Commands) -> None:
     show.add_argument("paths", nargs="+", metavar="PATH", help="data sets, or one recipe (.yaml)")
     show.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
     show.set_defaults(run=_show)
-    verify = actions.add_parser("verify", help="read every byte and compare it with its checksum")
+    verify = actions.add_parser("verify", help="read every byte: checksums, index, tokens")
     verify.add_argument("paths", nargs="+", metavar="PATH", help="data sets")
     verify.set_defaults(run=_verify)
 
@@ -114,11 +115,8 @@ def _show(arguments: argparse.Namespace) -> int:
     recipes = [path for path in arguments.paths if path.endswith((".yaml", ".yml"))]
     if recipes and len(arguments.paths) > 1:
         raise ConfigError(f"{recipes[0]}: give one recipe, or data sets, not both")
-    draws: list[Draw] = []
-    paths = arguments.paths
-    if recipes:
-        paths, draws = _draws(recipes[0])
-    figures = [statistics_of(open_dataset(path)) for path in paths]
+    sets, draws = _draws(recipes[0]) if recipes else ([open_dataset(path) for path in arguments.paths], [])
+    figures = [statistics_of(data) for data in sets]
     for table in [_statistics_table(figures), *([_draws_table(draws)] if draws else [])]:
         console.print(table)
     if arguments.json:
@@ -126,7 +124,8 @@ def _show(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _draws(path: str) -> tuple[list[str], list[Draw]]:
+def _draws(path: str) -> tuple[list[DataSet], list[Draw]]:
+    """The data sets of a recipe, and what its run draws from each."""
     from megaresnorm.config import load_recipe
     from megaresnorm.data.inspect import draws_of
     from megaresnorm.data.samples import open_data, open_samples, resolve_vocab
@@ -136,7 +135,7 @@ def _draws(path: str) -> tuple[list[str], list[Draw]]:
     data = open_data(recipe.data)
     samples, _ = open_samples(data, resolve_vocab(recipe, data))
     drawn = sum(batch_size(step, recipe.train) for step in range(recipe.train.steps))
-    return [source.path for source in recipe.data.sources], draws_of(recipe, samples, drawn)
+    return data.sets, draws_of(recipe, samples, drawn)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -144,7 +143,9 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     for path in arguments.paths:
         data = verify_dataset(path)
-        checked = "every checksum" if data.tokenizer is not None else "index and sizes (bare files have no checksums)"
+        checked = (
+            "every checksum and token" if data.tokenizer is not None else "index, sizes and tokens (no checksums there)"
+        )
         print(f"{path}: {data.files.num_documents:,} documents, {len(data.files.tokens):,} tokens; {checked} right")
     return 0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megaresnorm.cli.arguments import Commands, count, counts, names, write_json
-from megaresnorm.errors import ConfigError
+from megaresnorm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:  # commands import what they need, so that --help is instant
     from rich.table import Table
@@ -49,10 +49,14 @@ set), and the table says where each run lost what it had learned.""",
     train = depth.add_argument_group("only with --train")
     train.add_argument("--out", type=Path, metavar="FOLDER", help="runs, comparison.md, .csv and .png [runs/depth]")
     train.add_argument(
-        "--data", metavar="PATH", help="a data set [bytes of this Python's library, prepared in FOLDER/data]"
+        "--data",
+        metavar="PATH",
+        help="a data set [the recipe's, else bytes of this Python's library, prepared in FOLDER/data]",
     )
     train.add_argument(
-        "--recipe", metavar="FILE", help="what the runs share [a model of width 48, 150 steps of 8 x 64 tokens]"
+        "--recipe",
+        metavar="FILE",
+        help="what the runs share [width 48, 150 steps of 8 x 64 tokens]; --max-lr replaces its schedule",
     )
     train.add_argument(
         "--max-lr", action="store_true", help="ramp the learning rate up to see what each topology bears"
@@ -115,23 +119,26 @@ def _train(arguments: argparse.Namespace) -> int:
     from rich.markdown import Markdown
 
     from megaresnorm.comparison import Comparison, base_recipe, compare, markdown, write_report
+    from megaresnorm.resilience.signals import StopSignals
     from megaresnorm.telemetry.log import configure_logging, console, progress_bar
 
     configure_logging()
     out = arguments.out or Path("runs/depth")
-    data = arguments.data or _bytes_of_stdlib(out / "data")
     overrides = [*(["optim.lr=5e-2"] if arguments.max_lr and arguments.recipe is None else []), *arguments.overrides]
+    base = base_recipe(arguments.recipe, arguments.data, overrides, arguments.max_lr)
+    if not {"path", "blend"} & base["data"].keys():
+        base["data"]["path"] = _bytes_of_stdlib(out / "data")
     comparison = Comparison(
         out=out,
         topologies=arguments.topologies,
         depths=arguments.depths or [12, 50],
         seeds=range(arguments.seeds or 2),
-        base=base_recipe(arguments.recipe, data, overrides),
+        base=base,
         ramp=arguments.max_lr,
     )
     results, total = [], len(comparison.topologies) * len(comparison.depths) * len(comparison.seeds)
-    with progress_bar("comparing", total) as progress:
-        for result in compare(comparison, lambda: progress.advance(progress.task_ids[0])):
+    with StopSignals() as stop, progress_bar("comparing", total) as progress:
+        for result in compare(comparison, stop, lambda: progress.advance(progress.task_ids[0])):
             results.append(result)
             console.print(
                 f"{result.topology:12} {result.num_blocks:4} blocks, seed {result.seed}: final loss {result.final_loss:.4f}, "
@@ -140,7 +147,7 @@ def _train(arguments: argparse.Namespace) -> int:
             )
     if len(results) < total:
         console.print(f"stopped after {len(results)} of {total} runs; start again to go on")
-        return 130
+        return stop.exit_code
     files = write_report(comparison, results)
     console.print(Markdown(markdown(comparison, results)))
     console.print("written    " + ", ".join(map(str, files)), markup=False)
@@ -150,4 +157,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _bytes_of_stdlib(folder: Path) -> str:
     from megaresnorm.data.prepare import PrepareJob, prepare
 
-    return str(prepare(PrepareJob(out=folder, corpus="stdlib")).folder)
+    try:
+        return str(prepare(PrepareJob(out=folder, corpus="stdlib")).folder)
+    except DataError as e:
+        raise DataError(f"{e} (--data {folder} takes it as it is)") from None

@@ -35,17 +35,18 @@ def add_generate(commands: Commands) -> None:
         "--tokenizer",
         type=Path,
         metavar="FILE",
-        help="tokenizer of a checkpoint that has none (trained on bare token files)",
+        help="tokenizer of a checkpoint that has none (trained on bare token files), or bytes",
     )
+    add("--end-token", metavar="TOKEN", help="token of that tokenizer.json that ends documents [its end-of-text token]")
     generate.set_defaults(run=_generate)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from megaresnorm.generate import generate_tokens, load_model
+    from megaresnorm.generate import generate_tokens, load_model, start_tokens
 
-    model, tokenizer = load_model(arguments.checkpoint, arguments.tokenizer)
+    model, tokenizer = load_model(arguments.checkpoint, arguments.tokenizer, arguments.end_token)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    start = [tokenizer.eod, *tokenizer.encode(prompt).tolist()]
+    start = start_tokens(tokenizer, prompt)
     for number in range(arguments.samples):
         if arguments.samples > 1:
             print(f"{chr(10) if number else ''}--- seed {arguments.seed + number} ---")

@@ -42,9 +42,11 @@ class Source:
     @property
     def identity(self) -> list:
         """Tells whether it is still what was prepared."""
-        if self.name.startswith(HUB):
-            return [self.name]
         path = Path(self.name)
+        if self.name.startswith(HUB):
+            folder = Path(_hub_address(self.name)[0])
+            local = sorted(folder.rglob("*")) if folder.is_dir() else []
+            return [self.name, *([str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in local)]
         return [str(path.resolve()), self.num_bytes, path.stat().st_mtime_ns]
 
 
@@ -120,7 +122,10 @@ def _files_at(path: Path) -> list[Path]:
             raise DataError(f"{path}: the folder has no {', '.join(SUFFIXES)} file")
         return inside
     if not path.exists():
-        raise DataError(f"{path}: no such file or folder; give text files, .jsonl files or folders of them")
+        raise DataError(
+            f"{path}: no such file or folder; give {', '.join(SUFFIXES)} files, folders of them, or hf:NAME for a data set of "
+            "Hugging Face"
+        )
     if not path.name.endswith(SUFFIXES):
         raise DataError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; wanted {', '.join(SUFFIXES)}")
     return [path]
@@ -179,7 +184,7 @@ def _opened(path: Path) -> Any:  # a binary file, of whichever package
     if path.name.endswith(".gz"):
         return gzip.open(path, "rb")
     if path.name.endswith(".zst"):
-        pyarrow = _optional("pyarrow", f"{path}: .zst files")
+        pyarrow = _optional("pyarrow", f"{path}: .zst")
         return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
     return path.open("rb")
 
@@ -197,6 +202,8 @@ def _text_of(line: bytes, text_key: str, where: str) -> str:
 
 
 def _checked(text: Any, keys: list[str], text_key: str, where: str) -> str:
+    if text is None and text_key in keys:
+        raise DataError(f"{where}: its {text_key!r} is null")
     if not isinstance(text, str):
         raise DataError(
             f"{where}: no text under {text_key!r}; its keys are {', '.join(sorted(keys)) or 'none'} (see --text-key)"
@@ -207,8 +214,8 @@ def _checked(text: Any, keys: list[str], text_key: str, where: str) -> str:
 
 
 def _parquet_rows(path: Path, text_key: str) -> Iterator[str]:
-    parquet = _optional("pyarrow.parquet", f"{path}: .parquet files")
-    pyarrow = _optional("pyarrow", f"{path}: .parquet files")
+    parquet = _optional("pyarrow.parquet", f"{path}: .parquet")
+    pyarrow = _optional("pyarrow", f"{path}: .parquet")
     row = 0
     try:
         with parquet.ParquetFile(path) as file:
@@ -256,7 +263,7 @@ def _optional(module: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise DataError(f"{what} need the package datasets; install it with: pip install 'megaresnorm[data]'") from None
+        raise DataError(f"{what} cannot be read without the package datasets; pip install datasets") from None
 
 
 def _stdlib_files() -> list[Source]:

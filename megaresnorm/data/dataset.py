@@ -12,6 +12,7 @@ from megaresnorm.errors import DataError
 DESCRIPTION = "dataset.json"
 PREFIX = "tokens"
 DIGEST_CHUNK = 1 << 24  # bytes under one digest
+LARGEST_VOCAB = 1 << 24  # what is taken for damage where the vocabulary is not known
 VERIFY_BYTES = 1 << 32  # at most so much is read before step 0
 
 
@@ -54,13 +55,12 @@ def open_dataset(path: str, *, whole: bool = False) -> DataSet:
 
 
 def verify_dataset(path: str) -> DataSet:
-    """Open a data set and check all of its bytes: every digest, or of bare files every token's type.
+    """Open a data set and check all of it: every digest, and every token against the vocabulary (LARGEST_VOCAB for bare files).
 
     Raises: DataError naming file and offset for the first damage.
     """
     data = open_dataset(path, whole=True)
-    if data.vocab_size is not None:
-        data.files.check_token_range(data.vocab_size, max_bytes=1 << 62)
+    data.files.check_token_range(data.vocab_size or LARGEST_VOCAB, max_bytes=1 << 62)
     return data
 
 

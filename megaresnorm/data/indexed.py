@@ -16,6 +16,7 @@ from megaresnorm.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
+MAX_SEQUENCE = (1 << 31) - 1  # tokens; lengths are i32
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 
 
@@ -149,9 +150,9 @@ class TokenWriter:
         """
         self._write(tokens)
         for i, length in enumerate(lengths):
-            if self._open:
+            if self._open and self._lengths[-1] + length <= MAX_SEQUENCE:
                 self._lengths[-1] += length
-            else:
+            else:  # a new document, or one that is longer than a sequence can be
                 self._lengths.append(length)
             self._open = i == len(lengths) - 1 and not ends
             if not self._open:

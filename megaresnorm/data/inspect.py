@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megaresnorm.data.dataset import DataSet
+from megaresnorm.data.dataset import LARGEST_VOCAB, DataSet
 from megaresnorm.data.samples import BlendedSamples, PackedSamples, Samples, unigram_entropy
 from megaresnorm.recipe import Recipe
 
@@ -44,8 +44,9 @@ class Draw:
 
 
 def statistics_of(data: DataSet) -> DataStatistics:
-    """Figures of a data set."""
+    """Figures of a data set. Raises: DataError for a token outside its vocabulary."""
     files = data.files
+    files.check_token_range(data.vocab_size or LARGEST_VOCAB, max_bytes=1 << 62)
     lengths = np.diff(files.boundaries)
     shares = PackedSamples(files, np.arange(files.num_documents), seq_len=1, seed=0).token_shares()
     return DataStatistics(
@@ -67,9 +68,9 @@ def statistics_of(data: DataSet) -> DataStatistics:
 def draws_of(recipe: Recipe, samples: Samples, num_samples: int) -> list[Draw]:
     """What the first ``num_samples`` samples of a recipe's training data are drawn from."""
     if isinstance(samples, BlendedSamples):
-        counts = np.bincount([samples.place(i)[0] for i in range(num_samples)], minlength=len(samples.sources))
         parts: Sequence[tuple[float, PackedSamples, int]] = [
-            (float(w), s, int(c)) for w, s, c in zip(samples.weights, samples.sources, counts, strict=True)
+            (float(w), s, c)
+            for w, s, c in zip(samples.weights, samples.sources, samples.counts(num_samples), strict=True)
         ]
     else:
         assert isinstance(samples, PackedSamples)

@@ -84,17 +84,19 @@ class PackedSamples:
 
 
 class BlendedSamples:
-    """Samples of several sources, sharing out the samples by weight exactly: of any first n samples every source has its share
-    to within a few, and each goes through its own samples in order.
+    """Samples of several sources, shared out by weight: of the first n samples every source has its share to within a few whole
+    samples wherever n is a multiple of BLEND_WINDOW, and so exactly in the long run. Each goes through its own samples in order.
+
+    shuffle: in what order the sources come within a window is random, else as evenly as whole samples allow.
     """
 
-    def __init__(self, sources: Sequence[PackedSamples], weights: Sequence[float], seed: int) -> None:
-        self.sources, self.seed = list(sources), seed
+    def __init__(self, sources: Sequence[PackedSamples], weights: Sequence[float], seed: int, *, shuffle: bool) -> None:
+        self.sources, self.seed, self.shuffle = list(sources), seed, shuffle
         exact = [Fraction(weight) for weight in weights]
         self.weights = [weight / sum(exact) for weight in exact]
         self.per_epoch = sum(source.per_epoch for source in sources)
         self.num_documents = sum(source.num_documents for source in sources)
-        self._window = functools.lru_cache(maxsize=2)(self._make_window)
+        self._window = functools.lru_cache(maxsize=4)(self._make_window)
         self._left_share = functools.lru_cache(maxsize=None)(self._make_left_share)
 
     def __getitem__(self, i: int) -> Sample:
@@ -104,16 +106,15 @@ class BlendedSamples:
     def place(self, i: int) -> tuple[int, int]:
         """(source, its sample) of sample i."""
         window, at = divmod(i, BLEND_WINDOW)
-        n = window * BLEND_WINDOW + int(self._window(window)[at])
-        first, last = 0, len(self.weights)
-        # Halve the sources: of the first n samples of a group the left half has round(n * its share), so sample n is the
-        # left half's if that number grows with it.
-        while last - first > 1:
-            middle = (first + last) // 2
-            part, whole = self._left_share(first, last)
-            before, after = _rounded(n, part, whole), _rounded(n + 1, part, whole)
-            first, last, n = (first, middle, before) if after > before else (middle, last, n - before)
-        return first, n
+        sources, samples = self._window(window)
+        return int(sources[at]), int(samples[at])
+
+    def counts(self, n: int) -> list[int]:
+        """How many of the first n samples every source has."""
+        whole = n - n % BLEND_WINDOW
+        counts = np.array(self._shared_out(whole, 0, len(self.weights)))
+        last, _ = self._window(n // BLEND_WINDOW)
+        return (counts + np.bincount(last[: n - whole], minlength=len(counts))).tolist()
 
     def token_shares(self) -> np.ndarray:
         shares = np.zeros(1)
@@ -121,13 +122,37 @@ class BlendedSamples:
             shares = _added(shares, float(weight) * source.token_shares())
         return shares
 
+    def _shared_out(self, n: int, first: int, last: int) -> list[int]:
+        """n samples among sources ``first`` to ``last``: the left half of them has its share, rounded, and so on in each half.
+
+        With one sample more, exactly one source has one more: that is whose it is.
+        """
+        if last - first == 1:
+            return [n]
+        part, whole = self._left_share(first, last)
+        left = (2 * n * part + whole) // (2 * whole)
+        middle = (first + last) // 2
+        return self._shared_out(left, first, middle) + self._shared_out(n - left, middle, last)
+
     def _make_left_share(self, first: int, last: int) -> tuple[int, int]:
         """Of the weights of sources ``first`` to ``last``, how much the left half has: numerator and denominator."""
         left = sum(self.weights[first : (first + last) // 2], Fraction(0)) / sum(self.weights[first:last], Fraction(0))
         return left.numerator, left.denominator
 
-    def _make_window(self, window: int) -> np.ndarray:
-        return _random(self.seed, (1 << 62) + window).permutation(BLEND_WINDOW)
+    def _make_window(self, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each sample of a window, and which of that source's samples it is."""
+        start = window * BLEND_WINDOW
+        counts = np.array(
+            [self._shared_out(n, 0, len(self.weights)) for n in range(start, start + BLEND_WINDOW + 1)], dtype=np.int64
+        )
+        sources = np.diff(counts, axis=0).argmax(axis=1)
+        if self.shuffle:
+            sources = sources[_random(self.seed, (1 << 62) + window).permutation(BLEND_WINDOW)]
+        samples = np.empty(BLEND_WINDOW, dtype=np.int64)
+        for source, before in enumerate(counts[0]):
+            mine = sources == source
+            samples[mine] = before + np.arange(mine.sum())
+        return sources, samples
 
 
 class TrainingData(NamedTuple):
@@ -179,8 +204,8 @@ def open_samples(data: TrainingData, recipe: Recipe) -> tuple[Samples, Samples |
     if recipe.data.blend is None:
         return train[0], valid[0] if valid else None
     weights = [source.weight for source in recipe.data.blend]
-    blends = [BlendedSamples(samples, weights, recipe.data.seed) for samples in (train, valid) if samples]
-    return blends[0], blends[1] if valid else None
+    blended = BlendedSamples(train, weights, recipe.data.seed, shuffle=True)
+    return blended, BlendedSamples(valid, weights, recipe.data.seed, shuffle=False) if valid else None
 
 
 def split_documents(files: TokenFiles, recipe: DataRecipe) -> dict[str, np.ndarray]:
@@ -222,11 +247,6 @@ def _packed(data: DataSet, splits: dict[str, np.ndarray], split: str, recipe: Re
         f"{data.path}: the validation split, {len(splits[split])} of {data.files.num_documents} documents, is "
         f"shorter than one sequence of {seq_len} + 1 tokens; raise data.valid_fraction, or set it to 0"
     )
-
-
-def _rounded(n: int, part: int, whole: int) -> int:
-    """n * part / whole, to the nearest whole number."""
-    return (2 * n * part + whole) // (2 * whole)
 
 
 def _added(a: np.ndarray, b: np.ndarray) -> np.ndarray:

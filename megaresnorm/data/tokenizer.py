@@ -130,7 +130,7 @@ class HuggingFaceTokenizer:
         try:
             import tokenizers
         except ImportError:
-            raise DataError(f"{where}: needs the package tokenizers; pip install 'megaresnorm[data]'") from None
+            raise DataError(f"{where}: needs the package tokenizers; install it with: pip install tokenizers") from None
         self.model = model
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(model.decode("utf-8"))
@@ -162,7 +162,7 @@ def read_tokenizer(path: Path, end: str | None = None) -> Tokenizer:
     try:
         model = path.read_bytes()
     except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror})") from None
+        raise DataError(f"{path}: cannot be read ({e.strerror}); wanted bytes, a .model or a tokenizer.json") from None
     if path.suffix == ".json":
         return HuggingFaceTokenizer(model, str(path), end)
     return SentencePieceTokenizer(model, str(path))

@@ -33,6 +33,7 @@ def blocked_attention(
     """
     batch, seq, heads, width = q_BSNH.shape
     group = heads // k_BCKH.shape[2]
+    causal = causal and mask_BSC is None
     # P = B * N pairs: one batched product for all heads.
     q_PSH = q_BSNH.transpose(1, 2).reshape(batch * heads, seq, width)
     k_PCH, v_PCH = (

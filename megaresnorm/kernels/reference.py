@@ -74,7 +74,7 @@ def normalize(x_TD: Tensor, norm: NormWeights) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """On CPUs F.rms_norm is a dozen elementwise operations; this keeps one number a row and takes 0.55 to 0.75 of the time."""
+    """On CPUs F.rms_norm is composed of elementwise operations; this has fewer of them, and keeps one number a row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:

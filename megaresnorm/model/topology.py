@@ -12,7 +12,7 @@ N counts blocks and L = 2N sub-layers of the whole model, never of a pipeline st
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import Literal
+from typing import Any, Literal
 
 from megaresnorm.config import suggest
 from megaresnorm.errors import ConfigError
@@ -242,3 +242,13 @@ def topology(name: str) -> Topology:
             f"model.topology={name!r}: wanted one of {', '.join(TOPOLOGIES)}{suggest(name, list(TOPOLOGIES))}"
         )
     return TOPOLOGIES[name]
+
+
+def beside_others(name: str) -> dict[str, Any]:
+    """Settings of the model under which a topology is measured beside others.
+
+    Post-norm families and KEEL read a normalised embedding, whatever the kind of norm, since nothing before their first branch
+    scales it; QK-norm is on where the topology requires it.
+    """
+    settings: dict[str, Any] = {"embedding_norm": name in ("post", "deepnorm", "deepnorm_glm", "keel")}
+    return settings | ({"qk_norm": "head"} if topology(name).requires_qk_norm else {})

@@ -10,6 +10,7 @@ from torch import Tensor
 from megaresnorm.assemble import Assembled, build_model
 from megaresnorm.kernels.reference import cross_entropy_sums
 from megaresnorm.model.residual import Stream
+from megaresnorm.model.topology import beside_others
 from megaresnorm.optim import Optimizer
 from megaresnorm.recipe import InitRecipe, ModelRecipe, OptimRecipe, PrecisionRecipe, TopologyOptions
 
@@ -30,9 +31,8 @@ class ProbeSetting:
     base_num_blocks: int = 1
 
     def model(self, topology: str, num_blocks: int) -> ModelRecipe:
-        """A GELU model without biases, with learned positions; post-norm families read a normalised embedding."""
+        """A GELU model without biases, with learned positions; with what the topology needs beside others."""
         options = TopologyOptions(base_dim=self.base_dim, base_num_blocks=self.base_num_blocks)
-        post_norm = topology in ("post", "deepnorm", "deepnorm_glm", "keel")
         return ModelRecipe(
             dim=self.dim,
             num_blocks=num_blocks,
@@ -44,11 +44,10 @@ class ProbeSetting:
             topology_options=options if topology == "completep" else TopologyOptions(),
             norm="layernorm",
             norm_bias=False,
-            embedding_norm=post_norm,
             positions="learned",
-            qk_norm="head" if topology == "reordered" else "none",
             ffn="gelu",
             init=InitRecipe(embedding_std=1.0),
+            **beside_others(topology),
         )
 
 

@@ -188,3 +188,24 @@ def test_bare_megatron_files_need_a_vocabulary_that_holds_their_tokens(tiny, byt
 def test_missing_data_says_how_to_make_it(tmp_path):
     with pytest.raises(DataError, match="megaresnorm prepare --out"):
         open_dataset(str(tmp_path / "nothing"))
+
+
+def test_a_document_longer_than_a_sequence_can_be_is_several_sequences(tmp_path, monkeypatch):
+    monkeypatch.setattr("megaresnorm.data.indexed.MAX_SEQUENCE", 10)
+    with TokenWriter(tmp_path / "t", np.uint16) as writer:
+        writer.add(np.arange(8), [8], ends=False)
+        writer.add(np.arange(8, 16), [8], ends=False)
+        writer.add(np.arange(16, 20), [2, 2])
+    files = TokenFiles(tmp_path / "t")
+    assert files.boundaries.tolist() == [0, 18, 20] and np.diff(files.sequences).tolist() == [8, 10, 2]
+    assert files.tokens.tolist() == list(range(20))
+
+
+@pytest.mark.parametrize(("dtype", "token"), [(np.int32, -5), (np.int32, 2_000_000_000), (np.float32, 1.5)])
+def test_damage_in_bare_files_is_seen_by_show_and_verify(dtype, token, tmp_path, capsys):
+    with TokenWriter(tmp_path / "t", dtype) as writer:
+        writer.add(np.array([1, 2, token, 3]), [4])
+    for action in ("show", "verify"):
+        assert main(["data", action, str(tmp_path / "t")]) == 3
+        error = capsys.readouterr().err
+        assert "is outside the vocabulary" in error and error.count("\n") == 1

@@ -133,7 +133,7 @@ BROKEN = {  # name -> (files, arguments after the folder, what the line says)
     "parquet with damage": ({"a.parquet": PARQUET[:8] + b"\xff" * 24 + PARQUET[32:]}, [], ["a.parquet"]),
     "parquet without the column": ({"a.parquet": parquet({"body": ["a"]})}, [], ["no column 'text'", "body", "--text-key"]),
     "parquet of numbers": ({"a.parquet": parquet({"text": [1, 2]})}, [], ["row 1", "no text under 'text'"]),
-    "parquet with a null": ({"a.parquet": parquet({"text": ["a", None]})}, [], ["row 2", "no text"]),
+    "parquet with a null": ({"a.parquet": parquet({"text": ["a", None]})}, [], ["row 2", "'text' is null"]),
     "parquet without rows": ({"a.parquet": parquet({"text": pyarrow.array([], pyarrow.string())})}, [], ["no document with text"]),
     "wrong encoding": ({"a.txt": "é".encode("latin-1")}, [], ["a.txt", "not UTF-8 text (byte 0)"]),
     "wrong encoding far in": ({"a.txt": b"a" * 3_000_000 + b"\xff"}, [], ["not UTF-8 text (byte 3000000)"]),
@@ -183,6 +183,16 @@ def test_a_broken_source_costs_one_line_and_leaves_nothing(name, workers, tmp_pa
     assert code in (2, 3) and len(lines) == 1 and all(w in lines[0] for w in wanted), error
     assert "Traceback" not in error
     assert [p.name for p in tmp_path.iterdir()] == ["corpus"], "nothing half-written"
+
+
+def test_a_local_hub_folder_that_changed_is_not_reused(tmp_path, capsys):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "a.jsonl").write_bytes(LINES)
+    command = ["prepare", f"hf:{tmp_path / 'src'}", "--workers", "1", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    (tmp_path / "src" / "a.jsonl").write_bytes(LINES + LINES)
+    assert main(command) == 3 and "made from other files or settings" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0 and open_dataset(str(tmp_path / "out")).files.num_documents == 8
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

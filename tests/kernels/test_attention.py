@@ -79,3 +79,11 @@ def test_auto_takes_blocks_for_bf16_on_cpus_only_and_says_why():
     assert kernel.function is sdpa_attention and "not blocked: only BF16 gains from it" in line
     assert choose_kernel("attention", "auto", torch.device("cuda"), torch.bfloat16)[0].function is sdpa_attention
     assert choose_kernel("attention", "blocked", CPU, torch.float32)[0].function is blocked_attention
+
+
+def test_a_mask_counts_instead_of_causal():
+    q, k, v = inputs(300, 300)
+    everything = torch.ones(2, 300, 300, dtype=torch.bool)
+    want = sdpa_attention(q, k, v, causal=False)
+    for kernel in (sdpa_attention, blocked_attention):
+        torch.testing.assert_close(kernel(q, k, v, causal=True, mask_BSC=everything), want, rtol=0, atol=1e-12)
