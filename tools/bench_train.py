@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each, in turn [5]")
     parser.add_argument("--steps", type=int, default=4, help="steps in one measurement [4]")
     parser.add_argument(
-        "--malloc", choices=["default", "tuned"], default="tuned", help="allocator settings of all [tuned]"
+        "--malloc", choices=["default", "tuned"], default="default", help="allocator settings of all [default]"
     )
     parser.add_argument("--out", help="write OUT.json and OUT.md as well")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
