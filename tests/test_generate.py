@@ -182,7 +182,9 @@ def test_bad_checkpoints_cost_one_line(arguments, wanted, tiny, capsys):
     assert wanted in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("bad", ["--top-p 1.5", "--top-p 0", "--temperature -1", "--temperature nan", "--top-k 0"])
+@pytest.mark.parametrize(
+    "bad", ["--top-p 1.5", "--top-p 0", "--temperature -1", "--temperature nan", "--top-k 0", "--seed -1"]
+)
 def test_bad_arguments_cost_one_line(bad, capsys):
     with pytest.raises(SystemExit) as e:
         main(["generate", "x", *bad.split()])

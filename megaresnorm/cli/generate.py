@@ -29,7 +29,7 @@ def add_generate(commands: Commands) -> None:
     add("--top-k", type=count, metavar="K", help="choose among the K likeliest tokens")
     add("--top-p", type=_share, metavar="P", help="choose among the likeliest tokens that together have probability P")
     add("--samples", type=count, default=1, help="how many texts [1]")
-    add("--seed", type=int, default=0, help="the texts are those of this seed and the following ones [0]")
+    add("--seed", type=_seed, default=0, help="the texts are those of this seed and the following ones [0]")
     add("--no-cache", action="store_true", help="compute every token from all before it, to compare")
     add(
         "--tokenizer",
@@ -87,6 +87,12 @@ def _at_least_0(text: str) -> float:
     if not 0.0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return value
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
+    return int(text)
 
 
 def _share(text: str) -> float:
