@@ -3,6 +3,7 @@
 B batch   S queries   C keys (S, or more where earlier ones are cached)   N query heads   K key/value heads   H head width
 """
 
+import functools
 from math import inf
 from typing import Any
 
@@ -71,12 +72,17 @@ def _bias(q_PSH: Tensor, keys: int, causal: bool, mask_BSC: Tensor | None, heads
     seq = q_PSH.shape[1]
     if mask_BSC is not None:
         hidden = ~mask_BSC.repeat_interleave(heads, dim=0)
-    elif causal:
+        return q_PSH.new_zeros(hidden.shape).masked_fill_(hidden, -inf)
+    if causal:
         assert keys == seq, "causal attention is over whole sequences"
-        hidden = torch.ones(seq, keys, dtype=torch.bool, device=q_PSH.device).triu(1)
-    else:
-        return q_PSH.new_zeros(1, 1)
-    return torch.zeros(hidden.shape, dtype=q_PSH.dtype, device=q_PSH.device).masked_fill_(hidden, -inf)
+        return _causal_bias(seq, q_PSH.dtype, q_PSH.device)
+    return q_PSH.new_zeros(1, 1)
+
+
+@functools.lru_cache(maxsize=4)
+def _causal_bias(seq: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Made once per shape; every layer and step reads the same."""
+    return torch.full((seq, seq), -inf, dtype=dtype, device=device).triu_(1)
 
 
 class _Blocked(torch.autograd.Function):
