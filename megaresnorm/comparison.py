@@ -27,6 +27,7 @@ LEFT_UNIGRAM = (
 SMOOTHING = 0.9
 LAST = 10  # steps whose mean is the final loss
 Outcome = Literal["trains", "unigram level", "lost"]
+HIGHEST_LR = 5e-2  # at the end of a ramp, unless the recipe says otherwise
 SET_BY_COMPARISON = ("model.topology=", "model.num_blocks=", "train.seed=", "train.output=")
 
 # A model that a CPU trains in a minute; what the figures in the README were made with.
@@ -83,6 +84,8 @@ def base_recipe(path: str | None, data: str | None, overrides: Sequence[str], ra
     """
     values = json.loads(json.dumps(DEFAULTS)) if path is None else read_recipe(path)
     values = {name: {} if section is None else section for name, section in values.items()}
+    if ramp and (path is None or "lr" not in values.get("optim", {})):
+        values["optim"] = {**values.get("optim", {}), "lr": HIGHEST_LR}
     for override in overrides:
         for own in (*SET_BY_COMPARISON, *(["schedule."] if ramp else [])):
             if override.startswith(own):

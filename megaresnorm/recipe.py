@@ -191,7 +191,8 @@ class DataRecipe(Section):
     @model_validator(mode="after")
     def _one_kind_of_source(self) -> Self:
         if (self.path is None) == (self.blend is None):
-            raise ValueError("data.path is missing; give either data.path or data.blend")
+            problem = "data.path is missing" if self.path is None else "data.path and data.blend are both set"
+            raise ValueError(f"{problem}; give either data.path or data.blend")
         return self
 
     @property

@@ -241,3 +241,14 @@ def test_a_signal_ends_the_comparison_with_its_exit_code(small):
 
     stop.received = signal.SIGTERM
     assert list(results) == [] and stop.exit_code == 143
+
+
+def test_a_ramp_ends_at_5e_2_unless_the_recipe_says_otherwise(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("model: {dim: 8}\n")
+    assert base_recipe(None, "x", [], ramp=True)["optim"] == {"lr": 5e-2}
+    assert base_recipe(str(file), "x", [], ramp=True)["optim"] == {"lr": 5e-2}
+    assert base_recipe(str(file), "x", ["optim.lr=0.1"], ramp=True)["optim"] == {"lr": 0.1}
+    file.write_text("optim: {lr: 0.02, beta2: 0.9}\n")
+    assert base_recipe(str(file), "x", [], ramp=True)["optim"] == {"lr": 0.02, "beta2": 0.9}
+    assert base_recipe(None, "x", [])["optim"] == {"lr": 1e-3}

@@ -68,14 +68,17 @@ set), and the table says where each run lost what it had learned.""",
 def _depth(arguments: argparse.Namespace) -> int:
     from megaresnorm.model.topology import topology
 
-    unused = ["out", "data", "recipe", "max_lr", "overrides"] if arguments.probe else ["dim", "json"]
-    for name in unused:
-        if getattr(arguments, name):
-            given, mode = (
-                ("section.key=value" if name == "overrides" else f"--{name.replace('_', '-')}"),
-                arguments.probe,
-            )
-            raise ConfigError(f"{given} has no effect with --{'probe' if mode else 'train'}; remove it")
+    probe_only = {"--dim": arguments.dim, "--json": arguments.json}
+    train_only = {
+        "--out": arguments.out,
+        "--data": arguments.data,
+        "--recipe": arguments.recipe,
+        "--max-lr": arguments.max_lr,
+        "section.key=value": arguments.overrides,
+    }
+    for name, given in (train_only if arguments.probe else probe_only).items():
+        if given:
+            raise ConfigError(f"{name} has no effect with --{'probe' if arguments.probe else 'train'}; remove it")
     for name in arguments.topologies:
         topology(name)
     return _probe(arguments) if arguments.probe else _train(arguments)
@@ -124,8 +127,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     configure_logging()
     out = arguments.out or Path("runs/depth")
-    overrides = [*(["optim.lr=5e-2"] if arguments.max_lr and arguments.recipe is None else []), *arguments.overrides]
-    base = base_recipe(arguments.recipe, arguments.data, overrides, arguments.max_lr)
+    base = base_recipe(arguments.recipe, arguments.data, arguments.overrides, arguments.max_lr)
     if not {"path", "blend"} & base["data"].keys():
         base["data"]["path"] = _bytes_of_stdlib(out / "data")
     comparison = Comparison(
