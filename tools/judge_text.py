@@ -9,10 +9,12 @@ Words are runs of letters, in lower case; the prompt does not count.
 
 import argparse
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from megaresnorm.data.corpus import find_sources, read_documents
+from megaresnorm.errors import UserError
 from megaresnorm.generate import generate, load_model
 
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
@@ -71,4 +73,7 @@ def _runs(words: list[str], size: int) -> Iterator[tuple[str, ...]]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as e:
+        sys.exit(f"judge_text: error: {e}")

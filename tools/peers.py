@@ -5,7 +5,6 @@ package imports this file, and its imports are optional: ``pip install transform
 """
 
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -171,8 +170,7 @@ def megatron(shape: Shape, weights: dict[str, Tensor], mode: str) -> Peer:
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    store = torch.distributed.FileStore(f"{tempfile.mkdtemp()}/store", 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     for name, wrap in (("forward", torch.amp.custom_fwd), ("backward", torch.amp.custom_bwd)):
         setattr(MegatronLinear, name, staticmethod(wrap(getattr(MegatronLinear, name).__wrapped__, device_type="cpu")))
