@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import megaresnorm.kernels.cross_entropy  # noqa: F401  (registers itself)
+import megaresnorm.kernels.cpu.add_norm
+import megaresnorm.kernels.cross_entropy  # noqa: F401  (they register themselves)
 from megaresnorm.errors import ConfigError
 from megaresnorm.kernels.dispatch import choose_kernel
 from megaresnorm.model.init import materialize

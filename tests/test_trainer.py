@@ -271,7 +271,7 @@ def test_command_line_trains_shows_and_resumes(tiny, tmp_path, capsys):
     path.write_text(dump_recipe(tiny(train={"sample_tokens": 5, "sample_prompt": "def "})))
     assert main(["train", str(path), "train.steps=3"]) == 0
     first = capsys.readouterr().out
-    for part in ("vocab_size: 257", "3 blocks = 6 sub-layers", "add_norm on cpu: reference", "step 3/3",
+    for part in ("vocab_size: 257", "3 blocks = 6 sub-layers", "add_norm on cpu: cpu", "step 3/3",
                  "total variation of the lr 0.0009", "--- sample ---\ndef ", "unigram entropy", "step-00000003"):  # fmt: skip
         assert part in first, part
     assert main(["train", str(path), "train.steps=5"]) == 0

@@ -1,6 +1,6 @@
 """Kernels are chosen once, when the model is built, and the choice is said aloud.
 
-A backend registers itself for an op together with ``requires(device)``, which returns None or the reason why it
+A backend registers itself for an op together with ``requires(device, dtype)``, which returns None or the reason why it
 cannot run there, and ``avoid(device, dtype)``, which returns None or the reason why it would be the slower one. Asking
 for a backend by name that cannot run is an error with that reason; only ``auto`` takes another one.
 """
@@ -12,8 +12,7 @@ import torch
 
 from megaresnorm.errors import ConfigError
 
-Requires = Callable[[torch.device], str | None]
-Avoid = Callable[[torch.device, torch.dtype], str | None]
+Refusal = Callable[[torch.device, torch.dtype], str | None]
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,8 @@ class Kernel:
     op: str
     backend: str
     function: Callable
-    requires: Requires
-    avoid: Avoid
+    requires: Refusal
+    avoid: Refusal
 
 
 _KERNELS: dict[str, list[Kernel]] = {}  # op -> its kernels, the fastest first
@@ -33,8 +32,8 @@ _KERNELS: dict[str, list[Kernel]] = {}  # op -> its kernels, the fastest first
 def register_kernel(
     op: str,
     backend: str,
-    requires: Requires = lambda device: None,
-    avoid: Avoid = lambda device, dtype: None,
+    requires: Refusal = lambda device, dtype: None,
+    avoid: Refusal = lambda device, dtype: None,
 ) -> Callable[[Callable], Callable]:
     """Decorator: make a function a backend of ``op``. Earlier registrations are preferred by ``auto``."""
 
@@ -59,7 +58,7 @@ def choose_kernel(op: str, backend: str, device: torch.device, dtype: torch.dtyp
     for kernel in kernels:
         if backend not in ("auto", kernel.backend):
             continue
-        reason = kernel.requires(device)
+        reason = kernel.requires(device, dtype)
         if reason is None and backend == "auto":
             reason = kernel.avoid(device, dtype)
         if reason is None:

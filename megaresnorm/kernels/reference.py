@@ -21,6 +21,17 @@ class NormWeights(NamedTuple):
     eps: float
 
 
+class AddNormOut(NamedTuple):
+    """trunk, branch_input: [T, D].   statistics: [T, 2] FP32 of next_norm, mean (0 for RMSNorm) and 1 / deviation of every row.
+    amax: the largest |branch input| before the scale of FP8, a scalar FP32.
+    """
+
+    trunk: Tensor
+    branch_input: Tensor | None
+    statistics: Tensor | None
+    amax: Tensor | None
+
+
 @register_kernel("add_norm", "reference")
 def add_norm(
     x_TD: Tensor,
@@ -28,28 +39,34 @@ def add_norm(
     *,
     alpha: float = 1.0,
     gate: float | Tensor = 1.0,
+    branch_norm: NormWeights | None = None,
     norm: NormWeights | None = None,
     next_norm: NormWeights | None = None,
     residual_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+    out_dtype: torch.dtype | None,
+    fp8_scale: Tensor | None = None,
+) -> AddNormOut:
     """Close one residual connection and open the next: the one op that serves every topology.
 
-        z      = alpha * x + gate * delta         summed in FP32, rounded to ``residual_dtype``
-        trunk  = norm(z), or z                    in ``residual_dtype``
-        branch = next_norm(trunk), or trunk       in ``out_dtype``
+        z      = alpha * x + gate * branch_norm(delta)   summed in FP32, rounded to ``residual_dtype``
+        trunk  = norm(z), or z                           in ``residual_dtype``
+        branch = next_norm(trunk), or trunk              in ``out_dtype``
 
     The statistics of a norm are taken in FP32 from the *stored* tensor before it, and its output is rounded once:
     each result is a function of what is stored, so recomputing it is exact. FP64 input is computed in FP64.
 
     x_TD, delta_TD: the stream and a branch's output, in any two floating types; delta may be None (no add).
     gate: a number, or a learned scalar [1] or vector [D].
-    returns: (trunk [T, D], branch input [T, D]).
+    out_dtype: None where nobody reads the branch input; with float8_e4m3fn it is fp8_scale (a scalar FP32) times the value,
+    saturating at 448, and its gradient is taken to be that of the value.
+    amax is computed for FP8, and for out_dtype None with a next_norm: then ``fp8.norm_quant`` can scale by it.
     """
     wide = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
     z = x_TD
     if delta_TD is not None:
         branch = delta_TD.to(wide)
+        if branch_norm is not None:
+            branch = normalize(branch, branch_norm)
         if not isinstance(gate, float):
             branch = branch * gate.to(wide)
         elif gate != 1.0:
@@ -58,39 +75,72 @@ def add_norm(
     trunk = z.to(residual_dtype)
     if norm is not None:
         trunk = normalize(trunk.to(wide), norm).to(residual_dtype)
-    branch_input = trunk if next_norm is None else normalize(trunk.to(wide), next_norm)
-    return trunk, branch_input.to(out_dtype)
+    if next_norm is None and out_dtype is None:
+        return AddNormOut(trunk, None, None, None)
+    branch_input, statistics = trunk.to(wide), None
+    if next_norm is not None:
+        branch_input, statistics = normalize_with_statistics(branch_input, next_norm)
+    if out_dtype is None:
+        return AddNormOut(trunk, None, statistics, largest(branch_input))
+    if out_dtype == torch.float8_e4m3fn:
+        if fp8_scale is None:
+            raise ValueError("add_norm/reference: out_dtype=torch.float8_e4m3fn needs fp8_scale")
+        return AddNormOut(trunk, _ToFp8.apply(branch_input, fp8_scale), statistics, largest(branch_input))
+    return AddNormOut(trunk, branch_input.to(out_dtype), statistics, None)
+
+
+def largest(x: Tensor) -> Tensor:
+    """The largest |x|, 0 of nothing."""
+    return x.detach().abs().amax() if x.numel() else x.new_zeros(())
 
 
 def normalize(x_TD: Tensor, norm: NormWeights) -> Tensor:
     """LayerNorm (arXiv:1607.06450, eq. 3) or RMSNorm (arXiv:1910.07467, eq. 4) of every row, in x's own type."""
+    return normalize_with_statistics(x_TD, norm)[0]
+
+
+def normalize_with_statistics(x_TD: Tensor, norm: NormWeights) -> tuple[Tensor, Tensor]:
+    """``normalize``, and [T, 2]: the mean (0 for RMSNorm) and 1 / deviation of every row."""
     weight = norm.weight.to(x_TD.dtype)
     if norm.kind == "layernorm":
         bias = None if norm.bias is None else norm.bias.to(x_TD.dtype)
-        return F.layer_norm(x_TD, x_TD.shape[-1:], weight, bias, norm.eps)
-    if x_TD.device.type == "cpu":
-        return _RMSNorm.apply(x_TD, weight, norm.eps)
-    return F.rms_norm(x_TD, x_TD.shape[-1:], weight, norm.eps)
+        y_TD, mean, reciprocal = torch.native_layer_norm(x_TD, x_TD.shape[-1:], weight, bias, norm.eps)
+        return y_TD, torch.cat((mean, reciprocal), dim=-1).detach()
+    y_TD, reciprocal = _RMSNorm.apply(x_TD, weight, norm.eps)
+    return y_TD, torch.cat((torch.zeros_like(reciprocal), reciprocal), dim=-1)
 
 
 class _RMSNorm(torch.autograd.Function):
     """On CPUs F.rms_norm is composed of elementwise operations; this has fewer of them, and keeps one number a row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         reciprocal = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, reciprocal)
-        return (x * reciprocal).mul_(weight)
+        ctx.mark_non_differentiable(reciprocal)
+        return (x * reciprocal).mul_(weight), reciprocal
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        (dy,), (x, weight, reciprocal) = grads, ctx.saved_tensors
+        dy, (x, weight, reciprocal) = grads[0], ctx.saved_tensors
         unit = x * reciprocal
         product = dy * unit
         mean = (product @ weight).div_(x.shape[-1]).unsqueeze(-1)
         dx = (dy * weight).addcmul_(unit, mean, value=-1.0).mul_(reciprocal)
         return dx, product.sum_to_size(weight.shape), None
+
+
+class _ToFp8(torch.autograd.Function):
+    """Scaled, saturating E4M3; the gradient that comes back is of the value, and passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        return (x * scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].float(), None
 
 
 @register_kernel("cross_entropy", "reference")

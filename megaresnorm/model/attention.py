@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megaresnorm.model.norm import Norm
-from megaresnorm.model.residual import Rows
+from megaresnorm.model.residual import AddNorm, Rows
 from megaresnorm.parallel.tensor import Linear
 from megaresnorm.recipe import ModelRecipe
 
@@ -17,9 +17,9 @@ from megaresnorm.recipe import ModelRecipe
 class Attention(nn.Module):
     """u [T, D] -> [T, D]. The fused ``qkv`` holds the logical matrices q [N*H, D], k [K*H, D] and v [K*H, D]."""
 
-    def __init__(self, recipe: ModelRecipe, attend: Callable[..., Tensor]) -> None:
+    def __init__(self, recipe: ModelRecipe, attend: Callable[..., Tensor], add_norm: AddNorm) -> None:
         super().__init__()
-        self.attend = attend
+        self.attend, self.add_norm = attend, add_norm
         self.num_heads, self.kv_heads, self.head_dim = recipe.num_heads, recipe.kv_heads, recipe.head_width
         q_dim, kv_dim = self.num_heads * self.head_dim, self.kv_heads * self.head_dim
         self.qkv = Linear(recipe.dim, q_dim + 2 * kv_dim, bias=recipe.bias)
@@ -50,7 +50,8 @@ class Attention(nn.Module):
         return self.out(y_BSNH.reshape(u_TD.shape[0], -1))
 
     def _normalize(self, x_BSNH: Tensor, norm: Norm) -> Tensor:
-        return norm(x_BSNH) if self.norm_per_head else norm(x_BSNH.flatten(2)).view_as(x_BSNH)
+        x = x_BSNH if self.norm_per_head else x_BSNH.flatten(2)
+        return self.add_norm.normalize(x, norm).view_as(x_BSNH)
 
 
 def rotary_tables(

@@ -32,12 +32,12 @@ class Block(nn.Module):
             site = 2 * block + (sublayer == "ffn")
             return Residual(spec, branch, norm, recipe.dim, add_norm, site=site, dropout=recipe.dropout)
 
-        self.attention = residual("attention", Attention(recipe, attend))
+        self.attention = residual("attention", Attention(recipe, attend, add_norm))
         self.ffn = residual("ffn", feed_forward(recipe))
 
     def forward(self, stream: Stream, rows: Rows, dropout: DropoutKey | None) -> Stream:
         x, u = self.attention.enter(stream)
         y = self.attention.run(x, u, rows, dropout)
-        x, u = self.attention.into(self.ffn, x, y)
+        x, u = self.attention.into(self.ffn, x, y, dropout)
         y = self.ffn.run(x, u, rows, dropout)
-        return self.ffn.leave(x, y)
+        return self.ffn.leave(x, y, dropout)

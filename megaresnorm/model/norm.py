@@ -1,17 +1,13 @@
 """LayerNorm and RMSNorm as holders of weights; the arithmetic is the add_norm kernel's."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from megaresnorm.kernels.reference import NormWeights, normalize
+from megaresnorm.kernels.reference import NormWeights
 
 
 class Norm(nn.Module):
-    """A norm over the last dim, of width ``dim``.
-
-    Inside a residual connection its weights go to the fused add_norm; called by itself (queries and keys) it computes in
-    FP32 and returns the type it was given.
-    """
+    """Weights of a norm over the last dim, of width ``dim``."""
 
     def __init__(self, kind: str, dim: int, *, eps: float, bias: bool) -> None:
         super().__init__()
@@ -25,7 +21,3 @@ class Norm(nn.Module):
             return NormWeights(self.kind, self.weight, self.bias, self.eps)
         bias = None if self.bias is None else self.bias * scale
         return NormWeights(self.kind, self.weight * scale, bias, self.eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return normalize(x.to(wide), self.weights()).to(x.dtype)

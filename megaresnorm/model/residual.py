@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megaresnorm.kernels.reference import NormWeights, dropout
+from megaresnorm.kernels.reference import AddNormOut, NormWeights, dropout
 from megaresnorm.model.norm import Norm
 from megaresnorm.model.topology import Learned, ResidualSpec, TokenGate
 
@@ -76,23 +76,52 @@ class DropoutKey(NamedTuple):
 class AddNorm:
     """The add_norm kernel of this run, bound to the type the stream is stored in and the type branches compute in."""
 
-    kernel: Callable[..., tuple[Tensor, Tensor]]
+    kernel: Callable[..., AddNormOut]
     residual_dtype: torch.dtype
     compute_dtype: torch.dtype
 
     def __call__(
-        self, stream: Stream, norm: Norm | None = None, next_norm: NormWeights | None = None
+        self,
+        stream: Stream,
+        norm: Norm | None = None,
+        next_norm: NormWeights | None = None,
+        *,
+        branch_norm: Norm | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Close the stream's add: the trunk norm(alpha * x + gate * delta), and next_norm of it."""
+        """Close the stream's add and open the next branch: the trunk norm(alpha * x + gate * delta), and next_norm of it."""
+        out = self._run(stream, norm, next_norm, branch_norm, self.compute_dtype)
+        assert out.branch_input is not None
+        return out.trunk, out.branch_input
+
+    def trunk(self, stream: Stream, norm: Norm | None = None, *, branch_norm: Norm | None = None) -> Tensor:
+        """Close the stream's add where no branch reads it."""
+        return self._run(stream, norm, None, branch_norm, None).trunk
+
+    def normalize(self, x: Tensor, norm: Norm) -> Tensor:
+        """One norm by itself, over the last dim, computed in FP32 and returned in x's type."""
+        flat = x.reshape(-1, x.shape[-1])
+        out = self.kernel(flat, next_norm=norm.weights(), residual_dtype=x.dtype, out_dtype=x.dtype)
+        assert out.branch_input is not None
+        return out.branch_input.view(x.shape)
+
+    def _run(
+        self,
+        stream: Stream,
+        norm: Norm | None,
+        next_norm: NormWeights | None,
+        branch_norm: Norm | None,
+        out_dtype: torch.dtype | None,
+    ) -> AddNormOut:
         return self.kernel(
             stream.x,
             stream.delta,
             alpha=stream.alpha,
             gate=stream.gate,
+            branch_norm=None if branch_norm is None else branch_norm.weights(),
             norm=None if norm is None else norm.weights(),
             next_norm=next_norm,
             residual_dtype=self.residual_dtype,
-            out_dtype=self.compute_dtype,
+            out_dtype=out_dtype,
         )
 
 
@@ -102,9 +131,11 @@ class Residual(nn.Module):
     A block runs it in three parts, so that what lies between two branches is a single kernel:
 
         enter    stream -> (x, u)            the pending add, then c * norm_in
-        run      (x, u) -> y                 F, norm_branch, dropout, the token gate
-        into     (x, y) -> (x', u')          this add and norm_out, then the next connection's c * norm_in
-        leave    (x, y) -> stream            this add and norm_out; a plain add is left pending
+        run      (x, u) -> y                 F, dropout, the token gate
+        into     (x, y) -> (x', u')          norm_branch, this add and norm_out, then the next connection's c * norm_in
+        leave    (x, y) -> stream            norm_branch, this add and norm_out; a plain add is left pending
+
+    Dropout and the token gate act after norm_branch: with one of them that norm is a kernel of its own, inside run.
     """
 
     def __init__(
@@ -130,20 +161,27 @@ class Residual(nn.Module):
     def enter(self, stream: Stream) -> tuple[Tensor, Tensor]:
         return self.add_norm(stream, next_norm=self._inner_norm())
 
-    def into(self, following: "Residual", x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self.add_norm(self._pending(x, y), self.norm_out, following._inner_norm())
+    def into(
+        self, following: "Residual", x: Tensor, y: Tensor, dropout_key: DropoutKey | None
+    ) -> tuple[Tensor, Tensor]:
+        return self.add_norm(
+            self._pending(x, y),
+            self.norm_out,
+            following._inner_norm(),
+            branch_norm=self._fused_branch_norm(dropout_key),
+        )
 
-    def leave(self, x: Tensor, y: Tensor) -> Stream:
-        stream = self._pending(x, y)
-        if self.norm_out is None and self.gate is None:
+    def leave(self, x: Tensor, y: Tensor, dropout_key: DropoutKey | None) -> Stream:
+        stream, branch_norm = self._pending(x, y), self._fused_branch_norm(dropout_key)
+        if self.norm_out is None and self.gate is None and branch_norm is None:
             return stream
-        return Stream(self.add_norm(stream, self.norm_out)[0])
+        return Stream(self.add_norm.trunk(stream, self.norm_out, branch_norm=branch_norm))
 
     def run(self, x: Tensor, u: Tensor, rows: Rows, dropout_key: DropoutKey | None) -> Tensor:
         """The branch's output y [T, D] for its input u; x is the trunk that a token gate mixes it with."""
         y = self.branch(u, rows)
-        if self.norm_branch is not None:
-            y = self.norm_branch(y)
+        if self.norm_branch is not None and self._fused_branch_norm(dropout_key) is None:
+            y = self.add_norm.normalize(y, self.norm_branch)
         if dropout_key is not None and self.dropout > 0.0:  # after the norm, which would undo its scaling
             y = dropout_key.drop(y, self.dropout, self.site)
         if self.token_gate is not None:
@@ -151,6 +189,11 @@ class Residual(nn.Module):
             wide = self.token_gate.weight.dtype
             y = torch.sigmoid(self.token_gate(u.to(wide))) * (y.to(wide) - x)
         return y
+
+    def _fused_branch_norm(self, dropout_key: DropoutKey | None) -> Norm | None:
+        """norm_branch where nothing comes between it and the add."""
+        drops = dropout_key is not None and self.dropout > 0.0
+        return None if drops or self.token_gate is not None else self.norm_branch
 
     def _inner_norm(self) -> NormWeights | None:
         return None if self.norm_in is None else self.norm_in.weights(self.spec.norm_in_scale)

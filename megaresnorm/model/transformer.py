@@ -90,7 +90,7 @@ class Transformer(nn.Module):
         x_TD = self.embedding(tokens_BS.flatten())
         if self.positions is not None:
             x_TD = (x_TD.view(rows.batch, rows.seq, -1) + self._position_embeddings(rows)).flatten(0, 1)
-        x_TD, _ = self.add_norm(Stream(x_TD), self.embedding_norm)
+        x_TD = self.add_norm.trunk(Stream(x_TD), self.embedding_norm)
         if dropout is not None and self.recipe.dropout > 0.0:
             x_TD = dropout.drop(x_TD, self.recipe.dropout, site=2 * self.recipe.num_blocks)
         return Stream(x_TD)

@@ -54,7 +54,7 @@ def test_add_norm_values_and_gradients(dim, norm, next_norm):
             else n._replace(weight=wide[id(n.weight)], bias=None if n.bias is None else wide[id(n.bias)])
         )
 
-    trunk, branch = add_norm(
+    trunk, branch, *_ = add_norm(
         x, delta, alpha=2.5, gate=gate, norm=first, next_norm=second, residual_dtype=F32, out_dtype=F32
     )
     z = 2.5 * wide[id(x)] + wide[id(gate)] * wide[id(delta)]
@@ -78,7 +78,7 @@ def test_add_norm_values_and_gradients(dim, norm, next_norm):
 def test_outputs_are_functions_of_what_is_stored():
     """In BF16 the norm reads the rounded sum: normalising the returned trunk again gives the same bits."""
     x, delta, (layer, _) = inputs(32, 64, BF16)
-    trunk, branch = add_norm(x, delta, alpha=3.0, next_norm=layer, residual_dtype=BF16, out_dtype=BF16)
+    trunk, branch, *_ = add_norm(x, delta, alpha=3.0, next_norm=layer, residual_dtype=BF16, out_dtype=BF16)
     assert trunk.dtype == branch.dtype == BF16
     assert torch.equal(trunk, torch.add(delta.float(), x.float(), alpha=3.0).bfloat16())
     again = add_norm(trunk, next_norm=layer, residual_dtype=BF16, out_dtype=BF16)
@@ -99,7 +99,7 @@ def test_statistics_survive_a_large_mean():
     """Row mean 100 times the deviation: E[x^2] - mean^2 in FP32 would be off by 1e-3."""
     x, _, (layer, _) = inputs(16, 256)
     x = x + 100
-    _, branch = add_norm(x, next_norm=layer, residual_dtype=F32, out_dtype=F32)
+    _, branch, *_ = add_norm(x, next_norm=layer, residual_dtype=F32, out_dtype=F32)
     assert (branch - textbook_norm(x.double(), layer)).abs().max() < 3e-5
 
 
@@ -142,11 +142,11 @@ def test_dropout_drops_its_share_independently(probability):
 
 def test_kernel_choice_says_which_and_why():
     @register_kernel(
-        "test_op", "fast", requires=lambda device: "needs a GPU of this test" if device.type == "cpu" else None
+        "test_op", "fast", requires=lambda device, dtype: "needs a GPU of this test" if device.type == "cpu" else None
     )
     def fast(): ...
 
-    @register_kernel("test_op", "slow", requires=lambda device: None)
+    @register_kernel("test_op", "slow")
     def slow(): ...
 
     kernel, line = choose_kernel("test_op", "auto", CPU, F32)
@@ -161,8 +161,8 @@ def test_kernel_choice_says_which_and_why():
 def test_a_post_norm_reads_the_stored_sum():
     x, delta, norms = inputs(64, 64, BF16)
     for norm in norms:
-        trunk, _ = add_norm(x, delta, alpha=3.0, norm=norm, residual_dtype=BF16, out_dtype=BF16)
-        stored, _ = add_norm(x, delta, alpha=3.0, residual_dtype=BF16, out_dtype=BF16)
+        trunk, *_ = add_norm(x, delta, alpha=3.0, norm=norm, residual_dtype=BF16, out_dtype=BF16)
+        stored, *_ = add_norm(x, delta, alpha=3.0, residual_dtype=BF16, out_dtype=BF16)
         assert (
             torch.equal(trunk, textbook_norm(stored.double(), norm).to(BF16))
             or (

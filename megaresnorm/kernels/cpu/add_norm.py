@@ -1,0 +1,97 @@
+"""add_norm by the C kernel: tensors to pointers."""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megaresnorm.kernels.cpu import build
+from megaresnorm.kernels.dispatch import register_kernel
+from megaresnorm.kernels.fused import BACKENDS, SUMS, Backend, Call, Inputs, Outputs, Saved, fused_add_norm
+
+KINDS = {"none": 0, "rmsnorm": 1, "layernorm": 2}
+ROWS_PER_BLOCK = 256  # whose gradients of weights are summed before those of blocks are added up
+
+_pointer, _long, _double = ctypes.c_void_p, ctypes.c_long, ctypes.c_double
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [("weight", _pointer), ("bias", _pointer), ("statistics", _pointer), ("kind", _long), ("eps", _double)]
+
+
+def _fields(pointers: str, numbers: str) -> list[tuple]:
+    """As the structures of add_norm.c have them."""
+    return [
+        *((name, _pointer) for name in pointers.split()),
+        *((name, _Norm) for name in ("branch_norm", "norm", "next_norm")),
+        *((name, _long) for name in numbers.split()),
+        ("alpha", _double),
+        ("scale", _double),
+    ]
+
+
+class _Forward(ctypes.Structure):
+    _fields_ = _fields(
+        "x delta gate z trunk branch amax fp8_scale", "columns gate_size x_type delta_type residual_type branch_type"
+    )
+
+
+class _Backward(ctypes.Structure):
+    _fields_ = _fields(
+        "d_trunk d_branch z trunk delta gate dx d_delta partial",
+        "rows rows_per_block columns gate_size d_trunk_type d_branch_type residual_type delta_type dx_type d_delta_type",
+    )
+
+
+def _forward(inputs: Inputs, call: Call, outputs: Outputs) -> None:
+    x, delta, gate, fp8_scale, weights = inputs
+    z, trunk, branch, *statistics, amax = outputs
+    rows, columns = x.shape
+    at, type_of = build.address, build.type_of
+    argument = _Forward(
+        at(x), at(delta), at(gate), at(z), at(trunk), at(branch), at(amax), at(fp8_scale),
+        *_norms(call, weights, statistics), columns, 0 if gate is None else gate.numel(),
+        type_of(x), type_of(delta), build.TYPES[call.residual_dtype], type_of(branch), call.alpha, call.scale,
+    )  # fmt: skip
+    build.call(build.load().add_norm_forward, argument, rows, rows * columns)
+
+
+def _backward(
+    d_trunk: Tensor | None, d_branch: Tensor | None, saved: Saved, call: Call, dx: Tensor, d_delta: Tensor | None
+) -> Tensor:
+    z, trunk, delta, gate, weights, statistics = saved
+    rows, columns = z.shape
+    blocks = -(-rows // ROWS_PER_BLOCK)
+    partial = z.new_empty((blocks, SUMS, columns), dtype=torch.float32)
+    at, type_of = build.address, build.type_of
+    argument = _Backward(
+        at(d_trunk), at(d_branch), at(z), at(trunk), at(delta), at(gate), at(dx), at(d_delta), at(partial),
+        *_norms(call, weights, statistics), rows, ROWS_PER_BLOCK, columns, 0 if gate is None else gate.numel(),
+        *map(type_of, (d_trunk, d_branch, z, delta, dx, d_delta)), call.alpha, call.scale,
+    )  # fmt: skip
+    build.call(build.load().add_norm_backward, argument, blocks, rows * columns)
+    return partial[0] if blocks == 1 else partial.sum(0)
+
+
+def _norms(call: Call, weights: Sequence[Tensor | None], statistics: Sequence[Tensor | None]) -> list[_Norm]:
+    at = build.address
+    return [
+        _Norm(at(weights[2 * i]), at(weights[2 * i + 1]), at(statistics[i]), KINDS[kind], eps) if kind != "none" else _NO_NORM
+        for i, (kind, eps) in enumerate(zip(call.kinds, call.eps, strict=True))
+    ]  # fmt: skip
+
+
+_NO_NORM = _Norm()
+
+
+def _requires(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return "made for CPUs"
+    if dtype not in build.TYPES:
+        return f"it computes in FP32, not in {dtype}"
+    return build.unavailable()
+
+
+BACKENDS["cpu"] = Backend(_forward, _backward)
+register_kernel("add_norm", "cpu", requires=_requires)(fused_add_norm("cpu"))

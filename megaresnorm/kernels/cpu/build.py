@@ -1,0 +1,157 @@
+"""Compiles the C files beside this one, once for each machine's instructions, and calls them.
+
+The library lies in a folder of the user's own (``MEGARESNORM_CACHE``, else ``~/.cache/megaresnorm``) under a name that is a hash
+of the sources, the flags and the compiler, so that a new version never meets an old file. It is built under a temporary name and
+renamed: any number of processes may start at once.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent
+FLAGS = [
+    "-O3",
+    "-std=gnu11",
+    "-shared",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fopenmp-simd",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
+# Name, what /proc/cpuinfo must list, and the flags; the best first. The last one is what every compiler makes by default.
+LEVELS = {
+    "avx512": ({"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"}, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]),
+    "avx2": ({"avx2", "fma"}, ["-mavx2", "-mfma"]),
+    "scalar": (set[str](), []),
+}  # fmt: skip
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}  # as common.h numbers them
+THREAD_ELEMENTS = 1 << 18  # a thread is worth starting for this many
+
+
+class BuildError(Exception):
+    """Why there is no library."""
+
+
+def levels() -> list[str]:
+    """The levels of instructions that this processor has, the best first."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    features = set(next((line.split(":")[1] for line in lines if line.startswith("flags")), "").split())
+    return [name for name, (needed, _) in LEVELS.items() if needed <= features]
+
+
+@functools.cache
+def load(level: str | None = None) -> ctypes.CDLL:
+    """The compiled library for a level, the processor's best when None. Raises: BuildError."""
+    level = level or levels()[0]
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise BuildError("no C compiler was found; install gcc or clang, or set CC")
+    flags = [*FLAGS, *LEVELS[level][1]]
+    files = sorted(SOURCES.glob("*.[ch]"))
+    digest = hashlib.sha256()
+    for part in (*(file.read_bytes() for file in files), " ".join(flags).encode(), _version(compiler)):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    library = _folder() / f"{level}-{digest.hexdigest()[:24]}.so"
+    if not library.exists():
+        _compile(compiler, flags, [file for file in files if file.suffix == ".c"], library)
+    return ctypes.CDLL(str(library))
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """None where the kernels can run, else the reason, which is also logged once."""
+    try:
+        load()
+    except (BuildError, OSError) as e:
+        log.warning("the C kernels cannot be used, slower ones will be: %s", e)
+        return str(e)
+    return None
+
+
+def call(function: "ctypes._NamedFuncPointer", argument: ctypes.Structure, count: int, elements: int) -> None:
+    """Run ``function(argument, first, last)`` over 0 .. count, on as many of torch's threads as ``elements`` of work are worth."""
+    threads = max(1, min(torch.get_num_threads(), count, elements // THREAD_ELEMENTS))
+    pointer = ctypes.byref(argument)
+    if threads == 1:
+        function(pointer, ctypes.c_long(0), ctypes.c_long(count))
+        return
+    bounds = [count * i // threads for i in range(threads + 1)]
+    ranges = list(zip(bounds, bounds[1:], strict=False))
+    jobs = [_pool(os.getpid()).submit(function, pointer, ctypes.c_long(a), ctypes.c_long(b)) for a, b in ranges[1:]]
+    function(pointer, *map(ctypes.c_long, ranges[0]))
+    for job in jobs:
+        job.result()
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """What a C structure holds of a tensor."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def type_of(tensor: Tensor | None) -> int:
+    """How common.h numbers its type; any number does for one that is not there."""
+    return 0 if tensor is None else TYPES[tensor.dtype]
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Of this process: threads do not survive a fork."""
+    return ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="megaresnorm")
+
+
+def _version(compiler: str) -> bytes:
+    return subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout + compiler.encode()
+
+
+def _folder() -> Path:
+    """A folder that nobody else can write to: what lies there is loaded as code."""
+    base = os.environ.get("MEGARESNORM_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "megaresnorm"
+    )
+    folder = Path(base)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        if status.st_uid != os.getuid():
+            raise BuildError(f"{folder} belongs to another user; set MEGARESNORM_CACHE to a folder of yours")
+        if stat.S_IMODE(status.st_mode) & 0o077:
+            folder.chmod(0o700)
+    except OSError as e:
+        raise BuildError(
+            f"{folder} cannot be used ({e.strerror}); set MEGARESNORM_CACHE to a folder of yours"
+        ) from None
+    return folder
+
+
+def _compile(compiler: str, flags: list[str], sources: list[Path], library: Path) -> None:
+    handle, temporary = tempfile.mkstemp(dir=library.parent, suffix=".tmp")
+    os.close(handle)
+    try:
+        done = subprocess.run(
+            [compiler, *flags, *map(str, sources), "-o", temporary, "-lm"], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+            raise BuildError(f"{compiler} failed: {first}")
+        os.chmod(temporary, 0o700)
+        os.replace(temporary, library)
+    finally:
+        Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,91 @@
+/* What every kernel here shares: number types, and the few functions of one float that they need.
+ *
+ * The code is plain C over rows. It is compiled once for each level of instructions (build.py), and the compiler turns the
+ * loops marked ``omp simd`` into vectors of that level; nothing links to OpenMP. Every kernel works on a range of rows (or
+ * heads) and is called from as many threads as there are ranges.
+ */
+#ifndef MEGARESNORM_COMMON_H
+#define MEGARESNORM_COMMON_H
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define EXPORT __attribute__((visibility("default")))
+#define INLINE static inline __attribute__((always_inline))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+
+enum type { F32 = 0, BF16 = 1, E4M3 = 2 }; /* as build.py numbers torch's types */
+
+INLINE uint32_t bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+INLINE float from_bits(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
+
+INLINE float from_bf16(uint16_t h) { return from_bits((uint32_t)h << 16); }
+
+INLINE uint16_t to_bf16(float f) { /* nearest, ties to even; NaN stays NaN */
+    uint32_t u = bits(f), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    return (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
+}
+
+INLINE uint8_t to_e4m3(float f) { /* nearest, ties to even, saturating at 448; NaN stays NaN */
+    uint32_t u = bits(f), magnitude = u & 0x7fffffff;
+    float a = from_bits(magnitude);
+    float clamped = a > 448.0f ? 448.0f : a;
+    uint32_t v = bits(clamped);
+    uint32_t normal = ((v + 0x7ffff + ((v >> 20) & 1)) >> 20) - ((127 - 7) << 3);
+    uint32_t tiny = bits(clamped + 0x1p14f) - bits(0x1p14f); /* the addition rounds to multiples of 2^-9 */
+    uint32_t code = a < 0x1p-6f ? tiny : normal;
+    code = magnitude > 0x7f800000 ? 0x7f : code;
+    return (uint8_t)(code | (u >> 24 & 0x80));
+}
+
+INLINE float load(const void *p, int type, long i) {
+    return type == BF16 ? from_bf16(((const uint16_t *)p)[i]) : ((const float *)p)[i];
+}
+
+INLINE void store(void *p, int type, long i, float f) {
+    if (type == F32) ((float *)p)[i] = f;
+    else if (type == BF16) ((uint16_t *)p)[i] = to_bf16(f);
+    else ((uint8_t *)p)[i] = to_e4m3(f);
+}
+
+INLINE float rounded(float f, int type) { return type == BF16 ? from_bf16(to_bf16(f)) : f; }
+
+INLINE long size_of(int type) { return type == F32 ? 4 : type == BF16 ? 2 : 1; }
+
+/* Row r of a matrix of n columns; NULL stays NULL. */
+INLINE const void *row_of(const void *p, int type, long r, long n) {
+    return p ? (const char *)p + r * n * size_of(type) : NULL;
+}
+
+/* A loop is specialised for each type by calling it with constants: WITH_TYPE(t, T, f(T, ...)). */
+#define WITH_TYPE(type, T, call) \
+    do { if ((type) == BF16) { const int T = BF16; call; } else { const int T = F32; call; } } while (0)
+#define WITH_OUTPUT(type, T, call) \
+    do { if ((type) == E4M3) { const int T = E4M3; call; } else WITH_TYPE(type, T, call); } while (0)
+
+/* e^x to about 1e-7, for any x; below -87 it is 0. */
+INLINE float exp_f32(float x) {
+    float n = rintf(x * 0x1.715476p+0f);
+    float r = fmaf(n, -0x1.62e4p-1f, x); /* n ln 2 in two parts */
+    r = fmaf(n, -0x1.7f7d1cp-20f, r);
+    float p = 0x1.6850e4p-10f;
+    p = fmaf(p, r, 0x1.123bccp-7f);
+    p = fmaf(p, r, 0x1.555b98p-5f);
+    p = fmaf(p, r, 0x1.55548ep-3f);
+    p = fmaf(p, r, 0x1.fffff8p-2f);
+    p = fmaf(p, r, 1.0f);
+    p = fmaf(p, r, 1.0f);
+    float clamped = n < -126.0f ? -126.0f : n > 127.0f ? 127.0f : n;
+    float y = p * from_bits((uint32_t)((int32_t)clamped + 127) << 23);
+    y = x < -87.0f ? 0.0f : y;
+    y = x > 88.72f ? INFINITY : y;
+    return x != x ? x : y;
+}
+
+/* Scratch for ``rows`` rows of ``n`` floats, each starting on a cache line; free() gives it back. */
+INLINE long padded(long n) { return (n + 15) / 16 * 16; }
+INLINE float *scratch(long rows, long n) { return aligned_alloc(64, (size_t)(rows * padded(n) * 4 + 63) / 64 * 64 + 64); }
+
+#endif

@@ -1,0 +1,314 @@
+"""``add_norm`` as one operator, whatever fused backend computes it.
+
+What is kept for the backward pass is the stored sum (which is the residual stream, and alive anyway) and two numbers a row and
+norm.
+
+T rows (tokens)   D columns (model dim)
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megaresnorm.kernels.operator import Operator
+from megaresnorm.kernels.reference import AddNormOut, NormWeights
+
+FP8 = torch.float8_e4m3fn
+FLOATS = (torch.float32, torch.bfloat16)
+SUMS = 7  # column sums of the backward pass: of weight and bias of the three norms, and of the gate
+
+
+class Call:
+    """All of a call that is no tensor; equal ones are one object. The three norms are the branch's, the sum's and the next one's."""
+
+    def __init__(
+        self,
+        kinds: tuple[str, str, str],  # none, rmsnorm or layernorm
+        eps: tuple[float, float, float],
+        alpha: float,
+        scale: float,  # the gate where it is a number
+        residual_dtype: torch.dtype,
+        out_dtype: torch.dtype | None,
+        backend: str,
+    ) -> None:
+        self.kinds, self.eps, self.alpha, self.scale = kinds, eps, alpha, scale
+        self.residual_dtype, self.out_dtype, self.backend = residual_dtype, out_dtype, backend
+        self.branch_norm, self.norm, self.next_norm = (kind != "none" for kind in kinds)
+        self.writes_branch = out_dtype is not None and (self.next_norm or out_dtype != residual_dtype)
+        self.wants_amax = out_dtype == FP8 or (out_dtype is None and self.next_norm)
+
+    def values(self) -> tuple:
+        """As the operator's schema has them."""
+        return self.kinds, self.eps, self.alpha, self.scale, self.residual_dtype, self.out_dtype, self.backend
+
+    def stores_sum(self, x: Tensor, delta: Tensor | None) -> bool:
+        """Whether the stored sum is a tensor of its own: without an add it can be x."""
+        return delta is not None or x.dtype != self.residual_dtype
+
+
+_one_call = functools.lru_cache(maxsize=None)(Call)
+
+
+def make_call(kinds: Sequence[str], eps: Sequence[float], *rest: Any) -> Call:
+    return _one_call(tuple(kinds), tuple(eps), *rest)
+
+
+class Inputs(NamedTuple):
+    """All tensors of a call. weights: weight and bias of each norm, FP32 [D]."""
+
+    x: Tensor
+    delta: Tensor | None
+    gate: Tensor | None
+    fp8_scale: Tensor | None
+    weights: Sequence[Tensor | None]
+
+
+class Outputs(NamedTuple):
+    """What forward returns; None for what the call has no use for. statistics: [T, 2] FP32, mean and 1 / deviation."""
+
+    z: Tensor | None  # None too where x itself is the stored sum
+    trunk: Tensor | None
+    branch: Tensor | None
+    branch_statistics: Tensor | None
+    statistics: Tensor | None
+    next_statistics: Tensor | None
+    amax: Tensor | None  # [T]
+
+
+class Saved(NamedTuple):
+    """What backward reads: the stored sum; the trunk where two norms follow each other; delta for a learned gate or its own norm."""
+
+    z: Tensor
+    trunk: Tensor | None
+    delta: Tensor | None
+    gate: Tensor | None
+    weights: Sequence[Tensor | None]
+    statistics: Sequence[Tensor | None]
+
+
+class Backend(NamedTuple):
+    """forward(inputs, call, outputs) fills ``outputs``.
+    backward(d_trunk, d_branch, saved, call, dx, d_delta) fills dx and d_delta and returns the sums [SUMS, D], FP32.
+    """
+
+    forward: Callable[[Inputs, Call, Outputs], None]
+    backward: Callable[[Tensor | None, Tensor | None, Saved, Call, Tensor, Tensor | None], Tensor]
+
+
+BACKENDS: dict[str, Backend] = {}
+
+
+def fused_add_norm(backend: str) -> Callable[..., AddNormOut]:
+    """``reference.add_norm`` by a fused backend, for FP32 and BF16 tensors."""
+
+    def add_norm(
+        x_TD: Tensor,
+        delta_TD: Tensor | None = None,
+        *,
+        alpha: float = 1.0,
+        gate: float | Tensor = 1.0,
+        branch_norm: NormWeights | None = None,
+        norm: NormWeights | None = None,
+        next_norm: NormWeights | None = None,
+        residual_dtype: torch.dtype,
+        out_dtype: torch.dtype | None,
+        fp8_scale: Tensor | None = None,
+    ) -> AddNormOut:
+        if delta_TD is None:
+            alpha, gate, branch_norm = 1.0, 1.0, None
+            if norm is None and next_norm is None and out_dtype != FP8:  # nothing to fuse
+                trunk = x_TD.to(residual_dtype)
+                return AddNormOut(trunk, None if out_dtype is None else trunk.to(out_dtype), None, None)
+        learned, scale = (None, gate) if isinstance(gate, float) else (gate, 1.0)
+        kind_0, weight_0, bias_0, eps_0 = _NO_NORM if branch_norm is None else branch_norm
+        kind_1, weight_1, bias_1, eps_1 = _NO_NORM if norm is None else norm
+        kind_2, weight_2, bias_2, eps_2 = _NO_NORM if next_norm is None else next_norm
+        call = _one_call(
+            (kind_0, kind_1, kind_2), (eps_0, eps_1, eps_2), alpha, scale, residual_dtype, out_dtype, backend
+        )  # fmt: skip
+        tensors = _add_norm(
+            x_TD, delta_TD, learned, fp8_scale, weight_0, bias_0, weight_1, bias_1, weight_2, bias_2, call
+        )  # fmt: skip
+        outputs = _unflatten(tensors, call, call.stores_sum(x_TD, delta_TD))
+        trunk = outputs.trunk if norm is not None else x_TD if outputs.z is None else outputs.z
+        assert trunk is not None
+        branch = None if out_dtype is None else trunk if outputs.branch is None else outputs.branch
+        return AddNormOut(trunk, branch, outputs.next_statistics, None if outputs.amax is None else largest(outputs.amax))
+
+    return add_norm
+
+
+_NO_NORM = ("none", None, None, 0.0)
+
+
+def largest(amax_T: Tensor) -> Tensor:
+    """Over all rows; 0 of none."""
+    return amax_T.amax() if amax_T.numel() else amax_T.new_zeros(())
+
+
+def _unflatten(tensors: Sequence, call: Call, stores_sum: bool) -> Outputs:
+    """Name what the operator returns: only what there is, in the order of ``Outputs``."""
+    rest = iter(tensors)
+    return Outputs(
+        next(rest) if stores_sum else None,
+        next(rest) if call.norm else None,
+        next(rest) if call.writes_branch else None,
+        next(rest) if call.branch_norm else None,
+        next(rest) if call.norm else None,
+        next(rest) if call.next_norm else None,
+        next(rest) if call.wants_amax else None,
+    )
+
+
+def _allocate(x: Tensor, delta: Tensor | None, call: Call) -> Outputs:
+    empty, rows = torch.empty_like, x.shape[0]
+    return Outputs(
+        empty(x, dtype=call.residual_dtype) if call.stores_sum(x, delta) else None,
+        empty(x, dtype=call.residual_dtype) if call.norm else None,
+        empty(x, dtype=call.out_dtype) if call.writes_branch else None,
+        x.new_empty((rows, 2), dtype=torch.float32) if call.branch_norm else None,
+        x.new_empty((rows, 2), dtype=torch.float32) if call.norm else None,
+        x.new_empty((rows, 2), dtype=torch.float32) if call.next_norm else None,
+        x.new_empty((rows,), dtype=torch.float32) if call.wants_amax else None,
+    )
+
+
+def _forward(x: Tensor, delta: Tensor | None, gate: Tensor | None, fp8_scale: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    *weights, call = rest
+    _check(x, delta, fp8_scale, weights, call)
+    inputs = Inputs(x.contiguous(), None if delta is None else delta.contiguous(), gate, fp8_scale, weights)
+    outputs = _allocate(inputs.x, delta, call)
+    BACKENDS[call.backend].forward(inputs, call, outputs)
+    return tuple([t for t in outputs if t is not None])
+
+
+def _check(x: Tensor, delta: Tensor | None, fp8_scale: Tensor | None, weights: Sequence[Tensor | None], call: Call) -> None:
+    if x.dtype not in FLOATS or (delta is not None and delta.dtype not in FLOATS):
+        dtypes = [str(t.dtype) for t in (x, delta) if t is not None]
+        raise TypeError(f"add_norm/{call.backend}: {' and '.join(dtypes)}; wanted float32 or bfloat16, or the reference backend")
+    if x.dim() != 2 or (delta is not None and delta.shape != x.shape):
+        shapes = [list(t.shape) for t in (x, delta) if t is not None]
+        raise ValueError(f"add_norm/{call.backend}: x and delta have shapes {shapes}; wanted two equal [rows, columns]")
+    for weight in weights:
+        if weight is not None and (weight.dtype != torch.float32 or weight.shape != x.shape[1:]):
+            raise TypeError(
+                f"add_norm/{call.backend}: a norm's weight is {weight.dtype} {list(weight.shape)}; wanted float32 [{x.shape[1]}]"
+            )
+    if call.out_dtype == FP8 and fp8_scale is None:
+        raise ValueError(f"add_norm/{call.backend}: out_dtype={FP8} needs fp8_scale")
+
+
+def _fake(x: Tensor, delta: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple([t for t in _allocate(x, delta, rest[-1]) if t is not None])
+
+
+def _save(ctx: Any, arguments: tuple, results: tuple[Tensor, ...]) -> None:
+    x, delta, gate, _, *weights, call = arguments
+    stores_sum = call.stores_sum(x, delta)
+    z, trunk, _, *statistics, amax = _unflatten(results, call, stores_sum)
+    ctx.mark_non_differentiable(*[t for t in (*statistics, amax) if t is not None])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        x if z is None else z,
+        trunk if call.next_norm else None,
+        delta if gate is not None or call.branch_norm else None,
+        gate,
+        *weights,
+        *statistics,
+    )
+    ctx.call, ctx.stores_sum = call, stores_sum
+    ctx.gradient_call = _one_gradient_call(call, x.dtype, None if delta is None else delta.dtype)
+
+
+def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple:
+    z, *saved = ctx.saved_tensors
+    d_z, d_trunk, d_branch = _unflatten(gradients, ctx.call, ctx.stores_sum)[:3]
+    # With a norm on the sum nobody outside sees the sum itself.
+    d_trunk = d_trunk if ctx.call.norm else d_z
+    dx, *d_delta, sums = _add_norm_backward(z, d_trunk, d_branch, *saved, ctx.gradient_call)
+    gate, weights = saved[2], saved[3:9]
+    d_gate = None if gate is None else sums[6] if gate.numel() > 1 else sums[6].sum().view(1)
+    d_weights = [None if w is None else sums[i] for i, w in enumerate(weights)]
+    delta_dtype = ctx.gradient_call.delta_dtype
+    return dx, None if delta_dtype is None else d_delta[0] if d_delta else dx, d_gate, None, *d_weights
+
+
+class GradientCall:
+    """All of the backward pass that is no tensor."""
+
+    def __init__(self, call: Call, x_dtype: torch.dtype, delta_dtype: torch.dtype | None) -> None:
+        self.call, self.x_dtype, self.delta_dtype = call, x_dtype, delta_dtype
+        # With the same factor and type the gradient of delta is the very tensor of x's.
+        self.shared = not call.branch_norm and call.alpha == call.scale and x_dtype == delta_dtype
+
+    def values(self) -> tuple:
+        return *self.call.values(), self.x_dtype, self.delta_dtype
+
+
+_one_gradient_call = functools.lru_cache(maxsize=None)(GradientCall)
+
+
+def make_gradient_call(*values: Any) -> GradientCall:
+    return _one_gradient_call(make_call(*values[:7]), *values[7:])
+
+
+def _allocate_gradients(z: Tensor, gate: Tensor | None, call: GradientCall) -> tuple[Tensor, Tensor | None]:
+    """dx and d_delta; None for d_delta where it is the very tensor of dx."""
+    own = call.delta_dtype is not None and not (call.shared and gate is None)
+    return torch.empty_like(z, dtype=call.x_dtype), torch.empty_like(z, dtype=call.delta_dtype) if own else None
+
+
+def _backward(
+    z: Tensor, d_trunk: Tensor | None, d_branch: Tensor | None, trunk: Tensor | None, delta: Tensor | None, gate: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    *saved, call = rest
+    z = z.contiguous()
+    dx, d_delta = _allocate_gradients(z, gate, call)
+    sums = BACKENDS[call.call.backend].backward(
+        None if d_trunk is None else _readable(d_trunk),
+        None if d_branch is None else _readable(d_branch),
+        Saved(z, trunk, None if delta is None else delta.contiguous(), gate, saved[:6], saved[6:]),
+        call.call,
+        dx,
+        d_delta,
+    )
+    return (dx, sums) if d_delta is None else (dx, d_delta, sums)
+
+
+def _readable(gradient: Tensor) -> Tensor:
+    return gradient.contiguous() if gradient.dtype in FLOATS else gradient.float()
+
+
+def _fake_backward(
+    z: Tensor, d_trunk: Tensor | None, d_branch: Tensor | None, trunk: Tensor | None, delta: Tensor | None, gate: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    sums = z.new_empty((SUMS, z.shape[1]), dtype=torch.float32)
+    return *(t for t in _allocate_gradients(z, gate, rest[-1]) if t is not None), sums
+
+
+_PLACES = ("branch", "sum", "next")
+_WEIGHTS = ", ".join(f"Tensor? {place}_weight, Tensor? {place}_bias" for place in _PLACES)
+_STATISTICS = ", ".join(f"Tensor? {place}_statistics" for place in _PLACES)
+_CALL = "str[] kinds, float[] eps, float alpha, float scale, ScalarType residual_dtype, ScalarType? out_dtype, str backend"
+_add_norm = Operator(
+    f"add_norm(Tensor x, Tensor? delta, Tensor? gate, Tensor? fp8_scale, {_WEIGHTS}, {_CALL}) -> Tensor[]",
+    10,
+    make_call,
+    _forward,
+    _fake,
+    _save,
+    _differentiate,
+)
+_add_norm_backward = Operator(
+    "add_norm_backward(Tensor z, Tensor? d_trunk, Tensor? d_branch, Tensor? trunk, Tensor? delta, Tensor? gate, "
+    f"{_WEIGHTS}, {_STATISTICS}, {_CALL}, ScalarType x_dtype, ScalarType? delta_dtype) -> Tensor[]",
+    15,
+    make_gradient_call,
+    _backward,
+    _fake_backward,
+)
