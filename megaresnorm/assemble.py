@@ -6,13 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import megaresnorm.kernels.cpu.add_norm
-import megaresnorm.kernels.cross_entropy  # noqa: F401  (they register themselves)
 from megaresnorm.errors import ConfigError
+from megaresnorm.kernels import load_backends
 from megaresnorm.kernels.dispatch import choose_kernel
 from megaresnorm.model.init import materialize
 from megaresnorm.model.parameters import ParameterSpec, parameter_table
-from megaresnorm.model.residual import AddNorm
+from megaresnorm.model.residual import AddNorm, Kernels
 from megaresnorm.model.transformer import Transformer
 from megaresnorm.precision import DTYPES, Bf16Weights, weight_dtype
 from megaresnorm.recipe import KernelRecipe, ModelRecipe, PrecisionRecipe
@@ -47,13 +46,15 @@ def build_model(
 
     Raises: ConfigError for a topology, kernel or device that cannot be used.
     """
+    load_backends()
     precision, kernels = precision or PrecisionRecipe(), kernels or KernelRecipe()
     device = torch.device(device)
     compute = DTYPES[precision.compute]
     chosen = {op: choose_kernel(op, backend, device, compute) for op, backend in kernels}
     add_norm = AddNorm(chosen["add_norm"][0].function, DTYPES[precision.stream], compute)
+    model_kernels = Kernels(add_norm, chosen["attention"][0].function, chosen["activation"][0].function)
     with torch.device("meta"):
-        model = Transformer(recipe, add_norm, chosen["attention"][0].function)
+        model = Transformer(recipe, model_kernels)
     bf16 = Bf16Weights(model) if precision.compute == "bf16" else None
     table = parameter_table(recipe)
     materialize(model, table, seed=seed, dtype=weight_dtype(precision.compute), device=device)

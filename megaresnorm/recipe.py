@@ -272,12 +272,16 @@ class PrecisionRecipe(Section):
 
 
 class KernelRecipe(Section):
+    """``auto`` takes the fastest backend that can run here; ``megaresnorm doctor --kernels`` lists them."""
+
     add_norm: str = "auto"
-    """Backend of the residual-add + norm op; auto takes the fastest that can run here."""
+    """Backend of the residual-add + norm op."""
     attention: str = "auto"
-    """Backend of attention: sdpa, or blocked (products over blocks of queries; auto takes it for BF16 on CPUs)."""
+    """Backend of attention."""
+    activation: str = "auto"
+    """Backend of GELU and SwiGLU."""
     cross_entropy: str = "auto"
-    """Backend of the loss: chunked (less memory), or reference."""
+    """Backend of the loss."""
 
 
 class BatchRamp(Section):

@@ -1,1 +1,19 @@
 """Pure tensor functions on plain values: no torch.distributed, no recipe."""
+
+import importlib
+
+BACKENDS = (
+    "cpu.add_norm",
+    "cpu.attention",
+    "cpu.activation",
+    "cpu.cross_entropy",
+    "attention",
+    "cross_entropy",
+    "reference",
+)
+
+
+def load_backends() -> None:
+    """Import every module that registers kernels; optional packages are not imported by this."""
+    for name in BACKENDS:
+        importlib.import_module(f"megaresnorm.kernels.{name}")

@@ -4,6 +4,7 @@ B batch   S queries   C keys (S, or more where earlier ones are cached)   N quer
 """
 
 import functools
+from collections.abc import Callable
 from math import inf
 from typing import Any
 
@@ -16,6 +17,41 @@ from megaresnorm.kernels.dispatch import register_kernel
 QUERIES = 128  # in one block; the keys after a block are never looked at
 
 
+def rotate(x_BSNH: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
+    """Rotate every head by its position, with tables [S, H] or [B, S, H]; computed in the tables' type, returned in x's.
+
+    The first half of ``sin`` is negative, as model/attention.py makes it.
+    """
+    exchanged = x_BSNH.roll(x_BSNH.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x_BSNH * cos_SH.unsqueeze(-2), exchanged, sin_SH.unsqueeze(-2)).to(x_BSNH.dtype)
+
+
+def split_attention(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An ``attention`` kernel from one that wants q, k and v apart, after the rotary positions."""
+
+    def attention(
+        qkv_BSJH: Tensor,
+        kv_heads: int,
+        *,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+        mask_BSC: Tensor | None = None,
+    ) -> Tensor:
+        """Causal self-attention of whole sequences.
+
+        qkv: [B, S, J, H], heads of q, then of k, then of v; J is N + 2 kv_heads.   cos, sin: as ``rotate`` takes them, or None.
+        mask: [B, S, S], True where a query sees a key, in the place of all keys before it.   returns: [B, S, N, H].
+        """
+        heads = qkv_BSJH.shape[2] - 2 * kv_heads
+        qk_BSJH, v_BSKH = qkv_BSJH.split((heads + kv_heads, kv_heads), dim=2)
+        if cos is not None and sin is not None:
+            qk_BSJH = rotate(qk_BSJH, cos, sin)
+        q_BSNH, k_BSKH = qk_BSJH.split((heads, kv_heads), dim=2)
+        return attend(q_BSNH, k_BSKH, v_BSKH, causal=True, mask_BSC=mask_BSC)
+
+    return attention
+
+
 def _avoid_blocked(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return "made for CPUs"
@@ -24,7 +60,6 @@ def _avoid_blocked(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-@register_kernel("attention", "blocked", avoid=_avoid_blocked)
 def blocked_attention(
     q_BSNH: Tensor, k_BCKH: Tensor, v_BCKH: Tensor, *, causal: bool, mask_BSC: Tensor | None = None
 ) -> Tensor:
@@ -48,7 +83,6 @@ def blocked_attention(
     return y_PSH.view(batch, heads, seq, width).transpose(1, 2)
 
 
-@register_kernel("attention", "sdpa")
 def sdpa_attention(
     q_BSNH: Tensor, k_BCKH: Tensor, v_BCKH: Tensor, *, causal: bool, mask_BSC: Tensor | None = None
 ) -> Tensor:
@@ -128,3 +162,7 @@ def _blocks(q: Tensor, k: Tensor, causal: bool) -> list[tuple[int, int, int]]:
 
 def _part(bias: Tensor, start: int, stop: int, seen: int) -> Tensor:
     return bias if bias.shape[-2:] == (1, 1) else bias[..., start:stop, :seen]
+
+
+register_kernel("attention", "blocked", avoid=_avoid_blocked)(split_attention(blocked_attention))
+register_kernel("attention", "sdpa")(split_attention(sdpa_attention))

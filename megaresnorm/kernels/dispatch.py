@@ -26,7 +26,9 @@ class Kernel:
     avoid: Refusal
 
 
-_KERNELS: dict[str, list[Kernel]] = {}  # op -> its kernels, the fastest first
+# In which order ``auto`` tries backends, whatever the order of imports; others come before "reference", the specification.
+ORDER = ("triton", "cpu", "blocked", "sdpa", "chunked")
+_KERNELS: dict[str, list[Kernel]] = {}
 
 
 def register_kernel(
@@ -35,7 +37,7 @@ def register_kernel(
     requires: Refusal = lambda device, dtype: None,
     avoid: Refusal = lambda device, dtype: None,
 ) -> Callable[[Callable], Callable]:
-    """Decorator: make a function a backend of ``op``. Earlier registrations are preferred by ``auto``."""
+    """Decorator: make a function a backend of ``op``."""
 
     def register(function: Callable) -> Callable:
         kernels = _KERNELS.setdefault(op, [])
@@ -46,12 +48,22 @@ def register_kernel(
     return register
 
 
+def backends(op: str) -> list[Kernel]:
+    """Its kernels, in the order in which ``auto`` tries them."""
+
+    def rank(kernel: Kernel) -> tuple[bool, int]:
+        known = ORDER.index(kernel.backend) if kernel.backend in ORDER else len(ORDER)
+        return kernel.backend == "reference", known
+
+    return sorted(_KERNELS[op], key=rank)
+
+
 def choose_kernel(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> tuple[Kernel, str]:
     """The kernel that runs ``op`` on ``device`` for products in ``dtype``, and a line that says which and why.
 
     Raises: ConfigError for a backend that does not exist, or was asked for by name and cannot run here.
     """
-    kernels = sorted(_KERNELS[op], key=lambda kernel: kernel.backend == "reference")  # the specification comes last
+    kernels = backends(op)
     refusals: list[str] = []
     if backend != "auto" and backend not in {k.backend for k in kernels}:
         raise ConfigError(f"kernels.{op}={backend!r}: wanted one of auto, {', '.join(k.backend for k in kernels)}")

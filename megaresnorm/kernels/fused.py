@@ -136,7 +136,9 @@ def fused_add_norm(backend: str) -> Callable[..., AddNormOut]:
         trunk = outputs.trunk if norm is not None else x_TD if outputs.z is None else outputs.z
         assert trunk is not None
         branch = None if out_dtype is None else trunk if outputs.branch is None else outputs.branch
-        return AddNormOut(trunk, branch, outputs.next_statistics, None if outputs.amax is None else largest(outputs.amax))
+        return AddNormOut(
+            trunk, branch, outputs.next_statistics, None if outputs.amax is None else largest(outputs.amax)
+        )
 
     return add_norm
 
@@ -176,7 +178,9 @@ def _allocate(x: Tensor, delta: Tensor | None, call: Call) -> Outputs:
     )
 
 
-def _forward(x: Tensor, delta: Tensor | None, gate: Tensor | None, fp8_scale: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+def _forward(
+    x: Tensor, delta: Tensor | None, gate: Tensor | None, fp8_scale: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
     *weights, call = rest
     _check(x, delta, fp8_scale, weights, call)
     inputs = Inputs(x.contiguous(), None if delta is None else delta.contiguous(), gate, fp8_scale, weights)
@@ -185,10 +189,14 @@ def _forward(x: Tensor, delta: Tensor | None, gate: Tensor | None, fp8_scale: Te
     return tuple([t for t in outputs if t is not None])
 
 
-def _check(x: Tensor, delta: Tensor | None, fp8_scale: Tensor | None, weights: Sequence[Tensor | None], call: Call) -> None:
+def _check(
+    x: Tensor, delta: Tensor | None, fp8_scale: Tensor | None, weights: Sequence[Tensor | None], call: Call
+) -> None:
     if x.dtype not in FLOATS or (delta is not None and delta.dtype not in FLOATS):
         dtypes = [str(t.dtype) for t in (x, delta) if t is not None]
-        raise TypeError(f"add_norm/{call.backend}: {' and '.join(dtypes)}; wanted float32 or bfloat16, or the reference backend")
+        raise TypeError(
+            f"add_norm/{call.backend}: {' and '.join(dtypes)}; wanted float32 or bfloat16, or the reference backend"
+        )
     if x.dim() != 2 or (delta is not None and delta.shape != x.shape):
         shapes = [list(t.shape) for t in (x, delta) if t is not None]
         raise ValueError(f"add_norm/{call.backend}: x and delta have shapes {shapes}; wanted two equal [rows, columns]")
@@ -294,7 +302,9 @@ def _fake_backward(
 _PLACES = ("branch", "sum", "next")
 _WEIGHTS = ", ".join(f"Tensor? {place}_weight, Tensor? {place}_bias" for place in _PLACES)
 _STATISTICS = ", ".join(f"Tensor? {place}_statistics" for place in _PLACES)
-_CALL = "str[] kinds, float[] eps, float alpha, float scale, ScalarType residual_dtype, ScalarType? out_dtype, str backend"
+_CALL = (
+    "str[] kinds, float[] eps, float alpha, float scale, ScalarType residual_dtype, ScalarType? out_dtype, str backend"
+)
 _add_norm = Operator(
     f"add_norm(Tensor x, Tensor? delta, Tensor? gate, Tensor? fp8_scale, {_WEIGHTS}, {_CALL}) -> Tensor[]",
     10,

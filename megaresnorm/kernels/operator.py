@@ -88,7 +88,9 @@ def _function(name: str, save: Callable, backward: Callable) -> type[torch.autog
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
             if torch.is_grad_enabled():  # create_graph=True
-                raise RuntimeError(f"megaresnorm::{name} cannot be differentiated twice; use kernels that are named reference")
+                raise RuntimeError(
+                    f"megaresnorm::{name} cannot be differentiated twice; use kernels that are named reference"
+                )
             return None, *backward(ctx, *gradients), None
 
     return Function

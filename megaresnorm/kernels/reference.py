@@ -143,6 +143,20 @@ class _ToFp8(torch.autograd.Function):
         return grads[0].float(), None
 
 
+@register_kernel("activation", "reference")
+def activation(h_TF: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """gelu: gelu(h + bias), the exact one (arXiv:1606.08415).   swiglu: silu(gate) * up of gate, up = h + bias (arXiv:2002.05202).
+
+    h_TF: [T, F], or [T, 2 F] for swiglu, the gate first.   bias: as a row of h, in any type, or None.   returns: [T, F].
+    """
+    if bias is not None:
+        h_TF = h_TF + bias.to(h_TF.dtype)
+    if kind == "gelu":
+        return F.gelu(h_TF)
+    gate_TF, up_TF = h_TF.chunk(2, dim=-1)
+    return F.silu(gate_TF) * up_TF
+
+
 @register_kernel("cross_entropy", "reference")
 def cross_entropy_sums(logits_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
     """Sums over the valid tokens of -log p(label), and of the same plus z_loss * log(Z)^2 (PaLM, arXiv:2204.02311).

@@ -3,13 +3,12 @@
 T tokens (batch * seq)   B batch   S seq   N query heads   K key/value heads   H head width   D model dim
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
+from megaresnorm.kernels.attention import rotate, sdpa_attention
 from megaresnorm.model.norm import Norm
-from megaresnorm.model.residual import AddNorm, Rows
+from megaresnorm.model.residual import Kernels, KeyValueCache, Rows
 from megaresnorm.parallel.tensor import Linear
 from megaresnorm.recipe import ModelRecipe
 
@@ -17,9 +16,9 @@ from megaresnorm.recipe import ModelRecipe
 class Attention(nn.Module):
     """u [T, D] -> [T, D]. The fused ``qkv`` holds the logical matrices q [N*H, D], k [K*H, D] and v [K*H, D]."""
 
-    def __init__(self, recipe: ModelRecipe, attend: Callable[..., Tensor], add_norm: AddNorm) -> None:
+    def __init__(self, recipe: ModelRecipe, kernels: Kernels) -> None:
         super().__init__()
-        self.attend, self.add_norm = attend, add_norm
+        self.attend, self.add_norm = kernels.attend, kernels.add_norm
         self.num_heads, self.kv_heads, self.head_dim = recipe.num_heads, recipe.kv_heads, recipe.head_width
         q_dim, kv_dim = self.num_heads * self.head_dim, self.kv_heads * self.head_dim
         self.qkv = Linear(recipe.dim, q_dim + 2 * kv_dim, bias=recipe.bias)
@@ -36,18 +35,22 @@ class Attention(nn.Module):
         heads = self.num_heads, self.kv_heads, self.kv_heads
         qkv_BSJH = self.qkv(u_TD).view(rows.batch, rows.seq, sum(heads), self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k, v_BSKH = qkv_BSJH.split(heads, dim=2)
-            qk_BSJH = torch.cat((self._normalize(q, self.q_norm), self._normalize(k, self.k_norm)), dim=2)
+            q, k, v = qkv_BSJH.split(heads, dim=2)
+            qkv_BSJH = torch.cat((self._normalize(q, self.q_norm), self._normalize(k, self.k_norm), v), dim=2)
+        if rows.cache is None:
+            y_BSNH = self.attend(qkv_BSJH, self.kv_heads, cos=rows.cos, sin=rows.sin, mask_BSC=rows.mask)
         else:
-            qk_BSJH, v_BSKH = qkv_BSJH.split((self.num_heads + self.kv_heads, self.kv_heads), dim=2)
-        if rows.cos is not None and rows.sin is not None:
-            qk_BSJH = rotate(qk_BSJH, rows.cos, rows.sin)
-        q_BSNH, k_BSKH = qk_BSJH.split(heads[:2], dim=2)
-        causal = rows.cache is None or rows.cache.num_tokens == 0  # a single new token sees all that is cached
-        if rows.cache is not None:
-            k_BSKH, v_BSKH = rows.cache.extend(self, k_BSKH, v_BSKH)
-        y_BSNH = self.attend(q_BSNH, k_BSKH, v_BSKH, causal=causal, mask_BSC=rows.mask)
+            y_BSNH = self._attend_cached(qkv_BSJH.split(heads, dim=2), rows, rows.cache)
         return self.out(y_BSNH.reshape(u_TD.shape[0], -1))
+
+    def _attend_cached(self, qkv: tuple[Tensor, ...], rows: Rows, cache: KeyValueCache) -> Tensor:
+        """Generation: new tokens, or all at first, see what was seen before them."""
+        q_BSNH, k_BSKH, v_BSKH = qkv
+        if rows.cos is not None and rows.sin is not None:
+            q_BSNH, k_BSKH = (rotate(x, rows.cos, rows.sin) for x in (q_BSNH, k_BSKH))
+        first = cache.num_tokens == 0  # afterwards a single new token sees all that is cached
+        k_BSKH, v_BSKH = cache.extend(self, k_BSKH, v_BSKH)
+        return sdpa_attention(q_BSNH, k_BSKH, v_BSKH, causal=first, mask_BSC=rows.mask)
 
     def _normalize(self, x_BSNH: Tensor, norm: Norm) -> Tensor:
         x = x_BSNH if self.norm_per_head else x_BSNH.flatten(2)
@@ -59,15 +62,9 @@ def rotary_tables(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin [S, H] of RoFormer (arXiv:2104.09864, eq. 34), the two halves of a head rotated against each other.
 
-    The first half of sin is negative, as ``rotate`` needs it.
+    The first half of sin is negative, as the attention kernels need it.
     """
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
     angles = torch.outer(torch.arange(seq, dtype=torch.float64, device=device), frequencies)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
-
-
-def rotate(x_BSNH: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
-    """Rotate every head by its position, with tables [S, H] or [B, S, H]; computed in the tables' type, returned in x's."""
-    exchanged = x_BSNH.roll(x_BSNH.shape[-1] // 2, dims=-1)
-    return torch.addcmul(x_BSNH * cos_SH.unsqueeze(-2), exchanged, sin_SH.unsqueeze(-2)).to(x_BSNH.dtype)

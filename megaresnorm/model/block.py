@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import nn
 
 from megaresnorm.model.attention import Attention
-from megaresnorm.model.ffn import feed_forward
+from megaresnorm.model.ffn import FeedForward
 from megaresnorm.model.norm import Norm
-from megaresnorm.model.residual import AddNorm, DropoutKey, Residual, Rows, Stream
+from megaresnorm.model.residual import DropoutKey, Kernels, Residual, Rows, Stream
 from megaresnorm.model.topology import Position, Sublayer, topology
 from megaresnorm.recipe import ModelRecipe
 
@@ -20,8 +20,7 @@ class Block(nn.Module):
         recipe: ModelRecipe,
         block: int,
         norm: Callable[[], Norm],
-        add_norm: AddNorm,
-        attend: Callable[..., Tensor],
+        kernels: Kernels,
     ) -> None:
         super().__init__()
         wiring = topology(recipe.topology)
@@ -30,10 +29,10 @@ class Block(nn.Module):
             at = Position(block=block, num_blocks=recipe.num_blocks, sublayer=sublayer, dim=recipe.dim)
             spec = wiring.residual(at, recipe.topology_options)
             site = 2 * block + (sublayer == "ffn")
-            return Residual(spec, branch, norm, recipe.dim, add_norm, site=site, dropout=recipe.dropout)
+            return Residual(spec, branch, norm, recipe.dim, kernels.add_norm, site=site, dropout=recipe.dropout)
 
-        self.attention = residual("attention", Attention(recipe, attend, add_norm))
-        self.ffn = residual("ffn", feed_forward(recipe))
+        self.attention = residual("attention", Attention(recipe, kernels))
+        self.ffn = residual("ffn", FeedForward(recipe, kernels.activate))
 
     def forward(self, stream: Stream, rows: Rows, dropout: DropoutKey | None) -> Stream:
         x, u = self.attention.enter(stream)

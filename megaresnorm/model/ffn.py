@@ -3,7 +3,8 @@
 T tokens   D model dim   F ffn dim
 """
 
-import torch.nn.functional as F
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from megaresnorm.model.residual import Rows
@@ -11,30 +12,19 @@ from megaresnorm.parallel.tensor import Linear
 from megaresnorm.recipe import ModelRecipe
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(u)) * up(u)). The fused ``gate_up`` holds the logical matrices gate [F, D] and up [F, D]."""
+class FeedForward(nn.Module):
+    """down(activate(in(u))). The fused ``gate_up`` of SwiGLU holds the logical matrices gate [F, D] and up [F, D]."""
 
-    def __init__(self, recipe: ModelRecipe) -> None:
+    def __init__(self, recipe: ModelRecipe, activate: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.gate_up = Linear(recipe.dim, 2 * recipe.ffn_width, bias=recipe.bias)
+        self.kind, self.activate = recipe.ffn, activate
+        if recipe.ffn == "swiglu":
+            self.gate_up = Linear(recipe.dim, 2 * recipe.ffn_width, bias=recipe.bias)
+        else:
+            self.up = Linear(recipe.dim, recipe.ffn_width, bias=recipe.bias)
         self.down = Linear(recipe.ffn_width, recipe.dim, bias=recipe.bias)
 
     def forward(self, u_TD: Tensor, rows: Rows) -> Tensor:
-        gate_TF, up_TF = self.gate_up(u_TD).chunk(2, dim=-1)
-        return self.down(F.silu(gate_TF) * up_TF)
-
-
-class GELU(nn.Module):
-    """down(gelu(up(u)))."""
-
-    def __init__(self, recipe: ModelRecipe) -> None:
-        super().__init__()
-        self.up = Linear(recipe.dim, recipe.ffn_width, bias=recipe.bias)
-        self.down = Linear(recipe.ffn_width, recipe.dim, bias=recipe.bias)
-
-    def forward(self, u_TD: Tensor, rows: Rows) -> Tensor:
-        return self.down(F.gelu(self.up(u_TD)))
-
-
-def feed_forward(recipe: ModelRecipe) -> nn.Module:
-    return SwiGLU(recipe) if recipe.ffn == "swiglu" else GELU(recipe)
+        into = self.gate_up if self.kind == "swiglu" else self.up
+        # The bias belongs to the activation's kernel, which sums its gradient on the way.
+        return self.down(self.activate(into.without_bias(u_TD), into.bias, self.kind))

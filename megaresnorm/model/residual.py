@@ -125,6 +125,17 @@ class AddNorm:
         )
 
 
+class Kernels(NamedTuple):
+    """What a model computes with beside matrix products: the chosen backends.
+
+    attend: as kernels/attention.py's ``split_attention`` describes.   activate: as kernels/reference.py's ``activation``.
+    """
+
+    add_norm: AddNorm
+    attend: Callable[..., Tensor]
+    activate: Callable[..., Tensor]
+
+
 class Residual(nn.Module):
     """One residual connection around one branch.
 

@@ -4,16 +4,14 @@ T tokens (batch * seq)   B batch   S seq   D model dim   V vocabulary
 """
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from megaresnorm.kernels.attention import sdpa_attention
 from megaresnorm.model.attention import rotary_tables
 from megaresnorm.model.block import Block
 from megaresnorm.model.norm import Norm
-from megaresnorm.model.residual import AddNorm, DropoutKey, KeyValueCache, Rows, Stream
+from megaresnorm.model.residual import DropoutKey, Kernels, KeyValueCache, Rows, Stream
 from megaresnorm.model.topology import topology
 from megaresnorm.parallel.tensor import Embedding, Linear
 from megaresnorm.recipe import ModelRecipe
@@ -26,10 +24,10 @@ class Transformer(nn.Module):
     ``recipe`` must be resolved: model.vocab_size is set.
     """
 
-    def __init__(self, recipe: ModelRecipe, add_norm: AddNorm, attend: Callable[..., Tensor] = sdpa_attention) -> None:
+    def __init__(self, recipe: ModelRecipe, kernels: Kernels) -> None:
         super().__init__()
         wiring = topology(recipe.topology)
-        self.recipe, self.add_norm = recipe, add_norm
+        self.recipe, self.add_norm = recipe, kernels.add_norm
         self.logit_scale = wiring.logit_scale(recipe.dim, recipe.topology_options)
         norm = functools.partial(Norm, recipe.norm, recipe.dim, eps=recipe.norm_eps, bias=recipe.norm_bias)
 
@@ -37,9 +35,7 @@ class Transformer(nn.Module):
         self.positions = Embedding(recipe.seq_len, recipe.dim) if recipe.positions == "learned" else None
         self.embedding_norm = norm() if has_embedding_norm(recipe) else None
         # Named by global block number, so that a pipeline stage has the same names as the whole model.
-        self.blocks = nn.ModuleDict(
-            {str(i): Block(recipe, i, norm, add_norm, attend) for i in range(recipe.num_blocks)}
-        )
+        self.blocks = nn.ModuleDict({str(i): Block(recipe, i, norm, kernels) for i in range(recipe.num_blocks)})
         self.final_norm = norm() if wiring.final_norm else None
         self.head = Linear(recipe.dim, recipe.padded_vocab_size)
         if recipe.tied_embeddings:

@@ -24,6 +24,10 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.matmul(x, self.weight, self.bias)
 
+    def without_bias(self, x: Tensor) -> Tensor:
+        """x W^T, for a kernel that adds the bias itself."""
+        return self.matmul(x, self.weight, None)
+
 
 class Embedding(nn.Module):
     """Rows of a table [num_rows, dim], looked up by number.

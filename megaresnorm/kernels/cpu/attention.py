@@ -1,0 +1,123 @@
+"""Attention by the C kernel: tensors to pointers."""
+
+import ctypes
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megaresnorm.kernels.cpu import build
+from megaresnorm.kernels.dispatch import register_kernel
+from megaresnorm.kernels.operator import Operator
+
+
+class _Attention(ctypes.Structure):
+    """As attention.c has it."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("qkv", "cos", "sin", "mask", "y", "log_sums", "dy", "d_qkv")),
+        *(
+            (name, ctypes.c_long)
+            for name in ("batch", "seq", "heads", "kv_heads", "width", "type", "rotary_batch_stride")
+        ),
+        ("scale", ctypes.c_double),
+    ]
+
+
+class _KeyValueHeads(NamedTuple):
+    kv_heads: int
+
+    def values(self) -> tuple:
+        return (self.kv_heads,)
+
+
+def cpu_attention(
+    qkv_BSJH: Tensor,
+    kv_heads: int,
+    *,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    mask_BSC: Tensor | None = None,
+) -> Tensor:
+    """As ``attention.split_attention``; computed in FP32, and nothing of size S x S is kept."""
+    return _attention(qkv_BSJH, cos, sin, mask_BSC, _KeyValueHeads(kv_heads))[0]
+
+
+def _run(function: str, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, kv_heads: int,
+         y: Tensor | None, log_sums: Tensor, dy: Tensor | None, d_qkv: Tensor | None) -> None:  # fmt: skip
+    batch, seq, all_heads, width = qkv.shape
+    heads = all_heads - 2 * kv_heads
+    at = build.address
+    argument = _Attention(
+        at(qkv), at(cos), at(sin), at(mask), at(y), at(log_sums), at(dy), at(d_qkv),
+        batch, seq, heads, kv_heads, width, build.type_of(qkv),
+        seq * width if cos is not None and cos.dim() == 3 else 0, width**-0.5,
+    )  # fmt: skip
+    build.call(getattr(build.load(), function), argument, batch * kv_heads, batch * heads * seq * seq)
+
+
+def _forward(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, constants: _KeyValueHeads
+) -> tuple[Tensor, Tensor]:
+    if qkv.dtype not in build.TYPES:
+        raise TypeError(f"attention/cpu: qkv is {qkv.dtype}, wanted float32 or bfloat16; take another backend")
+    y, log_sums = _fake(qkv, cos, sin, mask, constants)
+    qkv, cos, sin, mask = (None if t is None else t.contiguous() for t in (qkv, cos, sin, mask))  # type: ignore[assignment]
+    _run("attention_forward", qkv, cos, sin, mask, constants.kv_heads, y, log_sums, None, None)
+    return y, log_sums
+
+
+def _fake(qkv: Tensor, cos: Any, sin: Any, mask: Any, constants: _KeyValueHeads) -> tuple[Tensor, Tensor]:
+    batch, seq, all_heads, width = qkv.shape
+    heads = all_heads - 2 * constants.kv_heads
+    return qkv.new_empty((batch, seq, heads, width)), qkv.new_empty((batch, heads, seq), dtype=torch.float32)
+
+
+def _save(ctx: Any, arguments: tuple, results: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.constants = arguments
+    ctx.mark_non_differentiable(results[1])
+    ctx.save_for_backward(*tensors, results[1])
+
+
+def _differentiate(ctx: Any, dy: Tensor, _: Any) -> tuple:
+    return _attention_backward(dy, *ctx.saved_tensors, ctx.constants), None, None, None
+
+
+def _backward(
+    dy: Tensor, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, log_sums: Tensor, constants: _KeyValueHeads
+) -> Tensor:  # fmt: skip
+    qkv, dy = qkv.contiguous(), dy.to(qkv.dtype).contiguous()
+    d_qkv = torch.empty_like(qkv)
+    cos, sin, mask = (None if t is None else t.contiguous() for t in (cos, sin, mask))
+    _run("attention_backward", qkv, cos, sin, mask, constants.kv_heads, None, log_sums, dy, d_qkv)
+    return d_qkv
+
+
+_TABLES = "Tensor? cos, Tensor? sin, Tensor? mask"
+_attention = Operator(
+    f"attention(Tensor qkv, {_TABLES}, int kv_heads) -> Tensor[]",
+    4,
+    _KeyValueHeads,
+    _forward,
+    _fake,
+    _save,
+    _differentiate,
+)
+_attention_backward = Operator(
+    f"attention_backward(Tensor dy, Tensor qkv, {_TABLES}, Tensor log_sums, int kv_heads) -> Tensor",
+    6,
+    _KeyValueHeads,
+    _backward,
+    lambda dy, qkv, *rest: torch.empty_like(qkv, memory_format=torch.contiguous_format),
+)
+
+
+def _requires(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return "made for CPUs"
+    if dtype not in build.TYPES:
+        return f"it computes in FP32, not in {dtype}"
+    return build.unavailable()
+
+
+register_kernel("attention", "cpu", requires=_requires)(cpu_attention)

@@ -1,0 +1,67 @@
+"""Cross entropy by the C kernel: tensors to pointers."""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaresnorm.kernels.cpu import build
+from megaresnorm.kernels.dispatch import register_kernel
+
+
+class _Structure(ctypes.Structure):
+    """As cross_entropy.c has it."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("logits", "labels", "losses")),
+        *((name, ctypes.c_long) for name in ("columns", "pitch", "type", "wants_gradient")),
+        ("z_loss", ctypes.c_double),
+    ]
+
+
+def _requires(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return "made for CPUs"
+    if dtype not in build.TYPES:
+        return f"it computes in FP32, not in {dtype}"
+    return build.unavailable()
+
+
+@register_kernel("cross_entropy", "cpu", requires=_requires)
+def cpu_cross_entropy(logits_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+    """As ``cross_entropy.chunked_cross_entropy``: the logits are **consumed** where they need a gradient."""
+    return _CrossEntropy.apply(logits_TV, labels_T, z_loss)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+        if logits_TV.dtype not in build.TYPES:
+            raise TypeError(
+                f"cross_entropy/cpu: logits are {logits_TV.dtype}, wanted float32 or bfloat16; take another backend"
+            )
+        wants_gradient = ctx.needs_input_grad[0]
+        if logits_TV.stride(1) != 1:
+            logits_TV = logits_TV.contiguous()
+        labels_T = labels_T.long().contiguous()
+        rows, columns = logits_TV.shape
+        losses_T2 = logits_TV.new_empty((rows, 2), dtype=torch.float32)
+        at = build.address
+        argument = _Structure(
+            at(logits_TV), at(labels_T), at(losses_T2), columns, logits_TV.stride(0), build.type_of(logits_TV), wants_gradient, z_loss
+        )  # fmt: skip
+        build.call(build.load().cross_entropy, argument, rows, rows * columns)
+        if wants_gradient:
+            torch.autograd.graph.increment_version(logits_TV)
+        ctx.gradient = logits_TV if wants_gradient else None
+        nll, penalty = losses_T2.sum(0).unbind()
+        nll = nll.clone()
+        ctx.mark_non_differentiable(nll)
+        return nll, nll + z_loss * penalty
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        gradient, ctx.gradient = ctx.gradient, None
+        assert gradient is not None, "the objective can be differentiated once"
+        return gradient.mul_(grads[1]), None, None
