@@ -44,6 +44,10 @@ class Call:
         """As the operator's schema has them."""
         return self.kinds, self.eps, self.alpha, self.scale, self.residual_dtype, self.out_dtype, self.backend
 
+    def without_next_norm(self) -> "Call":
+        """For the backward pass where nothing came back for the branch input."""
+        return make_call((*self.kinds[:2], "none"), self.eps, *self.values()[2:])
+
     def stores_sum(self, x: Tensor, delta: Tensor | None) -> bool:
         """Whether the stored sum is a tensor of its own: without an add it can be x."""
         return delta is not None or x.dtype != self.residual_dtype

@@ -85,7 +85,7 @@ def add_norm(
     if out_dtype == torch.float8_e4m3fn:
         if fp8_scale is None:
             raise ValueError("add_norm/reference: out_dtype=torch.float8_e4m3fn needs fp8_scale")
-        return AddNormOut(trunk, _ToFp8.apply(branch_input, fp8_scale), statistics, largest(branch_input))
+        return AddNormOut(trunk, to_fp8(branch_input, fp8_scale), statistics, largest(branch_input))
     return AddNormOut(trunk, branch_input.to(out_dtype), statistics, None)
 
 
@@ -131,9 +131,12 @@ class _RMSNorm(torch.autograd.Function):
         return dx, product.sum_to_size(weight.shape), None
 
 
-class _ToFp8(torch.autograd.Function):
-    """Scaled, saturating E4M3; the gradient that comes back is of the value, and passes."""
+def to_fp8(x: Tensor, scale: Tensor) -> Tensor:
+    """Scaled, saturating E4M3; NaN stays NaN. The gradient that comes back is of x, and passes."""
+    return _ToFp8.apply(x, scale)
 
+
+class _ToFp8(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
         return (x * scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)

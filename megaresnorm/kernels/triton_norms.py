@@ -1,0 +1,67 @@
+"""What the add_norm kernels in Triton share, on tiles [m, n] in FP32 with masks."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_of(ptr, offsets, mask):
+    return tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def columns_of(ptr, cols, mask):
+    return tl.load(ptr + cols, mask=mask, other=0.0)[None, :]
+
+
+@triton.jit
+def statistics_of(v, mask, columns, eps, KIND: tl.constexpr):
+    """Mean (0 for RMSNorm) and 1 / deviation of every row, in two passes over what is in registers."""
+    if KIND == 2:
+        mean = tl.sum(v, 1) / columns
+        centred = tl.where(mask, v - mean[:, None], 0.0)
+    else:
+        mean = tl.sum(v, 1) * 0.0
+        centred = v
+    variance = tl.sum(centred * centred, 1) / columns
+    return mean, tl.div_rn(variance * 0.0 + 1.0, tl.sqrt_rn(variance + eps))
+
+
+@triton.jit
+def normalized(v, mean, reciprocal, weight, bias, cols, col_mask):
+    y = (v - mean[:, None]) * reciprocal[:, None] * columns_of(weight, cols, col_mask)
+    if bias is not None:
+        y += columns_of(bias, cols, col_mask)
+    return y
+
+
+@triton.jit
+def store_statistics(ptr, row, row_mask, mean, reciprocal):
+    tl.store(ptr + 2 * row, mean, mask=row_mask)
+    tl.store(ptr + 2 * row + 1, reciprocal, mask=row_mask)
+
+
+@triton.jit
+def load_statistics(ptr, row, row_mask):
+    return tl.load(ptr + 2 * row, mask=row_mask, other=0.0), tl.load(ptr + 2 * row + 1, mask=row_mask, other=0.0)
+
+
+@triton.jit
+def gate_of(gate, scale, cols, col_mask, GATE: tl.constexpr):
+    """The gate as what a tile [m, n] is multiplied with."""
+    if GATE == 2:
+        factor = columns_of(gate, cols, col_mask)
+    elif GATE == 1:
+        factor = tl.load(gate + cols * 0, mask=col_mask, other=0.0)[None, :]
+    else:
+        factor = (cols * 0 + scale)[None, :]
+    return factor
+
+
+@triton.jit
+def as_output(y, fp8_scale, branch, FP8: tl.constexpr):
+    if FP8:
+        y = y * tl.load(fp8_scale)
+        y = tl.where(y > 448.0, 448.0, y)
+        y = tl.where(y < -448.0, -448.0, y)
+    return y.to(branch.dtype.element_ty)
