@@ -20,6 +20,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megaresnorm", "megaresnorm.*"]),
+    package_data={"megaresnorm.kernels.cpu": ["*.c", "*.h"]},
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",
@@ -46,6 +47,8 @@ setup(
             "pytest>=8.0",
             "ruff>=0.9",
             "transformers>=5.0",
+            # Without a GPU too: its interpreter runs the kernels, its compiler builds them.
+            "triton>=3.4; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "types-PyYAML",
         ],
     },

@@ -1,4 +1,4 @@
-"""megaresnorm train | prepare | data | generate | depth | schema: parse, call the library, print."""
+"""megaresnorm train | prepare | data | generate | depth | doctor | schema: parse, call the library, print."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from megaresnorm.cli.data import add_data, add_prepare
 from megaresnorm.cli.depth import add_depth
+from megaresnorm.cli.doctor import add_doctor
 from megaresnorm.cli.generate import add_generate
 from megaresnorm.cli.train import add_schema, add_train
 from megaresnorm.errors import UserError
@@ -41,6 +42,6 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_train, add_prepare, add_data, add_generate, add_depth, add_schema):
+    for add in (add_train, add_prepare, add_data, add_generate, add_depth, add_doctor, add_schema):
         add(commands)
     return parser

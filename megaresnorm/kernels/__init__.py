@@ -2,18 +2,19 @@
 
 import importlib
 
-BACKENDS = (
+MODULES = (
+    "optional",
     "cpu.add_norm",
     "cpu.attention",
     "cpu.activation",
     "cpu.cross_entropy",
     "attention",
     "cross_entropy",
-    "reference",
+    "fp8",
 )
 
 
 def load_backends() -> None:
     """Import every module that registers kernels; optional packages are not imported by this."""
-    for name in BACKENDS:
+    for name in MODULES:
         importlib.import_module(f"megaresnorm.kernels.{name}")

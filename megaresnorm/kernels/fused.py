@@ -22,7 +22,7 @@ SUMS = 7  # column sums of the backward pass: of weight and bias of the three no
 
 
 class Call:
-    """All of a call that is no tensor; equal ones are one object. The three norms are the branch's, the sum's and the next one's."""
+    """All of a call that is no tensor; equal ones are one object. The norms are the branch's, the sum's and the next one's."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Outputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What backward reads: the stored sum; the trunk where two norms follow each other; delta for a learned gate or its own norm."""
+    """What backward reads: the stored sum; the trunk between two norms; delta for a learned gate or its own norm."""
 
     z: Tensor
     trunk: Tensor | None
@@ -126,19 +126,25 @@ def fused_add_norm(backend: str) -> Callable[..., AddNormOut]:
             if norm is None and next_norm is None and out_dtype != FP8:  # nothing to fuse
                 trunk = x_TD.to(residual_dtype)
                 return AddNormOut(trunk, None if out_dtype is None else trunk.to(out_dtype), None, None)
-        learned, scale = (None, gate) if isinstance(gate, float) else (gate, 1.0)
+        learned: Tensor | None = None
+        scale = 1.0
+        if isinstance(gate, float):
+            scale = gate
+        else:
+            learned = gate
         kind_0, weight_0, bias_0, eps_0 = _NO_NORM if branch_norm is None else branch_norm
         kind_1, weight_1, bias_1, eps_1 = _NO_NORM if norm is None else norm
         kind_2, weight_2, bias_2, eps_2 = _NO_NORM if next_norm is None else next_norm
-        call = _one_call(
+        make = Call if torch.compiler.is_compiling() else _one_call
+        call = make(
             (kind_0, kind_1, kind_2), (eps_0, eps_1, eps_2), alpha, scale, residual_dtype, out_dtype, backend
         )  # fmt: skip
         tensors = _add_norm(
             x_TD, delta_TD, learned, fp8_scale, weight_0, bias_0, weight_1, bias_1, weight_2, bias_2, call
         )  # fmt: skip
         outputs = _unflatten(tensors, call, call.stores_sum(x_TD, delta_TD))
-        trunk = outputs.trunk if norm is not None else x_TD if outputs.z is None else outputs.z
-        assert trunk is not None
+        stored = x_TD if outputs.z is None else outputs.z
+        trunk = stored if outputs.trunk is None else outputs.trunk
         branch = None if out_dtype is None else trunk if outputs.branch is None else outputs.branch
         return AddNormOut(
             trunk, branch, outputs.next_statistics, None if outputs.amax is None else largest(outputs.amax)

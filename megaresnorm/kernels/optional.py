@@ -1,7 +1,7 @@
 """Backends of add_norm that need a package of their own, which is imported when one of them is chosen and not before.
 
-triton: ours, for NVIDIA GPUs.   compile: torch.compile of the reference.   te, apex: the norms of Transformer Engine and NVIDIA Apex
-behind an add in PyTorch; they fuse no add and move 10 bytes an element where ours moves 8, so only their names choose them.
+triton: ours, for NVIDIA GPUs.   compile: torch.compile of the reference.   te, apex: the norms of Transformer Engine and NVIDIA
+Apex behind an add in PyTorch; they fuse no add and move 10 bytes an element where ours moves 8, so only their names choose them.
 """
 
 import functools
@@ -118,7 +118,7 @@ def _apex_requires(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def add_then(normalize: Callable[[Tensor, NormWeights, torch.dtype], Tensor]) -> Callable[..., AddNormOut]:
-    """``reference.add_norm`` with another normalize(x, norm, out_dtype); without FP8 and statistics, which those norms do not give."""
+    """``reference.add_norm`` with another normalize(x, norm, out_dtype); it gives no FP8, statistics and amax."""
 
     def add_norm(
         x_TD: Tensor,

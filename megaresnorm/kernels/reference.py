@@ -72,14 +72,15 @@ def add_norm(
         elif gate != 1.0:
             branch = branch * gate
         z = torch.add(branch, x_TD.to(wide), alpha=alpha)
-    trunk = z.to(residual_dtype)
+    stored = _stored(z.to(wide), residual_dtype)
     if norm is not None:
-        trunk = normalize(trunk.to(wide), norm).to(residual_dtype)
+        stored = _stored(normalize(stored, norm), residual_dtype)
+    trunk = stored.to(residual_dtype)
     if next_norm is None and out_dtype is None:
         return AddNormOut(trunk, None, None, None)
-    branch_input, statistics = trunk.to(wide), None
+    branch_input, statistics = stored, None
     if next_norm is not None:
-        branch_input, statistics = normalize_with_statistics(branch_input, next_norm)
+        branch_input, statistics = normalize_with_statistics(stored, next_norm)
     if out_dtype is None:
         return AddNormOut(trunk, None, statistics, largest(branch_input))
     if out_dtype == torch.float8_e4m3fn:
@@ -87,6 +88,21 @@ def add_norm(
             raise ValueError("add_norm/reference: out_dtype=torch.float8_e4m3fn needs fp8_scale")
         return AddNormOut(trunk, to_fp8(branch_input, fp8_scale), statistics, largest(branch_input))
     return AddNormOut(trunk, branch_input.to(out_dtype), statistics, None)
+
+
+def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x rounded to ``dtype``, still in its own type, so that gradients on their way back are not rounded."""
+    return x if x.dtype == dtype else _Rounded.apply(x, dtype)
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 def largest(x: Tensor) -> Tensor:

@@ -199,7 +199,7 @@ def backward(
         return sums
     norms = sum(kind != "none" for kind in call.kinds)
     wide = columns * max(1, norms) > MAX_COLUMNS
-    shape = _shape(columns, max(1, norms)) if not wide else Shape(16, 128, 4)
+    shape = _shape(columns, max(1, norms)) if not wide else Shape(8, 128, 4)
     programs = max(
         1, min(triton.cdiv(rows, shape.block_m), _programs(z.device) if not wide else triton.cdiv(rows, 256))
     )

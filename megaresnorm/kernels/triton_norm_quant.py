@@ -56,7 +56,8 @@ def norm_quant(
 class _NormQuant(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, trunk: Tensor, weight: Tensor, bias: Tensor | None, statistics: Tensor, scale: Tensor | None, kind: str, eps: float
+        ctx: Any, trunk: Tensor, weight: Tensor, bias: Tensor | None, statistics: Tensor, scale: Tensor | None, kind: str,
+        eps: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         trunk = trunk.contiguous()
         rows, columns = trunk.shape

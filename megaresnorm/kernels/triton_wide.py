@@ -119,10 +119,7 @@ def _gradients(
 
     LAST: 0 the first alone, 1 also that of the trunk, 2 all.
     """
-    if d_branch is not None:
-        d_next = tile_of(d_branch, offsets, mask)
-    else:
-        d_next = tile_of(d_trunk, offsets, mask) * 0.0
+    d_next = tile_of(d_branch, offsets, mask) if d_branch is not None else tile_of(d_trunk, offsets, mask) * 0.0
     next_unit, unit, d_sum = d_next, d_next, d_next
     if NEXT_NORM and (d_branch is not None):
         mean, reciprocal = load_statistics(next_statistics, row, row_mask)

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from megaresnorm.kernels.cpu import build
+from megaresnorm.kernels.cpu.cross_entropy import cpu_cross_entropy
 from megaresnorm.kernels.cross_entropy import CACHED_ELEMENTS, chunked_cross_entropy
 from megaresnorm.kernels.reference import cross_entropy_sums
 
+KERNELS = [chunked_cross_entropy] + ([cpu_cross_entropy] if build.unavailable() is None else [])
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
 
@@ -13,14 +16,19 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 4e-3}
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_values_and_gradients(rows, z_loss, ignored, dtype):
+@pytest.mark.parametrize("chosen", KERNELS)
+def test_values_and_gradients(chosen, rows, z_loss, ignored, dtype):
+    if chosen is cpu_cross_entropy and dtype == torch.float64:
+        with pytest.raises(TypeError, match="float64"):
+            chosen(torch.ones(1, 2, dtype=dtype), torch.zeros(1, dtype=torch.long))
+        return
     g = torch.Generator().manual_seed(rows)
     leaf = (3 * torch.randn(rows, 3001, generator=g)).to(dtype)
     labels = torch.randint(3001, (rows,), generator=g)
     if ignored:
         labels[::2] = -1
     found = []
-    for kernel in (cross_entropy_sums, chunked_cross_entropy):
+    for kernel in (cross_entropy_sums, chosen):
         x = leaf.clone().requires_grad_()
         nll, objective = kernel(x * 1.0, labels, z_loss)
         (objective / 7).backward()
@@ -41,10 +49,11 @@ def test_a_slice_of_padded_logits_and_a_scaled_objective():
         x = leaf.clone().requires_grad_()
         (5.0 * kernel((x * 1.0)[:, :50], labels)[1]).backward()
         gradients.append(x.grad)
-    torch.testing.assert_close(*gradients, rtol=0, atol=1e-13)
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-13 if leaf.dtype == torch.float64 else 1e-6)
 
 
-def test_without_a_gradient_nothing_is_consumed():
+@pytest.mark.parametrize("chunked_cross_entropy", KERNELS)
+def test_without_a_gradient_nothing_is_consumed(chunked_cross_entropy):
     logits, labels = torch.randn(4, 10), torch.tensor([1, 2, -1, 3])
     kept = logits.clone()
     with torch.no_grad():
@@ -54,7 +63,8 @@ def test_without_a_gradient_nothing_is_consumed():
     )
 
 
-def test_a_second_backward_is_refused():
+@pytest.mark.parametrize("chunked_cross_entropy", KERNELS)
+def test_a_second_backward_is_refused(chunked_cross_entropy):
     x = torch.randn(2, 5, requires_grad=True)
     objective = chunked_cross_entropy(x * 1.0, torch.tensor([0, 1]))[1]
     objective.backward(retain_graph=True)
@@ -62,16 +72,40 @@ def test_a_second_backward_is_refused():
         objective.backward()
 
 
-def test_tensors_that_need_the_logits_later_are_noticed():
+@pytest.mark.skipif(build.unavailable() is not None, reason="no C compiler")
+@pytest.mark.parametrize("level", build.levels())
+def test_in_c_padded_columns_stay_and_nan_is_seen(level, monkeypatch):
+    library = build.load(level)
+    monkeypatch.setattr(build, "load", lambda: library)
+    leaf = torch.randn(6, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    labels = torch.tensor([0, 49, -1, 7, 8, 9])
+    padded = leaf * 1.0
+    nll, objective = cpu_cross_entropy(padded[:, :50], labels, 0.01)
+    want_nll, want = cross_entropy_sums(leaf.double()[:, :50], labels, 0.01)
+    (got_gradient,), (gradient,) = (torch.autograd.grad(o, leaf, retain_graph=True) for o in (objective, want))
+    assert nll.item() == pytest.approx(want_nll.item(), rel=1e-6) and objective.item() == pytest.approx(
+        want.item(), rel=1e-6
+    )
+    torch.testing.assert_close(got_gradient, gradient, rtol=0, atol=3e-7)
+    assert torch.equal(padded[:, 50:], leaf[:, 50:])
+    for bad in (float("nan"), float("inf")):
+        logits = torch.zeros(2, 5)
+        logits[1, 3] = bad
+        assert not cpu_cross_entropy(logits, torch.tensor([0, 0]))[0].isfinite()
+
+
+@pytest.mark.parametrize("chunked_cross_entropy", KERNELS)
+def test_tensors_that_need_the_logits_later_are_noticed(chunked_cross_entropy):
     """The output of tanh is what its own gradient reads: torch refuses. Softcapped logits are a product of it, and right."""
     x = torch.randn(3, 5, requires_grad=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         chunked_cross_entropy(torch.tanh(x), torch.tensor([0, 1, 2]))[1].backward()
     g = torch.Generator().manual_seed(0)
-    leaf, labels = torch.randn(6, 20, generator=g, dtype=torch.float64), torch.randint(20, (6,), generator=g)
+    dtype = torch.float32 if chunked_cross_entropy is cpu_cross_entropy else torch.float64
+    leaf, labels = torch.randn(6, 20, generator=g, dtype=dtype), torch.randint(20, (6,), generator=g)
     gradients = []
     for kernel in (cross_entropy_sums, chunked_cross_entropy):
         x = leaf.clone().requires_grad_()
         kernel(5.0 * torch.tanh(x / 5.0), labels)[1].backward()
         gradients.append(x.grad)
-    torch.testing.assert_close(*gradients, rtol=0, atol=1e-13)
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-13 if leaf.dtype == torch.float64 else 1e-6)

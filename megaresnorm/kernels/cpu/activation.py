@@ -94,12 +94,4 @@ _activation_backward = Operator(
 )
 
 
-def _requires(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cpu":
-        return "made for CPUs"
-    if dtype not in build.TYPES:
-        return f"it computes in FP32, not in {dtype}"
-    return build.unavailable()
-
-
-register_kernel("activation", "cpu", requires=_requires)(cpu_activation)
+register_kernel("activation", "cpu", requires=build.requires)(cpu_activation)

@@ -85,13 +85,5 @@ def _norms(call: Call, weights: Sequence[Tensor | None], statistics: Sequence[Te
 _NO_NORM = _Norm()
 
 
-def _requires(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cpu":
-        return "made for CPUs"
-    if dtype not in build.TYPES:
-        return f"it computes in FP32, not in {dtype}"
-    return build.unavailable()
-
-
 BACKENDS["cpu"] = Backend(_forward, _backward)
-register_kernel("add_norm", "cpu", requires=_requires)(fused_add_norm("cpu"))
+register_kernel("add_norm", "cpu", requires=build.requires)(fused_add_norm("cpu"))

@@ -84,7 +84,8 @@ def _differentiate(ctx: Any, dy: Tensor, _: Any) -> tuple:
 
 
 def _backward(
-    dy: Tensor, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, log_sums: Tensor, constants: _KeyValueHeads
+    dy: Tensor, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, log_sums: Tensor,
+    constants: _KeyValueHeads,
 ) -> Tensor:  # fmt: skip
     qkv, dy = qkv.contiguous(), dy.to(qkv.dtype).contiguous()
     d_qkv = torch.empty_like(qkv)
@@ -112,12 +113,4 @@ _attention_backward = Operator(
 )
 
 
-def _requires(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cpu":
-        return "made for CPUs"
-    if dtype not in build.TYPES:
-        return f"it computes in FP32, not in {dtype}"
-    return build.unavailable()
-
-
-register_kernel("attention", "cpu", requires=_requires)(cpu_attention)
+register_kernel("attention", "cpu", requires=build.requires)(cpu_attention)

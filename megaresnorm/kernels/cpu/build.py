@@ -2,12 +2,14 @@
 
 The library lies in a folder of the user's own (``MEGARESNORM_CACHE``, else ``~/.cache/megaresnorm``) under a name that is a hash
 of the sources, the flags and the compiler, so that a new version never meets an old file. It is built under a temporary name and
-renamed: any number of processes may start at once.
+renamed: any number of processes may start at once, and on one machine only the first of them compiles.
 """
 
 import ctypes
+import fcntl
 import functools
 import hashlib
+import itertools
 import logging
 import os
 import shutil
@@ -34,11 +36,14 @@ FLAGS = [
     "-fno-trapping-math",
 ]
 # Name, what /proc/cpuinfo must list, and the flags; the best first. The last one is what every compiler makes by default.
-LEVELS = {
-    "avx512": ({"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"}, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]),
+LEVELS: dict[str, tuple[set[str], list[str]]] = {
+    "avx512": (
+        {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"},
+        ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+    ),
     "avx2": ({"avx2", "fma"}, ["-mavx2", "-mfma"]),
-    "scalar": (set[str](), []),
-}  # fmt: skip
+    "scalar": (set(), []),
+}
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}  # as common.h numbers them
 THREAD_ELEMENTS = 1 << 18  # a thread is worth starting for this many
 
@@ -49,10 +54,8 @@ class BuildError(Exception):
 
 def levels() -> list[str]:
     """The levels of instructions that this processor has, the best first."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []  # macOS has none, and gets the last level
     features = set(next((line.split(":")[1] for line in lines if line.startswith("flags")), "").split())
     return [name for name, (needed, _) in LEVELS.items() if needed <= features]
 
@@ -71,7 +74,10 @@ def load(level: str | None = None) -> ctypes.CDLL:
         digest.update(len(part).to_bytes(8, "little") + part)
     library = _folder() / f"{level}-{digest.hexdigest()[:24]}.so"
     if not library.exists():
-        _compile(compiler, flags, [file for file in files if file.suffix == ".c"], library)
+        with (library.parent / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # processes that start together wait for the first one's work
+            if not library.exists():
+                _compile(compiler, flags, [file for file in files if file.suffix == ".c"], library)
     return ctypes.CDLL(str(library))
 
 
@@ -86,6 +92,15 @@ def unavailable() -> str | None:
     return None
 
 
+def requires(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Of every kernel here, as dispatch.py wants it."""
+    if device.type != "cpu":
+        return "made for CPUs"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"it computes in FP32, not in {dtype}"
+    return unavailable()
+
+
 def call(function: "ctypes._NamedFuncPointer", argument: ctypes.Structure, count: int, elements: int) -> None:
     """Run ``function(argument, first, last)`` over 0 .. count, on as many of torch's threads as ``elements`` of work are worth."""
     threads = max(1, min(torch.get_num_threads(), count, elements // THREAD_ELEMENTS))
@@ -94,7 +109,7 @@ def call(function: "ctypes._NamedFuncPointer", argument: ctypes.Structure, count
         function(pointer, ctypes.c_long(0), ctypes.c_long(count))
         return
     bounds = [count * i // threads for i in range(threads + 1)]
-    ranges = list(zip(bounds, bounds[1:], strict=False))
+    ranges = list(itertools.pairwise(bounds))
     jobs = [_pool(os.getpid()).submit(function, pointer, ctypes.c_long(a), ctypes.c_long(b)) for a, b in ranges[1:]]
     function(pointer, *map(ctypes.c_long, ranges[0]))
     for job in jobs:

@@ -20,15 +20,7 @@ class _Structure(ctypes.Structure):
     ]
 
 
-def _requires(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cpu":
-        return "made for CPUs"
-    if dtype not in build.TYPES:
-        return f"it computes in FP32, not in {dtype}"
-    return build.unavailable()
-
-
-@register_kernel("cross_entropy", "cpu", requires=_requires)
+@register_kernel("cross_entropy", "cpu", requires=build.requires)
 def cpu_cross_entropy(logits_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
     """As ``cross_entropy.chunked_cross_entropy``: the logits are **consumed** where they need a gradient."""
     return _CrossEntropy.apply(logits_TV, labels_T, z_loss)
@@ -49,7 +41,8 @@ class _CrossEntropy(torch.autograd.Function):
         losses_T2 = logits_TV.new_empty((rows, 2), dtype=torch.float32)
         at = build.address
         argument = _Structure(
-            at(logits_TV), at(labels_T), at(losses_T2), columns, logits_TV.stride(0), build.type_of(logits_TV), wants_gradient, z_loss
+            at(logits_TV), at(labels_T), at(losses_T2),
+            columns, logits_TV.stride(0), build.type_of(logits_TV), wants_gradient, z_loss,
         )  # fmt: skip
         build.call(build.load().cross_entropy, argument, rows, rows * columns)
         if wants_gradient:

@@ -1,0 +1,99 @@
+"""The Triton kernels' numbers in Triton's interpreter, on CPU tensors. test_triton.py runs this file in a process of its own with
+TRITON_INTERPRET=1, since Triton decides when it is imported.
+
+The interpreter's casts to BF16 truncate and those to E4M3 neither carry nor saturate (Triton 3.9), so here, and nowhere in the
+package, they are replaced by torch's.
+"""
+
+import numpy as np
+import pytest
+import torch
+import triton.runtime.interpreter as interpreter
+from add_norm_checks import BF16, DTYPES, F32, GATES, PATTERNS, check, check_fp8, make_norm
+
+from megaresnorm.kernels import fused, load_backends, triton_add_norm, triton_norm_quant
+from megaresnorm.kernels.fp8 import norm_quant
+from megaresnorm.kernels.reference import add_norm
+
+load_backends()
+triton_kernel = fused.fused_add_norm("triton")
+_original = interpreter._convert_float
+_CASTS = {"bf16": (torch.bfloat16, torch.int16, np.uint16), "fp8e4nv": (torch.float8_e4m3fn, torch.uint8, np.uint8)}
+
+
+def _convert(data, source, target, rounding=None):
+    if str(source) != "fp32" or str(target) not in _CASTS:
+        return _original(data, source, target, rounding)
+    dtype, integer, unsigned = _CASTS[str(target)]
+    return torch.from_numpy(np.ascontiguousarray(data).view(np.float32)).to(dtype).view(integer).numpy().view(unsigned)
+
+
+interpreter._convert_float = _convert
+
+
+@pytest.fixture(params=["registers", "wide"])
+def kernel(request, monkeypatch):
+    """add_norm by the kernels for rows in registers, and by those for wider rows with blocks of 32 columns."""
+    if request.param == "wide":
+        monkeypatch.setattr(triton_add_norm, "MAX_COLUMNS", 0)
+        monkeypatch.setattr(triton_add_norm, "WIDE_BLOCK", 32)
+    return triton_kernel
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_values_and_gradients(kernel, pattern, gate, dtypes):
+    check(kernel, 5, 40, pattern, gate, dtypes)
+
+
+@pytest.mark.parametrize("columns", [1, 64, 192, 512])
+@pytest.mark.parametrize("rows", [1, 199])
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_sizes(rows, columns, dtypes):
+    for pattern in ("pre", "pre, rms", "keel"):
+        check(triton_kernel, rows, columns, pattern, "vector", dtypes)
+
+
+@pytest.mark.parametrize("pattern", ["pre", "pre, rms", "keel", "none"])
+def test_fp8(kernel, pattern):
+    check_fp8(kernel, 9, 40, pattern)
+
+
+def test_empty_and_absent_gradients(kernel):
+    norm = make_norm("layernorm", 40, torch.Generator().manual_seed(0))
+    for rows in (0, 3):
+        for one in (0, 1):
+            found = []
+            for function in (add_norm, kernel):
+                x = torch.linspace(-1, 2, rows * 40).view(rows, 40).requires_grad_()
+                out = function(x, x * 0.5, alpha=1.5, next_norm=norm, residual_dtype=F32, out_dtype=F32)
+                found.append(torch.autograd.grad(out[one].sum(), (x, norm.weight), allow_unused=True))
+            for a, b in zip(*found, strict=True):
+                torch.testing.assert_close(b, torch.zeros_like(b) if a is None else a, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("columns", [128, 200, 384])
+@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_norm_quant(columns, kind, whole):
+    """Codes and inverse scales those of the reference but for a rounding tie here and there; gradients too."""
+    g = torch.Generator().manual_seed(columns)
+    x = (3 * torch.randn(9, columns, generator=g)).to(BF16)
+    x[3] = 0
+    norm = make_norm(kind, columns, g)
+    out = add_norm(x, next_norm=norm, residual_dtype=BF16, out_dtype=None)
+    scale = 448 / out.amax if whole else None
+    d = torch.randn(9, columns, generator=g).to(torch.float8_e4m3fn)
+    found = []
+    for function in (norm_quant, triton_norm_quant.norm_quant):
+        leaf = x.clone().requires_grad_()
+        fp8, inverse = function(leaf, norm, out.statistics, scale=scale)
+        found.append((fp8, inverse, *torch.autograd.grad(fp8, (leaf, norm.weight), d)))
+    (fp8, inverse, dx, dw), (got, got_inverse, got_dx, got_dw) = found
+    assert got.shape == (9, columns) and got_inverse.shape == (() if whole else (9, -(-columns // 128)))
+    assert (got.float() != fp8.float()).float().mean() < 0.01
+    torch.testing.assert_close(got.float(), fp8.float(), rtol=0.13, atol=0.002)
+    torch.testing.assert_close(got_inverse, inverse, rtol=1e-5, atol=0)
+    torch.testing.assert_close(got_dx, dx, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(got_dw, dw, rtol=1e-4, atol=1e-4)

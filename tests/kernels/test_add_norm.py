@@ -1,0 +1,180 @@
+"""Every backend of add_norm that runs on a CPU, against FP64; and what a call may be given."""
+
+import pytest
+import torch
+from add_norm_checks import BF16, DTYPES, F32, FP8, GATES, PATTERNS, check, check_fp8, make_norm
+
+from megaresnorm.kernels import load_backends
+from megaresnorm.kernels.cpu import build
+from megaresnorm.kernels.dispatch import backends
+from megaresnorm.kernels.fused import fused_add_norm
+from megaresnorm.kernels.reference import NormWeights, add_norm
+
+load_backends()
+needs_compiler = pytest.mark.skipif(build.unavailable() is not None, reason="no C compiler")
+fused = fused_add_norm("cpu")
+
+
+@pytest.fixture(params=build.levels())
+def level(request, monkeypatch):
+    """The C kernel as compiled for each level of instructions that this processor has."""
+    library = build.load(request.param)
+    monkeypatch.setattr(build, "load", lambda: library)
+    return request.param
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_reference(pattern, gate, dtypes):
+    for columns in (7, 192):
+        check(add_norm, 19, columns, pattern, gate, dtypes)
+
+
+@needs_compiler
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_cpu(level, pattern, gate, dtypes):
+    for columns in (1, 7, 192):
+        check(fused, 19, columns, pattern, gate, dtypes)
+
+
+@needs_compiler
+@pytest.mark.parametrize("columns", [1, 2, 3, 64, 192, 760, 1128, 4096, 8192])
+@pytest.mark.parametrize("rows", [1, 199])
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_cpu_sizes(level, rows, columns, dtypes):
+    for pattern in ("pre", "pre, rms", "keel"):
+        check(fused, rows, columns, pattern, "vector", dtypes)
+
+
+@needs_compiler
+@pytest.mark.parametrize("columns", [64, 760])
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("pattern", ["pre", "sandwich", "post, rms"])
+def test_cpu_many_rows(columns, dtypes, pattern):
+    check(fused, 8192, columns, pattern, "scalar", dtypes)
+
+
+@needs_compiler
+def test_cpu_more_rows_than_two_to_the_sixteenth():
+    check(fused, 70_001, 3, "pre", "number", "fp32")
+
+
+@needs_compiler
+@pytest.mark.parametrize("pattern", ["pre", "pre, rms", "keel", "none"])
+def test_fp8(level, pattern):
+    for columns in (7, 192, 760):
+        check_fp8(add_norm, 33, columns, pattern)
+        check_fp8(fused, 33, columns, pattern)
+
+
+@needs_compiler
+def test_fp8_codes_are_those_of_torch(level):
+    """Every BF16 number from zero to infinity and NaN, with both signs: saturated, rounded to even, NaN kept."""
+    x = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(BF16).view(256, 256)
+    got = fused(x, residual_dtype=BF16, out_dtype=FP8, fp8_scale=torch.tensor(1.0)).branch_input
+    want = x.float().clamp(-448, 448).to(FP8)
+    assert torch.equal(got.view(torch.uint8) & 0x7F, want.view(torch.uint8) & 0x7F)
+    signed = ~want.float().isnan()
+    assert torch.equal(got.view(torch.uint8)[signed], want.view(torch.uint8)[signed])
+
+
+@needs_compiler
+def test_bf16_rounding_is_that_of_torch(level):
+    """Random bit patterns of FP32, NaN and infinity among them."""
+    bits = torch.randint(-(2**31), 2**31, (64, 1000), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    x = bits.view(F32)
+    got = fused(x, residual_dtype=F32, out_dtype=BF16, norm=None, next_norm=None).branch_input
+    stored = fused(x, torch.zeros_like(x), residual_dtype=BF16, out_dtype=None).trunk
+    for t in (got, stored):
+        torch.testing.assert_close(t, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_empty_input_absent_and_strided_gradients(rows):
+    norm = make_norm("layernorm", 8, torch.Generator().manual_seed(0))
+    for trunk_too, branch_too in ((True, False), (False, True), (True, True)):
+        gradients = []
+        for kernel in (add_norm, fused):
+            x, delta = (torch.linspace(-1, 2, rows * 8).view(8, rows).t().requires_grad_() for _ in range(2))
+            out = kernel(x, delta, alpha=1.5, next_norm=norm, residual_dtype=F32, out_dtype=F32)
+            outputs = [t for t, there in ((out.trunk, trunk_too), (out.branch_input, branch_too)) if there]
+            d = torch.linspace(0, 1, rows * 8).view(8, rows).t()
+            gradients.append(
+                torch.autograd.grad(outputs, (x, delta, norm.weight, norm.bias), [d] * len(outputs), allow_unused=True)
+            )
+            assert out.statistics.shape == (rows, 2)
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(b, torch.zeros_like(b) if a is None else a, rtol=1e-5, atol=1e-6)
+
+
+@needs_compiler
+def test_gamma_of_zero_and_rows_of_zero():
+    x = torch.zeros(3, 16).requires_grad_()
+    weight = torch.zeros(16, requires_grad=True)
+    out = fused(x, next_norm=NormWeights("rmsnorm", weight, None, 1e-5), residual_dtype=F32, out_dtype=F32)
+    out.branch_input.sum().backward()
+    assert not out.branch_input.any() and not x.grad.any() and not weight.grad.any()
+
+
+@needs_compiler
+def test_sums_do_not_depend_on_the_number_of_threads():
+    g = torch.Generator().manual_seed(0)
+    norm = make_norm("layernorm", 1024, g)
+    x, delta, d = (torch.randn(2000, 1024, generator=g) for _ in range(3))
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        leaves = [x.clone().requires_grad_(), delta.clone().requires_grad_(), norm.weight, norm.bias]
+        out = fused(*leaves[:2], next_norm=norm, residual_dtype=F32, out_dtype=F32)
+        results.append([out.trunk, out.branch_input, *torch.autograd.grad(out.branch_input, leaves, d)])
+    torch.set_num_threads(1)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_compiler
+def test_statistics_survive_a_large_mean():
+    """Row mean 100 times the deviation: E[x^2] - mean^2 in FP32 would be off by 1e-3."""
+    norm = make_norm("layernorm", 4096, torch.Generator().manual_seed(0))
+    x = torch.randn(16, 4096, generator=torch.Generator().manual_seed(1)) + 100
+    want = add_norm(x.double(), next_norm=norm, residual_dtype=torch.float64, out_dtype=torch.float64)
+    got = fused(x, next_norm=norm, residual_dtype=F32, out_dtype=F32)
+    assert (got.branch_input - want.branch_input).abs().max() < 3e-5
+    torch.testing.assert_close(got.statistics.double(), want.statistics, rtol=1e-6, atol=0)
+
+
+def test_every_cpu_backend_of_add_norm_is_tested_here():
+    cpu = torch.device("cpu")
+    runnable = {k.backend for k in backends("add_norm") if k.requires(cpu, F32) is None}
+    assert runnable <= {"cpu", "compile", "reference"}
+
+
+@pytest.mark.skipif(
+    next(k for k in backends("add_norm") if k.backend == "compile").requires(torch.device("cpu"), F32) is not None,
+    reason="no C++ compiler",
+)
+def test_torch_compile_of_the_reference():
+    kernel = next(k.function for k in backends("add_norm") if k.backend == "compile")
+    for dtypes in ("fp32", "bf16 on fp32"):
+        check(kernel, 199, 192, "pre, rms", "number", dtypes)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x_TD": torch.ones(2, 4, dtype=torch.float64)}, TypeError, "float64"),
+        ({"delta_TD": torch.ones(3, 4)}, ValueError, r"\[\[2, 4\], \[3, 4\]\]"),
+        ({"next_norm": NormWeights("rmsnorm", torch.ones(5), None, 1e-5)}, TypeError, r"float32 \[5\]; wanted float32 \[4\]"),
+        ({"next_norm": NormWeights("rmsnorm", torch.ones(4).bfloat16(), None, 1e-5)}, TypeError, "bfloat16"),
+        ({"out_dtype": FP8}, ValueError, "needs fp8_scale"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_computed_is_refused(change, error, message):
+    arguments = {"x_TD": torch.ones(2, 4), "delta_TD": torch.ones(2, 4), "residual_dtype": F32, "out_dtype": F32}
+    with pytest.raises(error, match=message):
+        fused(**(arguments | change))

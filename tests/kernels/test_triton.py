@@ -1,0 +1,77 @@
+"""The Triton kernels: numbers in Triton's interpreter, machine code for sm_90 without a GPU, and numbers on a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from add_norm_checks import BF16, DTYPES, GATES, PATTERNS, check, check_fp8, make_norm
+
+from megaresnorm.kernels import fused, load_backends
+from megaresnorm.kernels.reference import add_norm
+
+pytest.importorskip("triton")
+load_backends()
+HERE = Path(__file__).parent
+
+
+def run_alone(*arguments, **environment):
+    """In a process of its own: Triton decides when it is imported whether it interprets, and how it fuses."""
+    environment = {**os.environ, "TRITON_DEFAULT_FP_FUSION": "1", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, env=environment)
+
+
+def test_numbers_in_the_interpreter():
+    done = run_alone(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "interpreted_triton.py", TRITON_INTERPRET="1"
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_machine_code_for_sm_90():
+    """Every kernel, as it is launched, compiled ahead of time: no spills up to 8192 columns, 128-bit accesses, registers as in
+    registers.json, which ``python tests/kernels/compile_triton.py --write`` renews.
+    """
+    done = run_alone(HERE / "compile_triton.py")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    ceilings = json.loads((HERE / "registers.json").read_text())
+    assert set(found) == set(ceilings)
+    for name, usage in found.items():
+        assert usage["spilled_bytes"] == 0, (name, usage)
+        assert usage["registers"] <= ceilings[name], (name, usage)
+        # A program of the columns kernel stores 128 sums, one a thread.
+        assert usage["loads_128"] > 0 and (usage["stores_128"] > 0 or "columns" in name), (name, usage)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("columns", [1, 192, 760, 1128, 4096, 8192, 12288])
+@pytest.mark.parametrize("rows", [1, 199, 8192])
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_on_a_gpu(rows, columns, dtypes):
+    kernel = fused.fused_add_norm("triton")
+    for pattern in PATTERNS:
+        for gate in GATES:
+            check(kernel, rows, columns, pattern, gate, dtypes, device="cuda")
+
+
+@pytest.mark.gpu
+def test_fp8_on_a_gpu():
+    for columns in (192, 4096, 8192, 12288):
+        check_fp8(fused.fused_add_norm("triton"), 199, columns, "pre, rms", device="cuda")
+
+
+@pytest.mark.gpu
+def test_more_elements_than_two_to_the_31_on_a_gpu():
+    rows, columns = (1 << 31) // 4096 + 5, 4096
+    x = torch.zeros(rows, columns, device="cuda", dtype=BF16)
+    x[-1] = torch.linspace(-1, 1, columns, device="cuda").to(BF16)
+    norm = make_norm("rmsnorm", columns, torch.Generator().manual_seed(0))
+    norm = norm._replace(weight=norm.weight.detach().cuda())
+    out = fused.fused_add_norm("triton")(x, next_norm=norm, residual_dtype=BF16, out_dtype=BF16)
+    want = add_norm(x[-1:], next_norm=norm, residual_dtype=BF16, out_dtype=BF16)
+    assert not out.branch_input[0].any()
+    torch.testing.assert_close(out.branch_input[-1:], want.branch_input, rtol=1e-2, atol=1e-2)
