@@ -50,8 +50,7 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         """arguments: the tensors, then the constants."""
-        plain = type(arguments[0]) in _PLAIN and not torch._C._len_torch_dispatch_stack()
-        if not plain or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(arguments[0]) not in _PLAIN:
             return self._operator(*arguments[:-1], *arguments[-1].values())
         if self._function is not None and torch.is_grad_enabled():
             return self._function.apply(self._forward, *arguments)

@@ -1,0 +1,303 @@
+#!/usr/bin/env python3
+"""Bandwidth of add_norm beside its peers, as a share of a copy measured in the same run.
+
+python tools/bench_kernels.py --out kernels
+python tools/bench_kernels.py --device cpu --rows 8192 --columns 1024 --malloc tuned
+
+A call reads and writes what the table of bytes below says; a peer that reads its sum once more, or writes it, takes longer for
+the same bytes. Every call gets other buffers, more of them together than the last cache holds. Contenders take turns; figures are
+medians. On a GPU times are those of CUDA graphs, on a CPU of one thread's processor time. Gradients go through autograd and come
+with the allocation of every result, for all contenders alike. Peers that are not installed are left out: Liger, quack.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from bench_train import MALLOC, machine
+from torch import Tensor
+
+from megaresnorm.kernels import load_backends
+from megaresnorm.kernels.dispatch import backends
+from megaresnorm.kernels.fp8 import scale_for
+from megaresnorm.kernels.reference import NormWeights
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Bytes an element, x and delta of the same type: forward reads x and delta, writes the sum and the output; backward reads the
+# gradients of both and the sum, and writes one gradient, which is that of x and of delta.
+BYTES = {"fp32": (16, 16), "bf16": (8, 8), "fp8": (7, 8)}
+Step = Callable[[int], None]  # with the number of the buffers to use
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.malloc == "tuned" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
+    load_backends()
+    torch.set_num_threads(1)
+    device = torch.device(arguments.device)
+    torch.manual_seed(0)
+    results = []
+    for columns in arguments.columns:
+        for precision in arguments.precisions:
+            for kind in arguments.norms:
+                results += measure(device, arguments.rows, columns, precision, kind, arguments.rounds)
+                print(
+                    markdown(results[-1:] if len(results) < 2 else [r for r in results if same(r, results[-1])]),
+                    flush=True,
+                )
+    where = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"{machine()}; one thread; malloc {arguments.malloc}"
+    )
+    report = {"machine": where, "torch": torch.__version__, "rows": arguments.rows, "results": results}
+    if arguments.out:
+        Path(f"{arguments.out}.json").write_text(json.dumps(report, indent=1) + "\n")
+        draw(results, where, Path(f"{arguments.out}.png"))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, gpu = parser.add_argument, torch.cuda.is_available()
+    words = lambda text: text.split(",")  # noqa: E731
+    add("--device", choices=["cpu", "cuda"], default="cuda" if gpu else "cpu", help="[cuda if there is one]")
+    add("--rows", type=int, default=8192, help="[8192]")
+    add(
+        "--columns",
+        type=lambda text: [int(part) for part in text.split(",")],
+        help="A,B [GPU 1024,2048,4096,8192; CPU 256,1024]",
+    )
+    add(
+        "--precisions",
+        type=words,
+        default=["bf16", "fp32"] + (["fp8"] if gpu else []),
+        help="bf16, fp32, fp8 (BF16 inputs)",
+    )
+    add("--norms", type=words, default=["rmsnorm", "layernorm"], help="[rmsnorm,layernorm]")
+    add("--rounds", type=int, default=9, help="measurements of each, in turn [9]")
+    add(
+        "--malloc",
+        choices=["default", "tuned"],
+        default="tuned",
+        help="allocator settings on a CPU [tuned: nothing is unmapped]",
+    )
+    add("--out", help="write OUT.json and OUT.png")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not gpu:
+        parser.error("--device cuda: torch sees no GPU here")
+    arguments.columns = arguments.columns or ([1024, 2048, 4096, 8192] if arguments.device == "cuda" else [256, 1024])
+    return arguments
+
+
+def same(a: dict, b: dict) -> bool:
+    return all(a[key] == b[key] for key in ("columns", "precision", "norm"))
+
+
+def measure(device: torch.device, rows: int, columns: int, precision: str, kind: str, rounds: int) -> list[dict]:
+    """Forward and backward of every contender, and the copy that they are compared with."""
+    dtype = DTYPES.get(precision, torch.bfloat16)
+    size = rows * columns * dtype.itemsize
+    count = max(2, -(-(256 << 20) // (4 * size)))  # sets of buffers, together well above the last cache of a GPU
+    x, delta, d_sum, d_out = (
+        [torch.randn(rows, columns, device=device).to(dtype) for _ in range(count)] for _ in range(4)
+    )
+    weight, bias = torch.randn(columns, device=device), torch.randn(columns, device=device)
+    contenders = {}
+    for name, function in calls(device, dtype, precision, kind, weight, bias).items():
+        contenders[name] = both(function, x, delta, d_sum, d_out)
+    source, target = x[0], torch.empty_like(x[0])
+    copies = lambda i: target.copy_(source if i % 2 else delta[0])  # noqa: E731
+    timer = Timer(device, count)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    copy: list[float] = []
+    for turn in range(rounds):
+        names = list(contenders)
+        copy.append(timer.seconds(copies))
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            forward, whole = (timer.seconds(step) for step in contenders[name])
+            times[name].append((forward, whole))
+    rate = 2 * size / statistics.median(copy)
+    out = []
+    for name, measured in times.items():
+        forward = statistics.median(m[0] for m in measured)
+        whole = statistics.median(m[1] for m in measured)
+        moved = [part * rows * columns for part in BYTES[precision]]
+        out.append(
+            {
+                "columns": columns, "precision": precision, "norm": kind, "name": name, "copy_gb_s": rate / 1e9,
+                "forward_ms": 1e3 * forward, "both_ms": 1e3 * whole,
+                "forward_gb_s": moved[0] / forward / 1e9, "both_gb_s": sum(moved) / whole / 1e9,
+                "forward_of_copy": moved[0] / forward / rate, "both_of_copy": sum(moved) / whole / rate,
+                "backward_of_copy": moved[1] / max(whole - forward, 1e-9) / rate,
+            }
+        )  # fmt: skip
+    eager = next(r["both_ms"] for r in out if r["name"] == "eager")
+    return [{**r, "eager_over_this": eager / r["both_ms"]} for r in out]
+
+
+class Timer:
+    """Median seconds of a step: of a CUDA graph's replays, or of this thread's processor time."""
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        self.device, self.count = device, count
+        self.graphs: dict[Step, torch.cuda.CUDAGraph] = {}
+
+    def seconds(self, step: Step) -> float:
+        if self.device.type == "cuda":
+            return self._graph(step)
+        step(0)
+        start = time.thread_time()
+        for i in range(self.count):
+            step(i)
+        return (time.thread_time() - start) / self.count
+
+    def _graph(self, step: Step) -> float:
+        if step not in self.graphs:
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                for i in range(3):
+                    step(i % self.count)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for i in range(self.count):
+                    step(i)
+            self.graphs[step] = graph
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        self.graphs[step].replay()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3 / self.count
+
+
+def both(function: Callable, x: list, delta: list, d_sum: list, d_out: list) -> tuple[Step, Step]:
+    """(forward alone, forward and backward)."""
+
+    def forward(i: int) -> None:
+        with torch.no_grad():
+            function(x[i], delta[i])
+
+    def whole(i: int) -> None:
+        a, b = x[i].detach().requires_grad_(), delta[i].detach().requires_grad_()
+        z, y = function(a, b)
+        d = d_out[i].to(y.dtype) if y.dtype == torch.float8_e4m3fn else d_out[i]
+        torch.autograd.grad((z, y), (a, b), (d_sum[i], d))
+
+    return forward, whole
+
+
+def calls(
+    device: torch.device, dtype: torch.dtype, precision: str, kind: str, weight: Tensor, bias: Tensor
+) -> dict[str, Callable]:
+    """Contenders as functions of (x, delta) that return (sum, output)."""
+    weight.requires_grad_()
+    bias.requires_grad_()
+    norm = NormWeights(kind, weight, bias if kind == "layernorm" else None, 1e-5)
+    out_dtype = torch.float8_e4m3fn if precision == "fp8" else dtype
+    scale = scale_for(torch.tensor(4.0, device=device)) if precision == "fp8" else None
+    found: dict[str, Callable] = {}
+    for kernel in backends("add_norm"):
+        if kernel.requires(device, dtype) is None and not (
+            precision == "fp8" and kernel.backend in ("te", "apex", "compile")
+        ):
+
+            def ours(x: Tensor, delta: Tensor, function: Callable = kernel.function) -> tuple[Tensor, Tensor]:
+                out = function(x, delta, next_norm=norm, residual_dtype=dtype, out_dtype=out_dtype, fp8_scale=scale)
+                return out.trunk, out.branch_input
+
+            found[f"megaresnorm {kernel.backend}"] = ours
+    own, own_bias = (t.detach().to(dtype).requires_grad_() for t in (weight, bias))
+
+    def eager(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        z = x + delta
+        if kind == "layernorm":
+            return z, F.layer_norm(z, z.shape[-1:], own, own_bias, 1e-5)
+        return z, F.rms_norm(z, z.shape[-1:], own, 1e-5)
+
+    found["eager"] = eager
+    if device.type == "cuda" or kind == "rmsnorm":  # on CPUs compiling layer_norm is slower than eager
+        found["torch.compile of eager"] = torch.compile(eager)
+    if device.type == "cuda" and kind == "rmsnorm":
+        found |= others(own, dtype)
+    return found
+
+
+def others(weight: Tensor, dtype: torch.dtype) -> dict[str, Callable]:
+    """Fused add and RMSNorm of other projects, where they are installed."""
+    found: dict[str, Callable] = {}
+    try:
+        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+
+        def liger(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+            y, z = LigerFusedAddRMSNormFunction.apply(x, delta, weight, 1e-5, 0.0, "llama", False)
+            return z, y
+
+        found["Liger"] = liger
+    except ImportError:
+        pass
+    try:
+        from quack.rmsnorm import rmsnorm
+
+        def quack(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+            y, z = rmsnorm(x, weight, residual=delta, eps=1e-5, prenorm=True)
+            return z, y
+
+        found["quack"] = quack
+    except ImportError:
+        pass
+    return found
+
+
+def markdown(results: list[dict]) -> str:
+    first = results[0]
+    lines = [
+        f"**{first['columns']} columns, {first['norm']}, {first['precision']}**: copy {first['copy_gb_s']:.1f} GB/s",
+        "",
+        "| | forward, ms | with backward, ms | forward / copy | backward / copy | eager / this |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in sorted(results, key=lambda r: r["both_ms"]):
+        lines.append(
+            f"| {r['name']} | {r['forward_ms']:.2f} | {r['both_ms']:.2f} | {r['forward_of_copy']:.0%} | "
+            f"{r['backward_of_copy']:.0%} | {r['eager_over_this']:.2f}x |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def draw(results: list[dict], where: str, path: Path) -> None:
+    """GB/s of forward and backward together, one panel for each precision and norm."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = sorted({(r["precision"], r["norm"]) for r in results})
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False)
+    for axis, (precision, norm) in zip(axes[0], panels, strict=True):
+        here = [r for r in results if (r["precision"], r["norm"]) == (precision, norm)]
+        columns = sorted({r["columns"] for r in here})
+        names = list(dict.fromkeys(r["name"] for r in here))
+        for k, name in enumerate(names):
+            heights = [next(r["both_gb_s"] for r in here if r["columns"] == c and r["name"] == name) for c in columns]
+            axis.bar([i + k / (len(names) + 1) for i in range(len(columns))], heights, 1 / (len(names) + 1), label=name)
+        copies = [next(r["copy_gb_s"] for r in here if r["columns"] == c) for c in columns]
+        axis.plot([i + 0.4 for i in range(len(columns))], copies, "k_", markersize=26, label="copy")
+        axis.set_xticks([i + 0.4 for i in range(len(columns))], [str(c) for c in columns])
+        axis.set_title(f"{norm}, {precision}")
+        axis.set_xlabel("columns")
+    axes[0][0].set_ylabel("GB/s, forward and backward")
+    axes[0][-1].legend(fontsize=7)
+    figure.suptitle(where, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
