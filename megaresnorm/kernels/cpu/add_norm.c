@@ -5,6 +5,15 @@
  */
 #include "common.h"
 
+/* Where a row of an output is written: into the tensor, or into a scratch row that flush() streams there. */
+INLINE void *target(const void *tensor, int type, long row, long n, long stream, void *staging) {
+    return tensor && stream ? staging : (void *)row_of(tensor, type, row, n);
+}
+
+INLINE void flush(const void *tensor, int type, long row, long n, long stream, const void *staging) {
+    if (tensor && stream) stream_bytes((void *)row_of(tensor, type, row, n), staging, n * size_of(type));
+}
+
 enum kind { NO_NORM = 0, RMSNORM = 1, LAYERNORM = 2 };
 #define PIECE 512
 #define SUMS 7 /* column sums of backward, in the order of struct backward's norms */
@@ -19,6 +28,7 @@ struct forward {
     const float *fp8_scale;     /* [1], or NULL */
     struct norm branch_norm, norm, next_norm;
     long columns, gate_size, x_type, delta_type, residual_type, branch_type;
+    long stream; /* outputs are larger than the caches */
     double alpha, scale;
 };
 
@@ -26,11 +36,11 @@ struct backward {
     const void *d_trunk, *d_branch; /* gradients, or NULL */
     const void *z, *trunk, *delta;  /* what forward stored; trunk with two norms, delta with a learned gate or a norm of its own */
     const float *gate;
-    void *dx, *d_delta;             /* outputs, or NULL */
+    void *dx, *d_delta;             /* outputs; d_delta may be NULL */
     float *partial;                 /* [blocks, SUMS, columns]: of weight and bias of the three norms, and of the gate */
     struct norm branch_norm, norm, next_norm;
     long rows, rows_per_block, columns, gate_size;
-    long d_trunk_type, d_branch_type, residual_type, delta_type, dx_type, d_delta_type;
+    long d_trunk_type, d_branch_type, residual_type, delta_type, dx_type, d_delta_type, stream;
     double alpha, scale;
 };
 
@@ -46,10 +56,10 @@ INLINE void sum_piece(const void *x, int X, const void *delta, int D, const floa
     }
 }
 
-static void sum_row(const struct forward *a, long row, const void *delta, int delta_type, float scale, float *z) {
+static void sum_row(const struct forward *a, long row, const void *delta, int delta_type, float scale, float *z, void *staging) {
     const long n = a->columns;
     const void *x = row_of(a->x, a->x_type, row, n);
-    void *stored = (void *)row_of(a->z, a->residual_type, row, n);
+    void *stored = target(a->z, a->residual_type, row, n, a->stream, staging);
 #define SUM(delta, vector_gate, stored) \
     WITH_TYPE(a->x_type, X, WITH_TYPE(delta_type, D, WITH_TYPE(a->residual_type, Z, \
         sum_piece(x, X, delta, D, a->gate, vector_gate, a->alpha, scale, z, stored, Z, n))))
@@ -58,6 +68,7 @@ static void sum_row(const struct forward *a, long row, const void *delta, int de
     else if (a->gate_size > 1) SUM(delta, 1, stored);
     else SUM(delta, 0, stored);
 #undef SUM
+    flush(a->z, a->residual_type, row, n, a->stream, staging);
 }
 
 /* Mean (0 for RMSNorm) and 1 / sqrt(mean square of the deviation + eps), in two passes. */
@@ -119,7 +130,7 @@ INLINE float store_row(const float *restrict x, void *restrict out, int OUT, flo
 
 EXPORT void add_norm_forward(const struct forward *a, long first, long last) {
     const long n = a->columns;
-    float *z = scratch(2, n), *y = z + padded(n);
+    float *z = scratch(3, n), *y = z + padded(n), *staging = y + padded(n);
     const float scale = a->gate_size == 1 ? a->gate[0] : (float)a->scale;
     const float fp8_scale = a->fp8_scale ? a->fp8_scale[0] : 1.0f;
     for (long row = first; row < last; row++) {
@@ -132,13 +143,15 @@ EXPORT void add_norm_forward(const struct forward *a, long first, long last) {
             apply_norm(&a->branch_norm, y, y, NULL, F32, 1.0f, 0, mean, reciprocal, n);
             delta = y, delta_type = F32;
         }
-        sum_row(a, row, delta, delta_type, scale, z);
+        sum_row(a, row, delta, delta_type, scale, z, staging);
+        if (a->stream) prefetch_next(a->x, a->x_type, row, last, n), prefetch_next(a->delta, a->delta_type, row, last, n);
         if (a->norm.kind) {
-            void *trunk = (void *)row_of(a->trunk, a->residual_type, row, n);
+            void *trunk = target(a->trunk, a->residual_type, row, n, a->stream, staging);
             row_statistics(z, n, &a->norm, row, &mean, &reciprocal);
             WITH_TYPE(a->residual_type, T, apply_norm(&a->norm, z, z, trunk, T, 1.0f, 0, mean, reciprocal, n));
+            flush(a->trunk, a->residual_type, row, n, a->stream, staging);
         }
-        void *branch = (void *)row_of(a->branch, a->branch_type, row, n);
+        void *branch = target(a->branch, a->branch_type, row, n, a->stream, staging);
         if (a->next_norm.kind) {
             row_statistics(z, n, &a->next_norm, row, &mean, &reciprocal);
             if (a->amax) WITH_OUTPUT(a->branch_type, B,
@@ -147,8 +160,10 @@ EXPORT void add_norm_forward(const struct forward *a, long first, long last) {
         } else if (branch) {
             WITH_OUTPUT(a->branch_type, B, amax = store_row(z, branch, B, fp8_scale, n));
         }
+        flush(a->branch, a->branch_type, row, n, a->stream, staging);
         if (a->amax) a->amax[row] = amax;
     }
+    stream_end();
     free(z);
 }
 
@@ -228,7 +243,14 @@ static void backward_row(const struct backward *a, long row, float *scratch_rows
         memcpy(dy, g, n * sizeof *g);
         WITH_TYPE(residual, X, NORM_BACKWARD(&a->norm, dy, F32, z, X, 2));
     }
-    if (a->dx) WITH_TYPE(a->dx_type, T, store_scaled(g, a->alpha, NULL, (void *)row_of(a->dx, T, row, n), T, n));
+    if (a->stream) {
+        prefetch_next(a->z, residual, row, a->rows, n);
+        prefetch_next(a->d_branch, a->d_branch_type, row, a->rows, n);
+        prefetch_next(a->d_trunk, a->d_trunk_type, row, a->rows, n);
+    }
+    void *dx = target(a->dx, a->dx_type, row, n, a->stream, unit);
+    WITH_TYPE(a->dx_type, T, store_scaled(g, a->alpha, NULL, dx, T, n));
+    flush(a->dx, a->dx_type, row, n, a->stream, unit);
     if (!a->d_delta) return;
     if (a->gate_size) WITH_TYPE(a->delta_type, D, add_gate_sums(g, delta, D, &a->branch_norm, row, partial + 6 * n, n));
     float scale = a->gate_size == 1 ? a->gate[0] : (float)a->scale;
@@ -238,7 +260,9 @@ static void backward_row(const struct backward *a, long row, float *scratch_rows
         WITH_TYPE(a->delta_type, D, NORM_BACKWARD(&a->branch_norm, dy, F32, delta, D, 0));
         scale = 1.0f, gate = NULL;
     }
-    WITH_TYPE(a->d_delta_type, T, store_scaled(g, scale, gate, (void *)row_of(a->d_delta, T, row, n), T, n));
+    void *d_delta = target(a->d_delta, a->d_delta_type, row, n, a->stream, unit);
+    WITH_TYPE(a->d_delta_type, T, store_scaled(g, scale, gate, d_delta, T, n));
+    flush(a->d_delta, a->d_delta_type, row, n, a->stream, unit);
 #undef NORM_BACKWARD
 }
 
@@ -252,5 +276,6 @@ EXPORT void add_norm_backward(const struct backward *a, long first, long last) {
         for (long row = block * a->rows_per_block; row < MIN((block + 1) * a->rows_per_block, a->rows); row++)
             backward_row(a, row, rows, partial);
     }
+    stream_end();
     free(rows);
 }

@@ -11,6 +11,7 @@ from megaresnorm.kernels.dispatch import register_kernel
 from megaresnorm.kernels.fused import BACKENDS, SUMS, Backend, Call, Inputs, Outputs, Saved, fused_add_norm
 
 KINDS = {"none": 0, "rmsnorm": 1, "layernorm": 2}
+STREAM_ELEMENTS = 1 << 21  # above this, what is written has left the second-level cache before it is read
 ROWS_PER_BLOCK = 256  # whose gradients of weights are summed before those of blocks are added up
 
 _pointer, _long, _double = ctypes.c_void_p, ctypes.c_long, ctypes.c_double
@@ -33,14 +34,14 @@ def _fields(pointers: str, numbers: str) -> list[tuple]:
 
 class _Forward(ctypes.Structure):
     _fields_ = _fields(
-        "x delta gate z trunk branch amax fp8_scale", "columns gate_size x_type delta_type residual_type branch_type"
+        "x delta gate z trunk branch amax fp8_scale", "columns gate_size x_type delta_type residual_type branch_type stream"
     )
 
 
 class _Backward(ctypes.Structure):
     _fields_ = _fields(
         "d_trunk d_branch z trunk delta gate dx d_delta partial",
-        "rows rows_per_block columns gate_size d_trunk_type d_branch_type residual_type delta_type dx_type d_delta_type",
+        "rows rows_per_block columns gate_size d_trunk_type d_branch_type residual_type delta_type dx_type d_delta_type stream",
     )
 
 
@@ -52,7 +53,8 @@ def _forward(inputs: Inputs, call: Call, outputs: Outputs) -> None:
     argument = _Forward(
         at(x), at(delta), at(gate), at(z), at(trunk), at(branch), at(amax), at(fp8_scale),
         *_norms(call, weights, statistics), columns, 0 if gate is None else gate.numel(),
-        type_of(x), type_of(delta), build.TYPES[call.residual_dtype], type_of(branch), call.alpha, call.scale,
+        type_of(x), type_of(delta), build.TYPES[call.residual_dtype], type_of(branch), rows * columns > STREAM_ELEMENTS,
+        call.alpha, call.scale,
     )  # fmt: skip
     build.call(build.load().add_norm_forward, argument, rows, rows * columns)
 
@@ -68,7 +70,8 @@ def _backward(
     argument = _Backward(
         at(d_trunk), at(d_branch), at(z), at(trunk), at(delta), at(gate), at(dx), at(d_delta), at(partial),
         *_norms(call, weights, statistics), rows, ROWS_PER_BLOCK, columns, 0 if gate is None else gate.numel(),
-        *map(type_of, (d_trunk, d_branch, z, delta, dx, d_delta)), call.alpha, call.scale,
+        *map(type_of, (d_trunk, d_branch, z, delta, dx, d_delta)), rows * columns > STREAM_ELEMENTS,
+        call.alpha, call.scale,
     )  # fmt: skip
     build.call(build.load().add_norm_backward, argument, blocks, rows * columns)
     return partial[0] if blocks == 1 else partial.sum(0)

@@ -11,6 +11,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
 
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
@@ -59,6 +62,13 @@ INLINE const void *row_of(const void *p, int type, long r, long n) {
     return p ? (const char *)p + r * n * size_of(type) : NULL;
 }
 
+/* Ask for the row after ``r``, so that it arrives while this one is worked on. */
+INLINE void prefetch_next(const void *p, int type, long r, long last, long n) {
+    if (!p || r + 1 >= last) return;
+    const char *next = row_of(p, type, r + 1, n);
+    for (long i = 0; i < n * size_of(type); i += 64) __builtin_prefetch(next + i);
+}
+
 /* A loop is specialised for each type by calling it with constants: WITH_TYPE(t, T, f(T, ...)). */
 #define WITH_TYPE(type, T, call) \
     do { if ((type) == BF16) { const int T = BF16; call; } else { const int T = F32; call; } } while (0)
@@ -82,6 +92,31 @@ INLINE float exp_f32(float x) {
     y = x < -87.0f ? 0.0f : y;
     y = x > 88.72f ? INFINITY : y;
     return x != x ? x : y;
+}
+
+/* Copy what will not be read again before it has left the caches: past them, so that nothing is fetched to be overwritten. */
+static inline void stream_bytes(void *restrict to, const void *restrict from, long bytes) {
+#ifdef __SSE2__
+    if ((uintptr_t)to % 64 == 0 && bytes % 64 == 0) {
+        for (long i = 0; i < bytes; i += 64) {
+            const __m128i *source = (const __m128i *)((const char *)from + i);
+            __m128i *target = (__m128i *)((char *)to + i);
+#ifdef __AVX512F__
+            _mm512_stream_si512((__m512i *)target, _mm512_loadu_si512(source));
+#else
+            for (int k = 0; k < 4; k++) _mm_stream_si128(target + k, _mm_loadu_si128(source + k));
+#endif
+        }
+        return;
+    }
+#endif
+    memcpy(to, from, bytes);
+}
+
+INLINE void stream_end(void) { /* before anybody else reads what was streamed */
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
 }
 
 /* Scratch for ``rows`` rows of ``n`` floats, each starting on a cache line; free() gives it back. */
