@@ -7,7 +7,8 @@ python tools/bench_train.py --shapes 200x64 --architectures gpt2 --precisions fp
 Every contender is a process of its own with one thread and the same malloc settings. Before anything is timed, its logits
 and the losses of its first steps are compared with ours. A round gives each contender the same number of steps in turn,
 the order changing from round to round; rates are tokens per CPU second, medians over the rounds, and a ratio is the median of the
-rounds' ratios. In BF16 a peer runs under autocast and with BF16 weights, and the faster one counts.
+rounds' ratios. In BF16 a peer runs under autocast and with BF16 weights, and the faster one counts. We run a second time with
+the reference kernels, which shows what the others give.
 """
 
 import argparse
@@ -34,6 +35,13 @@ from megaresnorm.data.loader import Batch
 from megaresnorm.engines.native import Decision, NativeEngine
 
 OURS = "megaresnorm"
+REFERENCE = f"{OURS}, reference kernels"
+REFERENCE_KERNELS = {
+    "add_norm": "reference",
+    "attention": "sdpa",
+    "activation": "reference",
+    "cross_entropy": "reference",
+}
 # Chunks above 32 MiB would be mapped, touched and unmapped anew in every step; and large pages where the kernel has them.
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "8589934592",
@@ -41,14 +49,16 @@ MALLOC = {
     "MALLOC_TOP_PAD_": "268435456",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
-CHECK_STEPS = 3
+CHECK_STEPS = {OURS: 10, REFERENCE: 10}  # a peer: 3
 LOGIT_TOLERANCE = {"fp32": 2e-4, "autocast": 0.25, "bf16": 0.25}  # of logits with a deviation of about 1
 LOSS_TOLERANCE = {"fp32": 1e-3, "autocast": 0.05, "bf16": 0.05}
+REFERENCE_LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 0.02}
 CLASSES = {  # of an operator by what its name contains, the first that fits
-    "attention": ("scaled_dot_product", "bmm", "aten::_softmax"),
+    "attention": ("scaled_dot_product", "bmm", "aten::_softmax", "attention"),
     "matmul": ("aten::mm", "addmm", "matmul"),
-    "norm + residual": ("layer_norm", "rms_norm", "rsqrt", "aten::pow", "PowBackward", "aten::mean", "MeanBackward", "aten::add"),
-    "activation": ("gelu", "silu"),
+    "norm + residual": ("layer_norm", "rms_norm", "rsqrt", "aten::pow", "PowBackward", "aten::mean", "MeanBackward", "aten::add",
+                        "add_norm", "RMSNorm"),
+    "activation": ("gelu", "silu", "activation"),
     "loss": ("log_softmax", "nll_loss", "cross_entropy", "logsumexp", "CrossEntropy", "aten::exp", "scatter"),
     "optimizer": ("adamw", "AdamW", "_norm", "foreach", "clamp", "zero_grad"),
 }  # fmt: skip
@@ -116,6 +126,8 @@ def race(shape: Shape, precision: str, arguments: argparse.Namespace) -> dict:
             ]
             for peer in contenders[1:]:
                 compare(contenders[0], peer)
+            contenders.append(Contender(REFERENCE, precision, shape, folder, arguments.malloc))
+            drift = compare(contenders[0], contenders[-1])
             rates: dict[str, list[float]] = {c.label: [] for c in contenders}
             for turn in range(arguments.rounds):
                 shift = turn % len(contenders)
@@ -137,7 +149,7 @@ def race(shape: Shape, precision: str, arguments: argparse.Namespace) -> dict:
         }
         for label, values in rates.items()
     ]
-    best = max(rows[1:], key=lambda row: row["tokens_per_cpu_second"])
+    best = max((row for row in rows if not row["name"].startswith(OURS)), key=lambda row: row["tokens_per_cpu_second"])
     print(
         f"{shape.num_blocks}x{shape.dim} {shape.architecture} {precision}: {best['ours_over_this']:.2f}x {best['name']}",
         file=sys.stderr,
@@ -147,6 +159,7 @@ def race(shape: Shape, precision: str, arguments: argparse.Namespace) -> dict:
         "precision": precision,
         "best_peer": best["name"],
         "ratio": best["ours_over_this"],
+        "loss_difference_of_kernels": drift,
         "rows": rows,
     }
 
@@ -162,7 +175,7 @@ class Contender:
     malloc: str
 
     def __post_init__(self) -> None:
-        self.label = self.name if self.name == OURS else f"{self.name}, {self.mode}"
+        self.label = self.name if self.name.startswith(OURS) else f"{self.name}, {self.mode}"
         setting = {"name": self.name, "mode": self.mode, "shape": asdict(self.shape), "folder": self.folder}
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TRANSFORMERS_OFFLINE": "1"}
         self._process = subprocess.Popen(
@@ -195,15 +208,18 @@ class Contender:
         return json.loads(line)
 
 
-def compare(ours: Contender, peer: Contender) -> None:
-    """Refuse to time a peer that does not compute what we compute."""
+def compare(ours: Contender, peer: Contender) -> float:
+    """Refuse to time what does not compute what we compute; returns the largest difference of a loss."""
     a, b = (load_file(c.checks["logits"])["logits"].float() for c in (ours, peer))
     difference = (a - b).abs().max().item()
     if difference > LOGIT_TOLERANCE[peer.mode]:
         raise SystemExit(f"bench_train: logits of {peer.label} differ from ours by {difference:.2e}")
-    for step, (x, y) in enumerate(zip(ours.checks["losses"], peer.checks["losses"], strict=True)):
-        if abs(x - y) > LOSS_TOLERANCE[peer.mode]:
+    tolerance = (REFERENCE_LOSS_TOLERANCE if peer.name == REFERENCE else LOSS_TOLERANCE)[peer.mode]
+    losses = list(zip(ours.checks["losses"], peer.checks["losses"], strict=False))  # a peer makes fewer steps
+    for step, (x, y) in enumerate(losses):
+        if abs(x - y) > tolerance:
             raise SystemExit(f"bench_train: at step {step + 1} the loss of {peer.label} is {y:.5f}, ours {x:.5f}")
+    return max(abs(x - y) for x, y in losses)
 
 
 # --- a contender's own process ----------------------------------------------------------------------------------------
@@ -217,18 +233,19 @@ def serve(name: str, mode: str, shape: dict, folder: str) -> None:
     made = Shape(**shape)
     weights_file = Path(folder, "weights.safetensors")
     step: Callable[[Tensor, Tensor], float]
-    if name == OURS:
-        engine = build_ours(made, mode)
-        save_file({n: t.clone() for n, t in engine.tensors()["weights"].items()}, weights_file)
+    if name.startswith(OURS):
+        engine = build_ours(made, mode, {} if name == OURS else REFERENCE_KERNELS)
+        if name == OURS:
+            save_file({n: t.clone() for n, t in engine.tensors()["weights"].items()}, weights_file)
         logits, step = engine.model, lambda tokens, labels: ours_step(engine, tokens, labels)
     else:
         peer = PEERS[made.architecture][name](made, load_file(weights_file), mode)
         logits, step = peer.logits, peer.step
     data = batches(made)
-    file = Path(folder, f"{name}-{mode}.safetensors".replace(" ", "-"))
+    file = Path(folder, f"{name}-{mode}.safetensors".replace(" ", "-").replace(",", ""))
     with torch.no_grad():
         save_file({"logits": logits(data[0][0]).float().reshape(-1, made.vocab_size).contiguous()}, file)
-    losses = [step(*data[i]) for i in range(CHECK_STEPS)]
+    losses = [step(*data[i % len(data)]) for i in range(CHECK_STEPS.get(name, 3))]
     answer = {"logits": str(file), "losses": losses}
     while True:
         answers.write(json.dumps(answer) + "\n")
@@ -241,7 +258,7 @@ def serve(name: str, mode: str, shape: dict, folder: str) -> None:
         answer = timed(step, data, steps) if request["what"] == "time" else profiled(step, data, steps)
 
 
-def build_ours(shape: Shape, mode: str) -> NativeEngine:
+def build_ours(shape: Shape, mode: str, kernels: dict[str, str]) -> NativeEngine:
     wiring = (
         {"norm": "layernorm", "positions": "learned", "ffn": "gelu", "bias": True}
         if shape.architecture == "gpt2"
@@ -254,6 +271,7 @@ def build_ours(shape: Shape, mode: str) -> NativeEngine:
             "data": {"path": "none"},
             "train": {"output": "none", "steps": 1, "global_batch": shape.batch},
             "precision": {"compute": mode},
+            "kernels": kernels,
         }
     )
     return NativeEngine(build_model(recipe.model, recipe.precision, recipe.kernels), recipe)
@@ -309,7 +327,8 @@ def markdown(report: dict) -> str:
         lines += [
             f"**{shape['num_blocks']} blocks x {shape['dim']}, {shape['architecture']}, {result['precision']}** (sequence "
             f"{shape['seq_len']}, batch {shape['batch']}, vocabulary {shape['vocab_size']}): "
-            f"{result['ratio']:.2f}x the best peer, {result['best_peer']}",
+            f"{result['ratio']:.2f}x the best peer, {result['best_peer']}; over ten steps losses differ from those "
+            f"of the reference kernels by at most {result['loss_difference_of_kernels']:.1e}",
             "",
             f"| | tokens per CPU second | ours is | peak MiB | {' | '.join(f'{c}, ms' for c in [*CLASSES, 'rest'])} |",
             "| --- " * (4 + len(CLASSES) + 1) + "|",

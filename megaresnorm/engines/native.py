@@ -74,8 +74,8 @@ class NativeEngine:
         tokens = sum(int((batch.labels >= 0).sum()) for batch in batches)
         loss = torch.zeros((), dtype=torch.float64)
         for batch in batches:
-            nll, objective = self._losses(batch, self._dropout(batch))
-            (objective / max(1, tokens)).backward()
+            nll, objective = self._losses(batch, self._dropout(batch), 1 / max(1, tokens))
+            objective.backward()
             loss += nll.detach().cpu()
         gradients = self._optimizer.collect(per_parameter=self._clips_each)
         norms = gradient_norms(gradients)
@@ -94,7 +94,7 @@ class NativeEngine:
         """Mean cross entropy a token, in nats, without dropout and z-loss."""
         total, tokens = 0.0, 0
         for batch in batches:
-            nll, _ = self._losses(batch, None)
+            nll, _ = self._losses(batch, None, 1.0)
             total += nll.item()
             tokens += int((batch.labels >= 0).sum())
         return total / max(1, tokens)
@@ -127,9 +127,9 @@ class NativeEngine:
             digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def _losses(self, batch: Batch, dropout: DropoutKey | None) -> tuple[Tensor, Tensor]:
+    def _losses(self, batch: Batch, dropout: DropoutKey | None, scale: float) -> tuple[Tensor, Tensor]:
         logits_TV = self.model(batch.tokens, dropout, documents_BS=batch.documents)
-        return self.assembled.cross_entropy(logits_TV, batch.labels.flatten(), self._z_loss)
+        return self.assembled.cross_entropy(logits_TV, batch.labels.flatten(), self._z_loss, scale)
 
     def _dropout(self, batch: Batch) -> DropoutKey | None:
         if not self._drops:

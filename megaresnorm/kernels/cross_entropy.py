@@ -14,18 +14,21 @@ CACHED_ELEMENTS = 1 << 19  # FP32 logits in work at a time on a CPU: 2 MiB, the 
 
 
 @register_kernel("cross_entropy", "chunked")
-def chunked_cross_entropy(logits_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+def chunked_cross_entropy(
+    logits_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """As ``reference.cross_entropy_sums``, but the logits are **consumed**: where they need a gradient it takes their place, so
     that nothing of their size is allocated.
 
-    Only the objective can be differentiated, and once: its gradient is scaled in place.
+    Only the objective can be differentiated, and once. ``scale`` goes into the gradient as it is written; a factor that comes
+    with the backward pass costs another pass over it.
     """
-    return _ChunkedCrossEntropy.apply(logits_TV, labels_T, z_loss)
+    return _ChunkedCrossEntropy.apply(logits_TV, labels_T, z_loss, scale)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, z_loss: float, scale: float) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(logits_TV.dtype, torch.float32)
         rows, vocab = logits_TV.shape
         chunk = rows if logits_TV.is_cuda else max(1, CACHED_ELEMENTS // vocab)
@@ -48,16 +51,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if z_loss:
                     gradient *= 1.0 + 2.0 * z_loss * log_z
                 gradient.scatter_add_(-1, label, torch.full_like(label_log_p, -1.0))
+                if scale != 1.0:
+                    gradient *= scale
                 if not valid.all():
                     gradient.masked_fill_(~valid, 0.0)
                 if not in_place:
                     logits.copy_(gradient)
         ctx.gradient = logits_TV if ctx.needs_input_grad[0] else None
         ctx.mark_non_differentiable(nll)
-        return nll, nll + z_loss * penalty
+        return nll, scale * (nll + z_loss * penalty)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         gradient, ctx.gradient = ctx.gradient, None
         assert gradient is not None, "the objective can be differentiated once"
-        return gradient.mul_(grads[1]), None, None
+        return scaled(gradient, grads[1]), None, None, None
+
+
+def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """In place; on a GPU, where looking at the factor would make the host wait, also by 1."""
+    return gradient if not factor.is_cuda and factor.item() == 1.0 else gradient.mul_(factor)

@@ -72,6 +72,19 @@ def test_a_second_backward_is_refused(chunked_cross_entropy):
         objective.backward()
 
 
+@pytest.mark.parametrize("chosen", KERNELS)
+def test_a_scale_goes_into_objective_and_gradient(chosen):
+    leaf, labels = torch.randn(6, 20, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, -1, 3, 4, 19])
+    found = []
+    for kernel in (cross_entropy_sums, chosen):
+        x = leaf.clone().requires_grad_()
+        nll, objective = kernel(x * 1.0, labels, 0.01, 0.125)
+        (objective * 3.0).backward()
+        found.append((nll.detach(), objective.detach(), x.grad))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.skipif(build.unavailable() is not None, reason="no C compiler")
 @pytest.mark.parametrize("level", build.levels())
 def test_in_c_padded_columns_stay_and_nan_is_seen(level, monkeypatch):

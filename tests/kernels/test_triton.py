@@ -11,6 +11,7 @@ import torch
 from add_norm_checks import BF16, DTYPES, GATES, PATTERNS, check, check_fp8, make_norm
 
 from megaresnorm.kernels import fused, load_backends
+from megaresnorm.kernels.dispatch import backends
 from megaresnorm.kernels.reference import add_norm
 
 pytest.importorskip("triton")
@@ -75,3 +76,12 @@ def test_more_elements_than_two_to_the_31_on_a_gpu():
     want = add_norm(x[-1:], next_norm=norm, residual_dtype=BF16, out_dtype=BF16)
     assert not out.branch_input[0].any()
     torch.testing.assert_close(out.branch_input[-1:], want.branch_input, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "backend", [pytest.param("te", marks=pytest.mark.te), pytest.param("apex", marks=pytest.mark.apex)]
+)
+def test_norms_of_other_packages_on_a_gpu(backend):
+    kernel = next(k.function for k in backends("add_norm") if k.backend == backend)
+    for pattern in ("pre", "pre, rms", "keel"):
+        check(kernel, 199, 1024, pattern, "number", "bf16 on fp32", device="cuda")

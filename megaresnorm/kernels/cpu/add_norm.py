@@ -34,7 +34,8 @@ def _fields(pointers: str, numbers: str) -> list[tuple]:
 
 class _Forward(ctypes.Structure):
     _fields_ = _fields(
-        "x delta gate z trunk branch amax fp8_scale", "columns gate_size x_type delta_type residual_type branch_type stream"
+        "x delta gate z trunk branch amax fp8_scale",
+        "columns gate_size x_type delta_type residual_type branch_type stream",
     )
 
 

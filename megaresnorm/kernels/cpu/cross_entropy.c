@@ -6,7 +6,7 @@ struct cross_entropy {
     const int64_t *labels; /* [rows]; negative: nothing to predict */
     float *losses;         /* [rows, 2]: -log p(label) and log(Z)^2, 0 without a label */
     long columns, pitch, type, wants_gradient;
-    double z_loss;
+    double z_loss, scale;
 };
 
 INLINE void cross_entropy_row(const struct cross_entropy *a, void *logits, int T, int64_t label, float *losses) {
@@ -35,11 +35,11 @@ INLINE void cross_entropy_row(const struct cross_entropy *a, void *logits, int T
     losses[0] = log_z - at_label;
     losses[1] = log_z * log_z;
     if (!a->wants_gradient) return;
-    /* p (1 + 2 z log Z) at every token, less 1 at the label */
-    const float factor = (float)((1.0 + 2.0 * a->z_loss * log_z) / sum);
+    /* scale (p (1 + 2 z log Z) at every token, less 1 at the label) */
+    const float factor = (float)(a->scale * (1.0 + 2.0 * a->z_loss * log_z) / sum);
 #pragma omp simd
     for (long i = 0; i < n; i++) store(logits, T, i, factor * exp_f32(load(logits, T, i) - largest));
-    store(logits, T, label, (float)((double)factor * exp_f32(at_label - largest) - 1.0));
+    store(logits, T, label, (float)((double)factor * exp_f32(at_label - largest) - a->scale));
 }
 
 EXPORT void cross_entropy(const struct cross_entropy *a, long first, long last) {

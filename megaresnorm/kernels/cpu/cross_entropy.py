@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megaresnorm.kernels.cpu import build
+from megaresnorm.kernels.cross_entropy import scaled
 from megaresnorm.kernels.dispatch import register_kernel
 
 
@@ -17,18 +18,21 @@ class _Structure(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("logits", "labels", "losses")),
         *((name, ctypes.c_long) for name in ("columns", "pitch", "type", "wants_gradient")),
         ("z_loss", ctypes.c_double),
+        ("scale", ctypes.c_double),
     ]
 
 
 @register_kernel("cross_entropy", "cpu", requires=build.requires)
-def cpu_cross_entropy(logits_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+def cpu_cross_entropy(
+    logits_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """As ``cross_entropy.chunked_cross_entropy``: the logits are **consumed** where they need a gradient."""
-    return _CrossEntropy.apply(logits_TV, labels_T, z_loss)
+    return _CrossEntropy.apply(logits_TV, labels_T, z_loss, scale)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, z_loss: float, scale: float) -> tuple[Tensor, Tensor]:
         if logits_TV.dtype not in build.TYPES:
             raise TypeError(
                 f"cross_entropy/cpu: logits are {logits_TV.dtype}, wanted float32 or bfloat16; take another backend"
@@ -42,7 +46,7 @@ class _CrossEntropy(torch.autograd.Function):
         at = build.address
         argument = _Structure(
             at(logits_TV), at(labels_T), at(losses_T2),
-            columns, logits_TV.stride(0), build.type_of(logits_TV), wants_gradient, z_loss,
+            columns, logits_TV.stride(0), build.type_of(logits_TV), wants_gradient, z_loss, scale,
         )  # fmt: skip
         build.call(build.load().cross_entropy, argument, rows, rows * columns)
         if wants_gradient:
@@ -51,10 +55,10 @@ class _CrossEntropy(torch.autograd.Function):
         nll, penalty = losses_T2.sum(0).unbind()
         nll = nll.clone()
         ctx.mark_non_differentiable(nll)
-        return nll, nll + z_loss * penalty
+        return nll, scale * (nll + z_loss * penalty)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         gradient, ctx.gradient = ctx.gradient, None
         assert gradient is not None, "the objective can be differentiated once"
-        return gradient.mul_(grads[1]), None, None
+        return scaled(gradient, grads[1]), None, None, None
