@@ -141,7 +141,7 @@ def test_unknown_topology_and_kernel_are_suggested(tiny):
 
     with pytest.raises(ConfigError, match=r"did you mean deepnorm\?"):
         check(tiny(model={"topology": "deepnom"}))
-    with pytest.raises(ConfigError, match="wanted one of auto, .*reference"):
+    with pytest.raises(ConfigError, match=r"wanted one of auto, .*reference"):
         Run(tiny(kernels={"add_norm": "referense"}))
 
 

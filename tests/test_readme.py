@@ -46,7 +46,18 @@ def test_settings_that_are_named_exist(page):
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["train"], ["prepare"], ["data"], ["data", "show"], ["data", "verify"], ["generate"], ["depth"], ["schema"]],
+    [
+        [],
+        ["train"],
+        ["prepare"],
+        ["data"],
+        ["data", "show"],
+        ["data", "verify"],
+        ["generate"],
+        ["depth"],
+        ["doctor"],
+        ["schema"],
+    ],
 )
 def test_help_is_printed(command, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -55,7 +66,7 @@ def test_help_is_printed(command, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["trian"], ["train"], ["depth"], ["depth", "--probe", "--depths", "0"], ["prepare"]]
+    "arguments", [[], ["trian"], ["train"], ["depth"], ["depth", "--probe", "--depths", "0"], ["prepare"], ["doctor"]]
 )
 def test_wrong_arguments_exit_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
