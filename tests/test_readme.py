@@ -66,7 +66,16 @@ def test_help_is_printed(command, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["trian"], ["train"], ["depth"], ["depth", "--probe", "--depths", "0"], ["prepare"], ["doctor"]]
+    "arguments",
+    [
+        [],
+        ["trian"],
+        ["train"],
+        ["depth"],
+        ["depth", "--probe", "--depths", "0"],
+        ["prepare"],
+        ["doctor", "--shapes", "3"],
+    ],
 )
 def test_wrong_arguments_exit_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:

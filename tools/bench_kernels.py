@@ -16,7 +16,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -65,7 +65,6 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, gpu = parser.add_argument, torch.cuda.is_available()
-    words = lambda text: text.split(",")  # noqa: E731
     add("--device", choices=["cpu", "cuda"], default="cuda" if gpu else "cpu", help="[cuda if there is one]")
     add("--rows", type=int, default=8192, help="[8192]")
     add(
@@ -75,11 +74,16 @@ def parse() -> argparse.Namespace:
     )
     add(
         "--precisions",
-        type=words,
+        type=lambda text: words(text, BYTES),
         default=["bf16", "fp32"] + (["fp8"] if gpu else []),
         help="bf16, fp32, fp8 (BF16 inputs)",
     )
-    add("--norms", type=words, default=["rmsnorm", "layernorm"], help="[rmsnorm,layernorm]")
+    add(
+        "--norms",
+        type=lambda text: words(text, ("rmsnorm", "layernorm")),
+        default=["rmsnorm", "layernorm"],
+        help="[rmsnorm,layernorm]",
+    )
     add("--rounds", type=int, default=9, help="measurements of each, in turn [9]")
     add(
         "--malloc",
@@ -93,6 +97,14 @@ def parse() -> argparse.Namespace:
         parser.error("--device cuda: torch sees no GPU here")
     arguments.columns = arguments.columns or ([1024, 2048, 4096, 8192] if arguments.device == "cuda" else [256, 1024])
     return arguments
+
+
+def words(text: str, known: Iterable[str]) -> list[str]:
+    """Words with commas between them, each one of ``known``."""
+    for word in text.split(","):
+        if word not in known:
+            raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(known)}")
+    return text.split(",")
 
 
 def same(a: dict, b: dict) -> bool:
@@ -111,8 +123,8 @@ def measure(device: torch.device, rows: int, columns: int, precision: str, kind:
     contenders = {}
     for name, function in calls(device, dtype, precision, kind, weight, bias).items():
         contenders[name] = both(function, x, delta, d_sum, d_out)
-    source, target = x[0], torch.empty_like(x[0])
-    copies = lambda i: target.copy_(source if i % 2 else delta[0])  # noqa: E731
+    target = [torch.empty_like(t) for t in x]
+    copies = lambda i: target[i].copy_(x[i])  # noqa: E731
     timer = Timer(device, count)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     copy: list[float] = []

@@ -52,7 +52,6 @@ MALLOC = {
 CHECK_STEPS = {OURS: 10, REFERENCE: 10}  # a peer: 3
 LOGIT_TOLERANCE = {"fp32": 2e-4, "autocast": 0.25, "bf16": 0.25}  # of logits with a deviation of about 1
 LOSS_TOLERANCE = {"fp32": 1e-3, "autocast": 0.05, "bf16": 0.05}
-REFERENCE_LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 0.02}
 CLASSES = {  # of an operator by what its name contains, the first that fits
     "attention": ("scaled_dot_product", "bmm", "aten::_softmax", "attention"),
     "matmul": ("aten::mm", "addmm", "matmul"),
@@ -214,10 +213,9 @@ def compare(ours: Contender, peer: Contender) -> float:
     difference = (a - b).abs().max().item()
     if difference > LOGIT_TOLERANCE[peer.mode]:
         raise SystemExit(f"bench_train: logits of {peer.label} differ from ours by {difference:.2e}")
-    tolerance = (REFERENCE_LOSS_TOLERANCE if peer.name == REFERENCE else LOSS_TOLERANCE)[peer.mode]
     losses = list(zip(ours.checks["losses"], peer.checks["losses"], strict=False))  # a peer makes fewer steps
     for step, (x, y) in enumerate(losses):
-        if abs(x - y) > tolerance:
+        if abs(x - y) > LOSS_TOLERANCE[peer.mode]:
             raise SystemExit(f"bench_train: at step {step + 1} the loss of {peer.label} is {y:.5f}, ours {x:.5f}")
     return max(abs(x - y) for x, y in losses)
 

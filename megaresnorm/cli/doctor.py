@@ -20,9 +20,14 @@ auto takes and why it does not take the others. Times are the best of five calls
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = doctor.add_argument
-    add("--kernels", action="store_true", required=True, help="examine the kernels")
+    add("--kernels", action="store_true", help="examine the kernels [there is nothing else to examine yet]")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="[auto]")
-    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="type of the matrix products [fp32]")
+    add(
+        "--dtype",
+        choices=["fp32", "bf16"],
+        default="fp32",
+        help="type of the matrix products, as precision.compute; it decides too [fp32]",
+    )
     add(
         "--shapes",
         type=_shapes,

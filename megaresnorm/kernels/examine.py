@@ -51,7 +51,14 @@ def _try(kernel: Kernel, chosen: bool, shape: tuple[int, int], device: torch.dev
         call()
         milliseconds = 1e3 * min(_seconds(call, device) for _ in range(5))
     except Exception as e:  # noqa: BLE001  (what a kernel raises is what is asked for)
-        return Finding(kernel.op, shape, kernel.backend, chosen, None, f"failed: {str(e).splitlines()[0][:100]}")
+        return Finding(
+            kernel.op,
+            shape,
+            kernel.backend,
+            chosen,
+            None,
+            f"failed: {(str(e) or type(e).__name__).splitlines()[0][:100]}",
+        )
     reason = "" if chosen else kernel.avoid(device, dtype) or "auto takes a faster one"
     return Finding(kernel.op, shape, kernel.backend, chosen, milliseconds, reason)
 

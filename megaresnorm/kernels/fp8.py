@@ -36,7 +36,8 @@ def norm_quant(
 
     statistics: [T, 2], as ``add_norm`` returned them for this norm.
     returns: (FP8 [T, D], inverse scales: [] for a whole tensor, else [T, ceil(D / 128)]), value = FP8 * inverse scale.
-    A gradient of the FP8 tensor is taken to be that of the value it stands for.
+    A gradient of the FP8 tensor is taken to be that of the value; ``reference.add_norm`` says what autograd does to it. Here the
+    statistics are computed once more, by a fused backend they are read.
     """
     wide = torch.float64 if trunk_TD.dtype == torch.float64 else torch.float32
     y_TD, _ = normalize_with_statistics(trunk_TD.to(wide), norm)

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megaresnorm.kernels.operator import Operator
+from megaresnorm.kernels.operator import FLOATS, Operator
 from megaresnorm.kernels.reference import AddNormOut, NormWeights
 
 FP8 = torch.float8_e4m3fn
-FLOATS = (torch.float32, torch.bfloat16)
 SUMS = 7  # column sums of the backward pass: of weight and bias of the three norms, and of the gate
 
 
@@ -53,7 +52,7 @@ class Call:
         return delta is not None or x.dtype != self.residual_dtype
 
 
-_one_call = functools.lru_cache(maxsize=None)(Call)
+_one_call = functools.lru_cache(maxsize=4096)(Call)
 
 
 def make_call(kinds: Sequence[str], eps: Sequence[float], *rest: Any) -> Call:
@@ -131,7 +130,7 @@ def fused_add_norm(backend: str) -> Callable[..., AddNormOut]:
         if isinstance(gate, float):
             scale = gate
         else:
-            learned = gate
+            learned = gate.float().contiguous()
         kind_0, weight_0, bias_0, eps_0 = _NO_NORM if branch_norm is None else branch_norm
         kind_1, weight_1, bias_1, eps_1 = _NO_NORM if norm is None else norm
         kind_2, weight_2, bias_2, eps_2 = _NO_NORM if next_norm is None else next_norm
@@ -176,7 +175,7 @@ def _unflatten(tensors: Sequence, call: Call, stores_sum: bool) -> Outputs:
 
 
 def _allocate(x: Tensor, delta: Tensor | None, call: Call) -> Outputs:
-    empty, rows = torch.empty_like, x.shape[0]
+    empty, rows = functools.partial(torch.empty_like, memory_format=torch.contiguous_format), x.shape[0]
     return Outputs(
         empty(x, dtype=call.residual_dtype) if call.stores_sum(x, delta) else None,
         empty(x, dtype=call.residual_dtype) if call.norm else None,
@@ -192,7 +191,7 @@ def _forward(
     x: Tensor, delta: Tensor | None, gate: Tensor | None, fp8_scale: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     *weights, call = rest
-    _check(x, delta, fp8_scale, weights, call)
+    _check(x, delta, gate, fp8_scale, weights, call)
     inputs = Inputs(x.contiguous(), None if delta is None else delta.contiguous(), gate, fp8_scale, weights)
     outputs = _allocate(inputs.x, delta, call)
     BACKENDS[call.backend].forward(inputs, call, outputs)
@@ -200,7 +199,12 @@ def _forward(
 
 
 def _check(
-    x: Tensor, delta: Tensor | None, fp8_scale: Tensor | None, weights: Sequence[Tensor | None], call: Call
+    x: Tensor,
+    delta: Tensor | None,
+    gate: Tensor | None,
+    fp8_scale: Tensor | None,
+    weights: Sequence[Tensor | None],
+    call: Call,
 ) -> None:
     if x.dtype not in FLOATS or (delta is not None and delta.dtype not in FLOATS):
         dtypes = [str(t.dtype) for t in (x, delta) if t is not None]
@@ -211,12 +215,22 @@ def _check(
         shapes = [list(t.shape) for t in (x, delta) if t is not None]
         raise ValueError(f"add_norm/{call.backend}: x and delta have shapes {shapes}; wanted two equal [rows, columns]")
     for weight in weights:
-        if weight is not None and (weight.dtype != torch.float32 or weight.shape != x.shape[1:]):
+        if weight is not None and (
+            weight.dtype != torch.float32 or weight.shape != x.shape[1:] or not weight.is_contiguous()
+        ):
             raise TypeError(
                 f"add_norm/{call.backend}: a norm's weight is {weight.dtype} {list(weight.shape)}; wanted float32 [{x.shape[1]}]"
             )
-    if call.out_dtype == FP8 and fp8_scale is None:
-        raise ValueError(f"add_norm/{call.backend}: out_dtype={FP8} needs fp8_scale")
+    if gate is not None and gate.shape not in ((1,), x.shape[1:]):
+        raise ValueError(
+            f"add_norm/{call.backend}: the gate has shape {list(gate.shape)}; wanted [1] or [{x.shape[1]}]"
+        )
+    if call.residual_dtype not in FLOATS or call.out_dtype not in (*FLOATS, FP8, None):
+        raise TypeError(
+            f"add_norm/{call.backend}: cannot write {call.residual_dtype} and {call.out_dtype}; take the reference"
+        )
+    if call.out_dtype == FP8 and (fp8_scale is None or fp8_scale.numel() != 1 or fp8_scale.dtype != torch.float32):
+        raise ValueError(f"add_norm/{call.backend}: out_dtype={FP8} needs fp8_scale, one number in float32")
 
 
 def _fake(x: Tensor, delta: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
@@ -266,7 +280,7 @@ class GradientCall:
         return *self.call.values(), self.x_dtype, self.delta_dtype
 
 
-_one_gradient_call = functools.lru_cache(maxsize=None)(GradientCall)
+_one_gradient_call = functools.lru_cache(maxsize=4096)(GradientCall)
 
 
 def make_gradient_call(*values: Any) -> GradientCall:
@@ -276,7 +290,8 @@ def make_gradient_call(*values: Any) -> GradientCall:
 def _allocate_gradients(z: Tensor, gate: Tensor | None, call: GradientCall) -> tuple[Tensor, Tensor | None]:
     """dx and d_delta; None for d_delta where it is the very tensor of dx."""
     own = call.delta_dtype is not None and not (call.shared and gate is None)
-    return torch.empty_like(z, dtype=call.x_dtype), torch.empty_like(z, dtype=call.delta_dtype) if own else None
+    empty = functools.partial(torch.empty_like, z, memory_format=torch.contiguous_format)
+    return empty(dtype=call.x_dtype), empty(dtype=call.delta_dtype) if own else None
 
 
 def _backward(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 _library = torch.library.Library("megaresnorm", "FRAGMENT")
+FLOATS = (torch.float32, torch.bfloat16)  # what kernels read and write
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -19,7 +20,7 @@ class Operator:
     forward(*tensors, constants): a tensor, or a tuple of tensors, none of which is an argument.
     fake: the same shapes and types without the values.
     save(ctx, arguments, results), backward(ctx, *gradients): as of torch.autograd.Function; backward returns one
-    gradient for each tensor. Without them the operator cannot be differentiated, and says so when it is.
+    gradient for each tensor. Operators without them are the gradients of others.
 
     What may look at operators (torch.compile, a dispatch mode, a subclass of Tensor) gets one to look at. Otherwise a call goes
     past torch's dispatcher, whose way through Python would cost more than the arithmetic of a narrow model;
@@ -50,7 +51,7 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         """arguments: the tensors, then the constants."""
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(arguments[0]) not in _PLAIN:
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not _are_plain(arguments):
             return self._operator(*arguments[:-1], *arguments[-1].values())
         if self._function is not None and torch.is_grad_enabled():
             return self._function.apply(self._forward, *arguments)
@@ -66,7 +67,8 @@ class Operator:
         return flat
 
     def _with_autograd(self, *arguments: Any) -> Any:
-        if self._function is None or not torch.is_grad_enabled():
+        assert self._function is not None
+        if not torch.is_grad_enabled():
             return self._below_autograd(*arguments)
         return self._function.apply(self._below_autograd, *arguments)
 
@@ -74,6 +76,11 @@ class Operator:
         with torch._C._AutoDispatchBelowAutograd():
             results = self._operator(*arguments[:-1], *arguments[-1].values())
         return results if isinstance(results, Tensor) else tuple(results)
+
+
+def _are_plain(arguments: tuple) -> bool:
+    """Whether every tensor is one of torch's own with memory behind it."""
+    return not any(isinstance(a, Tensor) and (type(a) not in _PLAIN or a.is_meta) for a in arguments)
 
 
 def _function(name: str, save: Callable, backward: Callable) -> type[torch.autograd.Function]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megaresnorm.kernels import reference
 from megaresnorm.kernels.dispatch import register_kernel
-from megaresnorm.kernels.fused import BACKENDS, Backend, Call, Inputs, Outputs, Saved, fused_add_norm
+from megaresnorm.kernels.fused import BACKENDS, FP8, Backend, Call, Inputs, Outputs, Saved, fused_add_norm
 from megaresnorm.kernels.reference import AddNormOut, NormWeights
 
 
@@ -60,13 +60,17 @@ def _fp8_requires(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _triton_forward(inputs: Inputs, call: Call, outputs: Outputs) -> None:
-    _module("triton_add_norm").forward(inputs, call, outputs)
+    if call.out_dtype == FP8 and (reason := _fp8_requires(inputs.x.device, torch.float32)):
+        raise ValueError(f"add_norm/triton cannot write FP8: {reason}")
+    with torch.cuda.device_of(inputs.x):
+        _module("triton_add_norm").forward(inputs, call, outputs)
 
 
 def _triton_backward(
     d_trunk: Tensor | None, d_branch: Tensor | None, saved: Saved, call: Call, dx: Tensor, d_delta: Tensor | None
 ) -> Tensor:
-    return _module("triton_add_norm").backward(d_trunk, d_branch, saved, call, dx, d_delta)
+    with torch.cuda.device_of(saved.z):
+        return _module("triton_add_norm").backward(d_trunk, d_branch, saved, call, dx, d_delta)
 
 
 BACKENDS["triton"] = Backend(_triton_forward, _triton_backward)
@@ -75,7 +79,8 @@ register_kernel("add_norm", "triton", requires=_triton_requires)(fused_add_norm(
 
 @register_kernel("norm_quant", "triton", requires=_fp8_requires)
 def _triton_norm_quant(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    return _module("triton_norm_quant").norm_quant(*arguments, **options)
+    with torch.cuda.device_of(arguments[0]):
+        return _module("triton_norm_quant").norm_quant(*arguments, **options)
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------------------
@@ -135,7 +140,7 @@ def add_then(normalize: Callable[[Tensor, NormWeights, torch.dtype], Tensor]) ->
         if out_dtype == torch.float8_e4m3fn or (out_dtype is None and next_norm is not None):
             raise ValueError("add_norm by te or apex writes no FP8, statistics or amax; choose triton or the reference")
         if delta_TD is not None and branch_norm is not None:
-            delta_TD = normalize(delta_TD, branch_norm, delta_TD.dtype)
+            delta_TD = normalize(delta_TD, branch_norm, torch.float32)
         trunk = reference.add_norm(x_TD, delta_TD, **add, residual_dtype=residual_dtype, out_dtype=None).trunk
         if norm is not None:
             trunk = normalize(trunk, norm, residual_dtype)

@@ -58,7 +58,8 @@ def add_norm(
     x_TD, delta_TD: the stream and a branch's output, in any two floating types; delta may be None (no add).
     gate: a number, or a learned scalar [1] or vector [D].
     out_dtype: None where nobody reads the branch input; with float8_e4m3fn it is fp8_scale (a scalar FP32) times the value,
-    saturating at 448, and its gradient is taken to be that of the value.
+    saturating at 448, and its gradient is taken to be that of the value. Autograd casts what comes back for an FP8 tensor to
+    E4M3, without a scale: gradients below 2^-10 would vanish, so whoever reads FP8 must see to that.
     amax is computed for FP8, and for out_dtype None with a next_norm: then ``fp8.norm_quant`` can scale by it.
     """
     wide = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
@@ -169,7 +170,8 @@ def activation(h_TF: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     h_TF: [T, F], or [T, 2 F] for swiglu, the gate first.   bias: as a row of h, in any type, or None.   returns: [T, F].
     """
     if bias is not None:
-        h_TF = h_TF + bias.to(h_TF.dtype)
+        wide = torch.promote_types(h_TF.dtype, torch.float32)  # in which the bias's gradient is summed, too
+        h_TF = (h_TF.to(wide) + bias.to(wide)).to(h_TF.dtype)
     if kind == "gelu":
         return F.gelu(h_TF)
     gate_TF, up_TF = h_TF.chunk(2, dim=-1)

@@ -20,6 +20,7 @@ from megaresnorm.kernels.triton_norms import (
     as_output,
     columns_of,
     gate_of,
+    largest_of,
     load_statistics,
     normalized,
     statistics_of,
@@ -69,7 +70,7 @@ def forward_kernel(
         store_statistics(next_statistics, row, row_mask, mean, reciprocal)
         v = normalized(v, mean, reciprocal, next_weight, next_bias, cols, col_mask)
     if amax is not None:
-        tl.store(amax + row, tl.max(tl.where(mask, tl.abs(v), 0.0), 1), mask=row_mask)
+        tl.store(amax + row, largest_of(v, mask), mask=row_mask)
     if branch is not None:
         tl.store(branch + offsets, as_output(v, fp8_scale, branch, FP8), mask=mask)
 
@@ -230,8 +231,8 @@ def backward(
                 w[0], w[1], branch_statistics, w[2], statistics, w[4], next_statistics, *parts,
                 rows, columns, rows_per_program, call.scale, *kinds, shape.block_m, shape.block_n, num_warps=shape.warps,
             )  # fmt: skip
-    if used:
-        sums[used] = partial.sum(1)
+    for slot, i in enumerate(used):
+        torch.sum(partial[slot], 0, out=sums[i])
     return sums
 
 

@@ -59,6 +59,13 @@ def gate_of(gate, scale, cols, col_mask, GATE: tl.constexpr):
 
 
 @triton.jit
+def largest_of(v, mask):
+    """The largest |v| of every row, compared as bit patterns: NaN is the largest."""
+    size = tl.where(mask, tl.abs(v), 0.0).to(tl.int32, bitcast=True)
+    return tl.max(size, 1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def as_output(y, fp8_scale, branch, FP8: tl.constexpr):
     if FP8:
         y = y * tl.load(fp8_scale)

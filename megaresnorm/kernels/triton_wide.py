@@ -13,6 +13,7 @@ from megaresnorm.kernels.triton_norms import (
     as_output,
     columns_of,
     gate_of,
+    largest_of,
     load_statistics,
     normalized,
     store_statistics,
@@ -82,7 +83,7 @@ def forward_kernel(
     if NEXT_NORM:
         mean, reciprocal = _statistics(summed, row, columns, next_eps, NEXT_NORM, BLOCK_N)
         store_statistics(next_statistics, row, row_mask, mean, reciprocal)
-    largest = tl.zeros([BLOCK_M], tl.float32)
+    largest = tl.zeros([BLOCK_M], tl.int32)
     if (branch is not None) or (amax is not None):
         for start in range(0, columns, BLOCK_N):
             cols = start + tl.arange(0, BLOCK_N)
@@ -91,11 +92,11 @@ def forward_kernel(
             v = tile_of(summed, offsets, mask)
             if NEXT_NORM:
                 v = normalized(v, mean, reciprocal, next_weight, next_bias, cols, col_mask)
-            largest = tl.maximum(largest, tl.max(tl.where(mask, tl.abs(v), 0.0), 1))
+            largest = tl.maximum(largest, largest_of(v, mask).to(tl.int32, bitcast=True))
             if branch is not None:
                 tl.store(branch + offsets, as_output(v, fp8_scale, branch, FP8), mask=mask)
     if amax is not None:
-        tl.store(amax + row, largest, mask=row_mask)
+        tl.store(amax + row, largest.to(tl.float32, bitcast=True), mask=row_mask)
 
 
 @triton.jit

@@ -55,6 +55,19 @@ def test_sizes(rows, columns, dtypes):
         check(triton_kernel, rows, columns, pattern, "vector", dtypes)
 
 
+def test_wide_rows_over_several_programs(monkeypatch):
+    """Column sums in several blocks of columns, and over more rows than one program takes."""
+    monkeypatch.setattr(triton_add_norm, "MAX_COLUMNS", 0)
+    monkeypatch.setattr(triton_add_norm, "WIDE_BLOCK", 128)
+    check(triton_kernel, 300, 200, "pre", "vector", "fp32")
+
+
+def test_amax_shows_a_value_that_is_not_a_number(kernel):
+    x = torch.ones(3, 40)
+    x[1, 7] = float("nan")
+    assert kernel(x, residual_dtype=F32, out_dtype=torch.float8_e4m3fn, fp8_scale=torch.tensor(1.0)).amax.isnan()
+
+
 @pytest.mark.parametrize("pattern", ["pre", "pre, rms", "keel", "none"])
 def test_fp8(kernel, pattern):
     check_fp8(kernel, 9, 40, pattern)
@@ -73,7 +86,7 @@ def test_empty_and_absent_gradients(kernel):
                 torch.testing.assert_close(b, torch.zeros_like(b) if a is None else a, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("columns", [128, 200, 384])
+@pytest.mark.parametrize("columns", [128, 200, 384, 1100])
 @pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
 @pytest.mark.parametrize("whole", [True, False])
 def test_norm_quant(columns, kind, whole):

@@ -53,6 +53,42 @@ def test_far_out_it_is_zero_or_the_identity(level):
     assert cpu_activation(gate, None, "swiglu").tolist() == [[0.0, 200.0]]
 
 
-def test_other_types_are_refused():
-    with pytest.raises(TypeError, match="float64"):
-        cpu_activation(torch.ones(2, 2, dtype=torch.float64), None, "gelu")
+def test_strided_input(level):
+    h = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    d = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).t()
+    for kind in ("gelu", "swiglu"):
+        found = []
+        for function, leaf in ((cpu_activation, h.clone()), (activation, h.double())):
+            leaf.requires_grad_()
+            y = function(leaf.t(), None, kind)
+            dy = (d if kind == "swiglu" else torch.cat((d, d), dim=1)).to(y.dtype)
+            found.append((y.double(), torch.autograd.grad(y, leaf, dy)[0].double()))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_the_reference_sums_the_gradient_of_a_bias_in_fp32():
+    h, b = torch.randn(4000, 8).to(BF16), torch.zeros(8, requires_grad=True)
+    (got,) = torch.autograd.grad(activation(h, b, "gelu").float().sum(), b)
+    (want,) = torch.autograd.grad(activation(h.double(), b.double(), "gelu").sum(), b)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=0)
+    assert (got != got.bfloat16()).any()
+
+
+@pytest.mark.parametrize(
+    ("h", "bias", "kind", "error", "message"),
+    [
+        (torch.ones(2, 2, dtype=torch.float64), None, "gelu", TypeError, "float64"),
+        (torch.ones(2, 4), torch.ones(3), "gelu", TypeError, r"\[3\]; wanted float32 \[4\]"),
+        (torch.ones(2, 4), torch.ones(8)[::2], "gelu", TypeError, "contiguous"),
+        (torch.ones(2, 3), None, "swiglu", ValueError, "even"),
+        (torch.ones(2, 4), None, "relu", ValueError, "relu"),
+        (torch.ones(2, 4, device="meta"), torch.ones(4), "gelu", ValueError, "run on CPU tensors"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_computed_is_refused(h, bias, kind, error, message):
+    if h.is_meta:
+        assert cpu_activation(h, None, kind).is_meta  # shapes alone
+        return
+    with pytest.raises(error, match=message):
+        cpu_activation(h, bias, kind)

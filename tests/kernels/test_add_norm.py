@@ -58,8 +58,25 @@ def test_cpu_many_rows(columns, dtypes, pattern):
 
 
 @needs_compiler
+@pytest.mark.parametrize("columns", [1021, 1040])
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
+def test_cpu_streams_what_is_larger_than_the_caches(level, columns, dtypes):
+    torch.set_num_threads(2)
+    check(fused, 2100, columns, "all", "vector", dtypes)
+
+
+@needs_compiler
+def test_amax_shows_a_value_that_is_not_a_number(level):
+    x = torch.ones(3, 40)
+    x[1, 7] = float("nan")
+    for kernel in (add_norm, fused):
+        out = kernel(x, residual_dtype=F32, out_dtype=FP8, fp8_scale=torch.tensor(1.0))
+        assert out.amax.isnan()
+
+
+@needs_compiler
 def test_cpu_more_rows_than_two_to_the_sixteenth():
-    check(fused, 70_001, 3, "pre", "number", "fp32")
+    check(fused, 70_001, 8, "pre, rms", "number", "fp32")
 
 
 @needs_compiler
@@ -147,7 +164,8 @@ def test_statistics_survive_a_large_mean():
     torch.testing.assert_close(got.statistics.double(), want.statistics, rtol=1e-6, atol=0)
 
 
-def test_every_cpu_backend_of_add_norm_is_tested_here():
+def test_no_other_backend_of_add_norm_runs_on_cpus():
+    """One that does belongs into the tests above."""
     cpu = torch.device("cpu")
     runnable = {k.backend for k in backends("add_norm") if k.requires(cpu, F32) is None}
     assert runnable <= {"cpu", "compile", "reference"}
@@ -172,6 +190,9 @@ def test_torch_compile_of_the_reference():
         ({"next_norm": NormWeights("rmsnorm", torch.ones(5), None, 1e-5)}, TypeError, r"float32 \[5\]; wanted float32 \[4\]"),
         ({"next_norm": NormWeights("rmsnorm", torch.ones(4).bfloat16(), None, 1e-5)}, TypeError, "bfloat16"),
         ({"out_dtype": FP8}, ValueError, "needs fp8_scale"),
+        ({"out_dtype": torch.float16}, TypeError, "cannot write"),
+        ({"gate": torch.ones(3)}, ValueError, r"gate has shape \[3\]"),
+        ({"next_norm": NormWeights("rmsnorm", torch.ones(8)[::2], None, 1e-5)}, TypeError, "contiguous|float32"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_computed_is_refused(change, error, message):

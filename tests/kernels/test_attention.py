@@ -133,6 +133,26 @@ def test_in_c_with_rotary_positions_and_masks(level, heads, groups, width, seq, 
         assert ours <= 1.5 * theirs + 1e-4
 
 
+def test_in_c_a_query_that_sees_nothing_gets_zero_and_wrong_tables_are_refused():
+    if build.unavailable() is not None:
+        pytest.skip("no C compiler")
+    qkv = torch.randn(1, 4, 6, 8, requires_grad=True)
+    mask = torch.ones(1, 4, 4, dtype=torch.bool).tril()
+    mask[0, 2] = False
+    y = cpu_attention(qkv, 2, mask_BSC=mask)
+    assert not y[0, 2].any() and y.isfinite().all()
+    (gradient,) = torch.autograd.grad(y.sum(), qkv)
+    assert gradient.isfinite().all() and not gradient[0, 2, :2].any()
+    tables = torch.ones(4, 8)
+    for wrong in (
+        {"cos": tables.bfloat16(), "sin": tables},
+        {"cos": tables[:3], "sin": tables[:3]},
+        {"mask_BSC": mask.float()},
+    ):
+        with pytest.raises(TypeError, match="attention/cpu"):
+            cpu_attention(qkv, 2, **wrong)
+
+
 def test_in_c_a_mask_may_show_later_keys():
     if build.unavailable() is not None:
         pytest.skip("no C compiler")

@@ -35,8 +35,11 @@ def test_eight_processes_may_start_at_once(tmp_path):
     answers = [process.communicate() for process in running]
     assert [process.returncode for process in running] == [0] * 8, answers
     assert len({out for out, _ in answers}) == 1
-    assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == ["", ".so"]  # the lock and one library
-    assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
+    assert sorted(p.suffix for p in (tmp_path / "cache" / "kernels").iterdir()) == [
+        "",
+        ".so",
+    ]  # the lock and one library
+    assert stat.S_IMODE((tmp_path / "cache" / "kernels").stat().st_mode) == 0o700
 
 
 @needs_compiler
@@ -44,23 +47,38 @@ def test_a_library_is_built_once_and_another_source_or_flag_is_another_library(t
     monkeypatch.setenv("MEGARESNORM_CACHE", str(tmp_path))
     load = build.load.__wrapped__
     load("scalar")
-    (library,) = tmp_path.glob("*.so")
+    (library,) = tmp_path.glob("kernels/*.so")
     built = library.stat().st_mtime_ns
     load("scalar")
-    assert [p.stat().st_mtime_ns for p in tmp_path.glob("*.so")] == [built]
+    assert [p.stat().st_mtime_ns for p in tmp_path.glob("kernels/*.so")] == [built]
     monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-DOTHER"])
     load("scalar")
-    assert len(list(tmp_path.glob("*.so"))) == 2
+    assert len(list(tmp_path.glob("kernels/*.so"))) == 2
 
 
 @needs_compiler
-def test_a_folder_that_others_can_write_to_is_closed_and_a_foreign_one_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["folder", "library", "link", "owner"])
+def test_what_others_could_have_written_is_not_loaded(what, tmp_path, monkeypatch):
     monkeypatch.setenv("MEGARESNORM_CACHE", str(tmp_path))
-    tmp_path.chmod(0o777)
-    build.load.__wrapped__("scalar")
-    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o700
-    monkeypatch.setattr(os, "getuid", lambda: 12345)
-    with pytest.raises(build.BuildError, match="belongs to another user; set MEGARESNORM_CACHE"):
+    load = build.load.__wrapped__
+    load("scalar")
+    (library,) = tmp_path.glob("kernels/*.so")
+    if what == "folder":
+        library.parent.chmod(0o777)
+    elif what == "library":
+        library.chmod(0o722)
+    elif what == "link":
+        library.rename(tmp_path / "elsewhere.so")
+        library.symlink_to(tmp_path / "elsewhere.so")
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(build.BuildError, match="MEGARESNORM_CACHE"):
+        load("scalar")
+
+
+def test_a_compiler_that_is_asked_for_and_missing_is_an_error(monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler -O2")
+    with pytest.raises(build.BuildError, match="CC=no-such-compiler -O2: no-such-compiler was not found"):
         build.load.__wrapped__("scalar")
 
 
@@ -77,11 +95,12 @@ def test_a_compiler_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-fno-such-flag"])
     with pytest.raises(build.BuildError, match="failed"):
         build.load.__wrapped__("scalar")
-    assert [p.name for p in tmp_path.iterdir()] == ["lock"]
+    assert [p.name for p in (tmp_path / "kernels").iterdir()] == ["lock"]
 
 
 def test_without_a_compiler_the_reference_runs_with_one_warning(monkeypatch, caplog):
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(build, "load", build.load.__wrapped__)
     build.unavailable.cache_clear()
     try:

@@ -72,6 +72,14 @@ def test_a_second_backward_is_refused(chunked_cross_entropy):
         objective.backward()
 
 
+@pytest.mark.skipif(build.unavailable() is not None, reason="no C compiler")
+def test_in_c_a_label_outside_of_the_vocabulary_is_refused():
+    with pytest.raises(IndexError, match="label 50 of a vocabulary of 50"):
+        cpu_cross_entropy(torch.randn(2, 64)[:, :50], torch.tensor([0, 50]))
+    with pytest.raises(ValueError, match=r"shape \[3\]; wanted \[2\]"):
+        cpu_cross_entropy(torch.randn(2, 5), torch.tensor([0, 1, 2]))
+
+
 @pytest.mark.parametrize("chosen", KERNELS)
 def test_a_scale_goes_into_objective_and_gradient(chosen):
     leaf, labels = torch.randn(6, 20, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, -1, 3, 4, 19])

@@ -44,6 +44,23 @@ def add_norm_samples():
     w = [leaf(16, seed=i) for i in range(6)]
     yield (x, delta, None, None, None, None, w[0], None, w[1], None, RMS, EPS, 2.0, 1.0, F32, BF16, "cpu")
     yield (x, delta, gate, None, *w[:2], None, None, *w[4:], LAYER, EPS, 1.0, 1.0, BF16, F32, "cpu")
+    turned = leaf(16, 5, seed=7).t()
+    yield (
+        turned,
+        delta,
+        None,
+        None,
+        *[None] * 4,
+        w[1],
+        None,
+        ("none", "none", "rmsnorm"),
+        EPS,
+        1.0,
+        1.0,
+        F32,
+        F32,
+        "cpu",
+    )
     yield (x, x.detach().clone().requires_grad_(), None, None, *[None] * 6, NONE, EPS, 1.0, 1.0, F32, BF16, "cpu")
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megaresnorm.kernels.cpu import build
 from megaresnorm.kernels.dispatch import register_kernel
-from megaresnorm.kernels.operator import Operator
+from megaresnorm.kernels.operator import FLOATS, Operator
 
 ROWS_PER_BLOCK = 256  # whose bias gradients are summed before those of blocks are added up
 
@@ -48,17 +48,25 @@ def _run(
 
 
 def _forward(h: Tensor, bias: Tensor | None, constants: _Kind) -> Tensor:
-    if h.dtype not in build.TYPES or (bias is not None and bias.dtype != torch.float32):
-        raise TypeError(
-            f"activation/cpu: {h.dtype} with a bias of {None if bias is None else bias.dtype}; take the reference"
+    if h.dtype not in FLOATS:
+        raise TypeError(f"activation/cpu: h is {h.dtype}, wanted float32 or bfloat16; take the reference")
+    if constants.kind not in ("gelu", "swiglu") or (constants.kind == "swiglu" and h.shape[1] % 2):
+        raise ValueError(
+            f"activation/cpu: {constants.kind!r} of {h.shape[1]} columns; wanted gelu, or swiglu of an even number"
         )
-    h, y = h.contiguous(), _fake(h, bias, constants)
+    build.check_fp32("activation/cpu: bias", bias, (h.shape[1],))
+    h = h.contiguous()
+    y = _fake(h, bias, constants)
     _run("activation_forward", h, bias, constants.kind, y, None, None, None, h.shape[0])
     return y
 
 
 def _fake(h: Tensor, bias: Tensor | None, constants: _Kind) -> Tensor:
-    return h.new_empty((h.shape[0], h.shape[1] // 2)) if constants.kind == "swiglu" else torch.empty_like(h)
+    return (
+        h.new_empty((h.shape[0], h.shape[1] // 2))
+        if constants.kind == "swiglu"
+        else torch.empty_like(h, memory_format=torch.contiguous_format)
+    )
 
 
 def _save(ctx: Any, arguments: tuple, results: Tensor) -> None:

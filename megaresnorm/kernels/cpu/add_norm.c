@@ -100,17 +100,18 @@ static void row_statistics(const float *restrict x, long n, const struct norm *n
 INLINE float apply_norm(const struct norm *norm, const float *x, float *y, void *restrict out, int OUT, float fp8_scale, int want_amax,
                         float mean, float reciprocal, long n) {
     const float *restrict weight = norm->weight, *restrict bias = norm->bias;
-    float amax = 0.0f;
+    uint32_t amax = 0; /* of bit patterns: NaN is the largest */
 #define NORMALIZE(offset) \
     _Pragma("omp simd reduction(max : amax)") for (long i = 0; i < n; i++) { \
         float value = (x[i] - mean) * reciprocal * weight[i] + (offset); \
-        if (want_amax) amax = fabsf(value) > amax ? fabsf(value) : amax; \
+        const uint32_t size = bits(fabsf(value)); \
+        if (want_amax) amax = size > amax ? size : amax; \
         if (out) store(out, OUT, i, OUT == E4M3 ? value * fp8_scale : value); \
         if (y) y[i] = rounded(value, OUT); \
     }
     if (bias) { NORMALIZE(bias[i]) } else { NORMALIZE(0.0f) }
 #undef NORMALIZE
-    return amax;
+    return from_bits(amax);
 }
 
 INLINE void copy_row(const void *from, int T, float *restrict to, long n) {
@@ -119,13 +120,14 @@ INLINE void copy_row(const void *from, int T, float *restrict to, long n) {
 }
 
 INLINE float store_row(const float *restrict x, void *restrict out, int OUT, float fp8_scale, long n) {
-    float amax = 0.0f;
+    uint32_t amax = 0;
 #pragma omp simd reduction(max : amax)
     for (long i = 0; i < n; i++) {
-        amax = fabsf(x[i]) > amax ? fabsf(x[i]) : amax;
+        const uint32_t size = bits(fabsf(x[i]));
+        amax = size > amax ? size : amax;
         store(out, OUT, i, OUT == E4M3 ? x[i] * fp8_scale : x[i]);
     }
-    return amax;
+    return from_bits(amax);
 }
 
 EXPORT void add_norm_forward(const struct forward *a, long first, long last) {

@@ -164,7 +164,7 @@ EXPORT void attention_forward(const struct attention *a, long first, long last) 
 #pragma omp simd reduction(+ : sum)
                     for (long j = 0; j < seen; j++) sum += row[j];
                     a->log_sums[(batch * a->heads + head) * seq + start + i] = largest + logf(sum);
-                    const float factor = 1.0f / sum;
+                    const float factor = sum == 0.0f ? 0.0f : 1.0f / sum; /* a query that sees nothing gets 0 */
 #pragma omp simd
                     for (long j = 0; j < seen; j++) row[j] *= factor;
                 }

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megaresnorm.kernels.cpu import build
 from megaresnorm.kernels.dispatch import register_kernel
-from megaresnorm.kernels.operator import Operator
+from megaresnorm.kernels.operator import FLOATS, Operator
 
 
 class _Attention(ctypes.Structure):
@@ -40,6 +40,7 @@ def cpu_attention(
     mask_BSC: Tensor | None = None,
 ) -> Tensor:
     """As ``attention.split_attention``; computed in FP32, and nothing of size S x S is kept."""
+    cos, sin = (None if t is None else t.contiguous() for t in (cos, sin))
     return _attention(qkv_BSJH, cos, sin, mask_BSC, _KeyValueHeads(kv_heads))[0]
 
 
@@ -59,12 +60,24 @@ def _run(function: str, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, mas
 def _forward(
     qkv: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, constants: _KeyValueHeads
 ) -> tuple[Tensor, Tensor]:
-    if qkv.dtype not in build.TYPES:
-        raise TypeError(f"attention/cpu: qkv is {qkv.dtype}, wanted float32 or bfloat16; take another backend")
+    _check(qkv, cos, sin, mask, constants.kv_heads)
     y, log_sums = _fake(qkv, cos, sin, mask, constants)
-    qkv, cos, sin, mask = (None if t is None else t.contiguous() for t in (qkv, cos, sin, mask))  # type: ignore[assignment]
+    qkv, mask = qkv.contiguous(), None if mask is None else mask.contiguous()
     _run("attention_forward", qkv, cos, sin, mask, constants.kv_heads, y, log_sums, None, None)
     return y, log_sums
+
+
+def _check(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, kv_heads: int) -> None:
+    if qkv.dtype not in FLOATS:
+        raise TypeError(f"attention/cpu: qkv is {qkv.dtype}, wanted float32 or bfloat16; take another backend")
+    batch, seq, all_heads, width = qkv.shape
+    heads = all_heads - 2 * kv_heads
+    if kv_heads < 1 or heads < 1 or heads % kv_heads or (cos is not None and width % 2):
+        raise ValueError(f"attention/cpu: {heads} query heads of width {width} for {kv_heads} heads of keys and values")
+    for name, table in (("cos", cos), ("sin", sin)):
+        build.check_fp32(f"attention/cpu: {name}", table, (seq, width), (batch, seq, width))
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, seq, seq)):
+        raise TypeError(f"attention/cpu: mask is {mask.dtype} {list(mask.shape)}; wanted bool {[batch, seq, seq]}")
 
 
 def _fake(qkv: Tensor, cos: Any, sin: Any, mask: Any, constants: _KeyValueHeads) -> tuple[Tensor, Tensor]:
@@ -89,7 +102,7 @@ def _backward(
 ) -> Tensor:  # fmt: skip
     qkv, dy = qkv.contiguous(), dy.to(qkv.dtype).contiguous()
     d_qkv = torch.empty_like(qkv)
-    cos, sin, mask = (None if t is None else t.contiguous() for t in (cos, sin, mask))
+    mask = None if mask is None else mask.contiguous()
     _run("attention_backward", qkv, cos, sin, mask, constants.kv_heads, None, log_sums, dy, d_qkv)
     return d_qkv
 

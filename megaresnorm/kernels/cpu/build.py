@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import logging
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -64,9 +65,7 @@ def levels() -> list[str]:
 def load(level: str | None = None) -> ctypes.CDLL:
     """The compiled library for a level, the processor's best when None. Raises: BuildError."""
     level = level or levels()[0]
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise BuildError("no C compiler was found; install gcc or clang, or set CC")
+    compiler = _compiler()
     flags = [*FLAGS, *LEVELS[level][1]]
     files = sorted(SOURCES.glob("*.[ch]"))
     digest = hashlib.sha256()
@@ -78,6 +77,10 @@ def load(level: str | None = None) -> ctypes.CDLL:
             fcntl.flock(lock, fcntl.LOCK_EX)  # processes that start together wait for the first one's work
             if not library.exists():
                 _compile(compiler, flags, [file for file in files if file.suffix == ".c"], library)
+    if not _is_ours(library.lstat()):
+        raise BuildError(
+            f"{library} was not written by you alone; delete it, or set MEGARESNORM_CACHE to a folder of yours"
+        )
     return ctypes.CDLL(str(library))
 
 
@@ -118,7 +121,20 @@ def call(function: "ctypes._NamedFuncPointer", argument: ctypes.Structure, count
 
 def address(tensor: Tensor | None) -> int | None:
     """What a C structure holds of a tensor."""
-    return None if tensor is None else tensor.data_ptr()
+    if tensor is None:
+        return None
+    if not tensor.is_cpu:
+        raise ValueError(f"the C kernels run on CPU tensors, got one on {tensor.device}")
+    return tensor.data_ptr()
+
+
+def check_fp32(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
+    """Raise TypeError unless it is None, or FP32 in one of the shapes, contiguous: C reads it as it lies."""
+    if tensor is None:
+        return
+    if tensor.dtype != torch.float32 or tuple(tensor.shape) not in shapes or not tensor.is_contiguous():
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        raise TypeError(f"{name} is {tensor.dtype} {list(tensor.shape)}; wanted float32 {wanted}, contiguous")
 
 
 def type_of(tensor: Tensor | None) -> int:
@@ -132,40 +148,57 @@ def _pool(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="megaresnorm")
 
 
-def _version(compiler: str) -> bytes:
-    return subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout + compiler.encode()
+def _compiler() -> list[str]:
+    """The command of CC, which may have words (``ccache gcc``), or the first compiler that there is."""
+    asked = shlex.split(os.environ.get("CC", ""))
+    if asked:
+        if shutil.which(asked[0]) is None:
+            raise BuildError(f"CC={os.environ['CC']}: {asked[0]} was not found; unset CC, or name a C compiler")
+        return asked
+    found = next((path for path in map(shutil.which, ("cc", "gcc", "clang")) if path), None)
+    if found is None:
+        raise BuildError("no C compiler was found; install gcc or clang, or set CC")
+    return [found]
+
+
+def _version(compiler: list[str]) -> bytes:
+    return (
+        subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout + " ".join(compiler).encode()
+    )
+
+
+def _is_ours(status: os.stat_result) -> bool:
+    """A folder or a plain file of this user's, no link, that nobody else can write to."""
+    kind = stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)
+    return kind and status.st_uid == os.getuid() and not stat.S_IMODE(status.st_mode) & 0o022
 
 
 def _folder() -> Path:
     """A folder that nobody else can write to: what lies there is loaded as code."""
-    base = os.environ.get("MEGARESNORM_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "megaresnorm"
-    )
-    folder = Path(base)
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(os.environ.get("MEGARESNORM_CACHE") or os.path.join(cache, "megaresnorm")).expanduser() / "kernels"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-        if status.st_uid != os.getuid():
-            raise BuildError(f"{folder} belongs to another user; set MEGARESNORM_CACHE to a folder of yours")
-        if stat.S_IMODE(status.st_mode) & 0o077:
-            folder.chmod(0o700)
+        status = folder.lstat()
     except OSError as e:
         raise BuildError(
             f"{folder} cannot be used ({e.strerror}); set MEGARESNORM_CACHE to a folder of yours"
         ) from None
+    if not _is_ours(status):
+        raise BuildError(f"others can write to {folder}; set MEGARESNORM_CACHE to a folder of yours")
     return folder
 
 
-def _compile(compiler: str, flags: list[str], sources: list[Path], library: Path) -> None:
+def _compile(compiler: list[str], flags: list[str], sources: list[Path], library: Path) -> None:
     handle, temporary = tempfile.mkstemp(dir=library.parent, suffix=".tmp")
     os.close(handle)
     try:
         done = subprocess.run(
-            [compiler, *flags, *map(str, sources), "-o", temporary, "-lm"], capture_output=True, text=True, check=False
+            [*compiler, *flags, *map(str, sources), "-o", temporary, "-lm"], capture_output=True, text=True, check=False
         )
         if done.returncode:
             first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
-            raise BuildError(f"{compiler} failed: {first}")
+            raise BuildError(f"{compiler[0]} failed: {first}")
         os.chmod(temporary, 0o700)
         os.replace(temporary, library)
     finally:

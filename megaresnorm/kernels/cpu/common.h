@@ -75,7 +75,7 @@ INLINE void prefetch_next(const void *p, int type, long r, long last, long n) {
 #define WITH_OUTPUT(type, T, call) \
     do { if ((type) == E4M3) { const int T = E4M3; call; } else WITH_TYPE(type, T, call); } while (0)
 
-/* e^x to about 1e-7, for any x; below -87 it is 0. */
+/* e^x to about 1e-7; 0 below -87 and infinity above 88.37. */
 INLINE float exp_f32(float x) {
     float n = rintf(x * 0x1.715476p+0f);
     float r = fmaf(n, -0x1.62e4p-1f, x); /* n ln 2 in two parts */
@@ -90,7 +90,7 @@ INLINE float exp_f32(float x) {
     float clamped = n < -126.0f ? -126.0f : n > 127.0f ? 127.0f : n;
     float y = p * from_bits((uint32_t)((int32_t)clamped + 127) << 23);
     y = x < -87.0f ? 0.0f : y;
-    y = x > 88.72f ? INFINITY : y;
+    y = x > 88.37f ? INFINITY : y;
     return x != x ? x : y;
 }
 
@@ -121,6 +121,10 @@ INLINE void stream_end(void) { /* before anybody else reads what was streamed */
 
 /* Scratch for ``rows`` rows of ``n`` floats, each starting on a cache line; free() gives it back. */
 INLINE long padded(long n) { return (n + 15) / 16 * 16; }
-INLINE float *scratch(long rows, long n) { return aligned_alloc(64, (size_t)(rows * padded(n) * 4 + 63) / 64 * 64 + 64); }
+static inline float *scratch(long rows, long n) {
+    float *memory = aligned_alloc(64, (size_t)(rows * padded(n) * 4 + 63) / 64 * 64 + 64);
+    if (!memory) abort(); /* there is no memory for a few rows */
+    return memory;
+}
 
 #endif

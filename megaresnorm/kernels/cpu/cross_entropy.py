@@ -9,6 +9,7 @@ from torch import Tensor
 from megaresnorm.kernels.cpu import build
 from megaresnorm.kernels.cross_entropy import scaled
 from megaresnorm.kernels.dispatch import register_kernel
+from megaresnorm.kernels.operator import FLOATS
 
 
 class _Structure(ctypes.Structure):
@@ -33,15 +34,21 @@ def cpu_cross_entropy(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, z_loss: float, scale: float) -> tuple[Tensor, Tensor]:
-        if logits_TV.dtype not in build.TYPES:
+        if logits_TV.dtype not in FLOATS:
             raise TypeError(
                 f"cross_entropy/cpu: logits are {logits_TV.dtype}, wanted float32 or bfloat16; take another backend"
             )
         wants_gradient = ctx.needs_input_grad[0]
-        if logits_TV.stride(1) != 1:
+        rows, columns = logits_TV.shape
+        if logits_TV.stride(1) != 1 or (rows > 1 and logits_TV.stride(0) < columns):
             logits_TV = logits_TV.contiguous()
         labels_T = labels_T.long().contiguous()
-        rows, columns = logits_TV.shape
+        if labels_T.shape != (rows,):
+            raise ValueError(
+                f"cross_entropy/cpu: labels have shape {list(labels_T.shape)}; wanted [{rows}], one for each row"
+            )
+        if rows and int(labels_T.max()) >= columns:
+            raise IndexError(f"cross_entropy/cpu: label {int(labels_T.max())} of a vocabulary of {columns}")
         losses_T2 = logits_TV.new_empty((rows, 2), dtype=torch.float32)
         at = build.address
         argument = _Structure(
