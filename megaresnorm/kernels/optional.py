@@ -60,9 +60,10 @@ def _fp8_requires(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _triton_forward(inputs: Inputs, call: Call, outputs: Outputs) -> None:
-    if call.out_dtype == FP8 and (reason := _fp8_requires(inputs.x.device, torch.float32)):
+    x = inputs.x
+    if call.out_dtype == FP8 and x.is_cuda and (reason := _fp8_requires(x.device, torch.float32)):
         raise ValueError(f"add_norm/triton cannot write FP8: {reason}")
-    with torch.cuda.device_of(inputs.x):
+    with torch.cuda.device_of(x):
         _module("triton_add_norm").forward(inputs, call, outputs)
 
 
