@@ -305,9 +305,10 @@ def draw(results: list[dict], where: str, path: Path) -> None:
         axis.set_title(f"{norm}, {precision}")
         axis.set_xlabel("columns")
     axes[0][0].set_ylabel("GB/s, forward and backward")
-    axes[0][-1].legend(fontsize=7)
+    handles = dict(zip(*(list(reversed(x)) for x in axes[0][-1].get_legend_handles_labels()), strict=True))
+    figure.legend(handles, handles.values(), loc="lower center", ncols=len(handles), fontsize=8)
     figure.suptitle(where, fontsize=8)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(path, dpi=120)
 
 
