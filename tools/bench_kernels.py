@@ -50,7 +50,7 @@ def main() -> None:
             for kind in arguments.norms:
                 results += measure(device, arguments.rows, columns, precision, kind, arguments.rounds)
                 print(
-                    markdown(results[-1:] if len(results) < 2 else [r for r in results if same(r, results[-1])]),
+                    markdown([r for r in results if same(r, results[-1])]),
                     flush=True,
                 )
     where = (

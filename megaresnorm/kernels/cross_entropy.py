@@ -26,7 +26,22 @@ def chunked_cross_entropy(
     return _ChunkedCrossEntropy.apply(logits_TV, labels_T, z_loss, scale)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class GradientInPlace(torch.autograd.Function):
+    """Backward of a loss whose forward left ``ctx.gradient`` in the place of the logits. It can run once."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        gradient, ctx.gradient = ctx.gradient, None
+        assert gradient is not None, "the objective can be differentiated once"
+        return scaled(gradient, grads[1]), None, None, None
+
+
+def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """In place; on a GPU, where looking at the factor would make the host wait, also by 1."""
+    return gradient if not factor.is_cuda and factor.item() == 1.0 else gradient.mul_(factor)
+
+
+class _ChunkedCrossEntropy(GradientInPlace):
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, z_loss: float, scale: float) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(logits_TV.dtype, torch.float32)
@@ -60,14 +75,3 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx.gradient = logits_TV if ctx.needs_input_grad[0] else None
         ctx.mark_non_differentiable(nll)
         return nll, scale * (nll + z_loss * penalty)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        gradient, ctx.gradient = ctx.gradient, None
-        assert gradient is not None, "the objective can be differentiated once"
-        return scaled(gradient, grads[1]), None, None, None
-
-
-def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """In place; on a GPU, where looking at the factor would make the host wait, also by 1."""
-    return gradient if not factor.is_cuda and factor.item() == 1.0 else gradient.mul_(factor)

@@ -88,6 +88,14 @@ static void load_head(const struct attention *a, long batch, long position, long
 #undef TURN
 }
 
+/* All keys and values of one sequence and head, a row of ``pitch`` floats each. */
+static void load_keys_and_values(const struct attention *a, long batch, long kv, float *keys, float *values, long pitch) {
+    for (long j = 0; j < a->seq; j++) {
+        load_head(a, batch, j, a->heads + kv, 1, 1.0f, keys + j * pitch);
+        load_head(a, batch, j, a->heads + a->kv_heads + kv, 0, 1.0f, values + j * pitch);
+    }
+}
+
 /* The gradient of such a row, turned back. */
 static void store_head(const struct attention *a, long batch, long position, long head, int rotary, float factor, const float *from) {
     const long heads = a->heads + 2 * a->kv_heads, n = a->width, first = ((batch * a->seq + position) * heads + head) * n, half = n / 2;
@@ -147,10 +155,7 @@ EXPORT void attention_forward(const struct attention *a, long first, long last) 
     memset(values, 0, seq * columns * sizeof *values);
     for (long task = first; task < last; task++) {
         const long batch = task / a->kv_heads, kv = task % a->kv_heads;
-        for (long j = 0; j < seq; j++) {
-            load_head(a, batch, j, a->heads + kv, 1, 1.0f, rows + j * columns);
-            load_head(a, batch, j, a->heads + a->kv_heads + kv, 0, 1.0f, values + j * columns);
-        }
+        load_keys_and_values(a, batch, kv, rows, values, columns);
         transpose(rows, columns, seq, n, keys, pitch);
         for (long head = kv * group; head < (kv + 1) * group; head++)
             for (long start = 0; start < seq; start += QUERIES) {
@@ -190,10 +195,7 @@ EXPORT void attention_backward(const struct attention *a, long first, long last)
     memset(dy, 0, QUERIES * columns * sizeof *dy);
     for (long task = first; task < last; task++) {
         const long batch = task / a->kv_heads, kv = task % a->kv_heads;
-        for (long j = 0; j < seq; j++) {
-            load_head(a, batch, j, a->heads + kv, 1, 1.0f, rows + j * columns);
-            load_head(a, batch, j, a->heads + a->kv_heads + kv, 0, 1.0f, values + j * columns);
-        }
+        load_keys_and_values(a, batch, kv, rows, values, columns);
         transpose(rows, columns, seq, n, keys_t, pitch);
         transpose(values, columns, seq, n, values_t, pitch);
         memset(dk, 0, seq * columns * sizeof *dk);

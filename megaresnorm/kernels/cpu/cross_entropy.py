@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megaresnorm.kernels.cpu import build
-from megaresnorm.kernels.cross_entropy import scaled
+from megaresnorm.kernels.cross_entropy import GradientInPlace
 from megaresnorm.kernels.dispatch import register_kernel
 from megaresnorm.kernels.operator import FLOATS
 
@@ -31,7 +31,7 @@ def cpu_cross_entropy(
     return _CrossEntropy.apply(logits_TV, labels_T, z_loss, scale)
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _CrossEntropy(GradientInPlace):
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, z_loss: float, scale: float) -> tuple[Tensor, Tensor]:
         if logits_TV.dtype not in FLOATS:
@@ -63,9 +63,3 @@ class _CrossEntropy(torch.autograd.Function):
         nll = nll.clone()
         ctx.mark_non_differentiable(nll)
         return nll, scale * (nll + z_loss * penalty)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        gradient, ctx.gradient = ctx.gradient, None
-        assert gradient is not None, "the objective can be differentiated once"
-        return scaled(gradient, grads[1]), None, None, None
