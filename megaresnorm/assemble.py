@@ -1,73 +1,211 @@
-"""The one order in which a model is put together: meta model, precision, materialise, initialise."""
+"""The one order in which a model is put together: meta model, tensor parallel, precision, compile, FSDP, materialise, initialise."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megaresnorm.errors import ConfigError
 from megaresnorm.kernels import load_backends
 from megaresnorm.kernels.dispatch import choose_kernel
+from megaresnorm.model.cost import block_flops, embedding_flops, head_flops
 from megaresnorm.model.init import materialize
-from megaresnorm.model.parameters import ParameterSpec, parameter_table
+from megaresnorm.model.parameters import ParameterSpec, global_name, parameter_table
+from megaresnorm.model.norm import Norm
 from megaresnorm.model.residual import AddNorm, Kernels
-from megaresnorm.model.transformer import Transformer
+from megaresnorm.model.transformer import Stage, Transformer
+from megaresnorm.parallel.columns import sharded_norm
+from megaresnorm.parallel.context import Axis, ParallelContext, Sizes, resolve_sizes
+from megaresnorm.parallel.data import replicate_model, settle_shards, shard_model
+from megaresnorm.parallel.layouts import TensorLayout, tensor_layout
+from megaresnorm.parallel.pipeline import split_blocks, stage_ranges, stages_of_rank
+from megaresnorm.parallel.tensor import vocab_parallel_cross_entropy
 from megaresnorm.precision import DTYPES, Bf16Weights, weight_dtype
-from megaresnorm.recipe import KernelRecipe, ModelRecipe, PrecisionRecipe
+from megaresnorm.recipe import KernelRecipe, ModelRecipe, ParallelRecipe, PrecisionRecipe, Recipe, divisors
 
 
 @dataclass(frozen=True)
 class Assembled:
-    """A model that is ready to train, and what was decided on the way."""
+    """A model, or this rank's stages of one, ready to train, and what was decided on the way.
 
-    model: Transformer
+    models: by number of the stage; one process has stage 0 alone.   modules: the same as data parallelism has wrapped them, to be
+    called in training.   cross_entropy: logits of the last stage, labels, z_loss, scale -> (nll, objective).
+    """
+
+    models: dict[int, Transformer]
+    modules: dict[int, nn.Module]
     table: dict[str, ParameterSpec]
+    layout: TensorLayout
+    context: ParallelContext
     device: torch.device
     kernel_choices: dict[str, str]
     cross_entropy: Callable[..., tuple[Tensor, Tensor]]
-    bf16: Bf16Weights | None
+    residual_dtype: torch.dtype
+    bf16: tuple[Bf16Weights, ...]
+
+    @property
+    def model(self) -> Transformer:
+        """The model, where it has one stage."""
+        (model,) = self.models.values()
+        return model
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """This rank's parameters by global name."""
+        return {
+            global_name(name, self.table): parameter
+            for model in self.models.values()
+            for name, parameter in model.named_parameters()
+        }
+
+    @property
+    def copies(self) -> set[str]:
+        """Parameters of this rank that a rank before it has as well: a tied output matrix."""
+        tied = "embedding.weight" in self.parameters() and not any(m.stage.embeds for m in self.models.values())
+        return {"embedding.weight"} if tied else set()
 
     def weights_changed(self) -> None:
         """To be called after the optimizer or a checkpoint has changed the weights."""
-        if self.bf16 is not None:
-            self.bf16.refresh()
+        for copies in self.bf16:
+            copies.refresh()
 
 
 def build_model(
     recipe: ModelRecipe,
     precision: PrecisionRecipe | None = None,
     kernels: KernelRecipe | None = None,
+    parallel: ParallelRecipe | None = None,
+    context: ParallelContext | None = None,
     *,
     seed: int = 1234,
     device: str | torch.device = "cpu",
+    compiled: str = "none",
 ) -> Assembled:
-    """Build, materialise and initialise the model of a recipe whose vocab_size is set.
+    """Build, materialise and initialise the model of a recipe whose vocab_size is set, or a rank's part of it.
 
+    compiled: train.compile.
     Raises: ConfigError for a topology, kernel or device that cannot be used.
     """
     load_backends()
     precision, kernels = precision or PrecisionRecipe(), kernels or KernelRecipe()
-    device = torch.device(device)
-    compute = DTYPES[precision.compute]
+    parallel, context, device = parallel or ParallelRecipe(), context or ParallelContext.single(), torch.device(device)
+    compute, stored = DTYPES[precision.compute], DTYPES[precision.stream]
     chosen = {op: choose_kernel(op, backend, device, compute) for op, backend in kernels}
-    add_norm = AddNorm(chosen["add_norm"][0].function, DTYPES[precision.stream], compute)
-    model_kernels = Kernels(add_norm, chosen["attention"][0].function, chosen["activation"][0].function)
-    with torch.device("meta"):
-        model = Transformer(recipe, model_kernels)
-    bf16 = Bf16Weights(model) if precision.compute == "bf16" else None
-    table = parameter_table(recipe)
-    materialize(model, table, seed=seed, dtype=weight_dtype(precision.compute), device=device)
+    layout = tensor_layout(parallel.tensor_layout, context.tp, gather=gathers_stream(parallel, precision))
+    cross_entropy = chosen["cross_entropy"][0].function
     choices = {op: line for op, (_, line) in chosen.items()}
-    assembled = Assembled(model, table, device, choices, chosen["cross_entropy"][0].function, bf16)
+    if context.tp.size > 1:
+        cross_entropy = vocab_parallel_cross_entropy(context.tp)
+        choices["cross_entropy"] = f"cross_entropy on {device.type}: vocabulary divided over {context.tp.size} ranks"
+    model_kernels = _model_kernels({op: kernel.function for op, (kernel, _) in chosen.items()}, layout, stored, compute)
+    stages = split_stages(recipe, parallel)
+    table = parameter_table(recipe, parallel.tensor_layout if context.tp.size > 1 else "full")
+    models, modules, copies = {}, {}, []
+    for number in stages_of_rank(context.pp.rank, context.pp.size, len(stages)):
+        with torch.device("meta"):
+            model = Transformer(recipe, model_kernels, layout, stages[number])
+        if precision.compute == "bf16":
+            copies.append(Bf16Weights(model, keep_copies=context.dp_shard.size == 1))
+        if compiled != "none":
+            compile_blocks(model, cuda_graphs=compiled == "cuda_graphs", device=device)
+        if context.dp_shard.size > 1:
+            shard_model(model, model.blocks.values(), context, parameters=parallel.shard == "parameters" and len(stages) == 1)
+        materialize(model, table, context, seed=seed, dtype=weight_dtype(precision.compute), device=device)
+        settle_shards(model)
+        models[number] = model
+        ddp = context.dp_replicate.size > 1 and context.dp_shard.size == 1
+        modules[number] = replicate_model(model, context.data) if ddp else model
+    assembled = Assembled(
+        models, modules, table, layout, context, device, choices, cross_entropy, stored, tuple(copies)
+    )  # fmt: skip
     assembled.weights_changed()
     return assembled
 
 
+def _model_kernels(
+    functions: dict[str, Callable], layout: TensorLayout, stored: torch.dtype, compute: torch.dtype
+) -> Kernels:
+    """The chosen kernels as the model calls them, the stream's in its layout."""
+    whole, axis = AddNorm(functions["add_norm"], stored, compute), layout.axis
+
+    def normalize_shared(x: Tensor, norm: Norm) -> Tensor:
+        return sharded_norm(x.reshape(-1, x.shape[-1]), norm.weights(), axis, x.dtype).view(x.shape)
+
+    return Kernels(
+        AddNorm(layout.add_norm(functions["add_norm"]), stored, compute),
+        functions["attention"],
+        functions["activation"],
+        whole.normalize,
+        normalize_shared if axis.size > 1 else whole.normalize,
+    )
+
+
+def gathers_stream(parallel: ParallelRecipe, precision: PrecisionRecipe) -> bool:
+    """Under tensor_layout=columns: whether the stored stream is gathered, rather than its normalised columns."""
+    return parallel.columns_norm == "gather" or (
+        parallel.columns_norm == "auto" and precision.stream == precision.compute
+    )
+
+
+def split_stages(recipe: ModelRecipe, parallel: ParallelRecipe) -> list[Stage]:
+    """What every pipeline stage has, as the recipe says or balanced by cost."""
+    if parallel.stage_blocks is not None:
+        ranges = stage_ranges(parallel.stage_blocks)
+    else:
+        ranges = split_blocks(
+            recipe.num_blocks,
+            parallel.num_stages,
+            block=block_flops(recipe),
+            first=embedding_flops(recipe),
+            last=head_flops(recipe),
+        )
+    last = len(ranges) - 1
+    return [Stage(blocks, embeds=i == 0, predicts=i == last) for i, blocks in enumerate(ranges)]
+
+
+def compile_blocks(model: Transformer, *, cuda_graphs: bool, device: torch.device) -> None:
+    """torch.compile every block by itself, so that equal blocks share their code."""
+    if cuda_graphs and device.type != "cuda":
+        raise ConfigError(f"train.compile=cuda_graphs needs a GPU, this is {device.type}; try train.compile=blocks")
+    # Blocks differ in plain numbers (a topology's constants): each may need code of its own, and none may fall back silently.
+    limits, wanted = torch._dynamo.config, 8 + 2 * model.recipe.num_blocks
+    limits.recompile_limit = max(limits.recompile_limit, wanted)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * wanted)
+    for block in model.blocks.values():
+        block.compile(mode="reduce-overhead" if cuda_graphs else None)
+
+
+def check_layout(recipe: Recipe, num_ranks: int) -> Sizes:
+    """The sizes of all axes for a recipe whose vocab_size is set; called before anything starts.
+
+    Raises: ConfigError for what does not fit, with what would.
+    """
+    model, parallel = recipe.model, recipe.parallel
+    sizes = resolve_sizes(
+        num_ranks, pp=parallel.pp, dp_replicate=parallel.dp_replicate, dp_shard=parallel.dp_shard, tp=parallel.tp
+    )
+    rows = model.padded_vocab_size
+    if rows % sizes.tp or (sizes.tp - 1) * (rows // sizes.tp) >= (model.vocab_size or 0):
+        raise ConfigError(
+            f"parallel.tp={sizes.tp} must divide the {rows} padded rows of model.vocab_size={model.vocab_size}, with a token for "
+            f"every rank; set model.vocab_multiple to a multiple of {sizes.tp}, or try parallel.tp in {divisors(rows)[:6]}"
+        )
+    micro = recipe.train.micro_batch_of(sizes.dp_replicate * sizes.dp_shard, sizes.pp)
+    if parallel.tensor_layout == "tokens" and micro * model.seq_len % sizes.tp:
+        raise ConfigError(
+            f"parallel.tensor_layout=tokens: parallel.tp={sizes.tp} must divide the {micro * model.seq_len} tokens of a microbatch; "
+            "change train.micro_batch or model.seq_len, or use tensor_layout=columns, which needs no such thing"
+        )
+    return sizes
+
+
 def choose_device(name: str) -> torch.device:
-    """The device of a recipe's train.device. Raises: ConfigError for cuda where there is none."""
+    """The device of a recipe's train.device, of this rank. Raises: ConfigError for cuda where there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device=cuda: torch sees no GPU here; use train.device=auto or cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device(name)

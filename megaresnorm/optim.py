@@ -1,11 +1,12 @@
 """AdamW over groups from the table of parameters, and gradient clipping."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from megaresnorm.model.parameters import ParameterSpec
+from megaresnorm.parallel.data import local
 from megaresnorm.recipe import OptimRecipe
 
 SMALL = 1 << 16  # elements; below this, calling an operation costs about as much as its work
@@ -16,14 +17,24 @@ class Optimizer:
 
     A deep, narrow model has thousands of small parameters. Those of a group become slices of one tensor, and ``collect`` puts
     their gradients into another, so that norm, clipping and update are one call for all of them. ``tensors`` is what remains to
-    be called for: those packed tensors and the large parameters.
+    be called for: those packed tensors and the large parameters. What FSDP2 has divided is updated where it lies, unpacked.
+
+    kinds: of parameters by name; only those of one kind are packed together.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], table: Mapping[str, ParameterSpec], recipe: OptimRecipe
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        table: Mapping[str, ParameterSpec],
+        recipe: OptimRecipe,
+        kinds: Mapping[str, Hashable] | None = None,
     ) -> None:
         self._parameters = list(parameters.values())
+        kinds = kinds or dict.fromkeys(parameters)
         self._slices: dict[nn.Parameter, tuple[nn.Parameter, int]] = {}  # small -> (packed tensor, first element)
+        self._locals: dict[nn.Parameter, nn.Parameter] = {  # divided -> this rank's part of its memory
+            p: nn.Parameter(local(p.detach())) for p in self._parameters if local(p) is not p
+        }
         self._members: dict[nn.Parameter, list[nn.Parameter]] = {}  # packed tensor -> its small ones, in order
         groups: dict[tuple, dict] = {}
         for name, parameter in parameters.items():
@@ -31,14 +42,18 @@ class Optimizer:
             m = spec.multipliers
             decay = recipe.weight_decay * m.weight_decay if spec.decay else 0.0
             group = groups.setdefault(
-                (decay, m.lr, m.eps),
+                (decay, m.lr, m.eps, kinds[name]),
                 {"params": [], "weight_decay": decay, "eps": recipe.eps * m.eps, "lr_multiplier": m.lr},
             )
             group["params"].append(parameter)
         for group in groups.values():
-            small = [p for p in group["params"] if p.numel() <= SMALL]
-            group["params"] = [p for p in group["params"] if p.numel() > SMALL] + ([self._pack(small)] if small else [])
+            small = [p for p in group["params"] if p.numel() <= SMALL and p not in self._locals]
+            packed = set(small)
+            large = [self._locals.get(p, p) for p in group["params"] if p not in packed]
+            group["params"] = large + ([self._pack(small)] if small else [])
         self.tensors = [tensor for group in groups.values() for tensor in group["params"]]
+        self._kinds = [key[-1] for key, group in groups.items() for _ in group["params"]]
+        self._kinds_of_parameters = [kinds[name] for name in parameters]
         self._adamw = torch.optim.AdamW(
             list(groups.values()), lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), fused=True
         )
@@ -50,7 +65,11 @@ class Optimizer:
 
     def updated_as(self, parameter: nn.Parameter) -> nn.Parameter:
         """The tensor that AdamW updates in the place of a parameter of the model."""
-        return self._slices.get(parameter, (parameter, 0))[0]
+        return self._slices.get(parameter, (self._locals.get(parameter, parameter), 0))[0]
+
+    def kinds(self, *, per_parameter: bool = False) -> list[Hashable]:
+        """Of what ``collect`` returns."""
+        return self._kinds_of_parameters if per_parameter else self._kinds
 
     def collect(self, *, per_parameter: bool = False) -> list[Tensor]:
         """Take over the parameters' gradients; returns those of ``tensors``, or one (a slice) for each parameter of the model."""
@@ -59,6 +78,8 @@ class Optimizer:
             torch.cat([_gradient_of(p).flatten() for p in members], out=packed.grad)
             for p in members:
                 p.grad = None
+        for p, mine in self._locals.items():
+            mine.grad, p.grad = _gradient_of(p), None
         return (
             [self.gradient(p) for p in self._parameters] if per_parameter else [_gradient_of(p) for p in self.tensors]
         )
@@ -74,7 +95,7 @@ class Optimizer:
         self._adamw.step()
 
     def zero_grad(self) -> None:
-        for parameter in self._parameters:
+        for parameter in (*self._parameters, *self._locals.values()):
             parameter.grad = None
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -113,8 +134,8 @@ class Optimizer:
 
 
 def _gradient_of(parameter: nn.Parameter) -> Tensor:
-    """The gradient; zeros for a parameter that no loss depends on."""
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    """The gradient, or this rank's part of it; zeros for a parameter that no loss depends on."""
+    return torch.zeros_like(local(parameter.detach())) if parameter.grad is None else local(parameter.grad)
 
 
 class GradientClipper:
@@ -129,16 +150,17 @@ class GradientClipper:
         self.steps = 0
         self.averages = torch.full((num_tensors,), torch.inf)  # gamma, on the CPU: one number a tensor
 
-    def clip(self, gradients: Sequence[Tensor], norms: Tensor) -> None:
-        """gradients: every gradient, in a fixed order.   norms: [n] their L2 norms before clipping."""
+    def clip(self, gradients: Sequence[Tensor], norms: Tensor, total: Tensor | None = None) -> None:
+        """gradients: every gradient, in a fixed order.   norms: [n] their L2 norms before clipping, of whole tensors where these are
+        divided among ranks.   total: norm of all gradients of all ranks; the default is that of these.
+        """
         recipe = self.recipe
         if recipe.clip == "none":
             return
         warm = recipe.clip == "adagc" and self.steps >= recipe.adagc_warmup
         norms = norms.float().cpu()
-        limit = (
-            recipe.adagc_ratio * self.averages if warm else recipe.clip_norm * norms / torch.linalg.vector_norm(norms)
-        )
+        total = torch.linalg.vector_norm(norms) if total is None else total.float().cpu()
+        limit = recipe.adagc_ratio * self.averages if warm else recipe.clip_norm * norms / total
         factors = (limit / norms).clamp(max=1.0).nan_to_num(nan=1.0)  # 0/0: a gradient of zeros needs no clipping
         if bool((factors < 1.0).any()):
             torch._foreach_mul_(list(gradients), factors.tolist())

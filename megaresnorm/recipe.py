@@ -284,6 +284,48 @@ class KernelRecipe(Section):
     """Backend of the loss."""
 
 
+class ParallelRecipe(Section):
+    """Ranks are pp * dp_replicate * dp_shard * tp; ranks of one tp group are neighbours. The same recipe runs in every layout."""
+
+    tp: Count = 1
+    """Tensor parallel: ranks that share every matrix."""
+    tensor_layout: Literal["full", "tokens", "columns"] = "full"
+    """The residual stream over tp: whole on every rank, split by token (sequence parallel), or by column with merged statistics."""
+    columns_norm: Literal["auto", "merge", "gather"] = "auto"
+    """columns: merge statistics and gather normalised columns, or gather the stored stream where its type is the wire's (auto)."""
+    pp: Count = 1
+    """Pipeline parallel: ranks that each hold consecutive blocks."""
+    pipeline: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
+    """Order of forward and backward passes; interleaved gives every rank several stages."""
+    stages_per_rank: Annotated[int, Field(ge=2)] = 2
+    """interleaved: stages of one rank."""
+    stage_blocks: list[Annotated[int, Field(ge=0)]] | None = None
+    """Blocks of every stage, first to last; unset: balanced by cost, embedding and output matrix counted."""
+    dp_shard: Count = 1
+    """Fully sharded data parallel (FSDP2): ranks among which weights, gradients and optimizer state are divided."""
+    shard: Literal["parameters", "gradients"] = "parameters"
+    """dp_shard: free gathered weights after every forward pass, or keep them until the backward pass is done."""
+    dp_replicate: Count | None = None
+    """Data parallel with whole copies (DDP; with dp_shard, of the sharded group); unset: all ranks that are left."""
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        if self.tensor_layout != "columns":
+            refuse_ignored(self, "parallel", f"parallel.tensor_layout={self.tensor_layout}", "columns_norm")
+        if self.pipeline != "interleaved":
+            refuse_ignored(self, "parallel", f"parallel.pipeline={self.pipeline}", "stages_per_rank")
+        if self.stage_blocks is not None and len(self.stage_blocks) != self.num_stages:
+            raise ValueError(
+                f"parallel.stage_blocks has {len(self.stage_blocks)} stages, parallel.pp={self.pp} with "
+                f"parallel.pipeline={self.pipeline} makes {self.num_stages}; give {self.num_stages} numbers"
+            )
+        return self
+
+    @property
+    def num_stages(self) -> int:
+        return self.pp * (self.stages_per_rank if self.pipeline == "interleaved" and self.pp > 1 else 1)
+
+
 class BatchRamp(Section):
     start: Count
     """Global batch of the first step, in samples."""
@@ -299,13 +341,15 @@ class TrainRecipe(Section):
     global_batch: Count = 8
     """Samples (sequences) in one optimizer step."""
     micro_batch: Count | None = None
-    """Samples in one forward and backward pass; unset: global_batch."""
+    """Samples in one forward and backward pass of a rank; unset: all of its share, or under pp one sample."""
     batch_ramp: BatchRamp | None = None
     """Grow the global batch at the start of the run."""
     seed: Seed = 1234
     """Seed of the initial weights and of dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
+    compile: Literal["none", "blocks", "cuda_graphs"] = "none"
+    """torch.compile every block by itself; cuda_graphs: and replay it as a CUDA graph."""
     z_loss: Annotated[float, Field(ge=0)] = 0.0
     """Coefficient of log(Z)^2 a token, added to the loss (PaLM: 1e-4)."""
     eval_every: Annotated[int, Field(ge=0)] = 100
@@ -328,9 +372,13 @@ class TrainRecipe(Section):
     """Length of that sample; 0: none."""
 
     @property
-    def micro_batch_size(self) -> int:
+    def batch_multiple(self) -> int:
+        """What every global batch is a multiple of, in whatever layout."""
         return self.micro_batch or self.global_batch
 
+    def micro_batch_of(self, data_ranks: int, pp: int) -> int:
+        """Samples in one pass of a rank: the recipe's, else its whole share of a batch, or one sample in a pipeline."""
+        return self.micro_batch or (1 if pp > 1 else -(-self.global_batch // data_ranks))
 
 class Recipe(Section):
     """One training run."""
@@ -349,11 +397,13 @@ class Recipe(Section):
     """Number formats."""
     kernels: KernelRecipe = KernelRecipe()
     """Backends of the kernels."""
+    parallel: ParallelRecipe = ParallelRecipe()
+    """How many ranks share the work, and how."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         train, schedule = self.train, self.schedule
-        micro = train.micro_batch_size
+        micro = train.batch_multiple
         if train.global_batch % micro:
             raise ValueError(
                 f"train.micro_batch={micro} must divide train.global_batch={train.global_batch}; "
@@ -369,6 +419,34 @@ class Recipe(Section):
             raise ValueError(
                 f"schedule.warmup_steps={schedule.warmup_steps} and schedule.decay_steps={decay} "
                 f"do not fit into train.steps={train.steps}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _model_can_be_shared(self) -> Self:
+        model, parallel = self.model, self.parallel
+        shared = {
+            "model.num_heads": model.num_heads,
+            "model.num_kv_heads": model.kv_heads,
+            "model.ffn_dim": model.ffn_width,
+        }
+        if parallel.tensor_layout == "columns":
+            shared["model.dim"] = model.dim
+        for key, size in shared.items():
+            if size % parallel.tp:
+                raise ValueError(
+                    f"parallel.tp={parallel.tp} must divide {key}={size}; try parallel.tp in {divisors(size)}"
+                )
+        if parallel.num_stages > model.num_blocks:
+            raise ValueError(
+                f"parallel.pp={parallel.pp} makes {parallel.num_stages} pipeline stages of model.num_blocks={model.num_blocks}; "
+                f"wanted at most one a block"
+            )
+        blocks = parallel.stage_blocks
+        if blocks is not None and sum(blocks) != model.num_blocks:
+            raise ValueError(
+                f"parallel.stage_blocks={blocks} hold {sum(blocks)} blocks, model.num_blocks={model.num_blocks}; "
+                "every block must be in a stage"
             )
         return self
 

@@ -45,6 +45,6 @@ def batch_size(step: int, train: TrainRecipe) -> int:
     ramp = train.batch_ramp
     if ramp is None or step >= ramp.steps:
         return train.global_batch
-    micro = train.micro_batch_size
+    micro = train.batch_multiple
     grown = ramp.start + (train.global_batch - ramp.start) * step / ramp.steps
     return max(micro, int(grown) // micro * micro)

@@ -1,21 +1,26 @@
-"""The native engine: plain PyTorch, one optimizer step at a time."""
+"""The native engine: plain PyTorch, one optimizer step at a time, on however many ranks."""
 
 import gc
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megaresnorm.assemble import Assembled
 from megaresnorm.data.loader import Batch
+from megaresnorm.engines.whole import WholeTensors
 from megaresnorm.model.residual import DropoutKey
 from megaresnorm.optim import GradientClipper, Optimizer, gradient_norms
+from megaresnorm.parallel.collectives import all_reduce
+from megaresnorm.parallel.data import local, synchronised
+from megaresnorm.parallel.gradients import reduce_gradients, reductions
+from megaresnorm.parallel.pipeline import Pipeline
 from megaresnorm.recipe import Recipe
 
 
@@ -28,7 +33,9 @@ class Decision(Enum):
 
 @dataclass(frozen=True)
 class GradientStats:
-    """After every reduction and before the update. loss: mean cross entropy in nats; norm: of all gradients, unclipped."""
+    """After every reduction and before the update, the same on all ranks. loss: mean cross entropy in nats; norm: of all gradients,
+    unclipped.
+    """
 
     loss: float
     norm: float
@@ -48,41 +55,77 @@ class StepStats:
     applied: bool
 
 
+class _Kind(NamedTuple):
+    """divided: over the ranks of tp.   copy: of an embedding that the first stage has as well."""
+
+    divided: bool
+    copy: bool
+
+
 class NativeEngine:
-    """Owns the model, its optimizer and its clipper."""
+    """Owns this rank's part of the model, its optimizer and its clipper."""
 
     def __init__(self, assembled: Assembled, recipe: Recipe) -> None:
-        self.assembled, self.model = assembled, assembled.model
+        self.assembled, self.context = assembled, assembled.context
         self._z_loss, self._seed = recipe.train.z_loss, recipe.train.seed
         self._drops = recipe.model.dropout > 0.0
-        self._parameters = dict(self.model.named_parameters())
-        self._optimizer = Optimizer(self._parameters, assembled.table, recipe.optim)
+        self._parameters = assembled.parameters()
+        table, tp = assembled.table, self.context.tp
+        tied = self._parameters.get("embedding.weight") if recipe.model.tied_embeddings else None
+        kinds = {name: _Kind(table[name].split is not None, name in assembled.copies) for name in self._parameters}
+        self._optimizer = Optimizer(self._parameters, table, recipe.optim, kinds)
+        partial = (p for name, p in self._parameters.items() if table[name].partial)
+        self.reductions = reductions(partial, tied, tp=tp, ends=self.context.ends)
         self._clips_each = recipe.optim.clip == "adagc"
         self._clipper = GradientClipper(recipe.optim, len(self._parameters))
         self._updates = 0
+        self._pipeline = self._make_pipeline(recipe) if self.context.pp.size > 1 else None
+
+    def _make_pipeline(self, recipe: Recipe) -> Pipeline:
+        layout, dim, seq = self.assembled.layout, recipe.model.dim, recipe.model.seq_len
+
+        def wire(batch: int) -> tuple[int, int]:
+            return layout.tokens(torch.empty(batch * seq, device="meta")).shape[0], layout.width(dim)
+
+        return Pipeline(
+            self.assembled.modules,
+            recipe.parallel.num_stages,
+            self.context.pp,
+            recipe.parallel.pipeline,
+            wire,
+            self.assembled.residual_dtype,
+            self.assembled.device,
+        )
+
+    @property
+    def model(self) -> Any:
+        return self.assembled.model
 
     def step(self, microbatches: Iterable[Batch], lr: float, accept: Callable[[GradientStats], Decision]) -> StepStats:
         """Accumulate the gradients of one global batch in FP32, ask ``accept``, clip and update.
 
-        The loss is the sum over valid tokens divided by their number in the whole batch, however unequal its microbatches.
+        The loss is the sum over valid tokens divided by their number in the whole batch, however unequal its microbatches and ranks.
         """
         with _no_garbage_collection():
             return self._step(microbatches, lr, accept)
 
-    def _step(self, microbatches: Iterable[Batch], lr: float, accept: Callable[[GradientStats], Decision]) -> StepStats:
+    def gradients(self, microbatches: Iterable[Batch]) -> tuple[float, int]:
+        """Put the gradients of one global batch, after every reduction, into the parameters' ``grad``; returns mean loss and tokens."""
         batches = list(microbatches)
-        tokens = sum(int((batch.labels >= 0).sum()) for batch in batches)
-        loss = torch.zeros((), dtype=torch.float64)
-        for batch in batches:
-            nll, objective = self._losses(batch, self._dropout(batch), 1 / max(1, tokens))
-            objective.backward()
-            loss += nll.detach().cpu()
+        tokens = self._count(batches)
+        scale = 1 / max(1, tokens)
+        loss = self._sum(self._run_pipeline(batches, scale) if self._pipeline else self._accumulate(batches, scale))
+        reduce_gradients(self.reductions)
+        return loss / max(1, tokens), tokens
+
+    def _step(self, microbatches: Iterable[Batch], lr: float, accept: Callable[[GradientStats], Decision]) -> StepStats:
+        loss, tokens = self.gradients(microbatches)
         gradients = self._optimizer.collect(per_parameter=self._clips_each)
-        norms = gradient_norms(gradients)
-        stats = GradientStats(loss.item() / max(1, tokens), torch.linalg.vector_norm(norms).item())
+        norms, total = self._norms(gradients)
+        stats = GradientStats(loss, total.item())
         applied = accept(stats) is Decision.APPLY
         if applied:
-            self._clipper.clip(gradients, norms)
+            self._clipper.clip(gradients, norms, total)
             self._optimizer.step(lr)
             self._updates += 1
             self.assembled.weights_changed()
@@ -92,44 +135,94 @@ class NativeEngine:
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """Mean cross entropy a token, in nats, without dropout and z-loss."""
-        total, tokens = 0.0, 0
+        batches = list(batches)
+        tokens = self._count(batches)
+        if self._pipeline is not None:
+            return self._sum(self._run_pipeline(batches, None)) / max(1, tokens)
+        total = 0.0
         for batch in batches:
-            nll, _ = self._losses(batch, None, 1.0)
+            nll, _ = self._losses(self.model, batch, None, 1.0)
             total += nll.item()
-            tokens += int((batch.labels >= 0).sum())
-        return total / max(1, tokens)
+        return self._sum(total) / max(1, tokens)
 
     def state(self) -> dict[str, Any]:
         """What JSON can hold of the engine's state."""
         return {"updates": self._updates, "clipper_steps": self._clipper.steps}
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The live tensors of the engine's state, by group and global name: to be saved, or to be copied into."""
-        optimizer = {
+    def tensors(self) -> dict[str, WholeTensors]:
+        """The engine's state by group and global name: whole tensors, each made up from all ranks when it is asked for.
+
+        With several ranks all must ask for the same ones in the same order.
+        """
+        weights = {name: local(p.detach()) for name, p in self._parameters.items()}
+        moments = {
             f"{key}.{name}": tensor
             for name, p in self._parameters.items()
             for key, tensor in self._optimizer.moments(p).items()
         }
-        weights = {name: p.data for name, p in self._parameters.items()}
-        return {"weights": weights, "optimizer": {**optimizer, "clipper.averages": self._clipper.averages}}
+        averages = dict(zip(self._parameters, self._clipper.averages.split(1), strict=True))
+        return {
+            "weights": WholeTensors(self.assembled, weights),
+            "optimizer": WholeTensors(self.assembled, moments, numbers={"clipper.averages": averages}),
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over ``state()`` of the engine whose tensors have been copied into ``tensors()``."""
+        """Take over ``state()`` of the engine whose tensors have been loaded into ``tensors()``."""
         self._updates, self._clipper.steps = state["updates"], state["clipper_steps"]
         self._optimizer.set_updates(self._updates)
         self.assembled.weights_changed()
 
     def weights_digest(self) -> str:
-        """SHA-256 of all weights: equal runs have equal digests, where printed losses can hide a difference."""
+        """SHA-256 of all weights, the same on every rank: equal runs have equal digests, where printed losses can hide a
+        difference.
+        """
         digest = hashlib.sha256()
-        for name, parameter in self._parameters.items():
+        for name, whole in self.tensors()["weights"].items():
             digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(whole.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def _losses(self, batch: Batch, dropout: DropoutKey | None, scale: float) -> tuple[Tensor, Tensor]:
-        logits_TV = self.model(batch.tokens, dropout, documents_BS=batch.documents)
-        return self.assembled.cross_entropy(logits_TV, batch.labels.flatten(), self._z_loss, scale)
+    def _accumulate(self, batches: Sequence[Batch], scale: float) -> float:
+        (module,) = self.assembled.modules.values()
+        loss = torch.zeros((), dtype=torch.float64)
+        for i, batch in enumerate(batches):
+            with synchronised(module, last=i == len(batches) - 1):
+                nll, objective = self._losses(module, batch, self._dropout(batch), scale)
+                objective.backward()
+            loss += nll.detach().cpu()
+        return loss.item()
+
+    def _run_pipeline(self, batches: Sequence[Batch], scale: float | None) -> float:
+        """Sum of the losses on the last stage, 0 on the others; ``scale`` None: forward alone."""
+        assert self._pipeline is not None
+        whole = batches[0] if len(batches) == 1 else Batch(*(_joined(column) for column in zip(*batches, strict=True)))
+        losses: list[Tensor] = []
+
+        def loss(logits_TV: Tensor, labels_BS: Tensor) -> Tensor:
+            nll, objective = self._loss(logits_TV, labels_BS, 1.0 if scale is None else scale)
+            losses.append(nll.detach())
+            return objective
+
+        arguments: dict[str, Any] = {} if whole.documents is None else {"documents_BS": whole.documents}
+        if scale is not None and self._drops:
+            arguments["dropout"] = self._dropout(whole)
+        self._pipeline.run(
+            whole.tokens, whole.labels, len(batches), loss, backward=scale is not None, **arguments
+        )
+        return sum(nll.item() for nll in losses)
+
+    def _losses(
+        self, module: Any, batch: Batch, dropout: DropoutKey | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        logits_TV = module(batch.tokens, dropout, documents_BS=batch.documents)
+        return self._loss(logits_TV, batch.labels, scale)
+
+    def _loss(self, logits_TV: Tensor, labels_BS: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        labels_T = labels_BS.flatten()
+        if self.context.tp.size == 1:
+            return self.assembled.cross_entropy(logits_TV, labels_T, self._z_loss, scale)
+        first = next(m.first_logit for m in self.assembled.models.values() if m.stage.predicts)
+        return self.assembled.cross_entropy(logits_TV, labels_T, self._z_loss, scale, first=first)
 
     def _dropout(self, batch: Batch) -> DropoutKey | None:
         if not self._drops:
@@ -137,6 +230,39 @@ class NativeEngine:
         seq_len = batch.tokens.shape[1]
         rows = batch.samples.unsqueeze(1) * seq_len + torch.arange(seq_len, device=batch.samples.device)
         return DropoutKey(self._seed, rows.flatten())
+
+    def _count(self, batches: Sequence[Batch]) -> int:
+        """Valid labels of all data ranks."""
+        mine = sum(int((batch.labels >= 0).sum()) for batch in batches)
+        if self.context.data.size == 1:
+            return mine
+        return int(all_reduce(torch.tensor([mine], device=self.assembled.device), self.context.data).item())
+
+    def _sum(self, loss: float) -> float:
+        """Over data ranks and stages; the tensor-parallel ranks of a stage have the same."""
+        if self.context.data.size == self.context.pp.size == 1:
+            return loss
+        total = torch.tensor([loss], dtype=torch.float64, device=self.assembled.device)
+        return all_reduce(all_reduce(total, self.context.data), self.context.pp).item()
+
+    def _norms(self, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Of every gradient, whole, and of all of them together, over all ranks."""
+        norms = gradient_norms(gradients)
+        if self.context.world.size == 1:
+            return norms, torch.linalg.vector_norm(norms)
+        kinds: Any = self._optimizer.kinds(per_parameter=self._clips_each)
+        # A rank of tp has its own share of what is divided, and the same as rank 0 of what is not.
+        counted = norms.new_tensor([kind.divided or self.context.tp.rank == 0 for kind in kinds])
+        squares = all_reduce((norms * counted).double().square(), self.context.shards)
+        owned = squares.new_tensor([not kind.copy for kind in kinds])
+        total = all_reduce((squares * owned).sum().unsqueeze(0), self.context.pp).sqrt().squeeze(0)
+        return squares.sqrt().to(norms.dtype), total
+
+
+def _joined(column: Sequence[Tensor | None]) -> Any:
+    """One tensor of several microbatches'; None where they have none."""
+    tensors = [t for t in column if t is not None]
+    return torch.cat(tensors) if tensors else None
 
 
 @contextmanager

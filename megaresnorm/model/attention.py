@@ -3,30 +3,43 @@
 T tokens (batch * seq)   B batch   S seq   N query heads   K key/value heads   H head width   D model dim
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from megaresnorm.kernels.attention import rotate, sdpa_attention
 from megaresnorm.model.norm import Norm
 from megaresnorm.model.residual import Kernels, KeyValueCache, Rows
-from megaresnorm.parallel.tensor import Linear
+from megaresnorm.parallel.layouts import TensorLayout
+from megaresnorm.parallel.tensor import ColumnLinear, RowLinear
 from megaresnorm.recipe import ModelRecipe
 
 
 class Attention(nn.Module):
-    """u [T, D] -> [T, D]. The fused ``qkv`` holds the logical matrices q [N*H, D], k [K*H, D] and v [K*H, D]."""
+    """u [T, D] -> [T, D]. The fused ``qkv`` holds the logical matrices q [N*H, D], k [K*H, D] and v [K*H, D].
 
-    def __init__(self, recipe: ModelRecipe, kernels: Kernels) -> None:
+    Under tensor parallelism N and K are this rank's heads, and a norm over all heads together merges its statistics.
+    norm_inner: normalise what ``out`` reads.
+    """
+
+    def __init__(
+        self, recipe: ModelRecipe, kernels: Kernels, layout: TensorLayout, norm_inner: Callable[[int], Norm] | None
+    ) -> None:
         super().__init__()
-        self.attend, self.add_norm = kernels.attend, kernels.add_norm
-        self.num_heads, self.kv_heads, self.head_dim = recipe.num_heads, recipe.kv_heads, recipe.head_width
-        q_dim, kv_dim = self.num_heads * self.head_dim, self.kv_heads * self.head_dim
-        self.qkv = Linear(recipe.dim, q_dim + 2 * kv_dim, bias=recipe.bias)
-        self.out = Linear(q_dim, recipe.dim, bias=recipe.bias)
+        self.attend, self.normalize_shared = kernels.attend, kernels.normalize_shared
+        axis, self.head_dim = layout.axis, recipe.head_width
+        self.num_heads, self.kv_heads = recipe.num_heads // axis.size, recipe.kv_heads // axis.size
+        q_dim, kv_dim = recipe.num_heads * self.head_dim, recipe.kv_heads * self.head_dim
+        self.qkv = ColumnLinear(recipe.dim, q_dim + 2 * kv_dim, axis, bias=recipe.bias)
+        self.out = RowLinear(q_dim, recipe.dim, layout, bias=recipe.bias)
+        self.norm_inner = None if norm_inner is None else norm_inner(q_dim // axis.size)
         self.norm_per_head = recipe.qk_norm == "head"
+        self.normalize_qk = kernels.normalize if self.norm_per_head else kernels.normalize_shared
         self.q_norm = self.k_norm = None
         if recipe.qk_norm != "none":
-            widths = (self.head_dim, self.head_dim) if self.norm_per_head else (q_dim, kv_dim)
+            per_head = (self.head_dim, self.head_dim)
+            widths = per_head if self.norm_per_head else (q_dim // axis.size, kv_dim // axis.size)
             self.q_norm, self.k_norm = (
                 Norm(recipe.norm, w, eps=recipe.norm_eps, bias=recipe.norm_bias) for w in widths
             )
@@ -41,7 +54,8 @@ class Attention(nn.Module):
             y_BSNH = self.attend(qkv_BSJH, self.kv_heads, cos=rows.cos, sin=rows.sin, mask_BSC=rows.mask)
         else:
             y_BSNH = self._attend_cached(qkv_BSJH.split(heads, dim=2), rows, rows.cache)
-        return self.out(y_BSNH.reshape(u_TD.shape[0], -1))
+        y = y_BSNH.reshape(u_TD.shape[0], -1)
+        return self.out(y if self.norm_inner is None else self.normalize_shared(y, self.norm_inner))
 
     def _attend_cached(self, qkv: tuple[Tensor, ...], rows: Rows, cache: KeyValueCache) -> Tensor:
         """Generation: new tokens, or all at first, see what was seen before them."""
@@ -54,7 +68,7 @@ class Attention(nn.Module):
 
     def _normalize(self, x_BSNH: Tensor, norm: Norm) -> Tensor:
         x = x_BSNH if self.norm_per_head else x_BSNH.flatten(2)
-        return self.add_norm.normalize(x, norm).view_as(x_BSNH)
+        return self.normalize_qk(x, norm).view_as(x_BSNH)
 
 
 def rotary_tables(

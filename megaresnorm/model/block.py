@@ -9,6 +9,7 @@ from megaresnorm.model.ffn import FeedForward
 from megaresnorm.model.norm import Norm
 from megaresnorm.model.residual import DropoutKey, Kernels, Residual, Rows, Stream
 from megaresnorm.model.topology import Position, Sublayer, topology
+from megaresnorm.parallel.layouts import TensorLayout
 from megaresnorm.recipe import ModelRecipe
 
 
@@ -19,20 +20,24 @@ class Block(nn.Module):
         self,
         recipe: ModelRecipe,
         block: int,
-        norm: Callable[[], Norm],
+        norm: Callable[[int], Norm],
         kernels: Kernels,
+        layout: TensorLayout,
     ) -> None:
         super().__init__()
         wiring = topology(recipe.topology)
 
-        def residual(sublayer: Sublayer, branch: nn.Module) -> Residual:
+        def residual(sublayer: Sublayer, branch: type[Attention] | type[FeedForward]) -> Residual:
             at = Position(block=block, num_blocks=recipe.num_blocks, sublayer=sublayer, dim=recipe.dim)
             spec = wiring.residual(at, recipe.topology_options)
+            inside = branch(recipe, kernels, layout, norm if spec.norm_inner else None)
             site = 2 * block + (sublayer == "ffn")
-            return Residual(spec, branch, norm, recipe.dim, kernels.add_norm, site=site, dropout=recipe.dropout)
+            return Residual(
+                spec, inside, norm, recipe.dim, kernels.add_norm, layout, site=site, dropout=recipe.dropout
+            )
 
-        self.attention = residual("attention", Attention(recipe, kernels))
-        self.ffn = residual("ffn", FeedForward(recipe, kernels.activate))
+        self.attention = residual("attention", Attention)
+        self.ffn = residual("ffn", FeedForward)
 
     def forward(self, stream: Stream, rows: Rows, dropout: DropoutKey | None) -> Stream:
         x, u = self.attention.enter(stream)

@@ -7,24 +7,34 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from megaresnorm.model.residual import Rows
-from megaresnorm.parallel.tensor import Linear
+from megaresnorm.model.norm import Norm
+from megaresnorm.model.residual import Kernels, Rows
+from megaresnorm.parallel.layouts import TensorLayout
+from megaresnorm.parallel.tensor import ColumnLinear, RowLinear
 from megaresnorm.recipe import ModelRecipe
 
 
 class FeedForward(nn.Module):
-    """down(activate(in(u))). The fused ``gate_up`` of SwiGLU holds the logical matrices gate [F, D] and up [F, D]."""
+    """down(activate(in(u))). The fused ``gate_up`` of SwiGLU holds the logical matrices gate [F, D] and up [F, D].
 
-    def __init__(self, recipe: ModelRecipe, activate: Callable[..., Tensor]) -> None:
+    Under tensor parallelism F is this rank's share.   norm_inner: normalise what ``down`` reads.
+    """
+
+    def __init__(
+        self, recipe: ModelRecipe, kernels: Kernels, layout: TensorLayout, norm_inner: Callable[[int], Norm] | None
+    ) -> None:
         super().__init__()
-        self.kind, self.activate = recipe.ffn, activate
+        self.kind, self.activate, self.normalize_shared = recipe.ffn, kernels.activate, kernels.normalize_shared
+        axis = layout.axis
         if recipe.ffn == "swiglu":
-            self.gate_up = Linear(recipe.dim, 2 * recipe.ffn_width, bias=recipe.bias)
+            self.gate_up = ColumnLinear(recipe.dim, 2 * recipe.ffn_width, axis, bias=recipe.bias)
         else:
-            self.up = Linear(recipe.dim, recipe.ffn_width, bias=recipe.bias)
-        self.down = Linear(recipe.ffn_width, recipe.dim, bias=recipe.bias)
+            self.up = ColumnLinear(recipe.dim, recipe.ffn_width, axis, bias=recipe.bias)
+        self.down = RowLinear(recipe.ffn_width, recipe.dim, layout, bias=recipe.bias)
+        self.norm_inner = None if norm_inner is None else norm_inner(recipe.ffn_width // axis.size)
 
     def forward(self, u_TD: Tensor, rows: Rows) -> Tensor:
         into = self.gate_up if self.kind == "swiglu" else self.up
         # The bias belongs to the activation's kernel, which sums its gradient on the way.
-        return self.down(self.activate(into.without_bias(u_TD), into.bias, self.kind))
+        h = self.activate(into.without_bias(u_TD), into.bias, self.kind)
+        return self.down(h if self.norm_inner is None else self.normalize_shared(h, self.norm_inner))

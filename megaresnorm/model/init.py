@@ -5,25 +5,36 @@ from hashlib import sha256
 import torch
 from torch import Tensor, nn
 
-from megaresnorm.model.parameters import ParameterSpec
+from megaresnorm.model.parameters import ParameterSpec, global_name
+from megaresnorm.parallel.context import ParallelContext
+from megaresnorm.parallel.data import placed_like
+from megaresnorm.parallel.sharding import shard
 
 
 def materialize(
-    model: nn.Module, table: dict[str, ParameterSpec], *, seed: int, dtype: torch.dtype, device: torch.device
+    model: nn.Module,
+    table: dict[str, ParameterSpec],
+    context: ParallelContext,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     """Give a model that was built on the meta device its memory and initial values, one parameter at a time.
 
-    Peak memory is the model's own size plus its largest parameter. Tied parameters stay tied.
+    Peak memory is this rank's share of the model plus its largest whole parameter. Tied parameters stay tied.
     Raises: AssertionError if model and table do not name the same parameters and shapes.
     """
-    found = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    assert found == {name: spec.shape for name, spec in table.items()}, "the model and its table of parameters differ"
     places: dict[nn.Parameter, list[tuple[nn.Module, str, str]]] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             places.setdefault(parameter, []).append((module, name, f"{module_name}.{name}".lstrip(".")))
-    for owners in places.values():
-        value = nn.Parameter(initial_value(table[owners[0][2]], seed, dtype, device))
+    for parameter, owners in places.items():
+        spec = table[global_name(owners[0][2], table)]
+        whole = initial_value(spec, seed, dtype, torch.device("cpu"))
+        share = shard(whole, spec.split, [part.rows for part in spec.parts], context.tp)
+        assert share.shape == parameter.shape, f"the model and its table of parameters differ in {spec.name}"
+        value = placed_like(share.to(device), parameter, context.dp_shard)
         for module, name, _ in owners:
             setattr(module, name, value)
 

@@ -4,8 +4,8 @@ It is computed from the recipe alone, for the whole model. Initialisation, optim
 stored on tensors.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import sqrt
 
 from megaresnorm.model.residual import gate_size
@@ -20,7 +20,7 @@ PLAIN = Multipliers()
 class Part:
     """Consecutive rows of a parameter that are one matrix or vector in the mathematics (the q of a fused qkv).
 
-    Every element is drawn from N(mean, std^2).
+    Every element is drawn from N(mean, std^2). A tensor-parallel rank has its share of every part.
     """
 
     role: str
@@ -31,13 +31,19 @@ class Part:
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One parameter of the whole model."""
+    """One parameter of the whole model.
+
+    split: the dim in which tensor-parallel ranks have their shares of it; None: each has all.
+    partial: whether a rank's gradient is a partial sum, which parallel/gradients.py adds up.
+    """
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     decay: bool
     multipliers: Multipliers = PLAIN
+    split: int | None = None
+    partial: bool = False
 
     @property
     def num_elements(self) -> int:
@@ -47,12 +53,37 @@ class ParameterSpec:
         return product
 
 
-def parameter_table(recipe: ModelRecipe) -> dict[str, ParameterSpec]:
+def parameter_table(recipe: ModelRecipe, tensor_layout: str = "full") -> dict[str, ParameterSpec]:
     """Every parameter of the model by global name, in the order of Transformer.named_parameters().
 
-    ``recipe`` must be resolved: model.vocab_size is set.
+    ``recipe`` must be resolved: model.vocab_size is set.   tensor_layout: of the stream, which ``split`` and ``partial`` depend on.
     """
-    return {spec.name: spec for spec in _parameters(recipe)}
+    return {spec.name: _placed(spec, recipe, tensor_layout) for spec in _parameters(recipe)}
+
+
+def global_name(name: str, table: Mapping[str, ParameterSpec]) -> str:
+    """The name in the table of a parameter of a stage: a tied output matrix is the embedding, on whatever stage it is."""
+    return "embedding.weight" if name == "head.weight" and name not in table else name
+
+
+def _placed(spec: ParameterSpec, recipe: ModelRecipe, tensor_layout: str) -> ParameterSpec:
+    """How a parameter lies on the ranks of a tensor-parallel axis, which follows from what its role works on."""
+    match spec.parts[0].role:
+        case "embedding" | "head" | "q" | "gate" | "up" | "inner":  # rows, or the share of an inner width
+            return replace(spec, split=0)
+        case "out" | "down":
+            return replace(spec, split=1)
+        case "heads":  # each rank's gradient is of its own heads
+            return replace(spec, partial=True)
+        case "token_gate":
+            return replace(spec, partial=True)
+        case "residual_gate" if spec.shape == (1,):
+            return replace(spec, partial=tensor_layout != "full")
+        case "norm" | "residual_gate" | "stream_bias" | "position":  # as the stream
+            split = len(spec.shape) - 1 if tensor_layout == "columns" else None
+            return replace(spec, split=split, partial=tensor_layout == "tokens")
+        case role:
+            raise AssertionError(f"{spec.name} has the role {role}, which has no place")
 
 
 def _parameters(recipe: ModelRecipe) -> Iterator[ParameterSpec]:
@@ -101,10 +132,13 @@ def _block(recipe: ModelRecipe, block: int) -> Iterator[ParameterSpec]:
                 yield from _norm(recipe, f"{prefix}.{role}", recipe.dim, spec)
         for name, parts, in_dim in linears:
             yield from _linear(recipe, f"{prefix}.branch.{name}", parts, in_dim, spec)
+        if spec.norm_inner:
+            yield from _norm(recipe, f"{prefix}.branch.norm_inner", linears[-1][-1], spec, role="inner")
         if sublayer == "attention" and recipe.qk_norm != "none":
             per_head = recipe.qk_norm == "head"
-            yield from _norm(recipe, f"{prefix}.branch.q_norm", recipe.head_width if per_head else q_dim, spec)
-            yield from _norm(recipe, f"{prefix}.branch.k_norm", recipe.head_width if per_head else kv_dim, spec)
+            for name, width in (("q_norm", q_dim), ("k_norm", kv_dim)):
+                dim, role = (recipe.head_width, "heads") if per_head else (width, "inner")
+                yield from _norm(recipe, f"{prefix}.branch.{name}", dim, spec, role=role)
         yield from _token_gate(spec, f"{prefix}.token_gate", recipe.dim)
 
 
@@ -117,7 +151,7 @@ def _linear(
     (multipliers,) = {_multipliers(spec, role) for role, _ in parts}
     yield ParameterSpec(f"{name}.weight", (rows, in_dim), matrices, decay=True, multipliers=multipliers)
     if recipe.bias:
-        zeros = tuple(Part("bias", size) for _, size in parts)
+        zeros = tuple(Part("stream_bias" if role in ("out", "down") else role, size) for role, size in parts)
         yield ParameterSpec(f"{name}.bias", (rows,), zeros, decay=False, multipliers=_multipliers(spec, "bias"))
 
 
@@ -129,11 +163,13 @@ def matrix_std(recipe: ModelRecipe, role: str, fan_out: int, fan_in: int, spec: 
     return gain * (recipe.init.std if recipe.init.distribution == "normal" else sqrt(2 / (fan_in + fan_out)))
 
 
-def _norm(recipe: ModelRecipe, name: str, dim: int, spec: ResidualSpec | None = None) -> Iterator[ParameterSpec]:
+def _norm(
+    recipe: ModelRecipe, name: str, dim: int, spec: ResidualSpec | None = None, role: str = "norm"
+) -> Iterator[ParameterSpec]:
     multipliers = PLAIN if spec is None else _multipliers(spec, "norm")
-    yield ParameterSpec(f"{name}.weight", (dim,), (Part("norm", dim, mean=1.0),), decay=False, multipliers=multipliers)
+    yield ParameterSpec(f"{name}.weight", (dim,), (Part(role, dim, mean=1.0),), decay=False, multipliers=multipliers)
     if recipe.norm == "layernorm" and recipe.norm_bias:
-        yield ParameterSpec(f"{name}.bias", (dim,), (Part("norm", dim),), decay=False, multipliers=multipliers)
+        yield ParameterSpec(f"{name}.bias", (dim,), (Part(role, dim),), decay=False, multipliers=multipliers)
 
 
 def _residual_gate(spec: ResidualSpec, name: str, dim: int) -> Iterator[ParameterSpec]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megaresnorm.kernels.reference import AddNormOut, NormWeights, dropout
 from megaresnorm.model.norm import Norm
 from megaresnorm.model.topology import Learned, ResidualSpec, TokenGate
+from megaresnorm.parallel.layouts import TensorLayout
 
 
 class Stream(NamedTuple):
@@ -61,15 +62,20 @@ class KeyValueCache:
 
 
 class DropoutKey(NamedTuple):
-    """What dropout masks are a function of: the run's seed and the global number of every row [T]."""
+    """What dropout masks are a function of: the run's seed, the global number of every row [T] and that of the first column."""
 
     seed: int
     rows: Tensor
+    first_column: int = 0
+
+    def of_stream(self, layout: TensorLayout, dim: int) -> "DropoutKey":
+        """The key of what this rank has of a stream of width ``dim``, from the key of all rows."""
+        return DropoutKey(self.seed, layout.tokens(self.rows), layout.first_column(layout.width(dim)))
 
     def drop(self, x: Tensor, probability: float, site: int) -> Tensor:
         """Dropout at one place of the model; sites are numbered over the whole model."""
         digest = blake2b(f"{self.seed}/{site}".encode(), digest_size=8).digest()
-        return dropout(x, probability, int.from_bytes(digest, "little"), self.rows)
+        return dropout(x, probability, int.from_bytes(digest, "little"), self.rows, self.first_column)
 
 
 @dataclass(frozen=True)
@@ -98,11 +104,9 @@ class AddNorm:
         return self._run(stream, norm, None, branch_norm, None).trunk
 
     def normalize(self, x: Tensor, norm: Norm) -> Tensor:
-        """One norm by itself, over the last dim, computed in FP32 and returned in x's type."""
+        """One norm by itself, over the last dim, computed in FP32 and returned in x's type (and layout)."""
         flat = x.reshape(-1, x.shape[-1])
-        out = self.kernel(flat, next_norm=norm.weights(), residual_dtype=x.dtype, out_dtype=x.dtype)
-        assert out.branch_input is not None
-        return out.branch_input.view(x.shape)
+        return self.kernel(flat, norm=norm.weights(), residual_dtype=x.dtype, out_dtype=None).trunk.view(x.shape)
 
     def _run(
         self,
@@ -129,11 +133,15 @@ class Kernels(NamedTuple):
     """What a model computes with beside matrix products: the chosen backends.
 
     attend: as kernels/attention.py's ``split_attention`` describes.   activate: as kernels/reference.py's ``activation``.
+    normalize: x, norm -> x normalised, of rows that this rank has whole.   normalize_shared: of rows of which every
+    tensor-parallel rank has its share of the columns.
     """
 
     add_norm: AddNorm
     attend: Callable[..., Tensor]
     activate: Callable[..., Tensor]
+    normalize: Callable[[Tensor, Norm], Tensor]
+    normalize_shared: Callable[[Tensor, Norm], Tensor]
 
 
 class Residual(nn.Module):
@@ -153,20 +161,23 @@ class Residual(nn.Module):
         self,
         spec: ResidualSpec,
         branch: nn.Module,
-        norm: Callable[[], Norm],
+        norm: Callable[[int], Norm],
         dim: int,
         add_norm: AddNorm,
+        layout: TensorLayout,
         *,
         site: int,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.spec, self.add_norm, self.site, self.dropout = spec, add_norm, site, dropout
-        self.norm_in = norm() if spec.norm_in else None
-        self.norm_branch = norm() if spec.norm_branch else None
-        self.norm_out = norm() if spec.norm_out else None
+        self.spec, self.add_norm, self.layout = spec, add_norm, layout
+        self.site, self.dropout = site, dropout
+        width = layout.width(dim)
+        self.norm_in = norm(width) if spec.norm_in else None
+        self.norm_branch = norm(width) if spec.norm_branch else None
+        self.norm_out = norm(width) if spec.norm_out else None
         self.branch = branch
-        self.gate = nn.Parameter(torch.empty(gate_size(spec.gate, dim))) if isinstance(spec.gate, Learned) else None
+        self.gate = nn.Parameter(torch.empty(gate_size(spec.gate, width))) if isinstance(spec.gate, Learned) else None
         self.token_gate = nn.Linear(dim, 1) if isinstance(spec.gate, TokenGate) else None
 
     def enter(self, stream: Stream) -> tuple[Tensor, Tensor]:
@@ -189,7 +200,7 @@ class Residual(nn.Module):
         return Stream(self.add_norm.trunk(stream, self.norm_out, branch_norm=branch_norm))
 
     def run(self, x: Tensor, u: Tensor, rows: Rows, dropout_key: DropoutKey | None) -> Tensor:
-        """The branch's output y [T, D] for its input u; x is the trunk that a token gate mixes it with."""
+        """The branch's output y for its input u [T, D]; x is the trunk that a token gate mixes it with. y is laid out as x."""
         y = self.branch(u, rows)
         if self.norm_branch is not None and self._fused_branch_norm(dropout_key) is None:
             y = self.add_norm.normalize(y, self.norm_branch)
@@ -198,7 +209,8 @@ class Residual(nn.Module):
         if self.token_gate is not None:
             # (1 - T) x + T y = x + T (y - x), in FP32 (or FP64) so that x loses nothing.
             wide = self.token_gate.weight.dtype
-            y = torch.sigmoid(self.token_gate(u.to(wide))) * (y.to(wide) - x)
+            share = self.layout.token_weights(torch.sigmoid(self.token_gate(u.to(wide))))
+            y = share * (y.to(wide) - x)
         return y
 
     def _fused_branch_norm(self, dropout_key: DropoutKey | None) -> Norm | None:

@@ -11,7 +11,7 @@ N counts blocks and L = 2N sub-layers of the whole model, never of a pipeline st
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import sqrt
+from math import log, sqrt
 from typing import Any, Literal
 
 from megaresnorm.config import suggest
@@ -67,12 +67,14 @@ class Multipliers:
 class ResidualSpec:
     """One residual connection: which norms, which constants, and what they ask of initialisation and optimizer.
 
+    norm_inner: a norm inside F, of what its last matrix (out, down) reads.
     init_gain: factor on the standard deviation of a logical matrix: q, k, v, out; gate, up, down.
     optim: optimizer multipliers by role; the role ``*`` stands for those not named.
     """
 
     norm_in: bool = False
     norm_in_scale: float = 1.0
+    norm_inner: bool = False
     norm_branch: bool = False
     norm_out: bool = False
     alpha: float = 1.0
@@ -159,6 +161,12 @@ def reordered(at: Position, options: Options) -> ResidualSpec:
     return ResidualSpec(norm_branch=True)
 
 
+def subln(at: Position, options: Options) -> ResidualSpec:
+    """x + F(norm(x)) with a second norm before out and down; v, out, up, down start at (ln 2N)^1/2. Magneto, arXiv:2210.06423, fig. 2."""
+    gain = sqrt(log(at.num_sublayers))
+    return ResidualSpec(norm_in=True, norm_inner=True, init_gain=gains(gain, "v", "out", "up", "down"))
+
+
 def lns(at: Position, options: Options) -> ResidualSpec:
     """x + F(norm(x) / sqrt(l)), l the block counted from 1. The Curse of Depth, arXiv:2502.05795, eq. 5."""
     return ResidualSpec(norm_in=True, norm_in_scale=1 / sqrt(at.block + 1))
@@ -219,6 +227,7 @@ TOPOLOGIES: dict[str, Topology] = {
     "peri": Topology(residual=peri, final_norm=True),
     "sandwich": Topology(residual=peri, final_norm=True),
     "reordered": Topology(residual=reordered, final_norm=True, requires_qk_norm=True),
+    "subln": Topology(residual=subln, final_norm=True),
     "lns": Topology(residual=lns, final_norm=True),
     "completep": Topology(
         residual=completep,

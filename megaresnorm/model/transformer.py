@@ -4,6 +4,7 @@ T tokens (batch * seq)   B batch   S seq   D model dim   V vocabulary
 """
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,54 +14,82 @@ from megaresnorm.model.block import Block
 from megaresnorm.model.norm import Norm
 from megaresnorm.model.residual import DropoutKey, Kernels, KeyValueCache, Rows, Stream
 from megaresnorm.model.topology import topology
-from megaresnorm.parallel.tensor import Embedding, Linear
+from megaresnorm.parallel.context import Axis
+from megaresnorm.parallel.layouts import FullLayout, TensorLayout
+from megaresnorm.parallel.tensor import ColumnLinear, Embedding, VocabEmbedding
 from megaresnorm.recipe import ModelRecipe
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What a pipeline stage has of the model: consecutive blocks, and the embedding or the output matrix."""
+
+    blocks: range
+    embeds: bool = True
+    predicts: bool = True
+
+
 class Transformer(nn.Module):
-    """Token ids [B, S] -> logits [B * S, V].
+    """Token ids [B, S] -> logits [B * S, V]; or a stage of it, and on a tensor-parallel axis this rank's share of it.
 
     Its parameters are left uninitialised: build it on the meta device and materialise it with model/init.py.
-    ``recipe`` must be resolved: model.vocab_size is set.
+    ``recipe`` must be resolved: model.vocab_size is set.   layout: of the stream; the default is that of one rank.
     """
 
-    def __init__(self, recipe: ModelRecipe, kernels: Kernels) -> None:
+    def __init__(
+        self,
+        recipe: ModelRecipe,
+        kernels: Kernels,
+        layout: TensorLayout | None = None,
+        stage: Stage | None = None,
+    ) -> None:
         super().__init__()
         wiring = topology(recipe.topology)
+        self.layout = layout = layout or FullLayout(Axis("tp"))
+        self.stage = stage = stage or Stage(range(recipe.num_blocks))
         self.recipe, self.add_norm = recipe, kernels.add_norm
         self.logit_scale = wiring.logit_scale(recipe.dim, recipe.topology_options)
-        norm = functools.partial(Norm, recipe.norm, recipe.dim, eps=recipe.norm_eps, bias=recipe.norm_bias)
+        norm = functools.partial(Norm, recipe.norm, eps=recipe.norm_eps, bias=recipe.norm_bias)
+        width, rows = layout.width(recipe.dim), recipe.padded_vocab_size
 
-        self.embedding = Embedding(recipe.padded_vocab_size, recipe.dim)
-        self.positions = Embedding(recipe.seq_len, recipe.dim) if recipe.positions == "learned" else None
-        self.embedding_norm = norm() if has_embedding_norm(recipe) else None
+        self.embedding = VocabEmbedding(rows, recipe.dim, layout.axis) if stage.embeds else None
+        learned = stage.embeds and recipe.positions == "learned"
+        self.positions = Embedding(recipe.seq_len, width) if learned else None
+        self.embedding_norm = norm(width) if stage.embeds and has_embedding_norm(recipe) else None
         # Named by global block number, so that a pipeline stage has the same names as the whole model.
-        self.blocks = nn.ModuleDict({str(i): Block(recipe, i, norm, kernels) for i in range(recipe.num_blocks)})
-        self.final_norm = norm() if wiring.final_norm else None
-        self.head = Linear(recipe.dim, recipe.padded_vocab_size)
-        if recipe.tied_embeddings:
+        self.blocks = nn.ModuleDict({str(i): Block(recipe, i, norm, kernels, layout) for i in stage.blocks})
+        self.final_norm = norm(width) if stage.predicts and wiring.final_norm else None
+        self.head = ColumnLinear(recipe.dim, rows, layout.axis) if stage.predicts else None
+        if recipe.tied_embeddings and self.embedding is not None and self.head is not None:
             self.head.weight = self.embedding.weight
 
     def forward(
         self,
-        tokens_BS: Tensor,
+        received: Tensor,
         dropout: DropoutKey | None = None,
         *,
+        tokens_BS: Tensor | None = None,
         documents_BS: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """dropout: given in training only; without it nothing is dropped.
+        """received: the tokens [B, S]; by a stage that does not embed: the stream, and the tokens as ``tokens_BS``.
+        dropout: given in training only; without it nothing is dropped.
         documents: the number of every token's document, not falling along a row; a token then sees its own document alone,
         and positions start anew with each. None: a row is one document.
         cache: what earlier calls have seen; empty at first, then ``tokens`` is one token a row.
+        returns: logits, or the resolved stream of a stage that does not predict.
 
         Raises: ValueError for positions past model.seq_len when they are learned.
         """
+        tokens_BS = received if tokens_BS is None else tokens_BS
         rows = self.rows(tokens_BS, documents_BS, cache)
-        logits_TV = self.logits(self.finish(self.run_blocks(self.embed(tokens_BS, rows, dropout), rows, dropout)))
+        if dropout is not None:
+            dropout = dropout.of_stream(self.layout, self.recipe.dim)
+        stream = self.embed(tokens_BS, rows, dropout) if self.stage.embeds else Stream(received)
+        stream = self.run_blocks(stream, rows, dropout)
         if cache is not None:
             cache.num_tokens += rows.seq
-        return logits_TV
+        return self.logits(self.finish(stream)) if self.stage.predicts else self.add_norm.trunk(stream)
 
     def rows(self, tokens_BS: Tensor, documents_BS: Tensor | None = None, cache: KeyValueCache | None = None) -> Rows:
         """What the tokens' rows are: their positions, and who sees whom. Every block reads the same."""
@@ -83,9 +112,10 @@ class Transformer(nn.Module):
 
     def embed(self, tokens_BS: Tensor, rows: Rows, dropout: DropoutKey | None = None) -> Stream:
         """The stream before the first block: token and position embeddings, embedding norm, dropout."""
-        x_TD = self.embedding(tokens_BS.flatten())
+        assert self.embedding is not None
+        x_TD = self.layout.reduce(self.embedding(tokens_BS.flatten()))
         if self.positions is not None:
-            x_TD = (x_TD.view(rows.batch, rows.seq, -1) + self._position_embeddings(rows)).flatten(0, 1)
+            x_TD = self._add_positions(x_TD, rows)
         x_TD = self.add_norm.trunk(Stream(x_TD), self.embedding_norm)
         if dropout is not None and self.recipe.dropout > 0.0:
             x_TD = dropout.drop(x_TD, self.recipe.dropout, site=2 * self.recipe.num_blocks)
@@ -102,10 +132,11 @@ class Transformer(nn.Module):
         return self.add_norm(stream, next_norm=None if self.final_norm is None else self.final_norm.weights())[1]
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
-        """[T, V], without the padding of the vocabulary."""
+        """[T, V], without the padding of the vocabulary; of a tensor-parallel rank those of its share, from ``first_logit`` on."""
+        assert self.head is not None and self.recipe.vocab_size is not None
         logits_TV = self.head(hidden_TD)
-        if logits_TV.shape[1] != self.recipe.vocab_size:
-            logits_TV = logits_TV[:, : self.recipe.vocab_size]
+        if self.first_logit + logits_TV.shape[1] > self.recipe.vocab_size:
+            logits_TV = logits_TV[:, : self.recipe.vocab_size - self.first_logit]
         if self.logit_scale != 1.0:
             logits_TV = logits_TV * self.logit_scale
         if self.recipe.logit_softcap is not None:
@@ -114,17 +145,22 @@ class Transformer(nn.Module):
             logits_TV = cap * torch.tanh(logits_TV.to(wide) / cap)
         return logits_TV
 
-    def _position_embeddings(self, rows: Rows) -> Tensor:
-        """[S, D], or [B, S, D] where documents are kept apart."""
+    @property
+    def first_logit(self) -> int:
+        """The token of this rank's first logit."""
+        return self.layout.axis.rank * (self.recipe.padded_vocab_size // self.layout.axis.size)
+
+    def _add_positions(self, x_TD: Tensor, rows: Rows) -> Tensor:
         assert self.positions is not None
-        if rows.positions.dim() == 2:
-            return self.positions(rows.positions)
         start = 0 if rows.cache is None else rows.cache.num_tokens
         if start + rows.seq > self.recipe.seq_len:
             raise ValueError(
                 f"a sequence of {start + rows.seq} tokens is longer than model.seq_len={self.recipe.seq_len}"
             )
-        return self.positions.weight[start : start + rows.seq]
+        if rows.positions.dim() == 1 and x_TD.shape[0] == rows.batch * rows.seq:  # every row, in each the same positions
+            position_SD = self.positions.weight[start : start + rows.seq]
+            return (x_TD.view(rows.batch, rows.seq, -1) + position_SD).flatten(0, 1)
+        return x_TD + self.positions(self.layout.tokens(rows.positions.expand(rows.batch, -1).flatten()))
 
 
 # Computed once per shape and shared by every block and step; plain tensors, so nothing can be left uninitialised on meta.

@@ -1,26 +1,67 @@
 """Parallelism as an object: one Axis per kind of parallelism, handed to whoever needs it."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from datetime import timedelta
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from megaresnorm.errors import ConfigError
+
+MESH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outermost first: neighbours in tp are neighbouring ranks
+TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One dimension of the mesh of ranks: how many ranks it has and which one this is."""
+    """One dimension of the mesh of ranks, or several taken together: its size, which of its ranks this is, and their group.
+
+    group: None where the axis has one rank, so that nothing is sent.
+    """
 
     name: str
     size: int = 1
     rank: int = 0
+    group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many ranks each axis has."""
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    @property
+    def num_ranks(self) -> int:
+        return prod(getattr(self, name) for name in MESH_AXES)
 
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """The axes of a run, outermost first. An object, never a global."""
+    """The axes of a run. An object, never a global.
+
+    data: dp_replicate and dp_shard together: ranks that read different samples.   shards: dp_shard and tp: ranks that hold parts
+    of the same tensors.   world: all.   ends: the first and the last rank of a pipeline; size 1 elsewhere.
+    """
 
     pp: Axis
     dp_replicate: Axis
     dp_shard: Axis
     cp: Axis
     tp: Axis
+    data: Axis
+    shards: Axis
+    world: Axis
+    ends: Axis
+    mesh: DeviceMesh | None = None
 
     @classmethod
     def single(cls) -> "ParallelContext":
@@ -29,19 +70,86 @@ class ParallelContext:
         >>> ParallelContext.single().is_first_rank
         True
         """
-        return cls(*(Axis(field.name) for field in fields(cls)))
+        return cls(*(Axis(field.name) for field in fields(cls) if field.name != "mesh"))
+
+    @classmethod
+    def create(cls, sizes: Sizes, device_type: str) -> "ParallelContext":
+        """The context of this rank of the process group, which ``start_process_group`` has made.
+
+        Every rank must call it. Raises: ConfigError if the sizes do not make up the number of ranks.
+        """
+        if sizes.num_ranks == 1:
+            return cls.single()
+        shape = tuple(getattr(sizes, name) for name in MESH_AXES)
+        mesh = init_device_mesh(device_type, shape, mesh_dim_names=MESH_AXES)
+        ranks = torch.arange(sizes.num_ranks).view(shape)
+        axes = {name: _axis(name, ranks, [i]) for i, name in enumerate(MESH_AXES)}
+        together = {"data": [1, 2], "shards": [2, 4], "world": [0, 1, 2, 3, 4]}
+        axes |= {name: _axis(name, ranks, dims) for name, dims in together.items()}
+        axes["ends"] = _axis("ends", ranks[[0, -1]], [0]) if sizes.pp > 1 else Axis("ends")
+        return cls(**axes, mesh=mesh)
 
     @property
     def is_first_rank(self) -> bool:
         """True on the one rank that logs and writes metrics."""
-        return all(getattr(self, field.name).rank == 0 for field in fields(self))
+        return self.world.rank == 0
 
-    @property
-    def num_data_ranks(self) -> int:
-        """Ranks that read different samples."""
-        return self.dp_replicate.size * self.dp_shard.size
 
-    @property
-    def data_rank(self) -> int:
-        """Which of those this is."""
-        return self.dp_replicate.rank * self.dp_shard.size + self.dp_shard.rank
+def _axis(name: str, ranks: torch.Tensor, dims: Sequence[int]) -> Axis:
+    """The axis made of some dims of the mesh, and this rank's group on it; every group is made by all ranks, in the same order."""
+    others = [d for d in range(ranks.dim()) if d not in dims]
+    groups = ranks.permute(*others, *dims).reshape(-1, prod(ranks.shape[d] for d in dims))
+    mine, found = dist.get_rank(), Axis(name)
+    if groups.shape[1] == 1:
+        return found
+    for members in groups.tolist():
+        group = dist.new_group(members, timeout=TIMEOUT)
+        if mine in members:
+            found = Axis(name, len(members), members.index(mine), group)
+    return found
+
+
+def resolve_sizes(num_ranks: int, *, pp: int, dp_replicate: int | None, dp_shard: int, tp: int) -> Sizes:
+    """Sizes of all axes; dp_replicate None takes the ranks that are left.
+
+    Raises: ConfigError that spells the product out and says what would fit.
+    """
+    inner = pp * dp_shard * tp
+    if dp_replicate is None:
+        dp_replicate = max(1, num_ranks // inner)
+    sizes = Sizes(pp, dp_replicate, dp_shard, 1, tp)
+    if sizes.num_ranks == num_ranks:
+        return sizes
+    spelled = f"pp {pp} * dp_replicate {dp_replicate} * dp_shard {dp_shard} * tp {tp} = {sizes.num_ranks}"
+    smaller = [f"tp={t} pp={p}" for t, p in ((tp, 1), (1, pp), (1, 1)) if num_ranks % (t * p) == 0 and (t, p) != (tp, pp)]
+    offers = [f"start {sizes.num_ranks} ranks", *dict.fromkeys(smaller)]
+    raise ConfigError(f"parallel: {spelled}, but {num_ranks} ranks were started; {', or '.join(offers)}")
+
+
+def num_started_ranks() -> int:
+    """Ranks that torchrun started; 1 without it. Raises: ConfigError for an environment that is torchrun's only in part."""
+    found = {name: os.environ.get(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    if found["WORLD_SIZE"] is None:
+        return 1
+    missing = [name for name, value in found.items() if value is None]
+    size = found["WORLD_SIZE"]
+    if not size.isdecimal() or int(size) < 1 or (int(size) > 1 and missing):
+        what = f"{', '.join(missing)} missing" if missing else f"WORLD_SIZE={size!r}"
+        raise ConfigError(f"the environment is not torchrun's: {what}; start with bash launch/torchrun.sh")
+    return int(size)
+
+
+def start_process_group(device: torch.device) -> None:
+    """Join the ranks that torchrun started: nccl on GPUs, gloo on CPUs."""
+    if dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+
+
+def end_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,24 +1,36 @@
-"""Linear layers and embeddings; on one rank they are the plain layers."""
+"""Linear layers, embedding and loss whose weights are divided over a tensor-parallel axis; on one rank they are the plain ones.
+
+T tokens   V vocabulary
+"""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megaresnorm.kernels.cross_entropy import GradientInPlace
+from megaresnorm.parallel.collectives import all_gather_blocks
+from megaresnorm.parallel.context import Axis
+from megaresnorm.parallel.layouts import TensorLayout
 
-class Linear(nn.Module):
-    """y = x W^T + b with weight [out_dim, in_dim]; the parameters are left uninitialised (see model/init.py).
 
-    ``matmul(x, weight, bias)`` is replaced by precision.py when products are computed in another type.
+class ColumnLinear(nn.Module):
+    """y = x W^T + b with weight [out_dim / p, in_dim]: every rank computes its share of the outputs.
+
+    x: whole rows on every rank. Sends nothing: a layout's ``add_norm`` gathers x and reduces the partial sums of its gradient.
+    The parameters are left uninitialised (see model/init.py). ``matmul(x, weight, bias)`` is replaced by precision.py when
+    products are computed in another type.
     """
 
     matmul: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
-    def __init__(self, in_dim: int, out_dim: int, *, bias: bool = False) -> None:
+    def __init__(self, in_dim: int, out_dim: int, axis: Axis, *, bias: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
-        self.bias = nn.Parameter(torch.empty(out_dim)) if bias else None
+        assert out_dim % axis.size == 0, "checked with the recipe"
+        self.weight = nn.Parameter(torch.empty(out_dim // axis.size, in_dim))
+        self.bias = nn.Parameter(torch.empty(out_dim // axis.size)) if bias else None
         self.matmul = F.linear
 
     def forward(self, x: Tensor) -> Tensor:
@@ -27,6 +39,28 @@ class Linear(nn.Module):
     def without_bias(self, x: Tensor) -> Tensor:
         """x W^T, for a kernel that adds the bias itself."""
         return self.matmul(x, self.weight, None)
+
+
+class RowLinear(nn.Module):
+    """y = x W^T + b with weight [out_dim, in_dim / p]: every rank computes a partial sum, which ``layout`` adds up.
+
+    x: this rank's share of the columns.   returns: y in the stream's layout.   bias: in the stream's layout as well.
+    """
+
+    matmul: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+    def __init__(self, in_dim: int, out_dim: int, layout: TensorLayout, *, bias: bool = False) -> None:
+        super().__init__()
+        assert in_dim % layout.axis.size == 0, "checked with the recipe"
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim // layout.axis.size))
+        self.bias = nn.Parameter(torch.empty(layout.width(out_dim))) if bias else None
+        self.matmul, self.layout = F.linear, layout
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.layout.axis.size == 1:
+            return self.matmul(x, self.weight, self.bias)
+        y = self.layout.reduce(self.matmul(x, self.weight, None))
+        return y if self.bias is None else (y.to(self.bias.dtype) + self.bias).to(y.dtype)
 
 
 class Embedding(nn.Module):
@@ -42,3 +76,67 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)
+
+
+class VocabEmbedding(Embedding):
+    """An embedding whose rows are divided: each rank looks up those it has, and the others are zeros of its partial sum."""
+
+    def __init__(self, num_rows: int, dim: int, axis: Axis) -> None:
+        assert num_rows % axis.size == 0, "checked with the recipe"
+        super().__init__(num_rows // axis.size, dim)
+        self.axis = axis
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.axis.size == 1:
+            return super().forward(ids)
+        rows = self.weight.shape[0]
+        local = ids - rows * self.axis.rank
+        absent = (local < 0) | (local >= rows)
+        return super().forward(local.masked_fill(absent, 0)).masked_fill(absent.unsqueeze(-1), 0.0)
+
+
+def vocab_parallel_cross_entropy(axis: Axis) -> Callable[..., tuple[Tensor, Tensor]]:
+    """``reference.cross_entropy_sums`` of logits whose vocabulary is divided over the axis; they are consumed.
+
+    logits: [T, V_local], those of the tokens from V_before on, where V_before are on the ranks before.   labels: of the whole
+    vocabulary. Communication: one all-gather of 3 floats a token; nothing in backward.
+    """
+
+    def cross_entropy(
+        logits_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0, scale: float = 1.0, *, first: int
+    ) -> tuple[Tensor, Tensor]:
+        return _VocabParallelCrossEntropy.apply(logits_TV, labels_T, z_loss, scale, first, axis)
+
+    return cross_entropy
+
+
+class _VocabParallelCrossEntropy(GradientInPlace):
+    @staticmethod
+    def forward(
+        ctx: Any, logits_TV: Tensor, labels_T: Tensor, z_loss: float, scale: float, first: int, axis: Axis
+    ) -> tuple[Tensor, Tensor]:
+        logits = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+        valid = labels_T >= 0
+        local = labels_T - first
+        absent = (local < 0) | (local >= logits.shape[1])
+        local = local.masked_fill(absent, 0).unsqueeze(-1)
+        label_logit = logits.gather(-1, local).squeeze(-1).masked_fill_(absent, 0.0)
+        largest = logits.amax(-1)
+        p = torch.sub(logits, largest.unsqueeze(-1)).exp_()
+        mine = torch.stack((largest, p.sum(-1), label_logit), dim=-1)
+        largest_pT, sums_pT, label_pT = all_gather_blocks(mine, axis).unbind(-1)
+        top = largest_pT.amax(0)
+        log_z = (sums_pT * (largest_pT - top).exp()).sum(0).log_() + top
+        nll = torch.where(valid, log_z - label_pT.sum(0), 0.0).sum()
+        penalty = torch.where(valid, log_z.square(), 0.0).sum()
+        if ctx.needs_input_grad[0]:
+            factor = valid.to(p.dtype) * scale
+            of_p = factor * (largest - log_z).exp() * (1.0 + 2.0 * z_loss * log_z)
+            gradient = p.mul_(of_p.unsqueeze(-1)).scatter_add_(-1, local, -(factor * ~absent).unsqueeze(-1))
+            ctx.gradient = logits_TV.copy_(gradient)
+        ctx.mark_non_differentiable(nll)
+        return nll, scale * (nll + z_loss * penalty)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        return *GradientInPlace.backward(ctx, *grads), None, None

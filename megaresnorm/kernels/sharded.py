@@ -1,0 +1,79 @@
+"""The pieces of a norm whose rows are divided by column among ranks; parallel/columns.py puts collectives between them.
+
+Statistics of the local columns, one small collective, the local columns' output; and the same on the way back. All is computed in
+FP32, or FP64 for FP64 tensors, from the stored tensor.
+
+T rows (tokens)   d columns of this rank
+"""
+
+import torch
+from torch import Tensor
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def shard_stats(z_Td: Tensor, kind: str) -> Tensor:
+    """What this rank knows of its rows: [T, 2] mean and M2 (the sum of squared deviations), or [T, 1] the sum of squares for
+    RMSNorm. Two passes: never the mean of squares less the square of the mean.
+    """
+    z = _wide(z_Td)
+    if kind == "rmsnorm":
+        return torch.linalg.vector_norm(z, dim=-1, keepdim=True).square_()
+    variance, mean = torch.var_mean(z, dim=-1, correction=0)
+    return torch.stack((mean, variance * z.shape[-1]), dim=-1)
+
+
+def merge_stats(stats_pTn: Tensor, kind: str, columns: int, eps: float) -> Tensor:
+    """Statistics of whole rows [T, 2], mean (0 for RMSNorm) and 1 / deviation, from those of equal shares of ``columns``.
+
+    stats_pTn: every rank's ``shard_stats``.   Source: Chan, Golub and LeVeque 1979, eq. 2.1.
+    """
+    if kind == "rmsnorm":
+        reciprocal = (stats_pTn.sum(0) / columns + eps).rsqrt_()
+        return torch.cat((torch.zeros_like(reciprocal), reciprocal), dim=-1)
+    mean_pT, m2_pT = stats_pTn.unbind(-1)
+    mean_T = mean_pT.mean(0)
+    m2_T = m2_pT.sum(0) + (mean_pT - mean_T).square().sum(0) * (columns // len(mean_pT))
+    return torch.stack((mean_T, (m2_T / columns + eps).rsqrt_()), dim=-1)
+
+
+def shard_apply(
+    z_Td: Tensor, statistics_T2: Tensor, weight: Tensor, bias: Tensor | None, kind: str, out_dtype: torch.dtype
+) -> Tensor:
+    """(z - mean) / deviation * weight + bias of the local columns."""
+    mean, reciprocal = statistics_T2.split(1, dim=-1)
+    unit = _wide(z_Td) * reciprocal if kind == "rmsnorm" else (_wide(z_Td) - mean).mul_(reciprocal)
+    y = unit.mul_(weight) if bias is None else torch.addcmul(bias, unit, weight)
+    return y.to(out_dtype)
+
+
+def shard_grad_sums(
+    dy_Td: Tensor, z_Td: Tensor, statistics_T2: Tensor, weight: Tensor, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the gradient of z needs of whole rows, in part: sums over the local columns of g unit (and g, for LayerNorm), with
+    g = weight * dy; [T, 1] or [T, 2]. And the gradients of weight and bias [d], which are whole.
+    """
+    dy, unit = _wide(dy_Td), _unit(z_Td, statistics_T2, kind)
+    product = dy * unit
+    sums = (product @ weight).unsqueeze(-1)
+    if kind == "layernorm":
+        sums = torch.cat((sums, (dy @ weight).unsqueeze(-1)), dim=-1)
+    return sums, product.sum(0), dy.sum(0)
+
+
+def shard_grad_apply(
+    dy_Td: Tensor, z_Td: Tensor, statistics_T2: Tensor, sums: Tensor, weight: Tensor, kind: str, columns: int
+) -> Tensor:
+    """The gradient of z from ``shard_grad_sums`` added up over the ranks; ``columns`` of a whole row. In z's type."""
+    means = sums / columns
+    g = (_wide(dy_Td) * weight).addcmul_(_unit(z_Td, statistics_T2, kind), means[:, :1], value=-1.0)
+    if kind == "layernorm":
+        g -= means[:, 1:]
+    return g.mul_(statistics_T2[:, 1:]).to(z_Td.dtype)
+
+
+def _unit(z_Td: Tensor, statistics_T2: Tensor, kind: str) -> Tensor:
+    mean, reciprocal = statistics_T2.split(1, dim=-1)
+    return _wide(z_Td) * reciprocal if kind == "rmsnorm" else (_wide(z_Td) - mean).mul_(reciprocal)

@@ -1,0 +1,206 @@
+"""Norms over a dimension that is divided among ranks: merge the statistics, or gather the stored columns.
+
+T tokens   D columns of a whole row   d = D/p columns of this rank
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaresnorm.kernels.reference import AddNormOut, NormWeights
+from megaresnorm.kernels.sharded import merge_stats, shard_apply, shard_grad_apply, shard_grad_sums, shard_stats
+from megaresnorm.parallel.collectives import (
+    all_gather_blocks,
+    all_gather_single,
+    all_reduce,
+    blocks_to_columns,
+    columns_to_blocks,
+    gather_columns,
+    reduce_scatter_blocks,
+)
+from megaresnorm.parallel.context import Axis
+
+
+class Pending(NamedTuple):
+    """Statistics on their way: ``wait`` returns those of whole rows."""
+
+    work: Any
+    finish: Callable[[], Tensor]
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            self.work.wait()
+        return self.finish()
+
+
+def start_merge(stats: Tensor, kind: str, columns: int, eps: float, axis: Axis) -> Pending:
+    """Start merging ``shard_stats``: RMSNorm all-reduces one number a row, LayerNorm all-gathers two."""
+    if axis.group is None:
+        return Pending(None, lambda: merge_stats(stats.unsqueeze(0), kind, columns, eps))
+    if kind == "rmsnorm":
+        work = dist.all_reduce(stats, group=axis.group, async_op=True)
+        return Pending(work, lambda: merge_stats(stats.unsqueeze(0), kind, columns, eps))
+    everyone = stats.new_empty((axis.size, *stats.shape))
+    work = all_gather_single(everyone.flatten(0, 1), stats, group=axis.group, async_op=True)
+    return Pending(work, lambda: merge_stats(everyone, kind, columns, eps))
+
+
+def sharded_norm(
+    z_Td: Tensor, norm: NormWeights, axis: Axis, out_dtype: torch.dtype, *, num_chunks: int = 1
+) -> Tensor:
+    """A norm over whole rows of which every rank holds its columns, and its slice of weight and bias.
+
+    Communication: LayerNorm 2 and RMSNorm 1 floats a row, forward and backward; gradients of weight and bias are whole.
+    num_chunks: rows are taken in so many parts, the statistics of one on their way while the next are computed.
+    """
+    return _ShardedNorm.apply(z_Td, norm.weight, norm.bias, norm.kind, norm.eps, axis, out_dtype, num_chunks)
+
+
+class _ShardedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float, axis: Axis, dtype: torch.dtype, chunks: int
+    ) -> Tensor:  # fmt: skip
+        columns = z.shape[-1] * axis.size
+        parts = z.chunk(chunks)
+        pending = [start_merge(shard_stats(part, kind), kind, columns, eps, axis) for part in parts]
+        merged, outputs = [], []
+        for part, on_its_way in zip(parts, pending, strict=True):
+            merged.append(on_its_way.wait())
+            outputs.append(shard_apply(part, merged[-1], weight, bias, kind, dtype))
+        statistics = merged[0] if len(merged) == 1 else torch.cat(merged)
+        ctx.save_for_backward(z, weight, statistics)
+        ctx.kind, ctx.axis, ctx.has_bias, ctx.chunks = kind, axis, bias is not None, chunks
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        z, weight, statistics = ctx.saved_tensors
+        parts = list(zip(*(t.chunk(ctx.chunks) for t in (grads[0], z, statistics)), strict=True))
+        found = [shard_grad_sums(dy, part, s, weight, ctx.kind) for dy, part, s in parts[:1]]
+        works = [_start_sum(found[0][0], ctx.axis)]
+        for dy, part, s in parts[1:]:
+            found.append(shard_grad_sums(dy, part, s, weight, ctx.kind))
+            works.append(_start_sum(found[-1][0], ctx.axis))
+        columns, dz = z.shape[-1] * ctx.axis.size, []
+        for (dy, part, s), (sums, *_), work in zip(parts, found, works, strict=True):
+            if work is not None:
+                work.wait()
+            dz.append(shard_grad_apply(dy, part, s, sums, weight, ctx.kind, columns))
+        d_weight, d_bias = (sum(f[i] for f in found[1:]) + found[0][i] if len(found) > 1 else found[0][i] for i in (1, 2))
+        whole = dz[0] if len(dz) == 1 else torch.cat(dz)
+        return whole, d_weight, d_bias if ctx.has_bias else None, None, None, None, None, None
+
+
+def _start_sum(x: Tensor, axis: Axis) -> Any:
+    return None if axis.group is None else dist.all_reduce(x, group=axis.group, async_op=True)
+
+
+def gathered_norm(
+    z_Td: Tensor, norm: NormWeights, axis: Axis, normalize: Callable[[Tensor, NormWeights], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """The same norm by gathering z: whole rows of its output [T, D], whose gradient is a partial sum, and this rank's columns.
+
+    Weight and bias travel with z as further rows, in its type's bits. Communication: the all-gather that a branch needs anyway, and
+    in backward its reduce-scatter, in which the row sums travel (a BF16 stream sends them apart, in FP32).
+    normalize: x, norm -> (y, statistics [T, 2]) of whole rows.
+    """
+    return _GatheredNorm.apply(z_Td, norm.weight, norm.bias, norm.kind, norm.eps, axis, normalize)
+
+
+class _GatheredNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float, axis: Axis, normalize: Callable
+    ) -> tuple[Tensor, Tensor]:
+        vectors = [weight] if bias is None else [weight, bias]
+        lines = [v.view(z.dtype).view(-1, z.shape[1]) if v.dtype != z.dtype else v.unsqueeze(0) for v in vectors]
+        packed = all_gather_blocks(torch.cat((z, *lines)), axis)
+        rows, height = z.shape[0], lines[0].shape[0]
+        whole = [
+            packed[:, rows + i * height : rows + (i + 1) * height].reshape(axis.size, -1).view(weight.dtype).flatten()
+            for i in range(len(vectors))
+        ]
+        norm = NormWeights(kind, whole[0], whole[1] if len(whole) > 1 else None, eps)
+        u, statistics = normalize(blocks_to_columns(packed[:, :rows]), norm)
+        mine = _own_columns(u, axis).contiguous()
+        ctx.save_for_backward(z, weight, statistics, u, *whole)
+        ctx.kind, ctx.axis, ctx.has_bias = kind, axis, bias is not None
+        ctx.set_materialize_grads(False)
+        return u, mine
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        z, weight, statistics, u, *whole = ctx.saved_tensors
+        du, d_mine = grads
+        axis, layernorm = ctx.axis, ctx.kind == "layernorm"
+        du = torch.zeros_like(u) if du is None else du
+        if d_mine is not None:
+            du = du.clone()
+            _own_columns(du, axis).add_(d_mine)
+        wide = du.to(weight.dtype)
+        unit_times_weight = u.to(weight.dtype) - whole[1] if len(whole) > 1 else u.to(weight.dtype)
+        sums = (wide * unit_times_weight).sum(-1, keepdim=True)
+        if layernorm:
+            sums = torch.cat((sums, (wide @ whole[0]).unsqueeze(-1)), dim=-1)
+        blocks = columns_to_blocks(du, axis.size)
+        if blocks.dtype == sums.dtype:
+            packed = torch.cat((blocks, sums.expand(axis.size, *sums.shape)), dim=-1)
+            reduced = reduce_scatter_blocks(packed, axis)
+            dy, sums = reduced[:, : z.shape[1]], reduced[:, z.shape[1] :]
+        else:
+            dy, sums = reduce_scatter_blocks(blocks, axis), all_reduce(sums, axis)
+        _, d_weight, d_bias = shard_grad_sums(dy, z, statistics, weight, ctx.kind)
+        dz = shard_grad_apply(dy, z, statistics, sums, weight, ctx.kind, u.shape[1])
+        return dz, d_weight, d_bias if ctx.has_bias else None, None, None, None, None
+
+
+def _own_columns(x_TD: Tensor, axis: Axis) -> Tensor:
+    return x_TD.chunk(axis.size, dim=1)[axis.rank]
+
+
+def columns_add_norm(add_norm: Callable[..., AddNormOut], axis: Axis, *, gather: bool) -> Callable[..., AddNormOut]:
+    """``reference.add_norm`` for a stream that is divided by column: x, delta, the trunk and all weights are this rank's columns.
+
+    The branch input is whole rows, gathered, and its gradient a partial sum. gather: by the second form where a norm makes the
+    branch input and the stream is stored in the branch's type; else, and for every other norm, statistics are merged.
+    """
+
+    def run(
+        x: Tensor,
+        delta: Tensor | None = None,
+        *,
+        alpha: float = 1.0,
+        gate: float | Tensor = 1.0,
+        branch_norm: NormWeights | None = None,
+        norm: NormWeights | None = None,
+        next_norm: NormWeights | None = None,
+        residual_dtype: torch.dtype,
+        out_dtype: torch.dtype | None,
+    ) -> AddNormOut:
+        if branch_norm is not None and delta is not None:
+            delta = sharded_norm(delta, branch_norm, axis, torch.promote_types(delta.dtype, torch.float32))
+        z = add_norm(x, delta, alpha=alpha, gate=gate, residual_dtype=residual_dtype, out_dtype=None).trunk
+        if norm is not None and (next_norm is not None or out_dtype is None):
+            z, norm = sharded_norm(z, norm, axis, residual_dtype), None
+        if out_dtype is None:
+            return AddNormOut(z, None, None, None)
+        last = norm or next_norm
+        if last is None:
+            return AddNormOut(z, gather_columns(z.to(out_dtype), axis), None, None)
+        if gather and residual_dtype == out_dtype:
+            u, mine = gathered_norm(z, last, axis, normalize_whole)
+            return AddNormOut(mine if norm is not None else z, u, None, None)
+        y = sharded_norm(z, last, axis, residual_dtype if norm is not None else out_dtype)
+        return AddNormOut(y if norm is not None else z, gather_columns(y.to(out_dtype), axis), None, None)
+
+    def normalize_whole(x: Tensor, norm: NormWeights) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            out = add_norm(x, next_norm=norm, residual_dtype=x.dtype, out_dtype=x.dtype)
+        assert out.branch_input is not None and out.statistics is not None
+        return out.branch_input, out.statistics
+
+    return run

@@ -1,0 +1,85 @@
+"""Data parallelism: DistributedDataParallel and FSDP2 around a model. Gradients are sums over the data ranks, not means."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from megaresnorm.parallel.context import Axis, ParallelContext
+from megaresnorm.parallel.sharding import row_chunk
+
+
+def shard_model(model: nn.Module, blocks: Iterable[nn.Module], context: ParallelContext, *, parameters: bool) -> None:
+    """FSDP2 (fully_shard) of every block and of the rest, on the meta device. parameters: free gathered weights after forward.
+
+    Weights are gathered in their own type, FP32, and the stream is never cast: what a rank computes is what one process would.
+    """
+    assert context.mesh is not None
+    names = ("dp_replicate", "dp_shard") if context.dp_replicate.size > 1 else ("dp_shard",)
+    options: dict[str, Any] = {
+        "mesh": context.mesh[names],
+        "reshard_after_forward": parameters,
+        "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False),
+    }
+    for module in (*blocks, model):
+        fully_shard(module, **options)
+        sharded = cast(FSDPModule, module)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+
+
+def settle_shards(model: nn.Module) -> None:
+    """Let FSDP2 take over parameters that have been given their memory; their local tensors stay in place from then on."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
+
+
+def placed_like(value: Tensor, parameter: nn.Parameter, axis: Axis) -> nn.Parameter:
+    """A parameter of this value, divided as ``parameter`` (on the meta device) is: over ``axis``, or not at all."""
+    if not isinstance(parameter, DTensor):
+        return nn.Parameter(value)
+    mine = row_chunk(value, axis).clone()
+    mesh, placements = parameter.device_mesh, parameter.placements
+    placed = DTensor.from_local(
+        mine, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
+    return nn.Parameter(placed)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor that FSDP2 may have divided."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def replicate_model(model: nn.Module, data: Axis) -> DistributedDataParallel:
+    """DistributedDataParallel that adds gradients up."""
+    ddp = DistributedDataParallel(model, process_group=data.group, broadcast_buffers=False, init_sync=False)
+    ddp.register_comm_hook(data.group, _sum)
+    return ddp
+
+
+def _sum(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+@contextmanager
+def synchronised(model: nn.Module, last: bool) -> Iterator[None]:
+    """Around a forward and backward pass: gradients are exchanged in the last microbatch of a step and not before."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        yield
+    elif isinstance(model, DistributedDataParallel) and not last:
+        with model.no_sync():
+            yield
+    else:
+        yield

@@ -1,0 +1,58 @@
+"""Which part of a whole tensor a rank has, and how parts make up the whole again.
+
+A tensor-parallel rank has its share of every part of a fused matrix (of q, of k and of v), or of the columns; of that a rank of
+dp_shard has consecutive rows, as FSDP2 divides them.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaresnorm.parallel.collectives import all_gather_blocks
+from megaresnorm.parallel.context import Axis
+
+
+def shard(whole: Tensor, split: int | None, part_sizes: Sequence[int], axis: Axis) -> Tensor:
+    """This rank's share. split: the dim that is divided, None for no dim.   part_sizes: of the parts along dim 0."""
+    if split is None or axis.size == 1:
+        return whole
+    if split > 0:
+        return whole.chunk(axis.size, dim=split)[axis.rank].contiguous()
+    return torch.cat([part.chunk(axis.size)[axis.rank] for part in whole.split(list(part_sizes))])
+
+
+def unshard(share: Tensor, split: int | None, part_sizes: Sequence[int], axis: Axis) -> Tensor:
+    """The whole tensor from every rank's share; all ranks of the axis must call it."""
+    if split is None or axis.size == 1:
+        return share
+    shares = all_gather_blocks(share, axis)
+    if split > 0:
+        return torch.cat(tuple(shares), dim=split)
+    sizes = [size // axis.size for size in part_sizes]
+    parts = zip(*(one.split(sizes) for one in shares), strict=True)
+    return torch.cat([piece for part in parts for piece in part])
+
+
+def row_chunk(tensor: Tensor, axis: Axis) -> Tensor:
+    """This rank's rows of a tensor that FSDP2 divides over ``axis``: as torch.chunk does, so that the last ranks may have none."""
+    chunks = tensor.chunk(axis.size)
+    return chunks[axis.rank] if axis.rank < len(chunks) else tensor[:0]
+
+
+def from_row_chunks(chunk: Tensor, shape: Sequence[int], axis: Axis) -> Tensor:
+    """The whole tensor from every rank's ``row_chunk``; all ranks of the axis must call it."""
+    if axis.size == 1:
+        return chunk
+    rows = -(-shape[0] // axis.size)
+    padded = chunk.new_zeros((rows, *shape[1:]))
+    padded[: chunk.shape[0]] = chunk
+    return all_gather_blocks(padded, axis).flatten(0, 1)[: shape[0]]
+
+
+def broadcast(tensor: Tensor, source: int, axis: Axis) -> Tensor:
+    """Of the rank ``source`` of the axis; written into ``tensor``."""
+    if axis.group is not None:
+        dist.broadcast(tensor, group=axis.group, group_src=source)
+    return tensor
