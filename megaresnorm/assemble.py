@@ -1,4 +1,4 @@
-"""The one order in which a model is put together: meta model, tensor parallel, precision, compile, FSDP, materialise, initialise."""
+"""The one order of putting a model together: meta model with its tensor layout, precision, compile, FSDP, materialise, initialise."""
 
 import os
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from megaresnorm.kernels import load_backends
 from megaresnorm.kernels.dispatch import choose_kernel
 from megaresnorm.model.cost import block_flops, embedding_flops, head_flops
 from megaresnorm.model.init import materialize
-from megaresnorm.model.parameters import ParameterSpec, global_name, parameter_table
 from megaresnorm.model.norm import Norm
+from megaresnorm.model.parameters import ParameterSpec, global_name, parameter_table
 from megaresnorm.model.residual import AddNorm, Kernels
 from megaresnorm.model.transformer import Stage, Transformer
 from megaresnorm.parallel.columns import sharded_norm
-from megaresnorm.parallel.context import Axis, ParallelContext, Sizes, resolve_sizes
+from megaresnorm.parallel.context import ParallelContext, Sizes, resolve_sizes
 from megaresnorm.parallel.data import replicate_model, settle_shards, shard_model
 from megaresnorm.parallel.layouts import TensorLayout, tensor_layout
 from megaresnorm.parallel.pipeline import split_blocks, stage_ranges, stages_of_rank
@@ -101,7 +101,9 @@ def build_model(
     model_kernels = _model_kernels({op: kernel.function for op, (kernel, _) in chosen.items()}, layout, stored, compute)
     stages = split_stages(recipe, parallel)
     table = parameter_table(recipe, parallel.tensor_layout if context.tp.size > 1 else "full")
-    models, modules, copies = {}, {}, []
+    models: dict[int, Transformer] = {}
+    modules: dict[int, nn.Module] = {}
+    copies: list[Bf16Weights] = []
     for number in stages_of_rank(context.pp.rank, context.pp.size, len(stages)):
         with torch.device("meta"):
             model = Transformer(recipe, model_kernels, layout, stages[number])
@@ -110,7 +112,9 @@ def build_model(
         if compiled != "none":
             compile_blocks(model, cuda_graphs=compiled == "cuda_graphs", device=device)
         if context.dp_shard.size > 1:
-            shard_model(model, model.blocks.values(), context, parameters=parallel.shard == "parameters" and len(stages) == 1)
+            shard_model(
+                model, model.blocks.values(), context, parameters=parallel.shard == "parameters" and len(stages) == 1
+            )
         materialize(model, table, context, seed=seed, dtype=weight_dtype(precision.compute), device=device)
         settle_shards(model)
         models[number] = model
@@ -194,7 +198,7 @@ def check_layout(recipe: Recipe, num_ranks: int) -> Sizes:
     micro = recipe.train.micro_batch_of(sizes.dp_replicate * sizes.dp_shard, sizes.pp)
     if parallel.tensor_layout == "tokens" and micro * model.seq_len % sizes.tp:
         raise ConfigError(
-            f"parallel.tensor_layout=tokens: parallel.tp={sizes.tp} must divide the {micro * model.seq_len} tokens of a microbatch; "
+            f"parallel.tp={sizes.tp} must divide the {micro * model.seq_len} tokens of a microbatch under tensor_layout=tokens; "
             "change train.micro_batch or model.seq_len, or use tensor_layout=columns, which needs no such thing"
         )
     return sizes

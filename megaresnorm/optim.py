@@ -151,15 +151,15 @@ class GradientClipper:
         self.averages = torch.full((num_tensors,), torch.inf)  # gamma, on the CPU: one number a tensor
 
     def clip(self, gradients: Sequence[Tensor], norms: Tensor, total: Tensor | None = None) -> None:
-        """gradients: every gradient, in a fixed order.   norms: [n] their L2 norms before clipping, of whole tensors where these are
-        divided among ranks.   total: norm of all gradients of all ranks; the default is that of these.
+        """gradients: every gradient, in a fixed order.   norms: [n] their L2 norms before clipping, of whole tensors where they
+        are divided among ranks.   total: norm of all gradients of all ranks; the default is that of these.
         """
         recipe = self.recipe
         if recipe.clip == "none":
             return
         warm = recipe.clip == "adagc" and self.steps >= recipe.adagc_warmup
-        norms = norms.float().cpu()
-        total = torch.linalg.vector_norm(norms) if total is None else total.float().cpu()
+        norms = norms.cpu()
+        total = torch.linalg.vector_norm(norms) if total is None else total.to(norms)
         limit = recipe.adagc_ratio * self.averages if warm else recipe.clip_norm * norms / total
         factors = (limit / norms).clamp(max=1.0).nan_to_num(nan=1.0)  # 0/0: a gradient of zeros needs no clipping
         if bool((factors < 1.0).any()):
@@ -172,7 +172,7 @@ class GradientClipper:
         beta = self.recipe.adagc_beta
         average = beta * self.averages + (1 - beta) * clipped if warm else torch.minimum(self.averages, clipped)
         average = torch.where(self.averages.isinf(), clipped, average)
-        self.averages = torch.where(clipped > 0, average, self.averages)
+        self.averages.copy_(torch.where(clipped > 0, average, self.averages))
         self.steps += 1
 
 

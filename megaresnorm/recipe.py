@@ -380,6 +380,7 @@ class TrainRecipe(Section):
         """Samples in one pass of a rank: the recipe's, else its whole share of a batch, or one sample in a pipeline."""
         return self.micro_batch or (1 if pp > 1 else -(-self.global_batch // data_ranks))
 
+
 class Recipe(Section):
     """One training run."""
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 import megaresnorm
-from megaresnorm.assemble import Assembled, build_model, choose_device
-from megaresnorm.checkpoint.format import list_checkpoints
+from megaresnorm.assemble import Assembled, build_model, check_layout, choose_device, split_stages
+from megaresnorm.checkpoint.format import MANIFEST, folder_name, list_checkpoints
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.writer import save_checkpoint
 from megaresnorm.config import build_recipe, dump_recipe
@@ -27,7 +27,8 @@ from megaresnorm.engines.native import Decision, GradientStats, NativeEngine
 from megaresnorm.errors import CheckpointError, TrainingError
 from megaresnorm.generate import generate
 from megaresnorm.model.lint import check
-from megaresnorm.parallel.context import ParallelContext
+from megaresnorm.parallel.collectives import all_gather_blocks, all_reduce
+from megaresnorm.parallel.context import ParallelContext, num_started_ranks, start_process_group
 from megaresnorm.recipe import Recipe
 from megaresnorm.resilience.signals import StopSignals
 from megaresnorm.schedule import batch_size, learning_rate, total_variation
@@ -78,22 +79,35 @@ class Run:
     def __init__(self, recipe: Recipe) -> None:
         for finding in check(recipe):
             log.warning("warning: %s", finding.message)
-        self.context = ParallelContext.single()
+        num_ranks = num_started_ranks()
         self.data = open_data(recipe.data)
         self.recipe = recipe = resolve_vocab(recipe, self.data)
         self.samples, self.valid = open_samples(self.data, recipe)
         self.output = Path(recipe.train.output)
-        checkpoints = [path for _, path in list_checkpoints(self.output / "checkpoints")]
         self.device = choose_device(recipe.train.device)
+        sizes = check_layout(recipe, num_ranks)
+        if num_ranks > 1:
+            start_process_group(self.device)
+        self.context = ParallelContext.create(sizes, self.device.type)
+        checkpoints = [path for _, path in list_checkpoints(self.output / "checkpoints")]
         self.assembled: Assembled = build_model(
-            recipe.model, recipe.precision, recipe.kernels, seed=recipe.train.seed, device=self.device
+            recipe.model,
+            recipe.precision,
+            recipe.kernels,
+            recipe.parallel,
+            self.context,
+            seed=recipe.train.seed,
+            device=self.device,
+            compiled=recipe.train.compile,
         )
         self.engine = NativeEngine(self.assembled, recipe)
         self.steps_done = self.samples_done = self.skipped_in_a_row = 0
         self.train_loss: float | None = None
+        self._agree_on_start(checkpoints)
         if checkpoints:
             self._resume(_open_newest(checkpoints))
-        self._write_recipe()
+        if self.context.is_first_rank:
+            self._write_recipe()
 
     def describe(self) -> list[str]:
         """What this run is, in lines for the console."""
@@ -103,6 +117,7 @@ class Run:
         return [
             f"model     {model.topology}, {model.num_blocks} blocks = {2 * model.num_blocks} sub-layers, width {model.dim}, "
             f"{parameters:,} parameters",
+            *self._describe_ranks(),
             f"precision {recipe.precision.compute}, residual stream {recipe.precision.stream}, {self.device.type}, "
             f"{torch.get_num_threads()} threads",
             *(f"kernel    {choice}" for choice in self.assembled.kernel_choices.values()),
@@ -115,36 +130,42 @@ class Run:
     def train(self, stop: StopSignals) -> RunSummary:
         """Steps until the recipe's end or a signal; a checkpoint then, and a text sample at the end."""
         steps = self.recipe.train.steps
-        metrics = MetricsWriter(self.output, first_step=self.steps_done, tensorboard=self.recipe.train.tensorboard)
+        metrics: MetricsWriter | None = None
+        if self.context.is_first_rank:
+            metrics = MetricsWriter(self.output, first_step=self.steps_done, tensorboard=self.recipe.train.tensorboard)
         try:
             with progress_bar("training", steps, self.steps_done) as progress:
-                while self.steps_done < steps and stop.received is None:
+                while self.steps_done < steps and not self._any_rank(stop.received is not None):
                     record = self._step()
-                    metrics.write(self.steps_done - 1, record)
+                    if metrics is not None:
+                        metrics.write(self.steps_done - 1, record)
                     if self.steps_done % self.recipe.train.log_every == 0 or "valid_loss" in record:
                         log.info(step_line(self.steps_done, steps, record))
                     if self._due(self.recipe.train.checkpoint_every):
                         self.save()
                     progress.advance(progress.task_ids[0])
         finally:
-            metrics.close()
+            if metrics is not None:
+                metrics.close()
         checkpoint = self.save()
-        if stop.received is not None:
-            log.warning("%s: saved step %d of %d; start again to go on", stop.received.name, self.steps_done, steps)
+        stopped = self._any_rank(stop.received is not None)
+        if stopped:
+            name = "another rank's signal" if stop.received is None else stop.received.name
+            log.warning("%s: saved step %d of %d; start again to go on", name, self.steps_done, steps)
         return RunSummary(
             steps=self.steps_done,
             train_loss=self.train_loss,
-            valid_loss=None if stop.received is not None else self.evaluate(),
-            unigram_entropy=None if stop.received is not None else unigram_entropy(self.samples.token_shares()),
+            valid_loss=None if stopped else self.evaluate(),
+            unigram_entropy=None if stopped else unigram_entropy(self.samples.token_shares()),
             checkpoint=checkpoint,
             weights_digest=self.engine.weights_digest(),
             exit_code=stop.exit_code,
         )
 
     def sample_text(self) -> str | None:
-        """A continuation of train.sample_prompt; None without a tokenizer or when switched off."""
+        """A continuation of train.sample_prompt; None without a tokenizer, when switched off, or with several ranks."""
         train = self.recipe.train
-        if self.data.tokenizer is None or not train.sample_tokens:
+        if self.data.tokenizer is None or not train.sample_tokens or self.context.world.size > 1:
             return None
         return generate(
             self.engine.model, self.data.tokenizer, train.sample_prompt, train.sample_tokens, seed=train.seed
@@ -158,11 +179,16 @@ class Run:
         return self.engine.evaluate(self._batches(self.valid, 0, count))
 
     def save(self) -> Path:
-        """A checkpoint of the present step, unless there is one."""
+        """A checkpoint of the present step, unless there is one. The first rank writes what all of them make up."""
         root = self.output / "checkpoints"
-        for step, path in list_checkpoints(root):
-            if step == self.steps_done:
-                return path
+        path = root / folder_name(self.steps_done)
+        if self._any_rank(self.context.is_first_rank and (path / MANIFEST).is_file()):
+            return path
+        if not self.context.is_first_rank:
+            for group in self.engine.tensors().values():
+                for name in group:
+                    _ = group[name]
+            return path
         tokenizer = None if self.data.tokenizer is None else self.data.tokenizer.describe()
         attached = {}
         if self.data.tokenizer is not None and tokenizer is not None and "file" in tokenizer:
@@ -223,13 +249,42 @@ class Run:
         return Decision.SKIP
 
     def _batches(self, samples: Samples, position: int, count: int) -> Iterator[Batch]:
-        micro, masked = self.recipe.train.micro_batch_size, self.recipe.data.mask_documents
+        micro = self.recipe.train.micro_batch_of(self.context.data.size, self.context.pp.size)
+        masked = self.recipe.data.mask_documents
         return microbatches(samples, position, count, micro, self.context, self.device, mask_documents=masked)
 
     @property
     def _data_name(self) -> str:
         sources = self.recipe.data.sources
         return ", ".join(f"{s.path} x {s.weight:g}" for s in sources) if len(sources) > 1 else sources[0].path
+
+    def _any_rank(self, flag: bool) -> bool:
+        """Whether it is true on any rank; all ranks must ask."""
+        if self.context.world.size == 1:
+            return flag
+        return bool(all_reduce(torch.tensor([int(flag)], device=self.device), self.context.world).item())
+
+    def _agree_on_start(self, checkpoints: list[Path]) -> None:
+        """Raises: CheckpointError where ranks do not see the same output folder."""
+        newest = torch.tensor(
+            [len(checkpoints), int(checkpoints[-1].name[5:]) if checkpoints else -1], device=self.device
+        )
+        everyone = all_gather_blocks(newest, self.context.world)
+        if not (everyone == everyone[0]).all():
+            raise CheckpointError(
+                f"train.output={self.output}: ranks see different checkpoints there; it must be a folder that all nodes share"
+            )
+
+    def _describe_ranks(self) -> list[str]:
+        context, parallel = self.context, self.recipe.parallel
+        if context.world.size == 1:
+            return []
+        axes = (context.pp, context.dp_replicate, context.dp_shard, context.tp)
+        split = f", stream in {parallel.tensor_layout}" if context.tp.size > 1 else ""
+        stages = [len(stage.blocks) for stage in split_stages(self.recipe.model, parallel)]
+        schedule = f", {parallel.pipeline}, blocks of the stages {stages}" if context.pp.size > 1 else ""
+        sizes = " * ".join(f"{axis.name} {axis.size}" for axis in axes if axis.size > 1)
+        return [f"ranks     {context.world.size} = {sizes}{split}{schedule}"]
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.steps_done % every == 0
@@ -253,7 +308,8 @@ class Run:
         if state["data"] != self.data.digest:
             raise CheckpointError(f"{checkpoint.folder}: {self._data_name} has changed since; use another train.output")
         for group, tensors in self.engine.tensors().items():
-            checkpoint.load_into(group, tensors)
+            for name, whole in checkpoint.read(group, {name: tensors.shape(name) for name in tensors}):
+                tensors.load(name, whole)
         self.engine.load_state(state["engine"])
         self.steps_done, self.samples_done = checkpoint.step, state["samples"]
         self.skipped_in_a_row, self.train_loss = state["skipped_in_a_row"], state["train_loss"]

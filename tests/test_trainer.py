@@ -193,7 +193,7 @@ def test_bf16_weights_are_refreshed_after_every_update(tiny):
     run = Run(recipe)
     run._step()
     head = run.engine.model.head
-    assert torch.equal(run.assembled.bf16._copies[head], head.weight.detach().bfloat16())
+    assert torch.equal(run.assembled.bf16[0]._copies[head], head.weight.detach().bfloat16())
 
 
 def test_a_bad_gradient_changes_nothing_and_goes_on_for_a_while_only(tiny, caplog):

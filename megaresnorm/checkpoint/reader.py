@@ -1,7 +1,7 @@
 """Reading a checkpoint: everything is verified before a tensor is used, and nothing that is read can run code."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -42,45 +42,73 @@ class Checkpoint:
         except OSError as e:
             raise CheckpointError(f"{self.folder / name}: cannot be read ({e.strerror})") from None
 
-    def load_into(self, group: str, destination: Mapping[str, Tensor]) -> None:
-        """Copy every tensor of a group into tensors that exist, one at a time.
+    def read(self, group: str, shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of a group, whole, one at a time.
 
-        Raises: CheckpointError if names or shapes differ, or a tensor is not covered by its slices.
+        Raises: CheckpointError if names or shapes differ from ``shapes``, or a tensor is not covered by its slices.
         """
         recorded = self.tensors.get(group, {})
-        if recorded.keys() != destination.keys():
-            odd = sorted(recorded.keys() ^ destination.keys())
+        if recorded.keys() != shapes.keys():
+            odd = sorted(recorded.keys() ^ shapes.keys())
             raise CheckpointError(
                 f"{self.folder}: {group} differ in {len(odd)} tensors, the first is {odd[0]}; is it another model?"
             )
-        for name, tensor in destination.items():
-            if recorded[name]["shape"] != list(tensor.shape):
+        for name, shape in shapes.items():
+            if recorded[name]["shape"] != list(shape):
                 raise CheckpointError(
-                    f"{self.folder}: {name} has shape {recorded[name]['shape']}, the model's is {list(tensor.shape)}"
+                    f"{self.folder}: {name} has shape {recorded[name]['shape']}, the model's is {list(shape)}"
                 )
-        loaded: dict[str, list[Box]] = {name: [] for name in destination}
+        places: dict[str, list[tuple[Path, Box]]] = {name: [] for name in shapes}
         for file in (f for f in self._files if f.startswith(f"{group}-")):
-            self._load_file(self.folder / file, recorded, destination, loaded)
-        for name, boxes in loaded.items():
-            if sum(_size(box) for box in boxes) != destination[name].numel():
-                raise CheckpointError(f"{self.folder}: {name} is not complete in the {group} files")
+            for name, box in _slices(self.folder / file).items():
+                if name not in shapes:
+                    raise CheckpointError(f"{self.folder / file}: holds {name}, which the manifest does not name")
+                places[name].append((self.folder / file, box))
+        for name, boxes in places.items():
+            yield name, self._assemble(name, group, recorded[name], boxes)
 
-    def _load_file(
-        self, path: Path, recorded: dict, destination: Mapping[str, Tensor], loaded: dict[str, list[Box]]
-    ) -> None:
-        try:
-            with safe_open(path, framework="pt") as file:
-                slices = json.loads((file.metadata() or {}).get("slices", "{}"))
-                for name in file.keys():  # noqa: SIM118 - not a mapping
-                    if name not in destination:
-                        raise CheckpointError(f"{path}: holds {name}, which the manifest does not name")
-                    value = file.get_tensor(name)
-                    box: Box = tuple((int(start), int(stop)) for start, stop in slices[name])
-                    _check_box(path, name, box, value, recorded[name], loaded[name])
-                    destination[name][tuple(slice(*edges) for edges in box)].copy_(value)
-                    loaded[name].append(box)
-        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as e:
-            raise CheckpointError(f"{path}: not a readable safetensors file of slices ({e})") from None
+    def load_into(self, group: str, destination: Mapping[str, Tensor]) -> None:
+        """Copy every tensor of a group into tensors that exist. Raises: CheckpointError as ``read``."""
+        for name, whole in self.read(group, {name: tensor.shape for name, tensor in destination.items()}):
+            destination[name].copy_(whole)
+
+    def _assemble(self, name: str, group: str, recorded: dict, places: list[tuple[Path, Box]]) -> Tensor:
+        """The whole tensor from its slices; the very one that is read where there is only one."""
+        shape, done = recorded["shape"], list[Box]()
+        whole: Tensor | None = None
+        for path, box in places:
+            value = _tensor(path, name)
+            _check_box(path, name, box, value, recorded, done)
+            done.append(box)
+            if list(value.shape) == shape:
+                whole = value
+            else:
+                whole = value.new_empty(shape) if whole is None else whole
+                whole[tuple(slice(*edges) for edges in box)] = value
+        if whole is None or sum(_size(box) for box in done) != prod(shape):
+            raise CheckpointError(f"{self.folder}: {name} is not complete in the {group} files")
+        return whole
+
+
+def _slices(path: Path) -> dict[str, Box]:
+    """Which slices a file holds, by name."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = json.loads((file.metadata() or {}).get("slices", "{}"))
+            return {
+                name: tuple((int(start), int(stop)) for start, stop in slices[name])
+                for name in file.keys()  # noqa: SIM118 - not a mapping
+            }
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as e:
+        raise CheckpointError(f"{path}: not a readable safetensors file of slices ({e})") from None
+
+
+def _tensor(path: Path, name: str) -> Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+    except (SafetensorError, ValueError) as e:
+        raise CheckpointError(f"{path}: not a readable safetensors file of slices ({e})") from None
 
 
 def _size(box: Box) -> int:

@@ -47,19 +47,20 @@ def save_checkpoint(
             shutil.rmtree(left)
         temporary.mkdir()
         files = {}
-        shapes = {}
+        shapes: dict[str, dict[str, dict]] = {}
         for name, content in (attached or {}).items():
             _write_durably(temporary / name, content)
             files[name] = {"size": len(content), "sha256": file_sha256(temporary / name)}
         for group, members in tensors.items():
+            shapes[group] = {}
             for number, part in enumerate(_parts(members), start=1):
                 path = temporary / f"{group}-{number:05d}.safetensors"
                 _write_tensors(path, part)
                 files[path.name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
-            shapes[group] = {
-                name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
-                for name, t in members.items()
-            }
+                shapes[group] |= {
+                    name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
+                    for name, t in part.items()
+                }
         manifest = {"format": FORMAT, "step": step, "files": files, "tensors": shapes, "state": dict(state)}
         manifest["digest"] = manifest_digest(manifest)
         _write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())

@@ -12,7 +12,7 @@ from megaresnorm.cli.depth import add_depth
 from megaresnorm.cli.doctor import add_doctor
 from megaresnorm.cli.generate import add_generate
 from megaresnorm.cli.train import add_schema, add_train
-from megaresnorm.errors import UserError
+from megaresnorm.errors import ConfigError, UserError
 
 EPILOG = """exit codes: 0 done, 1 unexpected, 2 bad recipe or arguments, 3 bad data, 4 bad checkpoint, 5 the run cannot go on,
 130 stopped by Ctrl-C and 143 by SIGTERM, with a checkpoint saved"""
@@ -24,7 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except UserError as e:
-        print(f"megaresnorm: error: {e}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0 or not isinstance(e, ConfigError):  # every rank finds the same in a recipe
+            print(f"megaresnorm: error: {f'rank {rank}: ' if rank else ''}{e}", file=sys.stderr)
         return e.exit_code
     except KeyboardInterrupt:
         print("megaresnorm: stopped", file=sys.stderr)

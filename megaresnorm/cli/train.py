@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from typing import TYPE_CHECKING
 
-from megaresnorm.cli.arguments import Commands
+from megaresnorm.cli.arguments import Commands, count
+from megaresnorm.errors import ConfigError
 
 if TYPE_CHECKING:  # commands import what they need, so that --help is instant
     from megaresnorm.recipe import Recipe
@@ -26,6 +28,12 @@ def add_train(commands: Commands) -> None:
     train.add_argument(
         "--dry-run", action="store_true", help="check recipe and data, print the resolved recipe, and end"
     )
+    train.add_argument(
+        "--ranks",
+        type=count,
+        metavar="N",
+        help="with --dry-run: check the layout for so many ranks [the fewest it needs]",
+    )
     train.set_defaults(run=_train)
 
 
@@ -35,14 +43,28 @@ def add_schema(commands: Commands) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from megaresnorm.config import dump_recipe, load_recipe
+    from megaresnorm.config import load_recipe
     from megaresnorm.telemetry.log import configure_logging, console
 
-    configure_logging()
+    rank = int(os.environ.get("RANK", "0"))
+    configure_logging(rank)
+    console.quiet = rank > 0
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.dry_run:
-        return _dry_run(recipe)
+        return _dry_run(recipe, arguments.ranks)
+    if arguments.ranks is not None:
+        raise ConfigError("--ranks is for --dry-run; ranks are started by bash launch/torchrun.sh")
+    from megaresnorm.parallel.context import end_process_group
+
+    exit_code = _train_and_report(recipe)
+    end_process_group()
+    return exit_code
+
+
+def _train_and_report(recipe: Recipe) -> int:
+    from megaresnorm.config import dump_recipe
     from megaresnorm.resilience.signals import StopSignals
+    from megaresnorm.telemetry.log import console
     from megaresnorm.trainer import Run
 
     with StopSignals() as stop:
@@ -64,7 +86,8 @@ def _train(arguments: argparse.Namespace) -> int:
     return summary.exit_code
 
 
-def _dry_run(recipe: Recipe) -> int:
+def _dry_run(recipe: Recipe, ranks: int | None) -> int:
+    from megaresnorm.assemble import check_layout, split_stages
     from megaresnorm.config import dump_recipe
     from megaresnorm.data.samples import open_data, open_samples, resolve_vocab
     from megaresnorm.model.lint import check
@@ -75,8 +98,15 @@ def _dry_run(recipe: Recipe) -> int:
     data = open_data(recipe.data)
     recipe = resolve_vocab(recipe, data)
     open_samples(data, recipe)
+    parallel = recipe.parallel
+    needed = parallel.pp * parallel.dp_shard * parallel.tp * (parallel.dp_replicate or 1)
+    sizes = check_layout(recipe, ranks or needed)
+    stages = [len(stage.blocks) for stage in split_stages(recipe.model, parallel)]
     parameters = sum(spec.num_elements for spec in parameter_table(recipe.model).values())
-    print(f"{dump_recipe(recipe)}# {parameters:,} parameters; recipe and data can be used")
+    print(
+        f"{dump_recipe(recipe)}# {parameters:,} parameters; recipe and data can be used on {sizes.num_ranks} "
+        f"rank{'s' if sizes.num_ranks > 1 else ''}" + (f", with {stages} blocks in the stages" if sizes.pp > 1 else "")
+    )
     return 0
 
 

@@ -1,6 +1,7 @@
 """Batches of samples. The whole state is one integer, the number of samples consumed, whatever the number of ranks."""
 
 from collections.abc import Iterator
+from math import ceil
 from typing import NamedTuple
 
 import numpy as np
@@ -35,16 +36,26 @@ def microbatches(
 ) -> Iterator[Batch]:
     """This rank's share of samples position .. position + count - 1, in microbatches of ``micro`` (the last may be smaller).
 
+    With several ranks all have as many microbatches of the same shape: where samples are missing, others stand in without labels.
     mask_documents: keep documents apart; the first token of the next one is then no label.
     """
-    mine = range(position + context.data_rank, position + count, context.num_data_ranks)
-    for start in range(0, len(mine), micro):
-        numbers = list(mine[start : start + micro])
+    data = context.data
+    mine = list(range(position + data.rank, position + count, data.size))
+    wanted = len(mine)
+    if context.world.size > 1:
+        wanted = ceil(ceil(count / data.size) / micro) * micro
+    fillers = wanted - len(mine)
+    mine += [position] * fillers
+    for start in range(0, wanted, micro):
+        numbers = mine[start : start + micro]
         tokens, documents = (
             torch.from_numpy(np.stack(column)).to(device) for column in zip(*(samples[i] for i in numbers), strict=True)
         )
         labels = tokens[:, 1:].contiguous()
         if mask_documents:
             labels = labels.masked_fill(documents[:, 1:] != documents[:, :-1], -1)
+        empty = max(0, start + len(numbers) - (wanted - fillers))
+        if empty:
+            labels[len(numbers) - min(empty, len(numbers)) :] = -1
         inside = documents[:, :-1].contiguous() if mask_documents else None
         yield Batch(tokens[:, :-1], labels, torch.tensor(numbers, device=device), inside)

@@ -104,13 +104,13 @@ class NativeEngine:
     def step(self, microbatches: Iterable[Batch], lr: float, accept: Callable[[GradientStats], Decision]) -> StepStats:
         """Accumulate the gradients of one global batch in FP32, ask ``accept``, clip and update.
 
-        The loss is the sum over valid tokens divided by their number in the whole batch, however unequal its microbatches and ranks.
+        The loss is the sum over valid tokens divided by their number in the whole batch, however unequal its parts.
         """
         with _no_garbage_collection():
             return self._step(microbatches, lr, accept)
 
     def gradients(self, microbatches: Iterable[Batch]) -> tuple[float, int]:
-        """Put the gradients of one global batch, after every reduction, into the parameters' ``grad``; returns mean loss and tokens."""
+        """Put the gradients of one global batch, reduced, into the parameters' ``grad``; returns mean loss and tokens."""
         batches = list(microbatches)
         tokens = self._count(batches)
         scale = 1 / max(1, tokens)
@@ -206,14 +206,10 @@ class NativeEngine:
         arguments: dict[str, Any] = {} if whole.documents is None else {"documents_BS": whole.documents}
         if scale is not None and self._drops:
             arguments["dropout"] = self._dropout(whole)
-        self._pipeline.run(
-            whole.tokens, whole.labels, len(batches), loss, backward=scale is not None, **arguments
-        )
+        self._pipeline.run(whole.tokens, whole.labels, len(batches), loss, backward=scale is not None, **arguments)
         return sum(nll.item() for nll in losses)
 
-    def _losses(
-        self, module: Any, batch: Batch, dropout: DropoutKey | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def _losses(self, module: Any, batch: Batch, dropout: DropoutKey | None, scale: float) -> tuple[Tensor, Tensor]:
         logits_TV = module(batch.tokens, dropout, documents_BS=batch.documents)
         return self._loss(logits_TV, batch.labels, scale)
 

@@ -32,9 +32,7 @@ class Block(nn.Module):
             spec = wiring.residual(at, recipe.topology_options)
             inside = branch(recipe, kernels, layout, norm if spec.norm_inner else None)
             site = 2 * block + (sublayer == "ffn")
-            return Residual(
-                spec, inside, norm, recipe.dim, kernels.add_norm, layout, site=site, dropout=recipe.dropout
-            )
+            return Residual(spec, inside, norm, recipe.dim, kernels.add_norm, layout, site=site, dropout=recipe.dropout)
 
         self.attention = residual("attention", Attention)
         self.ffn = residual("ffn", FeedForward)

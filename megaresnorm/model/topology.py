@@ -162,7 +162,7 @@ def reordered(at: Position, options: Options) -> ResidualSpec:
 
 
 def subln(at: Position, options: Options) -> ResidualSpec:
-    """x + F(norm(x)) with a second norm before out and down; v, out, up, down start at (ln 2N)^1/2. Magneto, arXiv:2210.06423, fig. 2."""
+    """x + F(norm(x)), a second norm before out and down; v, out, up, down start (ln 2N)^1/2 larger. Magneto, arXiv:2210.06423."""
     gain = sqrt(log(at.num_sublayers))
     return ResidualSpec(norm_in=True, norm_inner=True, init_gain=gains(gain, "v", "out", "up", "down"))
 

@@ -48,9 +48,7 @@ def start_merge(stats: Tensor, kind: str, columns: int, eps: float, axis: Axis) 
     return Pending(work, lambda: merge_stats(everyone, kind, columns, eps))
 
 
-def sharded_norm(
-    z_Td: Tensor, norm: NormWeights, axis: Axis, out_dtype: torch.dtype, *, num_chunks: int = 1
-) -> Tensor:
+def sharded_norm(z_Td: Tensor, norm: NormWeights, axis: Axis, out_dtype: torch.dtype, *, num_chunks: int = 1) -> Tensor:
     """A norm over whole rows of which every rank holds its columns, and its slice of weight and bias.
 
     Communication: LayerNorm 2 and RMSNorm 1 floats a row, forward and backward; gradients of weight and bias are whole.
@@ -90,7 +88,9 @@ class _ShardedNorm(torch.autograd.Function):
             if work is not None:
                 work.wait()
             dz.append(shard_grad_apply(dy, part, s, sums, weight, ctx.kind, columns))
-        d_weight, d_bias = (sum(f[i] for f in found[1:]) + found[0][i] if len(found) > 1 else found[0][i] for i in (1, 2))
+        d_weight, d_bias = (
+            sum(f[i] for f in found[1:]) + found[0][i] if len(found) > 1 else found[0][i] for i in (1, 2)
+        )
         whole = dz[0] if len(dz) == 1 else torch.cat(dz)
         return whole, d_weight, d_bias if ctx.has_bias else None, None, None, None, None, None
 

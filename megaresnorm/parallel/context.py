@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from math import prod
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -70,7 +71,8 @@ class ParallelContext:
         >>> ParallelContext.single().is_first_rank
         True
         """
-        return cls(*(Axis(field.name) for field in fields(cls) if field.name != "mesh"))
+        axes: dict[str, Any] = {field.name: Axis(field.name) for field in fields(cls) if field.name != "mesh"}
+        return cls(**axes)
 
     @classmethod
     def create(cls, sizes: Sizes, device_type: str) -> "ParallelContext":
@@ -121,7 +123,9 @@ def resolve_sizes(num_ranks: int, *, pp: int, dp_replicate: int | None, dp_shard
     if sizes.num_ranks == num_ranks:
         return sizes
     spelled = f"pp {pp} * dp_replicate {dp_replicate} * dp_shard {dp_shard} * tp {tp} = {sizes.num_ranks}"
-    smaller = [f"tp={t} pp={p}" for t, p in ((tp, 1), (1, pp), (1, 1)) if num_ranks % (t * p) == 0 and (t, p) != (tp, pp)]
+    smaller = [
+        f"tp={t} pp={p}" for t, p in ((tp, 1), (1, pp), (1, 1)) if num_ranks % (t * p) == 0 and (t, p) != (tp, pp)
+    ]
     offers = [f"start {sizes.num_ranks} ranks", *dict.fromkeys(smaller)]
     raise ConfigError(f"parallel: {spelled}, but {num_ranks} ranks were started; {', or '.join(offers)}")
 

@@ -1,5 +1,6 @@
 """Data parallelism: DistributedDataParallel and FSDP2 around a model. Gradients are sums over the data ranks, not means."""
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -21,6 +22,8 @@ def shard_model(model: nn.Module, blocks: Iterable[nn.Module], context: Parallel
     Weights are gathered in their own type, FP32, and the stream is never cast: what a rank computes is what one process would.
     """
     assert context.mesh is not None
+    # The logits are a view where the vocabulary is padded; the loss writes its gradient there, which no hook needs to see.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     names = ("dp_replicate", "dp_shard") if context.dp_replicate.size > 1 else ("dp_shard",)
     options: dict[str, Any] = {
         "mesh": context.mesh[names],
@@ -61,12 +64,12 @@ def local(tensor: Tensor) -> Tensor:
 
 def replicate_model(model: nn.Module, data: Axis) -> DistributedDataParallel:
     """DistributedDataParallel that adds gradients up."""
-    ddp = DistributedDataParallel(model, process_group=data.group, broadcast_buffers=False, init_sync=False)
+    ddp = DistributedDataParallel(model, process_group=data.group, init_sync=False)
     ddp.register_comm_hook(data.group, _sum)
     return ddp
 
 
-def _sum(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _sum(group: dist.ProcessGroup, bucket: Any) -> torch.futures.Future[Tensor]:
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     assert work is not None
     return work.get_future().then(lambda future: future.value()[0])

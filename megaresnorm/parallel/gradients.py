@@ -19,9 +19,7 @@ class Reduction(NamedTuple):
     parameters: tuple[nn.Parameter, ...]
 
 
-def reductions(
-    partial: Iterable[nn.Parameter], tied: nn.Parameter | None, *, tp: Axis, ends: Axis
-) -> list[Reduction]:
+def reductions(partial: Iterable[nn.Parameter], tied: nn.Parameter | None, *, tp: Axis, ends: Axis) -> list[Reduction]:
     """partial: parameters of whose gradient every tensor-parallel rank has a part.   tied: this rank's copy of an embedding that
     is also the output matrix, on the first and last stage of a pipeline.
     """

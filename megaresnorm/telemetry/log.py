@@ -28,10 +28,10 @@ class _ConsoleHandler(logging.Handler):
         console.print(self.format(record), style=style, markup=False)
 
 
-def configure_logging() -> None:
-    """Send the package's log to the console. To be called once, by the command line."""
+def configure_logging(rank: int = 0) -> None:
+    """Send the package's log to the console; of ranks but the first only errors. To be called once, by the command line."""
     logger = logging.getLogger("megaresnorm")
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     logger.handlers = [_ConsoleHandler()]
     logger.propagate = False
 

@@ -46,7 +46,7 @@ class Textbook:
         k, v = (t.repeat_interleave(HEADS // KV, dim=1) for t in (k, v))
         scores = q @ k.transpose(-1, -2) / math.sqrt(HEAD)
         scores = scores.masked_fill(torch.ones(SEQ, SEQ, dtype=torch.bool).triu(1), -math.inf)
-        return self.linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), f"{name}.out")
+        return self.linear(self.inside((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)), f"{name}.out")
 
     def rotary(self, x):
         """Each pair (i, i + H/2) is a complex number that is turned by position * theta^(-2i/H)."""
@@ -59,9 +59,15 @@ class Textbook:
         name = f"blocks.{b}.ffn.branch"
         if self.recipe.ffn == "gelu":
             h = self.linear(u, f"{name}.up")
-            return self.linear(0.5 * h * (1 + torch.erf(h / math.sqrt(2))), f"{name}.down")
+            return self.linear(self.inside(0.5 * h * (1 + torch.erf(h / math.sqrt(2)))), f"{name}.down")
         gate, up = self.linear(u, f"{name}.gate_up").split(FFN, dim=-1)
-        return self.linear(gate * torch.sigmoid(gate) * up, f"{name}.down")
+        return self.linear(self.inside(gate * torch.sigmoid(gate) * up), f"{name}.down")
+
+    inner = None
+
+    def inside(self, h):
+        """Sub-LN's second norm."""
+        return h if self.inner is None else self.norm(h, self.inner)
 
     def sublayer(self, x, b, kind):
         """The topology's formula for one sub-layer."""
@@ -91,6 +97,11 @@ class Textbook:
                 return x + norm("norm_branch", f(norm("norm_in", x)))
             case "reordered":
                 return x + norm("norm_branch", f(x))
+            case "subln":
+                self.inner = f"{name}.branch.norm_inner"
+                y = f(norm("norm_in", x))
+                self.inner = None
+                return x + y
             case "lns":
                 return x + f(norm("norm_in", x) / math.sqrt(b + 1))
             case "completep":

@@ -78,6 +78,7 @@ def test_every_logical_matrix_starts_with_its_own_xavier_deviation(name):
     )
     model = build_model(recipe, seed=5).model
     gain = {"deepnorm": (8 * n) ** -0.25, "deepnorm_glm": (2 * n) ** -0.5}.get(name, 1.0)
+    gain = math.sqrt(math.log(2 * n)) if name == "subln" else gain
     out_gain = gain / math.sqrt(2 * n) if name == "pre_scaled" else gain
     for block in model.blocks.values():
         q, k, v = block.attention.branch.qkv.weight.split([128, 32, 32])

@@ -52,7 +52,7 @@ def _child(rank: int, num_ranks: int, folder: str, function: Callable, arguments
         )
         torch.save(function(rank, *arguments), Path(folder, f"result-{rank}"))
         dist.destroy_process_group()
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - the parent raises it
         Path(folder, f"error-{rank}").write_text(traceback.format_exc())
         os._exit(1)
     os._exit(0)

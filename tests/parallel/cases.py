@@ -1,0 +1,143 @@
+"""One model on any layout: the recipe, a batch of very unequal microbatches and ranks, and what a run of it gives."""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaresnorm.assemble import Assembled, build_model, check_layout
+from megaresnorm.config import build_recipe
+from megaresnorm.data.loader import Batch
+from megaresnorm.engines.native import Decision, NativeEngine
+from megaresnorm.engines.whole import WholeTensors
+from megaresnorm.model.topology import beside_others
+from megaresnorm.parallel.context import ParallelContext
+from megaresnorm.parallel.data import local
+from megaresnorm.recipe import Recipe
+
+SAMPLES, SEQ, VOCAB, MICRO = 8, 8, 37, 2
+
+LAYOUTS: dict[str, tuple[int, dict]] = {
+    "tp2 full": (2, {"tp": 2}),
+    "tp2 tokens": (2, {"tp": 2, "tensor_layout": "tokens"}),
+    "tp2 columns, merge": (2, {"tp": 2, "tensor_layout": "columns", "columns_norm": "merge"}),
+    "tp2 columns, gather": (2, {"tp": 2, "tensor_layout": "columns", "columns_norm": "gather"}),
+    "pp2 1f1b": (2, {"pp": 2}),
+    "pp2 gpipe": (2, {"pp": 2, "pipeline": "gpipe"}),
+    "dp2 ddp": (2, {}),
+    "fsdp2": (2, {"dp_shard": 2}),
+    "fsdp2 gradients": (2, {"dp_shard": 2, "shard": "gradients"}),
+    "pp4 interleaved": (4, {"pp": 4, "pipeline": "interleaved"}),
+    "hsdp": (4, {"dp_shard": 2, "dp_replicate": 2}),
+    "tp2 pp2 dp2": (8, {"tp": 2, "pp": 2, "dp_replicate": 2}),
+    "tp2 pp2 fsdp2": (8, {"tp": 2, "pp": 2, "dp_shard": 2, "tensor_layout": "columns"}),
+}
+# The other half of what a model can have: learned positions, GELU, tied embeddings, dropout, QK-norm over all heads, RMSNorm.
+VARIANTS: dict[str, dict] = {
+    "llama": {"norm": "rmsnorm"},
+    "gpt": {
+        "norm": "layernorm", "bias": True, "positions": "learned", "ffn": "gelu", "tied_embeddings": True, "dropout": 0.1,
+        "qk_norm": "full",
+    },
+}  # fmt: skip
+
+
+class Outcome(NamedTuple):
+    """loss and gradients of one batch; then loss and gradient norm of every step, the weights after them and their digest."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+    steps: list[tuple[float, float]]
+    weights: dict[str, Tensor]
+    digest: str
+
+
+def make_recipe(
+    topology: str, variant: str, parallel: dict, compute: str = "fp64", num_blocks: int = 8, **sections: dict
+) -> Recipe:
+    model = {
+        "dim": 16, "num_blocks": num_blocks, "num_heads": 4, "num_kv_heads": 2, "seq_len": SEQ, "vocab_size": VOCAB,
+        "vocab_multiple": 8, "ffn_dim": 24, "topology": topology, **beside_others(topology), **VARIANTS[variant],
+    }  # fmt: skip
+    train = {"output": "none", "steps": 30, "global_batch": SAMPLES, "micro_batch": MICRO}
+    values = {
+        "model": model,
+        "data": {"path": "none"},
+        "train": train,
+        "precision": {"compute": compute},
+        "parallel": parallel,
+    }
+    return build_recipe(values | sections)
+
+
+def build(recipe: Recipe) -> tuple[Assembled, NativeEngine]:
+    """On the process group there is, or on one process without one."""
+    sizes = check_layout(recipe, dist.get_world_size() if dist.is_initialized() else 1)
+    context = ParallelContext.create(sizes, "cpu")
+    assembled = build_model(recipe.model, recipe.precision, recipe.kernels, recipe.parallel, context)
+    return assembled, NativeEngine(assembled, recipe)
+
+
+def batches(context: ParallelContext, seed: int = 3) -> list[Batch]:
+    """This rank's microbatches. One sample has no label at all, one has two, another lacks its first three."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(VOCAB, (SAMPLES, SEQ + 1), generator=generator)
+    labels = rows[:, 1:].clone()
+    labels[1, 2:], labels[4], labels[5, :3] = -1, -1, -1
+    mine = torch.arange(context.data.rank, SAMPLES, context.data.size)
+    return [Batch(rows[i, :-1], labels[i], i) for i in mine.split(MICRO)]
+
+
+def gradients(assembled: Assembled) -> dict[str, Tensor]:
+    """Whole gradients by global name; nothing is left behind."""
+    parts = {}
+    for name, p in assembled.parameters().items():
+        parts[name] = torch.zeros_like(local(p.detach())) if p.grad is None else local(p.grad).clone()
+        p.grad = None
+    return {name: t.clone() for name, t in WholeTensors(assembled, parts).items()}
+
+
+def sgd_step(assembled: Assembled, engine: NativeEngine) -> float:
+    """One step of plain SGD, lr 0.01, unclipped; returns the loss."""
+    loss, _ = engine.gradients(batches(assembled.context))
+    with torch.no_grad():
+        for p in assembled.parameters().values():
+            if p.grad is not None:
+                local(p.detach()).sub_(local(p.grad), alpha=0.01)
+                p.grad = None
+    assembled.weights_changed()
+    return loss
+
+
+def outcome(recipe: Recipe, *, steps: int = 3, optimizer: str = "sgd") -> Outcome:
+    assembled, engine = build(recipe)
+    loss, _ = engine.gradients(batches(assembled.context))
+    found = gradients(assembled)
+    done: list[tuple[float, float]] = []
+    for step in range(steps):
+        if optimizer == "sgd":
+            done.append((sgd_step(assembled, engine), 0.0))
+        else:
+            stats = engine.step(batches(assembled.context, seed=step), 1e-3, lambda stats: Decision.APPLY)
+            done.append((stats.loss, stats.gradient_norm))
+    weights = {name: t.clone() for name, t in engine.tensors()["weights"].items()}
+    return Outcome(loss, found, done, weights, engine.weights_digest())
+
+
+def outcomes(rank: int, recipes: list[Recipe], options: dict) -> list[Outcome | str]:
+    """Of every recipe; the ranks beside the first give digests alone."""
+    results = [outcome(recipe, **options) for recipe in recipes]
+    return [result if rank == 0 else result.digest for result in results]
+
+
+def errors(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
+    """Largest error of every tensor, on the scale of its largest element or 1e-3 of the model's largest.
+
+    The gradient of a key's bias is zero in mathematics, and judged on the scale of the whole fused bias it stands in.
+    """
+    largest = max(t.abs().max().item() for t in wanted.values())
+    return {
+        name: (got[name].double() - t).abs().max().item() / max(t.abs().max().item(), 1e-3 * largest)
+        for name, t in wanted.items()
+    }

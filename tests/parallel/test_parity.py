@@ -1,0 +1,81 @@
+"""Every topology in every layout against one process: values, gradients and weights."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cases import LAYOUTS, VARIANTS, Outcome, errors, make_recipe, outcome, outcomes
+from ranks import run_ranks
+
+from megaresnorm.model.topology import TOPOLOGIES
+
+FP64_TOLERANCE = 1e-11
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[tuple[str, str], Outcome]:
+    """What one process computes."""
+    torch.set_num_threads(1)
+    return {(t, v): outcome(make_recipe(t, v, {})) for t in TOPOLOGIES for v in VARIANTS}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_topology_is_the_same_in_fp64(layout, alone):
+    """Loss, every gradient and the weights after three steps of SGD; all ranks end with one digest."""
+    num_ranks, parallel = LAYOUTS[layout]
+    recipes = [make_recipe(topology, variant, parallel) for topology, variant in alone]
+    results = run_ranks(num_ranks, outcomes, recipes, {})
+    for i, (case, wanted) in enumerate(alone.items()):
+        got = results[0][i]
+        assert abs(got.loss - wanted.loss) < FP64_TOLERANCE * abs(wanted.loss), (layout, case)
+        for what in ("gradients", "weights"):
+            found = errors(getattr(got, what), getattr(wanted, what))
+            worst = max(found, key=found.__getitem__)
+            assert found[worst] < FP64_TOLERANCE, f"{layout}, {case}: {what} of {worst} are off by {found[worst]:.1e}"
+        assert {result[i] for result in results[1:]} == {got.digest}, (layout, case)
+
+
+@pytest.mark.parametrize("layout", ["tp2 tokens", "tp2 columns, gather", "pp2 1f1b", "dp2 ddp", "fsdp2"])
+def test_the_same_layout_twice_is_the_same_bit_for_bit(layout):
+    num_ranks, parallel = LAYOUTS[layout]
+    recipes = [make_recipe("deepnorm", "gpt", parallel, "bf16"), make_recipe("keel", "llama", parallel, "fp32")]
+    runs = [run_ranks(num_ranks, outcomes, recipes, {"optimizer": "adamw"})[0] for _ in range(2)]
+    for first, second in zip(*runs, strict=True):
+        assert first.steps == second.steps and first.digest == second.digest
+        assert all(torch.equal(g, second.gradients[name]) for name, g in first.gradients.items())
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_at_24_blocks_rounding_is_that_of_one_process(compute):
+    """Against FP64: at most 4 times the error of one process in FP32, 1.5 times in BF16 (the mean over the model's tensors)."""
+    names = ["pre", "deepnorm", "keel", "sandwich"]
+    layouts = ["tp2 full", "tp2 tokens", "tp2 columns, merge", "pp2 1f1b", "dp2 ddp", "fsdp2"]
+    exact = [outcome(make_recipe(t, "llama", {}, "fp64", 24), steps=0) for t in names]
+    one = [outcome(make_recipe(t, "llama", {}, compute, 24), steps=0) for t in names]
+    recipes = [make_recipe(t, "llama", LAYOUTS[layout][1], compute, 24) for layout in layouts for t in names]
+    results = run_ranks(2, outcomes, recipes, {"steps": 0})[0]
+    bound = 4.0 if compute == "fp32" else 1.5
+    for i, got in enumerate(results):
+        layout, name = layouts[i // len(names)], names[i % len(names)]
+        wanted = exact[i % len(names)].gradients
+        mine, alone = (errors(o.gradients, wanted) for o in (got, one[i % len(names)]))
+        if compute == "fp32":
+            assert max(mine.values()) <= bound * max(alone.values()), (layout, name, max(mine.values()))
+        assert sum(mine.values()) <= bound * sum(alone.values()), (layout, name, sum(mine.values()), sum(alone.values()))
+
+
+@pytest.mark.parametrize("num_blocks", [12, pytest.param(100, marks=pytest.mark.slow)])
+def test_twenty_steps_of_adamw_have_the_same_losses(num_blocks):
+    names = ["pre", "deepnorm", "keel"]
+    options = {"steps": 20, "optimizer": "adamw"}
+    one = [outcome(make_recipe(t, "llama", {}, "fp32", num_blocks), **options) for t in names]
+    for layout in ("tp2 full", "tp2 tokens", "tp2 columns, gather", "pp2 1f1b", "dp2 ddp", "fsdp2"):
+        num_ranks, parallel = LAYOUTS[layout]
+        recipes = [make_recipe(t, "llama", parallel, "fp32", num_blocks) for t in names]
+        for name, got, wanted in zip(names, run_ranks(num_ranks, outcomes, recipes, options)[0], one, strict=True):
+            difference = max(abs(a[0] - b[0]) for a, b in zip(got.steps, wanted.steps, strict=True))
+            assert difference < 2e-6, (layout, name, difference)
+            assert max(abs(a[1] - b[1]) / b[1] for a, b in zip(got.steps, wanted.steps, strict=True)) < 1e-4
