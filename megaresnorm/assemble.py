@@ -1,4 +1,4 @@
-"""The one order of putting a model together: meta model with its tensor layout, precision, compile, FSDP, materialise, initialise."""
+"""The one order of putting a model together: meta model in its tensor layout, precision, compile, FSDP, materialise, initialise."""
 
 import os
 from collections.abc import Callable

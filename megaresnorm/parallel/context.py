@@ -138,7 +138,7 @@ def num_started_ranks() -> int:
     missing = [name for name, value in found.items() if value is None]
     size = found["WORLD_SIZE"]
     if not size.isdecimal() or int(size) < 1 or (int(size) > 1 and missing):
-        what = f"{', '.join(missing)} missing" if missing else f"WORLD_SIZE={size!r}"
+        what = f"{', '.join(missing)} missing" if missing and size.isdecimal() else f"WORLD_SIZE={size!r}"
         raise ConfigError(f"the environment is not torchrun's: {what}; start with bash launch/torchrun.sh")
     return int(size)
 

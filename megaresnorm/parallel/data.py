@@ -69,7 +69,10 @@ def replicate_model(model: nn.Module, data: Axis) -> DistributedDataParallel:
     return ddp
 
 
-def _sum(group: dist.ProcessGroup, bucket: Any) -> torch.futures.Future[Tensor]:
+def _sum(
+    group: dist.ProcessGroup,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     assert work is not None
     return work.get_future().then(lambda future: future.value()[0])

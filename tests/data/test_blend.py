@@ -1,7 +1,7 @@
-from dataclasses import replace
 """Blends share out samples exactly, in the same order for any number of ranks; masked documents do not see each other."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest

@@ -1,5 +1,6 @@
-from dataclasses import replace
 """Splits and samples: pure functions of a seed and an integer."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
