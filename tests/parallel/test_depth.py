@@ -1,0 +1,86 @@
+"""The depth probe's ||dF|| in every layout: it finds a local depth, a wrong slice of a scaled matrix, a missing reduction."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent))
+from ranks import run_ranks
+
+from megaresnorm.assemble import Assembled, build_model
+from megaresnorm.config import build_recipe
+from megaresnorm.data.loader import Batch
+from megaresnorm.engines.native import NativeEngine
+from megaresnorm.model.residual import Stream
+from megaresnorm.parallel.context import ParallelContext, Sizes
+from megaresnorm.parallel.data import local
+from megaresnorm.telemetry.depth import LEARNING_RATE, ProbeSetting, probe
+
+BLOCKS = 12
+TOPOLOGIES = ["pre", "post", "deepnorm", "keel", "completep", "lns", "mix_ln"]
+
+
+def hidden(assembled: Assembled, tokens: torch.Tensor) -> torch.Tensor | None:
+    """What the output matrix reads, on the last stage; the stages one after the other."""
+    model, pp = assembled.model, assembled.context.pp
+    rows = model.rows(tokens)
+    if model.stage.embeds:
+        stream = model.embed(tokens, rows)
+    else:
+        x = torch.empty(tokens.numel(), assembled.layout.width(model.recipe.dim), dtype=torch.float64)
+        dist.recv(x, group=pp.group, group_src=pp.rank - 1)
+        stream = Stream(x)
+    stream = model.run_blocks(stream, rows)
+    if model.stage.predicts:
+        return model.finish(stream)
+    dist.send(model.add_norm.trunk(stream), group=pp.group, group_dst=pp.rank + 1)
+    return None
+
+
+def updates(rank: int, parallel: dict) -> list[float | None]:
+    """RMS of the change of the hidden state by one SGD step on the blocks' matrices, per unit of learning rate."""
+    found = []
+    for topology in TOPOLOGIES:
+        setting = ProbeSetting()
+        recipe = build_recipe(
+            {
+                "model": setting.model(topology, BLOCKS).model_dump(exclude_none=True),
+                "data": {"path": "none"},
+                "train": {"output": "none", "steps": 1, "global_batch": 4},
+                "precision": {"compute": "fp64"},
+                "parallel": parallel,
+            }
+        )
+        context = ParallelContext.create(Sizes(pp=parallel.get("pp", 1), tp=parallel.get("tp", 1)), "cpu")
+        assembled = build_model(recipe.model, recipe.precision, recipe.kernels, recipe.parallel, context, seed=1)
+        generator = torch.Generator().manual_seed(1)
+        tokens, labels = torch.randint(setting.vocab_size, (2, setting.batch, setting.seq_len), generator=generator)
+        NativeEngine(assembled, recipe).gradients([Batch(tokens, labels, torch.arange(4))])
+        with torch.no_grad():
+            before = hidden(assembled, tokens)
+            for name, p in assembled.parameters().items():
+                if name.startswith("blocks.") and p.dim() == 2 and p.grad is not None:
+                    local(p).sub_(p.grad, alpha=LEARNING_RATE)
+            after = hidden(assembled, tokens)
+        found.append(None if after is None else ((after - before).square().mean().sqrt() / LEARNING_RATE).item())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "parallel"),
+    [
+        (2, {"tp": 2}),
+        (2, {"tp": 2, "tensor_layout": "tokens"}),
+        (2, {"tp": 2, "tensor_layout": "columns"}),
+        (2, {"pp": 2}),
+        (4, {"pp": 4}),
+    ],
+    ids=str,
+)
+def test_the_model_update_is_that_of_one_process(num_ranks, parallel):
+    last = run_ranks(num_ranks, updates, parallel)[-1]
+    for topology, got in zip(TOPOLOGIES, last, strict=True):
+        assert got == pytest.approx(probe(topology, BLOCKS, 1, ProbeSetting()).sgd_update, rel=1e-8), topology
