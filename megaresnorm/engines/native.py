@@ -195,6 +195,9 @@ class NativeEngine:
     def _run_pipeline(self, batches: Sequence[Batch], scale: float | None) -> float:
         """Sum of the losses on the last stage, 0 on the others; ``scale`` None: forward alone."""
         assert self._pipeline is not None
+        missing = self._pipeline.num_microbatches(len(batches)) - len(batches)
+        filler = batches[0]._replace(labels=torch.full_like(batches[0].labels, -1))
+        batches = [*batches, *[filler] * missing]
         whole = batches[0] if len(batches) == 1 else Batch(*(_joined(column) for column in zip(*batches, strict=True)))
         losses: list[Tensor] = []
 

@@ -74,6 +74,14 @@ class Pipeline:
         self._made: dict[tuple[int, int, int], Any] = {}
         self.is_first, self.is_last = 0 in modules, num_stages - 1 in modules
 
+    def num_microbatches(self, count: int) -> int:
+        """How many a schedule takes where a batch has ``count``: at least one for every stage, interleaved a multiple of pp.
+
+        The others stand in without labels, so that small batches are possible, if not fast.
+        """
+        least = max(count, self._num_stages)
+        return -(-least // self._axis.size) * self._axis.size if self._schedule == "interleaved" else least
+
     def run(
         self,
         tokens: Tensor,
