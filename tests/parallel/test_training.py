@@ -1,6 +1,7 @@
 """A run on several ranks: the same losses as one process, one log, and a checkpoint that any layout can go on from."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from ranks import run_ranks
 
+from megaresnorm.errors import ConfigError
 from megaresnorm.recipe import Recipe
 from megaresnorm.trainer import train
 
@@ -122,3 +124,12 @@ def test_a_rank_sees_only_its_samples_and_all_have_as_many_microbatches():
         assert [tuple(b.tokens.shape) for b in batches] == [(2, 4)]
         seen += [int(row[0]) for b in batches for row in b.labels if row[0] >= 0]
     assert sorted(seen) == list(range(10, 17))
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_train_the_same(tiny, tmp_path):
+    plain = train(tiny(train={"steps": 3}))
+    compiled = train(tiny(train={"steps": 3, "compile": "blocks", "output": str(tmp_path / "compiled")}))
+    assert compiled.train_loss == pytest.approx(plain.train_loss, rel=1e-5)
+    with pytest.raises(ConfigError, match=r"train.compile=cuda_graphs needs a GPU.*try train.compile=blocks"):
+        train(tiny(train={"compile": "cuda_graphs", "device": "cpu", "output": str(tmp_path / "graphs")}))
