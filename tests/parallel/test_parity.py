@@ -78,7 +78,7 @@ def test_at_24_blocks_rounding_is_that_of_one_process(compute):
         )
 
 
-@pytest.mark.parametrize("num_blocks", [6, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_blocks", [12, pytest.param(100, marks=pytest.mark.slow)])
 def test_twenty_steps_of_adamw_have_the_same_losses(num_blocks):
     names = ["pre", "deepnorm", "keel"]
     options = {"steps": 20, "optimizer": "adamw"}
