@@ -304,7 +304,7 @@ class ParallelRecipe(Section):
     dp_shard: Count = 1
     """Fully sharded data parallel (FSDP2): ranks among which weights, gradients and optimizer state are divided."""
     shard: Literal["parameters", "gradients"] = "parameters"
-    """dp_shard: free gathered weights after every forward pass, or keep them until the backward pass is done."""
+    """dp_shard: free gathered weights after every forward pass, or keep them until the backward pass is done, as pipelines do."""
     dp_replicate: Count | None = None
     """Data parallel with whole copies (DDP; with dp_shard, of the sharded group); unset: all ranks that are left."""
 

@@ -24,9 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except UserError as e:
-        rank = int(os.environ.get("RANK", "0"))
-        if rank == 0 or not isinstance(e, ConfigError):  # every rank finds the same in a recipe
-            print(f"megaresnorm: error: {f'rank {rank}: ' if rank else ''}{e}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        # Every rank of a node finds the same in a recipe; another node may lack what this one has.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(e, ConfigError):
+            print(f"megaresnorm: error: {'' if rank == '0' else f'rank {rank}: '}{e}", file=sys.stderr)
         return e.exit_code
     except KeyboardInterrupt:
         print("megaresnorm: stopped", file=sys.stderr)

@@ -157,9 +157,8 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"a sequence of {start + rows.seq} tokens is longer than model.seq_len={self.recipe.seq_len}"
             )
-        if (
-            rows.positions.dim() == 1 and x_TD.shape[0] == rows.batch * rows.seq
-        ):  # every row, in each the same positions
+        has_all_rows = x_TD.shape[0] == rows.batch * rows.seq
+        if rows.positions.dim() == 1 and has_all_rows:
             position_SD = self.positions.weight[start : start + rows.seq]
             return (x_TD.view(rows.batch, rows.seq, -1) + position_SD).flatten(0, 1)
         return x_TD + self.positions(self.layout.tokens(rows.positions.expand(rows.batch, -1).flatten()))
