@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bench_train import MALLOC, machine
+from bench_train import machine
+from contenders import MALLOC
 from torch import Tensor
 
 from megaresnorm.kernels import load_backends

@@ -3,64 +3,30 @@
 
 python tools/bench_train.py --out bench
 python tools/bench_train.py --shapes 200x64 --architectures gpt2 --precisions fp32 --rounds 7
+python tools/bench_train.py --layouts 1,tp2,pp2,dp2 --shapes 12x256 --architectures gpt2 --precisions fp32
 
 Every contender is a process of its own with one thread and the same malloc settings. Before anything is timed, its logits
 and the losses of its first steps are compared with ours. A round gives each contender the same number of steps in turn,
 the order changing from round to round; rates are tokens per CPU second, medians over the rounds, and a ratio is the median of the
 rounds' ratios. In BF16 a peer runs under autocast and with BF16 weights, and the faster one counts. We run a second time with
 the reference kernels, which shows what the others give.
+
+With --layouts every layout is a contender, ours and megatron-core's (1, tp2, pp2), with one thread a rank; a step is one global
+batch of four microbatches for all, the losses of the first steps are compared, and rates are tokens per second of the wall clock.
 """
 
 import argparse
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from peers import PEERS, Shape
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from megaresnorm.assemble import build_model
-from megaresnorm.config import build_recipe
-from megaresnorm.data.loader import Batch
-from megaresnorm.engines.native import Decision, NativeEngine
-
-OURS = "megaresnorm"
-REFERENCE = f"{OURS}, reference kernels"
-REFERENCE_KERNELS = {
-    "add_norm": "reference",
-    "attention": "sdpa",
-    "activation": "reference",
-    "cross_entropy": "reference",
-}
-# Chunks above 32 MiB would be mapped, touched and unmapped anew in every step; and large pages where the kernel has them.
-MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": "8589934592",
-    "MALLOC_TRIM_THRESHOLD_": "8589934592",
-    "MALLOC_TOP_PAD_": "268435456",
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
-CHECK_STEPS = {OURS: 10, REFERENCE: 10}  # a peer: 3
-LOGIT_TOLERANCE = {"fp32": 2e-4, "autocast": 0.25, "bf16": 0.25}  # of logits with a deviation of about 1
-LOSS_TOLERANCE = {"fp32": 1e-3, "autocast": 0.05, "bf16": 0.05}
-CLASSES = {  # of an operator by what its name contains, the first that fits
-    "attention": ("scaled_dot_product", "bmm", "aten::_softmax", "attention"),
-    "matmul": ("aten::mm", "addmm", "matmul"),
-    "norm + residual": ("layer_norm", "rms_norm", "rsqrt", "aten::pow", "PowBackward", "aten::mean", "MeanBackward", "aten::add",
-                        "add_norm", "RMSNorm"),
-    "activation": ("gelu", "silu", "activation"),
-    "loss": ("log_softmax", "nll_loss", "cross_entropy", "logsumexp", "CrossEntropy", "aten::exp", "scatter"),
-    "optimizer": ("adamw", "AdamW", "_norm", "foreach", "clamp", "zero_grad"),
-}  # fmt: skip
+from contenders import CLASSES, LAYOUTS, MALLOC, OURS, REFERENCE, Contender, compare, serve
+from peers import MEGATRON, PEERS, Shape
 
 
 def main() -> None:
@@ -68,13 +34,13 @@ def main() -> None:
     if arguments.worker:
         serve(**json.loads(arguments.worker))
         return
-    results = []
+    results, run = [], race_layouts if arguments.layouts else race
     for shape in arguments.shapes:
         for architecture in arguments.architectures:
             for precision in arguments.precisions:
-                results.append(race(parse_shape(shape, architecture, arguments.vocab_size), precision, arguments))
+                results.append(run(parse_shape(shape, architecture, arguments.vocab_size), precision, arguments))
     report = {"machine": machine(), "malloc": MALLOC if arguments.malloc == "tuned" else {}, "results": results}
-    text = markdown(report)
+    text = layouts_markdown(report) if arguments.layouts else markdown(report)
     print(text)
     if arguments.out:
         Path(f"{arguments.out}.json").write_text(json.dumps(report, indent=1))
@@ -90,6 +56,7 @@ def parse() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--architectures", **names, default=list(PEERS), help=f"[{','.join(PEERS)}]")
     parser.add_argument("--precisions", **names, default=["fp32", "bf16"], help="[fp32,bf16]")
+    parser.add_argument("--layouts", **names, help=f"of {','.join(LAYOUTS)}")
     parser.add_argument("--vocab-size", type=int, default=8192, help="[8192]")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each, in turn [5]")
     parser.add_argument("--steps", type=int, default=4, help="steps in one measurement [4]")
@@ -98,7 +65,11 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--out", help="write OUT.json and OUT.md as well")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    for name in arguments.layouts or []:
+        if name not in LAYOUTS:
+            parser.error(f"--layouts {name}: unknown; choose of {','.join(LAYOUTS)}")
+    return arguments
 
 
 def parse_shape(text: str, architecture: str, vocab_size: int) -> Shape:
@@ -131,9 +102,9 @@ def race(shape: Shape, precision: str, arguments: argparse.Namespace) -> dict:
             for turn in range(arguments.rounds):
                 shift = turn % len(contenders)
                 for contender in contenders[shift:] + contenders[:shift]:
-                    seconds = contender.ask("time", arguments.steps)["cpu_seconds"]
+                    seconds = contender.ask("time", arguments.steps)[0]["cpu_seconds"]
                     rates[contender.label].append(arguments.steps * shape.batch * shape.seq_len / seconds)
-            ends = {c.label: c.ask("profile", arguments.steps) for c in contenders}
+            ends = {c.label: c.ask("profile", arguments.steps)[0] for c in contenders}
         finally:
             for contender in contenders:
                 contender.close()
@@ -163,149 +134,48 @@ def race(shape: Shape, precision: str, arguments: argparse.Namespace) -> dict:
     }
 
 
-@dataclass
-class Contender:
-    """A process that trains one model, asked over a pipe."""
-
-    name: str
-    mode: str
-    shape: Shape
-    folder: str
-    malloc: str
-
-    def __post_init__(self) -> None:
-        self.label = self.name if self.name.startswith(OURS) else f"{self.name}, {self.mode}"
-        setting = {"name": self.name, "mode": self.mode, "shape": asdict(self.shape), "folder": self.folder}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TRANSFORMERS_OFFLINE": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", json.dumps(setting)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**environment, **(MALLOC if self.malloc == "tuned" else {})},
-        )
-        self.checks = self._answer()
-
-    def ask(self, what: str, steps: int) -> dict:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"what": what, "steps": steps}) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _answer(self) -> dict:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(
-                f"bench_train: {self.label} ended with exit code {self._process.wait()}; see its error above"
-            )
-        return json.loads(line)
-
-
-def compare(ours: Contender, peer: Contender) -> float:
-    """Refuse to time what does not compute what we compute; returns the largest difference of a loss."""
-    a, b = (load_file(c.checks["logits"])["logits"].float() for c in (ours, peer))
-    difference = (a - b).abs().max().item()
-    if difference > LOGIT_TOLERANCE[peer.mode]:
-        raise SystemExit(f"bench_train: logits of {peer.label} differ from ours by {difference:.2e}")
-    losses = list(zip(ours.checks["losses"], peer.checks["losses"], strict=False))  # a peer makes fewer steps
-    for step, (x, y) in enumerate(losses):
-        if abs(x - y) > LOSS_TOLERANCE[peer.mode]:
-            raise SystemExit(f"bench_train: at step {step + 1} the loss of {peer.label} is {y:.5f}, ours {x:.5f}")
-    return max(abs(x - y) for x, y in losses)
-
-
-# --- a contender's own process ----------------------------------------------------------------------------------------
-
-
-def serve(name: str, mode: str, shape: dict, folder: str) -> None:
-    """Build, report what the parent checks, then time or profile steps until the pipe closes."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print goes to stderr
-    torch.set_num_threads(1)
-    made = Shape(**shape)
-    weights_file = Path(folder, "weights.safetensors")
-    step: Callable[[Tensor, Tensor], float]
-    if name.startswith(OURS):
-        engine = build_ours(made, mode, {} if name == OURS else REFERENCE_KERNELS)
-        if name == OURS:
-            save_file({n: t.clone() for n, t in engine.tensors()["weights"].items()}, weights_file)
-        logits, step = engine.model, lambda tokens, labels: ours_step(engine, tokens, labels)
-    else:
-        peer = PEERS[made.architecture][name](made, load_file(weights_file), mode)
-        logits, step = peer.logits, peer.step
-    data = batches(made)
-    file = Path(folder, f"{name}-{mode}.safetensors".replace(" ", "-").replace(",", ""))
-    with torch.no_grad():
-        save_file({"logits": logits(data[0][0]).float().reshape(-1, made.vocab_size).contiguous()}, file)
-    losses = [step(*data[i % len(data)]) for i in range(CHECK_STEPS.get(name, 3))]
-    answer = {"logits": str(file), "losses": losses}
-    while True:
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-        line = sys.stdin.readline()
-        if not line:
-            return
-        request = json.loads(line)
-        steps = request["steps"]
-        answer = timed(step, data, steps) if request["what"] == "time" else profiled(step, data, steps)
-
-
-def build_ours(shape: Shape, mode: str, kernels: dict[str, str]) -> NativeEngine:
-    wiring = (
-        {"norm": "layernorm", "positions": "learned", "ffn": "gelu", "bias": True}
-        if shape.architecture == "gpt2"
-        else {"norm": "rmsnorm", "positions": "rope", "ffn": "swiglu"}
-    )
-    sizes = {k: v for k, v in asdict(shape).items() if k not in ("architecture", "batch")}
-    recipe = build_recipe(
+def race_layouts(shape: Shape, precision: str, arguments: argparse.Namespace) -> dict:
+    """Our layouts and megatron-core's, in turn, by the wall clock."""
+    shape = replace(shape, microbatches=4)
+    mode = "fp32" if precision == "fp32" else "bf16"
+    tokens = arguments.steps * shape.microbatches * shape.batch * shape.seq_len
+    with tempfile.TemporaryDirectory() as folder:
+        contenders = [Contender(OURS, precision, shape, folder, arguments.malloc)]  # writes the weights that peers load
+        try:
+            contenders += [
+                Contender(name, m, shape, folder, arguments.malloc, layout)
+                for layout in arguments.layouts
+                for name, m, has in ((OURS, precision, layout != "1"), (MEGATRON, mode, layout in ("1", "tp2", "pp2")))
+                if has
+            ]
+            for other in contenders[1:]:
+                compare(contenders[0], other)
+            wall: dict[str, list[float]] = {c.label: [] for c in contenders}
+            cpu: dict[str, list[float]] = {c.label: [] for c in contenders}
+            for turn in range(arguments.rounds):
+                shift = turn % len(contenders)
+                for contender in contenders[shift:] + contenders[:shift]:
+                    answers = contender.ask("time", arguments.steps)
+                    wall[contender.label].append(tokens / max(a["wall_seconds"] for a in answers))
+                    cpu[contender.label].append(tokens / sum(a["cpu_seconds"] for a in answers))
+            peaks = {c.label: max(a["peak_mib"] for a in c.ask("profile", 1)) for c in contenders}
+        finally:
+            for contender in contenders:
+                contender.close()
+    theirs = [label for label in wall if label.startswith(MEGATRON)]
+    rows = [
         {
-            "model": {"topology": "pre", **sizes, **wiring},
-            "data": {"path": "none"},
-            "train": {"output": "none", "steps": 1, "global_batch": shape.batch},
-            "precision": {"compute": mode},
-            "kernels": kernels,
+            "name": label,
+            "tokens_per_second": statistics.median(rates),
+            "tokens_per_cpu_second": statistics.median(cpu[label]),
+            "over_one_rank": statistics.median(a / b for a, b in zip(rates, wall[contenders[0].label], strict=True)),
+            "over_theirs": {t: statistics.median(a / b for a, b in zip(rates, wall[t], strict=True)) for t in theirs},
+            "all_rates": rates,
+            "peak_mib": peaks[label],
         }
-    )
-    return NativeEngine(build_model(recipe.model, recipe.precision, recipe.kernels), recipe)
-
-
-def ours_step(engine: NativeEngine, tokens: Tensor, labels: Tensor) -> float:
-    batch = Batch(tokens, labels, torch.arange(len(tokens)))
-    return engine.step([batch], 1e-3, lambda stats: Decision.APPLY).loss
-
-
-def batches(shape: Shape, count: int = 8) -> list[tuple[Tensor, Tensor]]:
-    """The same random tokens for every contender."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(shape.vocab_size, (count, shape.batch, shape.seq_len + 1), generator=generator)
-    return [(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in rows]
-
-
-def timed(step: Callable, data: list, steps: int) -> dict:
-    start = time.process_time()
-    for i in range(steps):
-        step(*data[i % len(data)])
-    return {"cpu_seconds": time.process_time() - start}
-
-
-def profiled(step: Callable, data: list, steps: int) -> dict:
-    """Milliseconds a step by class of operation, and the process's peak memory (before the profiler adds its own)."""
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU]) as trace:
-        timed(step, data, steps)
-    milliseconds = dict.fromkeys([*CLASSES, "rest"], 0.0)
-    for operator in trace.key_averages():
-        kind = next((k for k, parts in CLASSES.items() if any(p in operator.key for p in parts)), "rest")
-        milliseconds[kind] += operator.self_cpu_time_total / 1e3 / steps
-    return {"peak_mib": int(peak.split()[1]) // 1024, "milliseconds": milliseconds}
+        for label, rates in wall.items()
+    ]
+    return {"shape": asdict(shape), "precision": precision, "rows": rows}
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -336,6 +206,27 @@ def markdown(report: dict) -> str:
             ratio = "" if row["name"] == OURS else f"{row['ours_over_this']:.2f}x"
             lines.append(
                 f"| {row['name']} | {row['tokens_per_cpu_second']:,.0f} | {ratio} | {row['peak_mib']:,} | {' | '.join(cells)} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def layouts_markdown(report: dict) -> str:
+    lines = [f"{report['machine']}; one thread a rank; malloc {'tuned' if report['malloc'] else 'default'}.", ""]
+    for result in report["results"]:
+        shape, theirs = result["shape"], list(result["rows"][0]["over_theirs"])
+        lines += [
+            f"**{shape['num_blocks']} blocks x {shape['dim']}, {shape['architecture']}, {result['precision']}** (sequence "
+            f"{shape['seq_len']}, {shape['microbatches']} microbatches of {shape['batch']}, vocabulary {shape['vocab_size']})",
+            "",
+            f"| | tokens per second | over one rank | {' | '.join(f'over {t}' for t in theirs)} | tokens per CPU second | peak MiB a rank |",
+            "| --- " * (5 + len(theirs)) + "|",
+        ]
+        for row in result["rows"]:
+            ratios = [row["over_one_rank"], *row["over_theirs"].values()]
+            cells = [f"{row['tokens_per_second']:,.0f}", *(f"{r:.2f}x" for r in ratios)]
+            lines.append(
+                f"| {row['name']} | {' | '.join(cells)} | {row['tokens_per_cpu_second']:,.0f} | {row['peak_mib']:,} |"
             )
         lines.append("")
     return "\n".join(lines)

@@ -5,7 +5,7 @@ package imports this file, and its imports are optional: ``pip install transform
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,13 +25,28 @@ class Shape:
     batch: int
     vocab_size: int
     ffn_dim: int
+    microbatches: int = 1  # of ``batch`` samples, in a step
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank among tp * pp, neighbours in tp being neighbouring ranks."""
+
+    rank: int = 0
+    tp: int = 1
+    pp: int = 1
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tp * self.pp
 
 
 class Peer:
     """A model that is trained the plain way: cross entropy in FP32, clipping by the global norm, fused AdamW.
 
     mode: fp32, autocast (FP32 weights, BF16 products) or bf16 (weights and optimizer state in BF16).
-    loss: the model's own mean loss of (tokens, labels), where it has a faster one.
+    loss: the model's own mean loss of (tokens, labels), where it has a faster one.   gradients: in place of both, of (tokens, labels)
+    of all microbatches: does the backward pass and returns the mean loss.   divided: which parameters are divided among ranks.
     """
 
     def __init__(
@@ -40,7 +55,11 @@ class Peer:
         logits: Callable[[Tensor], Tensor],
         mode: str,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        gradients: Callable[[Tensor, Tensor], float] | None = None,
+        divided: Callable[[nn.Parameter], bool] | None = None,
+        batch: int | None = None,
     ) -> None:
+        self._gradients, self._divided, self._batch = gradients or self._accumulate, divided, batch
         self.model, self._logits, self._loss, self.mode = model.train(), logits, loss, mode
         if mode == "bf16":
             model.to(torch.bfloat16)
@@ -56,19 +75,42 @@ class Peer:
             return self._logits(tokens)
 
     def step(self, tokens: Tensor, labels: Tensor) -> float:
-        if self._loss is None:
-            loss = F.cross_entropy(self.logits(tokens).float().flatten(0, 1), labels.flatten())
+        loss = self._gradients(tokens, labels)
+        if self._divided is None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
         else:
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.mode == "autocast"):
-                loss = self._loss(tokens, labels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
+            self._clip_over_ranks(self._divided)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return loss
+
+    def _accumulate(self, tokens: Tensor, labels: Tensor) -> float:
+        batch, total = self._batch or len(tokens), 0.0
+        for some, wanted in zip(tokens.split(batch), labels.split(batch), strict=True):
+            if self._loss is None:
+                loss = F.cross_entropy(self.logits(some).float().flatten(0, 1), wanted.flatten())
+            else:
+                with torch.autocast("cpu", torch.bfloat16, enabled=self.mode == "autocast"):
+                    loss = self._loss(some, wanted)
+            if batch < len(tokens):
+                loss = loss * (batch / len(tokens))
+            loss.backward()
+            total += loss.item()
+        return total
+
+    def _clip_over_ranks(self, divided: Callable[[nn.Parameter], bool]) -> None:
+        """By the norm of all ranks' gradients; what is not divided counts once."""
+        first = torch.distributed.get_rank() == 0
+        kinds: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+        for p in self.model.parameters():
+            kinds[divided(p)].append(p)
+        whole, parts = (torch.nn.utils.get_total_norm([p.grad for p in kind], foreach=True) for kind in kinds)
+        square = parts.square() + (whole.square() if first else 0.0)
+        torch.distributed.all_reduce(square)
+        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), 1.0, square.sqrt(), foreach=True)
 
 
-def hf_gpt2(shape: Shape, weights: dict[str, Tensor], mode: str) -> Peer:
+def hf_gpt2(shape: Shape, weights: dict[str, Tensor], mode: str, place: Place) -> Peer:
     """transformers.GPT2LMHeadModel with scaled_dot_product_attention, the exact GELU and an untied head."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -115,7 +157,7 @@ def hf_gpt2(shape: Shape, weights: dict[str, Tensor], mode: str) -> Peer:
     return Peer(model, lambda tokens: model(input_ids=tokens).logits, mode)
 
 
-def hf_llama(shape: Shape, weights: dict[str, Tensor], mode: str) -> Peer:
+def hf_llama(shape: Shape, weights: dict[str, Tensor], mode: str, place: Place) -> Peer:
     """transformers.LlamaForCausalLM with scaled_dot_product_attention."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -156,13 +198,16 @@ def hf_llama(shape: Shape, weights: dict[str, Tensor], mode: str) -> Peer:
     return Peer(model, lambda tokens: model(input_ids=tokens).logits, mode)
 
 
-def megatron(shape: Shape, weights: dict[str, Tensor], mode: str) -> Peer:
-    """megatron.core's GPTModel of local layers, with scaled_dot_product_attention and its own cross entropy.
+def megatron(shape: Shape, weights: dict[str, Tensor], mode: str, place: Place) -> Peer:
+    """megatron.core's GPTModel of local layers, with scaled_dot_product_attention and its own cross entropy and 1F1B.
 
-    It expects a GPU: its rotary tables are moved to the current CUDA device, and its linears note autocast for CUDA only. Both
-    are turned to the CPU here. Its fused kernels need Transformer Engine or Apex and are off.
+    It expects a GPU: its rotary tables and pipeline buffers are made on the current CUDA device, its schedules count tokens there,
+    and its linears note autocast for CUDA only. All are turned to the CPU here. Its fused kernels need Transformer Engine or Apex
+    and are off.
     """
     torch.cuda.current_device = lambda: torch.device("cpu")
+    zeros = torch.zeros
+    torch.zeros = lambda *size, device=None, **rest: zeros(*size, device="cpu" if device == "cuda" else device, **rest)
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -170,8 +215,9 @@ def megatron(shape: Shape, weights: dict[str, Tensor], mode: str) -> Peer:
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
+    if place.num_ranks == 1:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel(place.tp, place.pp)
     for name, wrap in (("forward", torch.amp.custom_fwd), ("backward", torch.amp.custom_bwd)):
         setattr(MegatronLinear, name, staticmethod(wrap(getattr(MegatronLinear, name).__wrapped__, device_type="cpu")))
     llama = shape.architecture == "llama"
@@ -195,6 +241,10 @@ def megatron(shape: Shape, weights: dict[str, Tensor], mode: str) -> Peer:
         gradient_accumulation_fusion=False,
         bf16=mode == "bf16",
         params_dtype=torch.bfloat16 if mode == "bf16" else torch.float32,
+        tensor_model_parallel_size=place.tp,
+        pipeline_model_parallel_size=place.pp,
+        pipeline_dtype=torch.bfloat16 if mode == "bf16" else torch.float32,
+        batch_p2p_sync=False,
     )
     spec = get_gpt_layer_local_spec(normalization=config.normalization)
     spec.submodules.self_attention.submodules.core_attention = ModuleSpec(module=_MegatronAttention)
@@ -206,15 +256,46 @@ def megatron(shape: Shape, weights: dict[str, Tensor], mode: str) -> Peer:
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope" if llama else "learned_absolute",
         rotary_base=10000,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
     )
-    _load_megatron(model, weights, shape.num_heads)
+    _load_megatron(model, weights, shape.num_heads, place)
     positions = torch.arange(shape.seq_len)[None]
+
+    def of_pipeline(tokens: Tensor, labels: Tensor) -> float:
+        return _megatron_pipeline(model, positions, shape, tokens, labels)
+
     return Peer(
         model,
         lambda tokens: model(tokens, positions, None),
         mode,
         lambda tokens, labels: model(tokens, positions, None, labels=labels).mean(),
+        of_pipeline if place.pp > 1 else None,
+        None if place.num_ranks == 1 else (lambda p: place.pp > 1 or getattr(p, "tensor_model_parallel", False)),
+        shape.batch,
     )
+
+
+def _megatron_pipeline(model: nn.Module, positions: Tensor, shape: Shape, tokens: Tensor, labels: Tensor) -> float:
+    """Megatron's own 1F1B over the microbatches of a step; every rank gets the mean loss of the last stage."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def forward(microbatches: Iterator[tuple[Tensor, Tensor]], model: nn.Module) -> tuple[Tensor, Callable]:
+        some, wanted = next(microbatches)
+        return model(some, positions, None, labels=wanted), lambda out: ((loss := out.mean()), loss.detach().clone())
+
+    losses = get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=zip(tokens.split(shape.batch), labels.split(shape.batch), strict=True),
+        model=model,
+        num_microbatches=shape.microbatches,
+        seq_length=shape.seq_len,
+        micro_batch_size=shape.batch,
+    )
+    mean = torch.stack(losses).mean() if parallel_state.is_pipeline_last_stage() else torch.zeros(())
+    torch.distributed.all_reduce(mean)
+    return mean.item()
 
 
 class _MegatronAttention(nn.Module):
@@ -231,7 +312,8 @@ class _MegatronAttention(nn.Module):
 
 
 @torch.no_grad()
-def _load_megatron(model: nn.Module, weights: dict[str, Tensor], num_heads: int) -> None:
+def _load_megatron(model: nn.Module, weights: dict[str, Tensor], num_heads: int, place: Place) -> None:
+    """This rank's share of every weight of its stage."""
     names = {
         "attention.norm_in": "input_layernorm",
         "attention.branch.qkv": "self_attention.linear_qkv",
@@ -248,12 +330,22 @@ def _load_megatron(model: nn.Module, weights: dict[str, Tensor], num_heads: int)
         "head": "output_layer",
     }
     parameters = dict(model.named_parameters())
+    local = {layer.layer_number - 1: i for i, layer in enumerate(model.decoder.layers)}
     for name, value in weights.items():
         block, module, kind = _split(name)
         if module == "attention.branch.qkv":  # for each head in turn: its query rows, its key rows, its value rows
             value = value.unflatten(0, (3, num_heads, -1)).transpose(0, 1).flatten(0, 2)
-        path = top[module] if block is None else f"decoder.layers.{block}.{names[module]}"
-        parameters.pop(f"{path}.{kind}").copy_(value)
+        if block is not None and block not in local:
+            continue
+        path = f"{top[module]}.{kind}" if block is None else f"decoder.layers.{local[block]}.{names[module]}.{kind}"
+        if path not in parameters and place.pp > 1:
+            continue
+        parameter = parameters.pop(path)
+        if place.tp > 1 and getattr(parameter, "tensor_model_parallel", False):
+            fused = 2 if module == "ffn.branch.gate_up" else 1
+            shares = [part.chunk(place.tp, parameter.partition_dim)[place.rank] for part in value.chunk(fused)]
+            value = torch.cat(shares)
+        parameter.copy_(value)
     assert not parameters, f"not loaded: {sorted(parameters)}"
 
 
@@ -264,7 +356,8 @@ def _split(name: str) -> tuple[int | None, str, str]:
     return (int(match[1]), match[2], kind) if match else (None, path, kind)
 
 
-PEERS: dict[str, dict[str, Callable[[Shape, dict[str, Tensor], str], Peer]]] = {
-    "gpt2": {"transformers GPT-2": hf_gpt2, "megatron-core": megatron},
-    "llama": {"transformers Llama": hf_llama, "megatron-core": megatron},
+MEGATRON = "megatron-core"
+PEERS: dict[str, dict[str, Callable[[Shape, dict[str, Tensor], str, Place], Peer]]] = {
+    "gpt2": {"transformers GPT-2": hf_gpt2, MEGATRON: megatron},
+    "llama": {"transformers Llama": hf_llama, MEGATRON: megatron},
 }
