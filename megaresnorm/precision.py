@@ -1,13 +1,10 @@
 """Number formats: which types a recipe means, and BF16 products on FP32 weights that are cast once a step."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megaresnorm.parallel.tensor import ColumnLinear, RowLinear
+from megaresnorm.parallel.collectives import BranchInput
+from megaresnorm.parallel.tensor import ColumnLinear, MatMul, RowLinear, linear
 
 Linear = ColumnLinear | RowLinear
 
@@ -33,44 +30,24 @@ class Bf16Weights:
         linears = [module for module in model.modules() if isinstance(module, Linear)]
         self._linears = linears if keep_copies else []
         self._copies: dict[nn.Module, Tensor] = {}
-        for linear in linears:
-            linear.matmul = self._matmul_of(linear) if keep_copies else _cast_matmul
+        for module in linears:
+            module.matmul = self._matmul_of(module) if keep_copies else _cast_matmul
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the current weights; tied ones share a copy."""
         if not self._copies:
             by_weight: dict[nn.Parameter, Tensor] = {}
-            for linear in self._linears:
-                if linear.weight not in by_weight:
-                    by_weight[linear.weight] = torch.empty_like(linear.weight, dtype=torch.bfloat16)
-                self._copies[linear] = by_weight[linear.weight]
+            for module in self._linears:
+                if module.weight not in by_weight:
+                    by_weight[module.weight] = torch.empty_like(module.weight, dtype=torch.bfloat16)
+                self._copies[module] = by_weight[module.weight]
         if self._copies:
-            torch._foreach_copy_(list(self._copies.values()), [linear.weight for linear in self._linears])
+            torch._foreach_copy_(list(self._copies.values()), [module.weight for module in self._linears])
 
-    def _matmul_of(self, linear: Linear) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-        return lambda x, weight, bias: _Bf16Linear.apply(x, weight, bias, self._copies[linear])
-
-
-class _Bf16Linear(torch.autograd.Function):
-    """x W^T + b from the BF16 copy of W; the gradients of W and b arrive in FP32.
-
-    x: [T, in] bf16.   weight: [out, in] fp32, only receives the gradient.   copy: [out, in] bf16, or the weight itself.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, copy: Tensor) -> Tensor:
-        ctx.save_for_backward(x, copy)
-        ctx.has_bias = bias is not None
-        return F.linear(x, copy.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        (dy,) = grads
-        x, copy = ctx.saved_tensors
-        db = dy.sum(0, dtype=torch.float32) if ctx.has_bias else None
-        return dy @ copy.to(dy.dtype), (dy.t() @ x).float(), db, None
+    def _matmul_of(self, module: Linear) -> MatMul:
+        return lambda x, weight, bias: linear(x, weight, bias, self._copies[module])
 
 
-def _cast_matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _Bf16Linear.apply(x, weight, bias, weight)
+def _cast_matmul(x: BranchInput, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return linear(x, weight, bias, weight)

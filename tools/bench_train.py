@@ -219,7 +219,8 @@ def layouts_markdown(report: dict) -> str:
             f"**{shape['num_blocks']} blocks x {shape['dim']}, {shape['architecture']}, {result['precision']}** (sequence "
             f"{shape['seq_len']}, {shape['microbatches']} microbatches of {shape['batch']}, vocabulary {shape['vocab_size']})",
             "",
-            f"| | tokens per second | over one rank | {' | '.join(f'over {t}' for t in theirs)} | tokens per CPU second | peak MiB a rank |",
+            f"| | tokens per second | over one rank | {' | '.join(f'over {t}' for t in theirs)} "
+            "| tokens per CPU second | peak MiB a rank |",
             "| --- " * (5 + len(theirs)) + "|",
         ]
         for row in result["rows"]:

@@ -198,9 +198,7 @@ def build_ours(shape: Shape, mode: str, kernels: dict[str, str], parallel: dict,
         }
     )
     context = ParallelContext.create(check_layout(recipe, num_ranks), "cpu")
-    return NativeEngine(
-        build_model(recipe.model, recipe.precision, recipe.kernels, recipe.parallel, context), recipe
-    )
+    return NativeEngine(build_model(recipe.model, recipe.precision, recipe.kernels, recipe.parallel, context), recipe)
 
 
 def ours_step(engine: NativeEngine, shape: Shape, tokens: Tensor, labels: Tensor) -> float:

@@ -45,8 +45,9 @@ class Peer:
     """A model that is trained the plain way: cross entropy in FP32, clipping by the global norm, fused AdamW.
 
     mode: fp32, autocast (FP32 weights, BF16 products) or bf16 (weights and optimizer state in BF16).
-    loss: the model's own mean loss of (tokens, labels), where it has a faster one.   gradients: in place of both, of (tokens, labels)
-    of all microbatches: does the backward pass and returns the mean loss.   divided: which parameters are divided among ranks.
+    loss: the model's own mean loss of (tokens, labels), where it has a faster one.   gradients: in place of both, of the tokens and
+    labels of all microbatches: does the backward pass and returns the mean loss.   divided: which parameters ranks have parts of.
+    batch: samples of a microbatch.
     """
 
     def __init__(

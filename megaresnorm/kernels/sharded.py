@@ -49,18 +49,19 @@ def shard_apply(
     return y.to(out_dtype)
 
 
-def shard_grad_sums(
-    dy_Td: Tensor, z_Td: Tensor, statistics_T2: Tensor, weight: Tensor, kind: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def shard_grad_sums(dy_Td: Tensor, z_Td: Tensor, statistics_T2: Tensor, weight: Tensor, kind: str) -> Tensor:
     """What the gradient of z needs of whole rows, in part: sums over the local columns of g unit (and g, for LayerNorm), with
-    g = weight * dy; [T, 1] or [T, 2]. And the gradients of weight and bias [d], which are whole.
+    g = weight * dy; [T, 1] or [T, 2].
     """
     dy, unit = _wide(dy_Td), _unit(z_Td, statistics_T2, kind)
-    product = dy * unit
-    sums = (product @ weight).unsqueeze(-1)
-    if kind == "layernorm":
-        sums = torch.cat((sums, (dy @ weight).unsqueeze(-1)), dim=-1)
-    return sums, product.sum(0), dy.sum(0)
+    sums = (unit.mul_(dy) @ weight).unsqueeze(-1)
+    return sums if kind == "rmsnorm" else torch.cat((sums, (dy @ weight).unsqueeze(-1)), dim=-1)
+
+
+def shard_grad_weights(dy_Td: Tensor, z_Td: Tensor, statistics_T2: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """The gradients of weight and bias [d]; they are whole."""
+    dy = _wide(dy_Td)
+    return _unit(z_Td, statistics_T2, kind).mul_(dy).sum(0), dy.sum(0)
 
 
 def shard_grad_apply(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megaresnorm.kernels.attention import rotate, sdpa_attention
 from megaresnorm.model.norm import Norm
 from megaresnorm.model.residual import Kernels, KeyValueCache, Rows
+from megaresnorm.parallel.collectives import BranchInput
 from megaresnorm.parallel.layouts import TensorLayout
 from megaresnorm.parallel.tensor import ColumnLinear, RowLinear
 from megaresnorm.recipe import ModelRecipe
@@ -44,7 +45,7 @@ class Attention(nn.Module):
                 Norm(recipe.norm, w, eps=recipe.norm_eps, bias=recipe.norm_bias) for w in widths
             )
 
-    def forward(self, u_TD: Tensor, rows: Rows) -> Tensor:
+    def forward(self, u_TD: BranchInput, rows: Rows) -> Tensor:
         heads = self.num_heads, self.kv_heads, self.kv_heads
         qkv_BSJH = self.qkv(u_TD).view(rows.batch, rows.seq, sum(heads), self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
@@ -54,7 +55,7 @@ class Attention(nn.Module):
             y_BSNH = self.attend(qkv_BSJH, self.kv_heads, cos=rows.cos, sin=rows.sin, mask_BSC=rows.mask)
         else:
             y_BSNH = self._attend_cached(qkv_BSJH.split(heads, dim=2), rows, rows.cache)
-        y = y_BSNH.reshape(u_TD.shape[0], -1)
+        y = y_BSNH.reshape(rows.batch * rows.seq, -1)
         return self.out(y if self.norm_inner is None else self.normalize_shared(y, self.norm_inner))
 
     def _attend_cached(self, qkv: tuple[Tensor, ...], rows: Rows, cache: KeyValueCache) -> Tensor:

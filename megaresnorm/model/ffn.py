@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megaresnorm.model.norm import Norm
 from megaresnorm.model.residual import Kernels, Rows
+from megaresnorm.parallel.collectives import BranchInput
 from megaresnorm.parallel.layouts import TensorLayout
 from megaresnorm.parallel.tensor import ColumnLinear, RowLinear
 from megaresnorm.recipe import ModelRecipe
@@ -33,7 +34,7 @@ class FeedForward(nn.Module):
         self.down = RowLinear(recipe.ffn_width, recipe.dim, layout, bias=recipe.bias)
         self.norm_inner = None if norm_inner is None else norm_inner(recipe.ffn_width // axis.size)
 
-    def forward(self, u_TD: Tensor, rows: Rows) -> Tensor:
+    def forward(self, u_TD: BranchInput, rows: Rows) -> Tensor:
         into = self.gate_up if self.kind == "swiglu" else self.up
         # The bias belongs to the activation's kernel, which sums its gradient on the way.
         h = self.activate(into.without_bias(u_TD), into.bias, self.kind)

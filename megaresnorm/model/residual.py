@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from megaresnorm.kernels.reference import AddNormOut, NormWeights, dropout
 from megaresnorm.model.norm import Norm
 from megaresnorm.model.topology import Learned, ResidualSpec, TokenGate
+from megaresnorm.parallel.collectives import BranchInput, whole_rows
+from megaresnorm.parallel.columns import StreamOut
 from megaresnorm.parallel.layouts import TensorLayout
 
 
@@ -82,7 +84,7 @@ class DropoutKey(NamedTuple):
 class AddNorm:
     """The add_norm kernel of this run, bound to the type the stream is stored in and the type branches compute in."""
 
-    kernel: Callable[..., AddNormOut]
+    kernel: Callable[..., AddNormOut | StreamOut]
     residual_dtype: torch.dtype
     compute_dtype: torch.dtype
 
@@ -93,7 +95,7 @@ class AddNorm:
         next_norm: NormWeights | None = None,
         *,
         branch_norm: Norm | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, BranchInput]:
         """Close the stream's add and open the next branch: the trunk norm(alpha * x + gate * delta), and next_norm of it."""
         out = self._run(stream, norm, next_norm, branch_norm, self.compute_dtype)
         assert out.branch_input is not None
@@ -115,7 +117,7 @@ class AddNorm:
         next_norm: NormWeights | None,
         branch_norm: Norm | None,
         out_dtype: torch.dtype | None,
-    ) -> AddNormOut:
+    ) -> AddNormOut | StreamOut:
         return self.kernel(
             stream.x,
             stream.delta,
@@ -180,12 +182,12 @@ class Residual(nn.Module):
         self.gate = nn.Parameter(torch.empty(gate_size(spec.gate, width))) if isinstance(spec.gate, Learned) else None
         self.token_gate = nn.Linear(dim, 1) if isinstance(spec.gate, TokenGate) else None
 
-    def enter(self, stream: Stream) -> tuple[Tensor, Tensor]:
+    def enter(self, stream: Stream) -> tuple[Tensor, BranchInput]:
         return self.add_norm(stream, next_norm=self._inner_norm())
 
     def into(
         self, following: "Residual", x: Tensor, y: Tensor, dropout_key: DropoutKey | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, BranchInput]:
         return self.add_norm(
             self._pending(x, y),
             self.norm_out,
@@ -199,7 +201,7 @@ class Residual(nn.Module):
             return stream
         return Stream(self.add_norm.trunk(stream, self.norm_out, branch_norm=branch_norm))
 
-    def run(self, x: Tensor, u: Tensor, rows: Rows, dropout_key: DropoutKey | None) -> Tensor:
+    def run(self, x: Tensor, u: BranchInput, rows: Rows, dropout_key: DropoutKey | None) -> Tensor:
         """The branch's output y for its input u [T, D]; x is the trunk that a token gate mixes it with. y is laid out as x."""
         y = self.branch(u, rows)
         if self.norm_branch is not None and self._fused_branch_norm(dropout_key) is None:
@@ -209,7 +211,7 @@ class Residual(nn.Module):
         if self.token_gate is not None:
             # (1 - T) x + T y = x + T (y - x), in FP32 (or FP64) so that x loses nothing.
             wide = self.token_gate.weight.dtype
-            share = self.layout.token_weights(torch.sigmoid(self.token_gate(u.to(wide))))
+            share = self.layout.token_weights(torch.sigmoid(self.token_gate(whole_rows(u).to(wide))))
             y = share * (y.to(wide) - x)
         return y
 

@@ -14,6 +14,7 @@ from megaresnorm.model.block import Block
 from megaresnorm.model.norm import Norm
 from megaresnorm.model.residual import DropoutKey, Kernels, KeyValueCache, Rows, Stream
 from megaresnorm.model.topology import topology
+from megaresnorm.parallel.collectives import BranchInput
 from megaresnorm.parallel.context import Axis
 from megaresnorm.parallel.layouts import FullLayout, TensorLayout
 from megaresnorm.parallel.tensor import ColumnLinear, Embedding, VocabEmbedding
@@ -127,11 +128,11 @@ class Transformer(nn.Module):
             stream = block(stream, rows, dropout)
         return stream
 
-    def finish(self, stream: Stream) -> Tensor:
+    def finish(self, stream: Stream) -> BranchInput:
         """What the output matrix reads [T, D], in the compute type: the resolved stream after the final norm."""
         return self.add_norm(stream, next_norm=None if self.final_norm is None else self.final_norm.weights())[1]
 
-    def logits(self, hidden_TD: Tensor) -> Tensor:
+    def logits(self, hidden_TD: BranchInput) -> Tensor:
         """[T, V], without the padding of the vocabulary; of a tensor-parallel rank those of its share, from ``first_logit`` on."""
         assert self.head is not None and self.recipe.vocab_size is not None
         logits_TV = self.head(hidden_TD)

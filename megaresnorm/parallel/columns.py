@@ -7,96 +7,58 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megaresnorm.kernels.reference import AddNormOut, NormWeights
-from megaresnorm.kernels.sharded import merge_stats, shard_apply, shard_grad_apply, shard_grad_sums, shard_stats
+from megaresnorm.kernels.sharded import (
+    merge_stats,
+    shard_apply,
+    shard_grad_apply,
+    shard_grad_sums,
+    shard_grad_weights,
+    shard_stats,
+)
 from megaresnorm.parallel.collectives import (
+    GATHER_COLUMNS,
+    BranchInput,
+    Gathered,
     all_gather_blocks,
-    all_gather_single,
     all_reduce,
     blocks_to_columns,
     columns_to_blocks,
-    gather_columns,
     reduce_scatter_blocks,
+    start_all_reduce,
 )
 from megaresnorm.parallel.context import Axis
 
 
-class Pending(NamedTuple):
-    """Statistics on their way: ``wait`` returns those of whole rows."""
-
-    work: Any
-    finish: Callable[[], Tensor]
-
-    def wait(self) -> Tensor:
-        if self.work is not None:
-            self.work.wait()
-        return self.finish()
-
-
-def start_merge(stats: Tensor, kind: str, columns: int, eps: float, axis: Axis) -> Pending:
-    """Start merging ``shard_stats``: RMSNorm all-reduces one number a row, LayerNorm all-gathers two."""
-    if axis.group is None:
-        return Pending(None, lambda: merge_stats(stats.unsqueeze(0), kind, columns, eps))
-    if kind == "rmsnorm":
-        work = dist.all_reduce(stats, group=axis.group, async_op=True)
-        return Pending(work, lambda: merge_stats(stats.unsqueeze(0), kind, columns, eps))
-    everyone = stats.new_empty((axis.size, *stats.shape))
-    work = all_gather_single(everyone.flatten(0, 1), stats, group=axis.group, async_op=True)
-    return Pending(work, lambda: merge_stats(everyone, kind, columns, eps))
-
-
-def sharded_norm(z_Td: Tensor, norm: NormWeights, axis: Axis, out_dtype: torch.dtype, *, num_chunks: int = 1) -> Tensor:
+def sharded_norm(z_Td: Tensor, norm: NormWeights, axis: Axis, out_dtype: torch.dtype) -> Tensor:
     """A norm over whole rows of which every rank holds its columns, and its slice of weight and bias.
 
-    Communication: LayerNorm 2 and RMSNorm 1 floats a row, forward and backward; gradients of weight and bias are whole.
-    num_chunks: rows are taken in so many parts, the statistics of one on their way while the next are computed.
+    Communication: LayerNorm 2 and RMSNorm 1 floats a row, forward and backward; there the gradients of weight and bias, which are
+    whole, are computed meanwhile.
     """
-    return _ShardedNorm.apply(z_Td, norm.weight, norm.bias, norm.kind, norm.eps, axis, out_dtype, num_chunks)
+    return _ShardedNorm.apply(z_Td, norm.weight, norm.bias, norm.kind, norm.eps, axis, out_dtype)
 
 
 class _ShardedNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float, axis: Axis, dtype: torch.dtype, chunks: int
-    ) -> Tensor:  # fmt: skip
-        columns = z.shape[-1] * axis.size
-        parts = z.chunk(chunks)
-        pending = [start_merge(shard_stats(part, kind), kind, columns, eps, axis) for part in parts]
-        merged, outputs = [], []
-        for part, on_its_way in zip(parts, pending, strict=True):
-            merged.append(on_its_way.wait())
-            outputs.append(shard_apply(part, merged[-1], weight, bias, kind, dtype))
-        statistics = merged[0] if len(merged) == 1 else torch.cat(merged)
+        ctx: Any, z: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float, axis: Axis, dtype: torch.dtype
+    ) -> Tensor:
+        everyone = all_gather_blocks(shard_stats(z, kind), axis)
+        statistics = merge_stats(everyone, kind, z.shape[-1] * axis.size, eps)
         ctx.save_for_backward(z, weight, statistics)
-        ctx.kind, ctx.axis, ctx.has_bias, ctx.chunks = kind, axis, bias is not None, chunks
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        ctx.kind, ctx.axis, ctx.has_bias = kind, axis, bias is not None
+        return shard_apply(z, statistics, weight, bias, kind, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
-        z, weight, statistics = ctx.saved_tensors
-        parts = list(zip(*(t.chunk(ctx.chunks) for t in (grads[0], z, statistics)), strict=True))
-        found = [shard_grad_sums(dy, part, s, weight, ctx.kind) for dy, part, s in parts[:1]]
-        works = [_start_sum(found[0][0], ctx.axis)]
-        for dy, part, s in parts[1:]:
-            found.append(shard_grad_sums(dy, part, s, weight, ctx.kind))
-            works.append(_start_sum(found[-1][0], ctx.axis))
-        columns, dz = z.shape[-1] * ctx.axis.size, []
-        for (dy, part, s), (sums, *_), work in zip(parts, found, works, strict=True):
-            if work is not None:
-                work.wait()
-            dz.append(shard_grad_apply(dy, part, s, sums, weight, ctx.kind, columns))
-        d_weight, d_bias = (
-            sum(f[i] for f in found[1:]) + found[0][i] if len(found) > 1 else found[0][i] for i in (1, 2)
-        )
-        whole = dz[0] if len(dz) == 1 else torch.cat(dz)
-        return whole, d_weight, d_bias if ctx.has_bias else None, None, None, None, None, None
-
-
-def _start_sum(x: Tensor, axis: Axis) -> Any:
-    return None if axis.group is None else dist.all_reduce(x, group=axis.group, async_op=True)
+        (dy,), (z, weight, statistics) = grads, ctx.saved_tensors
+        arriving = start_all_reduce(shard_grad_sums(dy, z, statistics, weight, ctx.kind), ctx.axis)
+        d_weight, d_bias = shard_grad_weights(dy, z, statistics, ctx.kind)
+        dz = shard_grad_apply(dy, z, statistics, arriving(), weight, ctx.kind, z.shape[-1] * ctx.axis.size)
+        return dz, d_weight, d_bias if ctx.has_bias else None, None, None, None, None
 
 
 def gathered_norm(
@@ -153,7 +115,7 @@ class _GatheredNorm(torch.autograd.Function):
             dy, sums = reduced[:, : z.shape[1]], reduced[:, z.shape[1] :]
         else:
             dy, sums = reduce_scatter_blocks(blocks, axis), all_reduce(sums, axis)
-        _, d_weight, d_bias = shard_grad_sums(dy, z, statistics, weight, ctx.kind)
+        d_weight, d_bias = shard_grad_weights(dy, z, statistics, ctx.kind)
         dz = shard_grad_apply(dy, z, statistics, sums, weight, ctx.kind, u.shape[1])
         return dz, d_weight, d_bias if ctx.has_bias else None, None, None, None, None
 
@@ -162,7 +124,14 @@ def _own_columns(x_TD: Tensor, axis: Axis) -> Tensor:
     return x_TD.chunk(axis.size, dim=1)[axis.rank]
 
 
-def columns_add_norm(add_norm: Callable[..., AddNormOut], axis: Axis, *, gather: bool) -> Callable[..., AddNormOut]:
+class StreamOut(NamedTuple):
+    """``AddNormOut`` of a divided stream: this rank's part of the trunk, and what a branch reads."""
+
+    trunk: Tensor
+    branch_input: BranchInput | None
+
+
+def columns_add_norm(add_norm: Callable[..., AddNormOut], axis: Axis, *, gather: bool) -> Callable[..., StreamOut]:
     """``reference.add_norm`` for a stream that is divided by column: x, delta, the trunk and all weights are this rank's columns.
 
     The branch input is whole rows, gathered, and its gradient a partial sum. gather: by the second form where a norm makes the
@@ -180,22 +149,22 @@ def columns_add_norm(add_norm: Callable[..., AddNormOut], axis: Axis, *, gather:
         next_norm: NormWeights | None = None,
         residual_dtype: torch.dtype,
         out_dtype: torch.dtype | None,
-    ) -> AddNormOut:
+    ) -> StreamOut:
         if branch_norm is not None and delta is not None:
             delta = sharded_norm(delta, branch_norm, axis, torch.promote_types(delta.dtype, torch.float32))
         z = add_norm(x, delta, alpha=alpha, gate=gate, residual_dtype=residual_dtype, out_dtype=None).trunk
         if norm is not None and (next_norm is not None or out_dtype is None):
             z, norm = sharded_norm(z, norm, axis, residual_dtype), None
         if out_dtype is None:
-            return AddNormOut(z, None, None, None)
+            return StreamOut(z, None)
         last = norm or next_norm
         if last is None:
-            return AddNormOut(z, gather_columns(z.to(out_dtype), axis), None, None)
+            return StreamOut(z, Gathered.of(z.to(out_dtype), GATHER_COLUMNS, axis))
         if gather and residual_dtype == out_dtype:
             u, mine = gathered_norm(z, last, axis, normalize_whole)
-            return AddNormOut(mine if norm is not None else z, u, None, None)
+            return StreamOut(mine if norm is not None else z, u)
         y = sharded_norm(z, last, axis, residual_dtype if norm is not None else out_dtype)
-        return AddNormOut(y if norm is not None else z, gather_columns(y.to(out_dtype), axis), None, None)
+        return StreamOut(y if norm is not None else z, Gathered.of(y.to(out_dtype), GATHER_COLUMNS, axis))
 
     def normalize_whole(x: Tensor, norm: NormWeights) -> tuple[Tensor, Tensor]:
         with torch.no_grad():

@@ -1,8 +1,8 @@
 """Where the residual stream lives on the ranks of a tensor-parallel axis: whole, divided by token, or divided by column.
 
 A branch always reads whole rows of all tokens, and the gradient that it sends back is this rank's partial sum; what it returns is a
-partial sum, too. A layout is how the stream turns into the one and the other into the stream, so that a branch's own linears need
-no collectives at all.
+partial sum, too. A layout is how the stream turns into the one and the other into the stream: a branch names no collective. Its
+first linear starts the one that its input's gradient goes through (``Gathered``) before it computes its weight's gradient.
 
 T tokens   D model dim   p ranks
 """
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from megaresnorm.kernels.reference import AddNormOut
 from megaresnorm.parallel import collectives
-from megaresnorm.parallel.columns import columns_add_norm
+from megaresnorm.parallel.collectives import COPY, GATHER_ROWS, Collective, Gathered
+from megaresnorm.parallel.columns import StreamOut, columns_add_norm
 from megaresnorm.parallel.context import Axis
 
 
@@ -27,7 +28,7 @@ class TensorLayout(ABC):
         self.axis = axis
 
     @abstractmethod
-    def add_norm(self, kernel: Callable[..., AddNormOut]) -> Callable[..., AddNormOut]:
+    def add_norm(self, kernel: Callable[..., AddNormOut]) -> Callable[..., AddNormOut | StreamOut]:
         """``kernel`` for a stream in this layout, whose branch input is what a branch reads."""
 
     @abstractmethod
@@ -56,8 +57,8 @@ class FullLayout(TensorLayout):
 
     name = "full"
 
-    def add_norm(self, kernel: Callable[..., AddNormOut]) -> Callable[..., AddNormOut]:
-        return _then(kernel, collectives.copy, self.axis)
+    def add_norm(self, kernel: Callable[..., AddNormOut]) -> Callable[..., AddNormOut | StreamOut]:
+        return _gathering(kernel, COPY, self.axis)
 
     def reduce(self, y_TD: Tensor) -> Tensor:
         return collectives.reduce(y_TD, self.axis)
@@ -71,8 +72,8 @@ class TokensLayout(TensorLayout):
 
     name = "tokens"
 
-    def add_norm(self, kernel: Callable[..., AddNormOut]) -> Callable[..., AddNormOut]:
-        return _then(kernel, collectives.gather_rows, self.axis)
+    def add_norm(self, kernel: Callable[..., AddNormOut]) -> Callable[..., AddNormOut | StreamOut]:
+        return _gathering(kernel, GATHER_ROWS, self.axis)
 
     def reduce(self, y_TD: Tensor) -> Tensor:
         return collectives.scatter_rows(y_TD, self.axis)
@@ -93,7 +94,7 @@ class ColumnsLayout(TensorLayout):
         super().__init__(axis)
         self.gather = gather
 
-    def add_norm(self, kernel: Callable[..., AddNormOut]) -> Callable[..., AddNormOut]:
+    def add_norm(self, kernel: Callable[..., AddNormOut]) -> Callable[..., AddNormOut | StreamOut]:
         return columns_add_norm(kernel, self.axis, gather=self.gather) if self.axis.size > 1 else kernel
 
     def reduce(self, y_TD: Tensor) -> Tensor:
@@ -116,17 +117,15 @@ def tensor_layout(name: str, axis: Axis, *, gather: bool = True) -> TensorLayout
     return {"full": FullLayout, "tokens": TokensLayout}[name](axis)
 
 
-def _then(
-    kernel: Callable[..., AddNormOut], collective: Callable[[Tensor, Axis], Tensor], axis: Axis
-) -> Callable[..., AddNormOut]:
+def _gathering(
+    kernel: Callable[..., AddNormOut], collective: Collective, axis: Axis
+) -> Callable[..., AddNormOut | StreamOut]:
     """``kernel`` whose branch input goes through a collective."""
     if axis.size == 1:
         return kernel
 
-    def run(*arguments: Tensor | None, **options: object) -> AddNormOut:
-        out = kernel(*arguments, **options)
-        if out.branch_input is None:
-            return out
-        return out._replace(branch_input=collective(out.branch_input, axis))
+    def run(*arguments: Tensor | None, **options: object) -> StreamOut:
+        trunk, u, *_ = kernel(*arguments, **options)
+        return StreamOut(trunk, None if u is None else Gathered.of(u, collective, axis))
 
     return run

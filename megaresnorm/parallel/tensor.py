@@ -11,32 +11,68 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaresnorm.kernels.cross_entropy import GradientInPlace
-from megaresnorm.parallel.collectives import all_gather_blocks
+from megaresnorm.parallel.collectives import BranchInput, Gathered, all_gather_blocks
 from megaresnorm.parallel.context import Axis
 from megaresnorm.parallel.layouts import TensorLayout
+
+MatMul = Callable[[BranchInput, Tensor, Tensor | None], Tensor]
+
+
+def linear(x: BranchInput, weight: Tensor, bias: Tensor | None, operand: Tensor | None = None) -> Tensor:
+    """x W^T + b. Gradients of weight and bias arrive in their own type; that of a gathered x travels as the weight's is computed.
+
+    operand: what is multiplied in place of the weight: a copy of it in the type of x, or in another that is cast for each product.
+    """
+    if isinstance(x, Gathered):
+        return _Linear.apply(x.mine, x, weight, bias, weight if operand is None else operand)
+    return F.linear(x, weight, bias) if operand is None else _Linear.apply(x, None, weight, bias, operand)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, mine: Tensor, gathered: Gathered | None, weight: Tensor, bias: Tensor | None, operand: Tensor
+    ) -> Tensor:
+        x = mine if gathered is None else gathered.whole
+        ctx.save_for_backward(x, operand)
+        ctx.start = None if gathered is None else (gathered.collective, gathered.axis)
+        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
+        return F.linear(x, operand.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, Tensor | None, None]:
+        (dy,) = grads
+        x, operand = ctx.saved_tensors
+        dx = dy @ operand.to(dy.dtype)
+        if ctx.start is not None:
+            collective, axis = ctx.start
+            arriving = collective.start_transpose(dx, axis)
+        d_weight = (dy.t() @ x).to(ctx.weight_dtype)
+        d_bias = None if ctx.bias_dtype is None else dy.sum(0, dtype=ctx.bias_dtype)
+        return dx if ctx.start is None else arriving(), None, d_weight, d_bias, None
 
 
 class ColumnLinear(nn.Module):
     """y = x W^T + b with weight [out_dim / p, in_dim]: every rank computes its share of the outputs.
 
-    x: whole rows on every rank. Sends nothing: a layout's ``add_norm`` gathers x and reduces the partial sums of its gradient.
-    The parameters are left uninitialised (see model/init.py). ``matmul(x, weight, bias)`` is replaced by precision.py when
-    products are computed in another type.
+    x: whole rows on every rank; of what a layout has gathered the gradient's partial sums are reduced.
+    The parameters are left uninitialised (see model/init.py). ``matmul`` is replaced by precision.py when products are computed in
+    another type.
     """
 
-    matmul: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    matmul: MatMul
 
     def __init__(self, in_dim: int, out_dim: int, axis: Axis, *, bias: bool = False) -> None:
         super().__init__()
         assert out_dim % axis.size == 0, "checked with the recipe"
         self.weight = nn.Parameter(torch.empty(out_dim // axis.size, in_dim))
         self.bias = nn.Parameter(torch.empty(out_dim // axis.size)) if bias else None
-        self.matmul = F.linear
+        self.matmul = linear
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: BranchInput) -> Tensor:
         return self.matmul(x, self.weight, self.bias)
 
-    def without_bias(self, x: Tensor) -> Tensor:
+    def without_bias(self, x: BranchInput) -> Tensor:
         """x W^T, for a kernel that adds the bias itself."""
         return self.matmul(x, self.weight, None)
 
@@ -47,14 +83,14 @@ class RowLinear(nn.Module):
     x: this rank's share of the columns.   returns: y in the stream's layout.   bias: in the stream's layout as well.
     """
 
-    matmul: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    matmul: MatMul
 
     def __init__(self, in_dim: int, out_dim: int, layout: TensorLayout, *, bias: bool = False) -> None:
         super().__init__()
         assert in_dim % layout.axis.size == 0, "checked with the recipe"
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim // layout.axis.size))
         self.bias = nn.Parameter(torch.empty(layout.width(out_dim))) if bias else None
-        self.matmul, self.layout = F.linear, layout
+        self.matmul, self.layout = linear, layout
 
     def forward(self, x: Tensor) -> Tensor:
         if self.layout.axis.size == 1:

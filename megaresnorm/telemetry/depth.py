@@ -12,6 +12,7 @@ from megaresnorm.kernels.reference import cross_entropy_sums
 from megaresnorm.model.residual import Stream
 from megaresnorm.model.topology import beside_others
 from megaresnorm.optim import Optimizer
+from megaresnorm.parallel.collectives import whole_rows
 from megaresnorm.recipe import InitRecipe, ModelRecipe, OptimRecipe, PrecisionRecipe, TopologyOptions
 
 LEARNING_RATE = 1e-3
@@ -85,7 +86,7 @@ def probe(topology: str, num_blocks: int, seed: int, setting: ProbeSetting) -> P
     last = model.add_norm(model.run_blocks(first, rows))[0]
     first.x.retain_grad()
     last.retain_grad()
-    hidden = model.finish(Stream(last))
+    hidden = whole_rows(model.finish(Stream(last)))
     objective = cross_entropy_sums(model.logits(hidden), labels.flatten())[1]
     (objective / labels.numel()).backward()
 
@@ -136,7 +137,7 @@ def _update(assembled: Assembled, tokens: Tensor, before: Tensor, optimizer: str
         adam.step(LEARNING_RATE)
     model = assembled.model
     rows = model.rows(tokens)
-    change = model.finish(model.run_blocks(model.embed(tokens, rows), rows)) - before
+    change = whole_rows(model.finish(model.run_blocks(model.embed(tokens, rows), rows))) - before
     for name, parameter in matrices.items():
         parameter.copy_(saved[name])
     return _rms(change)
