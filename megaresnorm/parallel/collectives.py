@@ -34,6 +34,9 @@ def all_reduce(x: Tensor, axis: Axis) -> Tensor:
 def start_all_reduce(x: Tensor, axis: Axis) -> Waits:
     if axis.group is None:
         return lambda: x
+    if axis.memory is not None and axis.memory.holds(x):
+        everyone = axis.memory.start(x)
+        return lambda: _added(everyone())
     if x.device.type == "cpu" and x.nbytes * axis.size <= _SMALL:
         gathered = start_all_gather(x, axis)
         return lambda: _added(gathered())
@@ -50,6 +53,9 @@ def all_gather_blocks(x: Tensor, axis: Axis) -> Tensor:
 def start_all_gather(x: Tensor, axis: Axis) -> Waits:
     if axis.group is None:
         return lambda: x.unsqueeze(0)
+    if axis.memory is not None and axis.memory.holds(x):
+        everyone = axis.memory.start(x)
+        return lambda: everyone().clone()
     out = x.new_empty((axis.size, *x.shape))
     work = all_gather_single(out.flatten(0, 1) if x.dim() else out, x.contiguous(), group=axis.group, async_op=True)
     return lambda: _waited(work, out)
@@ -63,6 +69,9 @@ def reduce_scatter_blocks(x_p: Tensor, axis: Axis) -> Tensor:
 def start_reduce_scatter(x_p: Tensor, axis: Axis) -> Waits:
     if axis.group is None:
         return lambda: x_p.squeeze(0)
+    if axis.memory is not None and axis.memory.holds(x_p):
+        everyone = axis.memory.start(x_p)
+        return lambda: _added(everyone()[:, axis.rank])
     x_p = x_p.contiguous()
     if x_p.device.type == "cpu":
         received = torch.empty_like(x_p)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from math import prod
 from typing import Any
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megaresnorm.errors import ConfigError
+from megaresnorm.parallel.shared_memory import SharedMemory
 
 MESH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outermost first: neighbours in tp are neighbouring ranks
 TIMEOUT = timedelta(minutes=10)
@@ -21,13 +22,14 @@ TIMEOUT = timedelta(minutes=10)
 class Axis:
     """One dimension of the mesh of ranks, or several taken together: its size, which of its ranks this is, and their group.
 
-    group: None where the axis has one rank, so that nothing is sent.
+    group: None where the axis has one rank, so that nothing is sent.   memory: where its ranks are on the CPUs of one host.
     """
 
     name: str
     size: int = 1
     rank: int = 0
     group: dist.ProcessGroup | None = None
+    memory: SharedMemory | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,9 @@ class ParallelContext:
         mesh = init_device_mesh(device_type, shape, mesh_dim_names=MESH_AXES)
         ranks = torch.arange(sizes.num_ranks).view(shape)
         axes = {name: _axis(name, ranks, [i]) for i, name in enumerate(MESH_AXES)}
+        tp = axes["tp"]
+        if device_type == "cpu" and tp.group is not None:
+            axes["tp"] = replace(tp, memory=SharedMemory.open(tp.group, tp.rank, tp.size))
         together = {"data": [1, 2], "shards": [2, 4], "world": [0, 1, 2, 3, 4]}
         axes |= {name: _axis(name, ranks, dims) for name, dims in together.items()}
         axes["ends"] = _axis("ends", ranks[[0, -1]], [0]) if sizes.pp > 1 else Axis("ends")
