@@ -26,6 +26,13 @@ def chunked_cross_entropy(
     return _ChunkedCrossEntropy.apply(logits_TV, labels_T, z_loss, scale)
 
 
+def row_chunks(logits_TV: Tensor) -> list[slice]:
+    """Rows to be in work together."""
+    rows, vocab = logits_TV.shape
+    chunk = rows if logits_TV.is_cuda else max(1, CACHED_ELEMENTS // vocab)
+    return [slice(start, start + chunk) for start in range(0, rows, chunk)]
+
+
 class GradientInPlace(torch.autograd.Function):
     """Backward of a loss whose forward left ``ctx.gradient`` in the place of the logits. It can run once."""
 
@@ -45,13 +52,10 @@ class _ChunkedCrossEntropy(GradientInPlace):
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, z_loss: float, scale: float) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(logits_TV.dtype, torch.float32)
-        rows, vocab = logits_TV.shape
-        chunk = rows if logits_TV.is_cuda else max(1, CACHED_ELEMENTS // vocab)
         nll = logits_TV.new_zeros((), dtype=wide)
         penalty = torch.zeros_like(nll)
-        for start in range(0, rows, chunk):
-            logits = logits_TV[start : start + chunk]
-            label = labels_T[start : start + chunk].unsqueeze(-1)
+        for rows in row_chunks(logits_TV):
+            logits, label = logits_TV[rows], labels_T[rows].unsqueeze(-1)
             valid, label = label >= 0, label.clamp(min=0)
             label_logit = logits.gather(-1, label).to(wide)
             in_place = ctx.needs_input_grad[0] and logits.dtype == wide

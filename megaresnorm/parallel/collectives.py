@@ -106,7 +106,7 @@ def _same(x: Tensor, axis: Axis) -> Tensor:
 
 
 def _summed(x: Tensor, axis: Axis) -> Tensor:
-    return all_reduce(x.clone(), axis)
+    return all_reduce(x if axis.memory is not None and axis.memory.holds(x) else x.clone(), axis)
 
 
 def _rows_gathered(x: Tensor, axis: Axis) -> Tensor:

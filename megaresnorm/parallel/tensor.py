@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megaresnorm.kernels.cross_entropy import GradientInPlace
+from megaresnorm.kernels.cross_entropy import GradientInPlace, row_chunks
 from megaresnorm.parallel.collectives import BranchInput, Gathered, all_gather_blocks
 from megaresnorm.parallel.context import Axis
 from megaresnorm.parallel.layouts import TensorLayout
@@ -151,28 +151,43 @@ class _VocabParallelCrossEntropy(GradientInPlace):
     def forward(
         ctx: Any, logits_TV: Tensor, labels_T: Tensor, z_loss: float, scale: float, first: int, axis: Axis
     ) -> tuple[Tensor, Tensor]:
-        logits = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-        valid = labels_T >= 0
+        wide = torch.promote_types(logits_TV.dtype, torch.float32)
+        in_place = ctx.needs_input_grad[0] and logits_TV.dtype == wide
         local = labels_T - first
-        absent = (local < 0) | (local >= logits.shape[1])
+        absent = (local < 0) | (local >= logits_TV.shape[1])
         local = local.masked_fill(absent, 0).unsqueeze(-1)
-        label_logit = logits.gather(-1, local).squeeze(-1).masked_fill_(absent, 0.0)
-        largest = logits.amax(-1)
-        p = torch.sub(logits, largest.unsqueeze(-1)).exp_()
-        mine = torch.stack((largest, p.sum(-1), label_logit), dim=-1)
-        largest_pT, sums_pT, label_pT = all_gather_blocks(mine, axis).unbind(-1)
-        top = largest_pT.amax(0)
+        label_logit = logits_TV.gather(-1, local).squeeze(-1).to(wide).masked_fill_(absent, 0.0)
+        largest = logits_TV.amax(-1).to(wide)
+        sums = torch.empty_like(largest)
+        for rows in row_chunks(logits_TV):
+            p = _shifted_exp(logits_TV[rows], largest[rows], in_place)
+            torch.sum(p, -1, out=sums[rows])
+        largest_pT, sums_pT, label_pT = all_gather_blocks(
+            torch.stack((largest, sums, label_logit), dim=-1), axis
+        ).unbind(-1)
+        top, valid = largest_pT.amax(0), labels_T >= 0
         log_z = (sums_pT * (largest_pT - top).exp()).sum(0).log_() + top
         nll = torch.where(valid, log_z - label_pT.sum(0), 0.0).sum()
         penalty = torch.where(valid, log_z.square(), 0.0).sum()
         if ctx.needs_input_grad[0]:
-            factor = valid.to(p.dtype) * scale
-            of_p = factor * (largest - log_z).exp() * (1.0 + 2.0 * z_loss * log_z)
-            gradient = p.mul_(of_p.unsqueeze(-1)).scatter_add_(-1, local, -(factor * ~absent).unsqueeze(-1))
-            ctx.gradient = logits_TV.copy_(gradient)
+            factor = scale * valid.to(wide)
+            at_label = (-factor * ~absent).unsqueeze(-1)
+            of_p = (factor * (largest - log_z).exp() * (1.0 + 2.0 * z_loss * log_z)).unsqueeze(-1)
+            for rows in row_chunks(logits_TV):
+                p = logits_TV[rows] if in_place else _shifted_exp(logits_TV[rows], largest[rows], False)
+                gradient = p.mul_(of_p[rows]).scatter_add_(-1, local[rows], at_label[rows])
+                if not in_place:
+                    logits_TV[rows] = gradient
+            ctx.gradient = logits_TV
         ctx.mark_non_differentiable(nll)
         return nll, scale * (nll + z_loss * penalty)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         return *GradientInPlace.backward(ctx, *grads), None, None
+
+
+def _shifted_exp(logits: Tensor, largest: Tensor, in_place: bool) -> Tensor:
+    """exp(logits - largest) of every row, in the type of ``largest``."""
+    wide = logits if in_place else logits.to(largest.dtype, copy=True)
+    return wide.sub_(largest.unsqueeze(-1)).exp_()

@@ -12,11 +12,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cases import LAYOUTS, SEQ, build, make_recipe
 from ranks import run_ranks
 
-from megaresnorm.kernels.reference import NormWeights, normalize
+from megaresnorm.kernels.reference import NormWeights, normalize, normalize_with_statistics
 from megaresnorm.model.residual import Stream
 from megaresnorm.parallel import collectives, columns
 from megaresnorm.parallel.collectives import GATHER_COLUMNS
 from megaresnorm.parallel.context import ParallelContext, Sizes
+from megaresnorm.parallel.shared_memory import SharedMemory
 
 ROWS, COLUMNS = 64, 256
 KINDS = ["layernorm", "rmsnorm"]
@@ -38,19 +39,13 @@ def divided_norm(rank: int, kind: str, form: str, dtype: torch.dtype) -> list[to
     leaves = [t.requires_grad_() for t in ((z, weight, bias) if kind == "layernorm" else (z, weight))]
     norm = NormWeights(kind, weight, bias if kind == "layernorm" else None, 1e-5)
     if form == "gather":
-        y, _ = columns.gathered_norm(z, norm, axis, lambda x, n: whole_norm(x, n))
+        y, _ = columns.gathered_norm(z, norm, axis, normalize_with_statistics)
         (y * rows_far_from_zero(dtype)[3] / axis.size).sum().backward()  # every rank's gradient is a part of it
     else:
         y = columns.sharded_norm(z, norm, axis, dtype)
         (y * dy).sum().backward()
         y = GATHER_COLUMNS.apply(y, axis)
     return [y.detach(), *(GATHER_COLUMNS.apply(t.grad.reshape(-1, t.shape[-1]), axis) for t in leaves)]
-
-
-def whole_norm(x: torch.Tensor, norm: NormWeights) -> tuple[torch.Tensor, torch.Tensor]:
-    from megaresnorm.kernels.reference import normalize_with_statistics
-
-    return normalize_with_statistics(x, norm)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
@@ -68,59 +63,66 @@ def test_rows_with_a_mean_of_100_deviations(kind, form, num_ranks):
             assert error < tolerance, (dtype, error)
 
 
-def count_messages(rank: int, layout: str, norm: str) -> dict[str, Counter]:
+def count_messages(rank: int, layout: str, norm: str, stream: str) -> dict[str, Counter]:
     """Collectives and bytes (of what each rank gives) of one pre-norm block, forward and backward, without the model's ends."""
-    recipe = make_recipe("pre", "llama", LAYOUTS[layout][1], "fp32", 2)
+    precision = {"compute": "bf16", "residual_dtype": "bf16"} if stream == "bf16" else {"compute": "fp32"}
+    recipe = make_recipe("pre", "llama", LAYOUTS[layout][1], num_blocks=2, precision=precision)
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"norm": norm})})
+    SharedMemory.holds = lambda self, x: False
+    collectives._SMALL = 0
     assembled, _ = build(recipe)
     model, found = assembled.model, {"forward": Counter(), "backward": Counter()}
     now = "forward"
 
-    def counting(name, function):
+    def counting(name, function, place):
         def run(*arguments, **options):
-            given = arguments[1] if name in ("all_gather", "reduce_scatter") else arguments[0]
             found[now][name] += 1
-            found[now]["bytes"] += given.nbytes
+            found[now]["bytes"] += arguments[place].nbytes
             return function(*arguments, **options)
 
         return run
 
-    collectives.all_gather_single = columns.all_gather_single = counting("all_gather", collectives.all_gather_single)
-    collectives.reduce_scatter_single = counting("reduce_scatter", collectives.reduce_scatter_single)
-    dist.all_reduce = counting("all_reduce", dist.all_reduce)
+    collectives.all_gather_single = counting("all_gather", collectives.all_gather_single, 1)
+    dist.all_to_all_single = counting("reduce_scatter", dist.all_to_all_single, 1)
+    dist.all_reduce = counting("all_reduce", dist.all_reduce, 0)
     tokens = torch.zeros((2, SEQ), dtype=torch.int64)
     rows = model.rows(tokens)
     local = torch.randn(assembled.layout.tokens(torch.zeros(2 * SEQ)).shape[0], assembled.layout.width(16))
-    x = model.blocks["1"](Stream(local.requires_grad_()), rows, None)
+    x = model.blocks["1"](Stream(local.to(assembled.residual_dtype).requires_grad_()), rows, None)
     closed = model.add_norm.trunk(x)
     now = "backward"
     closed.sum().backward()
     return found
 
 
+@pytest.mark.parametrize("stream", ["fp32", "bf16"])
 @pytest.mark.parametrize("norm", KINDS)
-def test_messages_of_a_block(norm):
-    """As docs/parallel.md has them. T = 16 rows of D = 16 columns in FP32, two ranks."""
+def test_messages_of_a_block(norm, stream):
+    """As docs/parallel.md has them. T = 16 rows of D = 16 columns, two ranks; statistics are FP32."""
     rows, floats = 16, {"layernorm": 2, "rmsnorm": 1}[norm]
-    whole, half, statistics = rows * 16 * 4, rows * 16 * 2, rows * floats * 4
-    merging = "all_gather" if norm == "layernorm" else "all_reduce"
+    wide = {"fp32": 4, "bf16": 2}[stream]
+    whole, half, statistics = rows * 16 * wide, rows * 8 * wide, rows * floats * 4
     vectors = 2 * floats * 8 * 4  # gathering: two norms' weights (and biases) travel with the stream
+    there_and_back = {"all_gather": 2, "reduce_scatter": 2}
     expected = {
         "tp2 full": [{"all_reduce": 2, "bytes": 2 * whole}] * 2,
-        "tp2 tokens": [{"all_gather": 2, "reduce_scatter": 2, "bytes": 2 * whole + 2 * half}] * 2,
+        "tp2 tokens": [there_and_back | {"bytes": 2 * (whole + half)}] * 2,
         "tp2 columns, merge": [
-            Counter({"all_gather": 2, "reduce_scatter": 2, "bytes": 2 * (whole + half + statistics)}) + Counter({merging: 2}),
-            {"all_gather": 2, "reduce_scatter": 2, "all_reduce": 2, "bytes": 2 * (whole + half + statistics)},
+            {"all_gather": 4, "reduce_scatter": 2, "bytes": 2 * (whole + half + statistics)},
+            there_and_back | {"all_reduce": 2, "bytes": 2 * (whole + half + statistics)},
         ],
         "tp2 columns, gather": [
-            {"all_gather": 2, "reduce_scatter": 2, "bytes": 2 * (whole + half) + vectors},
-            {"all_gather": 2, "reduce_scatter": 2, "bytes": 2 * (whole + half + 2 * statistics)},
+            there_and_back | {"bytes": 2 * (whole + half) + vectors},
+            # The row sums travel in the reduce-scatter, once to each rank; those of a BF16 stream by themselves.
+            there_and_back | {"bytes": 2 * (whole + half + 2 * statistics)}
+            if stream == "fp32"
+            else there_and_back | {"all_reduce": 2, "bytes": 2 * (whole + half + statistics)},
         ],
-    }  # fmt: skip
+    }
     for layout, (forward, backward) in expected.items():
-        for found in run_ranks(2, count_messages, layout, norm):
-            assert dict(found["forward"]) == dict(forward), (layout, "forward")
-            assert dict(found["backward"]) == dict(backward), (layout, "backward")
+        for found in run_ranks(2, count_messages, layout, norm, stream):
+            assert dict(found["forward"]) == forward, (layout, "forward")
+            assert dict(found["backward"]) == backward, (layout, "backward")
 
 
 def saved_widths(rank: int, topology: str, layout: str) -> list[tuple[int, ...]]:

@@ -1,0 +1,84 @@
+"""Sums and gathers between ranks, through the memory of their host and without it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent))
+from ranks import run_ranks
+
+from megaresnorm.parallel import collectives, shared_memory
+from megaresnorm.parallel.context import Axis, ParallelContext, Sizes
+from megaresnorm.parallel.shared_memory import SharedMemory
+
+SHAPES = [(1,), (3, 5), (4, 8, 6), (0, 4), ()]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.int64]
+
+
+def tp_axis() -> Axis:
+    return ParallelContext.create(Sizes(tp=dist.get_world_size()), "cpu").tp
+
+
+def of_rank(rank: int, shape: tuple[int, ...], dtype: torch.dtype, turn: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 * turn + rank)
+    return (100 * torch.randn(shape, generator=generator)).to(dtype)
+
+
+def wrong_results(rank: int, capacity: int) -> list[str]:
+    """Of a hundred turns of all kinds against what is computed here from every rank's numbers."""
+    shared_memory.CAPACITY = capacity
+    axis, wrong = tp_axis(), []
+    assert (axis.memory is not None) == (capacity > 0)
+    for turn in range(100):
+        dtype, shape = DTYPES[turn % 4], SHAPES[turn % 5]
+        close = {"rtol": 0.02, "atol": 2.0} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-3}
+        everyone = torch.stack([of_rank(r, shape, dtype, turn) for r in range(axis.size)])
+        mine = everyone[rank].clone()
+        if not torch.equal(collectives.all_gather_blocks(mine, axis), everyone):
+            wrong.append(f"all_gather of {dtype} {shape}")
+        summed = collectives.all_reduce(mine.clone(), axis)
+        if not torch.allclose(summed.double(), everyone.double().sum(0), **close):
+            wrong.append(f"all_reduce of {dtype} {shape}")
+        if not (collectives.all_gather_blocks(summed, axis) == summed).all():
+            wrong.append(f"ranks have different sums of {dtype} {shape}")
+        blocks = torch.stack([of_rank(r, shape, dtype, turn + 1000 * rank) for r in range(axis.size)])
+        wanted = sum(of_rank(rank, shape, dtype, turn + 1000 * r).double() for r in range(axis.size))
+        got = collectives.reduce_scatter_blocks(blocks, axis)
+        if not torch.allclose(got.double(), wanted, **close):
+            wrong.append(f"reduce_scatter of {dtype} {shape}")
+    return wrong
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("capacity", [shared_memory.CAPACITY, 64])
+def test_sums_and_gathers(num_ranks, capacity):
+    """With 64 bytes a turn most tensors go through the process group."""
+    assert run_ranks(num_ranks, wrong_results, capacity) == [[]] * num_ranks
+
+
+def without_memory(rank: int, why: str) -> bool:
+    if why == "no folder" and rank == 1:
+        shared_memory.FOLDER = Path("/nowhere")  # a container of its own
+    if why == "no space":
+        shared_memory.CAPACITY = 1 << 50
+    axis = tp_axis()
+    total = collectives.all_reduce(torch.ones(3), axis)
+    return axis.memory is None and total.tolist() == [2.0] * 3
+
+
+@pytest.mark.parametrize("why", ["no folder", "no space"])
+def test_without_common_memory_ranks_use_the_process_group(why):
+    assert run_ranks(2, without_memory, why) == [True, True]
+
+
+def leftovers(rank: int) -> list[str]:
+    axis = tp_axis()
+    assert isinstance(axis.memory, SharedMemory)
+    return [path.name for path in shared_memory.FOLDER.glob("megaresnorm-*")]
+
+
+def test_nothing_is_left_in_the_folder():
+    assert run_ranks(2, leftovers)[1] == []
