@@ -14,7 +14,9 @@ def run(script, *arguments):
     return subprocess.run([sys.executable, TOOLS / script, *map(str, arguments)], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("script", sorted({p.name for p in TOOLS.glob("*.py")} - {"peers.py", "contenders.py"}))
+@pytest.mark.parametrize(
+    "script", sorted({p.name for p in TOOLS.glob("*.py")} - {"peers.py", "contenders.py", "ranks.py"})
+)
 def test_help(script):
     assert "usage:" in run(script, "--help").stdout
 

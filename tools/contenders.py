@@ -36,6 +36,7 @@ LAYOUTS: dict[str, tuple[int, dict]] = {  # ranks, and the section `parallel` of
     "tp2-gather": (2, {"tp": 2, "tensor_layout": "columns", "columns_norm": "gather"}),
     "tp2-merge": (2, {"tp": 2, "tensor_layout": "columns", "columns_norm": "merge"}),
     "pp2": (2, {"pp": 2}),
+    "pp2-interleaved": (2, {"pp": 2, "pipeline": "interleaved"}),
     "dp2": (2, {}),
     "fsdp2": (2, {"dp_shard": 2}),
 }

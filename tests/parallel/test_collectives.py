@@ -1,13 +1,10 @@
 """Sums and gathers between ranks, through the memory of their host and without it."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).parent))
 from ranks import run_ranks
 
 from megaresnorm.parallel import collectives, shared_memory

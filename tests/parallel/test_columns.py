@@ -1,14 +1,10 @@
 """Norms over divided columns: exact for rows far from zero, few messages, nothing whole kept."""
 
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).parent))
 from cases import LAYOUTS, SEQ, build, make_recipe
 from ranks import run_ranks
 

@@ -1,13 +1,8 @@
 """The depth probe's ||dF|| in every layout: it finds a local depth, a wrong slice of a scaled matrix, a missing reduction."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).parent))
 from ranks import run_ranks
 
 from megaresnorm.assemble import Assembled, build_model

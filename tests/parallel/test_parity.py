@@ -1,13 +1,9 @@
 """Every topology in every layout against one process: values, gradients and weights."""
 
 import functools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from cases import LAYOUTS, VARIANTS, Outcome, errors, make_recipe, outcome, outcomes
 from ranks import run_ranks
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from ranks import run_ranks
 
 from megaresnorm.errors import ConfigError

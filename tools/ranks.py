@@ -1,4 +1,4 @@
-"""Starting several ranks inside a test: fork, gloo, a file store. Two of them take a fifth of a second."""
+"""Starting several ranks inside a program: fork, gloo, a file store. Two of them take a fifth of a second. Tests use it, too."""
 
 import os
 import tempfile
