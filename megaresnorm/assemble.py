@@ -112,11 +112,10 @@ def build_model(
         if compiled != "none":
             compile_blocks(model, cuda_graphs=compiled == "cuda_graphs", device=device)
         if context.dp_shard.size > 1:
-            shard_model(
-                model, model.blocks.values(), context, parameters=parallel.shard == "parameters" and len(stages) == 1
-            )
+            frees = parallel.shard == "parameters" and len(stages) == 1
+            shard_model(model, model.parts(), context, parameters=frees)
         materialize(model, table, context, seed=seed, dtype=weight_dtype(precision.compute), device=device)
-        settle_shards(model)
+        settle_shards(model, context.dp_shard)
         models[number] = model
         ddp = context.dp_replicate.size > 1 and context.dp_shard.size == 1
         modules[number] = replicate_model(model, context.data) if ddp else model

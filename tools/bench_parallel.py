@@ -41,7 +41,7 @@ TENSOR_LAYOUTS: dict[str, dict] = {
     "columns, merge": {"tp": 2, "tensor_layout": "columns", "columns_norm": "merge"},
     "columns, gather": {"tp": 2, "tensor_layout": "columns", "columns_norm": "gather"},
 }
-FORWARD, BACKWARD = 0.01, 0.02  # seconds that a rank's stages sleep together for a microbatch
+FORWARD, BACKWARD = 0.03, 0.06  # seconds that a rank's stages sleep together for a microbatch
 
 
 def main() -> None:

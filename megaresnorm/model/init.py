@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from megaresnorm.model.parameters import ParameterSpec, global_name
 from megaresnorm.parallel.context import ParallelContext
-from megaresnorm.parallel.data import placed_like
+from megaresnorm.parallel.data import local, placed_like
 from megaresnorm.parallel.sharding import shard
 
 
@@ -29,9 +29,13 @@ def materialize(
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             places.setdefault(parameter, []).append((module, name, f"{module_name}.{name}".lstrip(".")))
+    specs = {parameter: table[global_name(owners[0][2], table)] for parameter, owners in places.items()}
+    # Whole values of what is divided are drawn into one buffer: between the parts of others they would leave gaps in the heap.
+    divided = {p: spec for p, spec in specs.items() if list(spec.shape) != list(local(p).shape)}
+    buffer = torch.empty(max((spec.num_elements for spec in divided.values()), default=0))
     for parameter, owners in places.items():
-        spec = table[global_name(owners[0][2], table)]
-        whole = initial_value(spec, seed, dtype, torch.device("cpu"))
+        spec = specs[parameter]
+        whole = initial_value(spec, seed, dtype, torch.device("cpu"), buffer if parameter in divided else None)
         share = shard(whole, spec.split, [part.rows for part in spec.parts], context.tp)
         assert share.shape == parameter.shape, f"the model and its table of parameters differ in {spec.name}"
         value = placed_like(share.to(device), parameter, context.dp_shard)
@@ -39,9 +43,14 @@ def materialize(
             setattr(module, name, value)
 
 
-def initial_value(spec: ParameterSpec, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The initial value of a whole parameter. Drawn in FP32 on the CPU, so that every type starts from the same numbers."""
-    value = torch.empty(spec.shape, dtype=torch.float32)
+def initial_value(
+    spec: ParameterSpec, seed: int, dtype: torch.dtype, device: torch.device, buffer: Tensor | None = None
+) -> Tensor:
+    """The initial value of a whole parameter. Drawn in FP32 on the CPU, so that every type starts from the same numbers.
+
+    buffer: where to draw it; the result may lie there.
+    """
+    value = torch.empty(spec.shape) if buffer is None else buffer[: spec.num_elements].view(spec.shape)
     generator = torch.Generator()
     for part, rows in zip(spec.parts, value.split([part.rows for part in spec.parts]), strict=True):
         if part.std == 0.0:

@@ -4,6 +4,7 @@ T tokens (batch * seq)   B batch   S seq   D model dim   V vocabulary
 """
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -145,6 +146,12 @@ class Transformer(nn.Module):
             wide = torch.promote_types(logits_TV.dtype, torch.float32)
             logits_TV = cap * torch.tanh(logits_TV.to(wide) / cap)
         return logits_TV
+
+    def parts(self) -> Iterator[nn.Module]:
+        """What can be sharded by itself: every block, and embedding and output matrix unless they are one."""
+        yield from self.blocks.values()
+        if not self.recipe.tied_embeddings:
+            yield from (module for module in (self.embedding, self.head) if module is not None)
 
     @property
     def first_logit(self) -> int:

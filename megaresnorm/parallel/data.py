@@ -16,8 +16,8 @@ from megaresnorm.parallel.context import Axis, ParallelContext
 from megaresnorm.parallel.sharding import row_chunk
 
 
-def shard_model(model: nn.Module, blocks: Iterable[nn.Module], context: ParallelContext, *, parameters: bool) -> None:
-    """FSDP2 (fully_shard) of every block and of the rest, on the meta device. parameters: free gathered weights after forward.
+def shard_model(model: nn.Module, parts: Iterable[nn.Module], context: ParallelContext, *, parameters: bool) -> None:
+    """FSDP2 (fully_shard) of each part and of the rest, on the meta device. parameters: free gathered weights after forward.
 
     Weights are gathered in their own type, FP32, and the stream is never cast: what a rank computes is what one process would.
     """
@@ -30,17 +30,17 @@ def shard_model(model: nn.Module, blocks: Iterable[nn.Module], context: Parallel
         "reshard_after_forward": parameters,
         "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False),
     }
-    for module in (*blocks, model):
+    for module in (*parts, model):
         fully_shard(module, **options)
         sharded = cast(FSDPModule, module)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
 
-def settle_shards(model: nn.Module) -> None:
-    """Let FSDP2 take over parameters that have been given their memory; their local tensors stay in place from then on."""
+def settle_shards(model: nn.Module, axis: Axis) -> None:
+    """Let FSDP2 pad, now, what does not divide evenly over ``axis``: local tensors stay in place from then on."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule) and any(p.dim() and p.shape[0] % axis.size for p in module.parameters()):
             module.unshard()
             module.reshard()
 

@@ -15,11 +15,11 @@ from megaresnorm.parallel.context import Axis
 
 
 def shard(whole: Tensor, split: int | None, part_sizes: Sequence[int], axis: Axis) -> Tensor:
-    """This rank's share. split: the dim that is divided, None for no dim.   part_sizes: of the parts along dim 0."""
+    """This rank's share, a copy where the tensor is divided. split: the dim that is divided, None for no dim.   part_sizes: of the parts along dim 0."""
     if split is None or axis.size == 1:
         return whole
     if split > 0:
-        return whole.chunk(axis.size, dim=split)[axis.rank].contiguous()
+        return whole.chunk(axis.size, dim=split)[axis.rank].clone(memory_format=torch.contiguous_format)
     return torch.cat([part.chunk(axis.size)[axis.rank] for part in whole.split(list(part_sizes))])
 
 
