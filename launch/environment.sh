@@ -1,4 +1,4 @@
-# Sourced by quickstart.sh and test.sh: makes .venv with what setup.py and constraints.txt name, once.
+# Sourced by the scripts here: makes .venv with what setup.py and constraints.txt name, once.
 # Needs python3 (3.10 or newer) and pip. PYTHON=... chooses another interpreter, VENV=... another folder.
 
 say() { printf '\n==> %s\n' "$*"; }

@@ -6,8 +6,10 @@
 #   RANKS_PER_NODE   ranks to start here [the number of GPUs, or 2 without one]
 #   NODES NODE_RANK  how many nodes, and which one this is, from 0 [1, 0]
 #   MASTER_ADDR MASTER_PORT   where node 0 can be reached [localhost, 29500]
-#   VENV             the environment to use [.venv]
+#   VENV             the environment to use [.venv]; nodes that share a folder must not make it at once: start one node's script first
+# Ctrl-C and SIGTERM save a checkpoint; torchrun gives the ranks 30 seconds for it.
 set -euo pipefail
+started_in=$PWD
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 help_if_asked "$@"
@@ -27,4 +29,6 @@ if [ "${NODES:-1}" -gt 1 ]; then
 else
   nodes=(--standalone)
 fi
+VENV=$(realpath --no-symlinks "$VENV")
+cd "$started_in"
 exec "$VENV/bin/torchrun" "${nodes[@]}" --nproc-per-node "$RANKS_PER_NODE" -m megaresnorm.cli train "$@"

@@ -47,7 +47,7 @@ class Assembled:
 
     @property
     def model(self) -> Transformer:
-        """The model, where it has one stage."""
+        """This rank's part of the model, where it has a single stage of it."""
         (model,) = self.models.values()
         return model
 
@@ -96,6 +96,10 @@ def build_model(
     cross_entropy = chosen["cross_entropy"][0].function
     choices = {op: line for op, (_, line) in chosen.items()}
     if context.tp.size > 1:
+        if kernels.cross_entropy != "auto":
+            raise ConfigError(
+                f"kernels.cross_entropy={kernels.cross_entropy} has no effect under parallel.tp; use auto"
+            )
         cross_entropy = vocab_parallel_cross_entropy(context.tp)
         choices["cross_entropy"] = f"cross_entropy on {device.type}: vocabulary divided over {context.tp.size} ranks"
     model_kernels = _model_kernels({op: kernel.function for op, (kernel, _) in chosen.items()}, layout, stored, compute)
@@ -146,9 +150,7 @@ def _model_kernels(
 
 def gathers_stream(parallel: ParallelRecipe, precision: PrecisionRecipe) -> bool:
     """Under tensor_layout=columns: whether the stored stream is gathered, rather than its normalised columns."""
-    return parallel.columns_norm == "gather" or (
-        parallel.columns_norm == "auto" and precision.stream == precision.compute
-    )
+    return parallel.columns_norm != "merge" and precision.stream == precision.compute
 
 
 def split_stages(recipe: ModelRecipe, parallel: ParallelRecipe) -> list[Stage]:
@@ -210,5 +212,8 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        local, here = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= here:
+            raise ConfigError(f"rank {local} of this node has no GPU, there are {here}; start {here} ranks a node")
+        return torch.device("cuda", local)
     return torch.device(name)

@@ -5,6 +5,7 @@ a boolean and an octal number, and a key given twice is an error.
 """
 
 import difflib
+import json
 import re
 import reprlib
 from collections.abc import Iterator, Sequence
@@ -245,3 +246,15 @@ def _short(value: Any) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def differences(before: dict, now: dict, prefix: str = "") -> dict[str, tuple[str, str]]:
+    """Dotted key -> (old, new) of every value that differs between two recipes."""
+    found: dict[str, tuple[str, str]] = {}
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found |= differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found[prefix + key] = (json.dumps(old), json.dumps(new))
+    return found

@@ -290,13 +290,13 @@ class ParallelRecipe(Section):
     tp: Count = 1
     """Tensor parallel: ranks that share every matrix."""
     tensor_layout: Literal["full", "tokens", "columns"] = "full"
-    """The residual stream over tp: whole on every rank, split by token (sequence parallel), or by column with merged statistics."""
+    """tp > 1: the residual stream whole on every rank, split by token (sequence parallel), or by column with merged statistics."""
     columns_norm: Literal["auto", "merge", "gather"] = "auto"
-    """columns: merge statistics and gather normalised columns, or gather the stored stream where its type is the wire's (auto)."""
+    """columns: merge statistics and gather normalised columns, or gather the stored stream (auto: where its type is compute's)."""
     pp: Count = 1
     """Pipeline parallel: ranks that each hold consecutive blocks."""
     pipeline: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
-    """Order of forward and backward passes; interleaved gives every rank several stages."""
+    """pp > 1: order of forward and backward passes; interleaved gives every rank several stages."""
     stages_per_rank: Annotated[int, Field(ge=2)] = 2
     """interleaved: stages of one rank."""
     stage_blocks: list[Annotated[int, Field(ge=0)]] | None = None
@@ -304,7 +304,7 @@ class ParallelRecipe(Section):
     dp_shard: Count = 1
     """Fully sharded data parallel (FSDP2): ranks among which weights, gradients and optimizer state are divided."""
     shard: Literal["parameters", "gradients"] = "parameters"
-    """dp_shard: free gathered weights after every forward pass, or keep them until the backward pass is done, as pipelines do."""
+    """dp_shard > 1: free gathered weights after each forward pass, or keep them until backward is done (pipelines always do)."""
     dp_replicate: Count | None = None
     """Data parallel with whole copies (DDP; with dp_shard, of the sharded group); unset: all ranks that are left."""
 
@@ -438,6 +438,11 @@ class Recipe(Section):
                 raise ValueError(
                     f"parallel.tp={parallel.tp} must divide {key}={size}; try parallel.tp in {divisors(size)}"
                 )
+        if parallel.columns_norm == "gather" and self.precision.stream != self.precision.compute:
+            raise ValueError(
+                f"parallel.columns_norm=gather needs precision.residual_dtype={self.precision.compute}, the type of compute, "
+                f"not {self.precision.stream}; set it, or use columns_norm auto or merge"
+            )
         if parallel.num_stages > model.num_blocks:
             raise ValueError(
                 f"parallel.pp={parallel.pp} makes {parallel.num_stages} pipeline stages of model.num_blocks={model.num_blocks}; "
@@ -449,6 +454,8 @@ class Recipe(Section):
                 f"parallel.stage_blocks={blocks} hold {sum(blocks)} blocks, model.num_blocks={model.num_blocks}; "
                 "every block must be in a stage"
             )
+        if blocks is not None and 0 in blocks[1:-1]:
+            raise ValueError(f"parallel.stage_blocks={blocks}: only the first and the last stage can be without blocks")
         return self
 
 

@@ -5,13 +5,14 @@ Randomness is never drawn from a generator that a run would have to save: the in
 optimizer's state and two integers (steps, samples), and a resumed run is equal to one that never stopped, bit for bit.
 """
 
-import json
 import logging
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -20,11 +21,11 @@ from megaresnorm.assemble import Assembled, build_model, check_layout, choose_de
 from megaresnorm.checkpoint.format import MANIFEST, folder_name, list_checkpoints
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.writer import save_checkpoint
-from megaresnorm.config import build_recipe, dump_recipe
+from megaresnorm.config import build_recipe, differences, dump_recipe
 from megaresnorm.data.loader import Batch, microbatches
 from megaresnorm.data.samples import Samples, open_data, open_samples, resolve_vocab, unigram_entropy
 from megaresnorm.engines.native import Decision, GradientStats, NativeEngine
-from megaresnorm.errors import CheckpointError, TrainingError
+from megaresnorm.errors import CheckpointError, ConfigError, TrainingError, UserError
 from megaresnorm.generate import generate
 from megaresnorm.model.lint import check
 from megaresnorm.parallel.collectives import all_gather_blocks, all_reduce
@@ -36,6 +37,7 @@ from megaresnorm.telemetry.log import progress_bar, step_line
 from megaresnorm.telemetry.metrics import MetricsWriter
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # What a resumed run must share with its checkpoint. The folder of the data may move: its content is compared.
 FIXED_ON_RESUME = (
@@ -105,9 +107,8 @@ class Run:
         self.train_loss: float | None = None
         self._agree_on_start(checkpoints)
         if checkpoints:
-            self._resume(_open_newest(checkpoints))
-        if self.context.is_first_rank:
-            self._write_recipe()
+            self._resume(self._together(lambda: _open_newest(checkpoints)))
+        self._together(self._write_recipe)
 
     def describe(self) -> list[str]:
         """What this run is, in lines for the console."""
@@ -264,13 +265,30 @@ class Run:
             return flag
         return bool(all_reduce(torch.tensor([int(flag)], device=self.device), self.context.world).item())
 
+    def _together(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns; where it fails on one rank, no rank goes on alone."""
+        error: UserError | None = None
+        try:
+            result = work()
+        except UserError as e:
+            error = e
+        if self._any_rank(error is not None):
+            raise error or TrainingError("another rank cannot start; its error says why")
+        return result
+
     def _agree_on_start(self, checkpoints: list[Path]) -> None:
-        """Raises: CheckpointError where ranks do not see the same output folder."""
-        newest = torch.tensor(
-            [len(checkpoints), int(checkpoints[-1].name[5:]) if checkpoints else -1], device=self.device
-        )
-        everyone = all_gather_blocks(newest, self.context.world)
-        if not (everyone == everyone[0]).all():
+        """Raises: CheckpointError where ranks do not see the same output folder, ConfigError where their kernels differ."""
+        choices = "\n".join(self.assembled.kernel_choices.values())
+        digest = int.from_bytes(sha256(choices.encode()).digest()[:7], "little")
+        newest = int(checkpoints[-1].name[5:]) if checkpoints else -1
+        mine = torch.tensor([digest, len(checkpoints), newest], device=self.device)
+        everyone = all_gather_blocks(mine, self.context.world)
+        same = (everyone == everyone[0]).all(0)
+        if not same[0]:
+            raise ConfigError(
+                f"ranks have chosen different kernels, this one {', '.join(choices.splitlines())}; name them in the recipe"
+            )
+        if not same[1:].all():
             raise CheckpointError(
                 f"train.output={self.output}: ranks see different checkpoints there; it must be a folder that all nodes share"
             )
@@ -293,7 +311,7 @@ class Run:
         """Take over a checkpoint of this run. Raises: CheckpointError if model or data are not the ones it was made with."""
         state = checkpoint.state
         before = build_recipe(state["recipe"])  # settings that are newer than the checkpoint have their defaults
-        changed = _differences(before.model_dump(exclude_none=True), self.recipe.model_dump(exclude_none=True))
+        changed = differences(before.model_dump(exclude_none=True), self.recipe.model_dump(exclude_none=True))
         for key, (old, now) in changed.items():
             if key.startswith(FIXED_ON_RESUME):
                 raise CheckpointError(
@@ -316,6 +334,8 @@ class Run:
         log.info("resumed   %s: step %d of %d", checkpoint.folder, self.steps_done, self.recipe.train.steps)
 
     def _write_recipe(self) -> None:
+        if not self.context.is_first_rank:
+            return
         try:
             self.output.mkdir(parents=True, exist_ok=True)
             written = self.output / ".recipe.yaml.tmp"
@@ -334,15 +354,3 @@ def _open_newest(checkpoints: list[Path]) -> Checkpoint:
         if len(checkpoints) == 1:
             raise
         raise CheckpointError(f"{e}; remove {checkpoints[-1]} to go on from {checkpoints[-2].name}") from None
-
-
-def _differences(before: dict, now: dict, prefix: str = "") -> dict[str, tuple[str, str]]:
-    """Dotted key -> (old, new) of every value that differs between two recipes."""
-    found: dict[str, tuple[str, str]] = {}
-    for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found |= _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found[prefix + key] = (json.dumps(old), json.dumps(new))
-    return found

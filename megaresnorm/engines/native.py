@@ -72,7 +72,8 @@ class NativeEngine:
         self._parameters = assembled.parameters()
         table, tp = assembled.table, self.context.tp
         tied = self._parameters.get("embedding.weight") if recipe.model.tied_embeddings else None
-        kinds = {name: _Kind(table[name].split is not None, name in assembled.copies) for name in self._parameters}
+        copies = assembled.copies
+        kinds = {name: _Kind(table[name].split is not None, name in copies) for name in self._parameters}
         self._optimizer = Optimizer(self._parameters, table, recipe.optim, kinds)
         partial = (p for name, p in self._parameters.items() if table[name].partial)
         self.reductions = reductions(partial, tied, tp=tp, ends=self.context.ends)

@@ -135,7 +135,7 @@ def columns_add_norm(add_norm: Callable[..., AddNormOut], axis: Axis, *, gather:
     """``reference.add_norm`` for a stream that is divided by column: x, delta, the trunk and all weights are this rank's columns.
 
     The branch input is whole rows, gathered, and its gradient a partial sum. gather: by the second form where a norm makes the
-    branch input and the stream is stored in the branch's type; else, and for every other norm, statistics are merged.
+    branch input, which needs a stream stored in the branch's type; else, and for every other norm, statistics are merged.
     """
 
     def run(
@@ -160,7 +160,7 @@ def columns_add_norm(add_norm: Callable[..., AddNormOut], axis: Axis, *, gather:
         last = norm or next_norm
         if last is None:
             return StreamOut(z, Gathered.of(z.to(out_dtype), GATHER_COLUMNS, axis))
-        if gather and residual_dtype == out_dtype:
+        if gather:
             u, mine = gathered_norm(z, last, axis, normalize_whole)
             return StreamOut(mine if norm is not None else z, u)
         y = sharded_norm(z, last, axis, residual_dtype if norm is not None else out_dtype)
@@ -169,7 +169,11 @@ def columns_add_norm(add_norm: Callable[..., AddNormOut], axis: Axis, *, gather:
     def normalize_whole(x: Tensor, norm: NormWeights) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             out = add_norm(x, next_norm=norm, residual_dtype=x.dtype, out_dtype=x.dtype)
-        assert out.branch_input is not None and out.statistics is not None
+        assert out.branch_input is not None
+        if out.statistics is None:  # not every backend gives them
+            return out.branch_input, merge_stats(
+                shard_stats(x, norm.kind).unsqueeze(0), norm.kind, x.shape[1], norm.eps
+            )
         return out.branch_input, out.statistics
 
     return run

@@ -87,7 +87,10 @@ class ParallelContext:
         shape = tuple(getattr(sizes, name) for name in MESH_AXES)
         mesh = init_device_mesh(device_type, shape, mesh_dim_names=MESH_AXES)
         ranks = torch.arange(sizes.num_ranks).view(shape)
-        axes = {name: _axis(name, ranks, [i]) for i, name in enumerate(MESH_AXES)}
+        axes = {
+            name: Axis(name, size, mesh.get_local_rank(name), mesh.get_group(name)) if size > 1 else Axis(name)
+            for name, size in zip(MESH_AXES, shape, strict=True)
+        }
         tp = axes["tp"]
         if device_type == "cpu" and tp.group is not None:
             axes["tp"] = replace(tp, memory=SharedMemory.open(tp.group, tp.rank, tp.size))
@@ -121,15 +124,18 @@ def resolve_sizes(num_ranks: int, *, pp: int, dp_replicate: int | None, dp_shard
 
     Raises: ConfigError that spells the product out and says what would fit.
     """
-    inner = pp * dp_shard * tp
+    chosen = dp_replicate is not None
     if dp_replicate is None:
-        dp_replicate = max(1, num_ranks // inner)
+        dp_replicate = max(1, num_ranks // (pp * dp_shard * tp))
     sizes = Sizes(pp, dp_replicate, dp_shard, 1, tp)
     if sizes.num_ranks == num_ranks:
         return sizes
     spelled = f"pp {pp} * dp_replicate {dp_replicate} * dp_shard {dp_shard} * tp {tp} = {sizes.num_ranks}"
+    data = dp_shard * (dp_replicate if chosen else 1)
     smaller = [
-        f"tp={t} pp={p}" for t, p in ((tp, 1), (1, pp), (1, 1)) if num_ranks % (t * p) == 0 and (t, p) != (tp, pp)
+        f"tp={t} pp={p}"
+        for t, p in ((tp, 1), (1, pp), (1, 1))
+        if (t, p) != (tp, pp) and (num_ranks == t * p * data if chosen else num_ranks % (t * p * data) == 0)
     ]
     offers = [f"start {sizes.num_ranks} ranks", *dict.fromkeys(smaller)]
     raise ConfigError(f"parallel: {spelled}, but {num_ranks} ranks were started; {', or '.join(offers)}")

@@ -15,7 +15,10 @@ from megaresnorm.parallel.context import Axis
 
 
 def shard(whole: Tensor, split: int | None, part_sizes: Sequence[int], axis: Axis) -> Tensor:
-    """This rank's share, a copy where the tensor is divided. split: the dim that is divided, None for no dim.   part_sizes: of the parts along dim 0."""
+    """This rank's share, a copy where the tensor is divided.
+
+    split: the dim that is divided, None for no dim.   part_sizes: of the parts along dim 0.
+    """
     if split is None or axis.size == 1:
         return whole
     if split > 0:

@@ -29,6 +29,8 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "fsdp2": (2, {"dp_shard": 2}),
     "fsdp2 gradients": (2, {"dp_shard": 2, "shard": "gradients"}),
     "pp4 interleaved": (4, {"pp": 4, "pipeline": "interleaved"}),
+    "pp2 interleaved dp2": (4, {"pp": 2, "pipeline": "interleaved", "dp_replicate": 2}),
+    "pp2 interleaved fsdp2": (4, {"pp": 2, "pipeline": "interleaved", "dp_shard": 2}),
     "hsdp": (4, {"dp_shard": 2, "dp_replicate": 2}),
     "tp2 pp2 dp2": (8, {"tp": 2, "pp": 2, "dp_replicate": 2}),
     "tp2 pp2 fsdp2": (8, {"tp": 2, "pp": 2, "dp_shard": 2, "tensor_layout": "columns"}),
@@ -38,9 +40,11 @@ VARIANTS: dict[str, dict] = {
     "llama": {"norm": "rmsnorm"},
     "gpt": {
         "norm": "layernorm", "bias": True, "positions": "learned", "ffn": "gelu", "tied_embeddings": True, "dropout": 0.1,
-        "qk_norm": "full",
+        "qk_norm": "full", "logit_softcap": 5.0,
     },
 }  # fmt: skip
+# As a recipe says it, and with the stream in the type of compute, which the gathering form needs.
+PRECISIONS: dict[str, dict] = {"bf16 stream": {"compute": "bf16", "residual_dtype": "bf16"}}
 
 
 class Outcome(NamedTuple):
@@ -60,12 +64,19 @@ def make_recipe(
         "dim": 16, "num_blocks": num_blocks, "num_heads": 4, "num_kv_heads": 2, "seq_len": SEQ, "vocab_size": VOCAB,
         "vocab_multiple": 8, "ffn_dim": 24, "topology": topology, **beside_others(topology), **VARIANTS[variant],
     }  # fmt: skip
-    train = {"output": "none", "steps": 30, "global_batch": SAMPLES, "micro_batch": MICRO}
+    gpt = variant == "gpt"
+    train = {
+        "output": "none",
+        "steps": 30,
+        "global_batch": SAMPLES,
+        "micro_batch": MICRO,
+        "z_loss": 1e-2 if gpt else 0.0,
+    }
     values = {
         "model": model,
-        "data": {"path": "none"},
+        "data": {"path": "none", "mask_documents": gpt},
         "train": train,
-        "precision": {"compute": compute},
+        "precision": PRECISIONS.get(compute, {"compute": compute}),
         "parallel": parallel,
     }
     return build_recipe(values | sections)
@@ -79,14 +90,21 @@ def build(recipe: Recipe) -> tuple[Assembled, NativeEngine]:
     return assembled, NativeEngine(assembled, recipe)
 
 
-def batches(context: ParallelContext, seed: int = 3) -> list[Batch]:
-    """This rank's microbatches. One sample has no label at all, one has two, another lacks its first three."""
+def batches(context: ParallelContext, recipe: Recipe, seed: int = 3) -> list[Batch]:
+    """This rank's microbatches. One sample has no label at all, one has two, another lacks its first three; a sample has up to three
+    documents where they are kept apart.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(VOCAB, (SAMPLES, SEQ + 1), generator=generator)
     labels = rows[:, 1:].clone()
     labels[1, 2:], labels[4], labels[5, :3] = -1, -1, -1
+    documents = (
+        torch.randint(2, (SAMPLES, SEQ), generator=generator).cumsum(1).clamp(max=2)
+        if recipe.data.mask_documents
+        else None
+    )
     mine = torch.arange(context.data.rank, SAMPLES, context.data.size)
-    return [Batch(rows[i, :-1], labels[i], i) for i in mine.split(MICRO)]
+    return [Batch(rows[i, :-1], labels[i], i, None if documents is None else documents[i]) for i in mine.split(MICRO)]
 
 
 def gradients(assembled: Assembled) -> dict[str, Tensor]:
@@ -98,9 +116,9 @@ def gradients(assembled: Assembled) -> dict[str, Tensor]:
     return {name: t.clone() for name, t in WholeTensors(assembled, parts).items()}
 
 
-def sgd_step(assembled: Assembled, engine: NativeEngine) -> float:
+def sgd_step(assembled: Assembled, engine: NativeEngine, recipe: Recipe) -> float:
     """One step of plain SGD, lr 0.01, unclipped; returns the loss."""
-    loss, _ = engine.gradients(batches(assembled.context))
+    loss, _ = engine.gradients(batches(assembled.context, recipe))
     with torch.no_grad():
         for p in assembled.parameters().values():
             if p.grad is not None:
@@ -112,14 +130,14 @@ def sgd_step(assembled: Assembled, engine: NativeEngine) -> float:
 
 def outcome(recipe: Recipe, *, steps: int = 3, optimizer: str = "sgd") -> Outcome:
     assembled, engine = build(recipe)
-    loss, _ = engine.gradients(batches(assembled.context))
+    loss, _ = engine.gradients(batches(assembled.context, recipe))
     found = gradients(assembled)
     done: list[tuple[float, float]] = []
     for step in range(steps):
         if optimizer == "sgd":
-            done.append((sgd_step(assembled, engine), 0.0))
+            done.append((sgd_step(assembled, engine, recipe), 0.0))
         else:
-            stats = engine.step(batches(assembled.context, seed=step), 1e-3, lambda stats: Decision.APPLY)
+            stats = engine.step(batches(assembled.context, recipe, seed=step), 1e-3, lambda stats: Decision.APPLY)
             done.append((stats.loss, stats.gradient_norm))
     weights = {name: t.clone() for name, t in engine.tensors()["weights"].items()}
     return Outcome(loss, found, done, weights, engine.weights_digest())

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from cases import LAYOUTS, SEQ, build, make_recipe
 from ranks import run_ranks
 
-from megaresnorm.kernels.reference import NormWeights, normalize, normalize_with_statistics
+from megaresnorm.kernels.reference import NormWeights, add_norm, normalize, normalize_with_statistics
 from megaresnorm.model.residual import Stream
 from megaresnorm.parallel import collectives, columns
 from megaresnorm.parallel.collectives import GATHER_COLUMNS
@@ -119,6 +119,26 @@ def test_messages_of_a_block(norm, stream):
         for found in run_ranks(2, count_messages, layout, norm, stream):
             assert dict(found["forward"]) == forward, (layout, "forward")
             assert dict(found["backward"]) == backward, (layout, "backward")
+
+
+def gathered_without_statistics(rank: int, kind: str) -> float:
+    """Largest difference that it makes when a backend gives no statistics: of z's gradient."""
+    axis = ParallelContext.create(Sizes(tp=2), "cpu").tp
+    z, weight, bias, _ = (t.chunk(2, dim=-1)[rank].clone() for t in rows_far_from_zero(torch.float64))
+    norm = NormWeights(kind, weight, bias if kind == "layernorm" else None, 1e-5)
+    found = []
+    for kernel in (add_norm, lambda *a, **k: add_norm(*a, **k)._replace(statistics=None)):
+        leaf = z.clone().requires_grad_()
+        run = columns.columns_add_norm(kernel, axis, gather=True)
+        out = run(leaf, next_norm=norm, residual_dtype=torch.float64, out_dtype=torch.float64)
+        (out.branch_input * torch.linspace(0, 1, COLUMNS)).sum().backward()
+        found.append(leaf.grad)
+    return (found[0] - found[1]).abs().max().item() / found[0].abs().max().item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gathering_needs_no_statistics_of_a_backend(kind):
+    assert max(run_ranks(2, gathered_without_statistics, kind)) < 1e-13
 
 
 def saved_widths(rank: int, topology: str, layout: str) -> list[tuple[int, ...]]:

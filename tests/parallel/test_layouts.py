@@ -1,19 +1,21 @@
 """What cannot be shared among ranks is refused in one line, before any process group starts; what can is shared completely."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch.distributed as dist
 
-from megaresnorm.assemble import check_layout, split_stages
+from megaresnorm.assemble import build_model, check_layout, split_stages
 from megaresnorm.config import build_recipe
 from megaresnorm.errors import ConfigError
 from megaresnorm.model.parameters import parameter_table
-from megaresnorm.parallel.context import num_started_ranks
+from megaresnorm.parallel.context import Axis, ParallelContext, num_started_ranks
 from megaresnorm.parallel.pipeline import bubble, split_blocks
+from megaresnorm.recipe import KernelRecipe
 
 
-def checked(num_ranks, model=None, train=None, **parallel):
+def checked(num_ranks, model=None, train=None, precision=None, **parallel):
     sizes = {
         "dim": 24,
         "num_blocks": 6,
@@ -29,6 +31,7 @@ def checked(num_ranks, model=None, train=None, **parallel):
             "data": {"path": "none"},
             "train": {"output": "none", "steps": 1, "global_batch": 6} | (train or {}),
             "parallel": parallel,
+            "precision": precision or {},
         }
     )
     return recipe, check_layout(recipe, num_ranks)
@@ -83,6 +86,13 @@ IMPOSSIBLE = [
     (2, {"pp": 2, "stage_blocks": [6]}, "1 stages"),
     (2, {"pp": 2, "stage_blocks": [2, 2, 2]}, "3 stages"),
     (2, {"pp": 2, "stage_blocks": [7, -1]}, "stage_blocks"),
+    (3, {"pp": 3, "stage_blocks": [3, 0, 3]}, "only the first and the last stage"),
+    # the type that would be gathered
+    (
+        2,
+        {"tp": 2, "tensor_layout": "columns", "columns_norm": "gather", "precision": {"compute": "bf16"}},
+        "residual_dtype=bf16",
+    ),
 ]
 
 
@@ -92,6 +102,27 @@ def test_impossible_layouts_are_refused_in_one_line(num_ranks, parallel, says):
         checked(num_ranks, **parallel)
     assert says in str(caught.value) and "\n" not in str(caught.value)
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "parallel"), [(r, p) for r, p, says in IMPOSSIBLE if "ranks" in says and "every" not in says]
+)
+def test_what_is_offered_instead_fits(num_ranks, parallel):
+    with pytest.raises(ConfigError) as caught:
+        checked(num_ranks, **parallel)
+    offers = str(caught.value).split("were started; ")[1].split(", or ")
+    needed = int(offers[0].removeprefix("start ").removesuffix(" ranks"))
+    assert checked(needed, **parallel)[1].num_ranks == needed
+    for offer in offers[1:]:
+        sizes = {key: int(value) for key, value in (pair.split("=") for pair in offer.split())}
+        assert checked(num_ranks, **parallel | sizes)[1].num_ranks == num_ranks
+
+
+def test_a_loss_kernel_by_name_is_refused_where_the_vocabulary_is_divided():
+    recipe, _ = checked(2, tp=2)
+    tp = replace(ParallelContext.single(), tp=Axis("tp", 2))
+    with pytest.raises(ConfigError, match=r"kernels.cross_entropy=chunked has no effect under parallel.tp"):
+        build_model(recipe.model, kernels=KernelRecipe(cross_entropy="chunked"), parallel=recipe.parallel, context=tp)
 
 
 def test_half_of_torchruns_environment_is_refused(monkeypatch):

@@ -87,14 +87,14 @@ def test_torchrun_just_works(tiny, tmp_path, byte_data):
         port = str(free.getsockname()[1])
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port,
-        "-m", "megaresnorm.cli", "train", str(file),
+        "-m", "megaresnorm.cli", "train", "recipe.yaml",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "parallel.tp=2"], capture_output=True, text=True, env=environment)
+    done = subprocess.run([*command, "parallel.tp=2"], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 6/6") == 1 and "ranks     2 = tp 2, stream in full" in done.stdout
     refused = subprocess.run(
-        [*command, "parallel.tp=2", "parallel.pp=2"], capture_output=True, text=True, env=environment
+        [*command, "parallel.tp=2", "parallel.pp=2"], capture_output=True, text=True, env=environment, cwd=tmp_path
     )
     assert refused.returncode != 0
     assert refused.stderr.count("megaresnorm: error:") == 1 and "= 4, but 2 ranks were started" in refused.stderr
