@@ -111,8 +111,8 @@ def build_model(
     for number in stages_of_rank(context.pp.rank, context.pp.size, len(stages)):
         with torch.device("meta"):
             model = Transformer(recipe, model_kernels, layout, stages[number])
-        if precision.compute == "bf16":
-            copies.append(Bf16Weights(model, keep_copies=context.dp_shard.size == 1))
+        if precision.compute == "bf16" and context.dp_shard.size == 1:
+            copies.append(Bf16Weights(model))
         if compiled != "none":
             compile_blocks(model, cuda_graphs=compiled == "cuda_graphs", device=device)
         if context.dp_shard.size > 1:

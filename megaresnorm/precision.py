@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from megaresnorm.parallel.collectives import BranchInput
 from megaresnorm.parallel.tensor import ColumnLinear, MatMul, RowLinear, linear
 
 Linear = ColumnLinear | RowLinear
@@ -22,16 +21,15 @@ class Bf16Weights:
     The model's parameters stay FP32: a microbatch's gradient is a BF16 product, and from there on it is accumulated over
     microbatches, clipped and applied in FP32; a checkpoint holds the FP32 weights. ``refresh`` renews all copies in one
     call after the weights have changed; autocast would cast every weight in every microbatch.
-    keep_copies: False where FSDP2 gathers weights for the time of their use: they are cast when they are there, forward and
-    backward, since copies of all would undo the sharding.
+    Not for weights that FSDP2 gathers for the time of their use: copies of all would undo the sharding. A linear without a copy
+    casts its weight for each product.
     """
 
-    def __init__(self, model: nn.Module, *, keep_copies: bool = True) -> None:
-        linears = [module for module in model.modules() if isinstance(module, Linear)]
-        self._linears = linears if keep_copies else []
+    def __init__(self, model: nn.Module) -> None:
+        self._linears = [module for module in model.modules() if isinstance(module, Linear)]
         self._copies: dict[nn.Module, Tensor] = {}
-        for module in linears:
-            module.matmul = self._matmul_of(module) if keep_copies else _cast_matmul
+        for module in self._linears:
+            module.matmul = self._matmul_of(module)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -47,7 +45,3 @@ class Bf16Weights:
 
     def _matmul_of(self, module: Linear) -> MatMul:
         return lambda x, weight, bias: linear(x, weight, bias, self._copies[module])
-
-
-def _cast_matmul(x: BranchInput, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return linear(x, weight, bias, weight)

@@ -41,7 +41,7 @@ def start_all_reduce(x: Tensor, axis: Axis) -> Waits:
         gathered = start_all_gather(x, axis)
         return lambda: _added(gathered())
     x = x.contiguous()
-    work = dist.all_reduce(x, group=axis.group, async_op=True)
+    work = dist.all_reduce(x, group=axis.group, async_op=_returns_early())
     return lambda: _waited(work, x)
 
 
@@ -57,7 +57,9 @@ def start_all_gather(x: Tensor, axis: Axis) -> Waits:
         everyone = axis.memory.start(x)
         return lambda: everyone().clone()
     out = x.new_empty((axis.size, *x.shape))
-    work = all_gather_single(out.flatten(0, 1) if x.dim() else out, x.contiguous(), group=axis.group, async_op=True)
+    work = all_gather_single(
+        out.flatten(0, 1) if x.dim() else out, x.contiguous(), group=axis.group, async_op=_returns_early()
+    )
     return lambda: _waited(work, out)
 
 
@@ -75,15 +77,23 @@ def start_reduce_scatter(x_p: Tensor, axis: Axis) -> Waits:
     x_p = x_p.contiguous()
     if x_p.device.type == "cpu":
         received = torch.empty_like(x_p)
-        exchange = dist.all_to_all_single(received.flatten(0, 1), x_p.flatten(0, 1), group=axis.group, async_op=True)
+        exchange = dist.all_to_all_single(
+            received.flatten(0, 1), x_p.flatten(0, 1), group=axis.group, async_op=_returns_early()
+        )
         return lambda: _added(_waited(exchange, received))
     out = torch.empty_like(x_p[0])
-    work = reduce_scatter_single(out, x_p.flatten(0, 1), group=axis.group, async_op=True)
+    work = reduce_scatter_single(out, x_p.flatten(0, 1), group=axis.group, async_op=_returns_early())
     return lambda: _waited(work, out)
 
 
+def _returns_early() -> bool:
+    """Not while torch.compile traces: it takes no handles, and separates start and wait by itself."""
+    return not torch.compiler.is_compiling()
+
+
 def _waited(work: Any, out: Tensor) -> Tensor:
-    work.wait()
+    if work is not None:
+        work.wait()
     return out
 
 

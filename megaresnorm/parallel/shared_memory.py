@@ -49,7 +49,7 @@ class SharedMemory:
                 os.close(descriptor)
 
     def holds(self, x: Tensor) -> bool:
-        return x.nbytes <= CAPACITY and x.device.type == "cpu" and not torch.compiler.is_compiling()
+        return not torch.compiler.is_compiling() and x.device.type == "cpu" and x.nbytes <= CAPACITY
 
     def start(self, x: Tensor) -> Callable[[], Tensor]:
         """Hand x over; what it returns waits for the others and gives everybody's, [p, *x.shape], to be read at once."""

@@ -21,19 +21,20 @@ MatMul = Callable[[BranchInput, Tensor, Tensor | None], Tensor]
 def linear(x: BranchInput, weight: Tensor, bias: Tensor | None, operand: Tensor | None = None) -> Tensor:
     """x W^T + b. Gradients of weight and bias arrive in their own type; that of a gathered x travels as the weight's is computed.
 
-    operand: what is multiplied in place of the weight: a copy of it in the type of x, or in another that is cast for each product.
+    operand: a copy of the weight in the type of x; without one, a weight of another type is cast for each product.
     """
     if isinstance(x, Gathered):
-        return _Linear.apply(x.mine, x, weight, bias, weight if operand is None else operand)
-    return F.linear(x, weight, bias) if operand is None else _Linear.apply(x, None, weight, bias, operand)
+        return _Linear.apply(x.mine, x, weight, bias, operand)
+    return F.linear(x, weight, bias) if x.dtype == weight.dtype else _Linear.apply(x, None, weight, bias, operand)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, mine: Tensor, gathered: Gathered | None, weight: Tensor, bias: Tensor | None, operand: Tensor
+        ctx: Any, mine: Tensor, gathered: Gathered | None, weight: Tensor, bias: Tensor | None, operand: Tensor | None
     ) -> Tensor:
         x = mine if gathered is None else gathered.whole
+        operand = weight if operand is None else operand
         ctx.save_for_backward(x, operand)
         ctx.start = None if gathered is None else (gathered.collective, gathered.axis)
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype

@@ -91,7 +91,7 @@ def build(recipe: Recipe) -> tuple[Assembled, NativeEngine]:
 
 
 def batches(context: ParallelContext, recipe: Recipe, seed: int = 3) -> list[Batch]:
-    """This rank's microbatches. One sample has no label at all, one has two, another lacks its first three; a sample has up to three
+    """This rank's microbatches. One sample has no label at all, one has two, another lacks its first three; each has up to three
     documents where they are kept apart.
     """
     generator = torch.Generator().manual_seed(seed)

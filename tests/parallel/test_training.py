@@ -2,16 +2,20 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from cases import LAYOUTS as ALL_LAYOUTS
+from cases import batches, make_recipe
 from ranks import run_ranks
 
-from megaresnorm.errors import ConfigError
+from megaresnorm.assemble import build_model, check_layout
+from megaresnorm.engines.native import Decision, NativeEngine
+from megaresnorm.errors import ConfigError, UserError
+from megaresnorm.parallel.context import ParallelContext
 from megaresnorm.recipe import Recipe
 from megaresnorm.trainer import train
 
@@ -76,28 +80,46 @@ def test_a_run_goes_on_in_another_layout(tiny, tmp_path, clip):
     )
 
 
+def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """launch/torchrun.sh called from ``folder``, with the environment that runs this test."""
+    root = Path(__file__).parents[2]
+    venv = folder / "venv"
+    if not venv.exists():
+        (venv / "bin").mkdir(parents=True)
+        for name, module in (("python", ""), ("torchrun", "-m torch.distributed.run ")):
+            (venv / "bin" / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module}"$@"\n')
+            (venv / "bin" / name).chmod(0o755)
+        files = (root / "setup.py").read_bytes() + (root / "constraints.txt").read_bytes()
+        wanted = subprocess.run(["cksum"], input=files, capture_output=True).stdout.decode()
+        (venv / ".megaresnorm-run").write_text(wanted)
+    return subprocess.run(
+        ["bash", str(root / "launch" / "torchrun.sh"), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "VENV": str(venv), "RANKS_PER_NODE": "2", "OMP_NUM_THREADS": "1"},
+    )
+
+
 def test_torchrun_just_works(tiny, tmp_path, byte_data):
-    """Two ranks from the command line: one log, exit code 0, and one line for a layout that cannot be."""
+    """Two ranks from the command line, with a recipe and an output beside it: one log, exit code 0, and one line for a layout that
+    cannot be.
+    """
     from megaresnorm.config import dump_recipe
 
-    file = tmp_path / "recipe.yaml"
-    file.write_text(dump_recipe(tiny(train={"output": str(tmp_path / "out")})))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port,
-        "-m", "megaresnorm.cli", "train", "recipe.yaml",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "parallel.tp=2"], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(tiny(train={"output": "out"})))
+    done = torchrun(tmp_path, "recipe.yaml", "parallel.tp=2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 6/6") == 1 and "ranks     2 = tp 2, stream in full" in done.stdout
-    refused = subprocess.run(
-        [*command, "parallel.tp=2", "parallel.pp=2"], capture_output=True, text=True, env=environment, cwd=tmp_path
-    )
+    assert (tmp_path / "out" / "metrics.jsonl").is_file()
+    refused = torchrun(tmp_path, "recipe.yaml", "parallel.tp=2", "parallel.pp=2")
     assert refused.returncode != 0
     assert refused.stderr.count("megaresnorm: error:") == 1 and "= 4, but 2 ranks were started" in refused.stderr
+
+
+def test_torchrun_says_what_it_lacks(tmp_path):
+    assert "which recipe?" in torchrun(tmp_path).stderr
+    assert "RANKS_PER_NODE" in torchrun(tmp_path, "--help").stdout
 
 
 def test_a_rank_sees_only_its_samples_and_all_have_as_many_microbatches():
@@ -122,6 +144,57 @@ def test_a_rank_sees_only_its_samples_and_all_have_as_many_microbatches():
         assert [tuple(b.tokens.shape) for b in batches] == [(2, 4)]
         seen += [int(row[0]) for b in batches for row in b.labels if row[0] >= 0]
     assert sorted(seen) == list(range(10, 17))
+
+
+def test_no_rank_goes_on_alone(tiny, tmp_path):
+    """Where the first cannot write its folder, or one has other kernels, all end."""
+    (tmp_path / "file").write_text("in the way")
+    recipe = tiny(train={"output": str(tmp_path / "file")})
+    first, second = run_ranks(2, how_it_ends, recipe, None)
+    assert "cannot be written" in first and second == "another rank cannot start; its error says why"
+    for says in run_ranks(2, how_it_ends, tiny(train={"output": str(tmp_path / "out")}), 1):
+        assert "ranks have chosen different kernels" in says
+
+
+def how_it_ends(rank: int, recipe: Recipe, rank_with_others: int | None) -> str:
+    if rank == rank_with_others:
+        recipe = with_settings(recipe, kernels={"add_norm": "reference"})
+    try:
+        return str(run_on_ranks(rank, recipe))
+    except UserError as e:
+        return str(e)
+
+
+def compiled_losses(rank: int, layout: str) -> list[float]:
+    recipe = make_recipe("deepnorm", "llama", ALL_LAYOUTS[layout][1], "fp32", 2)
+    losses = []
+    for compiled in ("none", "blocks"):
+        context = ParallelContext.create(check_layout(recipe, 2), "cpu")
+        assembled = build_model(
+            recipe.model, recipe.precision, recipe.kernels, recipe.parallel, context, compiled=compiled
+        )
+        engine = NativeEngine(assembled, recipe)
+        for step in range(3):
+            stats = engine.step(batches(context, recipe, seed=step), 1e-3, lambda stats: Decision.APPLY)
+            losses.append(stats.loss)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    return losses
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "tp2 columns, gather",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("tp2 full", "tp2 tokens", "tp2 columns, merge", "pp2 1f1b", "dp2 ddp", "fsdp2")
+        ),
+    ],
+)
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_of_several_ranks_are_whole_graphs(layout):
+    losses = run_ranks(2, compiled_losses, layout)[0]
+    assert losses[3:] == pytest.approx(losses[:3], rel=1e-6)
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
