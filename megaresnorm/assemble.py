@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from megaresnorm.errors import ConfigError
 from megaresnorm.kernels import load_backends
 from megaresnorm.kernels.dispatch import choose_kernel
+from megaresnorm.kernels.sharded import Pieces, pieces_of
 from megaresnorm.model.cost import block_flops, embedding_flops, head_flops
 from megaresnorm.model.init import materialize
 from megaresnorm.model.norm import Norm
@@ -92,7 +93,9 @@ def build_model(
     parallel, context, device = parallel or ParallelRecipe(), context or ParallelContext.single(), torch.device(device)
     compute, stored = DTYPES[precision.compute], DTYPES[precision.stream]
     chosen = {op: choose_kernel(op, backend, device, compute) for op, backend in kernels}
-    layout = tensor_layout(parallel.tensor_layout, context.tp, gather=gathers_stream(parallel, precision))
+    pieces = pieces_of(chosen["add_norm"][0].backend)
+    gather = gathers_stream(parallel, precision)
+    layout = tensor_layout(parallel.tensor_layout, context.tp, gather=gather, pieces=pieces)
     cross_entropy = chosen["cross_entropy"][0].function
     choices = {op: line for op, (_, line) in chosen.items()}
     if context.tp.size > 1:
@@ -102,7 +105,8 @@ def build_model(
             )
         cross_entropy = vocab_parallel_cross_entropy(context.tp)
         choices["cross_entropy"] = f"cross_entropy on {device.type}: vocabulary divided over {context.tp.size} ranks"
-    model_kernels = _model_kernels({op: kernel.function for op, (kernel, _) in chosen.items()}, layout, stored, compute)
+    functions = {op: kernel.function for op, (kernel, _) in chosen.items()}
+    model_kernels = _model_kernels(functions, layout, pieces, stored, compute)
     stages = split_stages(recipe, parallel)
     table = parameter_table(recipe, parallel.tensor_layout if context.tp.size > 1 else "full")
     models: dict[int, Transformer] = {}
@@ -131,13 +135,13 @@ def build_model(
 
 
 def _model_kernels(
-    functions: dict[str, Callable], layout: TensorLayout, stored: torch.dtype, compute: torch.dtype
+    functions: dict[str, Callable], layout: TensorLayout, pieces: Pieces, stored: torch.dtype, compute: torch.dtype
 ) -> Kernels:
     """The chosen kernels as the model calls them, the stream's in its layout."""
     whole, axis = AddNorm(functions["add_norm"], stored, compute), layout.axis
 
     def normalize_shared(x: Tensor, norm: Norm) -> Tensor:
-        return sharded_norm(x.reshape(-1, x.shape[-1]), norm.weights(), axis, x.dtype).view(x.shape)
+        return sharded_norm(x.reshape(-1, x.shape[-1]), norm.weights(), axis, x.dtype, pieces).view(x.shape)
 
     return Kernels(
         AddNorm(layout.add_norm(functions["add_norm"]), stored, compute),

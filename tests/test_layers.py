@@ -39,9 +39,10 @@ ONLY_IN = {  # package -> the files that may import it
         "kernels/triton_add_norm.py",
         "kernels/triton_norm_quant.py",
         "kernels/triton_norms.py",
+        "kernels/triton_sharded.py",
         "kernels/triton_wide.py",
     ],
-    "ctypes": [f"kernels/cpu/{name}.py" for name in ("build", "add_norm", "attention", "activation", "cross_entropy")],
+    "ctypes": [f"kernels/cpu/{name}.py" for name in ("build", "add_norm", "attention", "activation", "cross_entropy", "sharded")],
     "pickle": [],
     "subprocess": ["data/english.py", "kernels/cpu/build.py"],
 }

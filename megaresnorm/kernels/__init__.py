@@ -8,6 +8,7 @@ MODULES = (
     "cpu.attention",
     "cpu.activation",
     "cpu.cross_entropy",
+    "cpu.sharded",
     "attention",
     "cross_entropy",
     "fp8",

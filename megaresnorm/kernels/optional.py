@@ -18,6 +18,7 @@ from megaresnorm.kernels import reference
 from megaresnorm.kernels.dispatch import register_kernel
 from megaresnorm.kernels.fused import BACKENDS, FP8, Backend, Call, Inputs, Outputs, Saved, fused_add_norm
 from megaresnorm.kernels.reference import AddNormOut, NormWeights
+from megaresnorm.kernels.sharded import PIECES, Pieces
 
 
 def _module(name: str) -> Any:
@@ -76,6 +77,17 @@ def _triton_backward(
 
 BACKENDS["triton"] = Backend(_triton_forward, _triton_backward)
 register_kernel("add_norm", "triton", requires=_triton_requires)(fused_add_norm("triton"))
+
+
+def _triton_piece(name: str) -> Callable:
+    def run(*arguments: Any) -> Any:
+        with torch.cuda.device_of(arguments[0]):
+            return getattr(_module("triton_sharded").PIECES, name)(*arguments)
+
+    return run
+
+
+PIECES["triton"] = Pieces(*map(_triton_piece, Pieces._fields))
 
 
 @register_kernel("norm_quant", "triton", requires=_fp8_requires)

@@ -3,8 +3,13 @@
 Statistics of the local columns, one small collective, the local columns' output; and the same on the way back. All is computed in
 FP32, or FP64 for FP64 tensors, from the stored tensor.
 
+A backend of add_norm brings these pieces along, or the ones here are taken (``pieces_of``).
+
 T rows (tokens)   d columns of this rank
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,3 +83,22 @@ def shard_grad_apply(
 def _unit(z_Td: Tensor, statistics_T2: Tensor, kind: str) -> Tensor:
     mean, reciprocal = statistics_T2.split(1, dim=-1)
     return _wide(z_Td) * reciprocal if kind == "rmsnorm" else (_wide(z_Td) - mean).mul_(reciprocal)
+
+
+class Pieces(NamedTuple):
+    """What a backend computes: as the functions of this file, in FP32 for FP32 and BF16 tensors."""
+
+    stats: Callable[[Tensor, str], Tensor]
+    apply: Callable[[Tensor, Tensor, Tensor, Tensor | None, str, torch.dtype], Tensor]
+    grad_sums: Callable[[Tensor, Tensor, Tensor, Tensor, str], Tensor]
+    grad_weights: Callable[[Tensor, Tensor, Tensor, str], tuple[Tensor, Tensor]]
+    grad_apply: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, str, int], Tensor]
+
+
+REFERENCE = Pieces(shard_stats, shard_apply, shard_grad_sums, shard_grad_weights, shard_grad_apply)
+PIECES: dict[str, Pieces] = {}
+
+
+def pieces_of(backend: str) -> Pieces:
+    """Those of a backend of add_norm that has any."""
+    return PIECES.get(backend, REFERENCE)

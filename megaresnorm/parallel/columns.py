@@ -10,14 +10,7 @@ import torch
 from torch import Tensor
 
 from megaresnorm.kernels.reference import AddNormOut, NormWeights
-from megaresnorm.kernels.sharded import (
-    merge_stats,
-    shard_apply,
-    shard_grad_apply,
-    shard_grad_sums,
-    shard_grad_weights,
-    shard_stats,
-)
+from megaresnorm.kernels.sharded import REFERENCE, Pieces, merge_stats
 from megaresnorm.parallel.collectives import (
     GATHER_COLUMNS,
     BranchInput,
@@ -32,37 +25,50 @@ from megaresnorm.parallel.collectives import (
 from megaresnorm.parallel.context import Axis
 
 
-def sharded_norm(z_Td: Tensor, norm: NormWeights, axis: Axis, out_dtype: torch.dtype) -> Tensor:
+def sharded_norm(
+    z_Td: Tensor, norm: NormWeights, axis: Axis, out_dtype: torch.dtype, pieces: Pieces = REFERENCE
+) -> Tensor:
     """A norm over whole rows of which every rank holds its columns, and its slice of weight and bias.
 
     Communication: LayerNorm 2 and RMSNorm 1 floats a row, forward and backward; there the gradients of weight and bias, which are
     whole, are computed meanwhile.
     """
-    return _ShardedNorm.apply(z_Td, norm.weight, norm.bias, norm.kind, norm.eps, axis, out_dtype)
+    return _ShardedNorm.apply(z_Td, norm.weight, norm.bias, norm.kind, norm.eps, axis, out_dtype, pieces)
 
 
 class _ShardedNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float, axis: Axis, dtype: torch.dtype
-    ) -> Tensor:
-        everyone = all_gather_blocks(shard_stats(z, kind), axis)
+        ctx: Any, z: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float, axis: Axis, dtype: torch.dtype,
+        pieces: Pieces,
+    ) -> Tensor:  # fmt: skip
+        ctx.pieces = pieces = _traceable(pieces)
+        everyone = all_gather_blocks(pieces.stats(z, kind), axis)
         statistics = merge_stats(everyone, kind, z.shape[-1] * axis.size, eps)
         ctx.save_for_backward(z, weight, statistics)
         ctx.kind, ctx.axis, ctx.has_bias = kind, axis, bias is not None
-        return shard_apply(z, statistics, weight, bias, kind, dtype)
+        return pieces.apply(z, statistics, weight, bias, kind, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         (dy,), (z, weight, statistics) = grads, ctx.saved_tensors
-        arriving = start_all_reduce(shard_grad_sums(dy, z, statistics, weight, ctx.kind), ctx.axis)
-        d_weight, d_bias = shard_grad_weights(dy, z, statistics, ctx.kind)
-        dz = shard_grad_apply(dy, z, statistics, arriving(), weight, ctx.kind, z.shape[-1] * ctx.axis.size)
-        return dz, d_weight, d_bias if ctx.has_bias else None, None, None, None, None
+        arriving = start_all_reduce(ctx.pieces.grad_sums(dy, z, statistics, weight, ctx.kind), ctx.axis)
+        d_weight, d_bias = ctx.pieces.grad_weights(dy, z, statistics, ctx.kind)
+        dz = ctx.pieces.grad_apply(dy, z, statistics, arriving(), weight, ctx.kind, z.shape[-1] * ctx.axis.size)
+        return dz, d_weight, d_bias if ctx.has_bias else None, None, None, None, None, None
+
+
+def _traceable(pieces: Pieces) -> Pieces:
+    """torch.compile makes kernels of its own from the reference."""
+    return REFERENCE if torch.compiler.is_compiling() else pieces
 
 
 def gathered_norm(
-    z_Td: Tensor, norm: NormWeights, axis: Axis, normalize: Callable[[Tensor, NormWeights], tuple[Tensor, Tensor]]
+    z_Td: Tensor,
+    norm: NormWeights,
+    axis: Axis,
+    normalize: Callable[[Tensor, NormWeights], tuple[Tensor, Tensor]],
+    pieces: Pieces = REFERENCE,
 ) -> tuple[Tensor, Tensor]:
     """The same norm by gathering z: whole rows of its output [T, D], whose gradient is a partial sum, and this rank's columns.
 
@@ -70,14 +76,23 @@ def gathered_norm(
     in backward its reduce-scatter, in which the row sums travel (a BF16 stream sends them apart, in FP32).
     normalize: x, norm -> (y, statistics [T, 2]) of whole rows.
     """
-    return _GatheredNorm.apply(z_Td, norm.weight, norm.bias, norm.kind, norm.eps, axis, normalize)
+    return _GatheredNorm.apply(z_Td, norm.weight, norm.bias, norm.kind, norm.eps, axis, normalize, pieces)
 
 
 class _GatheredNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float, axis: Axis, normalize: Callable
+        ctx: Any,
+        z: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        kind: str,
+        eps: float,
+        axis: Axis,
+        normalize: Callable,
+        pieces: Pieces,
     ) -> tuple[Tensor, Tensor]:
+        ctx.pieces = _traceable(pieces)
         vectors = [weight] if bias is None else [weight, bias]
         lines = [v.view(z.dtype).view(-1, z.shape[1]) if v.dtype != z.dtype else v.unsqueeze(0) for v in vectors]
         packed = all_gather_blocks(torch.cat((z, *lines)), axis)
@@ -115,9 +130,9 @@ class _GatheredNorm(torch.autograd.Function):
             dy, sums = reduced[:, : z.shape[1]], reduced[:, z.shape[1] :]
         else:
             dy, sums = reduce_scatter_blocks(blocks, axis), all_reduce(sums, axis)
-        d_weight, d_bias = shard_grad_weights(dy, z, statistics, ctx.kind)
-        dz = shard_grad_apply(dy, z, statistics, sums, weight, ctx.kind, u.shape[1])
-        return dz, d_weight, d_bias if ctx.has_bias else None, None, None, None, None
+        d_weight, d_bias = ctx.pieces.grad_weights(dy, z, statistics, ctx.kind)
+        dz = ctx.pieces.grad_apply(dy, z, statistics, sums, weight, ctx.kind, u.shape[1])
+        return dz, d_weight, d_bias if ctx.has_bias else None, None, None, None, None, None
 
 
 def _own_columns(x_TD: Tensor, axis: Axis) -> Tensor:
@@ -131,7 +146,9 @@ class StreamOut(NamedTuple):
     branch_input: BranchInput | None
 
 
-def columns_add_norm(add_norm: Callable[..., AddNormOut], axis: Axis, *, gather: bool) -> Callable[..., StreamOut]:
+def columns_add_norm(
+    add_norm: Callable[..., AddNormOut], axis: Axis, *, gather: bool, pieces: Pieces = REFERENCE
+) -> Callable[..., StreamOut]:
     """``reference.add_norm`` for a stream that is divided by column: x, delta, the trunk and all weights are this rank's columns.
 
     The branch input is whole rows, gathered, and its gradient a partial sum. gather: by the second form where a norm makes the
@@ -151,19 +168,19 @@ def columns_add_norm(add_norm: Callable[..., AddNormOut], axis: Axis, *, gather:
         out_dtype: torch.dtype | None,
     ) -> StreamOut:
         if branch_norm is not None and delta is not None:
-            delta = sharded_norm(delta, branch_norm, axis, torch.promote_types(delta.dtype, torch.float32))
+            delta = sharded_norm(delta, branch_norm, axis, torch.promote_types(delta.dtype, torch.float32), pieces)
         z = add_norm(x, delta, alpha=alpha, gate=gate, residual_dtype=residual_dtype, out_dtype=None).trunk
         if norm is not None and (next_norm is not None or out_dtype is None):
-            z, norm = sharded_norm(z, norm, axis, residual_dtype), None
+            z, norm = sharded_norm(z, norm, axis, residual_dtype, pieces), None
         if out_dtype is None:
             return StreamOut(z, None)
         last = norm or next_norm
         if last is None:
             return StreamOut(z, Gathered.of(z.to(out_dtype), GATHER_COLUMNS, axis))
         if gather:
-            u, mine = gathered_norm(z, last, axis, normalize_whole)
+            u, mine = gathered_norm(z, last, axis, normalize_whole, pieces)
             return StreamOut(mine if norm is not None else z, u)
-        y = sharded_norm(z, last, axis, residual_dtype if norm is not None else out_dtype)
+        y = sharded_norm(z, last, axis, residual_dtype if norm is not None else out_dtype, pieces)
         return StreamOut(y if norm is not None else z, Gathered.of(y.to(out_dtype), GATHER_COLUMNS, axis))
 
     def normalize_whole(x: Tensor, norm: NormWeights) -> tuple[Tensor, Tensor]:
@@ -171,9 +188,8 @@ def columns_add_norm(add_norm: Callable[..., AddNormOut], axis: Axis, *, gather:
             out = add_norm(x, next_norm=norm, residual_dtype=x.dtype, out_dtype=x.dtype)
         assert out.branch_input is not None
         if out.statistics is None:  # not every backend gives them
-            return out.branch_input, merge_stats(
-                shard_stats(x, norm.kind).unsqueeze(0), norm.kind, x.shape[1], norm.eps
-            )
+            found = _traceable(pieces).stats(x, norm.kind).unsqueeze(0)
+            return out.branch_input, merge_stats(found, norm.kind, x.shape[1], norm.eps)
         return out.branch_input, out.statistics
 
     return run

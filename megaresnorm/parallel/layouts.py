@@ -13,6 +13,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from megaresnorm.kernels.reference import AddNormOut
+from megaresnorm.kernels.sharded import REFERENCE, Pieces
 from megaresnorm.parallel import collectives
 from megaresnorm.parallel.collectives import COPY, GATHER_ROWS, Collective, Gathered
 from megaresnorm.parallel.columns import StreamOut, columns_add_norm
@@ -90,12 +91,14 @@ class ColumnsLayout(TensorLayout):
 
     name = "columns"
 
-    def __init__(self, axis: Axis, *, gather: bool) -> None:
+    def __init__(self, axis: Axis, *, gather: bool, pieces: Pieces) -> None:
         super().__init__(axis)
-        self.gather = gather
+        self.gather, self.pieces = gather, pieces
 
     def add_norm(self, kernel: Callable[..., AddNormOut]) -> Callable[..., AddNormOut | StreamOut]:
-        return columns_add_norm(kernel, self.axis, gather=self.gather) if self.axis.size > 1 else kernel
+        if self.axis.size == 1:
+            return kernel
+        return columns_add_norm(kernel, self.axis, gather=self.gather, pieces=self.pieces)
 
     def reduce(self, y_TD: Tensor) -> Tensor:
         return collectives.scatter_columns(y_TD, self.axis)
@@ -110,10 +113,10 @@ class ColumnsLayout(TensorLayout):
         return width * self.axis.rank
 
 
-def tensor_layout(name: str, axis: Axis, *, gather: bool = True) -> TensorLayout:
-    """full, tokens or columns. gather: of columns, where the stored type allows it."""
+def tensor_layout(name: str, axis: Axis, *, gather: bool = True, pieces: Pieces = REFERENCE) -> TensorLayout:
+    """full, tokens or columns. gather: of columns, where the stored type allows it.   pieces: of the norms over divided columns."""
     if name == "columns":
-        return ColumnsLayout(axis, gather=gather)
+        return ColumnsLayout(axis, gather=gather, pieces=pieces)
     return {"full": FullLayout, "tokens": TokensLayout}[name](axis)
 
 

@@ -15,11 +15,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megaresnorm.kernels import triton_add_norm, triton_norm_quant, triton_wide
+from megaresnorm.kernels import triton_add_norm, triton_norm_quant, triton_sharded, triton_wide
 from megaresnorm.kernels.triton_add_norm import _shape
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-POINTERS_OF_FP32 = ("weight", "bias", "statistics", "sum_", "gate", "amax", "scale", "coefficients", "inverse")
+POINTERS_OF_FP32 = ("weight", "bias", "statistics", "sums", "sum_", "gate", "amax", "scale", "coefficients", "inverse")
 KINDS = {"rmsnorm": 1, "layernorm": 2}
 
 
@@ -57,7 +57,14 @@ def types_of(kernel, fp8):
     """BF16 tensors with FP32 weights and statistics."""
     types = dict.fromkeys(kernel.arg_names, "*bf16")
     types |= {name: "*fp32" for name in kernel.arg_names if name.startswith("sum_") or name.endswith(POINTERS_OF_FP32)}
-    types |= {"rows": "i32", "columns": "i32", "rows_per_program": "i32", "blocks": "i32", "fp8": "*fp8e4nv"}
+    types |= {
+        "rows": "i32",
+        "columns": "i32",
+        "rows_per_program": "i32",
+        "blocks": "i32",
+        "whole_columns": "i32",
+        "fp8": "*fp8e4nv",
+    }
     types |= dict.fromkeys(("alpha", "eps", "branch_eps", "next_eps"), "fp32")
     types["scale"] = "*fp32" if "fp8" in kernel.arg_names else "fp32"
     return types | ({"branch": "*fp8e4nv"} if fp8 else {})
@@ -98,6 +105,21 @@ def add_norm(columns, kind, mode):
     yield f"backward {name}", compiled(kernel, absent, types_of(kernel, False), {**norms, **blocks}, shape.warps)
 
 
+def sharded(columns, kind):
+    """The pieces of a norm over divided columns."""
+    shape = triton_sharded._shape(columns)
+    warps = shape.pop("num_warps")
+    for piece in ("stats", "apply", "grad_sums", "grad_apply"):
+        kernel = getattr(triton_sharded, f"{piece}_kernel")
+        constants = shape | ({"LAYERNORM": kind == "layernorm"} if "LAYERNORM" in kernel.arg_names else {})
+        absent = {"bias"} if kind == "rmsnorm" else set()
+        yield f"sharded {piece} {columns} {kind}", compiled(kernel, absent, types_of(kernel, False), constants, warps)
+    if columns == 512:
+        kernel = triton_sharded.grad_weights_kernel
+        sizes = {"BLOCK_M": triton_sharded.WEIGHTS_M, "BLOCK_N": triton_sharded.WEIGHTS_N}
+        yield "sharded grad_weights, columns", compiled(kernel, set(), types_of(kernel, False), sizes, 4)
+
+
 def everything():
     found = {}
     for columns, kind, mode in product((1024, 4096, 8192, 16384), KINDS, ("pre", "keel", "sandwich", "fp8")):
@@ -110,6 +132,8 @@ def everything():
         found[f"norm_quant {'blocks' if blocks else 'whole'}"] = compiled(
             kernel, absent, types_of(kernel, False), sizes, 4
         )
+    for columns, kind in product((512, 4096, 8192), KINDS):
+        found |= dict(sharded(columns, kind))
     return found
 
 

@@ -7,11 +7,12 @@ package, they are replaced by torch's.
 
 import numpy as np
 import pytest
+import test_sharded
 import torch
 import triton.runtime.interpreter as interpreter
 from add_norm_checks import BF16, DTYPES, F32, GATES, PATTERNS, check, check_fp8, make_norm
 
-from megaresnorm.kernels import fused, load_backends, triton_add_norm, triton_norm_quant
+from megaresnorm.kernels import fused, load_backends, triton_add_norm, triton_norm_quant, triton_sharded
 from megaresnorm.kernels.fp8 import norm_quant
 from megaresnorm.kernels.reference import add_norm
 
@@ -84,6 +85,15 @@ def test_empty_and_absent_gradients(kernel):
                 found.append(torch.autograd.grad(out[one].sum(), (x, norm.weight), allow_unused=True))
             for a, b in zip(*found, strict=True):
                 torch.testing.assert_close(b, torch.zeros_like(b) if a is None else a, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("dtypes", test_sharded.DTYPES)
+def test_norms_over_divided_columns(kind, dtypes, monkeypatch):
+    monkeypatch.setattr(triton_sharded, "ROWS_PER_PROGRAM", 16)
+    for rows, columns, block in ((1, 2, 4096), (37, 24, 4096), (3, 600, 128)):
+        monkeypatch.setattr(triton_sharded, "BLOCK_N", block)
+        test_sharded.check(triton_sharded.PIECES, kind, rows, columns, dtypes)
 
 
 @pytest.mark.parametrize("columns", [128, 200, 384, 1100])

@@ -44,8 +44,9 @@ def test_machine_code_for_sm_90():
     for name, usage in found.items():
         assert usage["spilled_bytes"] == 0, (name, usage)
         assert usage["registers"] <= ceilings[name], (name, usage)
-        # A program of the columns kernel stores 128 sums, one a thread.
-        assert usage["loads_128"] > 0 and (usage["stores_128"] > 0 or "columns" in name), (name, usage)
+        # A program of the columns kernels stores 128 sums, one a thread; one of stats and sums a number or two.
+        few = any(word in name for word in ("columns", "stats", "sums"))
+        assert usage["loads_128"] > 0 and (usage["stores_128"] > 0 or few), (name, usage)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,80 @@
+"""The pieces of a norm over divided columns: put together they are the whole norm, by every backend."""
+
+import pytest
+import torch
+
+from megaresnorm.kernels import load_backends
+from megaresnorm.kernels.cpu import build
+from megaresnorm.kernels.reference import NormWeights, normalize
+from megaresnorm.kernels.sharded import PIECES, REFERENCE, Pieces, merge_stats, pieces_of
+
+load_backends()
+KINDS = ["layernorm", "rmsnorm"]
+SIZES = [(1, 2), (5, 24), (300, 256), (3, 2080)]
+DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]
+
+
+def put_together(
+    pieces: Pieces, kind: str, z, dy, weight, bias, parts: int, out_dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """y and the gradients of z, weight and bias, as ``parts`` ranks compute them."""
+    columns, eps = z.shape[1], 1e-5
+    local = [[t.chunk(parts, dim=-1)[i].contiguous() for t in (z, dy, weight, bias)] for i in range(parts)]
+    stats = merge_stats(torch.stack([pieces.stats(zi, kind) for zi, *_ in local]), kind, columns, eps)
+    y = [pieces.apply(zi, stats, wi, bi if kind == "layernorm" else None, kind, out_dtype) for zi, _, wi, bi in local]
+    sums = sum(pieces.grad_sums(di, zi, stats, wi, kind) for zi, di, wi, _ in local)
+    dz = [pieces.grad_apply(di, zi, stats, sums, wi, kind, columns) for zi, di, wi, _ in local]
+    weights = [pieces.grad_weights(di, zi, stats, kind) for zi, di, *_ in local]
+    return [torch.cat(y, 1), torch.cat(dz, 1), *(torch.cat([w[i] for w in weights]) for i in (0, 1))]
+
+
+def check(pieces: Pieces, kind: str, rows: int, columns: int, dtypes, device: str = "cpu", mean: float = 3.0) -> None:
+    generator = torch.Generator().manual_seed(rows + columns)
+    z = (torch.randn(rows, columns, generator=generator) + mean).to(dtypes[0])
+    dy = torch.randn(rows, columns, generator=generator).to(dtypes[1])
+    weight, bias = 1 + torch.randn(2, columns, generator=generator)
+    inputs = [t.to(device) for t in (z, dy, weight, bias)]
+    leaves = [t.double().requires_grad_() for t in (z, weight, bias)]
+    norm = NormWeights(kind, leaves[1], leaves[2] if kind == "layernorm" else None, 1e-5)
+    exact = normalize(leaves[0], norm)
+    exact.backward(dy.double())
+    db = dy.double().sum(0) if kind == "rmsnorm" else leaves[2].grad
+    got = put_together(pieces, kind, *inputs, 2, dtypes[1])
+    bf16 = torch.bfloat16 in dtypes
+    for what, mine, wanted in zip(
+        ("y", "dz", "dw", "db"), got, (exact, leaves[0].grad, leaves[1].grad, db), strict=True
+    ):
+        tolerance = 8e-3 if bf16 and what in ("y", "dz") else 1e-5
+        scale = max(wanted.abs().max().item(), 0.01)
+        assert (mine.cpu().double() - wanted).abs().max() / scale < tolerance, (what, kind, rows, columns, dtypes)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_pieces_make_the_norm(backend, kind, dtypes):
+    if backend == "cpu" and (reason := build.unavailable()):
+        pytest.skip(reason)
+    pieces = pieces_of(backend)
+    assert (pieces is REFERENCE) == (backend == "reference")
+    for rows, columns in SIZES:
+        check(pieces, kind, rows, columns, dtypes)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_rows_far_from_zero(backend):
+    if backend == "cpu" and (reason := build.unavailable()):
+        pytest.skip(reason)
+    check(pieces_of(backend), "layernorm", 64, 1024, DTYPES[0], mean=100.0)
+
+
+def test_other_backends_of_add_norm_take_the_reference():
+    assert pieces_of("te") is REFERENCE and set(PIECES) == {"cpu", "triton"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_triton_pieces_on_a_gpu(kind, dtypes):
+    for rows, columns in [*SIZES, (8192, 4096)]:
+        check(pieces_of("triton"), kind, rows, columns, dtypes, device="cuda")
