@@ -42,7 +42,10 @@ ONLY_IN = {  # package -> the files that may import it
         "kernels/triton_sharded.py",
         "kernels/triton_wide.py",
     ],
-    "ctypes": [f"kernels/cpu/{name}.py" for name in ("build", "add_norm", "attention", "activation", "cross_entropy", "sharded")],
+    "ctypes": [
+        f"kernels/cpu/{name}.py"
+        for name in ("build", "add_norm", "attention", "activation", "cross_entropy", "sharded")
+    ],
     "pickle": [],
     "subprocess": ["data/english.py", "kernels/cpu/build.py"],
 }

@@ -10,6 +10,7 @@ from megaresnorm.config import build_recipe
 from megaresnorm.data.loader import Batch
 from megaresnorm.engines.native import NativeEngine
 from megaresnorm.model.residual import Stream
+from megaresnorm.parallel.collectives import whole_rows
 from megaresnorm.parallel.context import ParallelContext, Sizes
 from megaresnorm.parallel.data import local
 from megaresnorm.telemetry.depth import LEARNING_RATE, ProbeSetting, probe
@@ -30,7 +31,7 @@ def hidden(assembled: Assembled, tokens: torch.Tensor) -> torch.Tensor | None:
         stream = Stream(x)
     stream = model.run_blocks(stream, rows)
     if model.stage.predicts:
-        return model.finish(stream)
+        return whole_rows(model.finish(stream))
     dist.send(model.add_norm.trunk(stream), group=pp.group, group_dst=pp.rank + 1)
     return None
 

@@ -27,7 +27,9 @@ def test_every_topology_is_the_same_in_fp64(layout):
     """
     num_ranks, parallel = LAYOUTS[layout]
     blocks = 8 if parallel.get("pp", 1) > 2 else 4
-    pairs = [(t, v) for i, t in enumerate(TOPOLOGIES) for j, v in enumerate(VARIANTS) if layout in IN_FULL or (i + j) % 2]
+    pairs = [
+        (t, v) for i, t in enumerate(TOPOLOGIES) for j, v in enumerate(VARIANTS) if layout in IN_FULL or (i + j) % 2
+    ]
     cases = [(topology, variant, blocks) for topology, variant in pairs]
     recipes = [make_recipe(t, v, parallel, num_blocks=blocks) for t, v in pairs]
     results = run_ranks(num_ranks, outcomes, recipes, {})
@@ -96,11 +98,17 @@ def test_twenty_steps_of_adamw_have_the_same_losses(num_blocks, layouts):
     """
     options = {"steps": 20, "optimizer": "adamw"}
     for name in ("pre", "deepnorm", "keel"):
-        one, exact = (outcome(make_recipe(name, "llama", {}, c, num_blocks), **options) for c in ("fp32", "fp64"))
-        rounding = max(abs(a[0] - b[0]) for a, b in zip(one.steps, exact.steps, strict=True))
+        one = outcome(make_recipe(name, "llama", {}, "fp32", num_blocks), **options)
         for layout in layouts:
             recipe = make_recipe(name, "llama", LAYOUTS[layout][1], "fp32", num_blocks)
             got = run_ranks(2, outcomes, [recipe], options)[0][0]
-            difference = max(abs(a[0] - b[0]) for a, b in zip(got.steps, one.steps, strict=True))
-            assert difference < max(2e-6, rounding), (layout, name, difference, rounding)
+            difference = largest_difference(got, one)
+            if difference >= 2e-6:
+                exact = outcome(make_recipe(name, "llama", {}, "fp64", num_blocks), **options)
+                assert difference < largest_difference(one, exact), (layout, name, difference)
             assert max(abs(a[1] - b[1]) / b[1] for a, b in zip(got.steps, one.steps, strict=True)) < 1e-4
+
+
+def largest_difference(a: Outcome, b: Outcome) -> float:
+    """Of the losses of a step."""
+    return max(abs(x[0] - y[0]) for x, y in zip(a.steps, b.steps, strict=True))
