@@ -29,6 +29,6 @@ if [ "${NODES:-1}" -gt 1 ]; then
 else
   nodes=(--standalone)
 fi
-VENV=$(realpath --no-symlinks "$VENV")
+case "$VENV" in /*) ;; *) VENV=$PWD/$VENV ;; esac
 cd "$started_in"
 exec "$VENV/bin/torchrun" "${nodes[@]}" --nproc-per-node "$RANKS_PER_NODE" -m megaresnorm.cli train "$@"

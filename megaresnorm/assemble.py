@@ -32,7 +32,8 @@ class Assembled:
     """A model, or this rank's stages of one, ready to train, and what was decided on the way.
 
     models: by number of the stage; one process has stage 0 alone.   modules: the same as data parallelism has wrapped them, to be
-    called in training.   cross_entropy: logits of the last stage, labels, z_loss, scale -> (nll, objective).
+    called in training.   backends: by op.   kernel_choices: the same with their reasons, to be read.   cross_entropy: logits of the
+    last stage, labels, z_loss, scale -> (nll, objective).
     """
 
     models: dict[int, Transformer]
@@ -41,6 +42,7 @@ class Assembled:
     layout: TensorLayout
     context: ParallelContext
     device: torch.device
+    backends: dict[str, str]
     kernel_choices: dict[str, str]
     cross_entropy: Callable[..., tuple[Tensor, Tensor]]
     residual_dtype: torch.dtype
@@ -98,6 +100,7 @@ def build_model(
     layout = tensor_layout(parallel.tensor_layout, context.tp, gather=gather, pieces=pieces)
     cross_entropy = chosen["cross_entropy"][0].function
     choices = {op: line for op, (_, line) in chosen.items()}
+    backends = {op: kernel.backend for op, (kernel, _) in chosen.items()}
     if context.tp.size > 1:
         if kernels.cross_entropy != "auto":
             raise ConfigError(
@@ -128,7 +131,7 @@ def build_model(
         ddp = context.dp_replicate.size > 1 and context.dp_shard.size == 1
         modules[number] = replicate_model(model, context.data) if ddp else model
     assembled = Assembled(
-        models, modules, table, layout, context, device, choices, cross_entropy, stored, tuple(copies)
+        models, modules, table, layout, context, device, backends, choices, cross_entropy, stored, tuple(copies)
     )  # fmt: skip
     assembled.weights_changed()
     return assembled

@@ -278,7 +278,7 @@ class Run:
 
     def _agree_on_start(self, checkpoints: list[Path]) -> None:
         """Raises: CheckpointError where ranks do not see the same output folder, ConfigError where their kernels differ."""
-        choices = "\n".join(self.assembled.kernel_choices.values())
+        choices = ", ".join(f"{op}: {backend}" for op, backend in self.assembled.backends.items())
         digest = int.from_bytes(sha256(choices.encode()).digest()[:7], "little")
         newest = int(checkpoints[-1].name[5:]) if checkpoints else -1
         mine = torch.tensor([digest, len(checkpoints), newest], device=self.device)
@@ -286,7 +286,7 @@ class Run:
         same = (everyone == everyone[0]).all(0)
         if not same[0]:
             raise ConfigError(
-                f"ranks have chosen different kernels, this one {', '.join(choices.splitlines())}; name them in the recipe"
+                f"ranks have chosen different kernels, this one {choices}; name them in the recipe, kernels.add_norm and so on"
             )
         if not same[1:].all():
             raise CheckpointError(

@@ -18,6 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +49,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["blocks", "overlap", "bubble", "memory"])
     parser.add_argument("--rounds", type=int, default=9, help="of blocks: measurements of each, in turn [9]")
-    parser.add_argument("--trace", metavar="FILE", help="of overlap: write the trace of one block")
+    parser.add_argument(
+        "--trace", metavar="FILE", help="of overlap: write the trace of a block, one file a layout: full-FILE, ..."
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.what == "blocks":
@@ -160,7 +163,8 @@ def overlap(rank: int, layout: str, trace: str | None) -> dict[tuple[str, int], 
     if trace and rank == 0:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             run()
-        profile.export_chrome_trace(f"{layout.replace(', ', '-')}-{trace}")
+        path = Path(trace)
+        profile.export_chrome_trace(str(path.with_name(f"{layout.replace(', ', '-')}-{path.name}")))
     elif trace:
         run()
     return {

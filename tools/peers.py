@@ -30,7 +30,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Place:
-    """A rank among tp * pp, neighbours in tp being neighbouring ranks."""
+    """A rank of tp or of pp; not of both."""
 
     rank: int = 0
     tp: int = 1
@@ -216,6 +216,7 @@ def megatron(shape: Shape, weights: dict[str, Tensor], mode: str, place: Place) 
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    assert 1 in (place.tp, place.pp)
     if place.num_ranks == 1:
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel(place.tp, place.pp)

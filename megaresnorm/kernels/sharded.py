@@ -48,8 +48,7 @@ def shard_apply(
     z_Td: Tensor, statistics_T2: Tensor, weight: Tensor, bias: Tensor | None, kind: str, out_dtype: torch.dtype
 ) -> Tensor:
     """(z - mean) / deviation * weight + bias of the local columns."""
-    mean, reciprocal = statistics_T2.split(1, dim=-1)
-    unit = _wide(z_Td) * reciprocal if kind == "rmsnorm" else (_wide(z_Td) - mean).mul_(reciprocal)
+    unit = _unit(z_Td, statistics_T2, kind)
     y = unit.mul_(weight) if bias is None else torch.addcmul(bias, unit, weight)
     return y.to(out_dtype)
 
@@ -83,6 +82,11 @@ def shard_grad_apply(
 def _unit(z_Td: Tensor, statistics_T2: Tensor, kind: str) -> Tensor:
     mean, reciprocal = statistics_T2.split(1, dim=-1)
     return _wide(z_Td) * reciprocal if kind == "rmsnorm" else (_wide(z_Td) - mean).mul_(reciprocal)
+
+
+def empty_sums(z_Td: Tensor, kind: str) -> Tensor:
+    """Where a backend writes the numbers of every row."""
+    return z_Td.new_empty((z_Td.shape[0], 2 if kind == "layernorm" else 1), dtype=torch.float32)
 
 
 class Pieces(NamedTuple):

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megaresnorm.kernels.sharded import Pieces
+from megaresnorm.kernels.sharded import Pieces, empty_sums
 from megaresnorm.kernels.triton_norms import columns_of, load_statistics, tile_of
 
 BLOCK_N = 4096
@@ -122,12 +122,8 @@ def _shape(columns: int) -> dict[str, int]:
     return {"BLOCK_N": block, "num_warps": max(1, min(8, block // 512))}
 
 
-def _sums(z: Tensor, kind: str) -> Tensor:
-    return z.new_empty((z.shape[0], 2 if kind == "layernorm" else 1), dtype=torch.float32)
-
-
 def stats(z: Tensor, kind: str) -> Tensor:
-    found = _sums(z, kind)
+    found = empty_sums(z, kind)
     stats_kernel[(z.shape[0],)](z.contiguous(), found, z.shape[1], kind == "layernorm", **_shape(z.shape[1]))
     return found
 
@@ -141,7 +137,7 @@ def apply(
 
 
 def grad_sums(dy: Tensor, z: Tensor, statistics: Tensor, weight: Tensor, kind: str) -> Tensor:
-    found = _sums(z, kind)
+    found = empty_sums(z, kind)
     grad_sums_kernel[(z.shape[0],)](
         dy.contiguous(), z.contiguous(), statistics, weight, found, z.shape[1], kind == "layernorm", **_shape(z.shape[1])
     )  # fmt: skip

@@ -1,9 +1,11 @@
 """Collectives, and those that gradients pass through, each with its transpose named.
 
-Every one is an autograd node without parameters in it. On an axis of one rank each returns its input.
+Those with gradients are autograd nodes without parameters in them; only a column-parallel linear (parallel/tensor.py) starts one
+within its own. On an axis of one rank each returns its input.
 
-``start_`` begins one and returns what waits for its result. On CPUs a reduce-scatter is an exchange: every rank sends every other
-its block and adds what it has received, in the order of the ranks and rounded once. It takes a third of the time of gloo's own.
+``start_`` begins one and returns what waits for its result; on an axis one is under way at a time. On CPUs a reduce-scatter is an
+exchange: every rank sends every other its block and adds what it has received, in the order of the ranks and rounded once. It takes
+a third of the time of gloo's own.
 
 T tokens   D columns   p ranks of the axis
 """
@@ -21,7 +23,7 @@ from megaresnorm.parallel.context import Axis
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-Waits = Callable[[], Tensor]
+Pending = Callable[[], Tensor]
 
 _SMALL = 2**17  # bytes received; up to there gloo gathers and adds faster than it reduces
 
@@ -31,7 +33,7 @@ def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     return start_all_reduce(x, axis)()
 
 
-def start_all_reduce(x: Tensor, axis: Axis) -> Waits:
+def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
     if axis.group is None:
         return lambda: x
     if axis.memory is not None and axis.memory.holds(x):
@@ -50,7 +52,7 @@ def all_gather_blocks(x: Tensor, axis: Axis) -> Tensor:
     return start_all_gather(x, axis)()
 
 
-def start_all_gather(x: Tensor, axis: Axis) -> Waits:
+def start_all_gather(x: Tensor, axis: Axis) -> Pending:
     if axis.group is None:
         return lambda: x.unsqueeze(0)
     if axis.memory is not None and axis.memory.holds(x):
@@ -68,21 +70,19 @@ def reduce_scatter_blocks(x_p: Tensor, axis: Axis) -> Tensor:
     return start_reduce_scatter(x_p, axis)()
 
 
-def start_reduce_scatter(x_p: Tensor, axis: Axis) -> Waits:
+def start_reduce_scatter(x_p: Tensor, axis: Axis) -> Pending:
     if axis.group is None:
         return lambda: x_p.squeeze(0)
     if axis.memory is not None and axis.memory.holds(x_p):
         everyone = axis.memory.start(x_p)
         return lambda: _added(everyone()[:, axis.rank])
-    x_p = x_p.contiguous()
+    flat = x_p.reshape(axis.size, x_p[0].numel())
     if x_p.device.type == "cpu":
-        received = torch.empty_like(x_p)
-        exchange = dist.all_to_all_single(
-            received.flatten(0, 1), x_p.flatten(0, 1), group=axis.group, async_op=_returns_early()
-        )
+        received = torch.empty_like(x_p, memory_format=torch.contiguous_format)
+        exchange = dist.all_to_all_single(received.view_as(flat), flat, group=axis.group, async_op=_returns_early())
         return lambda: _added(_waited(exchange, received))
-    out = torch.empty_like(x_p[0])
-    work = reduce_scatter_single(out, x_p.flatten(0, 1), group=axis.group, async_op=_returns_early())
+    out = torch.empty_like(x_p[0], memory_format=torch.contiguous_format)
+    work = reduce_scatter_single(out.view(1, out.numel()), flat, group=axis.group, async_op=_returns_early())
     return lambda: _waited(work, out)
 
 
@@ -98,7 +98,7 @@ def _waited(work: Any, out: Tensor) -> Tensor:
 
 
 def _added(x_p: Tensor) -> Tensor:
-    return x_p[0] + x_p[1] if len(x_p) == 2 else x_p.sum(0)
+    return x_p[0] + x_p[1] if len(x_p) == 2 else x_p.sum(0, dtype=x_p.dtype)
 
 
 def columns_to_blocks(x_TD: Tensor, p: int) -> Tensor:
@@ -127,11 +127,11 @@ def _columns_gathered(x: Tensor, axis: Axis) -> Tensor:
     return blocks_to_columns(all_gather_blocks(x, axis))
 
 
-def _start_scattering_rows(x: Tensor, axis: Axis) -> Waits:
+def _start_scattering_rows(x: Tensor, axis: Axis) -> Pending:
     return start_reduce_scatter(x.view(axis.size, -1, *x.shape[1:]), axis)
 
 
-def _start_scattering_columns(x: Tensor, axis: Axis) -> Waits:
+def _start_scattering_columns(x: Tensor, axis: Axis) -> Pending:
     return start_reduce_scatter(columns_to_blocks(x, axis.size), axis)
 
 
@@ -139,7 +139,7 @@ class Collective(NamedTuple):
     """A collective that is linear in its input, and the start of its transpose, which may overwrite what it is given."""
 
     apply: Callable[[Tensor, Axis], Tensor]
-    start_transpose: Callable[[Tensor, Axis], Waits]
+    start_transpose: Callable[[Tensor, Axis], Pending]
 
 
 # x as it is, for a computation whose gradients are partial sums. Transpose: all-reduce.

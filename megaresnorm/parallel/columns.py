@@ -98,7 +98,11 @@ class _GatheredNorm(torch.autograd.Function):
         packed = all_gather_blocks(torch.cat((z, *lines)), axis)
         rows, height = z.shape[0], lines[0].shape[0]
         whole = [
-            packed[:, rows + i * height : rows + (i + 1) * height].reshape(axis.size, -1).view(weight.dtype).flatten()
+            packed[:, rows + i * height : rows + (i + 1) * height]
+            .reshape(axis.size, -1)
+            .contiguous()
+            .view(weight.dtype)
+            .flatten()
             for i in range(len(vectors))
         ]
         norm = NormWeights(kind, whole[0], whole[1] if len(whole) > 1 else None, eps)
@@ -127,7 +131,7 @@ class _GatheredNorm(torch.autograd.Function):
         if blocks.dtype == sums.dtype:
             packed = torch.cat((blocks, sums.expand(axis.size, *sums.shape)), dim=-1)
             reduced = reduce_scatter_blocks(packed, axis)
-            dy, sums = reduced[:, : z.shape[1]], reduced[:, z.shape[1] :]
+            dy, sums = reduced[:, : z.shape[1]].contiguous(), reduced[:, z.shape[1] :].contiguous()
         else:
             dy, sums = reduce_scatter_blocks(blocks, axis), all_reduce(sums, axis)
         d_weight, d_bias = ctx.pieces.grad_weights(dy, z, statistics, ctx.kind)

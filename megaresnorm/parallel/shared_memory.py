@@ -4,6 +4,7 @@ A rank writes into its own part of a slot, tells the others by one byte of the p
 turns: whoever has heard all others begin a turn knows that they have read what was written two turns before.
 """
 
+import logging
 import mmap
 import os
 import tempfile
@@ -14,37 +15,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+log = logging.getLogger(__name__)
 FOLDER = Path("/dev/shm")
 CAPACITY = 4 * 2**20  # bytes a rank can hand over at once; beyond that the process group's bandwidth counts
 
 
 class SharedMemory:
-    """Two slots of CAPACITY bytes for every rank of a group. Only one handover may be under way at a time."""
+    """Two slots of CAPACITY bytes for every rank of a group. One handover at a time: start, wait and read before the next."""
 
     def __init__(self, descriptor: int, group: dist.ProcessGroup, rank: int, size: int) -> None:
         memory = mmap.mmap(descriptor, 2 * size * CAPACITY)
         self._slots = torch.frombuffer(memory, dtype=torch.uint8).view(2, size, CAPACITY)
-        self._group, self._rank, self._turn = group, rank, 0
+        self._group, self._rank, self._turn, self._under_way = group, rank, 0, False
         self._said, self._heard = torch.zeros(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
 
     @classmethod
     def open(cls, group: dist.ProcessGroup, rank: int, size: int) -> "SharedMemory | None":
         """All ranks of the group must call it. None where they do not share a host, or it has no memory to spare."""
         descriptor, path = _create(2 * size * CAPACITY) if rank == 0 else (-1, None)
-        name = torch.zeros(64, dtype=torch.uint8)
-        if path is not None:
-            name[: len(path.name)] = torch.frombuffer(bytearray(path.name.encode()), dtype=torch.uint8)
-        dist.broadcast(name, group=group, group_src=0)
-        found = bytes(name.tolist()).rstrip(b"\0").decode()
-        if rank > 0 and found:
-            descriptor = _open(FOLDER / found)
-        opened = torch.tensor([int(descriptor >= 0)])
-        dist.all_reduce(opened, dist.ReduceOp.MIN, group=group)
-        if path is not None:
-            path.unlink()  # it lasts as long as somebody has it open
         try:
-            return cls(descriptor, group, rank, size) if opened.item() else None
+            name = torch.zeros(64, dtype=torch.uint8)
+            if path is not None:
+                name[: len(path.name)] = torch.frombuffer(bytearray(path.name.encode()), dtype=torch.uint8)
+            dist.broadcast(name, group=group, group_src=0)
+            found = bytes(name.tolist()).rstrip(b"\0").decode()
+            if rank > 0 and found:
+                descriptor = _open(FOLDER / found)
+            opened = torch.tensor([int(descriptor >= 0)])
+            dist.all_reduce(opened, dist.ReduceOp.MIN, group=group)
+            if opened.item():
+                return cls(descriptor, group, rank, size)
+            log.info("tensor-parallel ranks have no memory in common in %s: they send through sockets", FOLDER)
+            return None
         finally:
+            if path is not None:
+                path.unlink()  # it lasts as long as somebody has it open
             if descriptor >= 0:
                 os.close(descriptor)
 
@@ -53,12 +58,15 @@ class SharedMemory:
 
     def start(self, x: Tensor) -> Callable[[], Tensor]:
         """Hand x over; what it returns waits for the others and gives everybody's, [p, *x.shape], to be read at once."""
+        assert not self._under_way, "one handover at a time: start, wait and read before the next"
+        self._under_way = True
         slot, self._turn = self._slots[self._turn, :, : x.nbytes], 1 - self._turn
         slot[self._rank].view(x.dtype).view(x.shape).copy_(x)
         work = dist.all_to_all_single(self._heard, self._said, group=self._group, async_op=True)
 
         def wait() -> Tensor:
             work.wait()
+            self._under_way = False
             return slot.view(x.dtype).view(len(slot), *x.shape)
 
         return wait
@@ -71,10 +79,12 @@ def _create(size: int) -> tuple[int, Path | None]:
         return -1, None
     try:
         os.posix_fallocate(descriptor, 0, size)  # else a full /dev/shm would end a run in the middle of a write
-    except OSError:
+    except BaseException as e:
         os.unlink(path)
         os.close(descriptor)
-        return -1, None
+        if isinstance(e, OSError):
+            return -1, None
+        raise
     return descriptor, Path(path)
 
 

@@ -11,7 +11,12 @@ from megaresnorm.kernels.sharded import PIECES, REFERENCE, Pieces, merge_stats, 
 load_backends()
 KINDS = ["layernorm", "rmsnorm"]
 SIZES = [(1, 2), (5, 24), (300, 256), (3, 2080)]
-DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+]
 
 
 def put_together(
@@ -22,6 +27,9 @@ def put_together(
     local = [[t.chunk(parts, dim=-1)[i].contiguous() for t in (z, dy, weight, bias)] for i in range(parts)]
     stats = merge_stats(torch.stack([pieces.stats(zi, kind) for zi, *_ in local]), kind, columns, eps)
     y = [pieces.apply(zi, stats, wi, bi if kind == "layernorm" else None, kind, out_dtype) for zi, _, wi, bi in local]
+    local = [
+        (zi, torch.cat((di, di), 1)[:, : di.shape[1]], wi, bi) for zi, di, wi, bi in local
+    ]  # dy is a slice of a message
     sums = sum(pieces.grad_sums(di, zi, stats, wi, kind) for zi, di, wi, _ in local)
     dz = [pieces.grad_apply(di, zi, stats, sums, wi, kind, columns) for zi, di, wi, _ in local]
     weights = [pieces.grad_weights(di, zi, stats, kind) for zi, di, *_ in local]
@@ -66,6 +74,13 @@ def test_rows_far_from_zero(backend):
     if backend == "cpu" and (reason := build.unavailable()):
         pytest.skip(reason)
     check(pieces_of(backend), "layernorm", 64, 1024, DTYPES[0], mean=100.0)
+
+
+def test_c_takes_no_fp8():
+    if reason := build.unavailable():
+        pytest.skip(reason)
+    with pytest.raises(TypeError, match=r"shard_apply: out is torch.float8_e4m3fn"):
+        pieces_of("cpu").apply(torch.ones(2, 4), torch.ones(2, 2), torch.ones(4), None, "rmsnorm", torch.float8_e4m3fn)
 
 
 def test_other_backends_of_add_norm_take_the_reference():

@@ -1,5 +1,7 @@
 """Sums and gathers between ranks, through the memory of their host and without it."""
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -56,11 +58,15 @@ def test_sums_and_gathers(num_ranks, capacity):
     assert run_ranks(num_ranks, wrong_results, capacity) == [[]] * num_ranks
 
 
+def no_space(*arguments: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
 def without_memory(rank: int, why: str) -> bool:
     if why == "no folder" and rank == 1:
         shared_memory.FOLDER = Path("/nowhere")  # a container of its own
     if why == "no space":
-        shared_memory.CAPACITY = 1 << 50
+        os.posix_fallocate = no_space
     axis = tp_axis()
     total = collectives.all_reduce(torch.ones(3), axis)
     return axis.memory is None and total.tolist() == [2.0] * 3
@@ -71,11 +77,45 @@ def test_without_common_memory_ranks_use_the_process_group(why):
     assert run_ranks(2, without_memory, why) == [True, True]
 
 
-def leftovers(rank: int) -> list[str]:
+def leftovers(rank: int, folder: Path) -> list[str]:
+    shared_memory.FOLDER = folder
     axis = tp_axis()
     assert isinstance(axis.memory, SharedMemory)
-    return [path.name for path in shared_memory.FOLDER.glob("megaresnorm-*")]
+    return [path.name for path in folder.iterdir()]
 
 
-def test_nothing_is_left_in_the_folder():
-    assert run_ranks(2, leftovers)[1] == []
+def test_nothing_is_left_in_the_folder(tmp_path):
+    assert run_ranks(2, leftovers, tmp_path) == [[], []]
+
+
+def slot_after_the_next_turn_has_begun(rank: int) -> list[float]:
+    """Rank 0 reads late, when rank 1 has long written for the next turn."""
+    memory = tp_axis().memory
+    assert memory is not None
+    seen = memory.start(torch.full((4,), 1.0 + rank))()
+    if rank == 1:
+        memory.start(torch.full((4,), 8.0))()
+        return []
+    time.sleep(0.3)
+    read = seen.clone()
+    memory.start(torch.full((4,), 9.0))()
+    return read[:, 0].tolist()
+
+
+def test_a_slot_is_not_overwritten_before_it_is_read():
+    assert run_ranks(2, slot_after_the_next_turn_has_begun)[0] == [1.0, 2.0]
+
+
+def two_at_a_time(rank: int) -> str:
+    memory = tp_axis().memory
+    first = memory.start(torch.ones(3))
+    try:
+        memory.start(torch.ones(3))
+    except AssertionError as e:
+        first()
+        return str(e)
+    return ""
+
+
+def test_a_second_handover_must_wait_for_the_first():
+    assert run_ranks(2, two_at_a_time) == ["one handover at a time: start, wait and read before the next"] * 2

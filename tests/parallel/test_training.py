@@ -177,7 +177,8 @@ def compiled_losses(rank: int, layout: str) -> list[float]:
         for step in range(3):
             stats = engine.step(batches(context, recipe, seed=step), 1e-3, lambda stats: Decision.APPLY)
             losses.append(stats.loss)
-    assert not torch._dynamo.utils.counters["graph_break"]
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
     return losses
 
 

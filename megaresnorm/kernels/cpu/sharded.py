@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from megaresnorm.kernels.cpu import build
-from megaresnorm.kernels.sharded import PIECES, Pieces
+from megaresnorm.kernels.operator import FLOATS
+from megaresnorm.kernels.sharded import PIECES, Pieces, empty_sums
 
 ROWS_PER_BLOCK = 256  # whose gradients of weights are summed before those of blocks are added up
 
@@ -30,6 +31,12 @@ def _run(
     get, at = tensors.get, build.address
     for name, shape in (("weight", (columns,)), ("bias", (columns,)), ("statistics", (rows, 2))):
         build.check_fp32(f"{function}: {name}", get(name), shape)
+    build.check_fp32(f"{function}: sums", get("sums"), (rows, 1 + (kind == "layernorm")))
+    for name, tensor in (("z", z), ("dy", get("dy")), ("out", get("out"))):
+        if tensor is not None and (tensor.dtype not in FLOATS or tensor.shape != z.shape):
+            raise TypeError(
+                f"{function}: {name} is {tensor.dtype} {list(tensor.shape)}; wanted float32 or bfloat16 {list(z.shape)}"
+            )
     argument = _Shard(
         at(z), *(at(get(name)) for name in ("dy", "weight", "bias", "statistics", "sums", "out", "partial")),
         rows, ROWS_PER_BLOCK, columns, whole_columns, kind == "layernorm",
@@ -38,12 +45,8 @@ def _run(
     build.call(getattr(build.load(), function), argument, rows if count is None else count, rows * columns)
 
 
-def _sums(z: Tensor, kind: str) -> Tensor:
-    return z.new_empty((z.shape[0], 2 if kind == "layernorm" else 1), dtype=torch.float32)
-
-
 def stats(z: Tensor, kind: str) -> Tensor:
-    found = _sums(z, kind)
+    found = empty_sums(z, kind)
     _run("shard_stats", z.contiguous(), kind, sums=found)
     return found
 
@@ -57,7 +60,7 @@ def apply(
 
 
 def grad_sums(dy: Tensor, z: Tensor, statistics: Tensor, weight: Tensor, kind: str) -> Tensor:
-    found = _sums(z, kind)
+    found = empty_sums(z, kind)
     _run("shard_grad_sums", z.contiguous(), kind, dy=dy.contiguous(), weight=weight, statistics=statistics, sums=found)
     return found
 
@@ -65,7 +68,7 @@ def grad_sums(dy: Tensor, z: Tensor, statistics: Tensor, weight: Tensor, kind: s
 def grad_weights(dy: Tensor, z: Tensor, statistics: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     rows, columns = z.shape
     blocks = -(-rows // ROWS_PER_BLOCK)
-    partial = torch.empty((blocks, 2, columns))
+    partial = torch.empty((blocks, 2, columns), dtype=torch.float32)
     _run(
         "shard_grad_weights", z.contiguous(), kind, count=blocks, dy=dy.contiguous(), statistics=statistics, partial=partial
     )  # fmt: skip
