@@ -38,6 +38,7 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any, tim
         assert not errors, errors[0]
         assert not hung, f"ranks {hung} did not end within {timeout} s"
         assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]
+        # What our own children have written into a folder of ours.
         return [torch.load(Path(folder, f"result-{rank}"), weights_only=False) for rank in range(num_ranks)]
 
 
