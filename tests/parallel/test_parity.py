@@ -80,36 +80,31 @@ def test_at_24_blocks_rounding_is_that_of_one_process(compute):
         )
 
 
-@pytest.mark.parametrize(
-    ("num_blocks", "layouts"),
-    [
-        (12, ["tp2 tokens", "tp2 columns, gather", "pp2 1f1b"]),
-        pytest.param(12, ["tp2 full", "dp2 ddp", "fsdp2"], marks=pytest.mark.slow),
-        pytest.param(
-            100,
-            ["tp2 full", "tp2 tokens", "tp2 columns, gather", "pp2 1f1b", "dp2 ddp", "fsdp2"],
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_twenty_steps_of_adamw_have_the_same_losses(num_blocks, layouts):
-    """Within 2e-6, or what FP32 is from FP64 in one process where that is more: AdamW divides gradients of the size of rounding by
-    their own size.
-    """
+ADAMW_LAYOUTS = ["tp2 tokens", "tp2 columns, gather", "pp2 1f1b"]
+SLOW_ADAMW_LAYOUTS = ["tp2 full", "dp2 ddp", "fsdp2"]
+# Not reached: AdamW divides gradients of the size of rounding by their own size, and one process in FP32 is 5.2e-6 from FP64 there.
+NOT_REACHED = pytest.mark.xfail(reason="2.3e-6 under tp2 full", raises=AssertionError)
+
+
+@pytest.mark.parametrize("name", ["pre", "deepnorm", "keel"])
+@pytest.mark.parametrize("layouts", [ADAMW_LAYOUTS, pytest.param(SLOW_ADAMW_LAYOUTS, marks=pytest.mark.slow)])
+def test_twenty_steps_of_adamw_have_the_same_losses(layouts, name):
+    check_adamw(name, 12, layouts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [pytest.param("pre", marks=NOT_REACHED), "deepnorm", "keel"])
+def test_twenty_steps_of_adamw_have_the_same_losses_at_100_blocks(name):
+    check_adamw(name, 100, SLOW_ADAMW_LAYOUTS + ADAMW_LAYOUTS)
+
+
+def check_adamw(name: str, num_blocks: int, layouts: list[str]) -> None:
+    """Losses within 2e-6 of one process's, gradient norms within 1e-4."""
     options = {"steps": 20, "optimizer": "adamw"}
-    for name in ("pre", "deepnorm", "keel"):
-        one = outcome(make_recipe(name, "llama", {}, "fp32", num_blocks), **options)
-        for layout in layouts:
-            recipe = make_recipe(name, "llama", LAYOUTS[layout][1], "fp32", num_blocks)
-            got = run_ranks(2, outcomes, [recipe], options)[0][0]
-            difference = largest_difference(got, one)
-            if difference >= 2e-6:
-                exact = outcome(make_recipe(name, "llama", {}, "fp64", num_blocks), **options)
-                assert difference < largest_difference(one, exact), (layout, name, difference)
-            norms = max(abs(a[1] - b[1]) / b[1] for a, b in zip(got.steps, one.steps, strict=True))
-            assert norms < (1e-4 if num_blocks == 12 else 3e-4), (layout, name, norms)
-
-
-def largest_difference(a: Outcome, b: Outcome) -> float:
-    """Of the losses of a step."""
-    return max(abs(x[0] - y[0]) for x, y in zip(a.steps, b.steps, strict=True))
+    one = outcome(make_recipe(name, "llama", {}, "fp32", num_blocks), **options)
+    for layout in layouts:
+        recipe = make_recipe(name, "llama", LAYOUTS[layout][1], "fp32", num_blocks)
+        got = run_ranks(2, outcomes, [recipe], options)[0][0]
+        pairs = list(zip(got.steps, one.steps, strict=True))
+        losses, norms = max(abs(a[0] - b[0]) for a, b in pairs), max(abs(a[1] - b[1]) / b[1] for a, b in pairs)
+        assert losses < 2e-6 and norms < 1e-4, (layout, losses, norms)
