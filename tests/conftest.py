@@ -19,6 +19,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def one_seed():
+    """The same random numbers in every run of a test, alone or among others."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def byte_data(tmp_path_factory) -> Path:
     """A prepared data set of bytes: 40 documents of Python source, enough for a few hundred short sequences."""
