@@ -34,8 +34,9 @@ SET_BY_COMPARISON = ("model.topology=", "model.num_blocks=", "train.seed=", "tra
 DEFAULTS: dict[str, Any] = {
     "model": {"dim": 48, "num_heads": 2, "ffn_dim": 96, "seq_len": 64, "ffn": "gelu", "norm": "layernorm", "norm_bias": False,
               "positions": "learned"},
-    "train": {"steps": 150, "global_batch": 8, "eval_every": 0, "checkpoint_every": 0, "sample_tokens": 0, "tensorboard": False,
+    "train": {"steps": 150, "global_batch": 8, "eval_every": 0, "sample_tokens": 0, "tensorboard": False,
               "log_every": 50},
+    "checkpoint": {"every": 0},
     "optim": {"lr": 1e-3},
     "schedule": {"kind": "constant"},
 }  # fmt: skip
@@ -164,14 +165,14 @@ def _train(
     recipe: Recipe, name: str, depth: int, seed: int, ramp: bool, request: str, stop: StopSignals
 ) -> Result | None:
     """The result of one run, kept in its folder; None if it was stopped."""
-    run = Run(recipe)
-    _write(run.output / "request.json", {"request": request})
-    valid_loss, diverged = None, False
-    try:
-        valid_loss = run.train(stop).valid_loss
-    except TrainingError as e:  # refused steps in a row: that is a result
-        log.warning("%s, %d blocks, seed %d: %s", name, depth, seed, e)
-        diverged = True
+    with Run(recipe) as run:
+        _write(run.output / "request.json", {"request": request})
+        valid_loss, diverged = None, False
+        try:
+            valid_loss = run.train(stop).valid_loss
+        except TrainingError as e:  # refused steps in a row: that is a result
+            log.warning("%s, %d blocks, seed %d: %s", name, depth, seed, e)
+            diverged = True
     if stop.received is not None:
         return None
     records = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megaresnorm.assemble import build_model, choose_device
-from megaresnorm.checkpoint.format import list_checkpoints
+from megaresnorm.checkpoint.format import Slices, checkpoints_of
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.config import build_recipe
 from megaresnorm.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer, restore_tokenizer
@@ -109,8 +109,7 @@ def load_model(
     tokenizer_file: for a checkpoint that has no tokenizer: a file, or ``bytes``.   end_token: of a tokenizer.json.
     Raises: CheckpointError or DataError, one line each.
     """
-    root = folder / "checkpoints"
-    newest = [path for _, path in list_checkpoints(root if root.is_dir() else folder)]
+    newest = [path for _, path in checkpoints_of(folder)]
     checkpoint = Checkpoint(newest[-1] if newest else folder)
     recipe = build_recipe(checkpoint.state["recipe"])
     description = checkpoint.state.get("tokenizer")
@@ -135,6 +134,6 @@ def load_model(
     assembled = build_model(
         recipe.model, recipe.precision, recipe.kernels, seed=recipe.train.seed, device=choose_device("auto")
     )
-    checkpoint.load_into("weights", {name: p.data for name, p in assembled.model.named_parameters()})
+    checkpoint.load("weights", {name: Slices.of_whole(p.data) for name, p in assembled.model.named_parameters()})
     assembled.weights_changed()
     return assembled.model, tokenizer

@@ -9,6 +9,7 @@ from megaresnorm.model.parameters import ParameterSpec
 from megaresnorm.parallel.data import local
 from megaresnorm.recipe import OptimRecipe
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 SMALL = 1 << 16  # elements; below this, calling an operation costs about as much as its work
 
 
@@ -105,7 +106,7 @@ class Optimizer:
         if not state:  # AdamW itself would only make it in its first step
             state["step"] = torch.zeros((), dtype=torch.float32, device=updated.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(updated), torch.zeros_like(updated)
-        return {key: self._slice_for(parameter, state[key]) for key in ("exp_avg", "exp_avg_sq")}
+        return {key: self._slice_for(parameter, state[key]) for key in MOMENTS}
 
     def set_updates(self, updates: int) -> None:
         """Tell AdamW's bias correction how many updates the moments have seen."""

@@ -356,16 +356,14 @@ class TrainRecipe(Section):
     """Steps between evaluations; 0: only at the end."""
     eval_samples: Count = 64
     """Validation samples of one evaluation (fewer if the split has fewer)."""
-    checkpoint_every: Annotated[int, Field(ge=0)] = 500
-    """Steps between checkpoints; 0: only at the end and when interrupted."""
-    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
-    """Newest checkpoints kept; at least 2, so that one is whole while the next is written."""
     log_every: Count = 1
     """Steps between console lines; metrics are recorded at every step."""
     tensorboard: bool = True
     """Write TensorBoard files beside the JSON lines."""
     max_skipped_steps: Count = 10
     """Steps in a row refused for a non-finite gradient before the run gives up."""
+    max_minutes: Positive | None = None
+    """Wall-clock limit of one start of the run: after so many minutes it saves a checkpoint and exits with code 124."""
     sample_prompt: str = ""
     """Start of the text sample written at the end."""
     sample_tokens: Annotated[int, Field(ge=0)] = 200
@@ -379,6 +377,29 @@ class TrainRecipe(Section):
     def micro_batch_of(self, data_ranks: int, pp: int) -> int:
         """Samples in one pass of a rank: the recipe's, else its whole share of a batch, or one sample in a pipeline."""
         return self.micro_batch or (1 if pp > 1 else -(-self.global_batch // data_ranks))
+
+
+class CheckpointRecipe(Section):
+    """When checkpoints are written, how, and which are kept."""
+
+    every: Annotated[int, Field(ge=0)] = 500
+    """Steps between checkpoints; 0: only at the end and when interrupted."""
+    keep: Annotated[int, Field(ge=2)] = 2
+    """Newest checkpoints kept; at least 2, so that one is whole while the next is written."""
+    keep_every: Count | None = None
+    """Checkpoints of steps that this divides are never removed."""
+    asynchronous: bool = True
+    """Copy the tensors to host memory and train on while a thread writes them; needs host memory of the size of a rank's share."""
+    when_busy: Literal["wait", "skip"] = "wait"
+    """What a checkpoint does that is due while the one before is still being written."""
+    max_failures: Count = 3
+    """Checkpoints in a row that cannot be written (a full disk) before the run ends; until then it warns and trains on."""
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> Self:
+        if not self.asynchronous:
+            refuse_ignored(self, "checkpoint", "checkpoint.asynchronous=false", "when_busy")
+        return self
 
 
 class Recipe(Section):
@@ -400,6 +421,8 @@ class Recipe(Section):
     """Backends of the kernels."""
     parallel: ParallelRecipe = ParallelRecipe()
     """How many ranks share the work, and how."""
+    checkpoint: CheckpointRecipe = CheckpointRecipe()
+    """Saving the run."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

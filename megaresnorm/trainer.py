@@ -12,43 +12,37 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from types import TracebackType
 from typing import TypeVar
 
 import torch
 
 import megaresnorm
-from megaresnorm.assemble import Assembled, build_model, check_layout, choose_device, split_stages
-from megaresnorm.checkpoint.format import MANIFEST, folder_name, list_checkpoints
-from megaresnorm.checkpoint.reader import Checkpoint
-from megaresnorm.checkpoint.writer import save_checkpoint
-from megaresnorm.config import build_recipe, differences, dump_recipe
+from megaresnorm.assemble import Assembled, build_model, check_layout, choose_device
+from megaresnorm.checkpoint.format import list_checkpoints
+from megaresnorm.checkpoint.saver import Saver
+from megaresnorm.checkpoint.writer import Kept, bytes_of
+from megaresnorm.config import dump_recipe
 from megaresnorm.data.loader import Batch, microbatches
 from megaresnorm.data.samples import Samples, open_data, open_samples, resolve_vocab, unigram_entropy
 from megaresnorm.engines.native import Decision, GradientStats, NativeEngine
 from megaresnorm.errors import CheckpointError, ConfigError, TrainingError, UserError
 from megaresnorm.generate import generate
 from megaresnorm.model.lint import check
-from megaresnorm.parallel.collectives import all_gather_blocks, all_reduce
+from megaresnorm.parallel.collectives import all_gather_blocks
 from megaresnorm.parallel.context import ParallelContext, num_started_ranks, start_process_group
 from megaresnorm.recipe import Recipe
-from megaresnorm.resilience.signals import StopSignals
-from megaresnorm.schedule import batch_size, learning_rate, total_variation
+from megaresnorm.resilience.lock import FolderLock
+from megaresnorm.resilience.preflight import check_output
+from megaresnorm.resilience.signals import StopSignals, exit_reason
+from megaresnorm.resume import check_same_run, open_newest
+from megaresnorm.schedule import batch_size, learning_rate
+from megaresnorm.telemetry.describe import data_name, describe_run
 from megaresnorm.telemetry.log import progress_bar, step_line
 from megaresnorm.telemetry.metrics import MetricsWriter
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-# What a resumed run must share with its checkpoint. The folder of the data may move: its content is compared.
-FIXED_ON_RESUME = (
-    "model.",
-    "data.valid_fraction",
-    "data.test_fraction",
-    "data.seed",
-    "data.mask_documents",
-    "train.seed",
-    "precision.",
-)
 
 
 @dataclass(frozen=True)
@@ -70,15 +64,17 @@ def train(recipe: Recipe) -> RunSummary:
 
     Raises: ConfigError, DataError, CheckpointError or TrainingError, one line each.
     """
-    run = Run(recipe)
-    with StopSignals() as stop:
+    with StopSignals(recipe.train.max_minutes) as stop, Run(recipe) as run:
         return run.train(stop)
 
 
 class Run:
-    """One run: its data, engine, position and output folder. Building it checks all that can be checked before step 0."""
+    """One run: its data, engine, position and output folder, which it holds until it is closed (``with Run(recipe) as run``).
 
-    def __init__(self, recipe: Recipe) -> None:
+    Building it checks all that can be checked before step 0.   fallback: whether a damaged newest checkpoint may be passed over.
+    """
+
+    def __init__(self, recipe: Recipe, *, fallback: bool = True) -> None:
         for finding in check(recipe):
             log.warning("warning: %s", finding.message)
         num_ranks = num_started_ranks()
@@ -91,6 +87,16 @@ class Run:
         if num_ranks > 1:
             start_process_group(self.device)
         self.context = ParallelContext.create(sizes, self.device.type)
+        self._lock: FolderLock | None = None
+        try:
+            self._together(self._lock_output)
+            self._build(fallback)
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self, fallback: bool) -> None:
+        recipe = self.recipe
         checkpoints = [path for _, path in list_checkpoints(self.output / "checkpoints")]
         self.assembled: Assembled = build_model(
             recipe.model,
@@ -105,54 +111,52 @@ class Run:
         self.engine = NativeEngine(self.assembled, recipe)
         self.steps_done = self.samples_done = self.skipped_in_a_row = 0
         self.train_loss: float | None = None
+        self.saver = self._make_saver()
         self._agree_on_start(checkpoints)
-        if checkpoints:
-            self._resume(self._together(lambda: _open_newest(checkpoints)))
-        self._together(self._write_recipe)
+        self._resume(fallback)
+        self._together(self._prepare_output)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if error is None or isinstance(error, UserError):  # which all ranks have alike; after another, some may be gone
+            self.saver.finish()
+        self.close()
+
+    def close(self) -> None:
+        """Leave the output folder to others."""
+        if self._lock is not None:
+            self._lock.release()
 
     def describe(self) -> list[str]:
         """What this run is, in lines for the console."""
-        recipe, model = self.recipe, self.recipe.model
-        parameters = sum(spec.num_elements for spec in self.assembled.table.values())
-        tokens = recipe.train.global_batch * model.seq_len
-        return [
-            f"model     {model.topology}, {model.num_blocks} blocks = {2 * model.num_blocks} sub-layers, width {model.dim}, "
-            f"{parameters:,} parameters",
-            *self._describe_ranks(),
-            f"precision {recipe.precision.compute}, residual stream {recipe.precision.stream}, {self.device.type}, "
-            f"{torch.get_num_threads()} threads",
-            *(f"kernel    {choice}" for choice in self.assembled.kernel_choices.values()),
-            f"data      {self._data_name}: {self.samples.num_documents:,} documents, "
-            f"{self.samples.per_epoch:,} sequences of {model.seq_len} tokens to train on",
-            f"schedule  {recipe.train.steps:,} steps of {tokens:,} tokens, {recipe.schedule.kind}, peak lr {recipe.optim.lr:g}, "
-            f"total variation of the lr {total_variation(recipe):.3g}",
-        ]
+        return describe_run(self.recipe, self.assembled, self.samples)
 
     def train(self, stop: StopSignals) -> RunSummary:
-        """Steps until the recipe's end or a signal; a checkpoint then, and a text sample at the end."""
+        """Steps until the recipe's end, a signal or the time limit, on all ranks the same; then a checkpoint."""
         steps = self.recipe.train.steps
+        stopped = 0
         metrics: MetricsWriter | None = None
         if self.context.is_first_rank:
             metrics = MetricsWriter(self.output, first_step=self.steps_done, tensorboard=self.recipe.train.tensorboard)
         try:
             with progress_bar("training", steps, self.steps_done) as progress:
-                while self.steps_done < steps and not self._any_rank(stop.received is not None):
+                while self.steps_done < steps and not (stopped := self._largest(stop.exit_code)):
                     record = self._step()
                     if metrics is not None:
                         metrics.write(self.steps_done - 1, record)
                     if self.steps_done % self.recipe.train.log_every == 0 or "valid_loss" in record:
                         log.info(step_line(self.steps_done, steps, record))
-                    if self._due(self.recipe.train.checkpoint_every):
+                    if self._due(self.recipe.checkpoint.every):
                         self.save()
                     progress.advance(progress.task_ids[0])
         finally:
             if metrics is not None:
                 metrics.close()
-        checkpoint = self.save()
-        stopped = self._any_rank(stop.received is not None)
+        checkpoint = self.finish_saving()
         if stopped:
-            name = "another rank's signal" if stop.received is None else stop.received.name
-            log.warning("%s: saved step %d of %d; start again to go on", name, self.steps_done, steps)
+            log.warning("%s: saved step %d of %d; start again to go on", exit_reason(stopped), self.steps_done, steps)
         return RunSummary(
             steps=self.steps_done,
             train_loss=self.train_loss,
@@ -160,7 +164,7 @@ class Run:
             unigram_entropy=None if stopped else unigram_entropy(self.samples.token_shares()),
             checkpoint=checkpoint,
             weights_digest=self.engine.weights_digest(),
-            exit_code=stop.exit_code,
+            exit_code=stopped,
         )
 
     def sample_text(self) -> str | None:
@@ -179,17 +183,10 @@ class Run:
         count = min(self.recipe.train.eval_samples, self.valid.per_epoch)
         return self.engine.evaluate(self._batches(self.valid, 0, count))
 
-    def save(self) -> Path:
-        """A checkpoint of the present step, unless there is one. The first rank writes what all of them make up."""
-        root = self.output / "checkpoints"
-        path = root / folder_name(self.steps_done)
-        if self._any_rank(self.context.is_first_rank and (path / MANIFEST).is_file()):
-            return path
-        if not self.context.is_first_rank:
-            for group in self.engine.tensors().values():
-                for name in group:
-                    _ = group[name]
-            return path
+    def save(self) -> None:
+        """Begin a checkpoint of the present step, unless there is one."""
+        if self.saver.newest is not None and self.saver.newest[0] == self.steps_done:
+            return
         tokenizer = None if self.data.tokenizer is None else self.data.tokenizer.describe()
         attached = {}
         if self.data.tokenizer is not None and tokenizer is not None and "file" in tokenizer:
@@ -209,9 +206,18 @@ class Run:
                 "python": platform.python_version(),
             },
         }
-        keep = self.recipe.train.keep_checkpoints
-        path = save_checkpoint(root, self.steps_done, self.engine.tensors(), state, keep=keep, attached=attached)
-        log.info("saved     %s", path)
+        self.saver.save(self.steps_done, state, attached)
+
+    def finish_saving(self) -> Path:
+        """The checkpoint of the present step, once it is on disk. Raises: TrainingError where it cannot be written."""
+        self.saver.wait()
+        self.save()
+        self.saver.wait()
+        step, path = self.saver.newest or (-1, Path())
+        if step != self.steps_done:
+            raise TrainingError(
+                f"step {self.steps_done} could not be saved, see the warning above; start again to go on"
+            )
         return path
 
     def _step(self) -> dict[str, float]:
@@ -254,16 +260,13 @@ class Run:
         masked = self.recipe.data.mask_documents
         return microbatches(samples, position, count, micro, self.context, self.device, mask_documents=masked)
 
-    @property
-    def _data_name(self) -> str:
-        sources = self.recipe.data.sources
-        return ", ".join(f"{s.path} x {s.weight:g}" for s in sources) if len(sources) > 1 else sources[0].path
-
     def _any_rank(self, flag: bool) -> bool:
         """Whether it is true on any rank; all ranks must ask."""
-        if self.context.world.size == 1:
-            return flag
-        return bool(all_reduce(torch.tensor([int(flag)], device=self.device), self.context.world).item())
+        return bool(self._largest(int(flag)))
+
+    def _largest(self, number: int) -> int:
+        """Of all ranks, which all must ask."""
+        return int(all_gather_blocks(torch.tensor([number], device=self.device), self.context.world).max())
 
     def _together(self, work: Callable[[], T]) -> T:
         """What ``work`` returns; where it fails on one rank, no rank goes on alone."""
@@ -293,64 +296,47 @@ class Run:
                 f"train.output={self.output}: ranks see different checkpoints there; it must be a folder that all nodes share"
             )
 
-    def _describe_ranks(self) -> list[str]:
-        context, parallel = self.context, self.recipe.parallel
-        if context.world.size == 1:
-            return []
-        axes = (context.pp, context.dp_replicate, context.dp_shard, context.tp)
-        split = f", stream in {parallel.tensor_layout}" if context.tp.size > 1 else ""
-        stages = [len(stage.blocks) for stage in split_stages(self.recipe.model, parallel)]
-        schedule = f", {parallel.pipeline}, blocks of the stages {stages}" if context.pp.size > 1 else ""
-        sizes = " * ".join(f"{axis.name} {axis.size}" for axis in axes if axis.size > 1)
-        return [f"ranks     {context.world.size} = {sizes}{split}{schedule}"]
-
     def _due(self, every: int) -> bool:
         return every > 0 and self.steps_done % every == 0
 
-    def _resume(self, checkpoint: Checkpoint) -> None:
-        """Take over a checkpoint of this run. Raises: CheckpointError if model or data are not the ones it was made with."""
+    def _resume(self, fallback: bool) -> None:
+        """Take over the newest whole checkpoint of the output folder, if there is one."""
+        checkpoint = open_newest(self.output / "checkpoints", self.context.messages, fallback=fallback)
+        if checkpoint is None:
+            return
+        check_same_run(checkpoint, self.recipe, self.data.digest, data_name(self.recipe))
+        self._together(lambda: self.engine.load(checkpoint))
         state = checkpoint.state
-        before = build_recipe(state["recipe"])  # settings that are newer than the checkpoint have their defaults
-        changed = differences(before.model_dump(exclude_none=True), self.recipe.model_dump(exclude_none=True))
-        for key, (old, now) in changed.items():
-            if key.startswith(FIXED_ON_RESUME):
-                raise CheckpointError(
-                    f"{checkpoint.folder}: made with {key}={old}, the recipe has {now}; use another train.output for another run"
-                )
-            log.warning("warning: %s was %s up to step %d and is %s from now on", key, old, checkpoint.step, now)
-        if checkpoint.step > self.recipe.train.steps:
-            raise CheckpointError(
-                f"{checkpoint.folder}: step {checkpoint.step} is past train.steps={self.recipe.train.steps}; "
-                "use another train.output for a shorter run"
-            )
-        if state["data"] != self.data.digest:
-            raise CheckpointError(f"{checkpoint.folder}: {self._data_name} has changed since; use another train.output")
-        for group, tensors in self.engine.tensors().items():
-            for name, whole in checkpoint.read(group, {name: tensors.shape(name) for name in tensors}):
-                tensors.load(name, whole)
-        self.engine.load_state(state["engine"])
         self.steps_done, self.samples_done = checkpoint.step, state["samples"]
         self.skipped_in_a_row, self.train_loss = state["skipped_in_a_row"], state["train_loss"]
+        self.saver.newest = (checkpoint.step, checkpoint.folder)
         log.info("resumed   %s: step %d of %d", checkpoint.folder, self.steps_done, self.recipe.train.steps)
 
-    def _write_recipe(self) -> None:
+    def _make_saver(self) -> Saver:
+        settings = self.recipe.checkpoint
+        return Saver(
+            self.output / "checkpoints",
+            self.engine.slices,
+            self.context.messages,
+            self._any_rank,
+            kept=Kept(settings.keep, settings.keep_every),
+            asynchronous=settings.asynchronous,
+            skip_when_busy=settings.when_busy == "skip",
+            max_failures=settings.max_failures,
+        )
+
+    def _lock_output(self) -> None:
+        if self.context.is_first_rank:
+            self._lock = FolderLock(self.output, f"train.output={self.output}")
+
+    def _prepare_output(self) -> None:
+        """What can fail of writing fails now."""
         if not self.context.is_first_rank:
             return
+        check_output(self.output / "checkpoints", bytes_of(self.engine.slices), self.recipe.checkpoint.keep)
         try:
-            self.output.mkdir(parents=True, exist_ok=True)
             written = self.output / ".recipe.yaml.tmp"
             written.write_text(dump_recipe(self.recipe), encoding="utf-8")
             written.replace(self.output / "recipe.yaml")
-            (self.output / "checkpoints").mkdir(exist_ok=True)
         except OSError as e:
             raise TrainingError(f"train.output={self.output}: cannot be written ({e.strerror})") from None
-
-
-def _open_newest(checkpoints: list[Path]) -> Checkpoint:
-    """The newest checkpoint, verified; its error says what to do where an older one is left."""
-    try:
-        return Checkpoint(checkpoints[-1])
-    except CheckpointError as e:
-        if len(checkpoints) == 1:
-            raise
-        raise CheckpointError(f"{e}; remove {checkpoints[-1]} to go on from {checkpoints[-2].name}") from None

@@ -119,9 +119,9 @@ def test_an_interrupted_comparison_goes_on(small, monkeypatch):
 
     monkeypatch.setattr(Run, "_step", step)
     with pytest.raises(KeyboardInterrupt):
-        list(compare(small("train.checkpoint_every=1")))
+        list(compare(small("checkpoint.every=1")))
     monkeypatch.setattr(Run, "_step", real)
-    resumed = list(compare(small("train.checkpoint_every=1")))
+    resumed = list(compare(small("checkpoint.every=1")))
     assert [r.losses for r in resumed] == [r.losses for r in whole]
 
 
@@ -217,15 +217,15 @@ def test_an_interrupted_run_does_not_go_on_with_other_settings_or_data(small, mo
     one = {"topologies": ["pre"], "depths": [1], "seeds": [0]}
     monkeypatch.setattr(Run, "_step", step)
     with pytest.raises(KeyboardInterrupt):
-        list(compare(small("train.checkpoint_every=1", **one)))
+        list(compare(small("checkpoint.every=1", **one)))
     monkeypatch.setattr(Run, "_step", real)
     with pytest.raises(ConfigError, match="other settings or data"):
-        list(compare(small("train.checkpoint_every=1", "optim.lr=0.5", **one)))
-    (result,) = compare(small("train.checkpoint_every=1", **one))
+        list(compare(small("checkpoint.every=1", "optim.lr=0.5", **one)))
+    (result,) = compare(small("checkpoint.every=1", **one))
     assert len(result.losses) == 4
     monkeypatch.setattr("megaresnorm.comparison.open_data", lambda recipe: type("D", (), {"digest": "another"}))
     with pytest.raises(ConfigError, match="other settings or data"):
-        list(compare(small("train.checkpoint_every=1", **one)))
+        list(compare(small("checkpoint.every=1", **one)))
 
 
 def test_topologies_get_what_they_need_beside_others(small):

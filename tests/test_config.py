@@ -72,7 +72,7 @@ BAD = [
     (["optim.lr=.inf"], ["optim.lr=inf", "finite"]),
     (["optim.lr=0.0"], ["greater than 0"]),
     (["optim.eps=1e-8x"], ["optim.eps='1e-8x'", "number"]),
-    (["train.keep_checkpoints=1"], ["train.keep_checkpoints=1", "greater than or equal to 2"]),
+    (["checkpoint.keep=1"], ["checkpoint.keep=1", "greater than or equal to 2"]),
     (["model=7"], ["model=7", "section"]),
     (["model.init=xavier"], ["model.init='xavier'", "section"]),
     (["train.output="], ["train.output=None", "string"]),

@@ -170,7 +170,7 @@ def test_a_checkpoint_of_bare_files_is_given_a_tokenizer(byte_data, tiny, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (["nowhere"], "nowhere/manifest.json: cannot be read"),
+        (["nowhere"], "nowhere/manifest.json: not there; wanted a folder such as"),
         (["RUN", "--tokenizer", "x.model"], "has its own tokenizer; remove --tokenizer"),
     ],
 )

@@ -154,7 +154,7 @@ def serve(name: str, mode: str, shape: dict, folder: str, layout: str, rank: int
     if name.startswith(OURS):
         engine = build_ours(made, mode, {} if name == OURS else REFERENCE_KERNELS, parallel, num_ranks)
         if name == OURS and num_ranks == 1:
-            save_file({n: t.clone() for n, t in engine.tensors()["weights"].items()}, weights_file)
+            save_file({n: t.clone() for n, t in engine.weights().items()}, weights_file)
         logits = engine.model if num_ranks == 1 else None
         step = lambda tokens, labels: ours_step(engine, made, tokens, labels)  # noqa: E731
     else:

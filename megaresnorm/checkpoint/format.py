@@ -1,25 +1,64 @@
 """What a checkpoint is on disk.
 
 step-00000500/
-  manifest.json                  everything but tensors: files with size and SHA-256, global shapes, training state,
-                                 recipe, versions, and a digest of itself
-  weights-00001.safetensors      tensors under their global names; the slice that each one is of the whole tensor
-  optimizer-00001.safetensors    stands in the file's own header
-  tokenizer.model | .json        the tokenizer of the data, unless it is bytes
+  manifest.json                        everything but tensors: files with size and SHA-256, global shapes, training state,
+                                       recipe, versions, and a digest of itself
+  weights-00003-00001.safetensors      what rank 3 wrote: tensors under their global names; which slices of the whole tensors
+  optimizer-00003-00001.safetensors    their rows are stands in the file's own header
+  tokenizer.model | .json              the tokenizer of the data, unless it is bytes
 """
 
 import hashlib
 import json
+import os
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from megaresnorm.errors import CheckpointError
+from megaresnorm.parallel.sharding import Box
 
 MANIFEST = "manifest.json"
-FORMAT = 1
-FILE_NAME = re.compile(r"[a-z]+-[0-9]{5}\.safetensors|tokenizer\.(model|json)")
+FORMAT = 2
+FILE_NAME = re.compile(r"[a-z]+-[0-9]{5}-[0-9]{5}\.safetensors|tokenizer\.(model|json)")
+UNFINISHED = ".tmp-"  # a folder that is being written or removed
+DAMAGED = "damaged-"  # a folder that a run could not go on from, and went on from an older one
 _FOLDER_NAME = re.compile(r"step-([0-9]{8,})")
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Slices:
+    """One tensor of the whole model, and what this rank has of it.
+
+    shape, dtype: of the whole.   local: live memory, None where the rank has nothing of it; its rows are, one after the other, the
+    slices ``boxes``.   owned: whether this is the one rank that writes them.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    local: Tensor | None = None
+    boxes: tuple[Box, ...] = ()
+    owned: bool = False
+
+    @classmethod
+    def of_whole(cls, tensor: Tensor) -> "Slices":
+        """A tensor that one rank has whole."""
+        box = tuple((0, size) for size in tensor.shape)
+        return cls(tuple(tensor.shape), tensor.dtype, tensor, (box,), owned=True)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole tensor."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+Groups = Mapping[str, Mapping[str, Slices]]  # weights, optimizer -> global name -> its slices
 
 
 def folder_name(step: int) -> str:
@@ -37,15 +76,42 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
         raise CheckpointError(f"{root}: cannot be read ({e.strerror})") from None
 
 
-def manifest_digest(manifest: dict[str, Any]) -> str:
-    """SHA-256 of a manifest without its own digest."""
+def checkpoints_of(folder: Path) -> list[tuple[int, Path]]:
+    """Those of a run's output folder, or of a folder of checkpoints."""
+    return list_checkpoints(folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder)
+
+
+def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
+    """The one way in which a manifest is written, its digest filled in; a reader compares every byte."""
     body = {key: value for key, value in manifest.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    text = json.dumps(body, indent=1, sort_keys=True)
+    return json.dumps(body | {"digest": hashlib.sha256(text.encode()).hexdigest()}, indent=1, sort_keys=True).encode()
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: Path, *, from_disk: bool = False, progress: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file.
+
+    from_disk: not what the operating system still remembers of writing it, where it can be made to forget.   progress: called with
+    the bytes of every part.
+    """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for chunk in iter(lambda: file.read(1 << 20), b""):
+    with path.open("rb", buffering=0) as file:
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while chunk := file.read(_CHUNK):
             digest.update(chunk)
+            if progress is not None:
+                progress(len(chunk))
     return digest.hexdigest()
+
+
+def human_bytes(count: float) -> str:
+    """
+    >>> human_bytes(512), human_bytes(3_200_000)
+    ('512 B', '3.2 MB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

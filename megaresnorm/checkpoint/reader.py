@@ -1,52 +1,109 @@
 """Reading a checkpoint: everything is verified before a tensor is used, and nothing that is read can run code."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megaresnorm.checkpoint.format import FILE_NAME, FORMAT, MANIFEST, file_sha256, manifest_digest
+from megaresnorm.checkpoint.format import FILE_NAME, FORMAT, MANIFEST, Slices, encode_manifest, file_sha256
 from megaresnorm.errors import CheckpointError
+from megaresnorm.parallel.context import Axis
+from megaresnorm.parallel.messages import exchange
+from megaresnorm.parallel.sharding import Box
 
-MAX_MANIFEST_BYTES = 1 << 28
+MAX_MANIFEST_BYTES = 1 << 26
+MAX_HEADER_BYTES = 1 << 24
+MAX_BESIDE = 1024  # slices of the same rows: as many as tensor-parallel ranks
+OPEN_FILES = 64
+HASHING_THREADS = 4
+ALONE = Axis("messages")
 
-Box = tuple[tuple[int, int], ...]  # the slice that a tensor is of a whole one: (start, stop) in every dim
+
+class Held(NamedTuple):
+    """Consecutive rows of a tensor in a file: which slice of the whole they are, and the first of them."""
+
+    file: str
+    row: int
+    box: Box
 
 
 class Checkpoint:
     """A verified checkpoint folder.
 
-    Raises: CheckpointError naming the file that is missing, damaged, or not part of the checkpoint.
+    With several ranks each verifies an equal share of the files, and tells the others what it has found: all or none go on.
+
+    messages: all ranks that read together; every one must make this object.   progress: called with the bytes of every part that
+    this rank has verified.
+    Raises: CheckpointError naming the file that is missing, damaged, or not part of the checkpoint; on all ranks the same.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, messages: Axis = ALONE, progress: Callable[[int], None] | None = None) -> None:
         self.folder = folder
-        manifest = _read_manifest(folder)
+        found: dict[str, Any] = {}
+        manifest: dict[str, Any] = {}
+        try:
+            manifest = read_manifest(folder)
+            found["digest"] = manifest["digest"]
+            files = _share(manifest["files"], messages)
+            found["slices"] = _verify_files(folder, files, progress)
+        except CheckpointError as e:
+            found["error"] = str(e)
+        everyone = exchange(found, messages)
+        for rank, said in enumerate(everyone):
+            if "error" in said:
+                raise CheckpointError(said["error"])
+            if said["digest"] != everyone[0]["digest"]:
+                raise CheckpointError(f"{folder / MANIFEST}: rank {rank} reads another one than the first rank does")
         self.step: int = manifest["step"]
         self.state: dict[str, Any] = manifest["state"]
         self.tensors: dict[str, dict[str, dict]] = manifest["tensors"]
-        self._files: list[str] = sorted(manifest["files"])
-        for name, recorded in manifest["files"].items():
-            _verify_file(folder, name, recorded)
+        self._attached = {name for name in manifest["files"] if name.startswith("tokenizer.")}
+        self._held: dict[str, dict[str, list[Held]]] = {group: {} for group in self.tensors}
+        self._open: dict[str, Any] = {}
+        for said in everyone:
+            for file, slices in said["slices"].items():
+                self._enter(file, slices)
+        self._check_complete()
 
     def attached(self, name: str) -> bytes:
         """The content of a file that is not of tensors. Raises: CheckpointError if there is none of this name."""
-        if name not in self._files:
+        if name not in self._attached:
             raise CheckpointError(f"{self.folder}: has no file {name}")
         try:
             return (self.folder / name).read_bytes()
         except OSError as e:
             raise CheckpointError(f"{self.folder / name}: cannot be read ({e.strerror})") from None
 
-    def read(self, group: str, shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of a group, whole, one at a time.
+    def names(self, group: str) -> list[str]:
+        return list(self.tensors.get(group, {}))
 
-        Raises: CheckpointError if names or shapes differ from ``shapes``, or a tensor is not covered by its slices.
+    def read(self, group: str, name: str) -> Tensor:
+        """One tensor, whole. Raises: CheckpointError if its file cannot be read any more."""
+        (whole,) = self._pieces(group, name, [tuple((0, size) for size in self.tensors[group][name]["shape"])])
+        return whole
+
+    def load(self, group: str, members: Mapping[str, Slices]) -> None:
+        """Copy what each rank has of every tensor of a group into place, reading its slices alone.
+
+        Raises: CheckpointError if names or shapes differ from the checkpoint's.
         """
+        self.check_names(group, {name: slices.shape for name, slices in members.items()})
+        for name, slices in members.items():
+            if slices.local is None:
+                continue
+            row = 0
+            for part in self._pieces(group, name, slices.boxes):
+                slices.local[row : row + len(part)].copy_(part)
+                row += len(part)
+        self._open.clear()
+
+    def check_names(self, group: str, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Raises: CheckpointError if the group has other tensors, or others of the same names."""
         recorded = self.tensors.get(group, {})
         if recorded.keys() != shapes.keys():
             odd = sorted(recorded.keys() ^ shapes.keys())
@@ -58,88 +115,94 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.folder}: {name} has shape {recorded[name]['shape']}, the model's is {list(shape)}"
                 )
-        places: dict[str, list[tuple[Path, Box]]] = {name: [] for name in shapes}
-        for file in (f for f in self._files if f.startswith(f"{group}-")):
-            for name, box in _slices(self.folder / file).items():
-                if name not in shapes:
-                    raise CheckpointError(f"{self.folder / file}: holds {name}, which the manifest does not name")
-                places[name].append((self.folder / file, box))
-        for name, boxes in places.items():
-            yield name, self._assemble(name, group, recorded[name], boxes)
 
-    def load_into(self, group: str, destination: Mapping[str, Tensor]) -> None:
-        """Copy every tensor of a group into tensors that exist. Raises: CheckpointError as ``read``."""
-        for name, whole in self.read(group, {name: tensor.shape for name, tensor in destination.items()}):
-            destination[name].copy_(whole)
+    def _enter(self, file: str, slices: dict[str, Any]) -> None:
+        """Note which slices a file holds. Raises: CheckpointError for one that is not of a tensor of the manifest."""
+        group = file.split("-")[0]
+        for name, (shape, dtype, boxes) in slices.items():
+            recorded = self.tensors.get(group, {}).get(name)
+            where = f"{self.folder / file}: {name}"
+            if recorded is None:
+                raise CheckpointError(f"{where}: the manifest has no such tensor in {group}")
+            if dtype != recorded["dtype"]:
+                raise CheckpointError(f"{where} is {dtype}, the manifest says {recorded['dtype']}")
+            row = 0
+            for box in boxes:
+                inside = len(box) == len(recorded["shape"]) and all(
+                    0 <= a < b <= size for (a, b), size in zip(box, recorded["shape"], strict=True)
+                )
+                if not inside or [b - a for a, b in box[1:]] != shape[1:]:
+                    raise CheckpointError(f"{where} of shape {shape} has no slice {box} of {recorded['shape']}")
+                self._held[group].setdefault(name, []).append(Held(file, row, tuple((a, b) for a, b in box)))
+                row += box[0][1] - box[0][0]
+            if [row] != shape[:1]:
+                raise CheckpointError(f"{where} of shape {shape} has slices of {row} rows")
 
-    def _assemble(self, name: str, group: str, recorded: dict, places: list[tuple[Path, Box]]) -> Tensor:
-        """The whole tensor from its slices; the very one that is read where there is only one."""
-        shape, done = recorded["shape"], list[Box]()
-        whole: Tensor | None = None
-        for path, box in places:
-            value = _tensor(path, name)
-            _check_box(path, name, box, value, recorded, done)
-            done.append(box)
-            if list(value.shape) == shape:
-                whole = value
-            else:
-                whole = value.new_empty(shape) if whole is None else whole
-                whole[tuple(slice(*edges) for edges in box)] = value
-        if whole is None or sum(_size(box) for box in done) != prod(shape):
-            raise CheckpointError(f"{self.folder}: {name} is not complete in the {group} files")
-        return whole
+    def _check_complete(self) -> None:
+        """Every element of every tensor is held once. Raises: CheckpointError."""
+        for group, members in self.tensors.items():
+            for name, recorded in members.items():
+                held = sorted(self._held[group].get(name, []), key=lambda h: h.box)
+                for one, other in _beside_each_other(held):
+                    if _overlap(one.box, other.box) is not None:
+                        where = f"{self.folder / other.file}: {name}"
+                        raise CheckpointError(
+                            f"{where} has the slice {other.box}, which overlaps {one.box} of {one.file}"
+                        )
+                if sum(prod(b - a for a, b in h.box) for h in held) != prod(recorded["shape"]):
+                    raise CheckpointError(f"{self.folder}: {name} is not complete in the {group} files")
+
+    def _pieces(self, group: str, name: str, boxes: Sequence[Box]) -> Iterator[Tensor]:
+        """The slices of a tensor, made up of what the files hold of them, one at a time."""
+        for box in boxes:
+            piece: Tensor | None = None
+            for held in self._held[group][name]:
+                common = _overlap(held.box, box)
+                if common is None:
+                    continue
+                within = [slice(a - start, b - start) for (a, b), (start, _) in zip(common, held.box, strict=True)]
+                rows = slice(within[0].start + held.row, within[0].stop + held.row)
+                value = self._read(held.file, name, (rows, *within[1:]))
+                if common == box:
+                    piece = value
+                else:
+                    piece = value.new_empty([b - a for a, b in box]) if piece is None else piece
+                    piece[
+                        tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(common, box, strict=True))
+                    ] = value
+            assert piece is not None, "the checkpoint was found complete"
+            yield piece
+
+    def _read(self, file: str, name: str, where: tuple[slice, ...]) -> Tensor:
+        try:
+            if file not in self._open:
+                if len(self._open) == OPEN_FILES:
+                    self._open.pop(next(iter(self._open)))
+                self._open[file] = safe_open(self.folder / file, framework="pt")
+            return self._open[file].get_slice(name)[where]
+        except (SafetensorError, OSError, ValueError) as e:
+            raise CheckpointError(f"{self.folder / file}: cannot be read any more ({e})") from None
 
 
-def _slices(path: Path) -> dict[str, Box]:
-    """Which slices a file holds, by name."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = json.loads((file.metadata() or {}).get("slices", "{}"))
-            return {
-                name: tuple((int(start), int(stop)) for start, stop in slices[name])
-                for name in file.keys()  # noqa: SIM118 - not a mapping
-            }
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as e:
-        raise CheckpointError(f"{path}: not a readable safetensors file of slices ({e})") from None
-
-
-def _tensor(path: Path, name: str) -> Tensor:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
-    except (SafetensorError, ValueError) as e:
-        raise CheckpointError(f"{path}: not a readable safetensors file of slices ({e})") from None
-
-
-def _size(box: Box) -> int:
-    return prod(stop - start for start, stop in box)
-
-
-def _check_box(path: Path, name: str, box: Box, value: Tensor, recorded: dict, others: list[Box]) -> None:
-    """A slice lies within the tensor, has the shape and type it should, and overlaps no other."""
-    whole = recorded["shape"]
-    inside = len(box) == len(whole) and all(0 <= a <= b <= size for (a, b), size in zip(box, whole, strict=True))
-    if not inside or [b - a for a, b in box] != list(value.shape):
-        raise CheckpointError(f"{path}: {name} of shape {list(value.shape)} is not the slice {list(box)} of {whole}")
-    if str(value.dtype).removeprefix("torch.") != recorded["dtype"]:
-        raise CheckpointError(f"{path}: {name} is {value.dtype}, the manifest says {recorded['dtype']}")
-    for other in others:
-        if all(max(a, c) < min(b, d) for (a, b), (c, d) in zip(box, other, strict=True)):
-            raise CheckpointError(f"{path}: {name} has the slice {list(box)}, which overlaps {list(other)}")
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, without looking at its files. Raises: CheckpointError."""
     path = folder / MANIFEST
     try:
+        if path.is_symlink() or not path.is_file():
+            what = (
+                "a link, not a plain file"
+                if path.is_symlink()
+                else "not there; wanted a folder such as .../checkpoints/step-00000500"
+            )
+            raise CheckpointError(f"{path}: {what}")
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise CheckpointError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes; not a manifest")
-        manifest = json.loads(path.read_bytes())
+        raw = path.read_bytes()
+        manifest = json.loads(raw)
     except OSError as e:
-        raise CheckpointError(
-            f"{path}: cannot be read ({e.strerror}); wanted a folder such as .../checkpoints/step-00000500"
-        ) from None
+        raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from None
     except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: not JSON ({e})") from None
+        raise CheckpointError(f"{path}: damaged, or not a manifest: no JSON ({e})") from None
     match manifest:
         case {"format": int(), "digest": str(), "step": int(), "files": dict(), "tensors": dict(), "state": dict()}:
             pass
@@ -147,27 +210,105 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: not the manifest of a checkpoint")
     if manifest["format"] != FORMAT:
         raise CheckpointError(f"{path}: format {manifest['format']} is unknown; this version reads {FORMAT}")
-    if manifest_digest(manifest) != manifest["digest"]:
+    if encode_manifest(manifest) != raw:
         raise CheckpointError(f"{path}: damaged (its digest differs)")
-    entries = [*manifest["files"].values(), *(t for group in manifest["tensors"].values() for t in group.values())]
-    for entry in entries:
+    for group in manifest["tensors"].values():
+        if not isinstance(group, dict):
+            raise CheckpointError(f"{path}: {str(group)[:80]!r} is not a group of tensors")
+    tensors = [tensor for group in manifest["tensors"].values() for tensor in group.values()]
+    for entry in (*manifest["files"].values(), *tensors):
         match entry:
-            case {"size": int(), "sha256": str()} | {"shape": list(), "dtype": str()}:
-                pass
+            case {"size": int(), "sha256": str()}:
+                continue
+            case {"shape": list(shape), "dtype": str()} if all(type(n) is int and n > 0 for n in shape):
+                continue
             case _:
-                raise CheckpointError(f"{path}: {entry!r} is not the entry of a file or tensor")
+                raise CheckpointError(f"{path}: {str(entry)[:80]!r} is not the entry of a file or tensor")
     return manifest
 
 
-def _verify_file(folder: Path, name: str, recorded: dict) -> None:
+def _share(files: dict[str, dict], messages: Axis) -> dict[str, dict]:
+    """The files that this rank verifies: of about as many bytes as every other rank's."""
+    loads = [0] * messages.size
+    mine = {}
+    for name in sorted(files, key=lambda name: (-files[name]["size"], name)):
+        rank = loads.index(min(loads))
+        loads[rank] += files[name]["size"]
+        if rank == messages.rank:
+            mine[name] = files[name]
+    return mine
+
+
+def _verify_files(folder: Path, files: dict[str, dict], progress: Callable[[int], None] | None) -> dict[str, Any]:
+    """file -> name -> (shape, dtype, slices) of those files that hold tensors.
+
+    Raises: CheckpointError for the first that is damaged.
+    """
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        waiting = [pool.submit(_verify_file, folder, name, files[name], progress) for name in sorted(files)]
+        for future in waiting:
+            if future.exception() is not None:
+                pool.shutdown(cancel_futures=True)
+            future.result()
+    return {name: _slices(folder / name) for name in sorted(files) if name.endswith(".safetensors")}
+
+
+def _verify_file(folder: Path, name: str, recorded: dict, progress: Callable[[int], None] | None) -> None:
     path = folder / name
-    if not FILE_NAME.fullmatch(name) or path.is_symlink():
+    if not FILE_NAME.fullmatch(name) or path.is_symlink() or (path.exists() and not path.is_file()):
         raise CheckpointError(f"{folder / MANIFEST}: {name!r} is not the name of a plain file of this checkpoint")
     try:
         size = path.stat().st_size
         if size != recorded["size"]:
             raise CheckpointError(f"{path}: has {size} bytes, the manifest says {recorded['size']}")
-        if file_sha256(path) != recorded["sha256"]:
+        if name.endswith(".safetensors"):
+            _check_header_size(path, size)
+        if file_sha256(path, progress=progress) != recorded["sha256"]:
             raise CheckpointError(f"{path}: damaged (SHA-256 differs)")
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from None
+
+
+def _check_header_size(path: Path, size: int) -> None:
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > min(size - 8, MAX_HEADER_BYTES):
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file (a header of {header} bytes in a file of {size})"
+        )
+
+
+def _slices(path: Path) -> dict[str, tuple[list[int], str, list]]:
+    """What a file holds: name -> shape, dtype, and the slices that its rows are."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = json.loads((file.metadata() or {}).get("slices", "{}"))
+            found = {}
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                view = file.get_slice(name)
+                boxes = [[(int(start), int(stop)) for start, stop in box] for box in slices[name]]
+                found[name] = (list(view.get_shape()), _DTYPES[view.get_dtype()], boxes)
+            return found
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
+        reason = f"{type(e).__name__} {e}".splitlines()[0][:200]
+        raise CheckpointError(f"{path}: not a readable safetensors file of slices ({reason})") from None
+
+
+_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def _beside_each_other(held: Sequence[Held]) -> Iterator[tuple[Held, Held]]:
+    """Every two slices that have rows in common. Raises: CheckpointError where they are more than ranks could have made."""
+    for i, one in enumerate(held):
+        for beside, other in enumerate(held[i + 1 :]):
+            if other.box[0][0] >= one.box[0][1]:
+                break
+            if beside == MAX_BESIDE:
+                raise CheckpointError(f"{one.file}: over {MAX_BESIDE} slices of the same rows")
+            yield one, other
+
+
+def _overlap(one: Box, other: Box) -> Box | None:
+    """The slice that two have in common."""
+    common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
+    return common if all(a < b for a, b in common) else None

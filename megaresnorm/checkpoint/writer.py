@@ -1,120 +1,262 @@
-"""Writing a checkpoint: a temporary folder, fsync, one rename. Nothing that exists is written over."""
+"""Writing a checkpoint: a temporary folder, fsync, one rename. Nothing that exists is written over.
 
+Every rank writes the slices that it owns; the first makes the folder, and renames it when all have written theirs.
+"""
+
+import errno
+import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
-from megaresnorm.checkpoint.format import FORMAT, MANIFEST, file_sha256, folder_name, list_checkpoints, manifest_digest
+from megaresnorm.checkpoint.format import (
+    FORMAT,
+    MANIFEST,
+    UNFINISHED,
+    Groups,
+    Slices,
+    encode_manifest,
+    file_sha256,
+    folder_name,
+    human_bytes,
+    list_checkpoints,
+)
 from megaresnorm.errors import CheckpointError
+from megaresnorm.parallel.context import Axis
+from megaresnorm.parallel.messages import exchange
 
 log = logging.getLogger(__name__)
 
-UNFINISHED = ".tmp-"
-FILE_BYTES = 1 << 31  # tensors are gathered into files of about this size
+FILE_BYTES = 1 << 30  # tensors are gathered into files of about this size, which ranks verify in parallel
+WRITE_BYTES = 1 << 24
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+ALONE = Axis("messages")
+
+
+class Kept(NamedTuple):
+    """Which checkpoints stay: the newest ``newest`` whole ones (at least 2), and those of steps that ``every`` divides."""
+
+    newest: int = 2
+    every: int | None = None
+
+
+KEPT = Kept()
 
 
 def save_checkpoint(
     root: Path,
     step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
+    groups: Groups,
     state: Mapping[str, Any],
     *,
-    keep: int,
+    kept: Kept = KEPT,
     attached: Mapping[str, bytes] | None = None,
+    messages: Axis = ALONE,
 ) -> Path:
-    """Write ``root/step-XXXXXXXX`` and remove all but the newest ``keep`` checkpoints.
+    """Write ``root/step-XXXXXXXX`` and remove old checkpoints. Every rank must call it, and all return or raise alike.
 
-    tensors: group (weights, optimizer) -> global name -> tensor.   state: whatever JSON can hold.
-    attached: name -> content of other files (the tokenizer).
+    groups: weights, optimizer -> global name -> slices.   state: whatever JSON can hold, the first rank's counts.
+    attached: name -> content of other files (the tokenizer), the first rank's count.   messages: all ranks that save together.
     Raises: CheckpointError, one line, when it exists already or cannot be written; earlier checkpoints stay as they are.
     """
-    assert keep >= 2, "one checkpoint must be whole while the next is written"
+    assert kept.newest >= 2, "one checkpoint must be whole while the next is written"
     final = root / folder_name(step)
-    if final.exists():
-        raise CheckpointError(f"{final}: exists already; checkpoints are never written over")
-    temporary = root / f"{UNFINISHED}{folder_name(step)}"
+    temporary = root / f"{UNFINISHED}{final.name}"
+    first = messages.rank == 0
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        for left in root.glob(f"{UNFINISHED}*"):  # of a process that was killed while it saved or removed one
-            shutil.rmtree(left)
-        temporary.mkdir()
-        files = {}
-        shapes: dict[str, dict[str, dict]] = {}
-        for name, content in (attached or {}).items():
-            _write_durably(temporary / name, content)
-            files[name] = {"size": len(content), "sha256": file_sha256(temporary / name)}
-        for group, members in tensors.items():
-            shapes[group] = {}
-            for number, part in enumerate(_parts(members), start=1):
-                path = temporary / f"{group}-{number:05d}.safetensors"
-                _write_tensors(path, part)
-                files[path.name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
-                shapes[group] |= {
-                    name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
-                    for name, t in part.items()
-                }
-        manifest = {"format": FORMAT, "step": step, "files": files, "tensors": shapes, "state": dict(state)}
-        manifest["digest"] = manifest_digest(manifest)
-        _write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
-        _sync_folder(temporary)
-        temporary.rename(final)
-        _sync_folder(root)
-    except (OSError, SafetensorError) as e:
-        reason = e.strerror if isinstance(e, OSError) else str(e)
-        raise CheckpointError(f"{final}: cannot be written ({reason}); earlier checkpoints are untouched") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already if it was renamed
-    _remove_old(root, keep)
+        _together(messages, lambda: _make_folder(temporary, final, groups) if first else {})
+        written = _together(messages, lambda: _write_share(temporary, groups, messages.rank))
+        files = {name: entry for share in written for name, entry in share.items()}
+        if first:
+            content = {"format": FORMAT, "step": step, "files": files, "tensors": _shapes(groups), "state": dict(state)}
+        _together(messages, lambda: _commit(temporary, final, content, attached or {}) if first else {})
+    except OSError as e:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(_reason(e, root, final, groups)) from None
+    if first:
+        remove_old(root, kept)
     return final
 
 
-def _remove_old(root: Path, keep: int) -> None:
-    """Remove all but the newest ``keep``. Each is renamed first, so that one that is half gone is no checkpoint any more."""
-    for step, old in list_checkpoints(root)[:-keep]:
+def bytes_of(groups: Groups) -> int:
+    """Of the tensors of a whole checkpoint."""
+    return sum(slices.num_bytes for members in groups.values() for slices in members.values())
+
+
+def free_bytes(root: Path) -> int:
+    """What can still be written into a folder, or the nearest one above it that exists."""
+    while not root.exists():
+        root = root.parent
+    return shutil.disk_usage(root).free
+
+
+def remove_old(root: Path, kept: Kept, progress: Callable[[Path], None] | None = None) -> list[Path]:
+    """Remove all checkpoints that need not stay; returns them. A folder without all of its files does not count as one that stays.
+
+    Each is renamed first, so that one that is half gone is no checkpoint any more.
+    """
+    removed, whole = [], 0
+    for step, old in reversed(list_checkpoints(root)):
+        if whole < kept.newest or (kept.every is not None and step % kept.every == 0):
+            whole += _has_its_files(old)
+            continue
         try:
             if not old.is_symlink():
-                shutil.rmtree(old.rename(root / f"{UNFINISHED}{folder_name(step)}"))
+                gone = root / f"{UNFINISHED}{folder_name(step)}"
+                os.rename(old, gone)
+                shutil.rmtree(gone)
+                removed.append(old)
+                if progress is not None:
+                    progress(old)
         except OSError as e:
             log.warning("warning: %s: an old checkpoint cannot be removed (%s)", old, e.strerror)
+    return removed
 
 
-def _parts(members: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+def write_tensors(path: Path, parts: Sequence[tuple[str, Slices]]) -> dict[str, Any]:
+    """Write a safetensors file of what this rank has of some tensors; returns its size and SHA-256.
+
+    The bytes go from the tensors' memory to the disk and are hashed on the way, where the safetensors package would first copy
+    all of them. The file is synced and read back from the disk: a checkpoint that was renamed into place has been verified.
+    """
+    header, offset = dict[str, Any](), 0
+    for name, slices in parts:
+        assert slices.local is not None
+        end = offset + slices.local.nbytes
+        shape = list(slices.local.shape)
+        header[name] = {"dtype": DTYPES[slices.dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    header["__metadata__"] = {"slices": json.dumps({name: slices.boxes for name, slices in parts})}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    content = [len(encoded).to_bytes(8, "little") + encoded]
+    tensors = (_memory(slices.local) for _, slices in parts if slices.local is not None)
+    entry = _write_durably(path, (chunk for source in (content, tensors) for chunk in source))
+    if file_sha256(path, from_disk=True) != entry["sha256"]:
+        raise OSError(errno.EIO, "what was read back is not what was written", str(path))
+    return entry
+
+
+def _make_folder(temporary: Path, final: Path, groups: Groups) -> dict:
+    """The temporary folder, where there is room and nothing is in the way; what killed saves have left goes."""
+    root = final.parent
+    root.mkdir(parents=True, exist_ok=True)
+    for left in root.glob(f"{UNFINISHED}*"):
+        log.info("removed   %s, which was never finished", left)
+        shutil.rmtree(left)
+    if final.exists():
+        raise FileExistsError(errno.EEXIST, "it exists already; checkpoints are never written over", str(final))
+    if free_bytes(root) < bytes_of(groups):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    temporary.mkdir()
+    return {}
+
+
+def _write_share(temporary: Path, groups: Groups, rank: int) -> dict[str, Any]:
+    """This rank's files; name -> size and SHA-256."""
+    files = {}
+    for group, members in groups.items():
+        owned = [(name, slices) for name, slices in members.items() if slices.owned and slices.boxes]
+        for number, part in enumerate(_parts(owned), start=1):
+            path = temporary / f"{group}-{rank:05d}-{number:05d}.safetensors"
+            files[path.name] = write_tensors(path, part)
+    return files
+
+
+def _commit(temporary: Path, final: Path, manifest: dict[str, Any], attached: Mapping[str, bytes]) -> dict:
+    for name, content in attached.items():
+        manifest["files"][name] = _write_durably(temporary / name, [content])
+    _write_durably(temporary / MANIFEST, [encode_manifest(manifest)])
+    _sync_folder(temporary)
+    os.rename(temporary, final)
+    _sync_folder(final.parent)
+    return {}
+
+
+def _together(messages: Axis, work: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
+    """What ``work`` returned on every rank. Raises: on all of them the OSError of the first that had one."""
+    mine: dict[str, Any] = {}
+    mistake: Exception | None = None
+    try:
+        mine["done"] = work()
+    except OSError as e:
+        mine["error"] = [e.errno, e.strerror or str(e), str(e.filename or "")]
+    except Exception as e:  # noqa: BLE001 - of ours; raised below, when nobody waits for this rank any more
+        mistake = e
+        mine["error"] = [errno.EIO, f"{type(e).__name__} on rank {messages.rank}", ""]
+    everyone = exchange(mine, messages)
+    if mistake is not None:
+        raise mistake
+    for said in everyone:
+        if "error" in said:
+            raise OSError(*said["error"])
+    return [said["done"] for said in everyone]
+
+
+def _reason(error: OSError, root: Path, final: Path, groups: Groups) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        need, have = bytes_of(groups), free_bytes(root)
+        why = " (a quota, or too many files)" if have >= need else ""
+        return f"{final}: no space: need {human_bytes(need)}, have {human_bytes(have)}{why}"
+    where = f", {error.filename}" if error.filename and error.filename != str(final) else ""
+    return f"{final}: cannot be written ({error.strerror}{where})"
+
+
+def _shapes(groups: Groups) -> dict[str, dict[str, dict]]:
+    return {
+        group: {
+            name: {"shape": list(s.shape), "dtype": str(s.dtype).removeprefix("torch.")} for name, s in members.items()
+        }
+        for group, members in groups.items()
+    }
+
+
+def _parts(owned: Sequence[tuple[str, Slices]]) -> Iterator[list[tuple[str, Slices]]]:
     """Consecutive tensors of about FILE_BYTES together."""
-    part: dict[str, Tensor] = {}
+    part: list[tuple[str, Slices]] = []
     size = 0
-    for name, tensor in members.items():
-        if part and size + tensor.nbytes > FILE_BYTES:
+    for name, slices in owned:
+        assert slices.local is not None
+        if part and size + slices.local.nbytes > FILE_BYTES:
             yield part
-            part, size = {}, 0
-        part[name] = tensor
-        size += tensor.nbytes
-    yield part
+            part, size = [], 0
+        part.append((name, slices))
+        size += slices.local.nbytes
+    if part:
+        yield part
 
 
-def _write_tensors(path: Path, part: Mapping[str, Tensor]) -> None:
-    slices = {name: [[0, size] for size in tensor.shape] for name, tensor in part.items()}
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in part.items()},
-        path,
-        {"slices": json.dumps(slices)},
-    )
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _memory(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor; of its own memory where it is on a CPU and contiguous."""
+    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
-def _write_durably(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def _write_durably(path: Path, chunks: Any) -> dict[str, Any]:
+    """A new file, on disk when this returns; its size and SHA-256."""
+    digest, size = hashlib.sha256(), 0
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        for chunk in chunks:
+            rest = memoryview(chunk)
+            while rest:
+                done = os.write(descriptor, rest[:WRITE_BYTES])
+                digest.update(rest[:done])
+                rest, size = rest[done:], size + done
+        os.fsync(descriptor)
+    except OSError as e:
+        e.filename = str(path)
+        raise
+    finally:
+        os.close(descriptor)
+    return {"size": size, "sha256": digest.hexdigest()}
 
 
 def _sync_folder(path: Path) -> None:
@@ -123,3 +265,12 @@ def _sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _has_its_files(folder: Path) -> bool:
+    """Whether all files are there, of the sizes that the manifest names; their content was verified when they were written."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        return all((folder / name).stat().st_size == entry["size"] for name, entry in manifest["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False

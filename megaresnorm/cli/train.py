@@ -34,6 +34,11 @@ def add_train(commands: Commands) -> None:
         metavar="N",
         help="with --dry-run: check the layout for so many ranks [the fewest it needs]",
     )
+    train.add_argument(
+        "--no-fallback",
+        action="store_true",
+        help="end if the newest checkpoint is damaged, rather than go on from an older one",
+    )
     train.set_defaults(run=_train)
 
 
@@ -56,19 +61,18 @@ def _train(arguments: argparse.Namespace) -> int:
         raise ConfigError("--ranks is for --dry-run; ranks are started by bash launch/torchrun.sh")
     from megaresnorm.parallel.context import end_process_group
 
-    exit_code = _train_and_report(recipe)
+    exit_code = _train_and_report(recipe, fallback=not arguments.no_fallback)
     end_process_group()
     return exit_code
 
 
-def _train_and_report(recipe: Recipe) -> int:
+def _train_and_report(recipe: Recipe, *, fallback: bool) -> int:
     from megaresnorm.config import dump_recipe
     from megaresnorm.resilience.signals import StopSignals
     from megaresnorm.telemetry.log import console
     from megaresnorm.trainer import Run
 
-    with StopSignals() as stop:
-        run = Run(recipe)
+    with StopSignals(recipe.train.max_minutes) as stop, Run(recipe, fallback=fallback) as run:
         console.print(f"recipe    {run.output / 'recipe.yaml'}\n{dump_recipe(run.recipe).rstrip()}", markup=False)
         console.print("\n".join(run.describe()), markup=False)
         summary = run.train(stop)

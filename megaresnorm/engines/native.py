@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -13,10 +14,13 @@ import torch
 from torch import Tensor
 
 from megaresnorm.assemble import Assembled
+from megaresnorm.checkpoint.format import Slices
+from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.data.loader import Batch
+from megaresnorm.engines.slices import numbers_of, places
 from megaresnorm.engines.whole import WholeTensors
 from megaresnorm.model.residual import DropoutKey
-from megaresnorm.optim import GradientClipper, Optimizer, gradient_norms
+from megaresnorm.optim import MOMENTS, GradientClipper, Optimizer, gradient_norms
 from megaresnorm.parallel.collectives import all_reduce
 from megaresnorm.parallel.data import local, synchronised
 from megaresnorm.parallel.gradients import reduce_gradients, reductions
@@ -150,26 +154,36 @@ class NativeEngine:
         """What JSON can hold of the engine's state."""
         return {"updates": self._updates, "clipper_steps": self._clipper.steps}
 
-    def tensors(self) -> dict[str, WholeTensors]:
-        """The engine's state by group and global name: whole tensors, each made up from all ranks when it is asked for.
+    def weights(self) -> WholeTensors:
+        """Every weight, whole, by global name. With several ranks all must ask for the same ones in the same order."""
+        return WholeTensors(self.assembled, {name: local(p.detach()) for name, p in self._parameters.items()})
 
-        With several ranks all must ask for the same ones in the same order.
+    @cached_property
+    def slices(self) -> dict[str, dict[str, Slices]]:
+        """The engine's tensors by group and global name: all of the whole model's, with what this rank has of them, live.
+
+        Groups: weights, optimizer, and clipper where each tensor is clipped against its own history.
         """
-        weights = {name: local(p.detach()) for name, p in self._parameters.items()}
-        moments = {
-            f"{key}.{name}": tensor
-            for name, p in self._parameters.items()
-            for key, tensor in self._optimizer.moments(p).items()
-        }
-        averages = dict(zip(self._parameters, self._clipper.averages.split(1), strict=True))
-        return {
-            "weights": WholeTensors(self.assembled, weights),
-            "optimizer": WholeTensors(self.assembled, moments, numbers={"clipper.averages": averages}),
-        }
+        mine = {name: local(p.detach()) for name, p in self._parameters.items()}
+        moments = {name: self._optimizer.moments(p) for name, p in self._parameters.items()}
+        groups: dict[str, dict[str, Slices]] = {"weights": {}, "optimizer": {}}
+        for name, place in places(self.assembled).items():
+            groups["weights"][name] = place.of(mine.get(name))
+            for key in MOMENTS:
+                groups["optimizer"][f"{key}.{name}"] = place.of(moments.get(name, {}).get(key))
+        if self._clips_each:
+            averages = dict(zip(self._parameters, self._clipper.averages.split(1), strict=True))
+            groups["clipper"] = numbers_of(self.assembled, averages)
+        return groups
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take over ``state()`` of the engine whose tensors have been loaded into ``tensors()``."""
-        self._updates, self._clipper.steps = state["updates"], state["clipper_steps"]
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take over the tensors and the ``state()`` of a checkpoint of the same model, saved in whatever layout."""
+        for group, members in self.slices.items():
+            if group != "clipper" or group in checkpoint.tensors:  # clipping may have been another until then
+                checkpoint.load(group, members)
+        state = checkpoint.state["engine"]
+        self._updates = state["updates"]
+        self._clipper.steps = state["clipper_steps"] if "clipper" in self.slices else 0
         self._optimizer.set_updates(self._updates)
         self.assembled.weights_changed()
 
@@ -178,7 +192,7 @@ class NativeEngine:
         difference.
         """
         digest = hashlib.sha256()
-        for name, whole in self.tensors()["weights"].items():
+        for name, whole in self.weights().items():
             digest.update(name.encode())
             digest.update(whole.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

@@ -16,6 +16,7 @@ from megaresnorm.parallel.shared_memory import SharedMemory
 
 MESH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outermost first: neighbours in tp are neighbouring ranks
 TIMEOUT = timedelta(minutes=10)
+WRITING = timedelta(hours=1)  # ranks wait for the slowest to have written its part of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class ParallelContext:
     """The axes of a run. An object, never a global.
 
     data: dp_replicate and dp_shard together: ranks that read different samples.   shards: dp_shard and tp: ranks that hold parts
-    of the same tensors.   world: all.   ends: the first and the last rank of a pipeline; size 1 elsewhere.
+    of the same tensors.   world: all.   ends: the first and the last rank of a pipeline; size 1 elsewhere.   messages: all, on CPUs
+    whatever the device, for the thread that writes checkpoints and for what ranks tell each other before a run.
     """
 
     pp: Axis
@@ -64,6 +66,7 @@ class ParallelContext:
     shards: Axis
     world: Axis
     ends: Axis
+    messages: Axis
     mesh: DeviceMesh | None = None
 
     @classmethod
@@ -97,6 +100,8 @@ class ParallelContext:
         together = {"data": [1, 2], "shards": [2, 4], "world": [0, 1, 2, 3, 4]}
         axes |= {name: _axis(name, ranks, dims) for name, dims in together.items()}
         axes["ends"] = _axis("ends", ranks[[0, -1]], [0]) if sizes.pp > 1 else Axis("ends")
+        everyone = dist.new_group(backend="gloo", timeout=WRITING)
+        axes["messages"] = Axis("messages", sizes.num_ranks, dist.get_rank(), everyone)
         return cls(**axes, mesh=mesh)
 
     @property

@@ -5,6 +5,7 @@ dp_shard has consecutive rows, as FSDP2 divides them.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from megaresnorm.parallel.collectives import all_gather_blocks
 from megaresnorm.parallel.context import Axis
+
+Box = tuple[tuple[int, int], ...]  # a slice of a whole tensor: (start, stop) in every dim
 
 
 def shard(whole: Tensor, split: int | None, part_sizes: Sequence[int], axis: Axis) -> Tensor:
@@ -42,6 +45,33 @@ def row_chunk(tensor: Tensor, axis: Axis) -> Tensor:
     """This rank's rows of a tensor that FSDP2 divides over ``axis``: as torch.chunk does, so that the last ranks may have none."""
     chunks = tensor.chunk(axis.size)
     return chunks[axis.rank] if axis.rank < len(chunks) else tensor[:0]
+
+
+def boxes(shape: Sequence[int], split: int | None, part_sizes: Sequence[int], tp: Axis, dp_shard: Axis) -> list[Box]:
+    """Where in the whole tensor the rows lie that a rank has after ``shard`` and ``row_chunk``, in their order.
+
+    >>> rank_1_of_2 = Axis("tp", 2, 1)
+    >>> boxes((8, 4), 0, [4, 2, 2], rank_1_of_2, Axis("dp_shard"))
+    [((2, 4), (0, 4)), ((5, 6), (0, 4)), ((7, 8), (0, 4))]
+    """
+    runs, rest = [(0, shape[0])], [(0, size) for size in shape[1:]]
+    if split == 0:
+        ends = list(accumulate(part_sizes))
+        shares = [size // tp.size for size in part_sizes]
+        starts = [end - size + tp.rank * share for end, size, share in zip(ends, part_sizes, shares, strict=True)]
+        runs = [(start, start + share) for start, share in zip(starts, shares, strict=True)]
+    elif split is not None:
+        width = shape[split] // tp.size
+        rest[split - 1] = (tp.rank * width, (tp.rank + 1) * width)
+    chunk = -(-sum(stop - start for start, stop in runs) // dp_shard.size)
+    first = dp_shard.rank * chunk
+    found, position = list[Box](), 0  # position: of a run's first row among the rows of tp
+    for start, stop in runs:
+        low, high = max(first - position, 0), min(first + chunk - position, stop - start)
+        if low < high:
+            found.append(((start + low, start + high), *rest))
+        position += stop - start
+    return found
 
 
 def from_row_chunks(chunk: Tensor, shape: Sequence[int], axis: Axis) -> Tensor:

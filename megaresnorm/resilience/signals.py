@@ -1,32 +1,75 @@
-"""Ctrl-C and SIGTERM end a run after the step at hand; a second one ends it at once."""
+"""Signals and a time limit end a run after the step at hand; a second signal ends it at once."""
 
+import os
 import signal
+import socket
+import sys
+import threading
+import time
 from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+TIME_IS_UP = 124  # exit code, as of timeout(1)
 
 
 class StopSignals:
-    """Within ``with StopSignals() as stop``, the first SIGINT or SIGTERM only sets ``stop.received``.
+    """Within ``with StopSignals() as stop``, the first SIGINT, SIGTERM or SIGUSR1 only sets ``stop.exit_code``.
 
-    The second is raised as KeyboardInterrupt. Checkpoints are renamed into place when complete, so it tears nothing.
+    The second ends the process at once, even where its main thread waits for other ranks. Checkpoints are renamed into place when
+    complete, so it tears nothing.
+
+    max_minutes: counts as a signal when it has passed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_minutes: float | None = None) -> None:
         self.received: signal.Signals | None = None
+        self._end = None if max_minutes is None else time.monotonic() + 60 * max_minutes
 
     @property
     def exit_code(self) -> int:
-        """128 + signal, as shells have it: 130 after Ctrl-C, 143 after SIGTERM; 0 if none came."""
-        return 0 if self.received is None else 128 + self.received
+        """128 + signal, as shells have it: 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1; 124 when time is up; or 0."""
+        if self.received is not None:
+            return 128 + self.received
+        return TIME_IS_UP if self._end is not None and time.monotonic() >= self._end else 0
 
     def __enter__(self) -> "StopSignals":
-        self._previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        # Python runs its own handlers between two instructions of the main thread, which may be waiting in C for a rank that is
+        # gone. What the C handler writes here is read by a thread at once.
+        self._read, self._write = socket.socketpair()
+        self._write.setblocking(False)
+        self._previous_wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        self._previous = {number: signal.signal(number, _ignore) for number in SIGNALS}
+        self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_wakeup)
+        self._write.close()  # the thread reads the end of the file
+        self._thread.join()
+        self._read.close()
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+    def _watch(self) -> None:
+        while numbers := self._read.recv(64):
+            for number in numbers:
+                if number not in SIGNALS:
+                    continue
+                if self.received is not None:
+                    sys.stderr.write("megaresnorm: a second signal: ended at once, without saving\n")
+                    sys.stderr.flush()
+                    os._exit(128 + number)
+                self.received = signal.Signals(number)
+
+
+def exit_reason(code: int) -> str:
+    """
+    >>> exit_reason(143), exit_reason(124)
+    ('SIGTERM', 'train.max_minutes')
+    """
+    return "train.max_minutes" if code == TIME_IS_UP else signal.Signals(code - 128).name
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """The thread hears of the signal by itself."""

@@ -139,7 +139,7 @@ def outcome(recipe: Recipe, *, steps: int = 3, optimizer: str = "sgd") -> Outcom
         else:
             stats = engine.step(batches(assembled.context, recipe, seed=step), 1e-3, lambda stats: Decision.APPLY)
             done.append((stats.loss, stats.gradient_norm))
-    weights = {name: t.clone() for name, t in engine.tensors()["weights"].items()}
+    weights = {name: t.clone() for name, t in engine.weights().items()}
     return Outcome(loss, found, done, weights, engine.weights_digest())
 
 

@@ -53,7 +53,8 @@ def test_a_run_goes_on_in_another_layout(tiny, tmp_path, clip):
     """Six steps in each of four layouts, the first three of them in the layout before: the losses are one process's."""
     settings = {
         "model": {"num_blocks": 4, "num_kv_heads": 2, "tied_embeddings": True, "dropout": 0.1, "ffn_dim": 24},
-        "train": {"global_batch": 6, "micro_batch": 2, "eval_samples": 5, "checkpoint_every": 3},
+        "train": {"global_batch": 6, "micro_batch": 2, "eval_samples": 5},
+        "checkpoint": {"every": 3},
         "optim": {"clip": clip} | ({"adagc_warmup": 2} if clip == "adagc" else {"clip_norm": 0.1}),
         "precision": {"compute": "fp64", "residual_dtype": "fp64"},
         "schedule": {"kind": "constant", "min_ratio": 0.1},

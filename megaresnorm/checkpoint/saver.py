@@ -1,0 +1,140 @@
+"""Saving while training goes on: a copy in host memory, and a thread that writes it.
+
+At most one checkpoint is being written. Its thread and those of the other ranks speak over a process group of their own, so that
+they never come between the collectives of a step.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaresnorm.checkpoint.format import Groups, Slices
+from megaresnorm.checkpoint.writer import Kept, save_checkpoint
+from megaresnorm.errors import CheckpointError, TrainingError
+from megaresnorm.parallel.context import Axis
+
+log = logging.getLogger(__name__)
+
+
+class Saver:
+    """Writes the checkpoints of one run, in order. Every rank makes one and calls it alike.
+
+    groups: this rank's slices of all tensors, live.   asynchronous: return when they are copied; otherwise when they are on disk.
+    skip_when_busy: leave a checkpoint out that is due while the one before is being written; otherwise wait for it.
+    max_failures: checkpoints in a row that could not be written before TrainingError is raised.
+    any_rank: whether something is true on any rank; asked by all of them together, from their main threads.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        groups: Groups,
+        messages: Axis,
+        any_rank: Callable[[bool], bool],
+        *,
+        kept: Kept,
+        asynchronous: bool,
+        skip_when_busy: bool,
+        max_failures: int,
+    ) -> None:
+        self.root, self._groups, self._messages, self._any_rank = root, groups, messages, any_rank
+        self._kept, self._asynchronous, self._skip = kept, asynchronous, skip_when_busy
+        self._max_failures = max_failures
+        self._copies: Groups | None = None
+        self._sources, self._targets = list[Tensor](), list[Tensor]()
+        self._thread: threading.Thread | None = None
+        self._mistake: BaseException | None = None
+        self.stalled = 0.0  # seconds that the last save kept the run waiting, once the one before it was written
+        self.failures = 0  # in a row
+        self.newest: tuple[int, Path] | None = None  # the last one that was written, or that the run went on from
+
+    def save(self, step: int, state: Mapping[str, Any], attached: Mapping[str, bytes]) -> None:
+        """Begin a checkpoint, or write it; a failure is a warning unless it was one too many.
+
+        Raises: TrainingError after ``max_failures`` failures in a row, on all ranks at the same step.
+        """
+        if self._skip and self._any_rank(self._busy):
+            log.warning("warning: step %d is not saved: the checkpoint before is still being written", step)
+            return
+        self.wait()
+        start = time.perf_counter()
+        if self._asynchronous:
+            groups = self._copied()
+            self.stalled = time.perf_counter() - start
+            self._thread = threading.Thread(
+                target=self._write, args=(step, groups, state, attached, start), name="checkpoint", daemon=True
+            )
+            self._thread.start()
+        else:
+            self._write(step, self._groups, state, attached, start)
+            self.stalled = time.perf_counter() - start
+            self._settle()
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises: as ``save``."""
+        self.finish()
+        self._settle()
+
+    def finish(self) -> None:
+        """As ``wait``, whatever came of it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    @property
+    def _busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _settle(self) -> None:
+        if self._mistake is not None:
+            raise self._mistake
+        if self.failures >= self._max_failures:
+            raise TrainingError(
+                f"{self.failures} checkpoints in a row could not be written to {self.root}; {self._what_there_is()}"
+            )
+
+    def _write(self, step: int, groups: Groups, state: Mapping[str, Any], attached: Mapping, start: float) -> None:
+        try:
+            path = save_checkpoint(
+                self.root, step, groups, state, kept=self._kept, attached=attached, messages=self._messages
+            )
+        except CheckpointError as e:
+            self.failures += 1
+            count = f"{self.failures} of {self._max_failures} failures in a row"
+            log.warning("warning: %s; training goes on, %s (%s)", e, self._what_there_is(), count)
+        except BaseException as e:  # noqa: BLE001 - raised in the main thread
+            self._mistake = e
+        else:
+            self.failures, self.newest = 0, (step, path)
+            log.info("saved     %s in %.1f s", path, time.perf_counter() - start)
+
+    def _what_there_is(self) -> str:
+        return "there is no other" if self.newest is None else f"the newest is {self.newest[1].name}"
+
+    def _copied(self) -> Groups:
+        """The groups with what this rank will write copied to host memory, which is kept for the next time."""
+        if self._copies is None:
+            self._copies = {
+                group: {name: self._with_memory(slices) for name, slices in members.items()}
+                for group, members in self._groups.items()
+            }
+        with torch.no_grad():
+            torch._foreach_copy_(self._targets, self._sources, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return self._copies
+
+    def _with_memory(self, slices: Slices) -> Slices:
+        if not slices.owned or slices.local is None:
+            return slices
+        memory = torch.empty_like(slices.local, device="cpu", pin_memory=slices.local.device.type == "cuda")
+        self._sources.append(slices.local)
+        self._targets.append(memory)
+        return replace(slices, local=memory)

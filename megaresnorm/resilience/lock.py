@@ -1,0 +1,114 @@
+"""One job per output folder."""
+
+import fcntl
+import getpass
+import json
+import os
+import socket
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from megaresnorm.errors import TrainingError
+
+HEARTBEAT = 10.0  # seconds
+STALE = 60.0  # seconds without a heartbeat after which the owner on another host is taken for dead
+
+
+class FolderLock:
+    """Holds ``folder/.lock`` until ``release``, or the end of the process.
+
+    The file is locked by flock, which the operating system undoes when a process dies, however it dies. Some network file systems
+    keep flock to one host; so the file names its owner and is touched every HEARTBEAT seconds, and an owner on another host is
+    dead after STALE seconds of the file server's clock. A job that torchrun has started again on another host takes over its own.
+
+    what: how the folder is called in errors.
+    Raises: TrainingError naming the owner, or saying why the folder cannot be used.
+    """
+
+    def __init__(self, folder: Path, what: str) -> None:
+        self._path, self._what = folder / ".lock", what
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        except OSError as e:
+            raise TrainingError(f"{what}: cannot be written ({e.strerror})") from None
+        try:
+            self._take()
+        except OSError as e:
+            os.close(self._descriptor)
+            raise TrainingError(f"{what}: cannot be locked ({e.strerror}, {self._path})") from None
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        self._released = threading.Event()
+        threading.Thread(
+            target=self._beat, args=(os.dup(self._descriptor), self._released), name="lock", daemon=True
+        ).start()
+
+    def release(self) -> None:
+        """Leave the folder to others."""
+        if not self._released.is_set():
+            self._released.set()
+            os.ftruncate(self._descriptor, 0)
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            os.close(self._descriptor)
+
+    def _take(self) -> None:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._held(self._owner(), time.time() - os.fstat(self._descriptor).st_mtime) from None
+        owner = self._owner()
+        silent = self._seconds_silent()
+        if owner and owner.get("host") != socket.gethostname() and owner.get("job") != job() and silent < STALE:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            raise self._held(owner, silent)
+        mine = {"host": socket.gethostname(), "pid": os.getpid(), "user": _user(), "job": job(),
+                "since": time.strftime("%Y-%m-%d %H:%M:%S")}  # fmt: skip
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(mine).encode(), 0)
+
+    def _owner(self) -> dict[str, Any]:
+        try:
+            owner = json.loads(os.pread(self._descriptor, 4096, 0))
+        except ValueError:
+            return {}
+        return owner if isinstance(owner, dict) else {}
+
+    def _held(self, owner: dict[str, Any], silent: float) -> TrainingError:
+        who = "another job"
+        if owner:
+            pid, user, host, since = (owner.get(key) for key in ("pid", "user", "host", "since"))
+            who = f"pid {pid} of {user} on {host} since {since}, alive {max(0.0, silent):.0f} s ago"
+        return TrainingError(f"{self._what} is in use by {who}; wait for it, end it, or use another folder")
+
+    def _seconds_silent(self) -> float:
+        """Since the last heartbeat, by the clock of whoever keeps the files."""
+        last = os.fstat(self._descriptor).st_mtime
+        with tempfile.NamedTemporaryFile(dir=self._path.parent, prefix=".lock-") as probe:
+            return os.fstat(probe.fileno()).st_mtime - last
+
+    @staticmethod
+    def _beat(descriptor: int, released: threading.Event) -> None:
+        while not released.wait(HEARTBEAT):
+            try:
+                os.utime(descriptor)
+            except OSError:
+                continue  # a full or lost disk; the next beat may reach it
+        os.close(descriptor)
+
+
+def job() -> str | None:
+    """What torchrun calls this job, the same after it has started its ranks again; None where it has no name of its own."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if name in ("none", "") else name
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return str(os.getuid())

@@ -1,0 +1,90 @@
+"""Going on from a checkpoint: the newest that is whole, if it is of this run."""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megaresnorm.checkpoint.format import DAMAGED, list_checkpoints
+from megaresnorm.checkpoint.reader import Checkpoint
+from megaresnorm.config import build_recipe, differences
+from megaresnorm.errors import CheckpointError
+from megaresnorm.parallel.context import Axis
+from megaresnorm.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+# What a resumed run must share with its checkpoint. The folder of the data may move: its content is compared.
+FIXED_ON_RESUME = (
+    "model.",
+    "data.valid_fraction",
+    "data.test_fraction",
+    "data.seed",
+    "data.mask_documents",
+    "train.seed",
+    "precision.",
+)
+
+
+def open_newest(
+    root: Path, messages: Axis, *, fallback: bool, progress: Callable[[int], None] | None = None
+) -> Checkpoint | None:
+    """The newest checkpoint under ``root`` that is whole, verified by all ranks together; None if there is none at all.
+
+    A damaged one is named in a warning and set aside under another name once an older one has been verified: nothing is lost, and
+    its step can be saved again. All ranks must call it.
+    Raises: CheckpointError if none is whole, or the newest is not and ``fallback`` is False.
+    """
+    found = [path for _, path in list_checkpoints(root)]
+    damaged: list[Path] = []
+    for path in reversed(found):
+        try:
+            checkpoint = Checkpoint(path, messages, progress)
+        except CheckpointError as e:
+            older = found[: found.index(path)]
+            if not older:
+                others = f"; so are {', '.join(p.name for p in damaged)}" if damaged else ""
+                raise CheckpointError(f"{e}; no older checkpoint is left{others}") from None
+            if not fallback:
+                raise CheckpointError(f"{e}; without --no-fallback the run goes on from {older[-1].name}") from None
+            log.warning("warning: %s; going back to %s", e, older[-1].name)
+            damaged.append(path)
+        else:
+            if messages.rank == 0:
+                for bad in damaged:
+                    _set_aside(bad)
+            return checkpoint
+    return None
+
+
+def check_same_run(checkpoint: Checkpoint, recipe: Recipe, data_digest: Any, data_name: str) -> None:
+    """Say which settings have changed since. Raises: CheckpointError where the run would not be the same one."""
+    before = build_recipe(checkpoint.state["recipe"])  # settings that are newer than the checkpoint have their defaults
+    changed = differences(before.model_dump(exclude_none=True), recipe.model_dump(exclude_none=True))
+    for key, (old, now) in changed.items():
+        if key.startswith(FIXED_ON_RESUME):
+            raise CheckpointError(
+                f"{checkpoint.folder}: made with {key}={old}, the recipe has {now}; use another train.output for another run"
+            )
+        log.warning("warning: %s was %s up to step %d and is %s from now on", key, old, checkpoint.step, now)
+    if checkpoint.step > recipe.train.steps:
+        raise CheckpointError(
+            f"{checkpoint.folder}: step {checkpoint.step} is past train.steps={recipe.train.steps}; "
+            "use another train.output for a shorter run"
+        )
+    if checkpoint.state["data"] != data_digest:
+        raise CheckpointError(f"{checkpoint.folder}: {data_name} has changed since; use another train.output")
+
+
+def _set_aside(path: Path) -> None:
+    aside = path.with_name(f"{DAMAGED}{path.name}")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{DAMAGED}{path.name}-{number}")
+    try:
+        os.rename(path, aside)
+        log.warning("warning: %s is %s now; nothing reads it any more", path, aside.name)
+    except OSError as e:
+        log.warning("warning: %s cannot be renamed (%s)", path, e.strerror)
