@@ -2,12 +2,17 @@
 # Train a recipe on several ranks, of one node or of many; the arguments are those of megaresnorm train.
 #   bash launch/torchrun.sh configs/quickstart.yaml parallel.tp=2
 #   NODES=4 NODE_RANK=0 MASTER_ADDR=node0 bash launch/torchrun.sh configs/quickstart.yaml parallel.tp=8   # on every node
+#   NODES=2:4 MASTER_ADDR=node0 bash launch/torchrun.sh ...   # elastic: goes on with those of up to 4 nodes that are left
+# A rank that dies is started again with all others, and they go on from the newest checkpoint.
+# SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint on the step at hand, however long that takes; a second one ends at once.
 # Environment:
 #   RANKS_PER_NODE   ranks to start here [the number of GPUs, or 2 without one]
-#   NODES NODE_RANK  how many nodes, and which one this is, from 0 [1, 0]
+#   NODES NODE_RANK  how many nodes, and which one this is, from 0 [1, 0]; NODES=MIN:MAX needs no NODE_RANK
 #   MASTER_ADDR MASTER_PORT   where node 0 can be reached [localhost, 29500]
+#   JOB_ID           name of the job, the same on all nodes [megaresnorm]
+#   MAX_RESTARTS     how often ranks are started again [3]
 #   VENV             the environment to use [.venv]; nodes that share a folder must not make it at once: start one node's script first
-# Ctrl-C and SIGTERM save a checkpoint; torchrun gives the ranks 30 seconds for it.
+# Exit codes are those of megaresnorm train (see its --help).
 set -euo pipefail
 started_in=$PWD
 cd "$(dirname "$0")/.."
@@ -23,12 +28,49 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Workers that share the launcher's store find dead addresses in it after a restart.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-if [ "${NODES:-1}" -gt 1 ]; then
-  [ -n "${NODE_RANK:-}" ] && [ -n "${MASTER_ADDR:-}" ] || fail "NODES=$NODES needs NODE_RANK and MASTER_ADDR on every node"
-  nodes=(--nnodes "$NODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
-else
-  nodes=(--standalone)
-fi
+case "${NODES:-1}" in
+  1) nodes=(--standalone) ;;
+  *:*)
+    [ -n "${MASTER_ADDR:-}" ] || fail "NODES=$NODES needs MASTER_ADDR on every node"
+    nodes=(--nnodes "$NODES" --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}"
+      --rdzv-id "${JOB_ID:-megaresnorm}")
+    ;;
+  *)
+    [ -n "${NODE_RANK:-}" ] && [ -n "${MASTER_ADDR:-}" ] || fail "NODES=$NODES needs NODE_RANK and MASTER_ADDR on every node"
+    nodes=(--nnodes "$NODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}"
+      --rdzv-id "${JOB_ID:-megaresnorm}")
+    ;;
+esac
 case "$VENV" in /*) ;; *) VENV=$PWD/$VENV ;; esac
 cd "$started_in"
-exec "$VENV/bin/torchrun" "${nodes[@]}" --nproc-per-node "$RANKS_PER_NODE" -m megaresnorm.cli train "$@"
+
+# torchrun starts again whatever does not end with 0, and after SIGTERM kills what is not gone in 30 seconds. So a rank that
+# ends on purpose (stopped, or an error that another start would not mend) writes its exit code here and ends with 0; and signals
+# go to the ranks themselves, torchrun's children.
+MEGARESNORM_EXIT_CODE=$(mktemp)
+export MEGARESNORM_EXIT_CODE
+trap 'rm -f "$MEGARESNORM_EXIT_CODE"' EXIT
+set -m # a process group of its own: Ctrl-C in a terminal reaches this script alone
+"$VENV/bin/torchrun" "${nodes[@]}" --nproc-per-node "$RANKS_PER_NODE" --max-restarts "${MAX_RESTARTS:-3}" --monitor-interval 0.1 \
+  -m megaresnorm.cli train "$@" &
+torchrun=$!
+signals=0
+pass_on() {
+  signals=$((signals + 1))
+  local ranks
+  ranks=$(cat "/proc/$torchrun/task/$torchrun/children" 2>/dev/null || true)
+  # shellcheck disable=SC2086 # several process ids
+  [ -n "$ranks" ] && kill -"$1" $ranks 2>/dev/null || kill -TERM "$torchrun" 2>/dev/null || true
+  if [ "$signals" -gt 1 ]; then kill -TERM "$torchrun" 2>/dev/null || true; fi
+}
+for name in TERM INT USR1; do
+  # shellcheck disable=SC2064 # the name of now
+  trap "pass_on $name" "$name"
+done
+code=0
+while true; do # wait returns for every signal that is passed on
+  wait "$torchrun" && code=0 || code=$?
+  kill -0 "$torchrun" 2>/dev/null || break
+done
+[ -s "$MEGARESNORM_EXIT_CODE" ] && code=$(cat "$MEGARESNORM_EXIT_CODE")
+exit "$code"

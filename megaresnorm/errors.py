@@ -29,3 +29,9 @@ class TrainingError(UserError):
     """The run itself cannot go on (a loss that stays non-finite, an output folder that cannot be written)."""
 
     exit_code = 5
+
+
+class LostRankError(UserError):
+    """Another rank is gone, or has been silent for too long: started again, the run goes on from its newest checkpoint."""
+
+    exit_code = 6

@@ -137,9 +137,7 @@ class Run:
         """Steps until the recipe's end, a signal or the time limit, on all ranks the same; then a checkpoint."""
         steps = self.recipe.train.steps
         stopped = 0
-        metrics: MetricsWriter | None = None
-        if self.context.is_first_rank:
-            metrics = MetricsWriter(self.output, first_step=self.steps_done, tensorboard=self.recipe.train.tensorboard)
+        metrics = self._together(self._open_metrics)
         try:
             with progress_bar("training", steps, self.steps_done) as progress:
                 while self.steps_done < steps and not (stopped := self._largest(stop.exit_code)):
@@ -328,6 +326,14 @@ class Run:
     def _lock_output(self) -> None:
         if self.context.is_first_rank:
             self._lock = FolderLock(self.output, f"train.output={self.output}")
+
+    def _open_metrics(self) -> MetricsWriter | None:
+        if not self.context.is_first_rank:
+            return None
+        try:
+            return MetricsWriter(self.output, first_step=self.steps_done, tensorboard=self.recipe.train.tensorboard)
+        except OSError as e:
+            raise TrainingError(f"train.output={self.output}: cannot be written ({e.strerror})") from None
 
     def _prepare_output(self) -> None:
         """What can fail of writing fails now."""

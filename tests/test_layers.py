@@ -30,7 +30,7 @@ ONLY_IN = {  # package -> the files that may import it
     "yaml": ["config.py"],
     "sentencepiece": ["data/tokenizer.py"],
     "safetensors": ["checkpoint/reader.py"],
-    "rich": ["telemetry/log.py", "cli/data.py", "cli/depth.py", "cli/doctor.py"],
+    "rich": ["telemetry/log.py", "cli/checkpoint.py", "cli/data.py", "cli/depth.py", "cli/doctor.py"],
     "datasets": ["data/corpus.py"],
     "pyarrow": ["data/corpus.py"],
     "tokenizers": ["data/tokenizer.py"],

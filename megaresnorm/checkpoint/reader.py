@@ -245,7 +245,7 @@ def _verify_files(folder: Path, files: dict[str, dict], progress: Callable[[int]
     Raises: CheckpointError for the first that is damaged.
     """
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        waiting = [pool.submit(_verify_file, folder, name, files[name], progress) for name in sorted(files)]
+        waiting = [pool.submit(verify_file, folder, name, files[name], progress) for name in sorted(files)]
         for future in waiting:
             if future.exception() is not None:
                 pool.shutdown(cancel_futures=True)
@@ -253,7 +253,8 @@ def _verify_files(folder: Path, files: dict[str, dict], progress: Callable[[int]
     return {name: _slices(folder / name) for name in sorted(files) if name.endswith(".safetensors")}
 
 
-def _verify_file(folder: Path, name: str, recorded: dict, progress: Callable[[int], None] | None) -> None:
+def verify_file(folder: Path, name: str, recorded: dict, progress: Callable[[int], None] | None = None) -> None:
+    """Raises: CheckpointError where a file is not the one that the manifest names."""
     path = folder / name
     if not FILE_NAME.fullmatch(name) or path.is_symlink() or (path.exists() and not path.is_file()):
         raise CheckpointError(f"{folder / MANIFEST}: {name!r} is not the name of a plain file of this checkpoint")

@@ -82,7 +82,8 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(_reason(e, root, final, groups)) from None
     if first:
-        remove_old(root, kept)
+        for old in superfluous(root, kept, has_its_files):
+            remove_checkpoint(old)
     return final
 
 
@@ -98,27 +99,26 @@ def free_bytes(root: Path) -> int:
     return shutil.disk_usage(root).free
 
 
-def remove_old(root: Path, kept: Kept, progress: Callable[[Path], None] | None = None) -> list[Path]:
-    """Remove all checkpoints that need not stay; returns them. A folder without all of its files does not count as one that stays.
+def superfluous(root: Path, kept: Kept, whole: Callable[[Path], bool]) -> list[Path]:
+    """The checkpoints that need not stay, oldest first. One that is not ``whole`` does not count as one that stays."""
+    found, staying = list[Path](), 0
+    for step, path in reversed(list_checkpoints(root)):
+        if staying >= kept.newest and not (kept.every and step % kept.every == 0):
+            found.insert(0, path)
+        else:
+            staying += whole(path)
+    return found
 
-    Each is renamed first, so that one that is half gone is no checkpoint any more.
-    """
-    removed, whole = [], 0
-    for step, old in reversed(list_checkpoints(root)):
-        if whole < kept.newest or (kept.every is not None and step % kept.every == 0):
-            whole += _has_its_files(old)
-            continue
-        try:
-            if not old.is_symlink():
-                gone = root / f"{UNFINISHED}{folder_name(step)}"
-                os.rename(old, gone)
-                shutil.rmtree(gone)
-                removed.append(old)
-                if progress is not None:
-                    progress(old)
-        except OSError as e:
-            log.warning("warning: %s: an old checkpoint cannot be removed (%s)", old, e.strerror)
-    return removed
+
+def remove_checkpoint(path: Path) -> None:
+    """Renamed first, so that one that is half gone is no checkpoint any more. A failure is a warning; links are left alone."""
+    try:
+        if not path.is_symlink():
+            gone = path.with_name(f"{UNFINISHED}{path.name}")
+            os.rename(path, gone)
+            shutil.rmtree(gone)
+    except OSError as e:
+        log.warning("warning: %s: an old checkpoint cannot be removed (%s)", path, e.strerror)
 
 
 def write_tensors(path: Path, parts: Sequence[tuple[str, Slices]]) -> dict[str, Any]:
@@ -267,7 +267,7 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _has_its_files(folder: Path) -> bool:
+def has_its_files(folder: Path) -> bool:
     """Whether all files are there, of the sizes that the manifest names; their content was verified when they were written."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())

@@ -1,4 +1,4 @@
-"""megaresnorm train | prepare | data | generate | depth | doctor | schema: parse, call the library, print."""
+"""megaresnorm train | prepare | data | checkpoint | generate | depth | doctor | schema: parse, call the library, print."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import os
 import sys
 from collections.abc import Sequence
 
+from megaresnorm.cli.checkpoint import add_checkpoint
 from megaresnorm.cli.data import add_data, add_prepare
 from megaresnorm.cli.depth import add_depth
 from megaresnorm.cli.doctor import add_doctor
 from megaresnorm.cli.generate import add_generate
 from megaresnorm.cli.train import add_schema, add_train
-from megaresnorm.errors import ConfigError, UserError
+from megaresnorm.errors import ConfigError, LostRankError, UserError
+from megaresnorm.resilience.signals import end_on_purpose
 
 EPILOG = """exit codes: 0 done, 1 unexpected, 2 bad recipe or arguments, 3 bad data, 4 bad checkpoint, 5 the run cannot go on,
-130 stopped by Ctrl-C and 143 by SIGTERM, with a checkpoint saved"""
+6 another rank is gone, 124 train.max_minutes are over, 130 stopped by Ctrl-C, 138 by SIGUSR1 and 143 by SIGTERM, with a
+checkpoint saved"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Every rank of a node finds the same in a recipe; another node may lack what this one has.
         if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(e, ConfigError):
             print(f"megaresnorm: error: {'' if rank == '0' else f'rank {rank}: '}{e}", file=sys.stderr)
-        return e.exit_code
+        return e.exit_code if isinstance(e, LostRankError) else end_on_purpose(e.exit_code)
     except KeyboardInterrupt:
         print("megaresnorm: stopped", file=sys.stderr)
         return 130
@@ -45,6 +48,6 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_train, add_prepare, add_data, add_generate, add_depth, add_doctor, add_schema):
+    for add in (add_train, add_prepare, add_data, add_checkpoint, add_generate, add_depth, add_doctor, add_schema):
         add(commands)
     return parser

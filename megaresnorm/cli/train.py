@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 from megaresnorm.cli.arguments import Commands, count
-from megaresnorm.errors import ConfigError
+from megaresnorm.errors import ConfigError, LostRankError
 
 if TYPE_CHECKING:  # commands import what they need, so that --help is instant
     from megaresnorm.recipe import Recipe
@@ -59,11 +59,22 @@ def _train(arguments: argparse.Namespace) -> int:
         return _dry_run(recipe, arguments.ranks)
     if arguments.ranks is not None:
         raise ConfigError("--ranks is for --dry-run; ranks are started by bash launch/torchrun.sh")
-    from megaresnorm.parallel.context import end_process_group
+    from megaresnorm.parallel.context import end_process_group, lost_contact
+    from megaresnorm.resilience.signals import end_on_purpose, ended_on_purpose
 
-    exit_code = _train_and_report(recipe, fallback=not arguments.no_fallback)
-    end_process_group()
-    return exit_code
+    if ended_on_purpose():  # and torchrun has started the ranks again
+        return 0
+    try:
+        exit_code = _train_and_report(recipe, fallback=not arguments.no_fallback)
+        end_process_group()
+        return end_on_purpose(exit_code)
+    except RuntimeError as e:
+        if not lost_contact(e):
+            raise
+        reason = str(e).splitlines()[0]
+        raise LostRankError(
+            f"another rank is gone ({reason}); start again to go on from the newest checkpoint"
+        ) from None
 
 
 def _train_and_report(recipe: Recipe, *, fallback: bool) -> int:

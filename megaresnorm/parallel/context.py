@@ -173,3 +173,8 @@ def start_process_group(device: torch.device) -> None:
 def end_process_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Whether an error is the process group's, which cannot reach another rank. gloo has no type of its own for that."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))

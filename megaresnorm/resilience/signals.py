@@ -59,8 +59,27 @@ class StopSignals:
                 if self.received is not None:
                     sys.stderr.write("megaresnorm: a second signal: ended at once, without saving\n")
                     sys.stderr.flush()
+                    end_on_purpose(128 + number)
                     os._exit(128 + number)
                 self.received = signal.Signals(number)
+
+
+def end_on_purpose(code: int) -> int:
+    """The exit code of a run that another start would not mend, or that is not to go on: 0 under launch/torchrun.sh, which is told
+    ``code``. torchrun itself would take any other for a failure, and start the ranks again.
+    """
+    path = os.environ.get("MEGARESNORM_EXIT_CODE")
+    if path is None:
+        return code
+    with open(path, "w") as file:
+        file.write(str(code))
+    return 0
+
+
+def ended_on_purpose() -> bool:
+    """Whether a rank of this node has said so."""
+    path = os.environ.get("MEGARESNORM_EXIT_CODE")
+    return path is not None and os.path.getsize(path) > 0
 
 
 def exit_reason(code: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class _Console(Console):
@@ -37,9 +37,10 @@ def configure_logging(rank: int = 0) -> None:
 
 
 @contextmanager
-def progress_bar(label: str, total: int, done: int = 0) -> Iterator[Progress]:
+def progress_bar(label: str, total: int, done: int = 0, *, of_bytes: bool = False) -> Iterator[Progress]:
     """A bar on a terminal, nothing elsewhere. ``progress.advance(progress.task_ids[0], n)`` moves it."""
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    amount = DownloadColumn() if of_bytes else MofNCompleteColumn()
+    columns = (TextColumn(label), BarColumn(), amount, TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         progress.add_task(label, total=total, completed=done)
         yield progress

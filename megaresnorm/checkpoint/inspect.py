@@ -1,0 +1,144 @@
+"""What checkpoints there are, what is in them, and how two differ."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from megaresnorm.checkpoint.format import DAMAGED, MANIFEST, UNFINISHED, checkpoints_of, list_checkpoints
+from megaresnorm.checkpoint.reader import Checkpoint, read_manifest, verify_file
+from megaresnorm.checkpoint.writer import Kept, superfluous
+from megaresnorm.errors import CheckpointError
+
+Progress = Callable[[int], None] | None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One folder of checkpoints. problem: what is wrong with it, seen without reading its tensors; the figures are None then."""
+
+    path: Path
+    step: int | None = None
+    num_bytes: int | None = None
+    num_ranks: int | None = None
+    train_loss: float | None = None
+    saved: datetime | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One tensor of two checkpoints. largest: of the absolute differences, None where only one has it or shapes differ;
+    scale: the largest absolute value in the first.
+    """
+
+    name: str
+    what: str
+    largest: float | None = None
+    scale: float | None = None
+
+
+def newest_of(folder: Path) -> Path:
+    """A checkpoint itself, or the newest of a run. Raises: CheckpointError if there is none."""
+    if (folder / MANIFEST).exists():
+        return folder
+    found = checkpoints_of(folder)
+    if not found:
+        raise CheckpointError(
+            f"{folder}: has no checkpoint; wanted the output folder of a run, or one of its step-... folders"
+        )
+    return found[-1][1]
+
+
+def entries(folder: Path) -> Iterator[Entry]:
+    """Every checkpoint of a run, oldest first, and what is left of unfinished and damaged ones."""
+    root = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    for step, path in list_checkpoints(root):
+        try:
+            manifest = read_manifest(path)
+        except CheckpointError as e:
+            yield Entry(path, step, problem=str(e).removeprefix(f"{path}/"))
+            continue
+        files = manifest["files"]
+        wrong = [name for name, entry in files.items() if _size(path / name) != entry["size"]]
+        yield Entry(
+            path,
+            step,
+            sum(entry["size"] for entry in files.values()),
+            len({name.split("-")[1] for name in files if name.endswith(".safetensors")}),
+            manifest["state"].get("train_loss"),
+            datetime.fromtimestamp((path / MANIFEST).stat().st_mtime),
+            f"{wrong[0]} is missing or has another size" if wrong else None,
+        )
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        if path.name.startswith(UNFINISHED):
+            yield Entry(path, problem="unfinished; removed by the next save")
+        elif path.name.startswith(DAMAGED):
+            yield Entry(path, problem="set aside; nothing reads it")
+
+
+def num_bytes(path: Path) -> int:
+    """What verifying a checkpoint reads."""
+    return sum(entry["size"] for entry in read_manifest(path)["files"].values())
+
+
+def verify(path: Path, progress: Progress = None) -> list[str]:
+    """Everything that is wrong with a checkpoint: every file that is damaged, or else the first slice that does not fit."""
+    try:
+        files = read_manifest(path)["files"]
+    except CheckpointError as e:
+        return [str(e)]
+    problems = []
+    for name, recorded in files.items():
+        try:
+            verify_file(path, name, recorded, progress)
+        except CheckpointError as e:
+            problems.append(str(e))
+    if not problems:
+        try:
+            Checkpoint(path)
+        except CheckpointError as e:
+            problems.append(str(e))
+    return problems
+
+
+def compare_tensors(one: Checkpoint, other: Checkpoint, advance: Callable[[], None]) -> Iterator[Difference]:
+    """Every tensor that is not the same in both, bit for bit. Two tensors are in memory at a time."""
+    for group in {**one.tensors, **other.tensors}:
+        ours: Mapping = one.tensors.get(group, {})
+        theirs: Mapping = other.tensors.get(group, {})
+        for name in {**ours, **theirs}:
+            advance()
+            title = f"{group} {name}"
+            if name not in ours or name not in theirs:
+                yield Difference(title, f"only in {one.folder if name in ours else other.folder}")
+            elif ours[name] != theirs[name]:
+                a, b = ours[name], theirs[name]
+                yield Difference(title, f"{a['dtype']} {a['shape']} and {b['dtype']} {b['shape']}")
+            else:
+                a, b = one.read(group, name), other.read(group, name)
+                if not torch.equal(a, b):
+                    largest = (a.double() - b.double()).abs().max().item()
+                    yield Difference(title, "values", largest, a.double().abs().max().item())
+
+
+def prunable(folder: Path, kept: Kept, progress: Progress = None) -> tuple[list[Path], list[str]]:
+    """The checkpoints that need not stay once ``kept.newest`` have been verified, and what was found wrong on the way."""
+    problems: list[str] = []
+
+    def whole(path: Path) -> bool:
+        found = verify(path, progress)
+        problems.extend(found)
+        return not found
+
+    root = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    return superfluous(root, kept, whole), problems
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
