@@ -9,6 +9,7 @@ from torch import Tensor
 from megaresnorm.assemble import build_model, choose_device
 from megaresnorm.checkpoint.format import Slices, checkpoints_of
 from megaresnorm.checkpoint.reader import Checkpoint
+from megaresnorm.checkpoint.state import state_of
 from megaresnorm.config import build_recipe
 from megaresnorm.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer, restore_tokenizer
 from megaresnorm.errors import CheckpointError, DataError
@@ -111,8 +112,8 @@ def load_model(
     """
     newest = [path for _, path in checkpoints_of(folder)]
     checkpoint = Checkpoint(newest[-1] if newest else folder)
-    recipe = build_recipe(checkpoint.state["recipe"])
-    description = checkpoint.state.get("tokenizer")
+    state = state_of(checkpoint.folder, checkpoint.state)
+    recipe, description = build_recipe(state.recipe), state.tokenizer
     if description is None:
         if tokenizer_file is None:
             raise CheckpointError(

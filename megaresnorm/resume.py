@@ -4,10 +4,10 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from megaresnorm.checkpoint.format import DAMAGED, list_checkpoints
 from megaresnorm.checkpoint.reader import Checkpoint
+from megaresnorm.checkpoint.state import RunState
 from megaresnorm.config import build_recipe, differences
 from megaresnorm.errors import CheckpointError
 from megaresnorm.parallel.context import Axis
@@ -58,9 +58,9 @@ def open_newest(
     return None
 
 
-def check_same_run(checkpoint: Checkpoint, recipe: Recipe, data_digest: Any, data_name: str) -> None:
+def check_same_run(checkpoint: Checkpoint, state: RunState, recipe: Recipe, data_digest: str, data_name: str) -> None:
     """Say which settings have changed since. Raises: CheckpointError where the run would not be the same one."""
-    before = build_recipe(checkpoint.state["recipe"])  # settings that are newer than the checkpoint have their defaults
+    before = build_recipe(state.recipe)  # settings that are newer than the checkpoint have their defaults
     changed = differences(before.model_dump(exclude_none=True), recipe.model_dump(exclude_none=True))
     for key, (old, now) in changed.items():
         if key.startswith(FIXED_ON_RESUME):
@@ -73,7 +73,7 @@ def check_same_run(checkpoint: Checkpoint, recipe: Recipe, data_digest: Any, dat
             f"{checkpoint.folder}: step {checkpoint.step} is past train.steps={recipe.train.steps}; "
             "use another train.output for a shorter run"
         )
-    if checkpoint.state["data"] != data_digest:
+    if state.data != data_digest:
         raise CheckpointError(f"{checkpoint.folder}: {data_name} has changed since; use another train.output")
 
 

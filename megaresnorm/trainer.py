@@ -21,6 +21,7 @@ import megaresnorm
 from megaresnorm.assemble import Assembled, build_model, check_layout, choose_device
 from megaresnorm.checkpoint.format import list_checkpoints
 from megaresnorm.checkpoint.saver import Saver
+from megaresnorm.checkpoint.state import RunState, state_of
 from megaresnorm.checkpoint.writer import Kept, bytes_of
 from megaresnorm.config import dump_recipe
 from megaresnorm.data.loader import Batch, microbatches
@@ -189,22 +190,22 @@ class Run:
         attached = {}
         if self.data.tokenizer is not None and tokenizer is not None and "file" in tokenizer:
             attached[tokenizer["file"]] = self.data.tokenizer.model
-        state = {
-            "samples": self.samples_done,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "train_loss": self.train_loss,
-            "engine": self.engine.state(),
-            "recipe": self.recipe.model_dump(exclude_none=True),
-            "data": self.data.digest,
-            "tokenizer": tokenizer,
-            "kernels": self.assembled.kernel_choices,
-            "versions": {
+        state = RunState(
+            samples=self.samples_done,
+            skipped_in_a_row=self.skipped_in_a_row,
+            train_loss=self.train_loss,
+            engine=self.engine.state(),
+            recipe=self.recipe.model_dump(exclude_none=True),
+            data=self.data.digest,
+            tokenizer=tokenizer,
+            kernels=self.assembled.kernel_choices,
+            versions={
                 "megaresnorm": megaresnorm.__version__,
-                "torch": torch.__version__,
+                "torch": str(torch.__version__),
                 "python": platform.python_version(),
             },
-        }
-        self.saver.save(self.steps_done, state, attached)
+        )
+        self.saver.save(self.steps_done, state.model_dump(), attached)
 
     def finish_saving(self) -> Path:
         """The checkpoint of the present step, once it is on disk. Raises: TrainingError where it cannot be written."""
@@ -302,11 +303,11 @@ class Run:
         checkpoint = open_newest(self.output / "checkpoints", self.context.messages, fallback=fallback)
         if checkpoint is None:
             return
-        check_same_run(checkpoint, self.recipe, self.data.digest, data_name(self.recipe))
-        self._together(lambda: self.engine.load(checkpoint))
-        state = checkpoint.state
-        self.steps_done, self.samples_done = checkpoint.step, state["samples"]
-        self.skipped_in_a_row, self.train_loss = state["skipped_in_a_row"], state["train_loss"]
+        state = state_of(checkpoint.folder, checkpoint.state)
+        check_same_run(checkpoint, state, self.recipe, self.data.digest, data_name(self.recipe))
+        self._together(lambda: self.engine.load(checkpoint, state.engine))
+        self.steps_done, self.samples_done = checkpoint.step, state.samples
+        self.skipped_in_a_row, self.train_loss = state.skipped_in_a_row, state.train_loss
         self.saver.newest = (checkpoint.step, checkpoint.folder)
         log.info("resumed   %s: step %d of %d", checkpoint.folder, self.steps_done, self.recipe.train.steps)
 

@@ -65,13 +65,19 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(folder: Path) -> int | None:
+    """By its name; None for a name that is not of a step."""
+    match = _FOLDER_NAME.fullmatch(folder.name)
+    return None if match is None else int(match[1])
+
+
 def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every complete checkpoint under ``root``, oldest first. Unfinished ones have other names."""
     try:
         if not root.is_dir():
             return []
-        found = ((_FOLDER_NAME.fullmatch(path.name), path) for path in root.iterdir())
-        return sorted((int(match[1]), path) for match, path in found if match and (path / MANIFEST).is_file())
+        found = ((step_of(path), path) for path in root.iterdir())
+        return sorted((step, path) for step, path in found if step is not None and (path / MANIFEST).is_file())
     except OSError as e:
         raise CheckpointError(f"{root}: cannot be read ({e.strerror})") from None
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megaresnorm.checkpoint.format import FILE_NAME, FORMAT, MANIFEST, Slices, encode_manifest, file_sha256
+from megaresnorm.checkpoint.format import FILE_NAME, FORMAT, MANIFEST, Slices, encode_manifest, file_sha256, step_of
 from megaresnorm.errors import CheckpointError
 from megaresnorm.parallel.context import Axis
 from megaresnorm.parallel.messages import exchange
@@ -60,6 +60,7 @@ class Checkpoint:
             if said["digest"] != everyone[0]["digest"]:
                 raise CheckpointError(f"{folder / MANIFEST}: rank {rank} reads another one than the first rank does")
         self.step: int = manifest["step"]
+        self.digest: str = manifest["digest"]
         self.state: dict[str, Any] = manifest["state"]
         self.tensors: dict[str, dict[str, dict]] = manifest["tensors"]
         self._attached = {name for name in manifest["files"] if name.startswith("tokenizer.")}
@@ -188,13 +189,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint, without looking at its files. Raises: CheckpointError."""
     path = folder / MANIFEST
     try:
+        if not path.exists():
+            raise CheckpointError(f"{path}: not there; wanted a folder such as .../checkpoints/step-00000500")
         if path.is_symlink() or not path.is_file():
-            what = (
-                "a link, not a plain file"
-                if path.is_symlink()
-                else "not there; wanted a folder such as .../checkpoints/step-00000500"
-            )
-            raise CheckpointError(f"{path}: {what}")
+            raise CheckpointError(f"{path}: not a plain file")
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise CheckpointError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes; not a manifest")
         raw = path.read_bytes()
@@ -212,6 +210,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: format {manifest['format']} is unknown; this version reads {FORMAT}")
     if encode_manifest(manifest) != raw:
         raise CheckpointError(f"{path}: damaged (its digest differs)")
+    if step_of(folder) not in (None, manifest["step"]):
+        raise CheckpointError(f"{path}: of step {manifest['step']}, which is not the folder's")
+    for name in manifest["files"]:
+        if not FILE_NAME.fullmatch(name):
+            raise CheckpointError(f"{path}: {name[:80]!r} is not the name of a file of a checkpoint")
     for group in manifest["tensors"].values():
         if not isinstance(group, dict):
             raise CheckpointError(f"{path}: {str(group)[:80]!r} is not a group of tensors")
@@ -256,9 +259,9 @@ def _verify_files(folder: Path, files: dict[str, dict], progress: Callable[[int]
 def verify_file(folder: Path, name: str, recorded: dict, progress: Callable[[int], None] | None = None) -> None:
     """Raises: CheckpointError where a file is not the one that the manifest names."""
     path = folder / name
-    if not FILE_NAME.fullmatch(name) or path.is_symlink() or (path.exists() and not path.is_file()):
-        raise CheckpointError(f"{folder / MANIFEST}: {name!r} is not the name of a plain file of this checkpoint")
     try:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise CheckpointError(f"{path}: not a plain file")
         size = path.stat().st_size
         if size != recorded["size"]:
             raise CheckpointError(f"{path}: has {size} bytes, the manifest says {recorded['size']}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from pathlib import Path
 
 from megaresnorm.cli.arguments import Commands, count
@@ -59,7 +60,7 @@ def _ls(arguments: argparse.Namespace) -> int:
     if not found:
         raise CheckpointError(f"{arguments.run_folder}: has no checkpoints; wanted the output folder of a run")
     table = Table()
-    table.add_column("checkpoint", overflow="fold")
+    table.add_column("checkpoint", no_wrap=True)
     for heading in ("step", "size", "ranks", "train loss"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("saved", no_wrap=True)
@@ -82,32 +83,34 @@ def _show(arguments: argparse.Namespace) -> int:
     from rich.table import Table
 
     from megaresnorm.checkpoint.format import human_bytes
-    from megaresnorm.checkpoint.inspect import newest_of
+    from megaresnorm.checkpoint.inspect import newest_of, num_bytes
     from megaresnorm.checkpoint.reader import read_manifest
+    from megaresnorm.checkpoint.state import state_of
     from megaresnorm.config import build_recipe, dump_recipe
     from megaresnorm.telemetry.log import console
 
     folder = newest_of(arguments.checkpoint)
     manifest = read_manifest(folder)
-    state, recipe = manifest["state"], build_recipe(manifest["state"]["recipe"])
+    state = state_of(folder, manifest["state"])
+    recipe = build_recipe(state.recipe)
     if arguments.recipe:
         print(dump_recipe(recipe), end="")
         return 0
     table = Table(show_header=False)
     table.add_column("", no_wrap=True)
     table.add_column("", overflow="fold")
-    sizes = {group: [_elements(t["shape"]) for t in members.values()] for group, members in manifest["tensors"].items()}
+    elements = {group: [prod(t["shape"]) for t in members.values()] for group, members in manifest["tensors"].items()}
     rows = {
         "checkpoint": str(folder),
         "step": f"{manifest['step']:,} of {recipe.train.steps:,}",
-        "samples": f"{state['samples']:,}",
-        "train loss": "" if state["train_loss"] is None else f"{state['train_loss']:.6f}",
+        "samples": f"{state.samples:,}",
+        "train loss": "" if state.train_loss is None else f"{state.train_loss:.6f}",
         "model": f"{recipe.model.topology}, {recipe.model.num_blocks} blocks, width {recipe.model.dim}",
-        **{group: f"{len(elements):,} tensors, {sum(elements):,} elements" for group, elements in sizes.items()},
-        "files": f"{len(manifest['files'])}, {human_bytes(sum(f['size'] for f in manifest['files'].values()))}",
-        "data": str(state["data"]),
-        "kernels": "\n".join(state.get("kernels", {}).values()),
-        "versions": ", ".join(f"{name} {version}" for name, version in state["versions"].items()),
+        **{group: f"{len(sizes):,} tensors, {sum(sizes):,} elements" for group, sizes in elements.items()},
+        "on disk": human_bytes(num_bytes(folder)),
+        "data": state.data,
+        "kernels": "\n".join(state.kernels.values()),
+        "versions": ", ".join(f"{name} {version}" for name, version in state.versions.items()),
         "digest": manifest["digest"],
     }
     for name, value in rows.items():
@@ -228,13 +231,6 @@ def _prune(arguments: argparse.Namespace) -> int:
     finally:
         lock.release()
     return 0
-
-
-def _elements(shape: list[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 def _size_or_nothing(folder: Path, num_bytes: Callable[[Path], int]) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 from megaresnorm.assemble import Assembled
 from megaresnorm.checkpoint.format import Slices
 from megaresnorm.checkpoint.reader import Checkpoint
+from megaresnorm.checkpoint.state import EngineState
 from megaresnorm.data.loader import Batch
 from megaresnorm.engines.slices import numbers_of, places
 from megaresnorm.engines.whole import WholeTensors
@@ -150,9 +151,9 @@ class NativeEngine:
             total += nll.item()
         return self._sum(total) / max(1, tokens)
 
-    def state(self) -> dict[str, Any]:
-        """What JSON can hold of the engine's state."""
-        return {"updates": self._updates, "clipper_steps": self._clipper.steps}
+    def state(self) -> EngineState:
+        """What of the engine's state is not tensors."""
+        return EngineState(updates=self._updates, clipper_steps=self._clipper.steps)
 
     def weights(self) -> WholeTensors:
         """Every weight, whole, by global name. With several ranks all must ask for the same ones in the same order."""
@@ -176,14 +177,13 @@ class NativeEngine:
             groups["clipper"] = numbers_of(self.assembled, averages)
         return groups
 
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Take over the tensors and the ``state()`` of a checkpoint of the same model, saved in whatever layout."""
+    def load(self, checkpoint: Checkpoint, state: EngineState) -> None:
+        """Take over a checkpoint of the same model, saved in whatever layout, and the ``state()`` of the engine that saved it."""
         for group, members in self.slices.items():
             if group != "clipper" or group in checkpoint.tensors:  # clipping may have been another until then
                 checkpoint.load(group, members)
-        state = checkpoint.state["engine"]
-        self._updates = state["updates"]
-        self._clipper.steps = state["clipper_steps"] if "clipper" in self.slices else 0
+        self._updates = state.updates
+        self._clipper.steps = state.clipper_steps if "clipper" in self.slices else 0
         self._optimizer.set_updates(self._updates)
         self.assembled.weights_changed()
 

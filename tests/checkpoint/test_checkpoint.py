@@ -129,62 +129,6 @@ def test_unfinished_folders_are_not_checkpoints(saved):
     assert [s for s, _ in list_checkpoints(saved.parent)] == [7]
 
 
-@pytest.mark.parametrize(
-    "name", ["manifest.json", "weights-00000-00001.safetensors", "optimizer-00000-00001.safetensors"]
-)
-def test_every_flipped_bit_and_every_cut_is_noticed_and_its_file_named(saved, name):
-    raw = (saved / name).read_bytes()
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(60):
-        at, bit = (int(torch.randint(n, (), generator=generator)) for n in (len(raw), 8))
-        damaged = bytearray(raw)
-        damaged[at] ^= 1 << bit
-        (saved / name).write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=name):
-            Checkpoint(saved)
-    for size in (0, 1, len(raw) // 2, len(raw) - 1):
-        (saved / name).write_bytes(raw[:size])
-        with pytest.raises(CheckpointError, match=name):
-            Checkpoint(saved)
-    (saved / name).unlink()
-    with pytest.raises(CheckpointError, match=name):
-        Checkpoint(saved)
-
-
-@pytest.mark.parametrize(
-    "name", ["../outside-00001.safetensors", "/etc/passwd", "weights-00001.pt", "a/weights-00000-00001.safetensors"]
-)
-def test_names_cannot_leave_the_folder(saved, name):
-    rewrite_manifest(saved, lambda m: m["files"].update({name: {"size": 1, "sha256": ""}}))
-    with pytest.raises(CheckpointError, match="not the name of a plain file"):
-        Checkpoint(saved)
-
-
-def test_links_are_refused(saved, tmp_path):
-    real = saved / "weights-00000-00001.safetensors"
-    real.rename(tmp_path / "elsewhere")
-    real.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="not the name of a plain file"):
-        Checkpoint(saved)
-
-
-def test_a_pickle_under_a_tensor_name_is_not_run(saved):
-    import pickle
-
-    class Bomb:
-        def __reduce__(self):
-            return (os.mkdir, (str(saved / "exploded"),))
-
-    path = saved / "weights-00000-00001.safetensors"
-    path.write_bytes(pickle.dumps(Bomb()))
-    rewrite_manifest(
-        saved, lambda m: m["files"].update({path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)}})
-    )
-    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
-        load(saved)
-    assert not (saved / "exploded").exists()
-
-
 def test_another_model_is_refused_with_the_first_difference(saved):
     for other, says in [
         ({**tensors()["weights"], "c": torch.zeros(1)}, r"weights differ in 1 tensors, the first is c"),
