@@ -3,6 +3,7 @@
 import fcntl
 import getpass
 import json
+import logging
 import os
 import socket
 import tempfile
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megaresnorm.errors import TrainingError
+
+log = logging.getLogger(__name__)
 
 HEARTBEAT = 10.0  # seconds
 STALE = 60.0  # seconds without a heartbeat after which the owner on another host is taken for dead
@@ -61,11 +64,13 @@ class FolderLock:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise self._held(self._owner(), time.time() - os.fstat(self._descriptor).st_mtime) from None
-        owner = self._owner()
-        silent = self._seconds_silent()
-        if owner and owner.get("host") != socket.gethostname() and owner.get("job") != job() and silent < STALE:
+        owner, silent = self._owner(), self._seconds_silent()
+        elsewhere = owner.get("host") not in (None, socket.gethostname())
+        if elsewhere and silent < STALE and (job() is None or owner.get("job") != job()):
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             raise self._held(owner, silent)
+        if owner:
+            log.info("%s: taken over from pid %s on %s, which is dead", self._what, owner.get("pid"), owner.get("host"))
         mine = {"host": socket.gethostname(), "pid": os.getpid(), "user": _user(), "job": job(),
                 "since": time.strftime("%Y-%m-%d %H:%M:%S")}  # fmt: skip
         os.ftruncate(self._descriptor, 0)

@@ -1,0 +1,110 @@
+"""Runs started by launch/torchrun.sh as users start them, watched and disturbed from outside."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from megaresnorm.config import dump_recipe
+from megaresnorm.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+def environment(folder: Path, num_ranks: int) -> dict[str, str]:
+    """For the scripts in launch/: the Python that runs the tests as the environment that they would make."""
+    venv = folder / "venv"
+    if not venv.exists():
+        (venv / "bin").mkdir(parents=True)
+        for name, module in (("python", ""), ("torchrun", "-m torch.distributed.run ")):
+            (venv / "bin" / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module}"$@"\n')
+            (venv / "bin" / name).chmod(0o755)
+        files = (ROOT / "setup.py").read_bytes() + (ROOT / "constraints.txt").read_bytes()
+        wanted = subprocess.run(["cksum"], input=files, capture_output=True).stdout.decode()
+        (venv / ".megaresnorm-run").write_text(wanted)
+    return {**os.environ, "VENV": str(venv), "RANKS_PER_NODE": str(num_ranks), "OMP_NUM_THREADS": "1"}
+
+
+def losses(output: Path) -> dict[int, str]:
+    """Step -> loss as the bits that it has; what is being written is left out."""
+    found = {}
+    for line in (output / "metrics.jsonl").read_text().splitlines() if (output / "metrics.jsonl").exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        found[record["step"]] = float(record["loss"]).hex()
+    return found
+
+
+class Launched:
+    """A recipe on several ranks. lines: what it printed, each with the time."""
+
+    def __init__(self, folder: Path, recipe: Recipe, num_ranks: int, **variables: str) -> None:
+        self.output = Path(recipe.train.output)
+        folder.mkdir(exist_ok=True)
+        (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+        self.process = subprocess.Popen(
+            ["bash", str(ROOT / "launch" / "torchrun.sh"), "recipe.yaml"],
+            cwd=folder,
+            env=environment(folder, num_ranks) | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.num_ranks = num_ranks
+        self.lines: list[tuple[float, str]] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self.lines.append((time.monotonic(), line.rstrip("\n")))
+
+    @property
+    def text(self) -> str:
+        return "\n".join(line for _, line in self.lines)
+
+    @property
+    def steps(self) -> list[tuple[float, int]]:
+        """(time, number) of every step that was reported."""
+        found = ((at, re.match(r"step +(\d+)/", line)) for at, line in self.lines)
+        return [(at, int(match[1])) for at, match in found if match]
+
+    @property
+    def torchrun(self) -> int:
+        (pid,) = _children(self.process.pid)
+        return pid
+
+    def ranks(self) -> list[int]:
+        """Process ids, by local rank."""
+        return _children(self.torchrun)
+
+    def wait_for_step(self, number: int, timeout: float = 120) -> None:
+        self.wait_for(lambda: any(step >= number for _, step in self.steps), f"step {number}", timeout)
+
+    def wait_for(self, condition, what: str, timeout: float = 120) -> None:
+        end = time.monotonic() + timeout
+        while not condition():
+            assert self.process.poll() is None, f"ended before {what}:\n{self.text}"
+            assert time.monotonic() < end, f"no {what} in {timeout} s:\n{self.text}"
+            time.sleep(0.0005)
+
+    def finish(self, timeout: float = 180) -> int:
+        """Wait for its end; the exit code."""
+        code = self.process.wait(timeout)
+        self._reader.join()
+        return code
+
+    @property
+    def digest(self) -> str:
+        """Of the weights at the end."""
+        return re.findall(r"weights +([0-9a-f]{64})", self.text)[-1]
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

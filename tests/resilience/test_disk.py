@@ -1,0 +1,168 @@
+"""A disk that is full, read-only or forbidden: found before step 0, or one warning; training goes on and nothing whole is lost."""
+
+import errno
+import os
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+from launched import losses
+
+from megaresnorm.checkpoint import writer
+from megaresnorm.checkpoint.format import list_checkpoints
+from megaresnorm.checkpoint.inspect import verify
+from megaresnorm.errors import TrainingError
+from megaresnorm.trainer import Run, train
+
+SIZE = 3 * 2**20
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 3 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"NOT TESTED: a full disk needs the right to mount a small one ({mounted.stderr.strip()})")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(folder: Path, leave: int) -> None:
+    """All but ``leave`` bytes."""
+    descriptor = os.open(folder / "filler", os.O_WRONLY | os.O_CREAT)
+    try:
+        while (free := os.statvfs(folder).f_bavail * os.statvfs(folder).f_bsize) > leave:
+            os.write(descriptor, bytes(min(free - leave, 2**16)))
+    except OSError as e:
+        assert e.errno == errno.ENOSPC
+    finally:
+        os.close(descriptor)
+
+
+def at_steps(monkeypatch, actions: dict) -> None:
+    """Do something before a step of the run."""
+    real = Run._step
+
+    def step(run):
+        actions.get(run.steps_done, lambda: None)()
+        return real(run)
+
+    monkeypatch.setattr(Run, "_step", step)
+
+
+@pytest.mark.parametrize("case", range(20))
+def test_a_full_disk_costs_checkpoints_and_nothing_else(tiny, disk, tmp_path, monkeypatch, caplog, case):
+    """Full from step 14 to 26 of 36, with more or less left; in every second case found in the middle of a write."""
+    chance = random.Random(case)
+    common = {"steps": 36, "eval_every": 0, "tensorboard": True}
+    recipe = tiny(train=common | {"output": str(disk / "run")}, checkpoint={"every": 4, "max_failures": 4})
+    want = train(tiny(train=common | {"output": str(tmp_path / "plain")}))
+    if case % 2:
+        monkeypatch.setattr(writer, "free_bytes", lambda root: 10**12)
+    root = disk / "run" / "checkpoints"
+
+    def full():
+        fill(disk, chance.choice([0, 0, 5_000, 100_000, 190_000]))
+
+    def still_whole():
+        assert [step for step, _ in list_checkpoints(root)] == [8, 12]
+        assert all(verify(path) == [] for _, path in list_checkpoints(root))
+        (disk / "filler").unlink()
+
+    at_steps(monkeypatch, {14: full, 26: still_whole})
+    got = train(recipe)
+    assert got.weights_digest == want.weights_digest
+    assert losses(disk / "run") == losses(tmp_path / "plain") and len(losses(disk / "run")) == 36
+    failures = [
+        r.getMessage() for r in caplog.records if "training goes on, the newest is step-00000012" in r.getMessage()
+    ]
+    assert len(failures) == 3 and all("no space: need 20" in f and "have " in f and str(root) in f for f in failures), (
+        failures
+    )
+    assert [step for step, _ in list_checkpoints(root)] == [32, 36]
+    assert not [path for path in root.iterdir() if path.name.startswith(".")]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(disk / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(36))
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_some_failures_in_a_row_end_the_run(tiny, disk, monkeypatch, asynchronous):
+    recipe = tiny(
+        train={"steps": 60, "eval_every": 0, "output": str(disk / "run")},
+        checkpoint={"every": 4, "max_failures": 3, "asynchronous": asynchronous},
+    )
+    at_steps(monkeypatch, {10: lambda: fill(disk, 0)})
+    with pytest.raises(
+        TrainingError, match=r"3 checkpoints in a row could not be written to .*; the newest is step-00000008"
+    ):
+        train(recipe)
+    (disk / "filler").unlink()
+    monkeypatch.undo()
+    assert train(recipe).steps == 60
+
+
+def test_a_disk_that_is_too_small_is_found_before_step_0(tiny, disk):
+    (disk / "run").mkdir()
+    fill(disk, 100_000)
+    with pytest.raises(
+        TrainingError, match=r"no space: need 20\d\.\d kB for a checkpoint, have \d+\.\d kB in .*; make room"
+    ):
+        train(tiny(train={"output": str(disk / "run")}))
+    assert not losses(disk / "run")
+
+
+def test_a_disk_with_room_for_one_checkpoint_alone_is_told(tiny, disk, caplog):
+    (disk / "run").mkdir()
+    fill(disk, 450_000)
+    with Run(tiny(train={"output": str(disk / "run")})):
+        assert "and there will be 3 at times (checkpoint.keep=2 and a new one)" in caplog.text
+
+
+def test_a_read_only_disk_is_found_before_step_0_and_survived_later(tiny, disk, monkeypatch, caplog):
+    def remount(how):
+        subprocess.run(["mount", "-o", f"remount,{how},size={SIZE}", str(disk)], check=True)
+
+    remount("ro")
+    with pytest.raises(TrainingError, match=r"cannot be written .*Read-only file system"):
+        train(tiny(train={"output": str(disk / "run")}))
+    remount("rw")
+    recipe = tiny(
+        train={"steps": 20, "eval_every": 0, "output": str(disk / "run")},
+        checkpoint={"every": 4, "asynchronous": False},
+    )
+    real = writer.save_checkpoint
+
+    def read_only_meanwhile(root, step, *arguments, **options):
+        """An open file keeps a file system from being made read-only; so the calls that change it say that it is."""
+        if step not in (8, 12):
+            return real(root, step, *arguments, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "mkdir", refuse)
+            return real(root, step, *arguments, **options)
+
+    def refuse(path, *arguments, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr("megaresnorm.checkpoint.saver.save_checkpoint", read_only_meanwhile)
+    assert train(recipe).steps == 20
+    assert (
+        caplog.text.count("cannot be written (Read-only file system") == 2
+        and "(2 of 3 failures in a row)" in caplog.text
+    )
+
+
+def test_a_folder_in_the_way_is_never_written_over(tiny, caplog):
+    recipe = tiny(checkpoint={"every": 2})
+    strange = Path(recipe.train.output) / "checkpoints" / "step-00000004"
+    strange.mkdir(parents=True)
+    (strange / "mine.txt").write_text("precious")
+    assert train(recipe).steps == 6
+    assert (strange / "mine.txt").read_text() == "precious"
+    assert "step-00000004: cannot be written (it exists already; checkpoints are never written over)" in caplog.text

@@ -1,0 +1,51 @@
+"""kill -9 of a rank at any moment: started again, the run ends with the very losses and weights of one that was left alone."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from conftest import INTERVAL, LAYOUTS, STEPS
+from launched import Launched, losses
+
+
+def kill_and_compare(long_run, undisturbed, tmp_path, layout: str, seed: int, during_save: bool) -> tuple[int, float]:
+    """Steps that were lost, and the seconds from the kill to the first step after it."""
+    ranks, recipe = long_run(layout, f"{layout}-{seed}".replace(" ", "-"))
+    want_losses, want_digest = undisturbed(recipe, ranks)
+    chance = random.Random(f"{layout} {seed}")
+    run = Launched(tmp_path, recipe, ranks)
+    run.wait_for_step(chance.randrange(INTERVAL + 2, STEPS - INTERVAL))
+    if during_save:
+        root = run.output / "checkpoints"
+        run.wait_for(lambda: any(name.startswith(".tmp-") for name in os.listdir(root)), "save")
+    else:
+        time.sleep(chance.uniform(0, 0.05))
+    victim = run.ranks()[chance.randrange(ranks)]
+    os.kill(victim, signal.SIGKILL)
+    killed, done = time.monotonic(), len(losses(run.output))
+    assert run.finish() == 0, run.text
+    again = [(at, step) for at, step in run.steps if at > killed and step <= done]
+    assert "resumed   " in run.text and again, run.text
+    first_at, first = next((at, step) for at, step in run.steps if at > killed + 1)
+    assert losses(run.output) == want_losses and run.digest == want_digest
+    return done - (first - 1), first_at - killed
+
+
+@pytest.mark.parametrize(("layout", "during_save"), [("dp2", True), ("tp2 dp2", False)])
+def test_a_killed_rank_loses_at_most_an_interval(long_run, undisturbed, tmp_path, layout, during_save):
+    lost, seconds = kill_and_compare(long_run, undisturbed, tmp_path, layout, 0, during_save)
+    assert 0 <= lost <= INTERVAL + during_save and seconds < 40
+
+
+@pytest.mark.slow
+def test_twenty_kills(long_run, undisturbed, tmp_path):
+    """Five for each layout, every second one during a save; the figures are printed with pytest -s."""
+    figures = []
+    for layout in LAYOUTS:
+        for seed in range(1, 6):
+            lost, seconds = kill_and_compare(long_run, undisturbed, tmp_path, layout, seed, during_save=seed % 2 == 0)
+            figures.append((layout, seed, lost, seconds))
+    assert all(0 <= lost <= INTERVAL + (seed % 2 == 0) for _, seed, lost, _ in figures)
+    assert sorted(seconds for *_, seconds in figures)[len(figures) // 2] <= 15
