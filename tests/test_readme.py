@@ -39,7 +39,8 @@ def test_settings_that_are_named_exist(page):
     keys = set(recipe_keys())
     sections = {key.rpartition(".")[0] for key in keys} | {"train.batch_ramp"}
     for key in re.findall(
-        r"\b((?:model|data|train|optim|schedule|precision|kernels)\.[a-z][a-z_0-9.]*[a-z0-9])\b", page.read_text()
+        r"\b((?:model|data|train|optim|schedule|precision|kernels|parallel|checkpoint)\.[a-z][a-z_0-9.]*[a-z0-9])\b",
+        page.read_text(),
     ):
         assert key in keys | sections or key.endswith((".py", ".md")), key
 
@@ -57,6 +58,8 @@ def test_settings_that_are_named_exist(page):
         ["depth"],
         ["doctor"],
         ["schema"],
+        ["checkpoint"],
+        *(["checkpoint", verb] for verb in ("ls", "show", "verify", "diff", "prune")),
     ],
 )
 def test_help_is_printed(command, capsys):

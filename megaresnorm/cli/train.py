@@ -71,7 +71,7 @@ def _train(arguments: argparse.Namespace) -> int:
     except RuntimeError as e:
         if not lost_contact(e):
             raise
-        reason = str(e).splitlines()[0]
+        reason = str(e).rpartition(".cc:")[2].partition("] ")[2].partition(". ")[0] or str(e).splitlines()[0]
         raise LostRankError(
             f"another rank is gone ({reason}); start again to go on from the newest checkpoint"
         ) from None

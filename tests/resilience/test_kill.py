@@ -26,8 +26,7 @@ def kill_and_compare(long_run, undisturbed, tmp_path, layout: str, seed: int, du
     os.kill(victim, signal.SIGKILL)
     killed, done = time.monotonic(), len(losses(run.output))
     assert run.finish() == 0, run.text
-    again = [(at, step) for at, step in run.steps if at > killed and step <= done]
-    assert "resumed   " in run.text and again, run.text
+    assert "resumed   " in run.text, run.text
     first_at, first = next((at, step) for at, step in run.steps if at > killed + 1)
     assert losses(run.output) == want_losses and run.digest == want_digest
     return done - (first - 1), first_at - killed
@@ -47,5 +46,6 @@ def test_twenty_kills(long_run, undisturbed, tmp_path):
         for seed in range(1, 6):
             lost, seconds = kill_and_compare(long_run, undisturbed, tmp_path, layout, seed, during_save=seed % 2 == 0)
             figures.append((layout, seed, lost, seconds))
+            print(f"{layout:8} kill {seed}: {lost:3d} steps lost, {seconds:5.1f} s to the next step", flush=True)
     assert all(0 <= lost <= INTERVAL + (seed % 2 == 0) for _, seed, lost, _ in figures)
     assert sorted(seconds for *_, seconds in figures)[len(figures) // 2] <= 15

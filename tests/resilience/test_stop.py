@@ -53,6 +53,7 @@ def test_signals_at_ten_random_steps(long_run, undisturbed, tmp_path):
         layout, target = list(LAYOUTS)[i % 4], TARGETS[i % 3]
         step = chance.randrange(1, STEPS - INTERVAL)
         stop_and_resume(long_run, undisturbed, tmp_path, layout, target, step, (signal.SIGTERM, signal.SIGUSR1)[i == 5])
+        print(f"{layout:8} {target} at step {step}: stopped and resumed", flush=True)
 
 
 def test_a_second_signal_ends_at_once_and_tears_nothing(long_run, undisturbed, tmp_path):
