@@ -148,7 +148,11 @@ def _verify(arguments: argparse.Namespace) -> int:
         with progress_bar(folder.name, size, of_bytes=True) as bar:
             problems = verify(folder, partial(bar.advance, bar.task_ids[0]))
         damaged += bool(problems)
-        table.add_row(str(folder), human_bytes(size) if size else "", "\n".join(problems) or "every byte is right")
+        table.add_row(
+            str(folder),
+            human_bytes(size) if size else "",
+            "\n".join(p.removeprefix(f"{folder}/") for p in problems) or "every byte is right",
+        )
     console.print(table)
     if damaged:
         raise CheckpointError(

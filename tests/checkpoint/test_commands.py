@@ -1,0 +1,88 @@
+"""megaresnorm checkpoint ls | show | verify | diff | prune."""
+
+from pathlib import Path
+
+import pytest
+
+from megaresnorm.checkpoint.format import list_checkpoints
+from megaresnorm.cli import main
+from megaresnorm.resilience.lock import FolderLock
+from megaresnorm.trainer import train
+
+
+@pytest.fixture
+def run(tiny, monkeypatch) -> Path:
+    monkeypatch.setattr("megaresnorm.telemetry.log.console.width", 160)
+    recipe = tiny(checkpoint={"every": 1, "keep": 6})
+    train(recipe)
+    return Path(recipe.train.output)
+
+
+def output(capsys, *arguments, code=0) -> str:
+    assert main(["checkpoint", *map(str, arguments)]) == code
+    out, err = capsys.readouterr()
+    assert err.count("\n") == (code > 1) and "Traceback" not in err
+    return out + err
+
+
+def damage(run: Path, step: int) -> Path:
+    victim = run / "checkpoints" / f"step-{step:08d}" / "weights-00000-00001.safetensors"
+    raw = bytearray(victim.read_bytes())
+    raw[-1] ^= 1
+    victim.write_bytes(raw)
+    return victim
+
+
+def test_ls_shows_what_there_is_and_what_is_wrong(run, capsys):
+    (run / "checkpoints" / ".tmp-step-00000009").mkdir()
+    (run / "checkpoints" / "damaged-step-00000008").mkdir()
+    (run / "checkpoints" / "step-00000003" / "optimizer-00000-00001.safetensors").unlink()
+    (run / "checkpoints" / "step-00000002" / "manifest.json").write_text("{}")
+    out = output(capsys, "ls", run)
+    assert out.count("step-0000000") == 8 and "unfinished; removed by the next save" in out and "set aside" in out
+    assert "optimizer-00000-00001.safetensors is missing or has another size" in out
+    assert "manifest.json: not the manifest of a checkpoint" in out
+    assert "wanted the output folder of a run" in output(capsys, "ls", run / "nowhere", code=4)
+
+
+def test_show_says_what_is_in_one(run, capsys):
+    out = output(capsys, "show", run)
+    for part in ("step-00000006", "6 of 6", "deepnorm, 3 blocks, width 16", "torch", "42 tensors"):
+        assert part in out, part
+    assert "blocks.2.ffn.branch.down.weight" in output(capsys, "show", run, "--tensors")
+    assert "num_blocks: 3" in output(capsys, "show", run / "checkpoints" / "step-00000002", "--recipe")
+
+
+def test_verify_names_every_damaged_file_and_exits_with_4(run, capsys):
+    assert output(capsys, "verify", run).count("every byte is right") == 6
+    damage(run, 2)
+    damage(run, 4)
+    out = output(capsys, "verify", run, code=4)
+    assert out.count("every byte is right") == 4 and out.count("SHA-256 differs") == 2
+    assert "2 of 6 checkpoints are damaged" in out
+    assert "every byte is right" in output(capsys, "verify", run / "checkpoints" / "step-00000003")
+
+
+def test_diff_finds_what_differs(run, capsys, tiny, tmp_path):
+    first, last = (run / "checkpoints" / f"step-{step:08d}" for step in (1, 6))
+    assert "all 63 tensors are equal, bit for bit" in output(capsys, "diff", last, run)
+    out = output(capsys, "diff", first, last, "--rows", 5, code=1)
+    assert "63 of 63 tensors differ" in out and "engine.updates" in out and out.count("e-0") >= 5
+    other = tiny(model={"num_blocks": 2}, train={"output": str(tmp_path / "other")})
+    train(other)
+    assert "only in" in output(capsys, "diff", last, other.train.output, "--rows", 99, code=1)
+
+
+def test_prune_keeps_the_newest_that_are_whole_and_the_permanent_ones(run, capsys):
+    damage(run, 6)
+    out = output(capsys, "prune", run, "--keep", 2, "--keep-every", 3, "--dry-run")
+    assert "kept, does not count: " in out and len(list_checkpoints(run / "checkpoints")) == 6
+    output(capsys, "prune", run, "--keep", 2, "--keep-every", 3)
+    assert [step for step, _ in list_checkpoints(run / "checkpoints")] == [3, 4, 5, 6]
+
+
+def test_prune_refuses_to_leave_one_alone_or_to_disturb_a_run(run, capsys):
+    assert "at least 2 must stay" in output(capsys, "prune", run, "--keep", 1, code=2)
+    held = FolderLock(run, "x")
+    assert "is in use by pid" in output(capsys, "prune", run, code=5)
+    held.release()
