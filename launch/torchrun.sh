@@ -9,7 +9,7 @@
 #   RANKS_PER_NODE   ranks to start here [the number of GPUs, or 2 without one]
 #   NODES NODE_RANK  how many nodes, and which one this is, from 0 [1, 0]; NODES=MIN:MAX needs no NODE_RANK
 #   MASTER_ADDR MASTER_PORT   where node 0 can be reached [localhost, 29500]
-#   JOB_ID           name of the job, the same on all nodes [megaresnorm]
+#   JOB_ID           name of the job, the same on all nodes and no other job's [from MASTER_ADDR and MASTER_PORT]
 #   MAX_RESTARTS     how often ranks are started again [3]
 #   VENV             the environment to use [.venv]; nodes that share a folder must not make it at once: start one node's script first
 # Exit codes are those of megaresnorm train (see its --help).
@@ -28,17 +28,18 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Workers that share the launcher's store find dead addresses in it after a restart.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+job=${JOB_ID:-megaresnorm-${MASTER_ADDR:-}-${MASTER_PORT:-29500}}
 case "${NODES:-1}" in
   1) nodes=(--standalone) ;;
   *:*)
     [ -n "${MASTER_ADDR:-}" ] || fail "NODES=$NODES needs MASTER_ADDR on every node"
     nodes=(--nnodes "$NODES" --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}"
-      --rdzv-id "${JOB_ID:-megaresnorm}")
+      --rdzv-id "$job")
     ;;
   *)
     [ -n "${NODE_RANK:-}" ] && [ -n "${MASTER_ADDR:-}" ] || fail "NODES=$NODES needs NODE_RANK and MASTER_ADDR on every node"
     nodes=(--nnodes "$NODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}"
-      --rdzv-id "${JOB_ID:-megaresnorm}")
+      --rdzv-id "$job")
     ;;
 esac
 case "$VENV" in /*) ;; *) VENV=$PWD/$VENV ;; esac

@@ -18,6 +18,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.mark.slow
 def test_a_lost_node_leaves_a_run_of_fewer_ranks(tiny, tmp_path):
     """Two launchers of one rank each, as on two hosts; all of the second is killed. In FP64 the losses are one process's."""
@@ -32,6 +37,9 @@ def test_a_lost_node_leaves_a_run_of_fewer_ranks(tiny, tmp_path):
     (digest,) = run_ranks(1, train_on_rank, 1, alone)
     variables = {"NODES": "1:2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "JOB_ID": "elastic-test"}
     first = Launched(tmp_path / "a", recipe, 1, **variables)
+    first.wait_for(
+        lambda: listening(int(variables["MASTER_PORT"])), "rendezvous"
+    )  # this one has it, as MASTER_ADDR's node would
     second = Launched(tmp_path / "b", recipe, 1, **variables)
     both = (first, second)
     first.wait_for(lambda: any(run.steps and run.steps[-1][1] > STEPS for run in both), f"step {STEPS}")
