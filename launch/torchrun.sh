@@ -38,8 +38,9 @@ case "${NODES:-1}" in
     ;;
   *)
     [ -n "${NODE_RANK:-}" ] && [ -n "${MASTER_ADDR:-}" ] || fail "NODES=$NODES needs NODE_RANK and MASTER_ADDR on every node"
-    nodes=(--nnodes "$NODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}"
-      --rdzv-id "$job")
+    # Not torchrun's static rendezvous, in which nodes would not hear that another starts its ranks again, or has ended.
+    nodes=(--nnodes "$NODES" --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}" --rdzv-id "$job"
+      --rdzv-conf "is_host=$([ "$NODE_RANK" = 0 ] && echo 1 || echo 0)")
     ;;
 esac
 case "$VENV" in /*) ;; *) VENV=$PWD/$VENV ;; esac
@@ -47,27 +48,27 @@ cd "$started_in"
 
 # torchrun starts again whatever does not end with 0, and after SIGTERM kills what is not gone in 30 seconds. So a rank that
 # ends on purpose (stopped, or an error that another start would not mend) writes its exit code here and ends with 0; and signals
-# go to the ranks themselves, torchrun's children.
+# go to the ranks themselves, torchrun's children. torchrun itself is to take no notice of them: a whole job may be signalled.
 MEGARESNORM_EXIT_CODE=$(mktemp)
-export MEGARESNORM_EXIT_CODE
+export MEGARESNORM_EXIT_CODE PET_SIGNALS_TO_HANDLE=SIGQUIT
 trap 'rm -f "$MEGARESNORM_EXIT_CODE"' EXIT
 set -m # a process group of its own: Ctrl-C in a terminal reaches this script alone
-"$VENV/bin/torchrun" "${nodes[@]}" --nproc-per-node "$RANKS_PER_NODE" --max-restarts "${MAX_RESTARTS:-3}" --monitor-interval 0.1 \
-  -m megaresnorm.cli train "$@" &
+(
+  trap '' HUP INT TERM USR1 # the ranks listen again, as soon as they can save
+  exec "$VENV/bin/torchrun" "${nodes[@]}" --nproc-per-node "$RANKS_PER_NODE" --max-restarts "${MAX_RESTARTS:-3}" \
+    --monitor-interval 0.1 -m megaresnorm.cli train "$@"
+) &
 torchrun=$!
-signals=0
-pass_on() {
-  signals=$((signals + 1))
+pass_on() { # $1: signal, $2: its number
+  [ -s "$MEGARESNORM_EXIT_CODE" ] || echo $((128 + $2)) >"$MEGARESNORM_EXIT_CODE" # for ranks that are only starting
   local ranks
   ranks=$(cat "/proc/$torchrun/task/$torchrun/children" 2>/dev/null || true)
   # shellcheck disable=SC2086 # several process ids
-  [ -n "$ranks" ] && kill -"$1" $ranks 2>/dev/null || kill -TERM "$torchrun" 2>/dev/null || true
-  if [ "$signals" -gt 1 ]; then kill -TERM "$torchrun" 2>/dev/null || true; fi
+  [ -z "$ranks" ] || kill -"$1" $ranks 2>/dev/null || true
 }
-for name in TERM INT USR1; do
-  # shellcheck disable=SC2064 # the name of now
-  trap "pass_on $name" "$name"
-done
+trap 'pass_on TERM 15' TERM HUP
+trap 'pass_on INT 2' INT
+trap 'pass_on USR1 10' USR1
 code=0
 while true; do # wait returns for every signal that is passed on
   wait "$torchrun" && code=0 || code=$?

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from megaresnorm.config import apply_override, build_recipe, read_recipe
 from megaresnorm.data.dataset import json_digest
 from megaresnorm.data.samples import open_data, unigram_entropy
-from megaresnorm.errors import ConfigError, DataError, TrainingError
+from megaresnorm.errors import ConfigError, DataError, NonFiniteError
 from megaresnorm.model.topology import beside_others, topology
 from megaresnorm.recipe import Recipe
 from megaresnorm.resilience.signals import StopSignals
@@ -169,12 +169,13 @@ def _train(
         _write(run.output / "request.json", {"request": request})
         valid_loss, diverged = None, False
         try:
-            valid_loss = run.train(stop).valid_loss
-        except TrainingError as e:  # refused steps in a row: that is a result
+            summary = run.train(stop)
+            if summary.exit_code:
+                return None
+            valid_loss = summary.valid_loss
+        except NonFiniteError as e:  # refused steps in a row: that is a result
             log.warning("%s, %d blocks, seed %d: %s", name, depth, seed, e)
             diverged = True
-    if stop.received is not None:
-        return None
     records = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
     losses = [inf if r["loss"] is None else r["loss"] for r in records]
     unigram = unigram_entropy(run.samples.token_shares())

@@ -2,9 +2,13 @@
 
 
 class UserError(Exception):
-    """Something outside the code is wrong: the command line prints the line and exits with ``exit_code``."""
+    """Something outside the code is wrong: the command line prints the line and exits with ``exit_code``.
+
+    agreed: whether all ranks raise it alike, so that one of them is to print it.
+    """
 
     exit_code = 1
+    agreed = False
 
 
 class ConfigError(UserError):
@@ -26,12 +30,25 @@ class CheckpointError(UserError):
 
 
 class TrainingError(UserError):
-    """The run itself cannot go on (a loss that stays non-finite, an output folder that cannot be written)."""
+    """The run itself cannot go on (a loss that stays non-finite, a folder that cannot be written), which all ranks find alike."""
 
     exit_code = 5
+    agreed = True
+
+
+class NonFiniteError(TrainingError):
+    """Step after step had a loss or gradient that is not finite."""
 
 
 class LostRankError(UserError):
     """Another rank is gone, or has been silent for too long: started again, the run goes on from its newest checkpoint."""
 
     exit_code = 6
+
+
+def error_of(exit_code: int, line: str, *, agreed: bool) -> UserError:
+    """The error that another rank has had."""
+    kinds = {kind.exit_code: kind for kind in (ConfigError, DataError, CheckpointError, TrainingError, LostRankError)}
+    error = kinds[exit_code](line)
+    error.agreed = agreed
+    return error

@@ -2,15 +2,17 @@
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from megaresnorm.checkpoint.format import DAMAGED, list_checkpoints
+from megaresnorm.checkpoint.format import DAMAGED, MANIFEST, list_checkpoints
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import RunState
 from megaresnorm.config import build_recipe, differences
 from megaresnorm.errors import CheckpointError
 from megaresnorm.parallel.context import Axis
+from megaresnorm.parallel.messages import share_results
 from megaresnorm.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -27,16 +29,24 @@ FIXED_ON_RESUME = (
 )
 
 
+SECONDS_TO_SEE = 30.0  # network file systems show a node what another has written after a while
+
+
 def open_newest(
     root: Path, messages: Axis, *, fallback: bool, progress: Callable[[int], None] | None = None
 ) -> Checkpoint | None:
     """The newest checkpoint under ``root`` that is whole, verified by all ranks together; None if there is none at all.
 
     A damaged one is named in a warning and set aside under another name once an older one has been verified: nothing is lost, and
-    its step can be saved again. All ranks must call it.
+    its step can be saved again. All ranks must call it; the first says what there is.
     Raises: CheckpointError if none is whole, or the newest is not and ``fallback`` is False.
     """
-    found = [path for _, path in list_checkpoints(root)]
+    names = share_results(lambda: [p.name for _, p in list_checkpoints(root)] if messages.rank == 0 else [], messages)[
+        0
+    ]
+    found = [root / name for name in names]
+    for path in found:
+        wait_until_seen(path / MANIFEST)
     damaged: list[Path] = []
     for path in reversed(found):
         try:
@@ -45,9 +55,9 @@ def open_newest(
             older = found[: found.index(path)]
             if not older:
                 others = f"; so are {', '.join(p.name for p in damaged)}" if damaged else ""
-                raise CheckpointError(f"{e}; no older checkpoint is left{others}") from None
+                raise _like(e, f"{e}; no older checkpoint is left{others}") from None
             if not fallback:
-                raise CheckpointError(f"{e}; without --no-fallback the run goes on from {older[-1].name}") from None
+                raise _like(e, f"{e}; without --no-fallback the run goes on from {older[-1].name}") from None
             log.warning("warning: %s; going back to %s", e, older[-1].name)
             damaged.append(path)
         else:
@@ -56,6 +66,22 @@ def open_newest(
                     _set_aside(bad)
             return checkpoint
     return None
+
+
+def wait_until_seen(path: Path) -> bool:
+    """Whether a file is there that another node may have just written."""
+    end = time.monotonic() + SECONDS_TO_SEE
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _like(error: CheckpointError, line: str) -> CheckpointError:
+    longer = CheckpointError(line)
+    longer.agreed = error.agreed
+    return longer
 
 
 def check_same_run(checkpoint: Checkpoint, state: RunState, recipe: Recipe, data_digest: str, data_name: str) -> None:

@@ -10,7 +10,6 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -19,7 +18,6 @@ import torch
 
 import megaresnorm
 from megaresnorm.assemble import Assembled, build_model, check_layout, choose_device
-from megaresnorm.checkpoint.format import list_checkpoints
 from megaresnorm.checkpoint.saver import Saver
 from megaresnorm.checkpoint.state import RunState, state_of
 from megaresnorm.checkpoint.writer import Kept, bytes_of
@@ -27,16 +25,17 @@ from megaresnorm.config import dump_recipe
 from megaresnorm.data.loader import Batch, microbatches
 from megaresnorm.data.samples import Samples, open_data, open_samples, resolve_vocab, unigram_entropy
 from megaresnorm.engines.native import Decision, GradientStats, NativeEngine
-from megaresnorm.errors import CheckpointError, ConfigError, TrainingError, UserError
+from megaresnorm.errors import ConfigError, NonFiniteError, TrainingError, UserError
 from megaresnorm.generate import generate
 from megaresnorm.model.lint import check
 from megaresnorm.parallel.collectives import all_gather_blocks
 from megaresnorm.parallel.context import ParallelContext, num_started_ranks, start_process_group
+from megaresnorm.parallel.messages import exchange, together
 from megaresnorm.recipe import Recipe
-from megaresnorm.resilience.lock import FolderLock
+from megaresnorm.resilience.lock import LOCK, FolderLock
 from megaresnorm.resilience.preflight import check_output
 from megaresnorm.resilience.signals import StopSignals, exit_reason
-from megaresnorm.resume import check_same_run, open_newest
+from megaresnorm.resume import check_same_run, open_newest, wait_until_seen
 from megaresnorm.schedule import batch_size, learning_rate
 from megaresnorm.telemetry.describe import data_name, describe_run
 from megaresnorm.telemetry.log import progress_bar, step_line
@@ -44,6 +43,7 @@ from megaresnorm.telemetry.metrics import MetricsWriter
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+TAKEN_OVER = 255  # in the place of an exit code: another job has the output folder
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class Run:
         self._lock: FolderLock | None = None
         try:
             self._together(self._lock_output)
+            self._together(self._see_output)
             self._build(fallback)
         except BaseException:
             self.close()
@@ -98,7 +99,6 @@ class Run:
 
     def _build(self, fallback: bool) -> None:
         recipe = self.recipe
-        checkpoints = [path for _, path in list_checkpoints(self.output / "checkpoints")]
         self.assembled: Assembled = build_model(
             recipe.model,
             recipe.precision,
@@ -113,7 +113,7 @@ class Run:
         self.steps_done = self.samples_done = self.skipped_in_a_row = 0
         self.train_loss: float | None = None
         self.saver = self._make_saver()
-        self._agree_on_start(checkpoints)
+        self._agree_on_kernels()
         self._resume(fallback)
         self._together(self._prepare_output)
 
@@ -122,7 +122,7 @@ class Run:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if error is None or isinstance(error, UserError):  # which all ranks have alike; after another, some may be gone
-            self.saver.finish()
+            self.saver.join()
         self.close()
 
     def close(self) -> None:
@@ -141,7 +141,7 @@ class Run:
         metrics = self._together(self._open_metrics)
         try:
             with progress_bar("training", steps, self.steps_done) as progress:
-                while self.steps_done < steps and not (stopped := self._largest(stop.exit_code)):
+                while self.steps_done < steps and not (stopped := self._largest(self._why_stop(stop))):
                     record = self._step()
                     if metrics is not None:
                         metrics.write(self.steps_done - 1, record)
@@ -153,7 +153,9 @@ class Run:
         finally:
             if metrics is not None:
                 metrics.close()
-        checkpoint = self.finish_saving()
+        if stopped == TAKEN_OVER:
+            raise TrainingError(f"train.output={self.output}: another job has taken it over; nothing more is written")
+        checkpoint = self.save_now()
         if stopped:
             log.warning("%s: saved step %d of %d; start again to go on", exit_reason(stopped), self.steps_done, steps)
         return RunSummary(
@@ -207,7 +209,7 @@ class Run:
         )
         self.saver.save(self.steps_done, state.model_dump(), attached)
 
-    def finish_saving(self) -> Path:
+    def save_now(self) -> Path:
         """The checkpoint of the present step, once it is on disk. Raises: TrainingError where it cannot be written."""
         self.saver.wait()
         self.save()
@@ -248,7 +250,7 @@ class Run:
         self.skipped_in_a_row += 1
         log.warning("step %d refused: loss %g, gradient norm %g", self.steps_done + 1, stats.loss, stats.norm)
         if self.skipped_in_a_row >= self.recipe.train.max_skipped_steps:
-            raise TrainingError(
+            raise NonFiniteError(
                 f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient, up to step {self.steps_done + 1}; "
                 f"try a smaller optim.lr, or look at samples {self.samples_done} and before"
             )
@@ -268,32 +270,8 @@ class Run:
         return int(all_gather_blocks(torch.tensor([number], device=self.device), self.context.world).max())
 
     def _together(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns; where it fails on one rank, no rank goes on alone."""
-        error: UserError | None = None
-        try:
-            result = work()
-        except UserError as e:
-            error = e
-        if self._any_rank(error is not None):
-            raise error or TrainingError("another rank cannot start; its error says why")
-        return result
-
-    def _agree_on_start(self, checkpoints: list[Path]) -> None:
-        """Raises: CheckpointError where ranks do not see the same output folder, ConfigError where their kernels differ."""
-        choices = ", ".join(f"{op}: {backend}" for op, backend in self.assembled.backends.items())
-        digest = int.from_bytes(sha256(choices.encode()).digest()[:7], "little")
-        newest = int(checkpoints[-1].name[5:]) if checkpoints else -1
-        mine = torch.tensor([digest, len(checkpoints), newest], device=self.device)
-        everyone = all_gather_blocks(mine, self.context.world)
-        same = (everyone == everyone[0]).all(0)
-        if not same[0]:
-            raise ConfigError(
-                f"ranks have chosen different kernels, this one {choices}; name them in the recipe, kernels.add_norm and so on"
-            )
-        if not same[1:].all():
-            raise CheckpointError(
-                f"train.output={self.output}: ranks see different checkpoints there; it must be a folder that all nodes share"
-            )
+        """What ``work`` returns, if it fails on no rank; between steps, when nothing is being saved."""
+        return together(work, self.context.messages)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.steps_done % every == 0
@@ -304,7 +282,8 @@ class Run:
         if checkpoint is None:
             return
         state = state_of(checkpoint.folder, checkpoint.state)
-        check_same_run(checkpoint, state, self.recipe, self.data.digest, data_name(self.recipe))
+        name = data_name(self.recipe)
+        self._together(lambda: check_same_run(checkpoint, state, self.recipe, self.data.digest, name))
         self._together(lambda: self.engine.load(checkpoint, state.engine))
         self.steps_done, self.samples_done = checkpoint.step, state.samples
         self.skipped_in_a_row, self.train_loss = state.skipped_in_a_row, state.train_loss
@@ -327,6 +306,28 @@ class Run:
     def _lock_output(self) -> None:
         if self.context.is_first_rank:
             self._lock = FolderLock(self.output, f"train.output={self.output}")
+
+    def _see_output(self) -> None:
+        """Raises: TrainingError where a rank's node does not share the output folder."""
+        if not wait_until_seen(self.output / LOCK):
+            raise TrainingError(
+                f"train.output={self.output}: rank {self.context.world.rank} does not see it; all nodes must share this folder"
+            )
+
+    def _agree_on_kernels(self) -> None:
+        """Raises: ConfigError where ranks would compute with different ones."""
+        everyone = exchange(self.assembled.backends, self.context.messages)
+        for rank, other in enumerate(everyone):
+            for op, backend in other.items():
+                if backend != everyone[0][op]:
+                    raise ConfigError(
+                        f"ranks have chosen different kernels: {op} is {everyone[0][op]} on the first, {backend} on rank {rank}; "
+                        f"name it in the recipe, kernels.{op}"
+                    )
+
+    def _why_stop(self, stop: StopSignals) -> int:
+        """The exit code with which this rank wants the run to end; 0 to go on."""
+        return TAKEN_OVER if self._lock is not None and self._lock.lost else stop.exit_code
 
     def _open_metrics(self) -> MetricsWriter | None:
         if not self.context.is_first_rank:

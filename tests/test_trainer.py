@@ -83,7 +83,7 @@ def test_steps_after_a_checkpoint_that_were_lost_are_done_again(tiny):
     for _ in range(5):  # the process dies at step 5 without a word; steps 0 to 3 are in the checkpoint of step 4
         run._step()
         if run.steps_done in (2, 4):
-            run.finish_saving()
+            run.save_now()
     (Path(recipe.train.output) / "metrics.jsonl").write_text(
         '{"step": 3, "loss": 1.0}\n{"step": 4, "loss": 9.0}\n{"step": 5, "lo'
     )
@@ -379,7 +379,7 @@ def test_skipped_steps_are_counted_across_a_resume_and_forgotten_after_a_good_on
     run = opened(tiny(train={"max_skipped_steps": 3}))
     good, bad = GradientStats(1.0, 1.0), GradientStats(float("inf"), 1.0)
     assert run._accept(bad) is Decision.SKIP and run._accept(GradientStats(1.0, float("nan"))) is Decision.SKIP
-    run.finish_saving()
+    run.save_now()
     with pytest.raises(TrainingError, match="3 steps in a row"):
         opened(tiny(train={"max_skipped_steps": 3}))._accept(bad)
     assert run._accept(good) is Decision.APPLY and run.skipped_in_a_row == 0

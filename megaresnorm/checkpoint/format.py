@@ -27,6 +27,13 @@ MANIFEST = "manifest.json"
 FORMAT = 2
 FILE_NAME = re.compile(r"[a-z]+-[0-9]{5}-[0-9]{5}\.safetensors|tokenizer\.(model|json)")
 UNFINISHED = ".tmp-"  # a folder that is being written or removed
+MAX_MANIFEST_BYTES = 1 << 24
+DTYPES = {
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.bfloat16": "BF16",
+    "torch.float16": "F16",
+}  # in safetensors
 DAMAGED = "damaged-"  # a folder that a run could not go on from, and went on from an older one
 _FOLDER_NAME = re.compile(r"step-([0-9]{8,})")
 _CHUNK = 1 << 22
@@ -82,9 +89,14 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
         raise CheckpointError(f"{root}: cannot be read ({e.strerror})") from None
 
 
+def root_of(folder: Path) -> Path:
+    """Where the checkpoints are of a run's output folder; or the folder itself, if it is that already."""
+    return folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+
+
 def checkpoints_of(folder: Path) -> list[tuple[int, Path]]:
-    """Those of a run's output folder, or of a folder of checkpoints."""
-    return list_checkpoints(folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder)
+    """As ``list_checkpoints``, of a run's output folder or a folder of checkpoints."""
+    return list_checkpoints(root_of(folder))
 
 
 def encode_manifest(manifest: Mapping[str, Any]) -> bytes:

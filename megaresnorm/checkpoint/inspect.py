@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from megaresnorm.checkpoint.format import DAMAGED, MANIFEST, UNFINISHED, checkpoints_of, list_checkpoints
-from megaresnorm.checkpoint.reader import Checkpoint, read_manifest, verify_file
+from megaresnorm.checkpoint.format import DAMAGED, MANIFEST, UNFINISHED, checkpoints_of, list_checkpoints, root_of
+from megaresnorm.checkpoint.reader import Checkpoint, missing_files, read_manifest, verify_file
+from megaresnorm.checkpoint.state import state_of
 from megaresnorm.checkpoint.writer import Kept, superfluous
 from megaresnorm.errors import CheckpointError
 
@@ -52,31 +53,44 @@ def newest_of(folder: Path) -> Path:
     return found[-1][1]
 
 
+def run_of(folder: Path) -> Path:
+    """The output folder of a run, of whose checkpoints it may be the folder. Raises: CheckpointError if it is neither."""
+    run = folder.resolve().parent if folder.name == "checkpoints" else folder
+    if not list_checkpoints(run / "checkpoints"):
+        raise CheckpointError(f"{folder}: has no checkpoint; wanted the output folder of a run")
+    return run
+
+
 def entries(folder: Path) -> Iterator[Entry]:
     """Every checkpoint of a run, oldest first, and what is left of unfinished and damaged ones."""
-    root = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    root = root_of(folder)
     for step, path in list_checkpoints(root):
         try:
-            manifest = read_manifest(path)
+            yield _entry(step, path)
         except CheckpointError as e:
-            yield Entry(path, step, problem=str(e).removeprefix(f"{path}/"))
-            continue
-        files = manifest["files"]
-        wrong = [name for name, entry in files.items() if _size(path / name) != entry["size"]]
-        yield Entry(
-            path,
-            step,
-            sum(entry["size"] for entry in files.values()),
-            len({name.split("-")[1] for name in files if name.endswith(".safetensors")}),
-            manifest["state"].get("train_loss"),
-            datetime.fromtimestamp((path / MANIFEST).stat().st_mtime),
-            f"{wrong[0]} is missing or has another size" if wrong else None,
-        )
+            yield Entry(path, step, problem=str(e).removeprefix(f"{path}/").removeprefix(f"{path}: "))
+        except OSError as e:  # a run that goes on removes old ones
+            yield Entry(path, step, problem=f"cannot be read ({e.strerror})")
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         if path.name.startswith(UNFINISHED):
             yield Entry(path, problem="unfinished; removed by the next save")
         elif path.name.startswith(DAMAGED):
-            yield Entry(path, problem="set aside; nothing reads it")
+            yield Entry(path, problem="set aside; nothing reads it, remove it when you like")
+
+
+def _entry(step: int, path: Path) -> Entry:
+    manifest = read_manifest(path)
+    state, files = state_of(path, manifest["state"]), manifest["files"]
+    missing = missing_files(path, manifest)
+    return Entry(
+        path,
+        step,
+        sum(entry["size"] for entry in files.values()),
+        len({name.split("-")[1] for name in files if name.endswith(".safetensors")}),
+        state.train_loss,
+        datetime.fromtimestamp((path / MANIFEST).stat().st_mtime),
+        f"{missing[0]} is missing or has another size" if missing else None,
+    )
 
 
 def num_bytes(path: Path) -> int:
@@ -133,12 +147,4 @@ def prunable(folder: Path, kept: Kept, progress: Progress = None) -> tuple[list[
         problems.extend(found)
         return not found
 
-    root = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    return superfluous(root, kept, whole), problems
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
+    return superfluous(root_of(folder), kept, whole), problems

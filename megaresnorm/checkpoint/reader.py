@@ -10,18 +10,28 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megaresnorm.checkpoint.format import FILE_NAME, FORMAT, MANIFEST, Slices, encode_manifest, file_sha256, step_of
+from megaresnorm.checkpoint.format import (
+    DTYPES,
+    FILE_NAME,
+    FORMAT,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    Slices,
+    encode_manifest,
+    file_sha256,
+    step_of,
+)
 from megaresnorm.errors import CheckpointError
 from megaresnorm.parallel.context import Axis
-from megaresnorm.parallel.messages import exchange
+from megaresnorm.parallel.messages import ALONE, share_results
 from megaresnorm.parallel.sharding import Box
 
-MAX_MANIFEST_BYTES = 1 << 26
 MAX_HEADER_BYTES = 1 << 24
 MAX_BESIDE = 1024  # slices of the same rows: as many as tensor-parallel ranks
 OPEN_FILES = 64
+LARGE, SPARSE = 1 << 20, 12  # from so many bytes on; a value takes at least so many, and Python up to twenty times that
 HASHING_THREADS = 4
-ALONE = Axis("messages")
+_TYPES = {code: name.removeprefix("torch.") for name, code in DTYPES.items()}
 
 
 class Held(NamedTuple):
@@ -44,19 +54,15 @@ class Checkpoint:
 
     def __init__(self, folder: Path, messages: Axis = ALONE, progress: Callable[[int], None] | None = None) -> None:
         self.folder = folder
-        found: dict[str, Any] = {}
         manifest: dict[str, Any] = {}
-        try:
-            manifest = read_manifest(folder)
-            found["digest"] = manifest["digest"]
+
+        def look() -> dict[str, Any]:
+            manifest.update(read_manifest(folder))
             files = _share(manifest["files"], messages)
-            found["slices"] = _verify_files(folder, files, progress)
-        except CheckpointError as e:
-            found["error"] = str(e)
-        everyone = exchange(found, messages)
+            return {"digest": manifest["digest"], "slices": _verify_files(folder, files, progress)}
+
+        everyone = share_results(look, messages)
         for rank, said in enumerate(everyone):
-            if "error" in said:
-                raise CheckpointError(said["error"])
             if said["digest"] != everyone[0]["digest"]:
                 raise CheckpointError(f"{folder / MANIFEST}: rank {rank} reads another one than the first rank does")
         self.step: int = manifest["step"]
@@ -196,6 +202,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise CheckpointError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes; not a manifest")
         raw = path.read_bytes()
+        if len(raw) > LARGE and sum(map(raw.count, (b"{", b"[", b","))) > len(raw) // SPARSE:
+            raise CheckpointError(f"{path}: not a manifest: it has more values than one of its size can have")
         manifest = json.loads(raw)
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from None
@@ -212,22 +220,38 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: damaged (its digest differs)")
     if step_of(folder) not in (None, manifest["step"]):
         raise CheckpointError(f"{path}: of step {manifest['step']}, which is not the folder's")
-    for name in manifest["files"]:
-        if not FILE_NAME.fullmatch(name):
-            raise CheckpointError(f"{path}: {name[:80]!r} is not the name of a file of a checkpoint")
-    for group in manifest["tensors"].values():
-        if not isinstance(group, dict):
-            raise CheckpointError(f"{path}: {str(group)[:80]!r} is not a group of tensors")
-    tensors = [tensor for group in manifest["tensors"].values() for tensor in group.values()]
-    for entry in (*manifest["files"].values(), *tensors):
+    _check_entries(path, manifest)
+    return manifest
+
+
+def _check_entries(path: Path, manifest: dict[str, Any]) -> None:
+    """Raises: CheckpointError for a name or an entry that is not of a file or tensor of a checkpoint."""
+    odd: list[Any] = [name for name in manifest["files"] if not FILE_NAME.fullmatch(name)]
+    for entry in manifest["files"].values():
         match entry:
             case {"size": int(), "sha256": str()}:
                 continue
-            case {"shape": list(shape), "dtype": str()} if all(type(n) is int and n > 0 for n in shape):
-                continue
-            case _:
-                raise CheckpointError(f"{path}: {str(entry)[:80]!r} is not the entry of a file or tensor")
-    return manifest
+        odd.append(entry)
+    for group in manifest["tensors"].values():
+        for entry in group.values() if isinstance(group, dict) else [group]:
+            match entry:
+                case {"shape": list(shape), "dtype": str()} if all(type(n) is int and n > 0 for n in shape):
+                    continue
+            odd.append(entry)
+    if odd:
+        raise CheckpointError(f"{path}: {str(odd[0])[:80]!r} is not the name or the entry of a file or tensor")
+
+
+def missing_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """The files of a manifest that are not there, or of another size."""
+
+    def there(path: Path, size: int) -> bool:
+        try:
+            return path.stat().st_size == size
+        except OSError:
+            return False
+
+    return [name for name, entry in manifest["files"].items() if not there(folder / name, entry["size"])]
 
 
 def _share(files: dict[str, dict], messages: Axis) -> dict[str, dict]:
@@ -291,14 +315,11 @@ def _slices(path: Path) -> dict[str, tuple[list[int], str, list]]:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 view = file.get_slice(name)
                 boxes = [[(int(start), int(stop)) for start, stop in box] for box in slices[name]]
-                found[name] = (list(view.get_shape()), _DTYPES[view.get_dtype()], boxes)
+                found[name] = (list(view.get_shape()), _TYPES[view.get_dtype()], boxes)
             return found
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
         reason = f"{type(e).__name__} {e}".splitlines()[0][:200]
         raise CheckpointError(f"{path}: not a readable safetensors file of slices ({reason})") from None
-
-
-_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def _beside_each_other(held: Sequence[Held]) -> Iterator[tuple[Held, Held]]:

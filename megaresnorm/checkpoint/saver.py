@@ -79,10 +79,10 @@ class Saver:
 
     def wait(self) -> None:
         """Until nothing is being written. Raises: as ``save``."""
-        self.finish()
+        self.join()
         self._settle()
 
-    def finish(self) -> None:
+    def join(self) -> None:
         """As ``wait``, whatever came of it."""
         if self._thread is not None:
             self._thread.join()
@@ -125,8 +125,9 @@ class Saver:
                 group: {name: self._with_memory(slices) for name, slices in members.items()}
                 for group, members in self._groups.items()
             }
-        with torch.no_grad():
-            torch._foreach_copy_(self._targets, self._sources, non_blocking=True)
+        if self._targets:  # other ranks may write all that this one has
+            with torch.no_grad():
+                torch._foreach_copy_(self._targets, self._sources, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return self._copies

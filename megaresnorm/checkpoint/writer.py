@@ -11,14 +11,16 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from megaresnorm.checkpoint.format import (
+    DTYPES,
     FORMAT,
     MANIFEST,
+    MAX_MANIFEST_BYTES,
     UNFINISHED,
     Groups,
     Slices,
@@ -28,16 +30,17 @@ from megaresnorm.checkpoint.format import (
     human_bytes,
     list_checkpoints,
 )
+from megaresnorm.checkpoint.reader import missing_files, read_manifest
 from megaresnorm.errors import CheckpointError
 from megaresnorm.parallel.context import Axis
-from megaresnorm.parallel.messages import exchange
+from megaresnorm.parallel.messages import ALONE, share_results
 
 log = logging.getLogger(__name__)
 
 FILE_BYTES = 1 << 30  # tensors are gathered into files of about this size, which ranks verify in parallel
+FILE_TENSORS = 10_000  # whose header a reader still takes for one
 WRITE_BYTES = 1 << 24
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-ALONE = Axis("messages")
+T = TypeVar("T")
 
 
 class Kept(NamedTuple):
@@ -70,20 +73,22 @@ def save_checkpoint(
     final = root / folder_name(step)
     temporary = root / f"{UNFINISHED}{final.name}"
     first = messages.rank == 0
-    try:
-        _together(messages, lambda: _make_folder(temporary, final, groups) if first else {})
-        written = _together(messages, lambda: _write_share(temporary, groups, messages.rank))
-        files = {name: entry for share in written for name, entry in share.items()}
-        if first:
-            content = {"format": FORMAT, "step": step, "files": files, "tensors": _shapes(groups), "state": dict(state)}
-        _together(messages, lambda: _commit(temporary, final, content, attached or {}) if first else {})
-    except OSError as e:
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(_reason(e, root, final, groups)) from None
+
+    def on_all(work: Callable[[], Any]) -> list[Any]:
+        try:
+            return share_results(lambda: _explained(work, root, final, groups), messages)
+        except BaseException:
+            if first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    on_all(lambda: _make_folder(temporary, final, groups) if first else None)
+    written = on_all(lambda: _write_share(temporary, groups, messages.rank))
+    files = {name: entry for share in written for name, entry in share.items()}
+    content = {"format": FORMAT, "step": step, "files": files, "tensors": _shapes(groups), "state": dict(state)}
+    on_all(lambda: _commit(temporary, final, content, attached or {}) if first else None)
     if first:
-        for old in superfluous(root, kept, has_its_files):
-            remove_checkpoint(old)
+        _remove_old(root, kept)
     return final
 
 
@@ -125,39 +130,48 @@ def write_tensors(path: Path, parts: Sequence[tuple[str, Slices]]) -> dict[str, 
     """Write a safetensors file of what this rank has of some tensors; returns its size and SHA-256.
 
     The bytes go from the tensors' memory to the disk and are hashed on the way, where the safetensors package would first copy
-    all of them. The file is synced and read back from the disk: a checkpoint that was renamed into place has been verified.
+    all of them.
     """
     header, offset = dict[str, Any](), 0
     for name, slices in parts:
         assert slices.local is not None
         end = offset + slices.local.nbytes
         shape = list(slices.local.shape)
-        header[name] = {"dtype": DTYPES[slices.dtype], "shape": shape, "data_offsets": [offset, end]}
+        header[name] = {"dtype": DTYPES[str(slices.dtype)], "shape": shape, "data_offsets": [offset, end]}
         offset = end
     header["__metadata__"] = {"slices": json.dumps({name: slices.boxes for name, slices in parts})}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     content = [len(encoded).to_bytes(8, "little") + encoded]
     tensors = (_memory(slices.local) for _, slices in parts if slices.local is not None)
-    entry = _write_durably(path, (chunk for source in (content, tensors) for chunk in source))
-    if file_sha256(path, from_disk=True) != entry["sha256"]:
-        raise OSError(errno.EIO, "what was read back is not what was written", str(path))
-    return entry
+    return _write_durably(path, (chunk for source in (content, tensors) for chunk in source))
 
 
-def _make_folder(temporary: Path, final: Path, groups: Groups) -> dict:
-    """The temporary folder, where there is room and nothing is in the way; what killed saves have left goes."""
-    root = final.parent
-    root.mkdir(parents=True, exist_ok=True)
+def sweep(root: Path) -> None:
+    """Remove what killed saves have left. Raises: OSError."""
     for left in root.glob(f"{UNFINISHED}*"):
         log.info("removed   %s, which was never finished", left)
         shutil.rmtree(left)
+
+
+def _remove_old(root: Path, kept: Kept) -> None:
+    try:
+        for old in superfluous(root, kept, has_its_files):
+            remove_checkpoint(old)
+    except CheckpointError as e:  # what was written is there all the same
+        log.warning("warning: old checkpoints are not removed: %s", e)
+
+
+def _make_folder(temporary: Path, final: Path, groups: Groups) -> None:
+    """The temporary folder, where there is room and nothing is in the way."""
+    root = final.parent
+    root.mkdir(parents=True, exist_ok=True)
+    sweep(root)
     if final.exists():
         raise FileExistsError(errno.EEXIST, "it exists already; checkpoints are never written over", str(final))
     if free_bytes(root) < bytes_of(groups):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     temporary.mkdir()
-    return {}
 
 
 def _write_share(temporary: Path, groups: Groups, rank: int) -> dict[str, Any]:
@@ -171,34 +185,27 @@ def _write_share(temporary: Path, groups: Groups, rank: int) -> dict[str, Any]:
     return files
 
 
-def _commit(temporary: Path, final: Path, manifest: dict[str, Any], attached: Mapping[str, bytes]) -> dict:
+def _commit(temporary: Path, final: Path, manifest: dict[str, Any], attached: Mapping[str, bytes]) -> None:
     for name, content in attached.items():
         manifest["files"][name] = _write_durably(temporary / name, [content])
-    _write_durably(temporary / MANIFEST, [encode_manifest(manifest)])
+    encoded = encode_manifest(manifest)
+    if len(encoded) > MAX_MANIFEST_BYTES:
+        raise OSError(errno.EFBIG, f"a manifest of {len(encoded)} bytes could not be read again", MANIFEST)
+    _write_durably(temporary / MANIFEST, [encoded])
     _sync_folder(temporary)
     os.rename(temporary, final)
-    _sync_folder(final.parent)
-    return {}
-
-
-def _together(messages: Axis, work: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
-    """What ``work`` returned on every rank. Raises: on all of them the OSError of the first that had one."""
-    mine: dict[str, Any] = {}
-    mistake: Exception | None = None
     try:
-        mine["done"] = work()
+        _sync_folder(final.parent)
+    except OSError as e:  # it is there, and may be gone again should the machine fail now
+        log.warning("warning: %s: the folder cannot be synced (%s)", final.parent, e.strerror)
+
+
+def _explained(work: Callable[[], T], root: Path, final: Path, groups: Groups) -> T:
+    """What ``work`` returns. Raises: CheckpointError that says what went wrong on the disk."""
+    try:
+        return work()
     except OSError as e:
-        mine["error"] = [e.errno, e.strerror or str(e), str(e.filename or "")]
-    except Exception as e:  # noqa: BLE001 - of ours; raised below, when nobody waits for this rank any more
-        mistake = e
-        mine["error"] = [errno.EIO, f"{type(e).__name__} on rank {messages.rank}", ""]
-    everyone = exchange(mine, messages)
-    if mistake is not None:
-        raise mistake
-    for said in everyone:
-        if "error" in said:
-            raise OSError(*said["error"])
-    return [said["done"] for said in everyone]
+        raise CheckpointError(_reason(e, root, final, groups)) from None
 
 
 def _reason(error: OSError, root: Path, final: Path, groups: Groups) -> str:
@@ -225,7 +232,7 @@ def _parts(owned: Sequence[tuple[str, Slices]]) -> Iterator[list[tuple[str, Slic
     size = 0
     for name, slices in owned:
         assert slices.local is not None
-        if part and size + slices.local.nbytes > FILE_BYTES:
+        if part and (size + slices.local.nbytes > FILE_BYTES or len(part) == FILE_TENSORS):
             yield part
             part, size = [], 0
         part.append((name, slices))
@@ -240,7 +247,7 @@ def _memory(tensor: Tensor) -> memoryview:
 
 
 def _write_durably(path: Path, chunks: Any) -> dict[str, Any]:
-    """A new file, on disk when this returns; its size and SHA-256."""
+    """A new file, synced and read back from the disk: what has been renamed into place has been verified. Its size and SHA-256."""
     digest, size = hashlib.sha256(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
@@ -256,6 +263,8 @@ def _write_durably(path: Path, chunks: Any) -> dict[str, Any]:
         raise
     finally:
         os.close(descriptor)
+    if file_sha256(path, from_disk=True) != digest.hexdigest():
+        raise OSError(errno.EIO, "what was read back is not what was written", str(path))
     return {"size": size, "sha256": digest.hexdigest()}
 
 
@@ -270,7 +279,6 @@ def _sync_folder(path: Path) -> None:
 def has_its_files(folder: Path) -> bool:
     """Whether all files are there, of the sizes that the manifest names; their content was verified when they were written."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        return all((folder / name).stat().st_size == entry["size"] for name, entry in manifest["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return not missing_files(folder, read_manifest(folder))
+    except CheckpointError:
         return False

@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as e:
         rank = os.environ.get("RANK", "0")
         # Every rank of a node finds the same in a recipe; another node may lack what this one has.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(e, ConfigError):
+        alone = not e.agreed and (os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(e, ConfigError))
+        if rank == "0" or alone:
             print(f"megaresnorm: error: {'' if rank == '0' else f'rank {rank}: '}{e}", file=sys.stderr)
         return e.exit_code if isinstance(e, LostRankError) else end_on_purpose(e.exit_code)
     except KeyboardInterrupt:

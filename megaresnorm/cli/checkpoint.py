@@ -204,7 +204,7 @@ def _prune(arguments: argparse.Namespace) -> int:
     from rich.table import Table
 
     from megaresnorm.checkpoint.format import checkpoints_of
-    from megaresnorm.checkpoint.inspect import newest_of, num_bytes, prunable
+    from megaresnorm.checkpoint.inspect import num_bytes, prunable, run_of
     from megaresnorm.checkpoint.writer import Kept, remove_checkpoint
     from megaresnorm.resilience.lock import FolderLock
     from megaresnorm.telemetry.log import console, progress_bar
@@ -213,8 +213,7 @@ def _prune(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             f"--keep {arguments.keep}: at least 2 must stay, so that one is left should the other be damaged"
         )
-    folder = arguments.run_folder
-    newest_of(folder)
+    folder = run_of(arguments.run_folder)
     kept = Kept(arguments.keep, arguments.keep_every)
     lock = FolderLock(folder, str(folder))
     try:

@@ -139,7 +139,7 @@ def _train(arguments: argparse.Namespace) -> int:
         ramp=arguments.max_lr,
     )
     results, total = [], len(comparison.topologies) * len(comparison.depths) * len(comparison.seeds)
-    with StopSignals() as stop, progress_bar("comparing", total) as progress:
+    with StopSignals(base["train"].get("max_minutes")) as stop, progress_bar("comparing", total) as progress:
         for result in compare(comparison, stop, lambda: progress.advance(progress.task_ids[0])):
             results.append(result)
             console.print(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from megaresnorm.cli.arguments import Commands, count
 from megaresnorm.errors import ConfigError, LostRankError
+from megaresnorm.resilience.signals import StopSignals, end_on_purpose, hear_signals, purpose
 
 if TYPE_CHECKING:  # commands import what they need, so that --help is instant
     from megaresnorm.recipe import Recipe
@@ -48,6 +49,7 @@ def add_schema(commands: Commands) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    hear_signals()
     from megaresnorm.config import load_recipe
     from megaresnorm.telemetry.log import configure_logging, console
 
@@ -60,9 +62,8 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.ranks is not None:
         raise ConfigError("--ranks is for --dry-run; ranks are started by bash launch/torchrun.sh")
     from megaresnorm.parallel.context import end_process_group, lost_contact
-    from megaresnorm.resilience.signals import end_on_purpose, ended_on_purpose
 
-    if ended_on_purpose():  # and torchrun has started the ranks again
+    if purpose():  # and torchrun has started the ranks again
         return 0
     try:
         exit_code = _train_and_report(recipe, fallback=not arguments.no_fallback)
@@ -79,7 +80,6 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _train_and_report(recipe: Recipe, *, fallback: bool) -> int:
     from megaresnorm.config import dump_recipe
-    from megaresnorm.resilience.signals import StopSignals
     from megaresnorm.telemetry.log import console
     from megaresnorm.trainer import Run
 

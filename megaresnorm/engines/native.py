@@ -18,7 +18,7 @@ from megaresnorm.checkpoint.format import Slices
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import EngineState
 from megaresnorm.data.loader import Batch
-from megaresnorm.engines.slices import numbers_of, places
+from megaresnorm.engines.slices import clipper_slices, places
 from megaresnorm.engines.whole import WholeTensors
 from megaresnorm.model.residual import DropoutKey
 from megaresnorm.optim import MOMENTS, GradientClipper, Optimizer, gradient_norms
@@ -174,7 +174,7 @@ class NativeEngine:
                 groups["optimizer"][f"{key}.{name}"] = place.of(moments.get(name, {}).get(key))
         if self._clips_each:
             averages = dict(zip(self._parameters, self._clipper.averages.split(1), strict=True))
-            groups["clipper"] = numbers_of(self.assembled, averages)
+            groups["clipper"] = clipper_slices(self.assembled, averages)
         return groups
 
     def load(self, checkpoint: Checkpoint, state: EngineState) -> None:

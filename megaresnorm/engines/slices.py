@@ -38,7 +38,7 @@ def places(assembled: Assembled) -> dict[str, Place]:
     return found
 
 
-def numbers_of(assembled: Assembled, numbers: Mapping[str, Tensor]) -> dict[str, Slices]:
+def clipper_slices(assembled: Assembled, numbers: Mapping[str, Tensor]) -> dict[str, Slices]:
     """One number [1] for each of this rank's parameters, the same on all ranks of its stage, of which the first writes it."""
     context = assembled.context
     first = context.dp_replicate.rank == context.dp_shard.rank == context.tp.rank == 0

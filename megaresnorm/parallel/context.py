@@ -177,4 +177,4 @@ def end_process_group() -> None:
 
 def lost_contact(error: RuntimeError) -> bool:
     """Whether an error is the process group's, which cannot reach another rank. gloo has no type of its own for that."""
-    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    return isinstance(error, dist.DistError) or (dist.is_initialized() and "gloo" in str(error))

@@ -1,12 +1,17 @@
-"""Bytes between ranks: what they tell each other beside tensors. JSON, never pickles."""
+"""What ranks tell each other beside tensors: JSON, never pickles."""
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
+from megaresnorm.errors import LostRankError, UserError, error_of
 from megaresnorm.parallel.collectives import all_gather_blocks
 from megaresnorm.parallel.context import Axis
+
+T = TypeVar("T")
+ALONE = Axis("messages")
 
 
 def exchange(message: Any, axis: Axis) -> list[Any]:
@@ -22,3 +27,35 @@ def exchange(message: Any, axis: Axis) -> list[Any]:
     padded[: len(data)] = data
     everyone = all_gather_blocks(padded, axis)
     return [json.loads(row[:size].numpy().tobytes()) for row, size in zip(everyone, sizes, strict=True)]
+
+
+def share_results(work: Callable[[], Any], axis: Axis) -> list[Any]:
+    """What ``work`` returned on every rank, which JSON can hold. Where it fails on one, no rank goes on alone.
+
+    Raises: on all ranks the same UserError, that of the first rank that had one; for any other exception LostRankError on the
+    ranks that did not have it, so that they end as well.
+    """
+    mine: dict[str, Any] = {}
+    error: Exception | None = None
+    try:
+        mine["done"] = work()
+    except UserError as e:
+        error = e
+        mine |= {"code": e.exit_code, "error": str(e)}
+    except Exception as e:  # noqa: BLE001 - a mistake of ours; raised below, when nobody waits for this rank any more
+        error = e
+        mine |= {"code": LostRankError.exit_code, "error": f"rank {axis.rank} failed: {type(e).__name__}: {e}"}
+    everyone = exchange(mine, axis)
+    if error is not None and not isinstance(error, UserError):
+        raise error
+    for said in everyone:
+        if "error" in said:
+            raise error_of(said["code"], said["error"], agreed=axis.size > 1)
+    return [said["done"] for said in everyone]
+
+
+def together(work: Callable[[], T], axis: Axis) -> T:
+    """What ``work`` returned on this rank, if it failed on none. Raises: as ``share_results``."""
+    results: list[T] = []
+    share_results(lambda: results.append(work()), axis)
+    return results[0]

@@ -1,5 +1,6 @@
 """One job per output folder."""
 
+import errno
 import fcntl
 import getpass
 import json
@@ -16,6 +17,7 @@ from megaresnorm.errors import TrainingError
 
 log = logging.getLogger(__name__)
 
+LOCK = ".lock"
 HEARTBEAT = 10.0  # seconds
 STALE = 60.0  # seconds without a heartbeat after which the owner on another host is taken for dead
 
@@ -26,13 +28,15 @@ class FolderLock:
     The file is locked by flock, which the operating system undoes when a process dies, however it dies. Some network file systems
     keep flock to one host; so the file names its owner and is touched every HEARTBEAT seconds, and an owner on another host is
     dead after STALE seconds of the file server's clock. A job that torchrun has started again on another host takes over its own.
+    An owner that was taken for dead and is not finds that out at its next beat: ``lost``.
 
     what: how the folder is called in errors.
     Raises: TrainingError naming the owner, or saying why the folder cannot be used.
     """
 
     def __init__(self, folder: Path, what: str) -> None:
-        self._path, self._what = folder / ".lock", what
+        self._path, self._what = folder / LOCK, what
+        self.lost = False  # another job has taken the folder over, having taken this one for dead
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -47,38 +51,49 @@ class FolderLock:
             os.close(self._descriptor)
             raise
         self._released = threading.Event()
-        threading.Thread(
-            target=self._beat, args=(os.dup(self._descriptor), self._released), name="lock", daemon=True
-        ).start()
+        threading.Thread(target=self._beat, name="lock", daemon=True).start()
 
     def release(self) -> None:
         """Leave the folder to others."""
-        if not self._released.is_set():
-            self._released.set()
-            os.ftruncate(self._descriptor, 0)
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        if self._released.is_set():
+            return
+        self._released.set()
+        try:
+            if not self.lost:
+                os.ftruncate(self._descriptor, 0)
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # closing is not enough: the beat has it open as well
+        except OSError as e:
+            log.warning("warning: %s: cannot be released (%s)", self._path, e.strerror)
+        finally:
             os.close(self._descriptor)
 
     def _take(self) -> None:
+        locked = True
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise self._held(self._owner(), time.time() - os.fstat(self._descriptor).st_mtime) from None
+        except OSError as e:
+            if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            locked = False
+            log.warning(
+                "warning: %s: this file system has no flock; its owner is known by its heartbeat alone", self._what
+            )
         owner, silent = self._owner(), self._seconds_silent()
-        elsewhere = owner.get("host") not in (None, socket.gethostname())
-        if elsewhere and silent < STALE and (job() is None or owner.get("job") != job()):
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        out_of_reach = bool(owner) and (not locked or owner.get("host") != socket.gethostname())  # of our flock
+        if out_of_reach and silent < STALE and (job() is None or owner.get("job") != job()):
             raise self._held(owner, silent)
         if owner:
             log.info("%s: taken over from pid %s on %s, which is dead", self._what, owner.get("pid"), owner.get("host"))
-        mine = {"host": socket.gethostname(), "pid": os.getpid(), "user": _user(), "job": job(),
-                "since": time.strftime("%Y-%m-%d %H:%M:%S")}  # fmt: skip
+        self._mine = {"host": socket.gethostname(), "pid": os.getpid(), "user": _user(), "job": job(),
+                      "since": time.strftime("%Y-%m-%d %H:%M:%S")}  # fmt: skip
         os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(mine).encode(), 0)
+        os.pwrite(self._descriptor, json.dumps(self._mine).encode(), 0)
 
-    def _owner(self) -> dict[str, Any]:
+    def _owner(self, descriptor: int | None = None) -> dict[str, Any]:
         try:
-            owner = json.loads(os.pread(self._descriptor, 4096, 0))
+            owner = json.loads(os.pread(self._descriptor if descriptor is None else descriptor, 4096, 0))
         except ValueError:
             return {}
         return owner if isinstance(owner, dict) else {}
@@ -96,13 +111,15 @@ class FolderLock:
         with tempfile.NamedTemporaryFile(dir=self._path.parent, prefix=".lock-") as probe:
             return os.fstat(probe.fileno()).st_mtime - last
 
-    @staticmethod
-    def _beat(descriptor: int, released: threading.Event) -> None:
-        while not released.wait(HEARTBEAT):
+    def _beat(self) -> None:
+        descriptor = os.dup(self._descriptor)
+        while not self._released.wait(HEARTBEAT) and not self.lost:
             try:
-                os.utime(descriptor)
-            except OSError:
-                continue  # a full or lost disk; the next beat may reach it
+                self.lost = self._owner(descriptor) != self._mine
+                if not self.lost:
+                    os.utime(descriptor)
+            except OSError as e:  # a full or lost disk; the next beat may reach it
+                log.debug("%s: %s", self._path, e.strerror)
         os.close(descriptor)
 
 

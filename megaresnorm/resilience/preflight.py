@@ -6,19 +6,21 @@ import tempfile
 from pathlib import Path
 
 from megaresnorm.checkpoint.format import human_bytes, list_checkpoints
-from megaresnorm.checkpoint.writer import free_bytes
+from megaresnorm.checkpoint.writer import free_bytes, sweep
 from megaresnorm.errors import TrainingError
 
 log = logging.getLogger(__name__)
 
 
 def check_output(root: Path, num_bytes: int, keep: int) -> None:
-    """root: the folder of checkpoints, which is made.   num_bytes: of a checkpoint's tensors.   keep: how many there will be.
+    """root: the folder of checkpoints, which is made, and swept.   num_bytes: of a checkpoint's tensors.   keep: how many there
+    will be.
 
     Raises: TrainingError where nothing can be written, or not even one checkpoint has room.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
+        sweep(root)
         with tempfile.NamedTemporaryFile(dir=root, prefix=".probe-") as probe:
             probe.write(bytes(4096))
             probe.flush()

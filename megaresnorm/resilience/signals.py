@@ -9,6 +9,8 @@ import time
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+LAUNCHER = "MEGARESNORM_EXIT_CODE"  # names a file of launch/torchrun.sh
+REPEATS = 0.5  # seconds
 TIME_IS_UP = 124  # exit code, as of timeout(1)
 
 
@@ -16,13 +18,15 @@ class StopSignals:
     """Within ``with StopSignals() as stop``, the first SIGINT, SIGTERM or SIGUSR1 only sets ``stop.exit_code``.
 
     The second ends the process at once, even where its main thread waits for other ranks. Checkpoints are renamed into place when
-    complete, so it tears nothing.
+    complete, so it tears nothing. One within REPEATS is the first again: what ends a whole job signals launcher and ranks, and the
+    launcher passes it on.
 
     max_minutes: counts as a signal when it has passed.
     """
 
     def __init__(self, max_minutes: float | None = None) -> None:
         self.received: signal.Signals | None = None
+        self._first = 0.0
         self._end = None if max_minutes is None else time.monotonic() + 60 * max_minutes
 
     @property
@@ -41,6 +45,8 @@ class StopSignals:
         self._previous = {number: signal.signal(number, _ignore) for number in SIGNALS}
         self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._thread.start()
+        if purpose() > 128:
+            self.received = signal.Signals(purpose() - 128)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -54,21 +60,34 @@ class StopSignals:
     def _watch(self) -> None:
         while numbers := self._read.recv(64):
             for number in numbers:
-                if number not in SIGNALS:
-                    continue
-                if self.received is not None:
-                    sys.stderr.write("megaresnorm: a second signal: ended at once, without saving\n")
-                    sys.stderr.flush()
-                    end_on_purpose(128 + number)
-                    os._exit(128 + number)
-                self.received = signal.Signals(number)
+                if number in SIGNALS:
+                    self._hear(signal.Signals(number))
+
+    def _hear(self, number: signal.Signals) -> None:
+        if self.received is None:
+            self.received, self._first = number, time.monotonic()
+        elif time.monotonic() - self._first > REPEATS:
+            try:
+                sys.stderr.write("megaresnorm: a second signal: ended at once, without saving\n")
+                sys.stderr.flush()
+                end_on_purpose(128 + number)
+            finally:
+                os._exit(128 + number)
+
+
+def hear_signals() -> None:
+    """Under launch/torchrun.sh: take the signals again that it has made torchrun, and so its ranks, ignore."""
+    if LAUNCHER in os.environ:
+        for number in SIGNALS:
+            if signal.getsignal(number) is signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
 
 
 def end_on_purpose(code: int) -> int:
     """The exit code of a run that another start would not mend, or that is not to go on: 0 under launch/torchrun.sh, which is told
     ``code``. torchrun itself would take any other for a failure, and start the ranks again.
     """
-    path = os.environ.get("MEGARESNORM_EXIT_CODE")
+    path = os.environ.get(LAUNCHER)
     if path is None:
         return code
     with open(path, "w") as file:
@@ -76,10 +95,14 @@ def end_on_purpose(code: int) -> int:
     return 0
 
 
-def ended_on_purpose() -> bool:
-    """Whether a rank of this node has said so."""
-    path = os.environ.get("MEGARESNORM_EXIT_CODE")
-    return path is not None and os.path.getsize(path) > 0
+def purpose() -> int:
+    """The code with which this node's ranks are to end: a rank's, or of a signal that came while they were starting; 0 for none."""
+    path = os.environ.get(LAUNCHER)
+    if path is None or not os.path.exists(path):
+        return 0
+    with open(path) as file:
+        text = file.read().strip()
+    return int(text) if text.isdecimal() else 0
 
 
 def exit_reason(code: int) -> str:

@@ -180,8 +180,14 @@ def test_unknown_formats_and_odd_entries_are_refused(saved):
     original = (saved / "manifest.json").read_text()
     for change, part in [
         (lambda m: m.update(format=1), "format 1 is unknown"),
-        (lambda m: m["files"].update({"weights-00000-00002.safetensors": {}}), "not the entry of a file or tensor"),
-        (lambda m: m["tensors"]["weights"].update({"b": {"shape": 3}}), "not the entry of a file or tensor"),
+        (
+            lambda m: m["files"].update({"weights-00000-00002.safetensors": {}}),
+            "not the name or the entry of a file or tensor",
+        ),
+        (
+            lambda m: m["tensors"]["weights"].update({"b": {"shape": 3}}),
+            "not the name or the entry of a file or tensor",
+        ),
         (lambda m: m.pop("state"), "not the manifest of a checkpoint"),
     ]:
         (saved / "manifest.json").write_text(original)

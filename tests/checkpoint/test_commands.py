@@ -84,5 +84,7 @@ def test_prune_keeps_the_newest_that_are_whole_and_the_permanent_ones(run, capsy
 def test_prune_refuses_to_leave_one_alone_or_to_disturb_a_run(run, capsys):
     assert "at least 2 must stay" in output(capsys, "prune", run, "--keep", 1, code=2)
     held = FolderLock(run, "x")
-    assert "is in use by pid" in output(capsys, "prune", run, code=5)
+    for folder in (run, run / "checkpoints"):
+        assert "is in use by pid" in output(capsys, "prune", folder, code=5)
     held.release()
+    assert "wanted the output folder of a run" in output(capsys, "prune", run / "checkpoints" / "step-00000006", code=4)

@@ -100,3 +100,12 @@ def test_host_memory_is_taken_once(make, live):
     saver.save(2, {}, {})
     saver.wait()
     assert saver._targets == [first] and first.data_ptr() != live.data_ptr()
+
+
+def test_a_rank_that_writes_nothing_has_nothing_to_copy(tmp_path, live):
+    groups = {"weights": {"a": Slices(tuple(live.shape), live.dtype, live, (((0, 200), (0, 300)),), owned=False)}}
+    options = {"kept": Kept(), "asynchronous": True, "skip_when_busy": False, "max_failures": 1}
+    saver = Saver(tmp_path, groups, Axis("messages"), lambda flag: flag, **options)
+    saver.save(1, {}, {})
+    saver.wait()
+    assert saver.newest[0] == 1 and not list((tmp_path / "step-00000001").glob("*.safetensors"))

@@ -152,7 +152,7 @@ def test_no_rank_goes_on_alone(tiny, tmp_path):
     (tmp_path / "file").write_text("in the way")
     recipe = tiny(train={"output": str(tmp_path / "file")})
     first, second = run_ranks(2, how_it_ends, recipe, None)
-    assert "cannot be written" in first and second == "another rank cannot start; its error says why"
+    assert "cannot be written" in first and second == first
     for says in run_ranks(2, how_it_ends, tiny(train={"output": str(tmp_path / "out")}), 1):
         assert "ranks have chosen different kernels" in says
 

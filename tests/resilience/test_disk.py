@@ -118,6 +118,16 @@ def test_a_disk_that_is_too_small_is_found_before_step_0(tiny, disk):
     assert not losses(disk / "run")
 
 
+def test_what_a_killed_save_left_is_no_reason_to_end(tiny, disk):
+    """It is removed before the room is measured: a run that is started again must find the room that it had."""
+    left = disk / "run" / "checkpoints" / ".tmp-step-00000004"
+    left.mkdir(parents=True)
+    fill(left, 450_000)
+    fill(disk, 100_000)
+    with Run(tiny(train={"output": str(disk / "run")})):
+        assert not left.exists()
+
+
 def test_a_disk_with_room_for_one_checkpoint_alone_is_told(tiny, disk, caplog):
     (disk / "run").mkdir()
     fill(disk, 450_000)

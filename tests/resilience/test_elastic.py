@@ -34,7 +34,7 @@ def test_a_lost_node_leaves_a_run_of_fewer_ranks(tiny, tmp_path):
     train = {"steps": 3 * STEPS, "global_batch": 8, "eval_every": 0}
     recipe = tiny(**settings, train=train)
     alone = tiny(**settings, train=train | {"output": str(tmp_path / "alone")})
-    (digest,) = run_ranks(1, train_on_rank, 1, alone)
+    run_ranks(1, train_on_rank, 1, alone)
     variables = {"NODES": "1:2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "JOB_ID": "elastic-test"}
     first = Launched(tmp_path / "a", recipe, 1, **variables)
     first.wait_for(
@@ -59,4 +59,3 @@ def test_a_lost_node_leaves_a_run_of_fewer_ranks(tiny, tmp_path):
         json.loads((first.output / "checkpoints" / f"step-{3 * STEPS:08d}" / "manifest.json").read_text())["step"]
         == 3 * STEPS
     )
-    assert len(digest) == 64

@@ -91,6 +91,39 @@ def test_the_heart_beats_while_it_is_held(tmp_path, monkeypatch):
     held.release()
 
 
+def test_an_owner_that_was_taken_for_dead_finds_out_and_ends_its_run(tiny, tmp_path, monkeypatch):
+    """Its process was asleep, say; another host has its folder now."""
+    from megaresnorm.trainer import Run, train
+
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.01)
+    real, recipe = Run._step, tiny(train={"steps": 10**6, "eval_every": 0})
+
+    def step(run):
+        if run.steps_done == 5:
+            on_another_host(run.output, 0)
+        return real(run)
+
+    monkeypatch.setattr(Run, "_step", step)
+    with pytest.raises(TrainingError, match="another job has taken it over; nothing more is written"):
+        train(recipe)
+    assert "elsewhere" in (tmp_path / "run" / ".lock").read_text()
+
+
+def test_without_flock_the_heartbeat_decides(tmp_path, monkeypatch, caplog):
+    import errno
+
+    def unsupported(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
+    held = FolderLock(tmp_path, "x")
+    assert "this file system has no flock" in caplog.text
+    with pytest.raises(TrainingError, match=f"in use by pid {os.getpid()}"):
+        FolderLock(tmp_path, "x")
+    held.release()
+    FolderLock(tmp_path, "x").release()
+
+
 def test_a_link_in_its_place_is_not_followed(tmp_path):
     (tmp_path / "victim").write_text("precious")
     (tmp_path / "folder").mkdir()

@@ -12,7 +12,7 @@ from launched import Launched, losses
 
 from megaresnorm.checkpoint.format import list_checkpoints
 
-TARGETS = ("one rank", "all ranks", "the launcher")
+TARGETS = ("one rank", "all ranks", "the launcher", "the whole job")
 
 
 def stop_and_resume(
@@ -23,12 +23,14 @@ def stop_and_resume(
     run = Launched(tmp_path, recipe, ranks)
     run.wait_for_step(step)
     before = run.steps[-1][1]
-    if target == "the launcher":
-        os.kill(run.process.pid, number)
-    else:
-        pids = run.ranks()
-        for pid in pids if target == "all ranks" else [random.Random(step).choice(pids)]:
-            os.kill(pid, number)
+    pids = {
+        "the launcher": [run.process.pid],
+        "all ranks": run.ranks(),
+        "one rank": [random.Random(step).choice(run.ranks())],
+        "the whole job": [run.process.pid, run.torchrun, *run.ranks()],  # as a batch system ends one
+    }[target]
+    for pid in pids:
+        os.kill(pid, number)
     assert run.finish(60) == 128 + number, run.text
     done = len(losses(run.output))
     # Signals come while the line of a step is on its way to us: the step at hand may be two further than what we have read.
@@ -41,7 +43,7 @@ def stop_and_resume(
     assert losses(run.output) == want_losses and again.digest == want_digest
 
 
-@pytest.mark.parametrize(("layout", "target"), [("tp2", "one rank"), ("dp2", "the launcher")])
+@pytest.mark.parametrize(("layout", "target"), [("tp2", "one rank"), ("dp2", "the whole job")])
 def test_a_signal_stops_all_ranks_at_one_step(long_run, undisturbed, tmp_path, layout, target):
     stop_and_resume(long_run, undisturbed, tmp_path, layout, target, step=23)
 
@@ -50,10 +52,27 @@ def test_a_signal_stops_all_ranks_at_one_step(long_run, undisturbed, tmp_path, l
 def test_signals_at_ten_random_steps(long_run, undisturbed, tmp_path):
     chance = random.Random(7)
     for i in range(10):
-        layout, target = list(LAYOUTS)[i % 4], TARGETS[i % 3]
+        layout, target = list(LAYOUTS)[(i + i // 4) % 4], TARGETS[i % 4 if i < 8 else i - 8]
         step = chance.randrange(1, STEPS - INTERVAL)
         stop_and_resume(long_run, undisturbed, tmp_path, layout, target, step, (signal.SIGTERM, signal.SIGUSR1)[i == 5])
         print(f"{layout:8} {target} at step {step}: stopped and resumed", flush=True)
+
+
+def test_a_signal_before_the_first_step_is_not_lost(long_run, tmp_path):
+    """Ranks that are only starting are started again by torchrun, hear of it, and end."""
+    ranks, recipe = long_run("dp2", steps=10**6)
+    run = Launched(tmp_path, recipe, ranks)
+    run.wait_for(lambda: "using" in run.text and _started(run), "start of the ranks")
+    time.sleep(0.3)
+    os.kill(run.process.pid, signal.SIGTERM)
+    assert run.finish(60) == 143, run.text
+
+
+def _started(run: Launched) -> bool:
+    try:
+        return len(run.ranks()) == run.num_ranks
+    except (ValueError, FileNotFoundError):
+        return False
 
 
 def test_a_second_signal_ends_at_once_and_tears_nothing(long_run, undisturbed, tmp_path):
