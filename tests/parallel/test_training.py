@@ -3,13 +3,13 @@
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from cases import LAYOUTS as ALL_LAYOUTS
 from cases import batches, make_recipe
+from launched import environment
 from ranks import run_ranks
 
 from megaresnorm.assemble import build_model, check_layout
@@ -83,22 +83,12 @@ def test_a_run_goes_on_in_another_layout(tiny, tmp_path, clip):
 
 def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """launch/torchrun.sh called from ``folder``, with the environment that runs this test."""
-    root = Path(__file__).parents[2]
-    venv = folder / "venv"
-    if not venv.exists():
-        (venv / "bin").mkdir(parents=True)
-        for name, module in (("python", ""), ("torchrun", "-m torch.distributed.run ")):
-            (venv / "bin" / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module}"$@"\n')
-            (venv / "bin" / name).chmod(0o755)
-        files = (root / "setup.py").read_bytes() + (root / "constraints.txt").read_bytes()
-        wanted = subprocess.run(["cksum"], input=files, capture_output=True).stdout.decode()
-        (venv / ".megaresnorm-run").write_text(wanted)
     return subprocess.run(
-        ["bash", str(root / "launch" / "torchrun.sh"), *arguments],
+        ["bash", str(Path(__file__).parents[2] / "launch" / "torchrun.sh"), *arguments],
         capture_output=True,
         text=True,
         cwd=folder,
-        env={**os.environ, "VENV": str(venv), "RANKS_PER_NODE": "2", "OMP_NUM_THREADS": "1"},
+        env=environment(folder, 2),
     )
 
 

@@ -1,6 +1,5 @@
 """What these tests share lies beside them (launched.py), among those of parallelism and among the tools (ranks.py)."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -9,18 +8,12 @@ import pytest
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tools")]
 
-LAYOUTS: dict[str, tuple[int, dict]] = {
-    "dp2": (2, {}),
-    "tp2": (2, {"tp": 2}),
-    "pp2": (2, {"pp": 2}),
-    "tp2 dp2": (4, {"tp": 2}),
-}
-STEPS, INTERVAL = 100, 10
-
 
 @pytest.fixture
 def long_run(tiny, tmp_path):
     """A function from the name of a layout to its number of ranks and a recipe whose steps take a few seconds in all."""
+
+    from launched import INTERVAL, LAYOUTS, STEPS
 
     def make(layout: str, name: str = "run", **train):
         ranks, parallel = LAYOUTS[layout]
@@ -35,30 +28,15 @@ def long_run(tiny, tmp_path):
     return make
 
 
-def train_on_rank(rank: int, num_ranks: int, recipe) -> str:
-    from megaresnorm.trainer import train
-
-    os.environ |= {
-        "WORLD_SIZE": str(num_ranks),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "-",
-        "MASTER_PORT": "-",
-    }
-    return train(recipe).weights_digest
-
-
 @pytest.fixture(scope="session")
 def undisturbed():
     """A function from a recipe to the losses and the digest of its run without disturbance, kept by layout."""
-    from launched import losses
+    from launched import losses, train_on_rank
     from ranks import run_ranks
 
     known: dict[str, tuple[dict, str]] = {}
 
     def outcome(recipe, num_ranks: int) -> tuple[dict, str]:
-        from pathlib import Path
-
         key = repr((num_ranks, recipe.parallel, recipe.train.steps))
         if key not in known:
             output = Path(f"{recipe.train.output}-undisturbed")

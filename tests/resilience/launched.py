@@ -13,6 +13,26 @@ from megaresnorm.config import dump_recipe
 from megaresnorm.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
+LAYOUTS: dict[str, tuple[int, dict]] = {
+    "dp2": (2, {}),
+    "tp2": (2, {"tp": 2}),
+    "pp2": (2, {"pp": 2}),
+    "tp2 dp2": (4, {"tp": 2}),
+}
+STEPS, INTERVAL = 100, 10
+
+
+def train_on_rank(rank: int, num_ranks: int, recipe) -> str:
+    from megaresnorm.trainer import train
+
+    os.environ |= {
+        "WORLD_SIZE": str(num_ranks),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "-",
+        "MASTER_PORT": "-",
+    }
+    return train(recipe).weights_digest
 
 
 def environment(folder: Path, num_ranks: int) -> dict[str, str]:

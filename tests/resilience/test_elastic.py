@@ -7,8 +7,7 @@ import socket
 import time
 
 import pytest
-from conftest import INTERVAL, STEPS, train_on_rank
-from launched import Launched, losses
+from launched import INTERVAL, STEPS, Launched, losses, train_on_rank
 from ranks import run_ranks
 
 
@@ -59,3 +58,17 @@ def test_a_lost_node_leaves_a_run_of_fewer_ranks(tiny, tmp_path):
         json.loads((first.output / "checkpoints" / f"step-{3 * STEPS:08d}" / "manifest.json").read_text())["step"]
         == 3 * STEPS
     )
+
+
+def test_two_nodes_are_one_job(tiny, tmp_path):
+    """Two launchers of a rank each; a signal to one of them stops both at one step, with one exit code."""
+    recipe = tiny(train={"steps": 10**6, "eval_every": 0})
+    variables = {"NODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    nodes = [Launched(tmp_path / str(i), recipe, 1, NODE_RANK=str(i), **variables) for i in range(2)]
+    nodes[0].wait_for(lambda: any(node.steps for node in nodes), "first step")
+    os.kill(nodes[1].process.pid, signal.SIGTERM)
+    assert [node.finish(60) for node in nodes] == [143, 143]
+    (logging,) = (node for node in nodes if node.steps)
+    assert f"saved step {len(losses(logging.output))} of" in logging.text and "ranks     2" in logging.text
+    refused = Launched(tmp_path / "0", recipe, 1, NODES="2")
+    assert refused.finish() == 1 and "NODES=2 needs NODE_RANK and MASTER_ADDR" in refused.text

@@ -6,8 +6,7 @@ import signal
 import time
 
 import pytest
-from conftest import INTERVAL, LAYOUTS, STEPS
-from launched import Launched, losses
+from launched import INTERVAL, LAYOUTS, STEPS, Launched, losses
 
 
 def kill_and_compare(long_run, undisturbed, tmp_path, layout: str, seed: int, during_save: bool) -> tuple[int, float]:

@@ -7,8 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import INTERVAL, LAYOUTS, STEPS
-from launched import Launched, losses
+from launched import INTERVAL, LAYOUTS, STEPS, Launched, losses
 
 from megaresnorm.checkpoint.format import list_checkpoints
 
