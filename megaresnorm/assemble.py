@@ -21,6 +21,7 @@ from megaresnorm.parallel.columns import sharded_norm
 from megaresnorm.parallel.context import ParallelContext, Sizes, resolve_sizes
 from megaresnorm.parallel.data import replicate_model, settle_shards, shard_model
 from megaresnorm.parallel.layouts import TensorLayout, tensor_layout
+from megaresnorm.parallel.messages import exchange
 from megaresnorm.parallel.pipeline import split_blocks, stage_ranges, stages_of_rank
 from megaresnorm.parallel.tensor import vocab_parallel_cross_entropy
 from megaresnorm.precision import DTYPES, Bf16Weights, weight_dtype
@@ -135,6 +136,18 @@ def build_model(
     )  # fmt: skip
     assembled.weights_changed()
     return assembled
+
+
+def compare_kernels(assembled: Assembled) -> None:
+    """Raises: ConfigError where ranks would compute with different kernels. All ranks must call it."""
+    everyone = exchange(assembled.backends, assembled.context.messages)
+    for rank, other in enumerate(everyone):
+        for op, backend in other.items():
+            if backend != everyone[0][op]:
+                raise ConfigError(
+                    f"ranks have chosen different kernels: {op} is {everyone[0][op]} on the first, {backend} on rank {rank}; "
+                    f"name it in the recipe, kernels.{op}"
+                )
 
 
 def _model_kernels(

@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 
 import megaresnorm
-from megaresnorm.assemble import Assembled, build_model, check_layout, choose_device
+from megaresnorm.assemble import Assembled, build_model, check_layout, choose_device, compare_kernels
 from megaresnorm.checkpoint.saver import Saver
 from megaresnorm.checkpoint.state import RunState, state_of
 from megaresnorm.checkpoint.writer import Kept, bytes_of
@@ -25,12 +25,12 @@ from megaresnorm.config import dump_recipe
 from megaresnorm.data.loader import Batch, microbatches
 from megaresnorm.data.samples import Samples, open_data, open_samples, resolve_vocab, unigram_entropy
 from megaresnorm.engines.native import Decision, GradientStats, NativeEngine
-from megaresnorm.errors import ConfigError, NonFiniteError, TrainingError, UserError
+from megaresnorm.errors import NonFiniteError, TrainingError, UserError
 from megaresnorm.generate import generate
 from megaresnorm.model.lint import check
 from megaresnorm.parallel.collectives import all_gather_blocks
 from megaresnorm.parallel.context import ParallelContext, num_started_ranks, start_process_group
-from megaresnorm.parallel.messages import exchange, together
+from megaresnorm.parallel.messages import together
 from megaresnorm.recipe import Recipe
 from megaresnorm.resilience.lock import LOCK, FolderLock
 from megaresnorm.resilience.preflight import check_output
@@ -113,7 +113,7 @@ class Run:
         self.steps_done = self.samples_done = self.skipped_in_a_row = 0
         self.train_loss: float | None = None
         self.saver = self._make_saver()
-        self._agree_on_kernels()
+        compare_kernels(self.assembled)
         self._resume(fallback)
         self._together(self._prepare_output)
 
@@ -313,17 +313,6 @@ class Run:
             raise TrainingError(
                 f"train.output={self.output}: rank {self.context.world.rank} does not see it; all nodes must share this folder"
             )
-
-    def _agree_on_kernels(self) -> None:
-        """Raises: ConfigError where ranks would compute with different ones."""
-        everyone = exchange(self.assembled.backends, self.context.messages)
-        for rank, other in enumerate(everyone):
-            for op, backend in other.items():
-                if backend != everyone[0][op]:
-                    raise ConfigError(
-                        f"ranks have chosen different kernels: {op} is {everyone[0][op]} on the first, {backend} on rank {rank}; "
-                        f"name it in the recipe, kernels.{op}"
-                    )
 
     def _why_stop(self, stop: StopSignals) -> int:
         """The exit code with which this rank wants the run to end; 0 to go on."""

@@ -7,9 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megaresnorm.cli.arguments import Commands, count
 from megaresnorm.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def add_checkpoint(commands: Commands) -> None:
@@ -117,14 +121,20 @@ def _show(arguments: argparse.Namespace) -> int:
         table.add_row(name, value)
     console.print(table)
     if arguments.tensors:
-        tensors = Table()
-        for heading in ("group", "tensor", "shape", "type"):
-            tensors.add_column(heading, no_wrap=True)
-        for group, members in manifest["tensors"].items():
-            for name, tensor in members.items():
-                tensors.add_row(group, name, " x ".join(map(str, tensor["shape"])), tensor["dtype"])
-        console.print(tensors)
+        console.print(_tensors_table(manifest["tensors"]))
     return 0
+
+
+def _tensors_table(groups: dict[str, dict[str, dict]]) -> Table:
+    from rich.table import Table
+
+    table = Table()
+    for heading in ("group", "tensor", "shape", "type"):
+        table.add_column(heading, no_wrap=True)
+    for group, members in groups.items():
+        for name, tensor in members.items():
+            table.add_row(group, name, " x ".join(map(str, tensor["shape"])), tensor["dtype"])
+    return table
 
 
 def _verify(arguments: argparse.Namespace) -> int:
