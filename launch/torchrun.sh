@@ -2,7 +2,7 @@
 # Train a recipe on several ranks, of one node or of many; the arguments are those of megaresnorm train.
 #   bash launch/torchrun.sh configs/quickstart.yaml parallel.tp=2
 #   NODES=4 NODE_RANK=0 MASTER_ADDR=node0 bash launch/torchrun.sh configs/quickstart.yaml parallel.tp=8   # on every node
-#   NODES=2:4 MASTER_ADDR=node0 bash launch/torchrun.sh ...   # elastic: goes on with those of up to 4 nodes that are left
+#   NODES=2:4 MASTER_ADDR=node0 bash launch/torchrun.sh ...   # elastic: from 2 to 4 nodes, which may come and go
 # A rank that dies is started again with all others, and they go on from the newest checkpoint.
 # SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint on the step at hand, however long that takes; a second one ends at once.
 # Environment:
@@ -47,24 +47,32 @@ case "$VENV" in /*) ;; *) VENV=$PWD/$VENV ;; esac
 cd "$started_in"
 
 # torchrun starts again whatever does not end with 0, and after SIGTERM kills what is not gone in 30 seconds. So a rank that
-# ends on purpose (stopped, or an error that another start would not mend) writes its exit code here and ends with 0; and signals
-# go to the ranks themselves, torchrun's children. torchrun itself is to take no notice of them: a whole job may be signalled.
-MEGARESNORM_EXIT_CODE=$(mktemp)
-export MEGARESNORM_EXIT_CODE PET_SIGNALS_TO_HANDLE=SIGQUIT
-trap 'rm -f "$MEGARESNORM_EXIT_CODE"' EXIT
+# ends on purpose (stopped, or an error that another start would not mend) leaves its exit code in this folder and ends with 0; and
+# signals go to the ranks themselves, torchrun's children, by word left here if they are only starting. torchrun takes no notice of
+# them, for a whole job may be signalled; SIGQUIT ends it.
+MEGARESNORM_LAUNCHER=$(mktemp -d)
+export MEGARESNORM_LAUNCHER PET_SIGNALS_TO_HANDLE=SIGQUIT
+case "${NODES:-1}" in *:*) export MEGARESNORM_ELASTIC=1 ;; esac
+trap 'rm -rf "$MEGARESNORM_LAUNCHER"' EXIT
 set -m # a process group of its own: Ctrl-C in a terminal reaches this script alone
 (
   trap '' HUP INT TERM USR1 # the ranks listen again, as soon as they can save
   exec "$VENV/bin/torchrun" "${nodes[@]}" --nproc-per-node "$RANKS_PER_NODE" --max-restarts "${MAX_RESTARTS:-3}" \
-    --monitor-interval 0.1 -m megaresnorm.cli train "$@"
+    --monitor-interval 0.1 -m megaresnorm.cli train "$@" </dev/null
 ) &
 torchrun=$!
+stop=0 first=0 quit=0
 pass_on() { # $1: signal, $2: its number
-  [ -s "$MEGARESNORM_EXIT_CODE" ] || echo $((128 + $2)) >"$MEGARESNORM_EXIT_CODE" # for ranks that are only starting
-  local ranks
+  local again=$((stop && SECONDS > first + 1)) ranks
+  if [ "$stop" = 0 ]; then stop=$((128 + $2)) first=$SECONDS; fi
+  echo "$stop" >"$MEGARESNORM_LAUNCHER/stop" || true
   ranks=$(cat "/proc/$torchrun/task/$torchrun/children" 2>/dev/null || true)
   # shellcheck disable=SC2086 # several process ids
   [ -z "$ranks" ] || kill -"$1" $ranks 2>/dev/null || true
+  if [ -z "$ranks" ] || [ "$again" = 1 ]; then # nothing to save yet, or no wish to
+    quit=1
+    kill -QUIT "$torchrun" 2>/dev/null || true
+  fi
 }
 trap 'pass_on TERM 15' TERM HUP
 trap 'pass_on INT 2' INT
@@ -73,6 +81,11 @@ code=0
 while true; do # wait returns for every signal that is passed on
   wait "$torchrun" && code=0 || code=$?
   kill -0 "$torchrun" 2>/dev/null || break
+  sleep 0.1
 done
-[ -s "$MEGARESNORM_EXIT_CODE" ] && code=$(cat "$MEGARESNORM_EXIT_CODE")
+if [ -s "$MEGARESNORM_LAUNCHER/end" ]; then
+  code=$(cat "$MEGARESNORM_LAUNCHER/end")
+elif [ "$quit" = 1 ]; then
+  code=$stop
+fi
 exit "$code"

@@ -29,8 +29,12 @@ class CheckpointError(UserError):
     exit_code = 4
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint whose files are not what was written: an older one may be whole."""
+
+
 class TrainingError(UserError):
-    """The run itself cannot go on (a loss that stays non-finite, a folder that cannot be written), which all ranks find alike."""
+    """The run itself cannot go on (a loss that stays non-finite, a folder that cannot be written), as all ranks know."""
 
     exit_code = 5
     agreed = True
@@ -46,9 +50,9 @@ class LostRankError(UserError):
     exit_code = 6
 
 
-def error_of(exit_code: int, line: str, *, agreed: bool) -> UserError:
-    """The error that another rank has had."""
-    kinds = {kind.exit_code: kind for kind in (ConfigError, DataError, CheckpointError, TrainingError, LostRankError)}
-    error = kinds[exit_code](line)
-    error.agreed = agreed
+def error_of(kind: str, line: str) -> UserError:
+    """The error that another rank has had, by the name of its class."""
+    kinds = (ConfigError, DataError, CheckpointError, DamagedError, TrainingError, NonFiniteError, LostRankError)
+    error = {one.__name__: one for one in kinds}[kind](line)
+    error.agreed = True
     return error

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from megaresnorm.checkpoint.format import DAMAGED, MANIFEST, list_checkpoints
+from megaresnorm.checkpoint.format import DAMAGED, MANIFEST, step_of
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import RunState
 from megaresnorm.config import build_recipe, differences
-from megaresnorm.errors import CheckpointError
+from megaresnorm.errors import CheckpointError, DamagedError
 from megaresnorm.parallel.context import Axis
 from megaresnorm.parallel.messages import share_results
 from megaresnorm.recipe import Recipe
@@ -39,19 +39,18 @@ def open_newest(
 
     A damaged one is named in a warning and set aside under another name once an older one has been verified: nothing is lost, and
     its step can be saved again. All ranks must call it; the first says what there is.
-    Raises: CheckpointError if none is whole, or the newest is not and ``fallback`` is False.
+    Raises: DamagedError if none is whole, or the newest is not and ``fallback`` is False; CheckpointError if one cannot be read.
     """
-    names = share_results(lambda: [p.name for _, p in list_checkpoints(root)] if messages.rank == 0 else [], messages)[
-        0
-    ]
-    found = [root / name for name in names]
-    for path in found:
-        wait_until_seen(path / MANIFEST)
+    seen = share_results(lambda: _folders(root) if messages.rank == 0 else [], messages)[0]
+    found = [root / name for name, _ in seen]
+    for name, has_manifest in seen:
+        if has_manifest:
+            wait_until_seen(root / name / MANIFEST)
     damaged: list[Path] = []
     for path in reversed(found):
         try:
             checkpoint = Checkpoint(path, messages, progress)
-        except CheckpointError as e:
+        except DamagedError as e:
             older = found[: found.index(path)]
             if not older:
                 others = f"; so are {', '.join(p.name for p in damaged)}" if damaged else ""
@@ -78,8 +77,19 @@ def wait_until_seen(path: Path) -> bool:
     return True
 
 
-def _like(error: CheckpointError, line: str) -> CheckpointError:
-    longer = CheckpointError(line)
+def _folders(root: Path) -> list[tuple[str, bool]]:
+    """Of every step, oldest first, and whether it has a manifest, without which it is a damaged checkpoint."""
+    try:
+        steps = sorted((step_of(path) or 0, path) for path in root.iterdir() if step_of(path) is not None)
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise CheckpointError(f"{root}: cannot be read ({e.strerror})") from None
+    return [(path.name, (path / MANIFEST).is_file()) for _, path in steps]
+
+
+def _like(error: DamagedError, line: str) -> DamagedError:
+    longer = DamagedError(line)
     longer.agreed = error.agreed
     return longer
 

@@ -10,6 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -43,7 +44,6 @@ from megaresnorm.telemetry.metrics import MetricsWriter
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-TAKEN_OVER = 255  # in the place of an exit code: another job has the output folder
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Run:
         metrics = self._together(self._open_metrics)
         try:
             with progress_bar("training", steps, self.steps_done) as progress:
-                while self.steps_done < steps and not (stopped := self._largest(self._why_stop(stop))):
+                while self.steps_done < steps and not (stopped := self._largest(stop.exit_code)):
                     record = self._step()
                     if metrics is not None:
                         metrics.write(self.steps_done - 1, record)
@@ -153,8 +153,6 @@ class Run:
         finally:
             if metrics is not None:
                 metrics.close()
-        if stopped == TAKEN_OVER:
-            raise TrainingError(f"train.output={self.output}: another job has taken it over; nothing more is written")
         checkpoint = self.save_now()
         if stopped:
             log.warning("%s: saved step %d of %d; start again to go on", exit_reason(stopped), self.steps_done, steps)
@@ -278,10 +276,14 @@ class Run:
 
     def _resume(self, fallback: bool) -> None:
         """Take over the newest whole checkpoint of the output folder, if there is one."""
-        checkpoint = open_newest(self.output / "checkpoints", self.context.messages, fallback=fallback)
+        with progress_bar("verifying the checkpoint", None, of_bytes=True) as bar:
+            advance = partial(bar.advance, bar.task_ids[0])
+            checkpoint = open_newest(
+                self.output / "checkpoints", self.context.messages, fallback=fallback, progress=advance
+            )
         if checkpoint is None:
             return
-        state = state_of(checkpoint.folder, checkpoint.state)
+        state = self._together(lambda: state_of(checkpoint.folder, checkpoint.state))
         name = data_name(self.recipe)
         self._together(lambda: check_same_run(checkpoint, state, self.recipe, self.data.digest, name))
         self._together(lambda: self.engine.load(checkpoint, state.engine))
@@ -297,6 +299,7 @@ class Run:
             self.engine.slices,
             self.context.messages,
             self._any_rank,
+            check=self._check_lock,
             kept=Kept(settings.keep, settings.keep_every),
             asynchronous=settings.asynchronous,
             skip_when_busy=settings.when_busy == "skip",
@@ -314,9 +317,10 @@ class Run:
                 f"train.output={self.output}: rank {self.context.world.rank} does not see it; all nodes must share this folder"
             )
 
-    def _why_stop(self, stop: StopSignals) -> int:
-        """The exit code with which this rank wants the run to end; 0 to go on."""
-        return TAKEN_OVER if self._lock is not None and self._lock.lost else stop.exit_code
+    def _check_lock(self) -> None:
+        """Raises: TrainingError where another job has taken the output folder over."""
+        if self._lock is not None and self._lock.lost:
+            raise TrainingError(f"train.output={self.output}: another job has taken it over; nothing more is written")
 
     def _open_metrics(self) -> MetricsWriter | None:
         if not self.context.is_first_rank:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaresnorm.checkpoint.format import encode_manifest
+from megaresnorm.checkpoint.manifest import encode_manifest
 from megaresnorm.cli import main
 from megaresnorm.config import dump_recipe
 from megaresnorm.engines.native import Decision
@@ -133,6 +133,40 @@ def test_a_damaged_newest_checkpoint_is_named_set_aside_and_passed_over(tiny, ca
     with pytest.raises(CheckpointError, match=r"no older checkpoint is left; so are step-00000006"):
         Run(recipe)
     assert sorted(p.name for p in root.iterdir()) == ["damaged-step-00000006", "step-00000004", "step-00000006"]
+
+
+def test_a_checkpoint_without_a_manifest_is_damaged_and_its_step_saved_again(tiny):
+    recipe = tiny(checkpoint={"every": 2})
+    digest = train(recipe).weights_digest
+    root = Path(recipe.train.output) / "checkpoints"
+    (root / "step-00000006" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"step-00000006.manifest\.json: not there.* goes on from step-00000004"):
+        Run(recipe, fallback=False)
+    assert train(recipe).weights_digest == digest
+    assert sorted(p.name for p in root.iterdir()) == ["damaged-step-00000006", "step-00000004", "step-00000006"]
+
+
+@pytest.mark.parametrize("reason", ["forbidden", "of a newer format"])
+def test_a_checkpoint_that_is_not_damaged_is_never_set_aside(tiny, monkeypatch, reason):
+    """One that this program or this user cannot read is an error: going back would lose good work."""
+    recipe = tiny(checkpoint={"every": 3})
+    train(recipe)
+    root = Path(recipe.train.output) / "checkpoints"
+    path = root / "step-00000006" / "manifest.json"
+    if reason == "forbidden":
+        real = Path.read_bytes
+
+        def read_bytes(self):
+            if self == path:
+                raise PermissionError(13, "Permission denied")
+            return real(self)
+
+        monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    else:
+        path.write_bytes(encode_manifest(json.loads(path.read_text()) | {"format": 99}))
+    with pytest.raises(CheckpointError, match=r"Permission denied|format 99 is unknown"):
+        Run(recipe)
+    assert sorted(p.name for p in root.iterdir()) == ["step-00000003", "step-00000006"]
 
 
 def test_any_seed_can_be_used(tiny, tmp_path):

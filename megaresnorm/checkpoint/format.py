@@ -9,13 +9,11 @@ step-00000500/
 """
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +25,7 @@ MANIFEST = "manifest.json"
 FORMAT = 2
 FILE_NAME = re.compile(r"[a-z]+-[0-9]{5}-[0-9]{5}\.safetensors|tokenizer\.(model|json)")
 UNFINISHED = ".tmp-"  # a folder that is being written or removed
+DAMAGED = "damaged-"  # a folder that a run could not go on from, and went on from an older one
 MAX_MANIFEST_BYTES = 1 << 24
 DTYPES = {
     "torch.float64": "F64",
@@ -34,7 +33,6 @@ DTYPES = {
     "torch.bfloat16": "BF16",
     "torch.float16": "F16",
 }  # in safetensors
-DAMAGED = "damaged-"  # a folder that a run could not go on from, and went on from an older one
 _FOLDER_NAME = re.compile(r"step-([0-9]{8,})")
 _CHUNK = 1 << 22
 
@@ -97,13 +95,6 @@ def root_of(folder: Path) -> Path:
 def checkpoints_of(folder: Path) -> list[tuple[int, Path]]:
     """As ``list_checkpoints``, of a run's output folder or a folder of checkpoints."""
     return list_checkpoints(root_of(folder))
-
-
-def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
-    """The one way in which a manifest is written, its digest filled in; a reader compares every byte."""
-    body = {key: value for key, value in manifest.items() if key != "digest"}
-    text = json.dumps(body, indent=1, sort_keys=True)
-    return json.dumps(body | {"digest": hashlib.sha256(text.encode()).hexdigest()}, indent=1, sort_keys=True).encode()
 
 
 def file_sha256(path: Path, *, from_disk: bool = False, progress: Callable[[int], None] | None = None) -> str:

@@ -3,12 +3,15 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from math import inf
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megaresnorm.checkpoint.format import DAMAGED, MANIFEST, UNFINISHED, checkpoints_of, list_checkpoints, root_of
-from megaresnorm.checkpoint.reader import Checkpoint, missing_files, read_manifest, verify_file
+from megaresnorm.checkpoint.manifest import missing_files, read_manifest
+from megaresnorm.checkpoint.reader import Checkpoint, verify_file
 from megaresnorm.checkpoint.state import state_of
 from megaresnorm.checkpoint.writer import Kept, superfluous
 from megaresnorm.errors import CheckpointError
@@ -31,8 +34,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Difference:
-    """One tensor of two checkpoints. largest: of the absolute differences, None where only one has it or shapes differ;
-    scale: the largest absolute value in the first.
+    """One tensor of two checkpoints. largest: of the absolute differences, infinite where one is NaN, None where only one
+    checkpoint has the tensor or shapes differ; scale: the largest absolute value in the first.
     """
 
     name: str
@@ -112,7 +115,7 @@ def verify(path: Path, progress: Progress = None) -> list[str]:
             problems.append(str(e))
     if not problems:
         try:
-            Checkpoint(path)
+            Checkpoint(path, hashed=True)
         except CheckpointError as e:
             problems.append(str(e))
     return problems
@@ -133,9 +136,13 @@ def compare_tensors(one: Checkpoint, other: Checkpoint, advance: Callable[[], No
                 yield Difference(title, f"{a['dtype']} {a['shape']} and {b['dtype']} {b['shape']}")
             else:
                 a, b = one.read(group, name), other.read(group, name)
-                if not torch.equal(a, b):
-                    largest = (a.double() - b.double()).abs().max().item()
+                if not torch.equal(_bits(a), _bits(b)):
+                    largest = (a.double() - b.double()).abs().nan_to_num(nan=inf).max().item()
                     yield Difference(title, "values", largest, a.double().abs().max().item())
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
 
 
 def prunable(folder: Path, kept: Kept, progress: Progress = None) -> tuple[list[Path], list[str]]:

@@ -10,26 +10,16 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megaresnorm.checkpoint.format import (
-    DTYPES,
-    FILE_NAME,
-    FORMAT,
-    MANIFEST,
-    MAX_MANIFEST_BYTES,
-    Slices,
-    encode_manifest,
-    file_sha256,
-    step_of,
-)
-from megaresnorm.errors import CheckpointError
+from megaresnorm.checkpoint.format import DTYPES, MANIFEST, Slices, file_sha256
+from megaresnorm.checkpoint.manifest import read_manifest, unreadable
+from megaresnorm.errors import CheckpointError, DamagedError
 from megaresnorm.parallel.context import Axis
-from megaresnorm.parallel.messages import ALONE, share_results
+from megaresnorm.parallel.messages import ALONE, share_results, together
 from megaresnorm.parallel.sharding import Box
 
 MAX_HEADER_BYTES = 1 << 24
 MAX_BESIDE = 1024  # slices of the same rows: as many as tensor-parallel ranks
 OPEN_FILES = 64
-LARGE, SPARSE = 1 << 20, 12  # from so many bytes on; a value takes at least so many, and Python up to twenty times that
 HASHING_THREADS = 4
 _TYPES = {code: name.removeprefix("torch.") for name, code in DTYPES.items()}
 
@@ -48,38 +38,50 @@ class Checkpoint:
     With several ranks each verifies an equal share of the files, and tells the others what it has found: all or none go on.
 
     messages: all ranks that read together; every one must make this object.   progress: called with the bytes of every part that
-    this rank has verified.
-    Raises: CheckpointError naming the file that is missing, damaged, or not part of the checkpoint; on all ranks the same.
+    this rank has verified.   hashed: the files have been, by ``verify_file``.
+    Raises: DamagedError naming the file that is missing, damaged, or not part of the checkpoint, CheckpointError where it cannot be
+    read; on all ranks the same.
     """
 
-    def __init__(self, folder: Path, messages: Axis = ALONE, progress: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        messages: Axis = ALONE,
+        progress: Callable[[int], None] | None = None,
+        *,
+        hashed: bool = False,
+    ) -> None:
         self.folder = folder
-        manifest: dict[str, Any] = {}
+        self._manifest: dict[str, Any] = {}
+        self._open: dict[str, Any] = {}
 
         def look() -> dict[str, Any]:
-            manifest.update(read_manifest(folder))
-            files = _share(manifest["files"], messages)
-            return {"digest": manifest["digest"], "slices": _verify_files(folder, files, progress)}
+            self._manifest = read_manifest(folder)
+            files = _share(self._manifest["files"], messages)
+            if not hashed:
+                _verify_files(folder, files, progress)
+            slices = {name: _slices(folder / name) for name in files if name.endswith(".safetensors")}
+            return {"digest": self._manifest["digest"], "slices": slices}
 
         everyone = share_results(look, messages)
-        for rank, said in enumerate(everyone):
-            if said["digest"] != everyone[0]["digest"]:
-                raise CheckpointError(f"{folder / MANIFEST}: rank {rank} reads another one than the first rank does")
-        self.step: int = manifest["step"]
-        self.digest: str = manifest["digest"]
-        self.state: dict[str, Any] = manifest["state"]
-        self.tensors: dict[str, dict[str, dict]] = manifest["tensors"]
-        self._attached = {name for name in manifest["files"] if name.startswith("tokenizer.")}
-        self._held: dict[str, dict[str, list[Held]]] = {group: {} for group in self.tensors}
-        self._open: dict[str, Any] = {}
-        for said in everyone:
-            for file, slices in said["slices"].items():
-                self._enter(file, slices)
-        self._check_complete()
+        together(lambda: self._index(everyone), messages)
+
+    @property
+    def step(self) -> int:
+        return self._manifest["step"]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return self._manifest["state"]
+
+    @property
+    def tensors(self) -> dict[str, dict[str, dict]]:
+        """group -> name -> shape and dtype"""
+        return self._manifest["tensors"]
 
     def attached(self, name: str) -> bytes:
         """The content of a file that is not of tensors. Raises: CheckpointError if there is none of this name."""
-        if name not in self._attached:
+        if name not in self._manifest["files"] or name.endswith(".safetensors"):
             raise CheckpointError(f"{self.folder}: has no file {name}")
         try:
             return (self.folder / name).read_bytes()
@@ -123,6 +125,16 @@ class Checkpoint:
                     f"{self.folder}: {name} has shape {recorded[name]['shape']}, the model's is {list(shape)}"
                 )
 
+    def _index(self, everyone: list[dict[str, Any]]) -> None:
+        """Note what every rank has found in its files. Raises: DamagedError where that is not all of every tensor, once."""
+        self._held: dict[str, dict[str, list[Held]]] = {group: {} for group in self.tensors}
+        for rank, said in enumerate(everyone):
+            if said["digest"] != self._manifest["digest"]:
+                raise CheckpointError(f"{self.folder / MANIFEST}: rank {rank} reads another one")
+            for file, slices in said["slices"].items():
+                self._enter(file, slices)
+        self._check_complete()
+
     def _enter(self, file: str, slices: dict[str, Any]) -> None:
         """Note which slices a file holds. Raises: CheckpointError for one that is not of a tensor of the manifest."""
         group = file.split("-")[0]
@@ -130,20 +142,20 @@ class Checkpoint:
             recorded = self.tensors.get(group, {}).get(name)
             where = f"{self.folder / file}: {name}"
             if recorded is None:
-                raise CheckpointError(f"{where}: the manifest has no such tensor in {group}")
+                raise DamagedError(f"{where}: the manifest has no such tensor in {group}")
             if dtype != recorded["dtype"]:
-                raise CheckpointError(f"{where} is {dtype}, the manifest says {recorded['dtype']}")
+                raise DamagedError(f"{where} is {dtype}, the manifest says {recorded['dtype']}")
             row = 0
             for box in boxes:
                 inside = len(box) == len(recorded["shape"]) and all(
                     0 <= a < b <= size for (a, b), size in zip(box, recorded["shape"], strict=True)
                 )
                 if not inside or [b - a for a, b in box[1:]] != shape[1:]:
-                    raise CheckpointError(f"{where} of shape {shape} has no slice {box} of {recorded['shape']}")
+                    raise DamagedError(f"{where} of shape {shape} has no slice {box} of {recorded['shape']}")
                 self._held[group].setdefault(name, []).append(Held(file, row, tuple((a, b) for a, b in box)))
                 row += box[0][1] - box[0][0]
             if [row] != shape[:1]:
-                raise CheckpointError(f"{where} of shape {shape} has slices of {row} rows")
+                raise DamagedError(f"{where} of shape {shape} has slices of {row} rows")
 
     def _check_complete(self) -> None:
         """Every element of every tensor is held once. Raises: CheckpointError."""
@@ -153,11 +165,9 @@ class Checkpoint:
                 for one, other in _beside_each_other(held):
                     if _overlap(one.box, other.box) is not None:
                         where = f"{self.folder / other.file}: {name}"
-                        raise CheckpointError(
-                            f"{where} has the slice {other.box}, which overlaps {one.box} of {one.file}"
-                        )
+                        raise DamagedError(f"{where} has the slice {other.box}, which overlaps {one.box} of {one.file}")
                 if sum(prod(b - a for a, b in h.box) for h in held) != prod(recorded["shape"]):
-                    raise CheckpointError(f"{self.folder}: {name} is not complete in the {group} files")
+                    raise DamagedError(f"{self.folder}: {name} is not complete in the {group} files")
 
     def _pieces(self, group: str, name: str, boxes: Sequence[Box]) -> Iterator[Tensor]:
         """The slices of a tensor, made up of what the files hold of them, one at a time."""
@@ -191,69 +201,6 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder / file}: cannot be read any more ({e})") from None
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, without looking at its files. Raises: CheckpointError."""
-    path = folder / MANIFEST
-    try:
-        if not path.exists():
-            raise CheckpointError(f"{path}: not there; wanted a folder such as .../checkpoints/step-00000500")
-        if path.is_symlink() or not path.is_file():
-            raise CheckpointError(f"{path}: not a plain file")
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise CheckpointError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes; not a manifest")
-        raw = path.read_bytes()
-        if len(raw) > LARGE and sum(map(raw.count, (b"{", b"[", b","))) > len(raw) // SPARSE:
-            raise CheckpointError(f"{path}: not a manifest: it has more values than one of its size can have")
-        manifest = json.loads(raw)
-    except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from None
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: damaged, or not a manifest: no JSON ({e})") from None
-    match manifest:
-        case {"format": int(), "digest": str(), "step": int(), "files": dict(), "tensors": dict(), "state": dict()}:
-            pass
-        case _:
-            raise CheckpointError(f"{path}: not the manifest of a checkpoint")
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path}: format {manifest['format']} is unknown; this version reads {FORMAT}")
-    if encode_manifest(manifest) != raw:
-        raise CheckpointError(f"{path}: damaged (its digest differs)")
-    if step_of(folder) not in (None, manifest["step"]):
-        raise CheckpointError(f"{path}: of step {manifest['step']}, which is not the folder's")
-    _check_entries(path, manifest)
-    return manifest
-
-
-def _check_entries(path: Path, manifest: dict[str, Any]) -> None:
-    """Raises: CheckpointError for a name or an entry that is not of a file or tensor of a checkpoint."""
-    odd: list[Any] = [name for name in manifest["files"] if not FILE_NAME.fullmatch(name)]
-    for entry in manifest["files"].values():
-        match entry:
-            case {"size": int(), "sha256": str()}:
-                continue
-        odd.append(entry)
-    for group in manifest["tensors"].values():
-        for entry in group.values() if isinstance(group, dict) else [group]:
-            match entry:
-                case {"shape": list(shape), "dtype": str()} if all(type(n) is int and n > 0 for n in shape):
-                    continue
-            odd.append(entry)
-    if odd:
-        raise CheckpointError(f"{path}: {str(odd[0])[:80]!r} is not the name or the entry of a file or tensor")
-
-
-def missing_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """The files of a manifest that are not there, or of another size."""
-
-    def there(path: Path, size: int) -> bool:
-        try:
-            return path.stat().st_size == size
-        except OSError:
-            return False
-
-    return [name for name, entry in manifest["files"].items() if not there(folder / name, entry["size"])]
-
-
 def _share(files: dict[str, dict], messages: Axis) -> dict[str, dict]:
     """The files that this rank verifies: of about as many bytes as every other rank's."""
     loads = [0] * messages.size
@@ -266,18 +213,14 @@ def _share(files: dict[str, dict], messages: Axis) -> dict[str, dict]:
     return mine
 
 
-def _verify_files(folder: Path, files: dict[str, dict], progress: Callable[[int], None] | None) -> dict[str, Any]:
-    """file -> name -> (shape, dtype, slices) of those files that hold tensors.
-
-    Raises: CheckpointError for the first that is damaged.
-    """
+def _verify_files(folder: Path, files: dict[str, dict], progress: Callable[[int], None] | None) -> None:
+    """Raises: CheckpointError for the first that is damaged."""
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
         waiting = [pool.submit(verify_file, folder, name, files[name], progress) for name in sorted(files)]
         for future in waiting:
             if future.exception() is not None:
                 pool.shutdown(cancel_futures=True)
             future.result()
-    return {name: _slices(folder / name) for name in sorted(files) if name.endswith(".safetensors")}
 
 
 def verify_file(folder: Path, name: str, recorded: dict, progress: Callable[[int], None] | None = None) -> None:
@@ -285,25 +228,23 @@ def verify_file(folder: Path, name: str, recorded: dict, progress: Callable[[int
     path = folder / name
     try:
         if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise CheckpointError(f"{path}: not a plain file")
+            raise DamagedError(f"{path}: not a plain file")
         size = path.stat().st_size
         if size != recorded["size"]:
-            raise CheckpointError(f"{path}: has {size} bytes, the manifest says {recorded['size']}")
+            raise DamagedError(f"{path}: has {size} bytes, the manifest says {recorded['size']}")
         if name.endswith(".safetensors"):
             _check_header_size(path, size)
         if file_sha256(path, progress=progress) != recorded["sha256"]:
-            raise CheckpointError(f"{path}: damaged (SHA-256 differs)")
+            raise DamagedError(f"{path}: damaged (SHA-256 differs)")
     except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from None
+        raise unreadable(path, e) from None
 
 
 def _check_header_size(path: Path, size: int) -> None:
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
     if header > min(size - 8, MAX_HEADER_BYTES):
-        raise CheckpointError(
-            f"{path}: not a readable safetensors file (a header of {header} bytes in a file of {size})"
-        )
+        raise DamagedError(f"{path}: not a readable safetensors file (a header of {header} bytes in a file of {size})")
 
 
 def _slices(path: Path) -> dict[str, tuple[list[int], str, list]]:
@@ -317,9 +258,18 @@ def _slices(path: Path) -> dict[str, tuple[list[int], str, list]]:
                 boxes = [[(int(start), int(stop)) for start, stop in box] for box in slices[name]]
                 found[name] = (list(view.get_shape()), _TYPES[view.get_dtype()], boxes)
             return found
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
+    except (
+        SafetensorError,
+        OSError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OverflowError,
+        AttributeError,
+        RecursionError,
+    ) as e:
         reason = f"{type(e).__name__} {e}".splitlines()[0][:200]
-        raise CheckpointError(f"{path}: not a readable safetensors file of slices ({reason})") from None
+        raise DamagedError(f"{path}: not a readable safetensors file of slices ({reason})") from None
 
 
 def _beside_each_other(held: Sequence[Held]) -> Iterator[tuple[Held, Held]]:
@@ -329,7 +279,7 @@ def _beside_each_other(held: Sequence[Held]) -> Iterator[tuple[Held, Held]]:
             if other.box[0][0] >= one.box[0][1]:
                 break
             if beside == MAX_BESIDE:
-                raise CheckpointError(f"{one.file}: over {MAX_BESIDE} slices of the same rows")
+                raise DamagedError(f"{one.file}: over {MAX_BESIDE} slices of the same rows")
             yield one, other
 
 

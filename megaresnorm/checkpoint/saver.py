@@ -29,7 +29,8 @@ class Saver:
     groups: this rank's slices of all tensors, live.   asynchronous: return when they are copied; otherwise when they are on disk.
     skip_when_busy: leave a checkpoint out that is due while the one before is being written; otherwise wait for it.
     max_failures: checkpoints in a row that could not be written before TrainingError is raised.
-    any_rank: whether something is true on any rank; asked by all of them together, from their main threads.
+    check: as of ``save_checkpoint``.   any_rank: whether something is true on any rank; asked by all of them together, from their
+    main threads.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Saver:
         messages: Axis,
         any_rank: Callable[[bool], bool],
         *,
+        check: Callable[[], None] = lambda: None,
         kept: Kept,
         asynchronous: bool,
         skip_when_busy: bool,
@@ -46,7 +48,7 @@ class Saver:
     ) -> None:
         self.root, self._groups, self._messages, self._any_rank = root, groups, messages, any_rank
         self._kept, self._asynchronous, self._skip = kept, asynchronous, skip_when_busy
-        self._max_failures = max_failures
+        self._max_failures, self._check = max_failures, check
         self._copies: Groups | None = None
         self._sources, self._targets = list[Tensor](), list[Tensor]()
         self._thread: threading.Thread | None = None
@@ -103,7 +105,14 @@ class Saver:
     def _write(self, step: int, groups: Groups, state: Mapping[str, Any], attached: Mapping, start: float) -> None:
         try:
             path = save_checkpoint(
-                self.root, step, groups, state, kept=self._kept, attached=attached, messages=self._messages
+                self.root,
+                step,
+                groups,
+                state,
+                kept=self._kept,
+                attached=attached,
+                messages=self._messages,
+                check=self._check,
             )
         except CheckpointError as e:
             self.failures += 1

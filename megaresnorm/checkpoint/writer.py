@@ -20,17 +20,15 @@ from megaresnorm.checkpoint.format import (
     DTYPES,
     FORMAT,
     MANIFEST,
-    MAX_MANIFEST_BYTES,
     UNFINISHED,
     Groups,
     Slices,
-    encode_manifest,
     file_sha256,
     folder_name,
     human_bytes,
     list_checkpoints,
 )
-from megaresnorm.checkpoint.reader import missing_files, read_manifest
+from megaresnorm.checkpoint.manifest import encode_manifest, missing_files, plausible, read_manifest
 from megaresnorm.errors import CheckpointError
 from megaresnorm.parallel.context import Axis
 from megaresnorm.parallel.messages import ALONE, share_results
@@ -62,11 +60,13 @@ def save_checkpoint(
     kept: Kept = KEPT,
     attached: Mapping[str, bytes] | None = None,
     messages: Axis = ALONE,
+    check: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write ``root/step-XXXXXXXX`` and remove old checkpoints. Every rank must call it, and all return or raise alike.
 
     groups: weights, optimizer -> global name -> slices.   state: whatever JSON can hold, the first rank's counts.
     attached: name -> content of other files (the tokenizer), the first rank's count.   messages: all ranks that save together.
+    check: called on each rank before anything is made, and before the commit; what it raises is raised on all.
     Raises: CheckpointError, one line, when it exists already or cannot be written; earlier checkpoints stay as they are.
     """
     assert kept.newest >= 2, "one checkpoint must be whole while the next is written"
@@ -82,10 +82,12 @@ def save_checkpoint(
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
 
+    share_results(check, messages)
     on_all(lambda: _make_folder(temporary, final, groups) if first else None)
     written = on_all(lambda: _write_share(temporary, groups, messages.rank))
     files = {name: entry for share in written for name, entry in share.items()}
     content = {"format": FORMAT, "step": step, "files": files, "tensors": _shapes(groups), "state": dict(state)}
+    on_all(check)
     on_all(lambda: _commit(temporary, final, content, attached or {}) if first else None)
     if first:
         _remove_old(root, kept)
@@ -134,7 +136,7 @@ def write_tensors(path: Path, parts: Sequence[tuple[str, Slices]]) -> dict[str, 
     """
     header, offset = dict[str, Any](), 0
     for name, slices in parts:
-        assert slices.local is not None
+        assert slices.local is not None and slices.local.dtype == slices.dtype
         end = offset + slices.local.nbytes
         shape = list(slices.local.shape)
         header[name] = {"dtype": DTYPES[str(slices.dtype)], "shape": shape, "data_offsets": [offset, end]}
@@ -189,7 +191,7 @@ def _commit(temporary: Path, final: Path, manifest: dict[str, Any], attached: Ma
     for name, content in attached.items():
         manifest["files"][name] = _write_durably(temporary / name, [content])
     encoded = encode_manifest(manifest)
-    if len(encoded) > MAX_MANIFEST_BYTES:
+    if not plausible(encoded):
         raise OSError(errno.EFBIG, f"a manifest of {len(encoded)} bytes could not be read again", MANIFEST)
     _write_durably(temporary / MANIFEST, [encoded])
     _sync_folder(temporary)

@@ -32,13 +32,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         alone = not e.agreed and (os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(e, ConfigError))
         if rank == "0" or alone:
             print(f"megaresnorm: error: {'' if rank == '0' else f'rank {rank}: '}{e}", file=sys.stderr)
-        return e.exit_code if isinstance(e, LostRankError) else end_on_purpose(e.exit_code)
+        return _code_of(e)
     except KeyboardInterrupt:
         print("megaresnorm: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _code_of(error: UserError) -> int:
+    """With which this process ends. An error that other nodes may not have is to end torchrun there, too."""
+    same_everywhere = error.agreed or isinstance(error, ConfigError)
+    whole_job = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    if isinstance(error, LostRankError):
+        return error.exit_code
+    code = end_on_purpose(error.exit_code)
+    return code if same_everywhere or whole_job else error.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:

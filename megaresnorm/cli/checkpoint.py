@@ -88,7 +88,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
     from megaresnorm.checkpoint.format import human_bytes
     from megaresnorm.checkpoint.inspect import newest_of, num_bytes
-    from megaresnorm.checkpoint.reader import read_manifest
+    from megaresnorm.checkpoint.manifest import read_manifest
     from megaresnorm.checkpoint.state import state_of
     from megaresnorm.config import build_recipe, dump_recipe
     from megaresnorm.telemetry.log import console
@@ -196,7 +196,8 @@ def _diff(arguments: argparse.Namespace) -> int:
     if found:
         found.sort(key=lambda d: (d.largest is not None, -(d.largest or 0.0)))
         table = Table(
-            title=f"{len(found)} of {total} tensors differ" + (", the most" if len(found) > arguments.rows else "")
+            title=f"{len(found)} of {total} tensors differ"
+            + (f"; the {arguments.rows} that do most" if len(found) > arguments.rows else "")
         )
         table.add_column("tensor", overflow="fold")
         table.add_column("largest difference", justify="right")
@@ -207,7 +208,7 @@ def _diff(arguments: argparse.Namespace) -> int:
         console.print(table)
     else:
         console.print(f"all {total} tensors are equal, bit for bit")
-    return 1 if found else 0
+    return 1 if found or settings else 0
 
 
 def _prune(arguments: argparse.Namespace) -> int:
@@ -225,7 +226,7 @@ def _prune(arguments: argparse.Namespace) -> int:
         )
     folder = run_of(arguments.run_folder)
     kept = Kept(arguments.keep, arguments.keep_every)
-    lock = FolderLock(folder, str(folder))
+    lock = None if arguments.dry_run else FolderLock(folder, str(folder))
     try:
         total = sum(_size_or_nothing(path, num_bytes) for _, path in checkpoints_of(folder)[-kept.newest :])
         with progress_bar("verifying what stays", total, of_bytes=True) as bar:
@@ -242,7 +243,8 @@ def _prune(arguments: argparse.Namespace) -> int:
             remove_checkpoint(path)
         console.print(table)
     finally:
-        lock.release()
+        if lock is not None:
+            lock.release()
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from megaresnorm.cli.arguments import Commands, count
 from megaresnorm.errors import ConfigError, LostRankError
-from megaresnorm.resilience.signals import StopSignals, end_on_purpose, hear_signals, purpose
+from megaresnorm.resilience.signals import StopSignals, end_on_purpose
 
 if TYPE_CHECKING:  # commands import what they need, so that --help is instant
     from megaresnorm.recipe import Recipe
@@ -49,7 +49,6 @@ def add_schema(commands: Commands) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    hear_signals()
     from megaresnorm.config import load_recipe
     from megaresnorm.telemetry.log import configure_logging, console
 
@@ -63,8 +62,6 @@ def _train(arguments: argparse.Namespace) -> int:
         raise ConfigError("--ranks is for --dry-run; ranks are started by bash launch/torchrun.sh")
     from megaresnorm.parallel.context import end_process_group, lost_contact
 
-    if purpose():  # and torchrun has started the ranks again
-        return 0
     try:
         exit_code = _train_and_report(recipe, fallback=not arguments.no_fallback)
         end_process_group()

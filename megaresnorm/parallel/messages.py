@@ -41,16 +41,16 @@ def share_results(work: Callable[[], Any], axis: Axis) -> list[Any]:
         mine["done"] = work()
     except UserError as e:
         error = e
-        mine |= {"code": e.exit_code, "error": str(e)}
+        mine |= {"kind": type(e).__name__, "error": str(e)}
     except Exception as e:  # noqa: BLE001 - a mistake of ours; raised below, when nobody waits for this rank any more
         error = e
-        mine |= {"code": LostRankError.exit_code, "error": f"rank {axis.rank} failed: {type(e).__name__}: {e}"}
+        mine |= {"kind": LostRankError.__name__, "error": f"rank {axis.rank} failed: {type(e).__name__}: {e}"}
     everyone = exchange(mine, axis)
-    if error is not None and not isinstance(error, UserError):
+    if error is not None and (axis.size == 1 or not isinstance(error, UserError)):
         raise error
     for said in everyone:
         if "error" in said:
-            raise error_of(said["code"], said["error"], agreed=axis.size > 1)
+            raise error_of(said["kind"], said["error"])
     return [said["done"] for said in everyone]
 
 

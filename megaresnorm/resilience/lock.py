@@ -51,7 +51,8 @@ class FolderLock:
             os.close(self._descriptor)
             raise
         self._released = threading.Event()
-        threading.Thread(target=self._beat, name="lock", daemon=True).start()
+        beat = threading.Thread(target=self._beat, args=(os.dup(self._descriptor),), name="lock", daemon=True)
+        beat.start()
 
     def release(self) -> None:
         """Leave the folder to others."""
@@ -86,10 +87,16 @@ class FolderLock:
             raise self._held(owner, silent)
         if owner:
             log.info("%s: taken over from pid %s on %s, which is dead", self._what, owner.get("pid"), owner.get("host"))
-        self._mine = {"host": socket.gethostname(), "pid": os.getpid(), "user": _user(), "job": job(),
+        self._mine: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "user": _user(), "job": job(),
                       "since": time.strftime("%Y-%m-%d %H:%M:%S")}  # fmt: skip
         os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(self._mine).encode(), 0)
+        try:
+            os.pwrite(self._descriptor, json.dumps(self._mine).encode(), 0)
+        except OSError as e:
+            if not locked or e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            log.warning("warning: %s: no room to name the owner of its lock (%s)", self._what, e.strerror)
+            self._mine = {}
 
     def _owner(self, descriptor: int | None = None) -> dict[str, Any]:
         try:
@@ -111,8 +118,7 @@ class FolderLock:
         with tempfile.NamedTemporaryFile(dir=self._path.parent, prefix=".lock-") as probe:
             return os.fstat(probe.fileno()).st_mtime - last
 
-    def _beat(self) -> None:
-        descriptor = os.dup(self._descriptor)
+    def _beat(self, descriptor: int) -> None:
         while not self._released.wait(HEARTBEAT) and not self.lost:
             try:
                 self.lost = self._owner(descriptor) != self._mine

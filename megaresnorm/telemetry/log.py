@@ -37,8 +37,11 @@ def configure_logging(rank: int = 0) -> None:
 
 
 @contextmanager
-def progress_bar(label: str, total: int, done: int = 0, *, of_bytes: bool = False) -> Iterator[Progress]:
-    """A bar on a terminal, nothing elsewhere. ``progress.advance(progress.task_ids[0], n)`` moves it."""
+def progress_bar(label: str, total: int | None, done: int = 0, *, of_bytes: bool = False) -> Iterator[Progress]:
+    """A bar on a terminal, nothing elsewhere. ``progress.advance(progress.task_ids[0], n)`` moves it.
+
+    total: None where it is not known.
+    """
     amount = DownloadColumn() if of_bytes else MofNCompleteColumn()
     columns = (TextColumn(label), BarColumn(), amount, TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:

@@ -23,7 +23,7 @@ class Appended:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._size = os.lseek(self._descriptor, 0, os.SEEK_END)
 
-    def write(self, record: bytes) -> None:
+    def write(self, record: bytes = b"") -> None:
         self._waiting += record
         done = 0
         try:
@@ -41,6 +41,9 @@ class Appended:
         self._waiting.clear()
 
     def close(self) -> None:
+        """What cannot be written even now is lost, with a warning."""
+        self._next_warning = 0.0
+        self.write()
         os.close(self._descriptor)
 
     def _take_back(self) -> None:
@@ -61,7 +64,7 @@ class MetricsWriter:
     def __init__(self, folder: Path, *, first_step: int, tensorboard: bool) -> None:
         path = folder / "metrics.jsonl"
         if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
+            lines = path.read_text(errors="replace").splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) < first_step]
             if kept != lines:
                 temporary = path.with_suffix(".tmp")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megaresnorm.checkpoint.format import Slices, encode_manifest, file_sha256, list_checkpoints
+from megaresnorm.checkpoint.format import Slices, file_sha256, list_checkpoints
+from megaresnorm.checkpoint.manifest import encode_manifest
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.writer import save_checkpoint
 from megaresnorm.errors import CheckpointError

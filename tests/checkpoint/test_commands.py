@@ -1,10 +1,17 @@
 """megaresnorm checkpoint ls | show | verify | diff | prune."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from megaresnorm.checkpoint.format import list_checkpoints
+from megaresnorm.checkpoint.format import Slices, list_checkpoints
+from megaresnorm.checkpoint.inspect import compare_tensors
+from megaresnorm.checkpoint.manifest import encode_manifest
+from megaresnorm.checkpoint.reader import Checkpoint
+from megaresnorm.checkpoint.writer import Kept, save_checkpoint
 from megaresnorm.cli import main
 from megaresnorm.resilience.lock import FolderLock
 from megaresnorm.trainer import train
@@ -68,6 +75,14 @@ def test_diff_finds_what_differs(run, capsys, tiny, tmp_path):
     assert "all 63 tensors are equal, bit for bit" in output(capsys, "diff", last, run)
     out = output(capsys, "diff", first, last, "--rows", 5, code=1)
     assert "63 of 63 tensors differ" in out and "engine.updates" in out and out.count("e-0") >= 5
+    same = run.parent / "same"
+    shutil.copytree(run, same)
+    manifest = same / "checkpoints" / "step-00000006" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["state"]["samples"] += 1
+    manifest.write_bytes(encode_manifest(content))
+    out = output(capsys, "diff", last, same, code=1)  # also where the state alone differs
+    assert "all 63 tensors are equal" in out and "samples" in out
     other = tiny(model={"num_blocks": 2}, train={"output": str(tmp_path / "other")})
     train(other)
     assert "only in" in output(capsys, "diff", last, other.train.output, "--rows", 99, code=1)
@@ -88,3 +103,13 @@ def test_prune_refuses_to_leave_one_alone_or_to_disturb_a_run(run, capsys):
         assert "is in use by pid" in output(capsys, "prune", folder, code=5)
     held.release()
     assert "wanted the output folder of a run" in output(capsys, "prune", run / "checkpoints" / "step-00000006", code=4)
+
+
+def test_equal_means_every_bit(tmp_path):
+    """Zeros of two signs differ, and one NaN is as good as the other."""
+    found = []
+    for step, values in enumerate(([0.0, float("nan")], [-0.0, float("nan")], [0.0, float("nan")])):
+        save_checkpoint(tmp_path, step, {"weights": {"a": Slices.of_whole(torch.tensor(values))}}, {}, kept=Kept(3))
+        found.append(Checkpoint(tmp_path / f"step-0000000{step}"))
+    assert len(list(compare_tensors(found[0], found[1], lambda: None))) == 1
+    assert not list(compare_tensors(found[0], found[2], lambda: None))

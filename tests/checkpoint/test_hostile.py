@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megaresnorm.checkpoint.format import Slices, encode_manifest, file_sha256
+from megaresnorm.checkpoint.format import Slices, file_sha256
+from megaresnorm.checkpoint.manifest import encode_manifest
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import state_of
 from megaresnorm.checkpoint.writer import save_checkpoint
@@ -79,6 +80,7 @@ FILES = {  # what stands in the place of the weights, with a manifest that agree
     "slices of strings": header({**GOOD, "__metadata__": slices(**{**BOXES, "b": [[["0", "x"]]]})}, data=bytes(108)),
     "slices beyond the tensor": header({**GOOD, "__metadata__": slices(**{**BOXES, "b": [[[1, 4]]]})}, data=bytes(108)),
     "negative slices": header({**GOOD, "__metadata__": slices(**{**BOXES, "b": [[[-3, 0]]]})}, data=bytes(108)),
+    "infinite slices": header({**GOOD, "__metadata__": {"slices": '{"a": [[[0, 1e999], [0, 4]]]}'}}, data=bytes(108)),
     "slices of 10^30 rows": header({**GOOD, "__metadata__": slices(**{**BOXES, "b": [[[0, 10**30]]]})}, data=bytes(108)),
     "slices that overlap": header({**GOOD, "__metadata__": slices(**{**BOXES, "b": [[[0, 2]], [[1, 2]]]})}, data=bytes(108)),
     "another tensor": header(
@@ -96,6 +98,9 @@ MANIFESTS = {
     "a negative shape": lambda m: m["tensors"]["weights"]["a"].update(shape=[-6, -4]),
     "a shape of words": lambda m: m["tensors"]["weights"]["a"].update(shape=["6", "4"]),
     "another step": lambda m: m.update(step=10**9),
+    "a shape of nothing": lambda m: m["tensors"]["weights"]["a"].update(shape=[]),
+    "a file of 10^400 bytes": lambda m: m["files"][WEIGHTS].update(size=10**400),
+    "a tensor that is a file": lambda m: m["tensors"]["weights"].update(a=m["files"][WEIGHTS]),
     "a size of words": lambda m: m["files"][WEIGHTS].update(size="many"),
     "groups of lists": lambda m: m["tensors"].update(weights=[]),
     "no state": lambda m: m.update(state={}),

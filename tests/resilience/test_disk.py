@@ -168,11 +168,25 @@ def test_a_read_only_disk_is_found_before_step_0_and_survived_later(tiny, disk, 
     )
 
 
-def test_a_folder_in_the_way_is_never_written_over(tiny, caplog):
+def test_a_folder_in_the_way_is_never_written_over(tiny, monkeypatch, caplog):
     recipe = tiny(checkpoint={"every": 2})
     strange = Path(recipe.train.output) / "checkpoints" / "step-00000004"
-    strange.mkdir(parents=True)
-    (strange / "mine.txt").write_text("precious")
+
+    def appears():
+        strange.mkdir()
+        (strange / "mine.txt").write_text("precious")
+
+    at_steps(monkeypatch, {1: appears})
     assert train(recipe).steps == 6
     assert (strange / "mine.txt").read_text() == "precious"
     assert "step-00000004: cannot be written (it exists already; checkpoints are never written over)" in caplog.text
+
+
+def test_prune_works_on_a_full_disk(tiny, disk, capsys):
+    """That is when it is wanted: no room to name the owner of the lock is no reason to refuse."""
+    from megaresnorm.cli import main
+
+    train(tiny(train={"output": str(disk / "run")}, checkpoint={"every": 2, "keep": 3}))
+    fill(disk, 0)
+    assert main(["checkpoint", "prune", str(disk / "run")]) == 0
+    assert [step for step, _ in list_checkpoints(disk / "run" / "checkpoints")] == [4, 6]

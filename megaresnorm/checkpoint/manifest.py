@@ -1,0 +1,95 @@
+"""The root manifest of a checkpoint: written in one way, and believed only where every byte is as it was written."""
+
+import errno
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megaresnorm.checkpoint.format import FILE_NAME, FORMAT, MANIFEST, MAX_MANIFEST_BYTES, step_of
+from megaresnorm.errors import CheckpointError, DamagedError
+
+LARGE, SPARSE = 1 << 20, 12  # from so many bytes on a value takes at least so many
+
+
+def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
+    """The one way in which a manifest is written, its digest filled in; a reader compares every byte."""
+    body = {key: value for key, value in manifest.items() if key != "digest"}
+    text = json.dumps(body, indent=1, sort_keys=True)
+    return json.dumps(body | {"digest": hashlib.sha256(text.encode()).hexdigest()}, indent=1, sort_keys=True).encode()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, without looking at its files. Raises: CheckpointError."""
+    path = folder / MANIFEST
+    try:
+        if not path.exists():
+            raise DamagedError(f"{path}: not there; wanted a folder such as .../checkpoints/step-00000500")
+        if path.is_symlink() or not path.is_file():
+            raise DamagedError(f"{path}: not a plain file")
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise DamagedError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes; not a manifest")
+        raw = path.read_bytes()
+        if not plausible(raw):
+            raise DamagedError(f"{path}: not a manifest: it has more values than one of its size can have")
+        manifest = json.loads(raw)
+    except OSError as e:
+        raise unreadable(path, e) from None
+    except (ValueError, RecursionError) as e:
+        raise DamagedError(f"{path}: damaged, or not a manifest: no JSON ({e})") from None
+    match manifest:
+        case {"format": int(), "digest": str(), "step": int(), "files": dict(), "tensors": dict(), "state": dict()}:
+            pass
+        case _:
+            raise DamagedError(f"{path}: not the manifest of a checkpoint")
+    if encode_manifest(manifest) != raw:
+        raise DamagedError(f"{path}: damaged (its digest differs)")
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"{path}: format {manifest['format']} is unknown; this version reads {FORMAT}")
+    if step_of(folder) not in (None, manifest["step"]):
+        raise DamagedError(f"{path}: of step {manifest['step']}, which is not the folder's")
+    _check_entries(path, manifest)
+    return manifest
+
+
+def plausible(raw: bytes) -> bool:
+    """Whether bytes may be a manifest. Python takes up to twenty times the memory for a value that it does in the file."""
+    few = len(raw) <= LARGE or sum(map(raw.count, (b"{", b"[", b","))) <= len(raw) // SPARSE
+    return few and len(raw) <= MAX_MANIFEST_BYTES
+
+
+def _check_entries(path: Path, manifest: dict[str, Any]) -> None:
+    """Raises: CheckpointError for a name or an entry that is not of a file or tensor of a checkpoint."""
+    odd: list[Any] = [name for name in manifest["files"] if not FILE_NAME.fullmatch(name)]
+    for entry in manifest["files"].values():
+        match entry:
+            case {"size": int(size), "sha256": str()} if 0 <= size < 1 << 62:
+                continue
+        odd.append(entry)
+    for group in manifest["tensors"].values():
+        for entry in group.values() if isinstance(group, dict) else [group]:
+            match entry:
+                case {"shape": list(shape), "dtype": str()} if shape and all(type(n) is int and n > 0 for n in shape):
+                    continue
+            odd.append(entry)
+    if odd:
+        raise DamagedError(f"{path}: {str(odd[0])[:80]!r} is not the name or the entry of a file or tensor")
+
+
+def missing_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """The files of a manifest that are not there, or of another size."""
+
+    def there(path: Path, size: int) -> bool:
+        try:
+            return path.stat().st_size == size
+        except OSError:
+            return False
+
+    return [name for name, entry in manifest["files"].items() if not there(folder / name, entry["size"])]
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """A file that is gone or that the disk cannot give back is damage; one that may not be read is not."""
+    damaged = error.errno in (errno.ENOENT, errno.EIO, errno.EUCLEAN)
+    return (DamagedError if damaged else CheckpointError)(f"{path}: cannot be read ({error.strerror})")
