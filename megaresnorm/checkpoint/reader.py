@@ -18,6 +18,7 @@ from megaresnorm.parallel.messages import ALONE, share_results, together
 from megaresnorm.parallel.sharding import Box
 
 MAX_HEADER_BYTES = 1 << 24
+MAX_SLICES = 64  # of a tensor in one file: a rank has one of every logical part
 MAX_BESIDE = 1024  # slices of the same rows: as many as tensor-parallel ranks
 OPEN_FILES = 64
 HASHING_THREADS = 4
@@ -255,6 +256,8 @@ def _slices(path: Path) -> dict[str, tuple[list[int], str, list]]:
             found = {}
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 view = file.get_slice(name)
+                if len(slices[name]) > MAX_SLICES:
+                    raise ValueError(f"over {MAX_SLICES} slices of {name}")
                 boxes = [[(int(start), int(stop)) for start, stop in box] for box in slices[name]]
                 found[name] = (list(view.get_shape()), _TYPES[view.get_dtype()], boxes)
             return found

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from megaresnorm.checkpoint.format import Slices, file_sha256
 from megaresnorm.checkpoint.manifest import encode_manifest
-from megaresnorm.checkpoint.reader import Checkpoint
+from megaresnorm.checkpoint.reader import Checkpoint, Held, _beside_each_other
 from megaresnorm.checkpoint.state import state_of
 from megaresnorm.checkpoint.writer import save_checkpoint
 from megaresnorm.config import build_recipe
@@ -88,6 +88,12 @@ FILES = {  # what stands in the place of the weights, with a manifest that agree
     ),
     "a tensor less": header({"a": GOOD["a"], "__metadata__": slices(**BOXES)}, data=bytes(96)),
 }  # fmt: skip
+
+
+def nested(depth: int) -> dict:
+    return {"a": nested(depth - 1)} if depth else {}
+
+
 NAMES = [  # of a file in the manifest
     "../outside-00000-00001.safetensors", "/etc/passwd", "a/weights-00000-00001.safetensors", ".", "..", "", "weights-00000-1.pt",
     "weights-00000-00001.safetensors\n", "weights-00000-00001.safetensors\x00.txt", "manifest.json", "x" * 10_000,
@@ -103,6 +109,7 @@ MANIFESTS = {
     "a tensor that is a file": lambda m: m["tensors"]["weights"].update(a=m["files"][WEIGHTS]),
     "a size of words": lambda m: m["files"][WEIGHTS].update(size="many"),
     "groups of lists": lambda m: m["tensors"].update(weights=[]),
+    "a state that is nested 900 deep": lambda m: m.update(state=nested(900)),
     "no state": lambda m: m.update(state={}),
     "a state of words": lambda m: m["state"].update(samples="__import__('os').system('id')"),
     "a recipe of nothing": lambda m: m["state"].update(recipe={}),
@@ -118,6 +125,8 @@ RAW_MANIFESTS = {
     "nested": b'{"a":' * 100_000,
     "endless number": b'{"step": ' + b"9" * 100_000 + b"}",
     "twice the same key": b'{"format": 2, "format": 2}',
+    "a digest of no character": b'{"digest":"\\ud800","format":2,"step":1,"files":{},"tensors":{},"state":{}}',
+    "an empty digest": b'{"digest":"","format":2,"step":1,"files":{},"tensors":{},"state":{}}',
     "empty": b"",
     "not UTF-8": b"\xff\xfe\x00",
 }
@@ -266,6 +275,15 @@ def test_over_fifty_hostile_checkpoints_are_refused_at_once(folder, tmp_path):
             os._exit(code)
     status = os.waitpid(child, 0)[1]
     assert status == 0, (tmp_path / "error").read_text()
+
+
+def test_slices_beside_each_other_are_compared_up_to_a_bound():
+    """Those of very many files: comparing each with each would take hours."""
+    held = [Held(f"weights-{i:05d}-00001.safetensors", 0, ((0, 1), (i, i + 1))) for i in range(100_000)]
+    start = time.monotonic()
+    with pytest.raises(UserError, match="over 1024 slices of the same rows"):
+        list(_beside_each_other(held))
+    assert time.monotonic() - start < 1
 
 
 def test_the_canary_would_sing(tmp_path):
