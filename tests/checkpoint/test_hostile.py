@@ -248,10 +248,10 @@ def refuse_all(folder: Path, tmp_path: Path) -> None:
         shutil.rmtree(victim, ignore_errors=True)
         shutil.copytree(folder, victim)
         make(victim)
-        start = time.monotonic()
+        start = time.process_time()  # other processes may have the machine
         with pytest.raises(UserError) as refused:
             use(victim)
-        seconds = time.monotonic() - start
+        seconds = time.process_time() - start
         says = str(refused.value)
         assert seconds < 1 and says.count("\n") == 0 and len(says) < 1000, (what, seconds, says[:2000])
         assert not canary.exists(), what
