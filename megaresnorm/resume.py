@@ -27,8 +27,6 @@ FIXED_ON_RESUME = (
     "train.seed",
     "precision.",
 )
-
-
 SECONDS_TO_SEE = 30.0  # network file systems show a node what another has written after a while
 
 

@@ -48,8 +48,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RunSummary:
-    """How a run ended. Losses are means a token in nats, None where a signal came before them; exit_code is 0, or 128 + that
-    signal."""
+    """How a run ended. Losses are means a token in nats, None where a signal came before them; exit_code as of StopSignals."""
 
     steps: int
     train_loss: float | None

@@ -28,7 +28,7 @@ class FolderLock:
     The file is locked by flock, which the operating system undoes when a process dies, however it dies. Some network file systems
     keep flock to one host; so the file names its owner and is touched every HEARTBEAT seconds, and an owner on another host is
     dead after STALE seconds of the file server's clock. A job that torchrun has started again on another host takes over its own.
-    An owner that was taken for dead and is not finds that out at its next beat: ``lost``.
+    An owner that was taken for dead and is not finds that out at its next heartbeat: ``lost``.
 
     what: how the folder is called in errors.
     Raises: TrainingError naming the owner, or saying why the folder cannot be used.
