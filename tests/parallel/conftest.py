@@ -1,7 +1,6 @@
-"""What several tests here share lies beside them (cases.py), in resilience (launched.py) and among the tools (ranks.py)."""
+"""What several tests here share lies beside them (cases.py) and among the tools (ranks.py, bench_parallel.py)."""
 
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "resilience"), str(HERE.parents[1] / "tools")]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "tools")]

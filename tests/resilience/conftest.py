@@ -1,12 +1,11 @@
-"""What these tests share lies beside them (launched.py), among those of parallelism and among the tools (ranks.py)."""
+"""What these tests share lies above them (launched.py) and among the tools (ranks.py)."""
 
 import sys
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tools")]
+sys.path[:0] = [str(Path(__file__).parents[2] / "tools")]
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 from megaresnorm.config import dump_recipe
 from megaresnorm.recipe import Recipe
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 LAYOUTS: dict[str, tuple[int, dict]] = {
     "dp2": (2, {}),
     "tp2": (2, {"tp": 2}),
