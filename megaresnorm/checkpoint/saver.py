@@ -53,7 +53,6 @@ class Saver:
         self._sources, self._targets = list[Tensor](), list[Tensor]()
         self._thread: threading.Thread | None = None
         self._mistake: BaseException | None = None
-        self.stalled = 0.0  # seconds that the last save kept the run waiting, once the one before it was written
         self.failures = 0  # in a row
         self.newest: tuple[int, Path] | None = None  # the last one that was written, or that the run went on from
 
@@ -69,14 +68,12 @@ class Saver:
         start = time.perf_counter()
         if self._asynchronous:
             groups = self._copied()
-            self.stalled = time.perf_counter() - start
             self._thread = threading.Thread(
                 target=self._write, args=(step, groups, state, attached, start), name="checkpoint", daemon=True
             )
             self._thread.start()
         else:
             self._write(step, self._groups, state, attached, start)
-            self.stalled = time.perf_counter() - start
             self._settle()
 
     def wait(self) -> None:

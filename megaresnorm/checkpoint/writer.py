@@ -85,10 +85,14 @@ def save_checkpoint(
     share_results(check, messages)
     on_all(lambda: _make_folder(temporary, final, groups) if first else None)
     written = on_all(lambda: _write_share(temporary, groups, messages.rank))
-    files = {name: entry for share in written for name, entry in share.items()}
-    content = {"format": FORMAT, "step": step, "files": files, "tensors": _shapes(groups), "state": dict(state)}
+
+    def commit() -> None:
+        files = {name: entry for share in written for name, entry in share.items()}
+        content = {"format": FORMAT, "step": step, "files": files, "tensors": _shapes(groups), "state": dict(state)}
+        _commit(temporary, final, content, attached or {})
+
     on_all(check)
-    on_all(lambda: _commit(temporary, final, content, attached or {}) if first else None)
+    on_all(lambda: commit() if first else None)
     if first:
         _remove_old(root, kept)
     return final
