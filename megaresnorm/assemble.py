@@ -95,7 +95,8 @@ def build_model(
     precision, kernels = precision or PrecisionRecipe(), kernels or KernelRecipe()
     parallel, context, device = parallel or ParallelRecipe(), context or ParallelContext.single(), torch.device(device)
     compute, stored = DTYPES[precision.compute], DTYPES[precision.stream]
-    chosen = {op: choose_kernel(op, backend, device, compute) for op, backend in kernels}
+    kinds = {"activation": recipe.ffn, "attention": "plain" if recipe.attention_softcap is None else "softcap"}
+    chosen = {op: choose_kernel(op, backend, device, compute, kinds.get(op)) for op, backend in kernels}
     pieces = pieces_of(chosen["add_norm"][0].backend)
     gather = gathers_stream(parallel, precision)
     layout = tensor_layout(parallel.tensor_layout, context.tp, gather=gather, pieces=pieces)

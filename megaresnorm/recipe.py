@@ -13,6 +13,7 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Activation = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"]
 
 NormKind = Literal["layernorm", "rmsnorm"]
 
@@ -39,6 +40,50 @@ class TopologyOptions(Section):
     """completep: depth (blocks) of the model whose hyper-parameters are transferred."""
     mix_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
     """mix_ln: share of the blocks, counted from the input, that are post-norm (the paper's 0.25 when unset)."""
+    gate: Positive | None = None
+    """pre: factor on every branch, Granite's residual_multiplier (1 when unset)."""
+    alpha: Positive | None = None
+    """post: factor on the trunk at every add (1 when unset)."""
+
+
+class RopeScaling(Section):
+    """How the rotary frequencies are stretched for a context longer than the one that was trained on."""
+
+    kind: Literal["linear", "llama3", "yarn"]
+    """linear: all divided by factor; llama3: the slow ones alone, with a smooth passage; yarn: arXiv:2309.00071."""
+    factor: Annotated[float, Field(ge=1)]
+    """How much longer the context becomes."""
+    original_seq_len: Count | None = None
+    """llama3, yarn: tokens of the context that was trained on before."""
+    low_freq_factor: Positive = 1.0
+    """llama3: frequencies that turn less often than this in the original context are divided by factor."""
+    high_freq_factor: Positive = 4.0
+    """llama3: frequencies that turn more often than this in the original context stay."""
+    beta_fast: Positive = 32.0
+    """yarn: frequencies that turn more often than this in the original context stay."""
+    beta_slow: Positive = 1.0
+    """yarn: frequencies that turn less often than this are divided by factor."""
+    attention_factor: Positive | None = None
+    """yarn: factor on rotated queries and keys each (0.1 ln(factor) + 1 when unset)."""
+    truncate: bool = True
+    """yarn: take the bounds of the passage between frequencies as whole numbers."""
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        if (self.kind == "linear") != (self.original_seq_len is None):
+            problem = "has no effect with" if self.kind == "linear" else "is missing for"
+            raise ValueError(f"model.rope_scaling.original_seq_len {problem} model.rope_scaling.kind={self.kind}")
+        why = f"model.rope_scaling.kind={self.kind}"
+        if self.kind != "llama3":
+            refuse_ignored(self, "model.rope_scaling", why, "low_freq_factor", "high_freq_factor")
+        elif self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"model.rope_scaling.low_freq_factor={self.low_freq_factor} must be below "
+                f"model.rope_scaling.high_freq_factor={self.high_freq_factor}"
+            )
+        if self.kind != "yarn":
+            refuse_ignored(self, "model.rope_scaling", why, "beta_fast", "beta_slow", "attention_factor", "truncate")
+        return self
 
 
 class InitRecipe(Section):
@@ -78,7 +123,7 @@ class ModelRecipe(Section):
     head_dim: Count | None = None
     """Width of one head; unset: dim / num_heads."""
     ffn_dim: Count | None = None
-    """Inner width of the ffn; unset: 4 * dim for gelu, 8/3 * dim rounded up to a multiple of 16 for swiglu."""
+    """Inner width of the ffn; unset: 4 * dim, or with a gate 8/3 * dim rounded up to a multiple of 16."""
     vocab_size: Count | None = None
     """Tokens the model can predict; unset: the data set's."""
     vocab_multiple: Count = 64
@@ -93,22 +138,38 @@ class ModelRecipe(Section):
     """Added to the variance (or mean square) inside every norm."""
     norm_bias: bool = True
     """LayerNorm has a bias; RMSNorm never has one."""
+    norm_zero_centered: bool = False
+    """A norm multiplies by 1 + weight, and its weights start at 0 (Gemma)."""
     embedding_norm: bool | None = None
     """Normalise the embedding before the first block; unset: the topology's default."""
     positions: Literal["rope", "learned"] = "rope"
     """Rotary positions inside attention, or a learned table added to the embedding."""
     rope_theta: Positive = 10000.0
     """Base of the rotary frequencies."""
+    rope_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of a head's width that is rotated (partial rotary positions)."""
+    rope_scaling: RopeScaling | None = None
+    """Stretch the rotary frequencies for a longer context."""
     qk_norm: Literal["none", "head", "full"] = "none"
     """Normalise queries and keys before the positions: per head, or over all heads together."""
-    ffn: Literal["swiglu", "gelu"] = "swiglu"
-    """down(silu(gate(x)) * up(x)), or down(gelu(up(x))) with the exact GELU."""
+    ffn: Activation = "swiglu"
+    """swiglu: down(silu(gate(x)) * up(x)), geglu: GELU for SiLU; gelu: down(gelu(up(x))), exact; _tanh: GELU's approximation."""
     bias: bool = False
     """Biases in every linear layer of the blocks."""
+    attention_bias: Literal["none", "qkv", "all"] | None = None
+    """Biases in attention's linear layers: none, in q, k and v alone, or in out as well; unset: as bias."""
+    embedding_multiplier: Positive = 1.0
+    """Factor on the token embedding."""
+    attention_multiplier: Positive | None = None
+    """Factor on the products of queries and keys; unset: head_dim^-0.5."""
+    attention_softcap: Positive | None = None
+    """Attention's scores become softcap * tanh(scores / softcap) before the softmax."""
     dropout: Fraction = 0.0
     """Share of the embedding and of every branch's output that is dropped in training."""
     tied_embeddings: bool = False
     """The output matrix is the token embedding."""
+    logits_scaling: Positive = 1.0
+    """Logits are divided by this."""
     logit_softcap: Positive | None = None
     """Logits become softcap * tanh(logits / softcap)."""
     init: InitRecipe = InitRecipe()
@@ -130,8 +191,14 @@ class ModelRecipe(Section):
             raise ValueError(f"model.head_dim={self.head_width} must be even for model.positions=rope")
         if self.positions == "rope":
             refuse_ignored(self.init, "model.init", "model.positions=rope", "position_std")
+            if self.rotary_width % 2 or not self.rotary_width:
+                raise ValueError(
+                    f"model.rope_fraction={self.rope_fraction} of model.head_dim={self.head_width} rotates {self.rotary_width} "
+                    "columns; wanted an even number"
+                )
         else:
-            refuse_ignored(self, "model", f"model.positions={self.positions}", "rope_theta")
+            keys = "rope_theta", "rope_fraction", "rope_scaling"
+            refuse_ignored(self, "model", f"model.positions={self.positions}", *keys)
         if self.norm == "rmsnorm":
             refuse_ignored(self, "model", "model.norm=rmsnorm", "norm_bias")
         if self.tied_embeddings:
@@ -147,10 +214,26 @@ class ModelRecipe(Section):
         return self.head_dim or self.dim // self.num_heads
 
     @property
+    def rotary_width(self) -> int:
+        """Columns of a head that are rotated."""
+        return int(self.head_width * self.rope_fraction)
+
+    @property
+    def gated_ffn(self) -> bool:
+        """Whether the ffn multiplies by a gate."""
+        return self.ffn in ("swiglu", "geglu", "geglu_tanh")
+
+    @property
     def ffn_width(self) -> int:
         if self.ffn_dim:
             return self.ffn_dim
-        return 4 * self.dim if self.ffn == "gelu" else -(-8 * self.dim // 3 // 16) * 16
+        return -(-8 * self.dim // 3 // 16) * 16 if self.gated_ffn else 4 * self.dim
+
+    def has_bias(self, linear: str) -> bool:
+        """Of qkv, out, gate_up, up or down."""
+        if linear not in ("qkv", "out") or self.attention_bias is None:
+            return self.bias
+        return self.attention_bias == "all" or (self.attention_bias, linear) == ("qkv", "qkv")
 
     @property
     def padded_vocab_size(self) -> int:

@@ -36,18 +36,22 @@ def split_attention(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
         cos: Tensor | None = None,
         sin: Tensor | None = None,
         mask_BSC: Tensor | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
         """Causal self-attention of whole sequences.
 
         qkv: [B, S, J, H], heads of q, then of k, then of v; J is N + 2 kv_heads.   cos, sin: as ``rotate`` takes them, or None.
-        mask: [B, S, S], True where a query sees a key, in the place of all keys before it.   returns: [B, S, N, H].
+        mask: [B, S, S], True where a query sees a key, in the place of all keys before it.   scale: of the products, H^-0.5 when
+        None.   softcap: scores become softcap tanh(scores / softcap); None: they do not.   returns: [B, S, N, H].
         """
         heads = qkv_BSJH.shape[2] - 2 * kv_heads
         qk_BSJH, v_BSKH = qkv_BSJH.split((heads + kv_heads, kv_heads), dim=2)
         if cos is not None and sin is not None:
             qk_BSJH = rotate(qk_BSJH, cos, sin)
         q_BSNH, k_BSKH = qk_BSJH.split((heads, kv_heads), dim=2)
-        return attend(q_BSNH, k_BSKH, v_BSKH, causal=True, mask_BSC=mask_BSC)
+        scores = {"scale": scale} if softcap is None else {"scale": scale, "softcap": softcap}
+        return attend(q_BSNH, k_BSKH, v_BSKH, causal=True, mask_BSC=mask_BSC, **scores)
 
     return attention
 
@@ -61,7 +65,13 @@ def _avoid_blocked(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def blocked_attention(
-    q_BSNH: Tensor, k_BCKH: Tensor, v_BCKH: Tensor, *, causal: bool, mask_BSC: Tensor | None = None
+    q_BSNH: Tensor,
+    k_BCKH: Tensor,
+    v_BCKH: Tensor,
+    *,
+    causal: bool,
+    mask_BSC: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """As ``sdpa_attention``, by matrix products over blocks of queries; scores are rounded to the inputs' type.
 
@@ -79,17 +89,48 @@ def blocked_attention(
         for t in (k_BCKH, v_BCKH)
     )
     bias = _bias(q_PSH, k_PCH.shape[1], causal, mask_BSC, heads)
-    y_PSH = _Blocked.apply(q_PSH, k_PCH, v_PCH, bias, causal)
+    y_PSH = _Blocked.apply(q_PSH, k_PCH, v_PCH, bias, causal, width**-0.5 if scale is None else scale)
     return y_PSH.view(batch, heads, seq, width).transpose(1, 2)
 
 
-def sdpa_attention(
-    q_BSNH: Tensor, k_BCKH: Tensor, v_BCKH: Tensor, *, causal: bool, mask_BSC: Tensor | None = None
+def reference_attention(
+    q_BSNH: Tensor,
+    k_BCKH: Tensor,
+    v_BCKH: Tensor,
+    *,
+    causal: bool,
+    mask_BSC: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(H)) v by torch's scaled_dot_product_attention.
+    """As ``sdpa_attention``, written out, in FP32 (or FP64), and the one that caps scores (Gemma 2, arXiv:2408.00118, eq. 1)."""
+    wide = torch.promote_types(q_BSNH.dtype, torch.float32)
+    group = q_BSNH.shape[2] // k_BCKH.shape[2]
+    k_BCNH, v_BCNH = (t.repeat_interleave(group, dim=2).to(wide) for t in (k_BCKH, v_BCKH))
+    scores = torch.einsum("bsnh,bcnh->bnsc", q_BSNH.to(wide), k_BCNH)
+    scores = scores * (q_BSNH.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask_BSC is None and causal:
+        mask_BSC = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril().unsqueeze(0)
+    if mask_BSC is not None:
+        scores = scores.masked_fill(~mask_BSC.unsqueeze(1), -inf)
+    return torch.einsum("bnsc,bcnh->bsnh", torch.softmax(scores, dim=-1), v_BCNH).to(q_BSNH.dtype)
+
+
+def sdpa_attention(
+    q_BSNH: Tensor,
+    k_BCKH: Tensor,
+    v_BCKH: Tensor,
+    *,
+    causal: bool,
+    mask_BSC: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale q k^T) v by torch's scaled_dot_product_attention, which caps no scores.
 
     causal: query i sees keys 0 .. i, and then C must be S.   mask: True where a query sees a key, instead of ``causal``.
-    returns: [B, S, N, H].
+    scale: H^-0.5 when None.   returns: [B, S, N, H].
     """
     return F.scaled_dot_product_attention(
         q_BSNH.transpose(1, 2),
@@ -97,6 +138,7 @@ def sdpa_attention(
         v_BCKH.transpose(1, 2),
         attn_mask=None if mask_BSC is None else mask_BSC.unsqueeze(1),
         is_causal=causal and mask_BSC is None,
+        scale=scale,
         enable_gqa=k_BCKH.shape[2] != q_BSNH.shape[2],
     ).transpose(1, 2)
 
@@ -120,11 +162,10 @@ def _causal_bias(seq: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class _Blocked(torch.autograd.Function):
-    """softmax(q k^T / sqrt(H) + bias) v, a block of queries at a time."""
+    """softmax(scale q k^T + bias) v, a block of queries at a time."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, causal: bool) -> Tensor:
-        scale = q.shape[-1] ** -0.5
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, causal: bool, scale: float) -> Tensor:
         y, probabilities = torch.empty_like(q), []
         for start, stop, seen in _blocks(q, k, causal):
             scores = torch.baddbmm(
@@ -134,23 +175,22 @@ class _Blocked(torch.autograd.Function):
             y[:, start:stop] = torch.bmm(p, v[:, :seen])
             probabilities.append(p)
         ctx.save_for_backward(q, k, v, *probabilities)
-        ctx.causal = causal
+        ctx.causal, ctx.scale = causal, scale
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         (dy,) = grads
         q, k, v, *probabilities = ctx.saved_tensors
-        scale = q.shape[-1] ** -0.5
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for (start, stop, seen), p in zip(_blocks(q, k, ctx.causal), probabilities, strict=True):
             dy_block = dy[:, start:stop]
             dv[:, :seen].baddbmm_(p.transpose(1, 2), dy_block)
             dp = torch.bmm(dy_block, v[:, :seen].transpose(1, 2))
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(ctx.scale)
             dq[:, start:stop] = torch.bmm(ds, k[:, :seen])
             dk[:, :seen].baddbmm_(ds.transpose(1, 2), q[:, start:stop])
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None
 
 
 def _blocks(q: Tensor, k: Tensor, causal: bool) -> list[tuple[int, int, int]]:
@@ -164,5 +204,6 @@ def _part(bias: Tensor, start: int, stop: int, seen: int) -> Tensor:
     return bias if bias.shape[-2:] == (1, 1) else bias[..., start:stop, :seen]
 
 
-register_kernel("attention", "blocked", avoid=_avoid_blocked)(split_attention(blocked_attention))
-register_kernel("attention", "sdpa")(split_attention(sdpa_attention))
+register_kernel("attention", "blocked", avoid=_avoid_blocked, kinds=("plain",))(split_attention(blocked_attention))
+register_kernel("attention", "sdpa", kinds=("plain",))(split_attention(sdpa_attention))
+register_kernel("attention", "reference")(split_attention(reference_attention))

@@ -17,13 +17,17 @@ Refusal = Callable[[torch.device, torch.dtype], str | None]
 
 @dataclass(frozen=True)
 class Kernel:
-    """One implementation of an op: its backend's name, the function, and what keeps it from running."""
+    """One implementation of an op: its backend's name, the function, and what keeps it from running.
+
+    kinds: what it can compute of an op that has several forms (the activations; attention plain or with capped scores); None: all.
+    """
 
     op: str
     backend: str
     function: Callable
     requires: Refusal
     avoid: Refusal
+    kinds: tuple[str, ...] | None
 
 
 # In which order ``auto`` tries backends, whatever the order of imports; others come before "reference", the specification.
@@ -36,13 +40,14 @@ def register_kernel(
     backend: str,
     requires: Refusal = lambda device, dtype: None,
     avoid: Refusal = lambda device, dtype: None,
+    kinds: tuple[str, ...] | None = None,
 ) -> Callable[[Callable], Callable]:
     """Decorator: make a function a backend of ``op``."""
 
     def register(function: Callable) -> Callable:
         kernels = _KERNELS.setdefault(op, [])
         assert backend not in {k.backend for k in kernels}, f"{op}/{backend} is registered twice"
-        kernels.append(Kernel(op, backend, function, requires, avoid))
+        kernels.append(Kernel(op, backend, function, requires, avoid, kinds))
         return function
 
     return register
@@ -58,8 +63,12 @@ def backends(op: str) -> list[Kernel]:
     return sorted(_KERNELS[op], key=rank)
 
 
-def choose_kernel(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> tuple[Kernel, str]:
+def choose_kernel(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, kind: str | None = None
+) -> tuple[Kernel, str]:
     """The kernel that runs ``op`` on ``device`` for products in ``dtype``, and a line that says which and why.
+
+    kind: the form of the op that is wanted, where it has several.
 
     Raises: ConfigError for a backend that does not exist, or was asked for by name and cannot run here.
     """
@@ -71,6 +80,8 @@ def choose_kernel(op: str, backend: str, device: torch.device, dtype: torch.dtyp
         if backend not in ("auto", kernel.backend):
             continue
         reason = kernel.requires(device, dtype)
+        if kind is not None and kernel.kinds is not None and kind not in kernel.kinds:
+            reason = f"has no {kind} {op}"
         if reason is None and backend == "auto":
             reason = kernel.avoid(device, dtype)
         if reason is None:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from megaresnorm.kernels.attention import rotate, sdpa_attention
-from megaresnorm.model.norm import Norm
+from megaresnorm.kernels.attention import reference_attention, rotate, sdpa_attention
+from megaresnorm.model.norm import Norm, norm_of
 from megaresnorm.model.residual import Kernels, KeyValueCache, Rows
 from megaresnorm.parallel.collectives import BranchInput
 from megaresnorm.parallel.layouts import TensorLayout
@@ -30,10 +30,11 @@ class Attention(nn.Module):
         super().__init__()
         self.attend, self.normalize_shared = kernels.attend, kernels.normalize_shared
         axis, self.head_dim = layout.axis, recipe.head_width
+        self.scale, self.softcap = recipe.attention_multiplier, recipe.attention_softcap
         self.num_heads, self.kv_heads = recipe.num_heads // axis.size, recipe.kv_heads // axis.size
         q_dim, kv_dim = recipe.num_heads * self.head_dim, recipe.kv_heads * self.head_dim
-        self.qkv = ColumnLinear(recipe.dim, q_dim + 2 * kv_dim, axis, bias=recipe.bias)
-        self.out = RowLinear(q_dim, recipe.dim, layout, bias=recipe.bias)
+        self.qkv = ColumnLinear(recipe.dim, q_dim + 2 * kv_dim, axis, bias=recipe.has_bias("qkv"))
+        self.out = RowLinear(q_dim, recipe.dim, layout, bias=recipe.has_bias("out"))
         self.norm_inner = None if norm_inner is None else norm_inner(q_dim // axis.size)
         self.norm_per_head = recipe.qk_norm == "head"
         self.normalize_qk = kernels.normalize if self.norm_per_head else kernels.normalize_shared
@@ -41,9 +42,7 @@ class Attention(nn.Module):
         if recipe.qk_norm != "none":
             per_head = (self.head_dim, self.head_dim)
             widths = per_head if self.norm_per_head else (q_dim // axis.size, kv_dim // axis.size)
-            self.q_norm, self.k_norm = (
-                Norm(recipe.norm, w, eps=recipe.norm_eps, bias=recipe.norm_bias) for w in widths
-            )
+            self.q_norm, self.k_norm = (norm_of(recipe)(width) for width in widths)
 
     def forward(self, u_TD: BranchInput, rows: Rows) -> Tensor:
         heads = self.num_heads, self.kv_heads, self.kv_heads
@@ -52,7 +51,15 @@ class Attention(nn.Module):
             q, k, v = qkv_BSJH.split(heads, dim=2)
             qkv_BSJH = torch.cat((self._normalize(q, self.q_norm), self._normalize(k, self.k_norm), v), dim=2)
         if rows.cache is None:
-            y_BSNH = self.attend(qkv_BSJH, self.kv_heads, cos=rows.cos, sin=rows.sin, mask_BSC=rows.mask)
+            y_BSNH = self.attend(
+                qkv_BSJH,
+                self.kv_heads,
+                cos=rows.cos,
+                sin=rows.sin,
+                mask_BSC=rows.mask,
+                scale=self.scale,
+                softcap=self.softcap,
+            )
         else:
             y_BSNH = self._attend_cached(qkv_BSJH.split(heads, dim=2), rows, rows.cache)
         y = y_BSNH.reshape(rows.batch * rows.seq, -1)
@@ -65,21 +72,12 @@ class Attention(nn.Module):
             q_BSNH, k_BSKH = (rotate(x, rows.cos, rows.sin) for x in (q_BSNH, k_BSKH))
         first = cache.num_tokens == 0  # afterwards a single new token sees all that is cached
         k_BSKH, v_BSKH = cache.extend(self, k_BSKH, v_BSKH)
-        return sdpa_attention(q_BSNH, k_BSKH, v_BSKH, causal=first, mask_BSC=rows.mask)
+        if self.softcap is None:
+            return sdpa_attention(q_BSNH, k_BSKH, v_BSKH, causal=first, mask_BSC=rows.mask, scale=self.scale)
+        return reference_attention(
+            q_BSNH, k_BSKH, v_BSKH, causal=first, mask_BSC=rows.mask, scale=self.scale, softcap=self.softcap
+        )
 
     def _normalize(self, x_BSNH: Tensor, norm: Norm) -> Tensor:
         x = x_BSNH if self.norm_per_head else x_BSNH.flatten(2)
         return self.normalize_qk(x, norm).view_as(x_BSNH)
-
-
-def rotary_tables(
-    seq: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """cos and sin [S, H] of RoFormer (arXiv:2104.09864, eq. 34), the two halves of a head rotated against each other.
-
-    The first half of sin is negative, as the attention kernels need it.
-    """
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
-    angles = torch.outer(torch.arange(seq, dtype=torch.float64, device=device), frequencies)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)

@@ -6,7 +6,7 @@ from megaresnorm.recipe import ModelRecipe
 def block_flops(recipe: ModelRecipe) -> int:
     """Matrix products and causal attention of one block; every block costs the same."""
     q_dim, kv_dim = recipe.num_heads * recipe.head_width, recipe.kv_heads * recipe.head_width
-    inner = (2 if recipe.ffn == "swiglu" else 1) * recipe.ffn_width
+    inner = (2 if recipe.gated_ffn else 1) * recipe.ffn_width
     matrices = recipe.dim * (q_dim + 2 * kv_dim + inner) + (q_dim + recipe.ffn_width) * recipe.dim
     return 2 * matrices + 2 * recipe.seq_len * q_dim  # scores and weighted sum, half of them masked
 

@@ -1,4 +1,4 @@
-"""The feed-forward branch: SwiGLU (arXiv:2002.05202, eq. 6) or GELU (arXiv:1606.08415, the exact one).
+"""The feed-forward branch: SwiGLU or GEGLU (arXiv:2002.05202, eq. 6), GELU (arXiv:1606.08415) or ReLU.
 
 T tokens   D model dim   F ffn dim
 """
@@ -16,7 +16,7 @@ from megaresnorm.recipe import ModelRecipe
 
 
 class FeedForward(nn.Module):
-    """down(activate(in(u))). The fused ``gate_up`` of SwiGLU holds the logical matrices gate [F, D] and up [F, D].
+    """down(activate(in(u))). With a gate the fused ``gate_up`` holds the logical matrices gate [F, D] and up [F, D].
 
     Under tensor parallelism F is this rank's share.   norm_inner: normalise what ``down`` reads.
     """
@@ -27,15 +27,16 @@ class FeedForward(nn.Module):
         super().__init__()
         self.kind, self.activate, self.normalize_shared = recipe.ffn, kernels.activate, kernels.normalize_shared
         axis = layout.axis
-        if recipe.ffn == "swiglu":
-            self.gate_up = ColumnLinear(recipe.dim, 2 * recipe.ffn_width, axis, bias=recipe.bias)
+        self.gated = recipe.gated_ffn
+        if self.gated:
+            self.gate_up = ColumnLinear(recipe.dim, 2 * recipe.ffn_width, axis, bias=recipe.has_bias("gate_up"))
         else:
-            self.up = ColumnLinear(recipe.dim, recipe.ffn_width, axis, bias=recipe.bias)
-        self.down = RowLinear(recipe.ffn_width, recipe.dim, layout, bias=recipe.bias)
+            self.up = ColumnLinear(recipe.dim, recipe.ffn_width, axis, bias=recipe.has_bias("up"))
+        self.down = RowLinear(recipe.ffn_width, recipe.dim, layout, bias=recipe.has_bias("down"))
         self.norm_inner = None if norm_inner is None else norm_inner(recipe.ffn_width // axis.size)
 
     def forward(self, u_TD: BranchInput, rows: Rows) -> Tensor:
-        into = self.gate_up if self.kind == "swiglu" else self.up
+        into = self.gate_up if self.gated else self.up
         # The bias belongs to the activation's kernel, which sums its gradient on the way.
         h = self.activate(into.without_bias(u_TD), into.bias, self.kind)
         return self.down(h if self.norm_inner is None else self.normalize_shared(h, self.norm_inner))

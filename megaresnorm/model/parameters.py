@@ -117,7 +117,7 @@ def _block(recipe: ModelRecipe, block: int) -> Iterator[ParameterSpec]:
     q_dim, kv_dim = recipe.num_heads * recipe.head_width, recipe.kv_heads * recipe.head_width
     ffn_dim = recipe.ffn_width
     qkv = (("q", q_dim), ("k", kv_dim), ("v", kv_dim))
-    inner = ("gate_up", (("gate", ffn_dim), ("up", ffn_dim))) if recipe.ffn == "swiglu" else ("up", (("up", ffn_dim),))
+    inner = ("gate_up", (("gate", ffn_dim), ("up", ffn_dim))) if recipe.gated_ffn else ("up", (("up", ffn_dim),))
     branches: dict = {
         "attention": (("qkv", qkv, recipe.dim), ("out", (("out", recipe.dim),), q_dim)),
         "ffn": ((*inner, recipe.dim), ("down", (("down", recipe.dim),), ffn_dim)),
@@ -150,7 +150,7 @@ def _linear(
     # The parts of a fused matrix share one optimizer state, so they must share its settings.
     (multipliers,) = {_multipliers(spec, role) for role, _ in parts}
     yield ParameterSpec(f"{name}.weight", (rows, in_dim), matrices, decay=True, multipliers=multipliers)
-    if recipe.bias:
+    if recipe.has_bias(name.rpartition(".")[2]):
         zeros = tuple(Part("stream_bias" if role in ("out", "down") else role, size) for role, size in parts)
         yield ParameterSpec(f"{name}.bias", (rows,), zeros, decay=False, multipliers=_multipliers(spec, "bias"))
 
@@ -167,7 +167,8 @@ def _norm(
     recipe: ModelRecipe, name: str, dim: int, spec: ResidualSpec | None = None, role: str = "norm"
 ) -> Iterator[ParameterSpec]:
     multipliers = PLAIN if spec is None else _multipliers(spec, "norm")
-    yield ParameterSpec(f"{name}.weight", (dim,), (Part(role, dim, mean=1.0),), decay=False, multipliers=multipliers)
+    start = 0.0 if recipe.norm_zero_centered else 1.0
+    yield ParameterSpec(f"{name}.weight", (dim,), (Part(role, dim, mean=start),), decay=False, multipliers=multipliers)
     if recipe.norm == "layernorm" and recipe.norm_bias:
         yield ParameterSpec(f"{name}.bias", (dim,), (Part(role, dim),), decay=False, multipliers=multipliers)
 

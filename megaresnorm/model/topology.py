@@ -114,8 +114,8 @@ def gains(value: float, *roles: str) -> dict[str, float]:
 
 
 def pre(at: Position, options: Options) -> ResidualSpec:
-    """x + F(norm(x)). On Layer Normalization in the Transformer Architecture, arXiv:2002.04745, table 1."""
-    return ResidualSpec(norm_in=True)
+    """x + gate F(norm(x)). On Layer Normalization in the Transformer Architecture, arXiv:2002.04745, table 1; gate 1 unless set."""
+    return ResidualSpec(norm_in=True, gate=options.gate or 1.0)
 
 
 def pre_scaled(at: Position, options: Options) -> ResidualSpec:
@@ -124,8 +124,8 @@ def pre_scaled(at: Position, options: Options) -> ResidualSpec:
 
 
 def post(at: Position, options: Options) -> ResidualSpec:
-    """norm(x + F(x)). Attention Is All You Need, arXiv:1706.03762, section 3.1."""
-    return ResidualSpec(norm_out=True)
+    """norm(alpha x + F(x)), alpha 1 unless set. Attention Is All You Need, arXiv:1706.03762, section 3.1."""
+    return ResidualSpec(norm_out=True, alpha=options.alpha or 1.0)
 
 
 def deepnorm(at: Position, options: Options) -> ResidualSpec:
@@ -217,9 +217,9 @@ def _completep_outer_optim(dim: int, options: Options) -> dict[str, Multipliers]
 
 
 TOPOLOGIES: dict[str, Topology] = {
-    "pre": Topology(residual=pre, final_norm=True),
+    "pre": Topology(residual=pre, final_norm=True, options=("gate",)),
     "pre_scaled": Topology(residual=pre_scaled, final_norm=True),
-    "post": Topology(residual=post, final_norm=False),
+    "post": Topology(residual=post, final_norm=False, options=("alpha",)),
     # With RMSNorm a normalised embedding lets a native Hugging Face class hold the model.
     "deepnorm": Topology(residual=deepnorm, final_norm=False, embedding_norm=("rmsnorm",)),
     "deepnorm_glm": Topology(residual=deepnorm_glm, final_norm=False, embedding_norm=("rmsnorm",)),

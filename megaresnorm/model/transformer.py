@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megaresnorm.model.attention import rotary_tables
 from megaresnorm.model.block import Block
-from megaresnorm.model.norm import Norm
+from megaresnorm.model.norm import norm_of
 from megaresnorm.model.residual import DropoutKey, Kernels, KeyValueCache, Rows, Stream
+from megaresnorm.model.rotary import rotary_tables
 from megaresnorm.model.topology import topology
 from megaresnorm.parallel.collectives import BranchInput
 from megaresnorm.parallel.context import Axis
@@ -50,8 +50,8 @@ class Transformer(nn.Module):
         self.layout = layout = layout or FullLayout(Axis("tp"))
         self.stage = stage = stage or Stage(range(recipe.num_blocks))
         self.recipe, self.add_norm = recipe, kernels.add_norm
-        self.logit_scale = wiring.logit_scale(recipe.dim, recipe.topology_options)
-        norm = functools.partial(Norm, recipe.norm, eps=recipe.norm_eps, bias=recipe.norm_bias)
+        self.logit_scale = wiring.logit_scale(recipe.dim, recipe.topology_options) / recipe.logits_scaling
+        norm = norm_of(recipe)
         width, rows = layout.width(recipe.dim), recipe.padded_vocab_size
 
         self.embedding = VocabEmbedding(rows, recipe.dim, layout.axis) if stage.embeds else None
@@ -108,7 +108,7 @@ class Transformer(nn.Module):
             return Rows(batch, seq, positions, mask=mask, cache=cache)
         wide = torch.promote_types(self.add_norm.compute_dtype, torch.float32)
         recipe, length = self.recipe, max(self.recipe.seq_len, start + seq)
-        tables = _rotary_tables(length, recipe.head_width, recipe.rope_theta, wide, tokens_BS.device)
+        tables = _rotary_tables(recipe, length, wide, tokens_BS.device)
         cos, sin = (table[start : start + seq] if documents_BS is None else table[positions] for table in tables)
         return Rows(batch, seq, positions, cos, sin, mask, cache)
 
@@ -116,6 +116,8 @@ class Transformer(nn.Module):
         """The stream before the first block: token and position embeddings, embedding norm, dropout."""
         assert self.embedding is not None
         x_TD = self.layout.reduce(self.embedding(tokens_BS.flatten()))
+        if self.recipe.embedding_multiplier != 1.0:
+            x_TD = x_TD * self.recipe.embedding_multiplier
         if self.positions is not None:
             x_TD = self._add_positions(x_TD, rows)
         x_TD = self.add_norm.trunk(Stream(x_TD), self.embedding_norm)

@@ -3,19 +3,26 @@
 import pytest
 import torch
 
-from megaresnorm.kernels.attention import QUERIES, blocked_attention, sdpa_attention, split_attention
+from megaresnorm.kernels.attention import (
+    QUERIES,
+    blocked_attention,
+    reference_attention,
+    sdpa_attention,
+    split_attention,
+)
 from megaresnorm.kernels.cpu import build
 from megaresnorm.kernels.cpu.attention import cpu_attention
 from megaresnorm.kernels.dispatch import choose_kernel
-from megaresnorm.model.attention import rotary_tables
+from megaresnorm.model.rotary import rotary_tables
+from megaresnorm.recipe import ModelRecipe
 
 CPU = torch.device("cpu")
 
 
-def textbook(q, k, v, visible):
+def textbook(q, k, v, visible, scale=None):
     group = q.shape[2] // k.shape[2]
     k, v = (t.repeat_interleave(group, dim=2) for t in (k, v))
-    scores = torch.einsum("bsnh,bcnh->bnsc", q, k) / q.shape[-1] ** 0.5
+    scores = torch.einsum("bsnh,bcnh->bnsc", q, k) * (scale or q.shape[-1] ** -0.5)
     p = scores.masked_fill(~visible, -torch.inf).softmax(-1)
     return torch.einsum("bnsc,bcnh->bsnh", p, v)
 
@@ -26,11 +33,12 @@ def inputs(seq, keys, heads=4, groups=2, width=8, batch=2, dtype=torch.float64):
     return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
 
 
-@pytest.mark.parametrize("kernel", [blocked_attention, sdpa_attention])
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("kernel", [blocked_attention, sdpa_attention, reference_attention])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("seq", [1, 7, QUERIES, QUERIES + 1, 3 * QUERIES - 5])
 @pytest.mark.parametrize("kind", ["causal", "mask", "all"])
-def test_values_and_gradients(kernel, groups, seq, kind):
+def test_values_and_gradients(kernel, groups, seq, kind, scale):
     q, k, v = inputs(seq, seq, groups=groups)
     visible = torch.ones(seq, seq, dtype=torch.bool)
     mask = None
@@ -41,8 +49,8 @@ def test_values_and_gradients(kernel, groups, seq, kind):
         documents[1] = 0
         mask = ((documents.unsqueeze(2) == documents.unsqueeze(1)) & visible).contiguous()
         visible = mask.unsqueeze(1)
-    got = kernel(q, k, v, causal=kind == "causal", mask_BSC=mask)
-    want = textbook(q, k, v, visible)
+    got = kernel(q, k, v, causal=kind == "causal", mask_BSC=mask, scale=scale)
+    want = textbook(q, k, v, visible, scale)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
     d = torch.randn(want.shape, dtype=want.dtype)
     gradients = [torch.autograd.grad((y * d).sum(), (q, k, v)) for y in (got, want)]
@@ -50,7 +58,7 @@ def test_values_and_gradients(kernel, groups, seq, kind):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("kernel", [blocked_attention, sdpa_attention])
+@pytest.mark.parametrize("kernel", [blocked_attention, sdpa_attention, reference_attention])
 def test_a_new_token_sees_all_cached_keys(kernel):
     q, k, v = inputs(1, 300)
     torch.testing.assert_close(
@@ -107,7 +115,8 @@ def test_in_c_with_rotary_positions_and_masks(level, heads, groups, width, seq, 
     d = torch.randn(2, seq, heads, width, generator=g, dtype=torch.float64)
     tables = {}
     if rotary != "none":
-        tables = dict(zip(("cos", "sin"), rotary_tables(seq, width, 1e4, torch.float64, CPU), strict=True))
+        rotating = ModelRecipe(dim=width, num_blocks=1, num_heads=1, seq_len=seq)
+        tables = dict(zip(("cos", "sin"), rotary_tables(rotating, seq, torch.float64, CPU), strict=True))
     if rotary == "per sequence":
         tables = {name: torch.stack((t, t.flip(0))) for name, t in tables.items()}
     mask = None
@@ -118,7 +127,7 @@ def test_in_c_with_rotary_positions_and_masks(level, heads, groups, width, seq, 
     def found(kernel, dtype):
         leaf = qkv.to(dtype).requires_grad_()
         wide = torch.promote_types(dtype, torch.float32)
-        y = kernel(leaf, groups, mask_BSC=mask, **{name: t.to(wide) for name, t in tables.items()})
+        y = kernel(leaf, groups, mask_BSC=mask, scale=0.4, **{name: t.to(wide) for name, t in tables.items()})
         return [t.double() for t in (y, *torch.autograd.grad(y, leaf, d.to(dtype)))]
 
     def errors(kernel, dtype):

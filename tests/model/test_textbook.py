@@ -4,6 +4,7 @@ The textbook below is written with torch.nn.functional alone, one formula a topo
 Stream, add_norm or ResidualSpec, and reads the model's weights by their names only.
 """
 
+import functools
 import math
 
 import pytest
@@ -25,7 +26,7 @@ class Textbook:
         self.topology, self.recipe, self.w = topology, recipe, w
 
     def norm(self, x, name):
-        weight = self.w[f"{name}.weight"]
+        weight = self.w[f"{name}.weight"] + float(self.recipe.norm_zero_centered)
         if self.recipe.norm == "layernorm":
             return F.layer_norm(x, weight.shape, weight, self.w.get(f"{name}.bias"), EPS)
         return F.rms_norm(x, weight.shape, weight, EPS)
@@ -44,24 +45,35 @@ class Textbook:
         if self.recipe.positions == "rope":
             q, k = self.rotary(q), self.rotary(k)
         k, v = (t.repeat_interleave(HEADS // KV, dim=1) for t in (k, v))
-        scores = q @ k.transpose(-1, -2) / math.sqrt(HEAD)
+        multiplier = self.recipe.attention_multiplier
+        scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(HEAD) if multiplier is None else multiplier)
+        if self.recipe.attention_softcap is not None:
+            scores = self.recipe.attention_softcap * (scores / self.recipe.attention_softcap).tanh()
         scores = scores.masked_fill(torch.ones(SEQ, SEQ, dtype=torch.bool).triu(1), -math.inf)
         return self.linear(self.inside((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)), f"{name}.out")
 
     def rotary(self, x):
-        """Each pair (i, i + H/2) is a complex number that is turned by position * theta^(-2i/H)."""
+        """Each pair (i, i + H/2) is a complex number that is turned by position * theta^(-2i/R), if i is below R/2."""
         pair = torch.complex(x[..., : HEAD // 2], x[..., HEAD // 2 :])
-        frequency = self.recipe.rope_theta ** (-2 * torch.arange(HEAD // 2, dtype=torch.float64) / HEAD)
+        rotated = int(HEAD * self.recipe.rope_fraction)
+        i = torch.arange(HEAD // 2, dtype=torch.float64)
+        frequency = torch.where(i < rotated / 2, self.recipe.rope_theta ** (-2 * i / rotated), 0.0)
         turned = pair * torch.exp(1j * torch.outer(torch.arange(SEQ, dtype=torch.float64), frequency))
         return torch.cat((turned.real, turned.imag), dim=-1)
 
     def ffn(self, u, b):
         name = f"blocks.{b}.ffn.branch"
-        if self.recipe.ffn == "gelu":
-            h = self.linear(u, f"{name}.up")
-            return self.linear(self.inside(0.5 * h * (1 + torch.erf(h / math.sqrt(2)))), f"{name}.down")
-        gate, up = self.linear(u, f"{name}.gate_up").split(FFN, dim=-1)
-        return self.linear(self.inside(gate * torch.sigmoid(gate) * up), f"{name}.down")
+        gated = self.recipe.ffn in ("swiglu", "geglu", "geglu_tanh")
+        h, up = self.linear(u, f"{name}.gate_up").split(FFN, dim=-1) if gated else (self.linear(u, f"{name}.up"), 1.0)
+        if self.recipe.ffn == "swiglu":
+            h = h * torch.sigmoid(h)
+        elif self.recipe.ffn == "relu":
+            h = torch.where(h > 0, h, 0.0)
+        elif self.recipe.ffn.endswith("_tanh"):
+            h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+        else:
+            h = 0.5 * h * (1 + torch.erf(h / math.sqrt(2)))
+        return self.linear(self.inside(h * up), f"{name}.down")
 
     inner = None
 
@@ -119,7 +131,7 @@ class Textbook:
         raise AssertionError(f"the textbook has no formula for {self.topology}")
 
     def logits(self, tokens):
-        x = self.w["embedding.weight"][tokens]
+        x = self.w["embedding.weight"][tokens] * self.recipe.embedding_multiplier
         if self.recipe.positions == "learned":
             x = x + self.w["positions.weight"]
         if "embedding_norm.weight" in self.w:
@@ -133,6 +145,7 @@ class Textbook:
         logits = x @ head.T
         if self.topology == "completep":
             logits = logits * BASE_DIM / D
+        logits = logits / self.recipe.logits_scaling
         return logits[..., :VOCAB]
 
 
@@ -143,6 +156,10 @@ VARIANTS = {
         "embedding_norm": True,
     },
     "ln-without-bias": {"norm": "layernorm", "norm_bias": False, "qk_norm": "none"},
+    "multipliers-softcap-partial-geglu": {
+        "qk_norm": "head", "norm_zero_centered": True, "ffn": "geglu_tanh", "attention_bias": "qkv", "rope_fraction": 0.7,
+        "embedding_multiplier": 1.5, "attention_multiplier": 0.3, "attention_softcap": 0.8, "logits_scaling": 4.0,
+    },
 }  # fmt: skip
 
 
@@ -194,6 +211,41 @@ def test_topology_equals_its_textbook_formula(topology, settings):
     for name, parameter in model.named_parameters():
         scale = torch.maximum(weights[name].grad.abs().max(), 1e-3 * floor)
         assert (parameter.grad - weights[name].grad).abs().max() <= 1e-12 * scale, name
+
+
+@pytest.mark.parametrize("ffn", ["geglu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize(("bias", "attention"), [(False, "qkv"), (False, "all"), (True, "none"), (True, None)])
+def test_activations_and_biases_equal_the_textbook(ffn, bias, attention):
+    test_topology_equals_its_textbook_formula("pre", {"ffn": ffn, "bias": bias, "attention_bias": attention})
+    _, model = build("pre", {"ffn": ffn, "bias": bias, "attention_bias": attention})
+    names = {name.split(".")[-2] for name, _ in model.named_parameters() if name.endswith("bias")}
+    in_attention = {None: {"qkv", "out"}, "none": set(), "qkv": {"qkv"}, "all": {"qkv", "out"}}[attention]
+    assert names == in_attention | ({"down", "gate_up" if "glu" in ffn else "up"} if bias else set())
+
+
+def test_a_gate_and_an_alpha_of_ones_own():
+    """Granite's residual multiplier, and post-norm with any alpha, are options of pre and post."""
+    for topology, option, formula in (
+        ("pre", {"gate": 0.3}, lambda x, y, norm: x + 0.3 * y),
+        ("post", {"alpha": 3.5}, lambda x, y, norm: norm(3.5 * x + y)),
+    ):
+        recipe = ModelRecipe(dim=D, num_blocks=1, num_heads=HEADS, vocab_size=VOCAB, seq_len=SEQ, topology=topology,
+                             topology_options=TopologyOptions(**option))  # fmt: skip
+        model = build_model(recipe, PrecisionRecipe(compute="fp64"), seed=3).model
+        book = Textbook(topology, recipe, dict(model.named_parameters()))
+        tokens = torch.randint(VOCAB, (1, SEQ))
+        x = book.w["embedding.weight"][tokens]
+        for kind in ("attention", "ffn"):
+            branch, name = getattr(model.blocks["0"], kind).branch, f"blocks.0.{kind}"
+            u = book.norm(x, f"{name}.norm_in") if topology == "pre" else x
+            x = formula(
+                x,
+                branch(u.flatten(0, 1), model.rows(tokens)).view_as(x),
+                functools.partial(lambda book, n, t: book.norm(t, f"{n}.norm_out"), book, name),
+            )
+        x = book.norm(x, "final_norm") if topology == "pre" else x
+        theirs = (x @ book.w["head.weight"].T)[..., :VOCAB].flatten(0, 1)
+        assert (model(tokens) - theirs).abs().max() <= 1e-12 * theirs.abs().max()
 
 
 def test_textbook_would_see_a_wrong_constant():

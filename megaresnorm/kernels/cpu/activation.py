@@ -102,4 +102,4 @@ _activation_backward = Operator(
 )
 
 
-register_kernel("activation", "cpu", requires=build.requires)(cpu_activation)
+register_kernel("activation", "cpu", requires=build.requires, kinds=("gelu", "swiglu"))(cpu_activation)

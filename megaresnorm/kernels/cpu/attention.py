@@ -24,11 +24,12 @@ class _Attention(ctypes.Structure):
     ]
 
 
-class _KeyValueHeads(NamedTuple):
+class _Constants(NamedTuple):
     kv_heads: int
+    scale: float
 
     def values(self) -> tuple:
-        return (self.kv_heads,)
+        return tuple(self)
 
 
 def cpu_attention(
@@ -38,32 +39,39 @@ def cpu_attention(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     mask_BSC: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
-    """As ``attention.split_attention``; computed in FP32, and nothing of size S x S is kept."""
+    """As ``attention.split_attention``, without softcap; computed in FP32, and nothing of size S x S is kept."""
+    if softcap is not None:
+        raise ValueError(f"attention/cpu: softcap={softcap} is not among what it can; take the reference")
     cos, sin = (None if t is None else t.contiguous() for t in (cos, sin))
-    return _attention(qkv_BSJH, cos, sin, mask_BSC, _KeyValueHeads(kv_heads))[0]
+    return _attention(
+        qkv_BSJH, cos, sin, mask_BSC, _Constants(kv_heads, qkv_BSJH.shape[-1] ** -0.5 if scale is None else scale)
+    )[0]
 
 
-def _run(function: str, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, kv_heads: int,
+def _run(function: str, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, constants: _Constants,
          y: Tensor | None, log_sums: Tensor, dy: Tensor | None, d_qkv: Tensor | None) -> None:  # fmt: skip
     batch, seq, all_heads, width = qkv.shape
+    kv_heads = constants.kv_heads
     heads = all_heads - 2 * kv_heads
     at = build.address
     argument = _Attention(
         at(qkv), at(cos), at(sin), at(mask), at(y), at(log_sums), at(dy), at(d_qkv),
         batch, seq, heads, kv_heads, width, build.type_of(qkv),
-        seq * width if cos is not None and cos.dim() == 3 else 0, width**-0.5,
+        seq * width if cos is not None and cos.dim() == 3 else 0, constants.scale,
     )  # fmt: skip
     build.call(getattr(build.load(), function), argument, batch * kv_heads, batch * heads * seq * seq)
 
 
 def _forward(
-    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, constants: _KeyValueHeads
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, constants: _Constants
 ) -> tuple[Tensor, Tensor]:
     _check(qkv, cos, sin, mask, constants.kv_heads)
     y, log_sums = _fake(qkv, cos, sin, mask, constants)
     qkv, mask = qkv.contiguous(), None if mask is None else mask.contiguous()
-    _run("attention_forward", qkv, cos, sin, mask, constants.kv_heads, y, log_sums, None, None)
+    _run("attention_forward", qkv, cos, sin, mask, constants, y, log_sums, None, None)
     return y, log_sums
 
 
@@ -80,7 +88,7 @@ def _check(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | N
         raise TypeError(f"attention/cpu: mask is {mask.dtype} {list(mask.shape)}; wanted bool {[batch, seq, seq]}")
 
 
-def _fake(qkv: Tensor, cos: Any, sin: Any, mask: Any, constants: _KeyValueHeads) -> tuple[Tensor, Tensor]:
+def _fake(qkv: Tensor, cos: Any, sin: Any, mask: Any, constants: _Constants) -> tuple[Tensor, Tensor]:
     batch, seq, all_heads, width = qkv.shape
     heads = all_heads - 2 * constants.kv_heads
     return qkv.new_empty((batch, seq, heads, width)), qkv.new_empty((batch, heads, seq), dtype=torch.float32)
@@ -98,32 +106,32 @@ def _differentiate(ctx: Any, dy: Tensor, _: Any) -> tuple:
 
 def _backward(
     dy: Tensor, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, log_sums: Tensor,
-    constants: _KeyValueHeads,
+    constants: _Constants,
 ) -> Tensor:  # fmt: skip
     qkv, dy = qkv.contiguous(), dy.to(qkv.dtype).contiguous()
     d_qkv = torch.empty_like(qkv)
     mask = None if mask is None else mask.contiguous()
-    _run("attention_backward", qkv, cos, sin, mask, constants.kv_heads, None, log_sums, dy, d_qkv)
+    _run("attention_backward", qkv, cos, sin, mask, constants, None, log_sums, dy, d_qkv)
     return d_qkv
 
 
 _TABLES = "Tensor? cos, Tensor? sin, Tensor? mask"
 _attention = Operator(
-    f"attention(Tensor qkv, {_TABLES}, int kv_heads) -> Tensor[]",
+    f"attention(Tensor qkv, {_TABLES}, int kv_heads, float scale) -> Tensor[]",
     4,
-    _KeyValueHeads,
+    _Constants,
     _forward,
     _fake,
     _save,
     _differentiate,
 )
 _attention_backward = Operator(
-    f"attention_backward(Tensor dy, Tensor qkv, {_TABLES}, Tensor log_sums, int kv_heads) -> Tensor",
+    f"attention_backward(Tensor dy, Tensor qkv, {_TABLES}, Tensor log_sums, int kv_heads, float scale) -> Tensor",
     6,
-    _KeyValueHeads,
+    _Constants,
     _backward,
     lambda dy, qkv, *rest: torch.empty_like(qkv, memory_format=torch.contiguous_format),
 )
 
 
-register_kernel("attention", "cpu", requires=build.requires)(cpu_attention)
+register_kernel("attention", "cpu", requires=build.requires, kinds=("plain",))(cpu_attention)
