@@ -71,7 +71,7 @@ def test_add_norm_passes_the_checks_of_torch_library():
 
 def test_attention_and_activation_pass_the_checks_of_torch_library():
     tables = [t.detach() for t in (leaf(6, 4), leaf(6, 4, seed=1))]
-    torch.library.opcheck(ops.attention.default, (leaf(2, 6, 4, 4), *tables, None, 1), rtol=1e-4, atol=1e-5)
+    torch.library.opcheck(ops.attention.default, (leaf(2, 6, 4, 4), *tables, None, 1, 0.5), rtol=1e-4, atol=1e-5)
     for kind, columns in (("gelu", 8), ("swiglu", 16)):
         torch.library.opcheck(
             ops.activation.default, (leaf(5, columns), leaf(columns, seed=1), kind), rtol=1e-4, atol=1e-5
