@@ -50,6 +50,12 @@ class LostRankError(UserError):
     exit_code = 6
 
 
+class ConversionError(UserError):
+    """A converted model does not compute what the original does."""
+
+    exit_code = 7
+
+
 def error_of(kind: str, line: str) -> UserError:
     """The error that another rank has had, by the name of its class."""
     kinds = (ConfigError, DataError, CheckpointError, DamagedError, TrainingError, NonFiniteError, LostRankError)

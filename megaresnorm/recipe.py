@@ -229,11 +229,16 @@ class ModelRecipe(Section):
             return self.ffn_dim
         return -(-8 * self.dim // 3 // 16) * 16 if self.gated_ffn else 4 * self.dim
 
+    @property
+    def biases(self) -> str:
+        """Of attention: none, qkv or all."""
+        return self.attention_bias or ("all" if self.bias else "none")
+
     def has_bias(self, linear: str) -> bool:
         """Of qkv, out, gate_up, up or down."""
-        if linear not in ("qkv", "out") or self.attention_bias is None:
-            return self.bias
-        return self.attention_bias == "all" or (self.attention_bias, linear) == ("qkv", "qkv")
+        if linear in ("qkv", "out"):
+            return self.biases == "all" or (self.biases, linear) == ("qkv", "qkv")
+        return self.bias
 
     @property
     def padded_vocab_size(self) -> int:

@@ -11,9 +11,10 @@ step-00000500/
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ DTYPES = {
     "torch.float32": "F32",
     "torch.bfloat16": "BF16",
     "torch.float16": "F16",
+    "torch.int8": "I8",
 }  # in safetensors
 _FOLDER_NAME = re.compile(r"step-([0-9]{8,})")
 _CHUNK = 1 << 22
@@ -42,7 +44,8 @@ class Slices:
     """One tensor of the whole model, and what this rank has of it.
 
     shape, dtype: of the whole.   local: live memory, None where the rank has nothing of it; its rows are, one after the other, the
-    slices ``boxes``.   owned: whether this is the one rank that writes them.
+    slices ``boxes``.   owned: whether this is the one rank that writes them.   chunks: makes the rows of a whole tensor, some at a
+    time, in the place of ``local`` where they are not to be in memory together.
     """
 
     shape: tuple[int, ...]
@@ -50,6 +53,7 @@ class Slices:
     local: Tensor | None = None
     boxes: tuple[Box, ...] = ()
     owned: bool = False
+    chunks: Callable[[], Iterable[Tensor]] | None = None
 
     @classmethod
     def of_whole(cls, tensor: Tensor) -> "Slices":
@@ -60,6 +64,27 @@ class Slices:
     @property
     def num_bytes(self) -> int:
         """Of the whole tensor."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def entry(self, name: str) -> "Entry":
+        """What this rank has, as a tensor of a file."""
+        if self.chunks is not None:
+            return Entry(name, self.dtype, self.shape, self.chunks)
+        local = self.local
+        assert local is not None and local.dtype == self.dtype
+        return Entry(name, self.dtype, tuple(local.shape), lambda: [local])
+
+
+class Entry(NamedTuple):
+    """One tensor of a safetensors file. chunks: makes its consecutive rows, some at a time."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[Tensor]]
+
+    @property
+    def num_bytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 

@@ -97,6 +97,12 @@ class Checkpoint:
         (whole,) = self._pieces(group, name, [tuple((0, size) for size in self.tensors[group][name]["shape"])])
         return whole
 
+    def read_box(self, group: str, name: str, box: Box) -> Tensor:
+        """One slice of a tensor; files are closed again, so that no more of them stays mapped. Raises: CheckpointError."""
+        (piece,) = self._pieces(group, name, [box])
+        self._open.clear()
+        return piece
+
     def load(self, group: str, members: Mapping[str, Slices]) -> None:
         """Copy what each rank has of every tensor of a group into place, reading its slices alone.
 

@@ -21,6 +21,7 @@ from megaresnorm.checkpoint.format import (
     FORMAT,
     MANIFEST,
     UNFINISHED,
+    Entry,
     Groups,
     Slices,
     file_sha256,
@@ -133,24 +134,32 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def write_tensors(path: Path, parts: Sequence[tuple[str, Slices]]) -> dict[str, Any]:
-    """Write a safetensors file of what this rank has of some tensors; returns its size and SHA-256.
+    """Write a safetensors file of what this rank has of some tensors; returns its size and SHA-256."""
+    metadata = {"slices": json.dumps({name: slices.boxes for name, slices in parts})}
+    return _write_durably(path, encoded([slices.entry(name) for name, slices in parts], metadata))
 
-    The bytes go from the tensors' memory to the disk and are hashed on the way, where the safetensors package would first copy
-    all of them.
+
+def encoded(entries: Sequence[Entry], metadata: Mapping[str, str]) -> Iterator[Any]:
+    """The bytes of a safetensors file, in pieces.
+
+    They are the tensors' own memory, or a chunk's of it, where the safetensors package would first copy all of them.
     """
-    header, offset = dict[str, Any](), 0
-    for name, slices in parts:
-        assert slices.local is not None and slices.local.dtype == slices.dtype
-        end = offset + slices.local.nbytes
-        shape = list(slices.local.shape)
-        header[name] = {"dtype": DTYPES[str(slices.dtype)], "shape": shape, "data_offsets": [offset, end]}
+    header, offset = dict[str, Any]({"__metadata__": dict(metadata)}), 0
+    for entry in entries:
+        end = offset + entry.num_bytes
+        shape = list(entry.shape)
+        header[entry.name] = {"dtype": DTYPES[str(entry.dtype)], "shape": shape, "data_offsets": [offset, end]}
         offset = end
-    header["__metadata__"] = {"slices": json.dumps({name: slices.boxes for name, slices in parts})}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    content = [len(encoded).to_bytes(8, "little") + encoded]
-    tensors = (_memory(slices.local) for _, slices in parts if slices.local is not None)
-    return _write_durably(path, (chunk for source in (content, tensors) for chunk in source))
+    content = json.dumps(header).encode()
+    content += b" " * (-len(content) % 8)
+    yield len(content).to_bytes(8, "little") + content
+    for entry in entries:
+        written = 0
+        for chunk in entry.chunks():
+            assert chunk.dtype == entry.dtype and chunk.shape[1:] == entry.shape[1:], f"{entry.name} is made wrongly"
+            written += chunk.nbytes
+            yield _memory(chunk)
+        assert written == entry.num_bytes, f"{entry.name} has {written} bytes instead of {entry.num_bytes}"
 
 
 def sweep(root: Path) -> None:
@@ -194,10 +203,10 @@ def _write_share(temporary: Path, groups: Groups, rank: int) -> dict[str, Any]:
 def _commit(temporary: Path, final: Path, manifest: dict[str, Any], attached: Mapping[str, bytes]) -> None:
     for name, content in attached.items():
         manifest["files"][name] = _write_durably(temporary / name, [content])
-    encoded = encode_manifest(manifest)
-    if not plausible(encoded):
-        raise OSError(errno.EFBIG, f"a manifest of {len(encoded)} bytes could not be read again", MANIFEST)
-    _write_durably(temporary / MANIFEST, [encoded])
+    content = encode_manifest(manifest)
+    if not plausible(content):
+        raise OSError(errno.EFBIG, f"a manifest of {len(content)} bytes could not be read again", MANIFEST)
+    _write_durably(temporary / MANIFEST, [content])
     _sync_folder(temporary)
     os.rename(temporary, final)
     try:
@@ -237,12 +246,12 @@ def _parts(owned: Sequence[tuple[str, Slices]]) -> Iterator[list[tuple[str, Slic
     part: list[tuple[str, Slices]] = []
     size = 0
     for name, slices in owned:
-        assert slices.local is not None
-        if part and (size + slices.local.nbytes > FILE_BYTES or len(part) == FILE_TENSORS):
+        num_bytes = slices.entry(name).num_bytes
+        if part and (size + num_bytes > FILE_BYTES or len(part) == FILE_TENSORS):
             yield part
             part, size = [], 0
         part.append((name, slices))
-        size += slices.local.nbytes
+        size += num_bytes
     if part:
         yield part
 

@@ -4,7 +4,7 @@ import hashlib
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -49,6 +49,14 @@ class ByteTokenizer:
 
     def describe(self) -> dict:
         return {"kind": "bytes"}
+
+
+class Piece(NamedTuple):
+    """One piece of a SentencePiece model. kind: normal, unknown, control or byte."""
+
+    text: str
+    score: float
+    kind: str
 
 
 class SentencePieceTokenizer:
@@ -109,6 +117,16 @@ class SentencePieceTokenizer:
         if bad_text:
             raise bad_text[0]
         return cls(model.getvalue(), "the trained model")
+
+    def pieces(self) -> list["Piece"]:
+        """All of the vocabulary, by token."""
+        model = self._processor
+
+        def kind(i: int) -> str:
+            kinds = {"unknown": model.IsUnknown, "control": model.IsControl, "byte": model.IsByte}
+            return next((name for name, has in kinds.items() if has(i)), "normal")
+
+        return [Piece(model.IdToPiece(i), model.GetScore(i), kind(i)) for i in range(self.vocab_size)]
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._processor.EncodeAsIds(text), dtype=np.int32)

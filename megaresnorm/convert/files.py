@@ -1,0 +1,194 @@
+"""Folders of sharded safetensors: written whole or not at all, read a slice at a time."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megaresnorm.checkpoint.format import UNFINISHED, Entry, human_bytes
+from megaresnorm.checkpoint.reader import MAX_HEADER_BYTES
+from megaresnorm.checkpoint.writer import encoded, free_bytes
+from megaresnorm.errors import CheckpointError, ConfigError
+from megaresnorm.parallel.sharding import Box
+
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+MAX_JSON_BYTES = 1 << 26
+MAX_VALUES = 1 << 20  # of a JSON file, by its brackets and commas
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+_TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+Progress = Callable[[int], None]
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into that becomes ``out`` when all has gone well, and vanishes when it has not.
+
+    Raises: ConfigError if ``out`` exists or cannot be written.
+    """
+    temporary = out.with_name(f"{UNFINISHED}{out.name}")
+    if out.exists() or out.is_symlink():
+        raise ConfigError(f"{out}: exists already, and nothing is written over; give another folder")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that was killed
+        temporary.mkdir()
+        yield temporary
+        for path in temporary.iterdir():
+            _sync(path)
+        _sync(temporary)
+        os.rename(temporary, out)
+        _sync(out.parent)
+    except OSError as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ConfigError(f"{out}: cannot be written ({e.strerror or e})") from None
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def check_space(out: Path, wanted: int) -> None:
+    """Raises: ConfigError where so many bytes do not fit."""
+    have = free_bytes(out.absolute().parent)
+    if have < wanted:
+        raise ConfigError(f"{out}: no space: need {human_bytes(wanted)}, have {human_bytes(have)}")
+
+
+def write_weights(folder: Path, entries: Sequence[Entry], max_bytes: int, progress: Progress) -> None:
+    """model.safetensors, or numbered files of at most ``max_bytes`` (or one tensor) each and their index."""
+    shards: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if shards[-1] and size + entry.num_bytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.num_bytes
+    names = [WEIGHTS] if len(shards) == 1 else [
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
+    ]  # fmt: skip
+    for name, shard in zip(names, shards, strict=True):
+        with (folder / name).open("xb") as file:
+            for piece in encoded(shard, {"format": "pt"}):
+                file.write(piece)
+                progress(len(piece))
+    if len(shards) > 1:
+        where = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+        metadata = {"total_size": sum(entry.num_bytes for entry in entries)}
+        write_json(folder / INDEX, {"metadata": metadata, "weight_map": where})
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises: CheckpointError if it is not there, or not an object of a plausible size."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: larger than {human_bytes(MAX_JSON_BYTES)}; not such a file")
+        raw = path.read_bytes()
+        if sum(map(raw.count, (b"{", b"[", b","))) > MAX_VALUES:  # a value takes up to twenty times its bytes in memory
+            raise CheckpointError(f"{path}: has over {MAX_VALUES:,} values; not such a file")
+        value = json.loads(raw)
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from None
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path}: not JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return value
+
+
+class Weights:
+    """The tensors of a folder of safetensors, in one file or in several with an index. A Source of links.py.
+
+    Raises: CheckpointError naming what is missing, damaged or not what the index says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = {}
+        where = self._index()
+        for file in dict.fromkeys(where.values()) if where is not None else [WEIGHTS]:
+            self._look(file, where)
+        for name, file in (where or {}).items():
+            if name not in self.tensors:
+                raise CheckpointError(f"{folder / file}: has no tensor {name}, which the index has there")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name][1]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(prod(shape) * dtype.itemsize for _, shape, dtype in self.tensors.values())
+
+    def read(self, name: str, box: Box) -> Tensor:
+        """One slice of a tensor; its file is closed again, so that no more of it stays mapped."""
+        file = self.folder / self.tensors[name][0]
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return opened.get_slice(name)[tuple(slice(a, b) for a, b in box)]
+        except (SafetensorError, OSError, ValueError) as e:
+            raise CheckpointError(f"{file}: cannot be read any more ({e})") from None
+
+    def _index(self) -> dict[str, str] | None:
+        """Tensor -> file; None for a single file."""
+        if (self.folder / WEIGHTS).exists():
+            return None
+        if not (self.folder / INDEX).exists():
+            pickles = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth", "*.distcp") for p in self.folder.glob(kind))
+            hint = (
+                f"; {pickles[0]} is a pickle, which can run code and is never read: save it as safetensors first"
+                if pickles
+                else ""
+            )
+            raise CheckpointError(f"{self.folder}: has no {WEIGHTS} and no {INDEX}{hint}")
+        where = read_json(self.folder / INDEX).get("weight_map")
+        if not isinstance(where, dict) or not where:
+            raise CheckpointError(f"{self.folder / INDEX}: has no weight_map")
+        for name, file in where.items():
+            if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
+                raise CheckpointError(
+                    f"{self.folder / INDEX}: {name} is in {str(file)[:80]!r}, which is no name of a file here"
+                )
+        return where
+
+    def _look(self, file: str, where: Mapping[str, str] | None) -> None:
+        """Note which tensors a file has."""
+        path = self.folder / file
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as opened:
+                header = int.from_bytes(opened.read(8), "little")
+            if header > min(size - 8, MAX_HEADER_BYTES):
+                raise ValueError(f"a header of {header} bytes in a file of {size}")
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                    if where is not None and where.get(name) != file:
+                        continue  # the index says which copy counts
+                    view = tensors.get_slice(name)
+                    if view.get_dtype() not in _TYPES:
+                        raise ValueError(f"{name} is {view.get_dtype()}; wanted one of {', '.join(_TYPES)}")
+                    self.tensors[name] = file, tuple(view.get_shape()), _TYPES[view.get_dtype()]
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: is missing") from None
+        except (SafetensorError, OSError, ValueError) as e:
+            raise CheckpointError(f"{path}: not a readable safetensors file ({str(e).splitlines()[0]})") from None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,132 @@
+"""Tensors of a family and parameters of ours, row by row, read a few rows at a time in either direction."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megaresnorm.convert.families import Family
+from megaresnorm.convert.rows import Selection
+from megaresnorm.model.parameters import ParameterSpec
+from megaresnorm.parallel.sharding import Box
+from megaresnorm.recipe import ModelRecipe
+
+
+class Source(Protocol):
+    """Tensors that are read in parts."""
+
+    def read(self, name: str, box: Box) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Link:
+    """Row i of their tensor (its column i, if it is transposed) is row ``rows[i]`` of ours times ``factor``; zeros where that is -1."""
+
+    theirs: str
+    ours: str
+    rows: Selection
+    shape: tuple[int, ...]  # of theirs
+    transposed: bool
+    factor: float = 1.0
+
+    def their_rows(self, source: Source, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of their tensor, from our parameters."""
+        if self.transposed:
+            assert isinstance(self.rows, range)
+            columns = source.read(self.ours, ((self.rows.start, self.rows.stop), (start, stop)))
+            return scaled(columns.t(), self.factor)
+        return scaled(gather(source, self.ours, self.rows[start:stop], self.shape[1:]), self.factor)
+
+    def our_rows(self, source: Source, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Those of our parameter's rows ``start`` to ``stop`` that their tensor has: their numbers, and their values."""
+        rows = torch.arange(self.rows.start, self.rows.stop) if isinstance(self.rows, range) else self.rows
+        theirs = ((rows >= start) & (rows < stop)).nonzero().flatten()
+        if len(theirs) == 0:
+            return rows[:0], torch.empty(0)
+        if self.transposed:
+            first, last = int(theirs[0]), int(theirs[-1]) + 1
+            value = source.read(self.theirs, ((0, self.shape[0]), (first, last))).t()
+        else:
+            value = gather(source, self.theirs, theirs, self.shape[1:])
+        return rows[theirs], scaled(value, 1 / self.factor)
+
+
+def scaled(value: Tensor, factor: float) -> Tensor:
+    """Rounded once."""
+    return value if factor == 1.0 else (value.double() * factor).to(value.dtype)
+
+
+def gather(source: Source, name: str, rows: Selection, rest: tuple[int, ...]) -> Tensor:
+    """Rows of a tensor in this order, of which consecutive ones are read together; zeros for -1."""
+    whole = tuple((0, size) for size in rest)
+    if isinstance(rows, range):
+        return source.read(name, ((rows.start, rows.stop), *whole))
+    wanted = torch.unique(rows[rows >= 0])
+    if len(wanted) == 0:
+        return torch.zeros(len(rows), *rest)
+    ends = (wanted[1:] != wanted[:-1] + 1).nonzero().flatten() + 1
+    runs = wanted.tensor_split(ends)
+    read = torch.cat([source.read(name, ((int(run[0]), int(run[-1]) + 1), *whole)) for run in runs])
+    found = read[torch.searchsorted(wanted, rows.clamp(min=0))]
+    found[rows < 0] = 0
+    return found
+
+
+def links(
+    family: Family,
+    recipe: ModelRecipe,
+    table: Mapping[str, ParameterSpec],
+    factor: Callable[[str], float] = lambda name: 1.0,
+) -> Iterator[Link]:
+    """Of every tensor of the family that our model has something for.
+
+    Raises: AssertionError if a parameter of ours has none.
+    """
+    done = set()
+    for block in (None, *range(recipe.num_blocks)):
+        for theirs, of in family.modules.items():
+            if ("{" in theirs) == (block is None):
+                continue
+            their_module = theirs_of(family, recipe, theirs, block)
+            for suffix in ("weight", "bias"):
+                ours = f"{of.name.format(block)}.{suffix}"
+                if ours not in table:
+                    continue
+                spec = table[ours]
+                rows = of.rows(recipe, spec)
+                transposed = of.transposed and len(spec.shape) == 2
+                shape = (len(rows), *spec.shape[1:])
+                shape = shape[::-1] if transposed else shape
+                done.add(ours)
+                yield Link(f"{their_module}.{suffix}", ours, rows, shape, transposed, factor(ours))
+    missing = sorted(table.keys() - done)
+    assert not missing, f"{family.name} has no place for {missing[0]}"
+
+
+def constants(family: Family, recipe: ModelRecipe) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+    """Name, shape, and whether only zeros are ours, of every tensor that ours has no place for."""
+    for name, constant in family.constants.items():
+        if constant.untied and recipe.tied_embeddings:
+            continue
+        shape = tuple(int(size) if size.isdigit() else getattr(recipe, size) for size in constant.shape)
+        for block in range(recipe.num_blocks) if "{" in name else (None,):
+            yield theirs_of(family, recipe, name, block), shape, constant.must
+
+
+def theirs_of(family: Family, recipe: ModelRecipe, name: str, block: int | None) -> str:
+    """A name of the family's table for a block."""
+    if block is None:
+        return name
+    found = name.format(block, next=block + 1)
+    renamed = {before.format(num_blocks=recipe.num_blocks): after for before, after in family.renamed.items()}
+    return renamed.get(found, found)
+
+
+def row_chunks(shape: tuple[int, ...], itemsize: int, chunk_bytes: int) -> Iterator[tuple[int, int]]:
+    """First row and end of stretches of about so many bytes."""
+    row = torch.Size(shape[1:]).numel() * itemsize
+    step = max(1, chunk_bytes // row)
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])

@@ -1,0 +1,61 @@
+"""Our own checkpoints, as the converters read and write them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megaresnorm.assemble import build_model
+from megaresnorm.checkpoint.format import Slices
+from megaresnorm.checkpoint.inspect import newest_of
+from megaresnorm.checkpoint.reader import Checkpoint
+from megaresnorm.checkpoint.state import RunState, state_of
+from megaresnorm.config import build_recipe
+from megaresnorm.data.tokenizer import Tokenizer, restore_tokenizer
+from megaresnorm.model.parameters import ParameterSpec, parameter_table
+from megaresnorm.model.transformer import Transformer
+from megaresnorm.parallel.sharding import Box
+from megaresnorm.recipe import ModelRecipe
+
+
+class NativeModel:
+    """The weights of a checkpoint, whatever layout it was saved in. A Source of links.py.
+
+    folder: a checkpoint, or a run: its newest one.   progress: called with the bytes of every part that has been verified.
+    Raises: CheckpointError.
+    """
+
+    def __init__(self, folder: Path, progress: Callable[[int], None] | None = None) -> None:
+        self.checkpoint = Checkpoint(newest_of(folder), progress=progress)
+        self.folder = self.checkpoint.folder
+        self.state: RunState = state_of(self.folder, self.checkpoint.state)
+        self.recipe: ModelRecipe = build_recipe(self.state.recipe).model
+        self.table: dict[str, ParameterSpec] = parameter_table(self.recipe)
+        self.checkpoint.check_names("weights", {name: spec.shape for name, spec in self.table.items()})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all weights."""
+        return getattr(torch, next(iter(self.checkpoint.tensors["weights"].values()))["dtype"])
+
+    def read(self, name: str, box: Box) -> Tensor:
+        return self.checkpoint.read_box("weights", name, box)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """None for one that was trained on bare token files."""
+        description = self.state.tokenizer
+        if description is None:
+            return None
+        file = description.get("file")
+        content = b"" if file is None else self.checkpoint.attached(file)
+        return restore_tokenizer(description, content, str(self.folder))
+
+    def model(self, rounded_to: torch.dtype | None = None) -> Transformer:
+        """The model on this CPU in FP32. rounded_to: a type its weights are rounded to first."""
+        model = build_model(self.recipe).model
+        self.checkpoint.load("weights", {name: Slices.of_whole(p.data) for name, p in model.named_parameters()})
+        if rounded_to is not None:
+            for p in model.parameters():
+                p.data = p.data.to(rounded_to).to(p.dtype)
+        return model.eval()

@@ -1,0 +1,55 @@
+"""What a model computes: everything of a recipe that its logits depend on, whatever it is called."""
+
+from typing import Any
+
+from megaresnorm.convert.families import scale, whole_logits_scaling
+from megaresnorm.model.topology import SUBLAYERS, Learned, Position, topology
+from megaresnorm.model.transformer import has_embedding_norm
+from megaresnorm.recipe import ModelRecipe
+
+PLAIN = "dim num_blocks num_heads kv_heads head_width ffn_width vocab_size seq_len norm norm_eps norm_zero_centered " \
+    "positions qk_norm ffn bias biases tied_embeddings embedding_multiplier attention_softcap logit_softcap"  # fmt: skip
+_NAMES = {"kv_heads": "num_kv_heads", "head_width": "head_dim", "ffn_width": "ffn_dim", "biases": "attention_bias"}
+
+
+def signature(recipe: ModelRecipe) -> dict[str, Any]:
+    """Setting -> value. Two models with equal signatures have the same parameters by the same names and compute the same."""
+    found = {_NAMES.get(key, key): getattr(recipe, key) for key in PLAIN.split()}
+    found["attention_multiplier"] = scale(recipe)
+    found["logits_scaling"] = whole_logits_scaling(recipe)
+    found["embedding_norm"] = has_embedding_norm(recipe)
+    if recipe.norm == "layernorm":
+        found["norm_bias"] = recipe.norm_bias
+    if recipe.positions == "rope":
+        found |= {"rope_theta": recipe.rope_theta, "rotary_width": recipe.rotary_width}
+        found["rope_scaling"] = None if recipe.rope_scaling is None else recipe.rope_scaling.model_dump()
+    found["topology"] = wiring(recipe)
+    return found
+
+
+def wiring(recipe: ModelRecipe) -> tuple:
+    """Norms and constants of every sub-layer, and whether there is a final norm."""
+    entry = topology(recipe.topology)
+    rows: list[Any] = [entry.final_norm]
+    for block in range(recipe.num_blocks):
+        for sublayer in SUBLAYERS:
+            at = Position(block=block, num_blocks=recipe.num_blocks, sublayer=sublayer, dim=recipe.dim)
+            spec = entry.residual(at, recipe.topology_options)
+            gate: Any = spec.constant_gate
+            if gate is None:
+                gate = f"learned {spec.gate.shape}" if isinstance(spec.gate, Learned) else "of every token"
+            norms = (
+                spec.norm_in,
+                spec.norm_in_scale if spec.norm_in else 1.0,
+                spec.norm_inner,
+                spec.norm_branch,
+                spec.norm_out,
+            )
+            rows.append((*norms, spec.alpha, gate))
+    return tuple(rows)
+
+
+def different(one: ModelRecipe, other: ModelRecipe) -> dict[str, tuple[Any, Any]]:
+    """The settings in which two models differ, with both values."""
+    a, b = signature(one), signature(other)
+    return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
