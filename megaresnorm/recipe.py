@@ -434,6 +434,8 @@ class TrainRecipe(Section):
     """Grow the global batch at the start of the run."""
     seed: Seed = 1234
     """Seed of the initial weights and of dropout."""
+    initial_weights: Annotated[str, Field(min_length=1)] | None = None
+    """A checkpoint, or a run, from whose weights this run starts at step 0; unset: from those that the seed gives."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
     compile: Literal["none", "blocks", "cuda_graphs"] = "none"

@@ -5,14 +5,16 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megaresnorm.checkpoint.format import DAMAGED, MANIFEST, step_of
+from megaresnorm.checkpoint.inspect import newest_of
 from megaresnorm.checkpoint.reader import Checkpoint
-from megaresnorm.checkpoint.state import RunState
+from megaresnorm.checkpoint.state import RunState, state_of
 from megaresnorm.config import build_recipe, differences
 from megaresnorm.errors import CheckpointError, DamagedError
 from megaresnorm.parallel.context import Axis
-from megaresnorm.parallel.messages import share_results
+from megaresnorm.parallel.messages import share_results, together
 from megaresnorm.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -63,6 +65,30 @@ def open_newest(
                     _set_aside(bad)
             return checkpoint
     return None
+
+
+def open_weights(recipe: Recipe, tokenizer: dict[str, Any] | None, messages: Axis) -> Checkpoint:
+    """The checkpoint that train.initial_weights names, verified by all ranks together.
+
+    What differs from this run in the model or the tokenizer is a warning: the parameters alone must be the same.
+    Raises: CheckpointError, on all ranks the same.
+    """
+    assert recipe.train.initial_weights is not None
+    given = Path(recipe.train.initial_weights)
+    newest = share_results(lambda: str(newest_of(given)) if messages.rank == 0 else "", messages)[0]
+    checkpoint = Checkpoint(Path(newest), messages)
+
+    def look() -> None:
+        state = state_of(checkpoint.folder, checkpoint.state)
+        before = build_recipe(state.recipe).model.model_dump(exclude={"init", "dropout"}, exclude_none=True)
+        now = recipe.model.model_dump(exclude={"init", "dropout"}, exclude_none=True)
+        for key, (old, new) in differences(before, now, "model.").items():
+            log.warning("warning: %s was %s for train.initial_weights and is %s now", key, old, new)
+        if state.tokenizer is not None and tokenizer is not None and state.tokenizer != tokenizer:
+            log.warning("warning: train.initial_weights were trained with another tokenizer than the one of the data")
+
+    together(look, messages)
+    return checkpoint
 
 
 def wait_until_seen(path: Path) -> bool:

@@ -36,7 +36,7 @@ from megaresnorm.recipe import Recipe
 from megaresnorm.resilience.lock import LOCK, FolderLock
 from megaresnorm.resilience.preflight import check_output
 from megaresnorm.resilience.signals import StopSignals, exit_reason
-from megaresnorm.resume import check_same_run, open_newest, wait_until_seen
+from megaresnorm.resume import check_same_run, open_newest, open_weights, wait_until_seen
 from megaresnorm.schedule import batch_size, learning_rate
 from megaresnorm.telemetry.describe import data_name, describe_run
 from megaresnorm.telemetry.log import progress_bar, step_line
@@ -281,6 +281,7 @@ class Run:
                 self.output / "checkpoints", self.context.messages, fallback=fallback, progress=advance
             )
         if checkpoint is None:
+            self._start_from_weights()
             return
         state = self._together(lambda: state_of(checkpoint.folder, checkpoint.state))
         name = data_name(self.recipe)
@@ -290,6 +291,15 @@ class Run:
         self.skipped_in_a_row, self.train_loss = state.skipped_in_a_row, state.train_loss
         self.saver.newest = (checkpoint.step, checkpoint.folder)
         log.info("resumed   %s: step %d of %d", checkpoint.folder, self.steps_done, self.recipe.train.steps)
+
+    def _start_from_weights(self) -> None:
+        """At step 0: those of train.initial_weights, if it is set."""
+        if self.recipe.train.initial_weights is None:
+            return
+        tokenizer = None if self.data.tokenizer is None else self.data.tokenizer.describe()
+        checkpoint = open_weights(self.recipe, tokenizer, self.context.messages)
+        self._together(lambda: self.engine.load_weights(checkpoint))
+        log.info("weights   %s", checkpoint.folder)
 
     def _make_saver(self) -> Saver:
         settings = self.recipe.checkpoint

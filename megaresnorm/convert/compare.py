@@ -5,19 +5,26 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from megaresnorm.checkpoint.format import human_bytes
 from megaresnorm.convert.files import CONFIG, read_json
 from megaresnorm.convert.native import NativeModel
 from megaresnorm.convert.remote import OURS
 from megaresnorm.data.tokenizer import Tokenizer
-from megaresnorm.errors import CheckpointError, ConfigError
+from megaresnorm.errors import CheckpointError, ConfigError, ConversionError
 
 TOLERANCE = 2e-5  # of the largest logit; what two orders of summation in FP32 differ by at a hundred sub-layers
 MARGIN = 1e-4  # by which the first token must lead the second to count in the agreement
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "def main(argv):\n    for i, name in enumerate(argv):\n        print(f\"{i}: {name}\")\n",
+    "In the beginning God created the heaven and the earth.\n\nAnd the earth was without form, and void;",
+    "你好，世界。 Привет, мир! 😀 3.14159 = π",
+)  # fmt: skip
 Logits = Callable[[Tensor], Tensor]  # tokens [B, S] -> [B, S, V], FP32 or FP64
 
 
@@ -45,6 +52,15 @@ class Agreement:
     @property
     def passed(self) -> bool:
         return self.relative <= self.tolerance and self.clear_top1 == 1.0
+
+    def judge(self, made: str) -> None:
+        """Raises: ConversionError for a model that was made and does not agree."""
+        if self.passed:
+            return
+        raise ConversionError(
+            f"FAIL: {made} does not compute the same: logits differ by up to {self.largest:.3g} of {self.scale:.3g} (allowed "
+            f"{self.tolerance:.2g} of that), {self.clear_top1:.2%} have the same likeliest token; nothing was kept"
+        )
 
     def rows(self) -> dict[str, str]:
         """What is printed."""
@@ -138,19 +154,25 @@ def load_theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return model.eval()
 
 
-def load_logits(folder: Path) -> tuple[Logits, int, int, Tokenizer | None]:
-    """Of a checkpoint of ours or a folder of Transformers: logits, tokens of the vocabulary, longest sequence, our tokenizer.
+class Loaded(NamedTuple):
+    """A model whose logits can be compared. seq_len: longest sequence.   tokenizer: of a checkpoint of ours that has one."""
 
-    Raises: CheckpointError.
-    """
+    logits: Logits
+    vocab_size: int
+    seq_len: int
+    tokenizer: Tokenizer | None = None
+
+
+def load_logits(folder: Path) -> Loaded:
+    """A checkpoint of ours, or a folder of Transformers. Raises: CheckpointError."""
     if (folder / CONFIG).exists():
         model = load_theirs(folder)
         config = model.config
-        length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 128)
-        return of_theirs(model), config.vocab_size, length, None
+        length: int = getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 128)
+        return Loaded(of_theirs(model), config.vocab_size, length)
     native = NativeModel(folder)
     assert native.recipe.vocab_size is not None
-    return of_ours(native.model()), native.recipe.vocab_size, native.recipe.seq_len, native.tokenizer()
+    return Loaded(of_ours(native.model()), native.recipe.vocab_size, native.recipe.seq_len, native.tokenizer())
 
 
 def random_prompts(vocab_size: int, seq_len: int, tokens: int = 2000, seed: int = 0) -> list[Tensor]:
@@ -167,6 +189,14 @@ def text_prompts(texts: Sequence[str], tokenizer: Tokenizer, vocab_size: int, se
     return [torch.tensor([row]) for row in rows if max(row) < vocab_size]
 
 
+def prompts_of(native: NativeModel, tokenizer: Tokenizer | None) -> list[Tensor]:
+    """What a conversion is verified on: random tokens, and texts where there is a tokenizer."""
+    vocab_size, seq_len = native.recipe.vocab_size, native.recipe.seq_len
+    assert vocab_size is not None
+    texts = [] if tokenizer is None else text_prompts(TEXTS, tokenizer, vocab_size, seq_len)
+    return random_prompts(vocab_size, seq_len) + texts
+
+
 def read_prompts(path: Path) -> list[str]:
     """The lines of a file that are not empty. Raises: ConfigError."""
     try:
@@ -176,3 +206,20 @@ def read_prompts(path: Path) -> list[str]:
     if not lines:
         raise ConfigError(f"--prompts {path}: has no line of text")
     return lines
+
+
+def check_memory(num_bytes: int) -> None:
+    """Raises: ConfigError where two models of so many bytes do not fit."""
+    have = _available_memory()
+    if have is not None and 2 * num_bytes > have:
+        raise ConfigError(
+            f"verifying needs {human_bytes(2 * num_bytes)} of memory, {human_bytes(have)} are free; switch it off by --verify off"
+        )
+
+
+def _available_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

@@ -24,7 +24,7 @@ WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "c
 MAX_JSON_BYTES = 1 << 26
 MAX_VALUES = 1 << 20  # of a JSON file, by its brackets and commas
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
-_TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8}
 
 Progress = Callable[[int], None]
 
@@ -112,12 +112,16 @@ def read_json(path: Path) -> dict[str, Any]:
 class Weights:
     """The tensors of a folder of safetensors, in one file or in several with an index. A Source of links.py.
 
+    file: read this one alone.
     Raises: CheckpointError naming what is missing, damaged or not what the index says.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, file: str | None = None) -> None:
         self.folder = folder
         self.tensors: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = {}
+        if file is not None:
+            self._look(file, None)
+            return
         where = self._index()
         for file in dict.fromkeys(where.values()) if where is not None else [WEIGHTS]:
             self._look(file, where)

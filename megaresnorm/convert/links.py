@@ -22,7 +22,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Link:
-    """Row i of their tensor (its column i, if it is transposed) is row ``rows[i]`` of ours times ``factor``; zeros where that is -1."""
+    """Row i of their tensor (column i, if it is transposed) is row ``rows[i]`` of ours times ``factor``, or zeros for -1."""
 
     theirs: str
     ours: str
@@ -39,18 +39,18 @@ class Link:
             return scaled(columns.t(), self.factor)
         return scaled(gather(source, self.ours, self.rows[start:stop], self.shape[1:]), self.factor)
 
-    def our_rows(self, source: Source, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Those of our parameter's rows ``start`` to ``stop`` that their tensor has: their numbers, and their values."""
+    def our_rows(self, source: Source, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Those of our rows ``start`` to ``stop`` that their tensor has: their numbers, and their values in ``dtype``."""
         rows = torch.arange(self.rows.start, self.rows.stop) if isinstance(self.rows, range) else self.rows
         theirs = ((rows >= start) & (rows < stop)).nonzero().flatten()
         if len(theirs) == 0:
-            return rows[:0], torch.empty(0)
+            return rows[:0], torch.empty(0, *((self.shape[0],) if self.transposed else self.shape[1:]), dtype=dtype)
         if self.transposed:
             first, last = int(theirs[0]), int(theirs[-1]) + 1
             value = source.read(self.theirs, ((0, self.shape[0]), (first, last))).t()
         else:
             value = gather(source, self.theirs, theirs, self.shape[1:])
-        return rows[theirs], scaled(value, 1 / self.factor)
+        return rows[theirs], scaled(value.to(dtype), 1 / self.factor)
 
 
 def scaled(value: Tensor, factor: float) -> Tensor:

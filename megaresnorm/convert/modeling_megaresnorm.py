@@ -19,8 +19,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 class MegaResNormConfig(PretrainedConfig):
-    """residual: a row for every sub-layer: norm_in, norm_in_scale, norm_inner, norm_branch, norm_out (booleans, the scale a number),
-    alpha, gate (a number, "scalar", "vector" or "token").
+    """residual: a row for every sub-layer: norm_in, norm_in_scale, norm_inner, norm_branch, norm_out (booleans, the scale a
+    number), alpha, gate (a number, "scalar", "vector" or "token").
     """
 
     model_type = "megaresnorm"
@@ -35,7 +35,7 @@ class MegaResNormConfig(PretrainedConfig):
         head_dim: int = 64,
         intermediate_size: int = 256,
         max_position_embeddings: int = 128,
-        residual: list | None = None,
+        residual: Any = None,
         norm: str = "rmsnorm",
         norm_eps: float = 1e-5,
         norm_bias: bool = True,
@@ -78,7 +78,8 @@ class MegaResNormConfig(PretrainedConfig):
             logits_scaling,
             logit_softcap,
         )
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        kwargs["tie_word_embeddings"] = tie_word_embeddings
+        super().__init__(**kwargs)
 
 
 class Norm(nn.Module):
@@ -203,6 +204,7 @@ class Block(nn.Module):
 
 
 class MegaResNormPreTrainedModel(PreTrainedModel):
+    config: MegaResNormConfig
     config_class = MegaResNormConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = False
@@ -213,7 +215,7 @@ class MegaResNormPreTrainedModel(PreTrainedModel):
         """Of parameters that a checkpoint lacks; a model is trained from scratch with MegaResNorm itself."""
         if isinstance(module, nn.Linear | nn.Embedding):
             module.weight.data.normal_(0.0, 0.02)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.data.zero_()
 
 
@@ -234,7 +236,7 @@ class MegaResNormModel(MegaResNormPreTrainedModel):
         return self.embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embedding = value
+        self.embedding = value  # type: ignore[assignment]
 
     def forward(
         self, embeds_BSD: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Any
@@ -278,7 +280,7 @@ class MegaResNormForCausalLM(MegaResNormPreTrainedModel, GenerationMixin):
         return self.model.embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embedding = value
+        self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

@@ -1,4 +1,4 @@
-"""Our own architecture for Transformers, for topologies that none of its classes has: ``modeling_megaresnorm.py`` and its config."""
+"""Our own architecture for Transformers, for topologies that none of its classes has: modeling_megaresnorm.py and its config."""
 
 import functools
 from pathlib import Path

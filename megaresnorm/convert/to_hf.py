@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 import megaresnorm
-from megaresnorm.checkpoint.format import Entry, human_bytes
+from megaresnorm.checkpoint.format import Entry
+from megaresnorm.convert.card import model_card
 from megaresnorm.convert.compare import (
+    TOLERANCE,
     Agreement,
+    check_memory,
     compare,
     load_theirs,
     of_ours,
     of_theirs,
-    random_prompts,
-    text_prompts,
+    prompts_of,
 )
 from megaresnorm.convert.files import CONFIG, Progress, check_space, new_folder, write_json, write_weights
 from megaresnorm.convert.links import Link, constants, links, row_chunks
@@ -28,14 +30,7 @@ from megaresnorm.convert.remainder import remainder_entries, write_remainder
 from megaresnorm.convert.remote import FILE, OURS, code
 from megaresnorm.convert.tokenizers import check_equal, sample_texts, tokenizer_files
 from megaresnorm.data.tokenizer import Tokenizer
-from megaresnorm.errors import ConfigError, ConversionError
-
-TEXTS = (
-    "The quick brown fox jumps over the lazy dog.",
-    "def main(argv):\n    for i, name in enumerate(argv):\n        print(f\"{i}: {name}\")\n",
-    "In the beginning God created the heaven and the earth.\n\nAnd the earth was without form, and void;",
-    "你好，世界。 Привет, мир! 😀 3.14159 = π",
-)  # fmt: skip
+from megaresnorm.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ def to_hf(
     max_memory: int = 4_000_000_000,
     verify: bool = True,
     with_tokenizer: bool = True,
-    tolerance: float | None = None,
+    tolerance: float = TOLERANCE,
     progress: Callable[[str, int], Progress] = lambda label, total: lambda count: None,
 ) -> Report:
     """Write ``out`` for Transformers.
@@ -101,9 +96,8 @@ def to_hf(
         if verify:
             agreement, rounding = verified(native, folder, tokenizer, dtype, tolerance)
         files = len(list(folder.glob("model*.safetensors")))
-        report = Report(out, chosen, num_bytes, files, agreement, rounding)
-        (folder / "README.md").write_text(model_card(native, report, dtype), encoding="utf-8")
-    return report
+        (folder / "README.md").write_text(model_card(native, dtype, chosen, agreement, rounding), encoding="utf-8")
+    return Report(out, chosen, num_bytes, files, agreement, rounding)
 
 
 def weight_entries(native: NativeModel, chosen: Plan, dtype: torch.dtype, chunk_bytes: int) -> Iterator[Entry]:
@@ -146,75 +140,12 @@ def config_of(native: NativeModel, chosen: Plan, dtype: torch.dtype, tokenizer: 
 
 
 def verified(
-    native: NativeModel, folder: Path, tokenizer: Tokenizer | None, dtype: torch.dtype, tolerance: float | None
+    native: NativeModel, folder: Path, tokenizer: Tokenizer | None, dtype: torch.dtype, tolerance: float
 ) -> tuple[Agreement, Agreement | None]:
     """What was written beside the checkpoint, and what rounding to ``dtype`` has changed. Raises: ConversionError."""
-    vocab_size, seq_len = native.recipe.vocab_size, native.recipe.seq_len
-    assert vocab_size is not None
-    prompts = random_prompts(vocab_size, seq_len)
-    if tokenizer is not None:
-        prompts += text_prompts(TEXTS, tokenizer, vocab_size, seq_len)
+    prompts = prompts_of(native, tokenizer)
     rounded_to = dtype if dtype.itemsize < native.dtype.itemsize else None
-    options = {} if tolerance is None else {"tolerance": tolerance}
     theirs = of_theirs(load_theirs(folder))
-    agreement = compare(of_ours(native.model(rounded_to)), theirs, prompts, **options)
-    if not agreement.passed:
-        raise ConversionError(
-            f"FAIL: the written model does not compute the same: logits differ by up to {agreement.largest:.3g} of {agreement.scale:.3g} "
-            f"(allowed {agreement.tolerance:.2g} of that), {agreement.clear_top1:.2%} have the same likeliest token; nothing was kept"
-        )
+    agreement = compare(of_ours(native.model(rounded_to)), theirs, prompts, tolerance)
+    agreement.judge("the written model")
     return agreement, None if rounded_to is None else compare(of_ours(native.model()), theirs, prompts)
-
-
-def check_memory(num_bytes: int) -> None:
-    """Raises: ConfigError where two models of so many bytes do not fit."""
-    have = _available_memory()
-    if have is not None and 2 * num_bytes > have:
-        raise ConfigError(
-            f"verifying needs {human_bytes(2 * num_bytes)} of memory, {human_bytes(have)} are free; switch it off by --verify off"
-        )
-
-
-def _available_memory() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def model_card(native: NativeModel, report: Report, dtype: torch.dtype) -> str:
-    """README.md: what the model is, and how exactly it was converted."""
-    recipe, state, chosen = native.recipe, native.state, report.plan
-    remote = chosen.family.name == OURS
-    lines = [
-        "---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- megaresnorm", f"- {recipe.topology}", "---", "",
-        f"# {recipe.topology}, {recipe.num_blocks} blocks", "",
-        f"A decoder-only language model of {2 * recipe.num_blocks} sub-layers, trained with MegaResNorm and exported as "
-        f"`{chosen.family.architecture}` in {str(dtype).removeprefix('torch.')}.", "",
-        "| | |", "| --- | --- |",
-        f"| residual topology | `{recipe.topology}` |",
-        f"| width, blocks, heads (of keys and values) | {recipe.dim}, {recipe.num_blocks}, {recipe.num_heads} ({recipe.kv_heads}) |",
-        f"| vocabulary, longest sequence | {recipe.vocab_size:,}, {recipe.seq_len:,} |",
-        f"| parameters | {sum(spec.num_elements for spec in native.table.values()):,} |",
-        f"| step, samples | {native.checkpoint.step:,}, {state.samples:,} |",
-    ]  # fmt: skip
-    if state.train_loss is not None:
-        lines.append(f"| training loss, nats a token | {state.train_loss:.4f} |")
-    trust = ", trust_remote_code=True" if remote else ""
-    lines += ["", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-              f'model = AutoModelForCausalLM.from_pretrained("PATH"{trust})',
-              'tokenizer = AutoTokenizer.from_pretrained("PATH")', "```", "", "## Exactness", ""]  # fmt: skip
-    lines += [f"* {note}." for note in chosen.notes]
-    if chosen.fold is not None:
-        lines.append("* Constants of the topology are folded into the weights, which rounds them once more.")
-    if report.agreement is None:
-        lines.append("The logits were not compared with the checkpoint's.")
-    else:
-        lines += ["Logits in FP32 beside the checkpoint's:", "", "| | |", "| --- | --- |"]
-        lines += [f"| {name} | {value} |" for name, value in report.agreement.rows().items()]
-        lines.append("| verdict | PASS |")
-    if report.rounding is not None:
-        lines += ["", f"Rounding the weights moves logits by up to {report.rounding.largest:.3g} "
-                  f"({report.rounding.top1:.2%} of the likeliest tokens stay)."]  # fmt: skip
-    return "\n".join(lines) + "\n"

@@ -21,7 +21,10 @@ from megaresnorm.errors import CheckpointError, DataError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 END_OF_BYTES = "<|endoftext|>"
-_WORDS = ["the", "of", "and", "to", "in", "Über", "naïve", "Ελληνικά", "Привет", "мир", "你好", "世界", "日本語", "こんにちは", "한국어", "العربية", "שלום", "😀", "👩\u200d👩\u200d👧", "🇫🇷", "é", "é", "ﬁ", "def", "return", "self.x", "__init__", "==", "!=", "->", "{}", "[]", "()", "#", "//", "/*", "*/", "<div>", "&amp;", "3.14", "1,000", "0x7f", "a_b", "camelCase", "don't", "U.S.A.", "▁", "_", "\\n"]
+_TEXT = """the of and to in Über naïve Ελληνικά Привет мир 你好 世界 日本語 こんにちは 한국어 العربية שלום
+😀 👩\u200d👩\u200d👧 🇫🇷 é e\u0301 ﬁ def return self.x __init__ == != -> {} [] () # // /* */ <div> &amp;
+3.14 1,000 0x7f a_b camelCase don't U.S.A. ▁ _ \\n"""
+_WORDS = _TEXT.split()
 _SPACES = (" ", "  ", "   ", "\t", "\n", "\n\n", "\r\n", " \t ", "\u00a0", "\u3000", "")
 
 
@@ -67,8 +70,8 @@ def check_equal(tokenizer: Tokenizer, folder: Path, texts: Sequence[str]) -> Non
     wrong = [t for t in texts if theirs.encode(t, add_special_tokens=False) != tokenizer.encode(t).tolist()]
     if wrong:
         raise DataError(
-            f"the tokenizer cannot be exported exactly: Transformers makes other tokens of {len(wrong)} of {len(texts)} texts, such as "
-            f"{wrong[0][:60]!r}; export without it by --tokenizer none"
+            f"the tokenizer cannot be exported exactly: Transformers makes other tokens of {len(wrong)} of {len(texts)} texts, "
+            f"such as {wrong[0][:60]!r}; export without it by --tokenizer none"
         )
     if theirs.eos_token_id != tokenizer.eod:
         raise DataError(
@@ -144,7 +147,9 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[bytes, str]:
     unknown = next((piece.text for piece in pieces if piece.kind == "unknown"), None)
     # BPE numbers its pieces from 0 down; a unigram model has logarithms of probabilities.
     if all(pieces[i].score == -rank for rank, i in enumerate(sorted(plain.values()))):
-        model = models.BPE(vocab=ids, merges=_merges(plain), fuse_unk=True, byte_fallback=True, unk_token=unknown)
+        model: models.Model = models.BPE(
+            vocab=ids, merges=_merges(plain), fuse_unk=True, byte_fallback=True, unk_token=unknown
+        )
     else:
         scores = [(piece.text, piece.score) for piece in pieces]
         model = models.Unigram(scores, unk_id=ids.get(unknown or "", 0), byte_fallback=True)

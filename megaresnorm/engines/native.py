@@ -187,6 +187,11 @@ class NativeEngine:
         self._optimizer.set_updates(self._updates)
         self.assembled.weights_changed()
 
+    def load_weights(self, checkpoint: Checkpoint) -> None:
+        """Take over the weights alone of a checkpoint of a model with the same parameters, saved in whatever layout."""
+        checkpoint.load("weights", self.slices["weights"])
+        self.assembled.weights_changed()
+
     def weights_digest(self) -> str:
         """SHA-256 of all weights, the same on every rank: equal runs have equal digests, where printed losses can hide a
         difference.
