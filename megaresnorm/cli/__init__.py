@@ -1,4 +1,4 @@
-"""megaresnorm train | prepare | data | checkpoint | generate | depth | doctor | schema: parse, call the library, print."""
+"""The megaresnorm command: parse, call the library, print."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from megaresnorm.cli.checkpoint import add_checkpoint
+from megaresnorm.cli.convert import add_convert
 from megaresnorm.cli.data import add_data, add_prepare
 from megaresnorm.cli.depth import add_depth
 from megaresnorm.cli.doctor import add_doctor
@@ -17,8 +18,8 @@ from megaresnorm.errors import ConfigError, LostRankError, UserError
 from megaresnorm.resilience.signals import end_on_purpose
 
 EPILOG = """exit codes: 0 done, 1 unexpected, 2 bad recipe or arguments, 3 bad data, 4 bad checkpoint, 5 the run cannot go on,
-6 another rank is gone, 124 train.max_minutes are over, 130 stopped by Ctrl-C, 138 by SIGUSR1 and 143 by SIGTERM, with a
-checkpoint saved"""
+6 another rank is gone, 7 a converted model differs, 124 train.max_minutes are over, 130 stopped by Ctrl-C, 138 by SIGUSR1
+and 143 by SIGTERM, with a checkpoint saved"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,6 +60,16 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_train, add_prepare, add_data, add_checkpoint, add_generate, add_depth, add_doctor, add_schema):
+    for add in (
+        add_train,
+        add_prepare,
+        add_data,
+        add_checkpoint,
+        add_convert,
+        add_generate,
+        add_depth,
+        add_doctor,
+        add_schema,
+    ):
         add(commands)
     return parser

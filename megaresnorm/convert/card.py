@@ -3,9 +3,8 @@
 import torch
 
 from megaresnorm.convert.compare import Agreement
-from megaresnorm.convert.native import NativeModel
+from megaresnorm.convert.native import OURS, NativeModel
 from megaresnorm.convert.plan import Plan
-from megaresnorm.convert.remote import OURS
 
 _CARD = """---
 library_name: transformers
@@ -78,8 +77,8 @@ def _exactness(chosen: Plan, agreement: Agreement | None, rounding: Agreement | 
     rows = _table(agreement.rows() | {"verdict": "PASS"})
     lines += ["", "Logits in FP32 beside the checkpoint's:", "", "| | |", "| --- | --- |", rows]
     if rounding is not None:
-        moved = f"Rounding the weights moves logits by up to {rounding.largest:.3g}; {rounding.top1:.2%} of the likeliest tokens stay."
-        lines += ["", moved]
+        moved = f"Rounding the weights moves logits by up to {rounding.largest:.3g}"
+        lines += ["", f"{moved}; {rounding.top1:.2%} of the likeliest tokens stay."]
     return lines
 
 

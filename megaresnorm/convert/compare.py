@@ -12,8 +12,7 @@ from torch import Tensor
 
 from megaresnorm.checkpoint.format import human_bytes
 from megaresnorm.convert.files import CONFIG, read_json
-from megaresnorm.convert.native import NativeModel
-from megaresnorm.convert.remote import OURS
+from megaresnorm.convert.native import OURS, NativeModel
 from megaresnorm.data.tokenizer import Tokenizer
 from megaresnorm.errors import CheckpointError, ConfigError, ConversionError
 

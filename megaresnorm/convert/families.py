@@ -15,7 +15,7 @@ from megaresnorm.recipe import ModelRecipe, TopologyOptions
 
 
 class Of(NamedTuple):
-    """Which rows of which of our modules a module of theirs has. {} in a name is the block."""
+    """Which rows of which of our modules a module of theirs has. {} in a name is the block; of ``a|b`` the one that there is."""
 
     name: str
     rows: Rows = every
@@ -36,7 +36,8 @@ class Constant(NamedTuple):
 class Family:
     """name: model_type of config.json.   modules: theirs -> ours; {next} is the number of the block after.   renamed: names that
     follow the modules' pattern, and what they are called instead.   prefix: may be missing in files.   divided_dim: the class
-    refuses heads whose number does not divide the width, even where head_dim says how wide they are.
+    refuses heads whose number does not divide the width, even where head_dim says how wide they are.   padded: files may have
+    more rows for the vocabulary than it has tokens.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Family:
     constants: Mapping[str, Constant] = field(default_factory=dict)
     prefix: str = "model."
     divided_dim: bool = False
+    padded: bool = False
 
     def config(self, recipe: ModelRecipe) -> dict[str, Any]:
         """What config.json says of the model."""

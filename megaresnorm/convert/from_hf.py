@@ -27,10 +27,12 @@ from megaresnorm.convert.compare import (
 from megaresnorm.convert.families import FAMILIES, Family
 from megaresnorm.convert.files import CONFIG, Progress, Weights, check_space, new_folder, read_json
 from megaresnorm.convert.links import Link, constants, links, row_chunks
-from megaresnorm.convert.native import NativeModel
+from megaresnorm.convert.megatron import MEGATRON
+from megaresnorm.convert.megatron import NAME as MEGATRON_NAME
+from megaresnorm.convert.native import OURS, NativeModel
 from megaresnorm.convert.plan import Plan, plan
 from megaresnorm.convert.remainder import REMAINDER, restored
-from megaresnorm.convert.remote import OURS, recipe_in, remote_family
+from megaresnorm.convert.remote import recipe_in, remote_family
 from megaresnorm.convert.signature import different
 from megaresnorm.convert.tokenizers import read_tokenizer_of
 from megaresnorm.data.tokenizer import Tokenizer
@@ -58,6 +60,7 @@ exponential_decay_length_penalty suppress_tokens begin_suppress_tokens return_di
 IGNORED = frozenset(_NAMES.split())
 # Buffers that old files hold, which their classes compute themselves.
 _BUFFERS = (
+    "._extra_state",
     ".rotary_emb.inv_freq",
     ".attn.bias",
     ".attn.masked_bias",
@@ -101,6 +104,7 @@ def from_hf(
         raise ConfigError(f"{out}: exists already, and nothing is written over; give another folder")
     config = normalized(source)
     chosen, model, notes = described(source / CONFIG, config, seq_len)
+    verify = verify and config["model_type"] != MEGATRON_NAME  # whose model runs in a process group of its own
     weights = Weights(source)
     table = parameter_table(model)
     found = matched(weights, chosen, table)
@@ -144,7 +148,7 @@ def normalized(source: Path) -> dict[str, Any]:
         )
     raw = read_json(path)
     kind = raw.get("model_type")
-    if kind == OURS:
+    if kind in (OURS, MEGATRON_NAME):
         return raw
     known = sorted({family.name for family in FAMILIES} | {OURS})
     if kind not in known:
@@ -176,7 +180,9 @@ def described(path: Path, config: dict[str, Any], seq_len: int | None) -> tuple[
     A config.json that we have written brings the recipe that it was made from; where its fields still say the same, that counts.
     Raises: CheckpointError naming the field that has no counterpart.
     """
-    candidates = [family for family in (*FAMILIES, remote_family()) if family.name == config["model_type"]]
+    candidates = [
+        family for family in (*FAMILIES, remote_family(), *MEGATRON.values()) if family.name == config["model_type"]
+    ]
     errors: list[UserError] = []
     for family in candidates:
         try:
@@ -249,7 +255,11 @@ def matched(weights: Weights, chosen: Plan, table: dict[str, ParameterSpec]) -> 
         name = link.theirs if link.theirs in weights.tensors else link.theirs.removeprefix(prefix)
         if name not in weights.tensors:
             raise CheckpointError(f"{weights.folder}: has no tensor {link.theirs}")
-        if weights.shape(name) != link.shape:
+        padding = chosen.family.padded and table[link.ours].parts[0].role in ("embedding", "head")
+        if weights.shape(name) != (
+            max(link.shape[0], weights.shape(name)[0]) if padding else link.shape[0],
+            *link.shape[1:],
+        ):
             raise CheckpointError(
                 f"{weights.folder}: {name} has shape {list(weights.shape(name))}, {CONFIG} makes it {list(link.shape)}"
             )

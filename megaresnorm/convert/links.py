@@ -90,9 +90,11 @@ def links(
             if ("{" in theirs) == (block is None):
                 continue
             their_module = theirs_of(family, recipe, theirs, block)
-            for suffix in ("weight", "bias"):
-                ours = f"{of.name.format(block)}.{suffix}"
-                if ours not in table:
+            for suffix in (".weight", ".bias", ""):  # a gate is a parameter by itself
+                stem, _, names = of.name.format(block).rpartition(".")
+                there = [f"{stem}.{name}{suffix}".lstrip(".") for name in names.split("|")]
+                ours = next((name for name in there if name in table), "")
+                if not ours:
                     continue
                 spec = table[ours]
                 rows = of.rows(recipe, spec)
@@ -100,7 +102,7 @@ def links(
                 shape = (len(rows), *spec.shape[1:])
                 shape = shape[::-1] if transposed else shape
                 done.add(ours)
-                yield Link(f"{their_module}.{suffix}", ours, rows, shape, transposed, factor(ours))
+                yield Link(f"{their_module}{suffix}".replace("_.", "_"), ours, rows, shape, transposed, factor(ours))
     missing = sorted(table.keys() - done)
     assert not missing, f"{family.name} has no place for {missing[0]}"
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import megaresnorm
 from megaresnorm.assemble import build_model
 from megaresnorm.checkpoint.format import Slices
 from megaresnorm.checkpoint.inspect import newest_of
@@ -17,6 +19,8 @@ from megaresnorm.model.parameters import ParameterSpec, parameter_table
 from megaresnorm.model.transformer import Transformer
 from megaresnorm.parallel.sharding import Box
 from megaresnorm.recipe import ModelRecipe
+
+OURS = "megaresnorm"  # our model_type, and the key of every config.json that we write under which the model's recipe is
 
 
 class NativeModel:
@@ -50,6 +54,12 @@ class NativeModel:
         file = description.get("file")
         content = b"" if file is None else self.checkpoint.attached(file)
         return restore_tokenizer(description, content, str(self.folder))
+
+    def origin(self, tokenizer: Tokenizer | None) -> dict[str, Any]:
+        """What a config.json keeps of where it comes from, for the way back."""
+        described = None if tokenizer is None else tokenizer.describe()
+        model = self.recipe.model_dump(exclude_none=True)
+        return {OURS: {"version": megaresnorm.__version__, "model": model, "tokenizer": described}}
 
     def model(self, rounded_to: torch.dtype | None = None) -> Transformer:
         """The model on this CPU in FP32. rounded_to: a type its weights are rounded to first."""

@@ -7,7 +7,8 @@ from pydantic import ValidationError
 from megaresnorm.config import suggest
 from megaresnorm.convert.families import FAMILIES, Family
 from megaresnorm.convert.fold import Fold, fold
-from megaresnorm.convert.remote import OURS, remote_family
+from megaresnorm.convert.native import OURS
+from megaresnorm.convert.remote import remote_family
 from megaresnorm.convert.signature import different
 from megaresnorm.errors import CheckpointError, ConfigError
 from megaresnorm.recipe import ModelRecipe

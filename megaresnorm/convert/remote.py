@@ -9,13 +9,13 @@ from pydantic import ValidationError
 
 from megaresnorm.convert.families import Family, Of, scale, whole_logits_scaling
 from megaresnorm.convert.fields import By, Config, Settings, refused
+from megaresnorm.convert.native import OURS
 from megaresnorm.convert.signature import wiring
 from megaresnorm.model.rotary import stretched
 from megaresnorm.model.transformer import has_embedding_norm
 from megaresnorm.recipe import ModelRecipe
 
 FILE = "modeling_megaresnorm.py"
-OURS = "megaresnorm"  # our model_type, and the key of every config.json that we write under which the model's recipe is
 _KINDS = {"learned scalar": "scalar", "learned vector": "vector", "of every token": "token"}
 
 

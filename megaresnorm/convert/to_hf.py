@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import megaresnorm
 from megaresnorm.checkpoint.format import Entry
 from megaresnorm.convert.card import model_card
 from megaresnorm.convert.compare import (
@@ -24,10 +23,10 @@ from megaresnorm.convert.compare import (
 )
 from megaresnorm.convert.files import CONFIG, Progress, check_space, new_folder, write_json, write_weights
 from megaresnorm.convert.links import Link, constants, links, row_chunks
-from megaresnorm.convert.native import NativeModel
+from megaresnorm.convert.native import OURS, NativeModel
 from megaresnorm.convert.plan import Plan, plan
 from megaresnorm.convert.remainder import remainder_entries, write_remainder
-from megaresnorm.convert.remote import FILE, OURS, code
+from megaresnorm.convert.remote import FILE, code
 from megaresnorm.convert.tokenizers import check_equal, sample_texts, tokenizer_files
 from megaresnorm.data.tokenizer import Tokenizer
 from megaresnorm.errors import ConfigError
@@ -70,7 +69,7 @@ def to_hf(
     """
     if out.exists():
         raise ConfigError(f"{out}: exists already, and nothing is written over; give another folder")
-    native = NativeModel(checkpoint)
+    native = NativeModel(checkpoint, progress("verifying the checkpoint", 0))
     chosen, dtype = plan(native.recipe, arch), dtype or native.dtype
     tokenizer = native.tokenizer() if with_tokenizer else None
     entries = list(weight_entries(native, chosen, dtype, max_memory // 8))
@@ -131,11 +130,7 @@ def config_of(native: NativeModel, chosen: Plan, dtype: torch.dtype, tokenizer: 
         "eos_token_id": end,
         "pad_token_id": None,
         "use_cache": True,
-        OURS: {
-            "version": megaresnorm.__version__,
-            "model": native.recipe.model_dump(exclude_none=True),
-            "tokenizer": None if tokenizer is None else tokenizer.describe(),
-        },
+        **native.origin(tokenizer),
     }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megaresnorm.convert.files import read_json
-from megaresnorm.convert.remote import OURS
+from megaresnorm.convert.native import OURS
 from megaresnorm.data.tokenizer import (
     HUGGINGFACE_FILE,
     SENTENCEPIECE_FILE,

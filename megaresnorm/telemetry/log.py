@@ -3,8 +3,9 @@
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -47,6 +48,19 @@ def progress_bar(label: str, total: int | None, done: int = 0, *, of_bytes: bool
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         progress.add_task(label, total=total, completed=done)
         yield progress
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """Bars of bytes, one after the other: a function from a label and a total (0: not known) to what moves the bar on."""
+    with ExitStack() as current:
+
+        def start(label: str, total: int) -> Callable[[int], None]:
+            current.close()
+            bar = current.enter_context(progress_bar(label, total or None, of_bytes=True))
+            return partial(bar.advance, bar.task_ids[0])
+
+        yield start
 
 
 def step_line(step: int, steps: int, metrics: dict[str, float]) -> str:

@@ -1,0 +1,365 @@
+"""megaresnorm convert to-hf | from-hf | to-megatron | from-megatron | compare."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megaresnorm.cli.arguments import Commands, count
+from megaresnorm.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+
+    from megaresnorm.convert.compare import Agreement
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+_TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+_CHECKPOINT = "a checkpoint, or the output folder of a run: its newest one"
+
+
+def add_convert(commands: Commands) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="to and from Hugging Face Transformers and Megatron-Core",
+        description="Convert checkpoints, in whatever layout they were saved, without starting ranks. Nothing is "
+        "written over, and "
+        "the output folder appears when it is complete.",
+    )
+    actions = convert.add_subparsers(title="actions", metavar="ACTION", required=True)
+    _add_to_hf(actions)
+    _add_from_hf(actions)
+    _add_megatron(actions)
+    _add_compare(actions)
+
+
+def _add_to_hf(actions: Commands) -> None:
+    to_hf = actions.add_parser(
+        "to-hf",
+        help="a checkpoint as a model of Hugging Face Transformers",
+        description="Write a checkpoint as a model of Hugging Face Transformers: safetensors, config, tokenizer, model "
+        "card. The result "
+        "is loaded by Transformers and its logits are compared with the checkpoint's; exit code 7 if they differ.",
+        epilog="example: megaresnorm convert to-hf runs/quickstart/deepnorm-50 runs/quickstart/hf",
+    )
+    to_hf.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=_CHECKPOINT)
+    to_hf.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    to_hf.add_argument(
+        "--arch",
+        default="auto",
+        help="architecture: llama, qwen2, qwen3, granite, glm4, olmo2, minimax, gpt2, gpt_neox, starcoder2, stablelm, "
+        "openai-gpt, opt, "
+        "bert-generation, gemma2, gemma3_text, mistral, olmo3, or remote-code, which brings its own code along for any "
+        "topology; auto "
+        "takes the first that holds the model exactly [auto]",
+    )
+    to_hf.add_argument(
+        "--tokenizer",
+        choices=["auto", "none"],
+        default="auto",
+        help="none: leave the checkpoint's tokenizer out [auto]",
+    )
+    _add_writing(to_hf)
+    _add_verifying(to_hf)
+    to_hf.set_defaults(run=_to_hf)
+
+
+def _add_from_hf(actions: Commands) -> None:
+    from_hf = actions.add_parser(
+        "from-hf",
+        help="a model of Hugging Face Transformers as a checkpoint, to train it on",
+        description="Read a downloaded model of Hugging Face Transformers (safetensors alone, never a pickle) and "
+        "write a checkpoint that "
+        "any layout can train on, with a recipe that does. A field or a tensor that our model has nothing for is "
+        "refused by name.",
+        epilog="example: megaresnorm convert from-hf models/Qwen3-0.6B runs/qwen3 --seq-len 4096",
+    )
+    from_hf.add_argument("model", type=Path, metavar="MODEL", help="folder with config.json and safetensors")
+    from_hf.add_argument("out", type=Path, metavar="OUT", help="folder to make: a checkpoint and recipe.yaml")
+    from_hf.add_argument("--seq-len", type=count, metavar="N", help="longest sequence, to be shorter than the model's")
+    from_hf.add_argument(
+        "--data", default="runs/my-data", metavar="PATH", help="data.path of the recipe [runs/my-data]"
+    )
+    _add_memory(from_hf)
+    _add_verifying(from_hf)
+    from_hf.set_defaults(run=_from_hf)
+
+
+def _add_megatron(actions: Commands) -> None:
+    to_megatron = actions.add_parser(
+        "to-megatron",
+        help="a checkpoint as weights of Megatron-Core's GPT model",
+        description="Write a pre-norm checkpoint as safetensors with the names of Megatron-Core's GPTModel (0.16.1) on "
+        "one rank, and its "
+        "settings as config.json; docs/conversion.md has the lines that load them.",
+    )
+    to_megatron.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=_CHECKPOINT)
+    to_megatron.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    to_megatron.add_argument(
+        "--transformer-impl",
+        choices=["transformer_engine", "local"],
+        default="transformer_engine",
+        help="which of Megatron's layers: they have different names [transformer_engine]",
+    )
+    _add_writing(to_megatron)
+    to_megatron.set_defaults(run=_to_megatron)
+    from_megatron = actions.add_parser(
+        "from-megatron",
+        help="weights of Megatron-Core's GPT model as a checkpoint",
+        description="Read safetensors with the names of Megatron-Core's GPTModel (0.16.1) on one rank and config.json "
+        "with its settings; "
+        "docs/conversion.md has the lines that write them. Logits are not compared.",
+    )
+    from_megatron.add_argument("model", type=Path, metavar="MODEL", help="folder with config.json and safetensors")
+    from_megatron.add_argument("out", type=Path, metavar="OUT", help="folder to make: a checkpoint and recipe.yaml")
+    from_megatron.add_argument(
+        "--data", default="runs/my-data", metavar="PATH", help="data.path of the recipe [runs/my-data]"
+    )
+    _add_memory(from_megatron)
+    from_megatron.set_defaults(run=_from_hf, seq_len=None, verify="off", tolerance=None)
+
+
+def _add_compare(actions: Commands) -> None:
+    compare = actions.add_parser(
+        "compare",
+        help="whether two models compute the same",
+        description="Compare the logits of two models, each a checkpoint of ours or a folder of Hugging Face "
+        "Transformers, in FP32. Exit "
+        "code 7 if they differ.",
+    )
+    compare.add_argument("one", type=Path, metavar="A")
+    compare.add_argument("other", type=Path, metavar="B")
+    compare.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="a text in every line, where A is a checkpoint with a tokenizer [2,000 random tokens]",
+    )
+    _add_tolerance(compare)
+    compare.set_defaults(run=_compare)
+
+
+def _add_writing(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dtype", choices=list(_TYPES), help="type of the written weights [the checkpoint's]")
+    command.add_argument(
+        "--max-shard-size", type=num_bytes, default=5 * 10**9, metavar="SIZE", help="largest file, such as 500MB [5GB]"
+    )
+    _add_memory(command)
+
+
+def _add_memory(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--max-memory",
+        type=num_bytes,
+        default=4 * 10**9,
+        metavar="SIZE",
+        help="memory for tensors while reading and writing; verifying takes two whole models [4GB]",
+    )
+
+
+def _add_verifying(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--verify",
+        choices=["on", "off"],
+        default="on",
+        help="compare logits of both models, in FP32; off where memory forbids it [on]",
+    )
+    _add_tolerance(command)
+
+
+def _add_tolerance(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--tolerance", type=_tolerance, metavar="X", help="largest difference, as a share of the largest logit [2e-5]"
+    )
+
+
+def _to_hf(arguments: argparse.Namespace) -> int:
+    _needs_transformers()
+    from megaresnorm.checkpoint.format import human_bytes
+    from megaresnorm.convert.compare import TOLERANCE
+    from megaresnorm.convert.to_hf import to_hf
+    from megaresnorm.telemetry.log import console, progress_bars
+
+    with progress_bars() as progress:
+        report = to_hf(
+            arguments.checkpoint,
+            arguments.out,
+            arch=arguments.arch,
+            dtype=_dtype(arguments.dtype),
+            max_shard_bytes=arguments.max_shard_size,
+            max_memory=arguments.max_memory,
+            verify=arguments.verify == "on",
+            with_tokenizer=arguments.tokenizer == "auto",
+            tolerance=TOLERANCE if arguments.tolerance is None else arguments.tolerance,
+            progress=progress,
+        )
+    console.print(f"wrote     {report.folder}: {report.files} file(s), {human_bytes(report.num_bytes)}")
+    console.print(f"as        {report.plan.family.architecture} (model_type {report.plan.family.name})")
+    for note in report.plan.notes:
+        console.print(f"note      {note}", style="yellow")
+    if report.plan.fold is not None:
+        console.print(
+            "note      constants of the topology are folded into the weights; the way back is exact all the same"
+        )
+    _print_agreement(report.agreement)
+    if report.rounding is not None:
+        console.print(
+            f"rounding the weights moves logits by up to {report.rounding.largest:.3g}; {report.rounding.top1:.2%} of "
+            f"the likeliest "
+            "tokens stay"
+        )
+    return 0
+
+
+def _from_hf(arguments: argparse.Namespace) -> int:
+    _needs_transformers()
+    from megaresnorm.convert.compare import TOLERANCE
+    from megaresnorm.convert.from_hf import from_hf
+    from megaresnorm.telemetry.log import console, progress_bars
+
+    with progress_bars() as progress:
+        found = from_hf(
+            arguments.model,
+            arguments.out,
+            seq_len=arguments.seq_len,
+            data=arguments.data,
+            max_memory=arguments.max_memory,
+            verify=arguments.verify == "on",
+            tolerance=TOLERANCE if arguments.tolerance is None else arguments.tolerance,
+            progress=progress,
+        )
+    model = found.model
+    console.print(f"wrote     {found.checkpoint}")
+    console.print(f"model     {model.topology}, {model.num_blocks} blocks, width {model.dim}, from {found.family.name}")
+    for note in found.notes:
+        console.print(f"note      {note}", style="yellow")
+    _print_agreement(found.agreement)
+    console.print(f"train on  megaresnorm train {found.recipe} data.path={arguments.data}")
+    return 0
+
+
+def _to_megatron(arguments: argparse.Namespace) -> int:
+    from megaresnorm.convert.megatron import to_megatron
+    from megaresnorm.telemetry.log import console, progress_bars
+
+    with progress_bars() as progress:
+        folder = to_megatron(
+            arguments.checkpoint,
+            arguments.out,
+            implementation=arguments.transformer_impl,
+            dtype=_dtype(arguments.dtype),
+            max_shard_bytes=arguments.max_shard_size,
+            max_memory=arguments.max_memory,
+            progress=progress,
+        )
+    console.print(
+        f"wrote     {folder}, for megatron-core's {arguments.transformer_impl} layers; the logits were not compared"
+    )
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from megaresnorm.convert.compare import TOLERANCE, compare, load_logits, random_prompts, read_prompts, text_prompts
+
+    texts = None if arguments.prompts is None else read_prompts(arguments.prompts)
+    if any((folder / "config.json").exists() for folder in (arguments.one, arguments.other)):
+        _needs_transformers()
+    one, other = load_logits(arguments.one), load_logits(arguments.other)
+    vocab_size, seq_len = min(one.vocab_size, other.vocab_size), min(one.seq_len, other.seq_len)
+    if texts is None:
+        prompts = random_prompts(vocab_size, seq_len)
+    else:
+        tokenizer = one.tokenizer or other.tokenizer
+        if tokenizer is None:
+            raise ConfigError(
+                "--prompts needs a checkpoint of ours with a tokenizer as A or B; leave it out for random tokens"
+            )
+        prompts = text_prompts(texts, tokenizer, vocab_size, seq_len)
+    agreement = compare(
+        one.logits, other.logits, prompts, TOLERANCE if arguments.tolerance is None else arguments.tolerance
+    )
+    _print_agreement(agreement)
+    return 0 if agreement.passed else 7
+
+
+def _print_agreement(agreement: Agreement | None) -> None:
+    from megaresnorm.telemetry.log import console
+
+    if agreement is None:
+        console.print("verdict   not verified")
+        return
+    console.print(_agreement_table(agreement))
+    console.print("PASS" if agreement.passed else "FAIL", style="green" if agreement.passed else "red")
+
+
+def _agreement_table(agreement: Agreement) -> Table:
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for name, value in agreement.rows().items():
+        table.add_row(name, value)
+    return table
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    return None if name is None else getattr(torch, _TYPES[name])
+
+
+def _needs_transformers() -> None:
+    """Raises: ConfigError where it is not installed. Says nothing to the internet: what is converted is here."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError(
+            "converting needs the package transformers; install it with: pip install 'transformers>=5.0'"
+        ) from None
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise ConfigError(
+            f"transformers {transformers.__version__} is too old; install it with: pip install 'transformers>=5.0'"
+        )
+
+
+def num_bytes(text: str) -> int:
+    """
+    >>> num_bytes("1GB"), num_bytes("1.5 GiB"), num_bytes("4096")
+    (1000000000, 1610612736, 4096)
+    """
+    number = text.strip().rstrip("BbKkMmGgTtIi ").strip()
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        size = float(number) * _UNITS[unit]
+    except (ValueError, KeyError):
+        size = 0.0
+    if not 1 <= size < 2**60:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB, 4GB or 2GiB")
+    return int(size)
+
+
+def _tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1")
+    return value
