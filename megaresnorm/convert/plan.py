@@ -58,7 +58,7 @@ def plan(recipe: ModelRecipe, arch: str = "auto") -> Plan:
                     f"eps of all norms is {theirs:.3g} instead of {ours:.3g}" for ours, theirs in found.values()
                 )
                 return Plan(family, fitting, folded if fitting is not recipe else None, (*notes, *eps))
-            key = next(iter(found.keys() - {"norm_eps"}))
+            key = next(key for key in found if key != "norm_eps")
             ours, theirs = found[key]
             wiring = key == "topology"
             why.append(

@@ -14,7 +14,8 @@ _NAMES = {"kv_heads": "num_kv_heads", "head_width": "head_dim", "ffn_width": "ff
 
 def signature(recipe: ModelRecipe) -> dict[str, Any]:
     """Setting -> value. Two models with equal signatures have the same parameters by the same names and compute the same."""
-    found = {_NAMES.get(key, key): getattr(recipe, key) for key in PLAIN.split()}
+    found: dict[str, Any] = {"topology": wiring(recipe)}
+    found |= {_NAMES.get(key, key): getattr(recipe, key) for key in PLAIN.split()}
     found["attention_multiplier"] = scale(recipe)
     found["logits_scaling"] = whole_logits_scaling(recipe)
     found["embedding_norm"] = has_embedding_norm(recipe)
@@ -23,7 +24,6 @@ def signature(recipe: ModelRecipe) -> dict[str, Any]:
     if recipe.positions == "rope":
         found |= {"rope_theta": recipe.rope_theta, "rotary_width": recipe.rotary_width}
         found["rope_scaling"] = None if recipe.rope_scaling is None else recipe.rope_scaling.model_dump()
-    found["topology"] = wiring(recipe)
     return found
 
 
@@ -50,6 +50,6 @@ def wiring(recipe: ModelRecipe) -> tuple:
 
 
 def different(one: ModelRecipe, other: ModelRecipe) -> dict[str, tuple[Any, Any]]:
-    """The settings in which two models differ, with both values."""
+    """The settings in which two models differ, with both values, the topology first."""
     a, b = signature(one), signature(other)
-    return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
+    return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}

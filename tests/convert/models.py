@@ -20,6 +20,7 @@ SIZES = {
 DERIVED = {"head_dim": 4}  # of classes whose heads are dim / heads wide
 LLAMA3 = {"kind": "llama3", "factor": 8.0, "original_seq_len": 16, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"kind": "yarn", "factor": 4.0, "original_seq_len": 16}
+YARN_OF_OTHERS = {**YARN, "attention_factor": 1.3, "truncate": False, "beta_fast": 8.0, "beta_slow": 2.0}
 LN = {"norm": "layernorm"}
 GPT = {**DERIVED, **LN, "num_kv_heads": 6, "positions": "learned", "ffn": "gelu_tanh", "bias": True, "ffn_dim": 96}
 GEMMA = {"topology": "sandwich", "norm_zero_centered": True, "ffn": "geglu_tanh", "embedding_multiplier": 24**0.5}
@@ -37,7 +38,7 @@ MODELS: dict[str, tuple[str, dict]] = {
     ),
     "llama from lns": ("llama", {"topology": "lns"}),
     "qwen2": ("qwen2", {**DERIVED, "topology": "pre", "attention_bias": "qkv", "tied_embeddings": True}),
-    "qwen3": ("qwen3", {"topology": "pre", "qk_norm": "head", "rope_scaling": {**YARN, "attention_factor": 1.3, "truncate": False}}),
+    "qwen3": ("qwen3", {"topology": "pre", "qk_norm": "head", "rope_scaling": YARN_OF_OTHERS}),
     "granite": (
         "granite",
         {

@@ -1,0 +1,171 @@
+"""Every architecture holds our models: logits of both on 2,000 tokens, and the way back bit for bit."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from models import ASKED_FOR, MODELS, recipe_of, save_random
+
+from megaresnorm.checkpoint.inspect import compare_tensors
+from megaresnorm.checkpoint.reader import Checkpoint
+from megaresnorm.convert.compare import compare, load_theirs, of_ours, of_theirs, random_prompts
+from megaresnorm.convert.families import FAMILIES
+from megaresnorm.convert.files import CONFIG
+from megaresnorm.convert.from_hf import from_hf
+from megaresnorm.convert.links import links
+from megaresnorm.convert.native import NativeModel
+from megaresnorm.convert.plan import plan
+from megaresnorm.convert.to_hf import to_hf
+from megaresnorm.errors import ConfigError, ConversionError
+
+logging.getLogger("transformers").setLevel(logging.ERROR)
+BAR = 5e-6  # of the largest logit, in FP32
+# A few hundred bytes, so that even these tensors are read and written in several chunks.
+LITTLE = 8 * 300
+
+
+def exported(name: str, folder: Path, **options) -> tuple[Path, object]:
+    arch, settings = MODELS[name]
+    checkpoint = save_random(folder / "run" / "checkpoints", recipe_of(settings))
+    asked = arch if name in ASKED_FOR else "auto"
+    report = to_hf(checkpoint, folder / "hf", arch=asked, max_memory=LITTLE, tolerance=BAR, **options)
+    assert report.plan.family.name == arch
+    return checkpoint, report
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_agree_and_the_way_back_is_bit_for_bit(name, tmp_path):
+    checkpoint, report = exported(name, tmp_path)
+    assert report.agreement.tokens >= 2000 and report.agreement.relative <= BAR and report.agreement.clear_top1 == 1.0
+    back = from_hf(tmp_path / "hf", tmp_path / "back", max_memory=LITTLE, tolerance=BAR)
+    assert back.agreement.tokens >= 2000 and back.agreement.passed
+    assert list(compare_tensors(Checkpoint(checkpoint), Checkpoint(back.checkpoint), lambda: None)) == []
+    assert back.model == recipe_of(MODELS[name][1]).model
+    assert set(back.notes) == set(report.plan.notes)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_others_have_made_is_read(name, tmp_path):
+    """Without what we add to config.json, and saved by Transformers itself, in BF16 in every second case."""
+    _, report = exported(name, tmp_path, verify=False)
+    dtype = torch.bfloat16 if len(name) % 2 else torch.float32
+    model = load_theirs(tmp_path / "hf", dtype)
+    del model.config.megaresnorm
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="10KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    back = from_hf(tmp_path / "theirs", tmp_path / "back", max_memory=LITTLE, tolerance=BAR)
+    assert back.agreement.passed and back.agreement.tokens >= 2000
+    again = to_hf(back.checkpoint, tmp_path / "again", arch=report.plan.family.name, tolerance=BAR, dtype=dtype)
+    assert again.plan.family is back.family
+    before, after = (_tensors(p) for p in (tmp_path / "theirs", tmp_path / "again"))
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from megaresnorm.convert.files import Weights
+
+    weights = Weights(folder)
+    return {name: weights.read(name, tuple((0, size) for size in weights.shape(name))) for name in weights.tensors}
+
+
+@pytest.mark.parametrize("spoilt", ["alpha", "swapped q and k", "interleaved heads", "shifted norms"])
+def test_verification_fails_what_is_wrong(spoilt, tmp_path, monkeypatch):
+    """Negative controls: nothing is kept of a model that does not compute the same."""
+    from megaresnorm.convert import links as module
+    from megaresnorm.convert import plan as planning
+
+    settings = {"topology": "deepnorm"}
+    checkpoint = save_random(tmp_path / "run" / "checkpoints", recipe_of(settings))
+    family = next(f for f in FAMILIES if f.name == "minimax")
+    if spoilt == "alpha":
+        honest = type(family).config
+        monkeypatch.setattr(
+            type(family), "config", lambda self, recipe: honest(self, recipe) | {"mlp_alpha_factor": 1.01 * 6**0.25}
+        )
+        monkeypatch.setattr(planning, "problems", lambda one, recipe: {} if one is family else {"topology": (1, 2)})
+    else:
+        honest_links = links
+
+        def swapped(*arguments):
+            pair = {
+                "swapped q and k": ("self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+                "interleaved heads": ("self_attn.q_proj.weight", "self_attn.q_proj.weight"),
+                "shifted norms": ("layers.1.input_layernorm.weight", "layers.2.input_layernorm.weight"),
+            }[spoilt]
+            for link in honest_links(*arguments):
+                one, other = pair
+                name = link.theirs.replace(one, other) if link.theirs.endswith(one) else (
+                    link.theirs.replace(other, one) if link.theirs.endswith(other) else link.theirs
+                )  # fmt: skip
+                rows = link.rows
+                if spoilt == "interleaved heads" and link.theirs.endswith(one):
+                    rows = torch.arange(rows.start, rows.stop).view(-1, 2, 4).transpose(1, 2).flatten()
+                yield module.Link(name, link.ours, rows, link.shape, link.transposed, link.factor)
+
+        monkeypatch.setattr("megaresnorm.convert.to_hf.links", swapped)
+    with pytest.raises(ConversionError, match="FAIL: the written model does not compute the same"):
+        to_hf(checkpoint, tmp_path / "hf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize("name", ["llama from lns", "openai-gpt deepnorm", "opt deepnorm", "bert-generation deepnorm"])
+def test_a_folded_model_of_which_the_remainder_is_lost_is_the_same_but_for_rounding(name, tmp_path):
+    checkpoint, report = exported(name, tmp_path)
+    assert report.plan.fold is not None
+    (tmp_path / "hf" / "megaresnorm-remainder.safetensors").unlink()
+    back = from_hf(tmp_path / "hf", tmp_path / "back", tolerance=BAR)
+    found = list(compare_tensors(Checkpoint(checkpoint), Checkpoint(back.checkpoint), lambda: None))
+    assert found and all(d.largest <= 2e-7 * d.scale for d in found)
+
+
+def test_a_class_that_fixes_eps_says_how_much_that_changes(tmp_path):
+    _, report = exported("opt deepnorm", tmp_path)
+    assert report.plan.notes == ("eps of all norms is 1e-05 instead of 4.08e-06",)
+    assert "eps of all norms is 1e-05" in (tmp_path / "hf" / "README.md").read_text()
+    assert 0 < report.agreement.relative <= BAR
+
+
+@pytest.mark.parametrize(
+    ("arch", "settings", "wanted"),
+    [
+        ("llama", {"topology": "deepnorm"}, "model.topology=deepnorm"),
+        ("llama", {"topology": "pre", "norm": "layernorm"}, "model.norm is 'layernorm', there it is 'rmsnorm'"),
+        (
+            "llama",
+            {"topology": "pre", "dim": 32, "num_heads": 6},
+            "model.num_heads is 6, there it is 'a divisor of 32'",
+        ),
+        ("qwen2", {"topology": "pre", "head_dim": 8, "attention_bias": "qkv"}, "model.head_dim is 8, there it is 4"),
+        (
+            "minimax",
+            {"topology": "deepnorm", "embedding_norm": False},
+            "model.embedding_norm is False, there it is True",
+        ),
+        ("granite", {"topology": "keel", "head_dim": 4}, "model.topology=keel"),
+        ("lama", {"topology": "pre"}, "did you mean llama"),
+    ],
+)
+def test_an_architecture_that_does_not_hold_a_model_is_refused_with_the_setting(arch, settings, wanted):
+    with pytest.raises(ConfigError, match="--arch") as error:
+        plan(recipe_of(settings).model, arch)
+    assert wanted in str(error.value)
+
+
+def test_weights_rounded_to_bf16_are_compared_as_such(tmp_path):
+    _, report = exported("minimax", tmp_path, dtype=torch.bfloat16)
+    assert report.agreement.relative <= BAR and 1e-4 < report.rounding.relative < 0.1
+    config = json.loads((tmp_path / "hf" / CONFIG).read_text())
+    assert config["dtype"] == "bfloat16"
+
+
+def test_comparison_would_see_one_wrong_number(tmp_path):
+    checkpoint, _ = exported("llama", tmp_path, verify=False)
+    native = NativeModel(checkpoint)
+    model, prompts = native.model(), random_prompts(37, 32)
+    theirs = of_theirs(load_theirs(tmp_path / "hf"))
+    assert compare(of_ours(model), theirs, prompts, BAR).passed
+    with torch.no_grad():
+        model.blocks["1"].ffn.branch.down.weight[3, 5] += 0.02
+    assert not compare(of_ours(model), theirs, prompts, BAR).passed
