@@ -1,7 +1,7 @@
 """Log-likelihoods of texts by lm-eval from an exported model, and by our own model from its checkpoint.
 
-    pip install lm-eval accelerate
-    python tools/score_with_lm_eval.py RUN EXPORTED [--text FILE]
+pip install lm-eval accelerate
+python tools/score_with_lm_eval.py RUN EXPORTED [--text FILE]
 """
 
 import argparse
@@ -36,7 +36,9 @@ def our_scores(native: NativeModel, pairs: list[tuple[str, str]]) -> list[float]
     scores = []
     for context, continuation in pairs:
         before, whole = tokenizer.encode(context).tolist(), tokenizer.encode(context + continuation).tolist()
-        whole = before + whole[len(before) :]  # lm-eval keeps the context's own tokens, whatever they become with what follows
+        whole = (
+            before + whole[len(before) :]
+        )  # lm-eval keeps the context's own tokens, whatever they become with what follows
         logs = model(torch.tensor([whole[:-1]])).double().log_softmax(-1)
         scores.append(sum(logs[i - 1, whole[i]].item() for i in range(len(before), len(whole))))
     return scores
@@ -60,7 +62,9 @@ def main() -> int:
     pairs = windows(arguments.text.read_text(encoding="utf-8"))
     ours, theirs = our_scores(NativeModel(arguments.run), pairs), their_scores(arguments.exported, pairs)
     worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-    print(f"{len(pairs)} texts: ours {sum(ours):.5f} nats, lm-eval {sum(theirs):.5f}; largest difference of one {worst:.2g}")
+    print(
+        f"{len(pairs)} texts: ours {sum(ours):.5f} nats, lm-eval {sum(theirs):.5f}; largest difference of one {worst:.2g}"
+    )
     return 0 if worst < 1e-3 else 1
 
 

@@ -189,7 +189,7 @@ def described(path: Path, config: dict[str, Any], seq_len: int | None) -> tuple[
             unknown = sorted(config.keys() - family.keys - IGNORED - {OURS})
             if unknown:
                 raise CheckpointError(
-                    f"{unknown[0]}={str(config[unknown[0]])[:60]!r} is not a field that is known of {family.name}"
+                    f"{unknown[0]}={repr(config[unknown[0]])[:60]} is not a field that is known of {family.name}"
                 )
             settings = family.settings(shortened(family, config, seq_len))
             read = ModelRecipe.model_validate(settings)

@@ -13,6 +13,8 @@ from megaresnorm.model.parameters import ParameterSpec
 from megaresnorm.parallel.sharding import Box
 from megaresnorm.recipe import ModelRecipe
 
+BAND_BYTES = 1 << 26  # of rows of which some columns are read
+
 
 class Source(Protocol):
     """Tensors that are read in parts."""
@@ -35,8 +37,7 @@ class Link:
         """Rows ``start`` to ``stop`` of their tensor, from our parameters."""
         if self.transposed:
             assert isinstance(self.rows, range)
-            columns = source.read(self.ours, ((self.rows.start, self.rows.stop), (start, stop)))
-            return scaled(columns.t(), self.factor)
+            return scaled(columns(source, self.ours, self.rows, start, stop, self.shape[0]).t(), self.factor)
         return scaled(gather(source, self.ours, self.rows[start:stop], self.shape[1:]), self.factor)
 
     def our_rows(self, source: Source, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -47,10 +48,20 @@ class Link:
             return rows[:0], torch.empty(0, *((self.shape[0],) if self.transposed else self.shape[1:]), dtype=dtype)
         if self.transposed:
             first, last = int(theirs[0]), int(theirs[-1]) + 1
-            value = source.read(self.theirs, ((0, self.shape[0]), (first, last))).t()
+            value = columns(source, self.theirs, range(self.shape[0]), first, last, self.shape[1]).t()
         else:
             value = gather(source, self.theirs, theirs, self.shape[1:])
         return rows[theirs], scaled(value.to(dtype), 1 / self.factor)
+
+
+def columns(source: Source, name: str, rows: range, start: int, stop: int, width: int) -> Tensor:
+    """Columns ``start`` to ``stop`` of some rows of a tensor of ``width`` columns.
+
+    All of a row's memory is mapped where a part of it is read, so only some rows are read at a time.
+    """
+    step = max(1, BAND_BYTES // (8 * width))
+    bands = [(first, min(first + step, rows.stop)) for first in range(rows.start, rows.stop, step)]
+    return torch.cat([source.read(name, (band, (start, stop))) for band in bands])
 
 
 def scaled(value: Tensor, factor: float) -> Tensor:

@@ -1,0 +1,363 @@
+"""What cannot be converted costs one line that names it, and the output folder is not there."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from models import GEMMA, recipe_of, save_random
+from safetensors.torch import load_file, save_file
+
+from megaresnorm.cli import main
+from megaresnorm.convert.to_hf import to_hf
+from megaresnorm.data.tokenizer import ByteTokenizer
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A checkpoint, what it is exported as in four architectures, and in several files."""
+    folder = tmp_path_factory.mktemp("made")
+    tokenizer = ByteTokenizer()
+    save_random(folder / "run" / "checkpoints", recipe_of({"topology": "pre", "vocab_size": 257}), tokenizer)
+    to_hf(folder / "run", folder / "llama", verify=False)
+    to_hf(folder / "run", folder / "sharded", verify=False, max_shard_bytes=20_000)
+    for name, settings in (
+        ("minimax", {"topology": "deepnorm"}),
+        ("keel", {"topology": "keel"}),
+        ("gemma2", {**GEMMA}),
+        ("gpt_neox", {"topology": "pre", "norm": "layernorm", "ffn": "gelu", "bias": True, "head_dim": 4, "num_kv_heads": 6}),
+        ("gpt2", {"topology": "pre", "norm": "layernorm", "ffn": "gelu", "bias": True, "head_dim": 4, "num_kv_heads": 6,
+                  "positions": "learned"}),
+        ("bert", {"topology": "post", "norm": "layernorm", "ffn": "gelu", "bias": True, "head_dim": 4, "num_kv_heads": 6,
+                  "positions": "learned", "embedding_norm": True}),
+    ):  # fmt: skip
+        checkpoint = save_random(folder / f"{name} run" / "checkpoints", recipe_of(settings))
+        to_hf(checkpoint, folder / name, verify=False)
+    return folder
+
+
+def edited(**changes):
+    """Change fields of config.json; a value of ... removes one."""
+
+    def edit(folder: Path) -> None:
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        config.pop("megaresnorm", None)
+        for key, value in changes.items():
+            if value is ...:
+                del config[key]
+            else:
+                config[key] = value
+        path.write_text(json.dumps(config))
+
+    return edit
+
+
+def rope(**values):
+    return edited(rope_parameters={"rope_theta": 10000.0, "rope_type": "default", **values})
+
+
+def tensors(change):
+    def edit(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        found = load_file(path)
+        change(found)
+        save_file({name: t.contiguous() for name, t in found.items()}, path)
+
+    return edit
+
+
+def cut(name: str, keep: float):
+    def edit(folder: Path) -> None:
+        path = folder / name
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+
+    return edit
+
+
+def index(change):
+    def edit(folder: Path) -> None:
+        path = folder / "model.safetensors.index.json"
+        value = json.loads(path.read_text())
+        change(value)
+        path.write_text(json.dumps(value))
+
+    return edit
+
+
+def write(name: str, content: bytes):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def remove(name: str):
+    return lambda folder: (folder / name).unlink()
+
+
+def only_a_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+SHARD = "model-00002-of-00007.safetensors"
+Q = "model.layers.1.self_attn.q_proj.weight"
+# folder, what is done to it, exit code, what the line has
+FROM = {
+    "no such folder": (None, None, 4, "not a folder; download the model first"),
+    "no config": ("llama", remove("config.json"), 4, "config.json: cannot be read"),
+    "config is no JSON": ("llama", write("config.json", b"{"), 4, "config.json: not JSON"),
+    "config is a list": ("llama", write("config.json", b"[1]"), 4, "not a JSON object"),
+    "config is deep": ("llama", write("config.json", b'{"a":' * 100_000), 4, "config.json: not JSON"),
+    "config is huge": (
+        "llama",
+        write("config.json", b'{"a": [' + b"1," * (1 << 21) + b"1]}"),
+        4,
+        "values; not such a file",
+    ),
+    "family that is not known": ("llama", edited(model_type="mamba"), 4, "model_type='mamba' is not one of"),
+    "no family": ("llama", edited(model_type=...), 4, "model_type=None is not one of"),
+    "wrong family": ("llama", edited(model_type="gpt2"), 4, "config.json: "),
+    "field that is not known": (
+        "llama",
+        edited(num_experts=8),
+        4,
+        "num_experts=8 is not a field that is known of llama",
+    ),
+    "quantized": ("llama", edited(quantization_config={"bits": 4}), 4, "quantization_config"),
+    "activation": ("llama", edited(hidden_act="quick_gelu"), 4, "hidden_act='quick_gelu' has no counterpart"),
+    "parallel residual": (
+        "gpt_neox",
+        edited(use_parallel_residual=True),
+        4,
+        "use_parallel_residual=True has no counterpart",
+    ),
+    "sliding window": (
+        "gemma2",
+        edited(sliding_window=8, layer_types=["sliding_attention"] * 3),
+        4,
+        "--seq-len 8 the two are the same",
+    ),
+    "dynamic rope": (
+        "llama",
+        rope(rope_type="dynamic", factor=2.0),
+        4,
+        "rope_parameters.rope_type='dynamic' is not supported",
+    ),
+    "longrope": (
+        "llama",
+        rope(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_position_embeddings=16),
+        4,
+        "rope_parameters.rope_type='longrope' is not supported",
+    ),
+    "yarn with mscale": (
+        "llama",
+        rope(rope_type="yarn", factor=2.0, original_max_position_embeddings=16, mscale=0.7, mscale_all_dim=0.5),
+        4,
+        "rope_parameters.mscale=0.7 has no counterpart",
+    ),
+    "llama3 upside down": (
+        "llama",
+        rope(
+            rope_type="llama3",
+            **{"factor": 8.0, "original_max_position_embeddings": 16, "low_freq_factor": 4.0, "high_freq_factor": 1.0},
+        ),
+        4,
+        "low_freq_factor=4.0 must be below",
+    ),
+    "partial rotary where the class has none": (
+        "llama",
+        rope(partial_rotary_factor=0.5),
+        4,
+        "rope_parameters.partial_rotary_factor=0.5",
+    ),
+    "experts": ("minimax", edited(num_local_experts=4), 4, "num_local_experts=4 has no counterpart"),
+    "linear attention": ("minimax", edited(layer_types=["linear_attention"] * 3), 4, "layer_types='linear_attention'"),
+    "factors that differ": (
+        "minimax",
+        edited(mlp_alpha_factor=2.0),
+        4,
+        "mlp_alpha_factor=2.0 differs from full_attn_alpha_factor",
+    ),
+    "beta": ("minimax", edited(mlp_beta_factor=0.5), 4, "mlp_beta_factor=0.5 has no counterpart"),
+    "scores by layer": (
+        "gpt2",
+        edited(scale_attn_by_inverse_layer_idx=True),
+        4,
+        "scale_attn_by_inverse_layer_idx=True",
+    ),
+    "head bias": ("bert", tensors(lambda t: t["lm_head.bias"].add_(1)), 4, "lm_head.bias is not zero"),
+    "size that does not fit": (
+        "llama",
+        edited(hidden_size=48),
+        4,
+        "has shape [257, 24], config.json makes it [257, 48]",
+    ),
+    "size that is text": ("llama", edited(hidden_size="large"), 4, "config.json: "),
+    "size below zero": ("llama", edited(num_hidden_layers=-1), 4, "config.json: "),
+    "eps of nothing": ("llama", edited(rms_norm_eps=0.0), 4, "norm_eps"),
+    "tensor missing": ("llama", tensors(lambda t: t.pop(Q)), 4, f"has no tensor {Q}"),
+    "tensor too many": (
+        "llama",
+        tensors(lambda t: t.update(extra=torch.ones(2))),
+        4,
+        "extra is a tensor that our model has nothing for",
+    ),
+    "tensor of integers": ("llama", tensors(lambda t: t.update({Q: t[Q].long()})), 4, f"{Q} is I64"),
+    "truncated": ("llama", cut("model.safetensors", 0.7), 4, "model.safetensors: not a readable safetensors file"),
+    "empty": ("llama", write("model.safetensors", b""), 4, "model.safetensors: not a readable safetensors file"),
+    "header of gigabytes": (
+        "llama",
+        write("model.safetensors", (1 << 40).to_bytes(8, "little") + b"{}"),
+        4,
+        "a header of",
+    ),
+    "no weights": (
+        "llama",
+        remove("model.safetensors"),
+        4,
+        "has no model.safetensors and no model.safetensors.index.json",
+    ),
+    "only a pickle": ("llama", only_a_pickle, 4, "pytorch_model.bin is a pickle, which can run code and is never read"),
+    "shard missing": ("sharded", remove(SHARD), 4, f"{SHARD}: is missing"),
+    "shard truncated": ("sharded", cut(SHARD, 0.5), 4, f"{SHARD}: not a readable"),
+    "index that leads outside": (
+        "sharded",
+        index(lambda v: v["weight_map"].update({Q: "../run/x.safetensors"})),
+        4,
+        "which is no name of a file here",
+    ),
+    "index of another file": (
+        "sharded",
+        index(lambda v: v["weight_map"].update({Q: v["weight_map"]["lm_head.weight"]})),
+        4,
+        f"has no tensor {Q}, which the index has there",
+    ),
+    "index without a map": ("sharded", index(lambda v: v.pop("weight_map")), 4, "has no weight_map"),
+    "tokenizer too large": ("minimax", write("tokenizer.json", b""), 3, "tokenizer.json: not a tokenizer.json"),
+    "our own key at odds": ("keel", edited(), 4, "megaresnorm=None is missing"),
+}
+
+
+@pytest.mark.parametrize("case", FROM)
+def test_what_cannot_be_read_costs_one_line_and_leaves_nothing(case, made, tmp_path, capsys):
+    kind, edit, code, wanted = FROM[case]
+    source = tmp_path / "model"
+    if kind is not None:
+        shutil.copytree(made / kind, source)
+        edit(source)
+    before = sorted(os.listdir(tmp_path))
+    assert main(["convert", "from-hf", str(source), str(tmp_path / "out"), "--verify", "off"]) == code
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and wanted in error and "Traceback" not in error, error
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_fields_of_our_own_code_must_say_the_same(made, tmp_path, capsys):
+    shutil.copytree(made / "keel", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["residual"][3][5] = 2.5
+    path.write_text(json.dumps(config))
+    assert main(["convert", "from-hf", str(tmp_path / "model"), str(tmp_path / "out")]) == 4
+    assert "residual=" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_config_that_was_changed_counts_and_is_told(made, tmp_path, capsys):
+    """Of a class of Transformers, whose fields are what it computes with."""
+    shutil.copytree(made / "minimax", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["full_attn_alpha_factor"] = config["mlp_alpha_factor"] = 2.0
+    path.write_text(json.dumps(config))
+    assert main(["convert", "from-hf", str(tmp_path / "model"), str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "config.json was changed after the export" in out and "post, 3 blocks" in out and "PASS" in out
+
+
+TO = {
+    "no such run": (["nowhere"], 4, "nowhere: has no checkpoint"),
+    "no such architecture": (["RUN", "--arch", "lama"], 2, "did you mean llama"),
+    "architecture that does not fit": (["RUN", "--arch", "minimax"], 2, "does not hold this model exactly"),
+    "no such tokenizer": (["RUN", "--tokenizer", "x"], 2, "--tokenizer"),
+    "no such type": (["RUN", "--dtype", "int8"], 2, "--dtype"),
+    "size that is none": (["RUN", "--max-memory", "much"], 2, "'much' is not a size"),
+    "negative size": (["RUN", "--max-shard-size", "-1"], 2, "--max-shard-size"),
+    "tolerance": (["RUN", "--tolerance", "2"], 2, "'2' is not a share from 0 to 1"),
+}
+
+
+@pytest.mark.parametrize("case", TO)
+def test_what_cannot_be_written_costs_one_line_and_leaves_nothing(case, made, tmp_path, capsys):
+    arguments, code, wanted = TO[case]
+    command = [
+        "convert",
+        "to-hf",
+        *(str(made / "run") if a == "RUN" else a for a in arguments[:1]),
+        str(tmp_path / "out"),
+    ]
+    try:
+        found = main([*command, *arguments[1:]])
+    except SystemExit as stopped:
+        found = stopped.code
+    error = capsys.readouterr().err
+    assert found == code and wanted in error.splitlines()[-1] and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["to-hf", "from-hf", "to-megatron"])
+@pytest.mark.parametrize("kind", ["folder", "file", "link to nothing"])
+def test_an_output_that_exists_is_left_as_it_is(command, kind, made, tmp_path, capsys):
+    out = tmp_path / "out"
+    if kind == "folder":
+        out.mkdir()
+        (out / "mine").write_text("kept")
+    elif kind == "file":
+        out.write_text("kept")
+    else:
+        out.symlink_to(tmp_path / "nowhere")
+    source = made / ("llama" if command == "from-hf" else "run")
+    assert main(["convert", command, str(source), str(out)]) == 2
+    assert "exists already, and nothing is written over" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["out"]
+    if kind != "link to nothing":
+        assert (out / "mine" if kind == "folder" else out).read_text() == "kept"
+
+
+def test_a_damaged_checkpoint_is_named(made, tmp_path, capsys):
+    shutil.copytree(made / "run", tmp_path / "run")
+    file = next((tmp_path / "run").rglob("weights-*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    assert main(["convert", "to-hf", str(tmp_path / "run"), str(tmp_path / "out")]) == 4
+    assert f"{file}: damaged" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_said_before_and_leaves_nothing(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("megaresnorm.convert.files.free_bytes", lambda root: 1000)
+    assert main(["convert", "to-hf", str(made / "run"), str(tmp_path / "out")]) == 2
+    assert "no space: need" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_nothing(made, tmp_path, capsys, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megaresnorm.convert.to_hf.write_weights", full)
+    assert main(["convert", "to-hf", str(made / "run"), str(tmp_path / "out")]) == 2
+    assert "cannot be written (No space left on device)" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_conversion_has_left_is_swept_up(made, tmp_path):
+    left = tmp_path / ".tmp-out"
+    left.mkdir()
+    (left / "half").write_text("x")
+    assert main(["convert", "to-hf", str(made / "run"), str(tmp_path / "out"), "--verify", "off"]) == 0
+    assert os.listdir(tmp_path) == ["out"] and not (tmp_path / "out" / "half").exists()
+
+
+def test_too_little_memory_to_verify_is_said_before(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("megaresnorm.convert.compare._available_memory", lambda: 10_000)
+    assert main(["convert", "to-hf", str(made / "run"), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "verifying needs" in error and "--verify off" in error and list(tmp_path.iterdir()) == []
+    assert main(["convert", "to-hf", str(made / "run"), str(tmp_path / "out"), "--verify", "off"]) == 0
