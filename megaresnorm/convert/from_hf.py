@@ -30,7 +30,7 @@ from megaresnorm.convert.links import Link, constants, links, row_chunks
 from megaresnorm.convert.megatron import MEGATRON
 from megaresnorm.convert.megatron import NAME as MEGATRON_NAME
 from megaresnorm.convert.native import OURS, NativeModel
-from megaresnorm.convert.plan import Plan, plan
+from megaresnorm.convert.plan import Plan, plan, problems
 from megaresnorm.convert.remainder import REMAINDER, restored
 from megaresnorm.convert.remote import recipe_in, remote_family
 from megaresnorm.convert.signature import different
@@ -156,22 +156,9 @@ def normalized(source: Path) -> dict[str, Any]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
-        values = CONFIG_MAPPING[kind].from_dict(dict(raw)).to_dict()
+        return CONFIG_MAPPING[kind].from_dict(dict(raw)).to_dict()
     except Exception as e:  # noqa: BLE001 - whatever a class of theirs makes of bad values
         raise CheckpointError(f"{path}: not a configuration of {kind} ({' '.join(str(e).split())[:200]})") from None
-    # What a class does not know it keeps as it is, but what it converts from older names need not stay beside the new ones.
-    rope = values.get("rope_parameters")
-    for old in (
-        "rope_theta",
-        "rope_scaling",
-        "partial_rotary_factor",
-        "rotary_pct",
-        "rotary_emb_base",
-        "rope_local_base_freq",
-    ):
-        if isinstance(rope, dict) and old not in CONFIG_MAPPING[kind]().to_dict():
-            values.pop(old, None)
-    return values
 
 
 def described(path: Path, config: dict[str, Any], seq_len: int | None) -> tuple[Plan, ModelRecipe, tuple[str, ...]]:
@@ -231,10 +218,12 @@ def _as_exported(
         return Plan(family, read), read, ()
     if seq_len is not None:
         given = given.model_copy(update={"seq_len": seq_len})
-    try:
-        before = plan(given, family.name)
-    except ConfigError:
-        before = None
+    before: Plan | None = Plan(family, given)
+    if problems(family, given):
+        try:
+            before = plan(given, family.name)
+        except ConfigError:
+            before = None
     if before is None or before.family is not family or different(before.recipe, read).keys() - {"norm_eps"}:
         return (
             Plan(family, read),

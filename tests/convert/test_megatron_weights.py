@@ -1,0 +1,112 @@
+"""Weights in the form of megatron-core's GPTModel: it computes the same from them, and what it saves is read."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import recipe_of, save_random
+from safetensors.torch import load_file, save_file
+
+from megaresnorm.checkpoint.inspect import compare_tensors
+from megaresnorm.checkpoint.reader import Checkpoint
+from megaresnorm.cli import main
+from megaresnorm.convert.compare import of_ours
+from megaresnorm.convert.from_hf import from_hf
+from megaresnorm.convert.megatron import to_megatron
+from megaresnorm.convert.native import NativeModel
+from megaresnorm.errors import ConfigError
+
+MODELS = {
+    "llama": {"topology": "pre"},
+    "qkv biases, half rotary, norms of heads, tied": {
+        "topology": "pre", "attention_bias": "qkv", "rope_fraction": 0.5, "qk_norm": "head", "tied_embeddings": True,
+    },
+    "gpt": {"topology": "pre", "norm": "layernorm", "ffn": "gelu", "bias": True, "positions": "learned"},
+    "relu": {"topology": "pre_scaled", "norm": "layernorm", "ffn": "relu", "bias": True},
+    "one key for each query": {"topology": "pre", "num_kv_heads": 6, "ffn": "geglu", "rope_theta": 5000.0},
+}  # fmt: skip
+# Its norms without Transformer Engine have no form of these.
+NOT_ON_CPUS = {"zero-centred": {"topology": "pre", "norm_zero_centered": True, "norm": "layernorm"}}
+has_megatron = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed")
+
+
+@has_megatron
+@pytest.mark.parametrize("name", MODELS)
+def test_megatron_computes_the_same_and_comes_back(name, tmp_path):
+    recipe = recipe_of({**MODELS[name], "vocab_multiple": 64})
+    checkpoint = save_random(tmp_path / "run" / "checkpoints", recipe)
+    to_megatron(checkpoint, tmp_path / "megatron", implementation="local", max_memory=3000)
+    tokens = torch.randint(37, (8, 32))
+    save_file({"tokens": tokens}, tmp_path / "tokens")
+    program = [sys.executable, str(Path(__file__).with_name("megatron_model.py"))]
+    arguments = [str(tmp_path / one) for one in ("megatron", "saved", "tokens", "logits")]
+    found = subprocess.run([*program, *arguments], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-2000:]
+    theirs = load_file(tmp_path / "logits")["logits"]
+    with torch.no_grad():
+        ours = of_ours(NativeModel(checkpoint).model())(tokens)
+    assert (ours - theirs).abs().max() <= 5e-6 * ours.abs().max()
+    back = from_hf(tmp_path / "saved", tmp_path / "back", max_memory=3000)
+    assert back.agreement is None
+    assert list(compare_tensors(Checkpoint(checkpoint), Checkpoint(back.checkpoint), lambda: None)) == []
+
+
+@pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
+@pytest.mark.parametrize("name", MODELS | NOT_ON_CPUS)
+def test_both_kinds_of_layers_come_back_bit_for_bit(name, implementation, tmp_path, capsys):
+    recipe = recipe_of((MODELS | NOT_ON_CPUS)[name])
+    checkpoint = save_random(tmp_path / "run" / "checkpoints", recipe)
+    command = ["convert", "to-megatron", str(checkpoint), str(tmp_path / "megatron")]
+    assert main([*command, "--transformer-impl", implementation]) == 0
+    names = load_file(tmp_path / "megatron" / "model.safetensors").keys()
+    norm = {
+        "local": "decoder.layers.2.pre_mlp_layernorm.weight",
+        "transformer_engine": "decoder.layers.2.mlp.linear_fc1.layer_norm_weight",
+    }
+    assert norm[implementation] in names and "decoder.layers.0.self_attention.linear_qkv.weight" in names
+    assert main(["convert", "from-megatron", str(tmp_path / "megatron"), str(tmp_path / "back")]) == 0
+    assert "not verified" in capsys.readouterr().out
+    back = tmp_path / "back" / "checkpoints" / "step-00000000"
+    assert list(compare_tensors(Checkpoint(checkpoint), Checkpoint(back), lambda: None)) == []
+    assert NativeModel(back).recipe == recipe.model
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"topology": "deepnorm"}, "model.topology is deepnorm"),
+        ({"topology": "pre", "logit_softcap": 5.0}, "model.logit_softcap is 5.0"),
+        ({"topology": "pre", "rope_scaling": {"kind": "linear", "factor": 2.0}}, "model.rope_scaling"),
+        ({"topology": "pre", "qk_norm": "full"}, "model.qk_norm is 'full'"),
+    ],
+)
+def test_what_megatron_does_not_have_is_refused(settings, wanted, tmp_path):
+    checkpoint = save_random(tmp_path / "run" / "checkpoints", recipe_of(settings))
+    with pytest.raises(ConfigError) as error:
+        to_megatron(checkpoint, tmp_path / "megatron")
+    assert wanted in str(error.value) and not (tmp_path / "megatron").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"rotary_interleaved": True}, "rotary_interleaved=True has no counterpart"),
+        ({"num_moe_experts": 8}, "num_moe_experts=8 is not a field that is known"),
+        ({"transformer_impl": "local"}, "has no tensor decoder.layers.0.input_layernorm.weight"),
+        ({"activation_func": "quick_gelu"}, "activation_func='quick_gelu'"),
+        ({"normalization": "L2Norm"}, "normalization='L2Norm'"),
+    ],
+)
+def test_what_we_do_not_have_is_refused(changes, wanted, tmp_path, capsys):
+    checkpoint = save_random(tmp_path / "run" / "checkpoints", recipe_of({"topology": "pre"}))
+    to_megatron(checkpoint, tmp_path / "megatron")
+    path = tmp_path / "megatron" / "config.json"
+    config = json.loads(path.read_text()) | changes
+    del config["megaresnorm"]
+    path.write_text(json.dumps(config))
+    assert main(["convert", "from-megatron", str(tmp_path / "megatron"), str(tmp_path / "back")]) == 4
+    assert wanted in capsys.readouterr().err and not (tmp_path / "back").exists()
