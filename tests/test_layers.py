@@ -29,11 +29,18 @@ ONLY_IN = {  # package -> the files that may import it
     "apex": ["kernels/apex.py"],
     "yaml": ["config.py"],
     "sentencepiece": ["data/tokenizer.py"],
-    "safetensors": ["checkpoint/reader.py"],
-    "rich": ["telemetry/log.py", "cli/checkpoint.py", "cli/data.py", "cli/depth.py", "cli/doctor.py"],
+    "safetensors": ["checkpoint/reader.py", "convert/files.py"],
+    "transformers": [
+        "cli/convert.py",  # to say which version there is
+        "convert/compare.py",
+        "convert/from_hf.py",
+        "convert/modeling_megaresnorm.py",
+        "convert/tokenizers.py",
+    ],
+    "rich": ["telemetry/log.py", "cli/checkpoint.py", "cli/convert.py", "cli/data.py", "cli/depth.py", "cli/doctor.py"],
     "datasets": ["data/corpus.py"],
     "pyarrow": ["data/corpus.py"],
-    "tokenizers": ["data/tokenizer.py"],
+    "tokenizers": ["data/tokenizer.py", "convert/tokenizers.py"],
     "matplotlib": ["comparison.py"],
     "triton": [
         "kernels/triton_add_norm.py",

@@ -59,6 +59,8 @@ def test_settings_that_are_named_exist(page):
         ["doctor"],
         ["schema"],
         ["checkpoint"],
+        ["convert"],
+        *(["convert", verb] for verb in ("to-hf", "from-hf", "to-megatron", "from-megatron", "compare")),
         *(["checkpoint", verb] for verb in ("ls", "show", "verify", "diff", "prune")),
     ],
 )

@@ -25,11 +25,21 @@ def test_every_topology_is_the_same_in_fp64(layout):
 
     Every topology in both variants of the model where IN_FULL says so, elsewhere in turn.
     """
-    num_ranks, parallel = LAYOUTS[layout]
+    _, parallel = LAYOUTS[layout]
     blocks = 8 if parallel.get("pp", 1) > 2 else 4
     pairs = [
         (t, v) for i, t in enumerate(TOPOLOGIES) for j, v in enumerate(VARIANTS) if layout in IN_FULL or (i + j) % 2
     ]
+    compare_with_one_process(layout, pairs, blocks)
+
+
+@pytest.mark.parametrize("layout", [*IN_FULL, "tp2 pp2 fsdp2"])
+def test_settings_of_published_models_are_the_same_in_fp64(layout):
+    compare_with_one_process(layout, [("sandwich", "gemma"), ("pre", "granite"), ("post", "own alpha")], 4)
+
+
+def compare_with_one_process(layout: str, pairs: list[tuple[str, str]], blocks: int) -> None:
+    num_ranks, parallel = LAYOUTS[layout]
     cases = [(topology, variant, blocks) for topology, variant in pairs]
     recipes = [make_recipe(t, v, parallel, num_blocks=blocks) for t, v in pairs]
     results = run_ranks(num_ranks, outcomes, recipes, {})
