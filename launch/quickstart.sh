@@ -20,5 +20,6 @@ say "done in $((SECONDS - started)) s
     curves:   $VENV/bin/tensorboard --logdir runs/quickstart
     go on:    bash launch/quickstart.sh train.steps=2000
     write:    $VENV/bin/megaresnorm generate runs/quickstart/deepnorm-50 --prompt 'import os' --top-p 0.95
+    export:   $VENV/bin/pip install -q 'transformers>=5.0' && $VENV/bin/megaresnorm convert to-hf runs/quickstart/deepnorm-50 runs/quickstart/hf
     compare:  bash launch/quickstart.sh model.topology=keel train.output=runs/quickstart/keel-50
     probe:    $VENV/bin/megaresnorm depth --probe --topologies post,deepnorm,keel"

@@ -22,6 +22,8 @@ _PUBLIC = {
     "ParallelContext": "megaresnorm.parallel.context",
     "build_model": "megaresnorm.assemble",
     "train": "megaresnorm.trainer",
+    "to_hf": "megaresnorm.convert.to_hf",
+    "from_hf": "megaresnorm.convert.from_hf",
     "UserError": "megaresnorm.errors",
 }
 __all__ = ["__version__", *_PUBLIC]

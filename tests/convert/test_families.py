@@ -41,6 +41,7 @@ def test_logits_agree_and_the_way_back_is_bit_for_bit(name, tmp_path):
     assert report.agreement.tokens >= 2000 and report.agreement.relative <= BAR and report.agreement.clear_top1 == 1.0
     back = from_hf(tmp_path / "hf", tmp_path / "back", max_memory=LITTLE, tolerance=BAR)
     assert back.agreement.tokens >= 2000 and back.agreement.passed
+    print(f"\n{name} | {report.plan.family.name} | {report.agreement.relative:.1e} | {back.agreement.relative:.1e}")
     assert list(compare_tensors(Checkpoint(checkpoint), Checkpoint(back.checkpoint), lambda: None)) == []
     assert back.model == recipe_of(MODELS[name][1]).model
     assert set(back.notes) == set(report.plan.notes)
