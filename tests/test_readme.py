@@ -42,7 +42,7 @@ def test_settings_that_are_named_exist(page):
         r"\b((?:model|data|train|optim|schedule|precision|kernels|parallel|checkpoint)\.[a-z][a-z_0-9.]*[a-z0-9])\b",
         page.read_text(),
     ):
-        assert key in keys | sections or key.endswith((".py", ".md")), key
+        assert key in keys | sections or key.endswith((".py", ".md", ".safetensors")), key
 
 
 @pytest.mark.parametrize(
