@@ -29,11 +29,11 @@ ONLY_IN = {  # package -> the files that may import it
     "apex": ["kernels/apex.py"],
     "yaml": ["config.py"],
     "sentencepiece": ["data/tokenizer.py"],
-    "safetensors": ["checkpoint/reader.py", "convert/files.py"],
+    "safetensors": ["checkpoint/reader.py", "convert/files.py", "convert/loading.py"],
     "transformers": [
         "cli/convert.py",  # to say which version there is
-        "convert/compare.py",
-        "convert/from_hf.py",
+        "convert/describe.py",
+        "convert/loading.py",
         "convert/modeling_megaresnorm.py",
         "convert/tokenizers.py",
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megaresnorm.cli.arguments import Commands, count
-from megaresnorm.errors import ConfigError
+from megaresnorm.errors import ConfigError, ConversionError
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +90,10 @@ def _add_from_hf(actions: Commands) -> None:
     )
     from_hf.add_argument("model", type=Path, metavar="MODEL", help="folder with config.json and safetensors")
     from_hf.add_argument("out", type=Path, metavar="OUT", help="folder to make: a checkpoint and recipe.yaml")
+    from_hf.add_argument(
+        "--tokenizer", choices=["auto", "none"], default="auto", help="none: leave the model's tokenizer out [auto]"
+    )
+    from_hf.add_argument("--end-token", metavar="TOKEN", help="token that ends documents [the one its files name]")
     from_hf.add_argument("--seq-len", type=count, metavar="N", help="longest sequence, to be shorter than the model's")
     from_hf.add_argument(
         "--data", default="runs/my-data", metavar="PATH", help="data.path of the recipe [runs/my-data]"
@@ -130,7 +134,9 @@ def _add_megatron(actions: Commands) -> None:
         "--data", default="runs/my-data", metavar="PATH", help="data.path of the recipe [runs/my-data]"
     )
     _add_memory(from_megatron)
-    from_megatron.set_defaults(run=_from_hf, seq_len=None, verify="off", tolerance=None)
+    from_megatron.set_defaults(
+        run=_from_hf, seq_len=None, verify="off", tolerance=None, tokenizer="auto", end_token=None
+    )
 
 
 def _add_compare(actions: Commands) -> None:
@@ -164,7 +170,7 @@ def _add_writing(command: argparse.ArgumentParser) -> None:
 def _add_memory(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--max-memory",
-        type=num_bytes,
+        type=_memory,
         default=4 * 10**9,
         metavar="SIZE",
         help="memory for tensors while reading and writing; verifying takes two whole models [4GB]",
@@ -226,7 +232,7 @@ def _to_hf(arguments: argparse.Namespace) -> int:
 
 
 def _from_hf(arguments: argparse.Namespace) -> int:
-    _needs_transformers()
+    _needs_transformers()  # Megatron's weights need its tokenizers alone
     from megaresnorm.convert.compare import TOLERANCE
     from megaresnorm.convert.from_hf import from_hf
     from megaresnorm.telemetry.log import console, progress_bars
@@ -239,6 +245,8 @@ def _from_hf(arguments: argparse.Namespace) -> int:
             data=arguments.data,
             max_memory=arguments.max_memory,
             verify=arguments.verify == "on",
+            with_tokenizer=arguments.tokenizer == "auto",
+            end_token=arguments.end_token,
             tolerance=TOLERANCE if arguments.tolerance is None else arguments.tolerance,
             progress=progress,
         )
@@ -253,6 +261,7 @@ def _from_hf(arguments: argparse.Namespace) -> int:
 
 
 def _to_megatron(arguments: argparse.Namespace) -> int:
+    _needs_transformers()
     from megaresnorm.convert.megatron import to_megatron
     from megaresnorm.telemetry.log import console, progress_bars
 
@@ -273,7 +282,8 @@ def _to_megatron(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from megaresnorm.convert.compare import TOLERANCE, compare, load_logits, random_prompts, read_prompts, text_prompts
+    from megaresnorm.convert.compare import TOLERANCE, compare
+    from megaresnorm.convert.loading import load_logits, random_prompts, read_prompts, text_prompts
 
     texts = None if arguments.prompts is None else read_prompts(arguments.prompts)
     if any((folder / "config.json").exists() for folder in (arguments.one, arguments.other)):
@@ -293,7 +303,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         one.logits, other.logits, prompts, TOLERANCE if arguments.tolerance is None else arguments.tolerance
     )
     _print_agreement(agreement)
-    return 0 if agreement.passed else 7
+    return 0 if agreement.passed else ConversionError.exit_code
 
 
 def _print_agreement(agreement: Agreement | None) -> None:
@@ -353,6 +363,13 @@ def num_bytes(text: str) -> int:
     if not 1 <= size < 2**60:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB, 4GB or 2GiB")
     return int(size)
+
+
+def _memory(text: str) -> int:
+    size = num_bytes(text)
+    if size < 64 * 10**6:
+        raise argparse.ArgumentTypeError(f"{text!r} is too little; give at least 64MB")
+    return size
 
 
 def _tolerance(text: str) -> float:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from megaresnorm.convert.resolved import setting
 from megaresnorm.errors import CheckpointError
 from megaresnorm.recipe import ModelRecipe, RopeScaling
 
@@ -25,15 +26,6 @@ class Field(Protocol):
 
 def refused(key: str, value: Any, why: str) -> CheckpointError:
     return CheckpointError(f"{key}={value!r} {why}")
-
-
-# Settings whose default depends on others, as their resolved values.
-_RESOLVED = {"num_kv_heads": "kv_heads", "head_dim": "head_width", "ffn_dim": "ffn_width", "attention_bias": "biases"}
-
-
-def setting(recipe: ModelRecipe, name: str) -> Any:
-    """A setting of the model, defaults resolved."""
-    return getattr(recipe, _RESOLVED.get(name, name))
 
 
 @dataclass(frozen=True)

@@ -35,17 +35,19 @@ def new_folder(out: Path) -> Iterator[Path]:
 
     Raises: ConfigError if ``out`` exists or cannot be written.
     """
-    temporary = out.with_name(f"{UNFINISHED}{out.name}")
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out}: exists already, and nothing is written over; give another folder")
+    temporary = out.with_name(f"{UNFINISHED}{out.name}-{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that was killed
+        _sweep(out)
         temporary.mkdir()
         yield temporary
         for path in temporary.iterdir():
             _sync(path)
         _sync(temporary)
+        if out.exists() or out.is_symlink():  # rename would take the place of an empty folder
+            raise ConfigError(f"{out}: has come into being meanwhile, and nothing is written over")
         os.rename(temporary, out)
         _sync(out.parent)
     except OSError as e:
@@ -54,6 +56,14 @@ def new_folder(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _sweep(out: Path) -> None:
+    """Remove what conversions to ``out`` have left that were killed."""
+    for left in out.parent.glob(f"{UNFINISHED}{out.name}-*"):
+        process = left.name.rpartition("-")[2]
+        if process.isdecimal() and not Path("/proc", process).exists():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def check_space(out: Path, wanted: int) -> None:
@@ -119,6 +129,7 @@ class Weights:
     def __init__(self, folder: Path, file: str | None = None) -> None:
         self.folder = folder
         self.tensors: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = {}
+        self.metadata: dict[str, str] = {}
         if file is not None:
             self._look(file, None)
             return
@@ -177,6 +188,7 @@ class Weights:
             if header > min(size - 8, MAX_HEADER_BYTES):
                 raise ValueError(f"a header of {header} bytes in a file of {size}")
             with safe_open(path, framework="pt") as tensors:
+                self.metadata |= tensors.metadata() or {}
                 for name in tensors.keys():  # noqa: SIM118 - not a mapping
                     if where is not None and where.get(name) != file:
                         continue  # the index says which copy counts

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megaresnorm.convert.families import Family
+from megaresnorm.convert.families.family import Family
 from megaresnorm.convert.rows import Selection
 from megaresnorm.model.parameters import ParameterSpec
 from megaresnorm.parallel.sharding import Box
@@ -95,12 +95,13 @@ def links(
 
     Raises: AssertionError if a parameter of ours has none.
     """
-    done = set()
+    done, others = set(), renamed(family, recipe)
     for block in (None, *range(recipe.num_blocks)):
         for theirs, of in family.modules.items():
             if ("{" in theirs) == (block is None):
                 continue
-            their_module = theirs_of(family, recipe, theirs, block)
+            their_module = theirs_of(theirs, block)
+            their_module = others.get(their_module, their_module)
             for suffix in (".weight", ".bias", ""):  # a gate is a parameter by itself
                 stem, _, names = of.name.format(block).rpartition(".")
                 there = [f"{stem}.{name}{suffix}".lstrip(".") for name in names.split("|")]
@@ -125,16 +126,17 @@ def constants(family: Family, recipe: ModelRecipe) -> Iterator[tuple[str, tuple[
             continue
         shape = tuple(int(size) if size.isdigit() else getattr(recipe, size) for size in constant.shape)
         for block in range(recipe.num_blocks) if "{" in name else (None,):
-            yield theirs_of(family, recipe, name, block), shape, constant.must
+            yield theirs_of(name, block), shape, constant.must
 
 
-def theirs_of(family: Family, recipe: ModelRecipe, name: str, block: int | None) -> str:
-    """A name of the family's table for a block."""
-    if block is None:
-        return name
-    found = name.format(block, next=block + 1)
-    renamed = {before.format(num_blocks=recipe.num_blocks): after for before, after in family.renamed.items()}
-    return renamed.get(found, found)
+def renamed(family: Family, recipe: ModelRecipe) -> dict[str, str]:
+    """What the names that follow the modules' pattern but are others are called instead."""
+    return {before.format(num_blocks=recipe.num_blocks): after for before, after in family.renamed.items()}
+
+
+def theirs_of(name: str, block: int | None) -> str:
+    """A name of a family's table for a block."""
+    return name if block is None else name.format(block, next=block + 1)
 
 
 def row_chunks(shape: tuple[int, ...], itemsize: int, chunk_bytes: int) -> Iterator[tuple[int, int]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megaresnorm.convert.families import Family, Of
+from megaresnorm.convert.families.family import Family, Of
 from megaresnorm.convert.fields import Always, By, Choice, Config, Field, Fixed, Same, Settings, refused
 from megaresnorm.convert.files import CONFIG, Progress, check_space, new_folder, write_json, write_weights
 from megaresnorm.convert.native import NativeModel
@@ -97,7 +97,7 @@ def _family(implementation: str, attention_norm: str, ffn_norm: str) -> Family:
     return Family(
         name=NAME,
         architecture="GPTModel",
-        fields=(*_FIELDS, Fixed("transformer_impl", implementation)),
+        fields=(Fixed("transformer_impl", implementation), *_FIELDS),
         modules={
             "embedding.word_embeddings": Of("embedding"),
             "embedding.position_embeddings": Of("positions"),

@@ -268,6 +268,7 @@ class MegaResNormModel(MegaResNormPreTrainedModel):
 
 
 class MegaResNormForCausalLM(MegaResNormPreTrainedModel, GenerationMixin):
+    accepts_loss_kwargs = False  # the loss is the mean of each call, whatever a trainer accumulates
     _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}
 
     def __init__(self, config: MegaResNormConfig) -> None:
@@ -305,6 +306,8 @@ class MegaResNormForCausalLM(MegaResNormPreTrainedModel, GenerationMixin):
         cache = DynamicCache() if use_cache and past_key_values is None else past_key_values
         hidden = self.model(embeds, attention_mask, position_ids, cache)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if labels is not None:
+            keep = slice(None)
         logits = self.lm_head(hidden[:, keep]) / self.config.logits_scaling
         if self.config.logit_softcap is not None:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)

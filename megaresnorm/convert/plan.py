@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from megaresnorm.config import suggest
-from megaresnorm.convert.families import FAMILIES, Family
+from megaresnorm.convert.families import FAMILIES
+from megaresnorm.convert.families.family import Family
 from megaresnorm.convert.fold import Fold, fold
 from megaresnorm.convert.native import OURS
 from megaresnorm.convert.remote import remote_family
@@ -75,7 +76,7 @@ def problems(family: Family, recipe: ModelRecipe) -> dict[str, tuple]:
         return {"num_heads": (recipe.num_heads, f"a divisor of {recipe.dim}")}
     try:
         return different(recipe, ModelRecipe(**family.settings(family.config(recipe))))
-    except (CheckpointError, ValidationError, TypeError, ValueError) as e:
+    except (CheckpointError, ValidationError, ArithmeticError, TypeError, ValueError) as e:
         return {"topology": (str(e), None)}
 
 

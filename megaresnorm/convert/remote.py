@@ -1,15 +1,17 @@
 """Our own architecture for Transformers, for topologies that none of its classes has: modeling_megaresnorm.py and its config."""
 
 import functools
+from math import isclose
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
-from megaresnorm.convert.families import Family, Of, scale, whole_logits_scaling
+from megaresnorm.convert.families.family import Family, Of
 from megaresnorm.convert.fields import By, Config, Settings, refused
 from megaresnorm.convert.native import OURS
+from megaresnorm.convert.resolved import scale, whole_logits_scaling
 from megaresnorm.convert.signature import wiring
 from megaresnorm.model.rotary import stretched
 from megaresnorm.model.transformer import has_embedding_norm
@@ -77,9 +79,23 @@ def _read(config: Config) -> Settings:
     if given is None:
         raise refused(OURS, None, "is missing; this config.json was not written by MegaResNorm")
     for key, value in _write(given).items():
-        if config.get(key) != value:
+        if not _same(config.get(key), value):
             raise refused(key, config.get(key), f"is not {value!r}, as the model's recipe in this file has it")
     return given.model_dump(exclude_unset=True)
+
+
+def _same(found: Any, value: Any) -> bool:
+    """Frequencies may be of another machine, whose powers are rounded otherwise."""
+    if (
+        isinstance(value, dict)
+        and "values" in value
+        and isinstance(found, dict)
+        and isinstance(found.get("values"), list)
+    ):
+        pairs = zip([*found["values"], found.get("factor")], [*value["values"], value["factor"]], strict=False)
+        same_length = len(found["values"]) == len(value["values"])
+        return same_length and all(isinstance(a, float | int) and isclose(a, b, rel_tol=1e-12) for a, b in pairs)
+    return found == value
 
 
 def recipe_in(config: Config) -> ModelRecipe | None:

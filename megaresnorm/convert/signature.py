@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from megaresnorm.convert.families import scale, whole_logits_scaling
-from megaresnorm.model.topology import SUBLAYERS, Learned, Position, topology
+from megaresnorm.convert.resolved import residual_at, scale, whole_logits_scaling
+from megaresnorm.model.topology import SUBLAYERS, Learned, topology
 from megaresnorm.model.transformer import has_embedding_norm
 from megaresnorm.recipe import ModelRecipe
 
@@ -33,8 +33,7 @@ def wiring(recipe: ModelRecipe) -> tuple:
     rows: list[Any] = [entry.final_norm]
     for block in range(recipe.num_blocks):
         for sublayer in SUBLAYERS:
-            at = Position(block=block, num_blocks=recipe.num_blocks, sublayer=sublayer, dim=recipe.dim)
-            spec = entry.residual(at, recipe.topology_options)
+            spec = residual_at(recipe, block, sublayer)
             gate: Any = spec.constant_gate
             if gate is None:
                 gate = f"learned {spec.gate.shape}" if isinstance(spec.gate, Learned) else "of every token"

@@ -11,21 +11,13 @@ from torch import Tensor
 
 from megaresnorm.checkpoint.format import Entry
 from megaresnorm.convert.card import model_card
-from megaresnorm.convert.compare import (
-    TOLERANCE,
-    Agreement,
-    check_memory,
-    compare,
-    load_theirs,
-    of_ours,
-    of_theirs,
-    prompts_of,
-)
+from megaresnorm.convert.compare import TOLERANCE, Agreement, compare
 from megaresnorm.convert.files import CONFIG, Progress, check_space, new_folder, write_json, write_weights
 from megaresnorm.convert.links import Link, constants, links, row_chunks
+from megaresnorm.convert.loading import check_memory, load_theirs, of_ours, of_theirs, prompts_of
 from megaresnorm.convert.native import OURS, NativeModel
 from megaresnorm.convert.plan import Plan, plan
-from megaresnorm.convert.remainder import remainder_entries, write_remainder
+from megaresnorm.convert.remainder import write_remainder
 from megaresnorm.convert.remote import FILE, code
 from megaresnorm.convert.tokenizers import check_equal, sample_texts, tokenizer_files
 from megaresnorm.data.tokenizer import Tokenizer
@@ -86,7 +78,7 @@ def to_hf(
         if chosen.family.name == OURS:
             (folder / FILE).write_bytes(code())
         if chosen.fold is not None and dtype == native.dtype:
-            write_remainder(folder, remainder_entries(native, chosen, max_memory // 8))
+            write_remainder(folder, native, chosen, max_memory // 8)
         if tokenizer is not None:
             for name, content in tokenizer_files(tokenizer).items():
                 (folder / name).write_bytes(content)

@@ -20,6 +20,7 @@ from megaresnorm.data.tokenizer import (
 from megaresnorm.errors import CheckpointError, DataError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
+MAX_TOKENIZER_BYTES = 1 << 28
 END_OF_BYTES = "<|endoftext|>"
 _TEXT = """the of and to in Über naïve Ελληνικά Привет мир 你好 世界 日本語 こんにちは 한국어 العربية שלום
 😀 👩\u200d👩\u200d👧 🇫🇷 é e\u0301 ﬁ def return self.x __init__ == != -> {} [] () # // /* */ <div> &amp;
@@ -79,33 +80,34 @@ def check_equal(tokenizer: Tokenizer, folder: Path, texts: Sequence[str]) -> Non
         )
 
 
-def read_tokenizer_of(folder: Path, config: dict[str, Any]) -> Tokenizer | None:
+def read_tokenizer_of(folder: Path, config: dict[str, Any], end_token: str | None = None) -> Tokenizer | None:
     """The tokenizer of a Hugging Face folder, in our form; None if it has none.
 
-    One that we have written is the one that it was made from.
+    One that we have written is the one that it was made from.   end_token: that ends a document; None: the one its files name.
     Raises: DataError or CheckpointError for one that cannot be used.
     """
     ours = config.get(OURS)
     description = ours.get("tokenizer") if isinstance(ours, dict) else None
     if isinstance(description, dict) and description.get("kind") == "bytes":
         return ByteTokenizer()
-    if (
-        isinstance(description, dict)
-        and description.get("kind") == "sentencepiece"
-        and (folder / SENTENCEPIECE_FILE).exists()
-    ):
-        return restore_tokenizer(
-            description, (folder / SENTENCEPIECE_FILE).read_bytes(), str(folder / SENTENCEPIECE_FILE)
-        )
-    end = _end_token(folder, config)
-    if (folder / HUGGINGFACE_FILE).exists():
-        return HuggingFaceTokenizer((folder / HUGGINGFACE_FILE).read_bytes(), str(folder / HUGGINGFACE_FILE), end)
-    if (folder / SENTENCEPIECE_FILE).exists():
-        return SentencePieceTokenizer((folder / SENTENCEPIECE_FILE).read_bytes(), str(folder / SENTENCEPIECE_FILE))
-    return None
+    spm, hf = folder / SENTENCEPIECE_FILE, folder / HUGGINGFACE_FILE
+    if isinstance(description, dict) and description.get("kind") == "sentencepiece" and spm.exists():
+        return restore_tokenizer(description, _content(spm), str(spm))
+    if hf.exists():
+        return HuggingFaceTokenizer(_content(hf), str(hf), end_token or _end_token(folder))
+    return SentencePieceTokenizer(_content(spm), str(spm)) if spm.exists() else None
 
 
-def _end_token(folder: Path, config: dict[str, Any]) -> str | None:
+def _content(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise DataError(f"{path}: larger than {MAX_TOKENIZER_BYTES} bytes; not a tokenizer")
+        return path.read_bytes()
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read ({e.strerror})") from None
+
+
+def _end_token(folder: Path) -> str | None:
     """The token that ends a document, as its files have it."""
     if not (folder / TOKENIZER_CONFIG).exists():
         return None

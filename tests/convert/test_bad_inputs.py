@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import GEMMA, recipe_of, save_random
+from models import GEMMA, GPT, recipe_of, save_random
 from safetensors.torch import load_file, save_file
 
 from megaresnorm.cli import main
@@ -27,6 +27,8 @@ def made(tmp_path_factory) -> Path:
         ("minimax", {"topology": "deepnorm"}),
         ("keel", {"topology": "keel"}),
         ("gemma2", {**GEMMA}),
+        ("tied", {"topology": "pre", "tied_embeddings": True}),
+        ("opt", {**GPT, "topology": "post", "ffn": "relu", "ffn_dim": 40}),
         ("gpt_neox", {"topology": "pre", "norm": "layernorm", "ffn": "gelu", "bias": True, "head_dim": 4, "num_kv_heads": 6}),
         ("gpt2", {"topology": "pre", "norm": "layernorm", "ffn": "gelu", "bias": True, "head_dim": 4, "num_kv_heads": 6,
                   "positions": "learned"}),
@@ -185,6 +187,25 @@ FROM = {
         4,
         "scale_attn_by_inverse_layer_idx=True",
     ),
+    "tied head that differs": (
+        "tied",
+        tensors(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1})),
+        4,
+        "lm_head.weight differs from model.embed_tokens.weight, to which config.json ties it",
+    ),
+    "post-norm OPT": ("opt", edited(activation_function="tanh"), 4, "activation_function='tanh' has no counterpart"),
+    "tokenizer that is a folder": (
+        "minimax",
+        lambda folder: (folder / "tokenizer.json").mkdir(),
+        3,
+        "tokenizer.json: cannot be read",
+    ),
+    "tokenizer without an end": (
+        "minimax",
+        write("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}'),
+        3,
+        "name one with --end-token",
+    ),
     "head bias": ("bert", tensors(lambda t: t["lm_head.bias"].add_(1)), 4, "lm_head.bias is not zero"),
     "size that does not fit": (
         "llama",
@@ -274,12 +295,58 @@ def test_a_config_that_was_changed_counts_and_is_told(made, tmp_path, capsys):
     assert "config.json was changed after the export" in out and "post, 3 blocks" in out and "PASS" in out
 
 
+@pytest.mark.parametrize("edit", ["eps", "alpha"])
+def test_any_field_that_was_changed_counts(edit, made, tmp_path):
+    from megaresnorm.convert.from_hf import from_hf
+
+    shutil.copytree(made / "minimax", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    changes = {"rms_norm_eps": 0.01} if edit == "eps" else {"full_attn_alpha_factor": 2.0, "mlp_alpha_factor": 2.0}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    back = from_hf(tmp_path / "model", tmp_path / "out")
+    assert any("was changed after the export" in note for note in back.notes)
+    assert back.model.norm_eps == (0.01 if edit == "eps" else 1e-5) and back.agreement.passed
+
+
+def unknown_with_code(folder: Path) -> None:
+    edited(model_type="evil", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})(folder)
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
+
+
+def known_with_code(folder: Path) -> None:
+    edited(auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}, architectures=["evil.M"])(folder)
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
+
+
+COMPARED = {
+    "code of an unknown kind": (unknown_with_code, 4, "model_type='evil' is not one of"),
+    "code beside a known kind": (known_with_code, 0, ""),
+    "only a pickle": (only_a_pickle, 4, "Transformers cannot load it"),
+    "architectures of nothing": (edited(architectures=5), 0, ""),
+    "truncated": (cut("model.safetensors", 0.7), 4, "Transformers cannot load it"),
+    "tensor missing": (tensors(lambda t: t.pop(Q)), 4, f"missing keys, such as {Q}"),
+}
+
+
+@pytest.mark.parametrize("case", COMPARED)
+def test_comparing_runs_no_code_and_reads_no_pickle(case, made, tmp_path, capsys, monkeypatch):
+    edit, code, wanted = COMPARED[case]
+    monkeypatch.setattr("builtins.input", lambda *question: "y")
+    folder = tmp_path / "model"
+    shutil.copytree(made / "llama", folder)
+    edit(folder)
+    assert main(["convert", "compare", str(made / "run"), str(folder)]) == code
+    error = capsys.readouterr().err
+    assert wanted in error and error.count("\n") == (1 if code else 0) and not (folder / "ran").exists()
+
+
 TO = {
     "no such run": (["nowhere"], 4, "nowhere: has no checkpoint"),
     "no such architecture": (["RUN", "--arch", "lama"], 2, "did you mean llama"),
     "architecture that does not fit": (["RUN", "--arch", "minimax"], 2, "does not hold this model exactly"),
     "no such tokenizer": (["RUN", "--tokenizer", "x"], 2, "--tokenizer"),
     "no such type": (["RUN", "--dtype", "int8"], 2, "--dtype"),
+    "too little memory": (["RUN", "--max-memory", "1MB"], 2, "is too little; give at least 64MB"),
     "size that is none": (["RUN", "--max-memory", "much"], 2, "'much' is not a size"),
     "negative size": (["RUN", "--max-shard-size", "-1"], 2, "--max-shard-size"),
     "tolerance": (["RUN", "--tolerance", "2"], 2, "'2' is not a share from 0 to 1"),
@@ -348,15 +415,17 @@ def test_a_disk_that_fills_up_leaves_nothing(made, tmp_path, capsys, monkeypatch
 
 
 def test_what_a_killed_conversion_has_left_is_swept_up(made, tmp_path):
-    left = tmp_path / ".tmp-out"
+    left = tmp_path / ".tmp-out-999999999"
     left.mkdir()
     (left / "half").write_text("x")
+    (tmp_path / f".tmp-out-{os.getppid()}").mkdir()  # of one that is still at work
     assert main(["convert", "to-hf", str(made / "run"), str(tmp_path / "out"), "--verify", "off"]) == 0
-    assert os.listdir(tmp_path) == ["out"] and not (tmp_path / "out" / "half").exists()
+    assert sorted(os.listdir(tmp_path)) == [f".tmp-out-{os.getppid()}", "out"]
+    assert not (tmp_path / "out" / "half").exists()
 
 
 def test_too_little_memory_to_verify_is_said_before(made, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("megaresnorm.convert.compare._available_memory", lambda: 10_000)
+    monkeypatch.setattr("megaresnorm.convert.loading._available_memory", lambda: 10_000)
     assert main(["convert", "to-hf", str(made / "run"), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert "verifying needs" in error and "--verify off" in error and list(tmp_path.iterdir()) == []

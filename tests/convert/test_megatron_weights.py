@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from megaresnorm.checkpoint.inspect import compare_tensors
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.cli import main
-from megaresnorm.convert.compare import of_ours
 from megaresnorm.convert.from_hf import from_hf
+from megaresnorm.convert.loading import of_ours
 from megaresnorm.convert.megatron import to_megatron
 from megaresnorm.convert.native import NativeModel
 from megaresnorm.errors import ConfigError

@@ -58,6 +58,98 @@ def test_configurations_of_older_versions(settings, arch, old, found, tmp_path):
     assert {key: getattr(back.model, key) for key in found} == found
 
 
+# As they stand beside published weights, but for their sizes, which are those of the model of the test.
+PUBLISHED = {
+    "Llama-3.1": (
+        "llama",
+        {"topology": "pre"},
+        {
+            "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": [2, 3], "hidden_act": "silu",
+            "initializer_range": 0.02, "mlp_bias": False, "pretraining_tp": 1, "rope_theta": 500000.0, "torch_dtype": "bfloat16",
+            "rope_scaling": {
+                "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+                "rope_type": "llama3",
+            },
+            "transformers_version": "4.43.0.dev0", "use_cache": True,
+        },
+    ),
+    "SmolLM2": (
+        "llama",
+        {"topology": "pre", "tied_embeddings": True},
+        {"is_llama_config": True, "rope_interleaved": False, "rope_scaling": None, "transformers.js_config": {"dtype": "q4"}},
+    ),
+    "Qwen2.5": (
+        "qwen2",
+        {"topology": "pre", "attention_bias": "qkv", "head_dim": 4},
+        {"max_window_layers": 21, "sliding_window": 32, "use_mrope": False, "use_sliding_window": False, "rope_theta": 1000000.0},
+    ),
+    "Qwen3": (
+        "qwen3",
+        {"topology": "pre", "qk_norm": "head"},
+        {"max_window_layers": 28, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "use_sliding_window": False},
+    ),
+    "Gemma-2": (
+        "gemma2",
+        {**GEMMA, "attention_softcap": 50.0, "logit_softcap": 30.0, "tied_embeddings": True},
+        {
+            "cache_implementation": "hybrid", "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
+            "sliding_window_size": 32, "sliding_window": 32, "rope_theta": 10000.0, "layer_types": ...,
+        },
+    ),
+    "GPT-2": (
+        "gpt2",
+        {**GPT, "topology": "pre", "tied_embeddings": True},
+        {
+            "n_ctx": 32, "resid_pdrop": 0.1, "summary_activation": None, "summary_first_dropout": 0.1,
+            "summary_proj_to_labels": True, "summary_type": "cls_index", "summary_use_proj": True, "n_inner": ...,
+            "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+        },
+    ),
+    "StarCoder2": (
+        "starcoder2",
+        {**GPT, "topology": "pre", "positions": "rope", "tied_embeddings": True},
+        {
+            "activation_function": "gelu", "attention_softmax_in_fp32": True, "layer_norm_epsilon": 1e-05, "mlp_type": "default",
+            "norm_type": "layer_norm", "scale_attention_softmax_in_fp32": True, "scale_attn_weights": True, "sliding_window": 32,
+            "rope_theta": 999999.0, "embedding_dropout": 0.1, "residual_dropout": 0.1,
+        },
+    ),
+    "OPT": (
+        "opt",
+        {**GPT, "topology": "pre", "ffn": "relu", "tied_embeddings": True},
+        {"activation_dropout": 0.0, "layerdrop": 0.0, "prefix": "</s>", "dropout": 0.1, "torch_dtype": "float16"},
+    ),
+    "Granite-3": (
+        "granite",
+        {"topology": "pre", "topology_options": {"gate": 0.22}, "head_dim": 4, "embedding_multiplier": 12.0, "logits_scaling": 8.0},
+        {"attention_dropout": 0.1, "mlp_bias": False, "rope_scaling": None, "rope_theta": 5000000.0},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configurations_as_they_are_published(name, tmp_path):
+    arch, settings, config = PUBLISHED[name]
+    folder = exported(tmp_path, settings, arch)
+    old = {"rope_parameters": ...} if settings.get("positions", "rope") == "rope" else {}
+    change(folder, **old, **config)
+    assert from_hf(folder, tmp_path / "back", tolerance=5e-6).agreement.passed
+
+
+def test_a_tokenizer_that_cannot_be_read_is_told(tmp_path, capsys):
+    folder = exported(tmp_path, {**GPT, "topology": "pre", "tied_embeddings": True}, "gpt2")
+    for file in ("vocab.json", "merges.txt"):
+        (folder / file).write_text("{}")
+    assert main(["convert", "from-hf", str(folder), str(tmp_path / "back")]) == 0
+    assert "has no tokenizer.json and no tokenizer.model" in " ".join(capsys.readouterr().out.split())
+
+
+def test_our_own_code_can_have_shorter_sequences_too(tmp_path):
+    folder = exported(tmp_path, {"topology": "keel"})
+    back = from_hf(folder, tmp_path / "back", seq_len=8, tolerance=5e-6)
+    assert back.model.seq_len == 8 and back.model.topology == "keel"
+
+
 def test_files_without_the_prefix_and_with_buffers_as_the_first_gpt2_has_them(tmp_path):
     folder = exported(tmp_path, {**GPT, "topology": "pre", "tied_embeddings": True}, "gpt2")
     before = load_file(folder / "model.safetensors")

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from megaresnorm.checkpoint.inspect import compare_tensors
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.convert import modeling_megaresnorm
-from megaresnorm.convert.compare import compare, of_ours, of_theirs, random_prompts
+from megaresnorm.convert.compare import compare
 from megaresnorm.convert.from_hf import from_hf
+from megaresnorm.convert.loading import of_ours, of_theirs, random_prompts
 from megaresnorm.convert.native import NativeModel
 from megaresnorm.convert.plan import plan
 from megaresnorm.convert.to_hf import to_hf

@@ -1,0 +1,144 @@
+"""What a config.json describes, as a recipe of ours and the plan by which its tensors are read."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megaresnorm.convert.families import FAMILIES
+from megaresnorm.convert.families.family import Family
+from megaresnorm.convert.files import CONFIG, read_json
+from megaresnorm.convert.megatron import MEGATRON
+from megaresnorm.convert.megatron import NAME as MEGATRON_NAME
+from megaresnorm.convert.native import OURS
+from megaresnorm.convert.plan import Plan, plan, problems
+from megaresnorm.convert.remote import recipe_in, remote_family
+from megaresnorm.convert.signature import different
+from megaresnorm.errors import CheckpointError, ConfigError
+from megaresnorm.recipe import ModelRecipe
+
+# Fields of a config.json that the logits of a model do not depend on: how it was made, trained and is to be sampled from.
+_NAMES = """
+_name_or_path architectures auto_map dtype torch_dtype transformers_version model_type id2label label2id problem_type
+bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id decoder_start_token_id
+initializer_range init_std use_cache return_dict output_attentions output_hidden_states output_router_logits
+attention_dropout attn_pdrop embd_pdrop resid_pdrop dropout hidden_dropout hidden_dropout_prob activation_dropout
+attention_probs_dropout_prob embedding_dropout residual_dropout classifier_dropout layerdrop is_encoder_decoder
+summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
+pretraining_tp chunk_size_feed_forward task_specific_params n_ctx prefix tokenizer_class torchscript pruned_heads
+use_bfloat16 tf_legacy_loss finetuning_task cache_implementation gradient_checkpointing _attn_implementation
+attn_implementation attn_implementation_autoset _attn_implementation_autoset max_window_layers _sliding_window_pattern
+sliding_window_pattern router_aux_loss_coef router_jitter_noise block_size linear_attn_alpha_factor
+linear_attn_beta_factor do_sample temperature top_k top_p typical_p max_length min_length num_beams num_beam_groups
+num_return_sequences repetition_penalty length_penalty diversity_penalty no_repeat_ngram_size early_stopping
+encoder_no_repeat_ngram_size bad_words_ids forced_bos_token_id forced_eos_token_id remove_invalid_values
+exponential_decay_length_penalty suppress_tokens begin_suppress_tokens return_dict_in_generate output_scores
+"""
+IGNORED = frozenset(_NAMES.split())
+
+
+def normalized(source: Path) -> dict[str, Any]:
+    """The config.json with every field of its class, in the form of today's Transformers. Raises: CheckpointError."""
+    path = source / CONFIG
+    if not source.is_dir():
+        raise CheckpointError(
+            f"{source}: not a folder; download the model first (hf download NAME --local-dir {source})"
+        )
+    raw = read_json(path)
+    kind = raw.get("model_type")
+    if kind in (OURS, MEGATRON_NAME):
+        return raw
+    known = list(dict.fromkeys([family.name for family in FAMILIES] + [OURS, MEGATRON_NAME]))
+    if kind not in known:
+        raise CheckpointError(f"{path}: model_type={kind!r} is not one of {', '.join(known)}")
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[kind].from_dict(dict(raw)).to_dict()
+    except Exception as e:  # noqa: BLE001 - whatever a class of theirs makes of bad values
+        raise CheckpointError(f"{path}: not a configuration of {kind} ({' '.join(str(e).split())[:200]})") from None
+
+
+def described(source: Path, config: dict[str, Any], seq_len: int | None) -> tuple[Plan, ModelRecipe, tuple[str, ...]]:
+    """The architecture of a config.json as a plan, our recipe of the model, and what is to be said about it.
+
+    A config.json that we have written brings the recipe that it was made from; where its fields still say the same, that counts.
+    seq_len: the longest sequence, where it is to be shorter than the model's.
+    Raises: CheckpointError naming the field that has no counterpart, ConfigError for a seq_len that cannot be.
+    """
+    path = source / CONFIG
+    family = _family_of(config)
+    given = recipe_in(config)
+    if seq_len is not None:
+        config, given = _shortened(family, config, given, seq_len)
+    try:
+        unknown = sorted(config.keys() - family.keys - IGNORED - {OURS})
+        if unknown:
+            raise CheckpointError(
+                f"{unknown[0]}={repr(config[unknown[0]])[:60]} is not a field that is known of {family.name}"
+            )
+        read = ModelRecipe.model_validate(family.settings(config))
+    except CheckpointError as e:
+        raise CheckpointError(f"{path}: {e}") from None
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path}: {where or 'the model'}: {first['msg'].removeprefix('Value error, ')}") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+        raise CheckpointError(f"{path}: a field is missing or has an odd value ({type(e).__name__}: {e})") from None
+    if given is None:
+        return Plan(family, read), read, ()
+    before = _as_exported(family, given)
+    if before is None or different(_read_back(before), read):
+        told = "config.json was changed after the export: its fields count, the recipe in it does not"
+        return Plan(family, read), read, (told,)
+    return before, given, before.notes
+
+
+def _family_of(config: dict[str, Any]) -> Family:
+    """Of several by the name of its model_type the one whose first field fits."""
+    named = [one for one in (*FAMILIES, remote_family(), *MEGATRON.values()) if one.name == config["model_type"]]
+    for family in named:
+        try:
+            family.fields[0].read(config)
+        except CheckpointError:
+            continue
+        return family
+    return named[0]
+
+
+def _shortened(
+    family: Family, config: dict[str, Any], given: ModelRecipe | None, seq_len: int
+) -> tuple[dict[str, Any], ModelRecipe | None]:
+    """The config.json, and the recipe in it, of the same model for shorter sequences. Raises: ConfigError for another model."""
+    length = config.get("max_position_embeddings")
+    learned = "rope_parameters" not in family.keys and config.get("positions") != "rope"
+    if learned or not isinstance(length, int):
+        raise ConfigError(
+            f"--seq-len {seq_len}: {family.name} has learned positions, whose number cannot be changed; leave it out"
+        )
+    if seq_len > length:
+        raise ConfigError(f"--seq-len {seq_len} is above max_position_embeddings={length}; give at most that")
+    config = config | {"max_position_embeddings": seq_len}
+    if given is not None:
+        given = given.model_copy(update={"seq_len": seq_len})
+        config[OURS] = config[OURS] | {"model": given.model_dump(exclude_none=True)}
+    return config, given
+
+
+def _as_exported(family: Family, given: ModelRecipe) -> Plan | None:
+    """The plan by which a model was exported to this family; None if it cannot have been."""
+    if not problems(family, given):
+        return Plan(family, given)
+    try:
+        before = plan(given, family.name)
+    except ConfigError:
+        return None
+    return before if before.family is family else None
+
+
+def _read_back(before: Plan) -> ModelRecipe:
+    """The model that the config.json of a plan describes."""
+    if before.family is remote_family():
+        return before.recipe
+    return ModelRecipe.model_validate(before.family.settings(before.family.config(before.recipe)))

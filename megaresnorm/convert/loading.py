@@ -1,0 +1,160 @@
+"""Models whose logits are to be compared, ours and those of Transformers, and what they read."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from megaresnorm.checkpoint.format import human_bytes
+from megaresnorm.convert.compare import Logits
+from megaresnorm.convert.families import FAMILIES
+from megaresnorm.convert.files import CONFIG, read_json
+from megaresnorm.convert.native import OURS, NativeModel
+from megaresnorm.data.tokenizer import Tokenizer
+from megaresnorm.errors import CheckpointError, ConfigError
+
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "def main(argv):\n    for i, name in enumerate(argv):\n        print(f\"{i}: {name}\")\n",
+    "In the beginning God created the heaven and the earth.\n\nAnd the earth was without form, and void;",
+    "你好，世界。 Привет, мир! 😀 3.14159 = π",
+)  # fmt: skip
+LONG = 512  # tokens of the one long sequence of a comparison
+
+
+def of_ours(model: Any) -> Logits:
+    """Of our Transformer."""
+
+    def logits(tokens_BS: Tensor) -> Tensor:
+        return model(tokens_BS).view(*tokens_BS.shape, -1)
+
+    return logits
+
+
+def of_theirs(model: Any) -> Logits:
+    """Of a model of Transformers."""
+
+    def logits(tokens_BS: Tensor) -> Tensor:
+        return model(tokens_BS, use_cache=False).logits
+
+    return logits
+
+
+def load_theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A model of Transformers from a folder, by the class of its architecture; by ours, where it brings a file of ours along.
+
+    No code of the folder is run, and no pickle is read. Raises: CheckpointError.
+    """
+    import transformers
+
+    kind = read_json(folder / CONFIG).get("model_type")
+    classes = {family.name: family.architecture for family in FAMILIES}
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
+    if kind == OURS:
+        from megaresnorm.convert.modeling_megaresnorm import MegaResNormForCausalLM
+
+        loaded: Any = MegaResNormForCausalLM
+        options["attn_implementation"] = "sdpa"
+    elif kind in classes:
+        loaded = getattr(transformers, classes[kind])
+        options["attn_implementation"] = "eager"  # which every class has, capped scores included
+    else:
+        raise CheckpointError(f"{folder / CONFIG}: model_type={kind!r} is not one of {', '.join([*classes, OURS])}")
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, info = loaded.from_pretrained(folder, output_loading_info=True, **options)
+    except (
+        SafetensorError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as e:
+        raise CheckpointError(f"{folder}: Transformers cannot load it ({' '.join(str(e).split())[:200]})") from None
+    finally:
+        transformers.logging.set_verbosity(before)
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(problem):
+            names = sorted(map(str, info[problem]))
+            raise CheckpointError(f"{folder}: Transformers finds {problem.replace('_', ' ')}, such as {names[0]}")
+    return model.eval()
+
+
+class Loaded(NamedTuple):
+    """A model whose logits can be compared. seq_len: longest sequence.   tokenizer: of a checkpoint of ours that has one."""
+
+    logits: Logits
+    vocab_size: int
+    seq_len: int
+    tokenizer: Tokenizer | None = None
+
+
+def load_logits(folder: Path) -> Loaded:
+    """A checkpoint of ours, or a folder of Transformers. Raises: CheckpointError."""
+    if (folder / CONFIG).exists():
+        model = load_theirs(folder)
+        config = model.config
+        length: int = getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 128)
+        return Loaded(of_theirs(model), config.vocab_size, length)
+    native = NativeModel(folder)
+    assert native.recipe.vocab_size is not None
+    return Loaded(of_ours(native.model()), native.recipe.vocab_size, native.recipe.seq_len, native.tokenizer())
+
+
+def random_prompts(vocab_size: int, seq_len: int, tokens: int = 2000, seed: int = 0) -> list[Tensor]:
+    """At least ``tokens`` tokens drawn uniformly, in sequences of up to 128, some to a batch, and one of up to LONG."""
+    generator = torch.Generator().manual_seed(seed)
+    length = min(seq_len, 128)
+    rows = torch.randint(vocab_size, (-(-tokens // length), length), generator=generator)
+    long = [torch.randint(vocab_size, (1, min(seq_len, LONG)), generator=generator)] if seq_len > length else []
+    return [*rows.split(8), *long]
+
+
+def text_prompts(texts: Sequence[str], tokenizer: Tokenizer, vocab_size: int, seq_len: int) -> list[Tensor]:
+    """Each a document of its own, cut to the longest sequence."""
+    rows = [[tokenizer.eod, *tokenizer.encode(text).tolist()][:seq_len] for text in texts]
+    return [torch.tensor([row]) for row in rows if max(row) < vocab_size]
+
+
+def prompts_of(native: NativeModel, tokenizer: Tokenizer | None) -> list[Tensor]:
+    """What a conversion is verified on: random tokens, and texts where there is a tokenizer."""
+    vocab_size, seq_len = native.recipe.vocab_size, native.recipe.seq_len
+    assert vocab_size is not None
+    texts = [] if tokenizer is None else text_prompts(TEXTS, tokenizer, vocab_size, seq_len)
+    return random_prompts(vocab_size, seq_len) + texts
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file that are not empty. Raises: ConfigError."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"--prompts {path}: cannot be read ({e})") from None
+    if not lines:
+        raise ConfigError(f"--prompts {path}: has no line of text")
+    return lines
+
+
+def check_memory(num_bytes: int) -> None:
+    """Raises: ConfigError where two models of so many bytes do not fit."""
+    have = _available_memory()
+    if have is not None and 2 * num_bytes > have:
+        raise ConfigError(
+            f"verifying needs {human_bytes(2 * num_bytes)} of memory, {human_bytes(have)} are free; switch it off by --verify off"
+        )
+
+
+def _available_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
