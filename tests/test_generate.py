@@ -12,7 +12,7 @@ from megaresnorm.data.prepare import PrepareJob, prepare
 from megaresnorm.data.tokenizer import ByteTokenizer
 from megaresnorm.generate import choose, generate, generate_tokens, load_model
 from megaresnorm.model.topology import TOPOLOGIES
-from megaresnorm.recipe import KernelRecipe, ModelRecipe, PrecisionRecipe
+from megaresnorm.recipe import KernelRecipe, ModelRecipe, PrecisionRecipe, RopeScaling
 from megaresnorm.trainer import train
 
 
@@ -44,6 +44,26 @@ def test_greedy_takes_the_likeliest_token_and_forgets_the_first_half_of_a_full_c
     greedy = ByteTokenizer().decode(tokens)
     assert generate(one, ByteTokenizer(), "A", 20, temperature=0.0) == greedy
     assert generate(one, ByteTokenizer(), "A", 20, temperature=1e-5) == greedy
+
+
+def test_with_a_cache_published_models_settings_count_as_well():
+    recipe = ModelRecipe(
+        dim=16, num_blocks=2, num_heads=4, num_kv_heads=2, seq_len=24, vocab_size=257, topology="sandwich", qk_norm="head",
+        head_dim=8, rope_fraction=0.5, rope_scaling=RopeScaling(kind="yarn", factor=4.0, original_seq_len=8),
+        attention_multiplier=0.4, attention_softcap=1.5, embedding_multiplier=3.0, logits_scaling=0.1, norm_zero_centered=True, ffn="geglu_tanh",
+    )  # fmt: skip
+    one = build_model(recipe, PrecisionRecipe(compute="fp64")).model
+    with torch.no_grad():
+        for p in one.parameters():
+            p.add_(0.2 * torch.randn(p.shape, dtype=p.dtype))
+        one.head.weight[256:] = 0
+    for softcap in (1.5, None):
+        for block in one.blocks.values():
+            block.attention.branch.softcap = softcap
+        texts = {
+            cache: generate(one, ByteTokenizer(), "hello", 60, temperature=0.5, cache=cache) for cache in (True, False)
+        }
+        assert texts[True] == texts[False] and len(texts[True]) > 20
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "blocked"])

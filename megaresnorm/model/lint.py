@@ -205,7 +205,7 @@ def _swallowed_updates(model: ModelRecipe, precision: PrecisionRecipe) -> Iterat
 
 def _embedding_rms(model: ModelRecipe) -> float:
     positions = default_position_std(model) if model.positions == "learned" else 0.0
-    return sqrt(default_embedding_std(model) ** 2 + positions**2)
+    return sqrt((model.embedding_multiplier * default_embedding_std(model)) ** 2 + positions**2)
 
 
 def _gains(model: ModelRecipe, sublayer: Sublayer, spec: ResidualSpec) -> tuple[float, float]:

@@ -1,0 +1,120 @@
+"""Every setting of a run, one typed field each, documented where it stands.
+
+A recipe is frozen, refuses unknown keys, NaN and Inf, and never converts types: ``dim: "64"`` is an error. Relations
+between fields are checked here; relations with data, topology or hardware where those are known.
+"""
+
+from pydantic import model_validator
+from typing_extensions import Self
+
+from megaresnorm.recipe.execution import KernelRecipe, ParallelRecipe, PrecisionRecipe
+from megaresnorm.recipe.model import InitRecipe, ModelRecipe, RopeScaling, TopologyOptions
+from megaresnorm.recipe.section import Section, divisors
+from megaresnorm.recipe.training import (
+    BatchRamp,
+    BlendSource,
+    CheckpointRecipe,
+    DataRecipe,
+    OptimRecipe,
+    ScheduleRecipe,
+    TrainRecipe,
+)
+
+__all__ = [
+    "BatchRamp",
+    "BlendSource",
+    "CheckpointRecipe",
+    "DataRecipe",
+    "InitRecipe",
+    "KernelRecipe",
+    "ModelRecipe",
+    "OptimRecipe",
+    "ParallelRecipe",
+    "PrecisionRecipe",
+    "Recipe",
+    "RopeScaling",
+    "ScheduleRecipe",
+    "TopologyOptions",
+    "TrainRecipe",
+    "divisors",
+]
+
+
+class Recipe(Section):
+    """One training run."""
+
+    model: ModelRecipe
+    """The transformer."""
+    data: DataRecipe
+    """The token files."""
+    train: TrainRecipe
+    """The run."""
+    optim: OptimRecipe = OptimRecipe()
+    """AdamW and gradient clipping."""
+    schedule: ScheduleRecipe = ScheduleRecipe()
+    """The learning rate over the run."""
+    precision: PrecisionRecipe = PrecisionRecipe()
+    """Number formats."""
+    kernels: KernelRecipe = KernelRecipe()
+    """Backends of the kernels."""
+    parallel: ParallelRecipe = ParallelRecipe()
+    """How many ranks share the work, and how."""
+    checkpoint: CheckpointRecipe = CheckpointRecipe()
+    """Saving the run."""
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        train, schedule = self.train, self.schedule
+        micro = train.batch_multiple
+        if train.global_batch % micro:
+            raise ValueError(
+                f"train.micro_batch={micro} must divide train.global_batch={train.global_batch}; "
+                f"try micro_batch in {divisors(train.global_batch)}"
+            )
+        if train.batch_ramp and (train.batch_ramp.start % micro or train.batch_ramp.start > train.global_batch):
+            raise ValueError(
+                f"train.batch_ramp.start={train.batch_ramp.start} must be a multiple of train.micro_batch={micro} "
+                f"and at most train.global_batch={train.global_batch}"
+            )
+        decay = (schedule.decay_steps or 0) if schedule.kind == "wsd" else 0
+        if schedule.warmup_steps + decay > train.steps:
+            raise ValueError(
+                f"schedule.warmup_steps={schedule.warmup_steps} and schedule.decay_steps={decay} "
+                f"do not fit into train.steps={train.steps}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _model_can_be_shared(self) -> Self:
+        model, parallel = self.model, self.parallel
+        shared = {
+            "model.num_heads": model.num_heads,
+            "model.num_kv_heads": model.kv_heads,
+            "model.ffn_dim": model.ffn_width,
+        }
+        if parallel.tensor_layout == "columns":
+            shared["model.dim"] = model.dim
+        for key, size in shared.items():
+            if size % parallel.tp:
+                raise ValueError(
+                    f"parallel.tp={parallel.tp} must divide {key}={size}; try parallel.tp in {divisors(size)}"
+                )
+        if parallel.columns_norm == "gather" and self.precision.stream != self.precision.compute:
+            raise ValueError(
+                f"parallel.columns_norm=gather needs precision.residual_dtype={self.precision.compute}, the type of compute, "
+                f"not {self.precision.stream}; set it, or use columns_norm auto or merge"
+            )
+        if parallel.num_stages > model.num_blocks:
+            raise ValueError(
+                f"parallel.pp={parallel.pp} makes {parallel.num_stages} pipeline stages of model.num_blocks={model.num_blocks}; "
+                f"wanted at most one a block"
+            )
+        blocks = parallel.stage_blocks
+        if blocks is not None and sum(blocks) != model.num_blocks:
+            raise ValueError(
+                f"parallel.stage_blocks={blocks} hold {sum(blocks)} blocks, model.num_blocks={model.num_blocks}; "
+                "every block must be in a stage"
+            )
+        if blocks is not None and 0 in blocks[1:-1]:
+            raise ValueError(f"parallel.stage_blocks={blocks}: only the first and the last stage can be without blocks")
+        return self

@@ -1,0 +1,83 @@
+"""Settings of how it is computed: number formats, kernels, ranks."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from megaresnorm.recipe.section import Count, Section, refuse_ignored
+
+
+class PrecisionRecipe(Section):
+    compute: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """Type of the matrix products; weights, their gradients and the optimizer stay FP32 under bf16."""
+    residual_dtype: Literal["fp32", "bf16", "fp64"] | None = None
+    """Type the residual stream is stored in; unset: fp32, or fp64 under fp64."""
+
+    @model_validator(mode="after")
+    def _fp64_is_whole(self) -> Self:
+        if (self.compute == "fp64") != (self.stream == "fp64"):
+            raise ValueError(
+                f"precision.residual_dtype={self.stream} does not go with precision.compute={self.compute}; "
+                "fp64 is for both or neither"
+            )
+        return self
+
+    @property
+    def stream(self) -> str:
+        return self.residual_dtype or ("fp64" if self.compute == "fp64" else "fp32")
+
+
+class KernelRecipe(Section):
+    """``auto`` takes the fastest backend that can run here; ``megaresnorm doctor --kernels`` lists them."""
+
+    add_norm: str = "auto"
+    """Backend of the residual-add + norm op."""
+    attention: str = "auto"
+    """Backend of attention."""
+    activation: str = "auto"
+    """Backend of GELU and SwiGLU."""
+    cross_entropy: str = "auto"
+    """Backend of the loss."""
+
+
+class ParallelRecipe(Section):
+    """Ranks are pp * dp_replicate * dp_shard * tp; ranks of one tp group are neighbours. The same recipe runs in every layout."""
+
+    tp: Count = 1
+    """Tensor parallel: ranks that share every matrix."""
+    tensor_layout: Literal["full", "tokens", "columns"] = "full"
+    """tp > 1: the residual stream whole on every rank, split by token (sequence parallel), or by column with merged statistics."""
+    columns_norm: Literal["auto", "merge", "gather"] = "auto"
+    """columns: merge statistics and gather normalised columns, or gather the stored stream (auto: where its type is compute's)."""
+    pp: Count = 1
+    """Pipeline parallel: ranks that each hold consecutive blocks."""
+    pipeline: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
+    """pp > 1: order of forward and backward passes; interleaved gives every rank several stages."""
+    stages_per_rank: Annotated[int, Field(ge=2)] = 2
+    """interleaved: stages of one rank."""
+    stage_blocks: list[Annotated[int, Field(ge=0)]] | None = None
+    """Blocks of every stage, first to last; unset: balanced by cost, embedding and output matrix counted."""
+    dp_shard: Count = 1
+    """Fully sharded data parallel (FSDP2): ranks among which weights, gradients and optimizer state are divided."""
+    shard: Literal["parameters", "gradients"] = "parameters"
+    """dp_shard > 1: free gathered weights after each forward pass, or keep them until backward is done (pipelines always do)."""
+    dp_replicate: Count | None = None
+    """Data parallel with whole copies (DDP; with dp_shard, of the sharded group); unset: all ranks that are left."""
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        if self.tensor_layout != "columns":
+            refuse_ignored(self, "parallel", f"parallel.tensor_layout={self.tensor_layout}", "columns_norm")
+        if self.pipeline != "interleaved":
+            refuse_ignored(self, "parallel", f"parallel.pipeline={self.pipeline}", "stages_per_rank")
+        if self.stage_blocks is not None and len(self.stage_blocks) != self.num_stages:
+            raise ValueError(
+                f"parallel.stage_blocks has {len(self.stage_blocks)} stages, parallel.pp={self.pp} with "
+                f"parallel.pipeline={self.pipeline} makes {self.num_stages}; give {self.num_stages} numbers"
+            )
+        return self
+
+    @property
+    def num_stages(self) -> int:
+        return self.pp * (self.stages_per_rank if self.pipeline == "interleaved" and self.pp > 1 else 1)

@@ -1,0 +1,179 @@
+"""Settings of the data, the optimizer and the run."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from megaresnorm.recipe.section import Count, Fraction, Name, Positive, Section, Seed, refuse_ignored
+
+
+class BlendSource(Section):
+    path: Name
+    """As data.path."""
+    weight: Positive
+    """Share of the samples, relative to the other sources'."""
+
+
+class DataRecipe(Section):
+    path: Name | None = None
+    """Folder made by ``megaresnorm prepare``, or PREFIX of Megatron's PREFIX.bin and PREFIX.idx."""
+    blend: Annotated[list[BlendSource], Field(min_length=1)] | None = None
+    """Several data sets with weights, in the place of ``path``; each has its own split and goes through its own epochs."""
+    mask_documents: bool = False
+    """Tokens see their own document alone, positions start anew with each, and no loss is taken of a document's first token."""
+    valid_fraction: Fraction = 0.02
+    """Share of the documents kept for validation."""
+    test_fraction: Fraction = 0.0
+    """Share of the documents never used by training or validation."""
+    seed: Seed = 1234
+    """Seed of the split and of the order of the samples."""
+
+    @model_validator(mode="after")
+    def _something_left_to_train_on(self) -> Self:
+        if self.valid_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                f"data.valid_fraction={self.valid_fraction} and data.test_fraction={self.test_fraction} "
+                "must leave something to train on; wanted a sum below 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_kind_of_source(self) -> Self:
+        if (self.path is None) == (self.blend is None):
+            problem = "data.path is missing" if self.path is None else "data.path and data.blend are both set"
+            raise ValueError(f"{problem}; give either data.path or data.blend")
+        return self
+
+    @property
+    def sources(self) -> list[BlendSource]:
+        """The data sets, whichever way they were given."""
+        return self.blend or [BlendSource(path=self.path or "", weight=1.0)]
+
+
+class OptimRecipe(Section):
+    lr: Positive = 1e-3
+    """Peak learning rate of AdamW."""
+    beta1: Fraction = 0.9
+    """Decay of the first moment."""
+    beta2: Fraction = 0.95
+    """Decay of the second moment."""
+    eps: Positive = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay of the matrices; norms, biases and gates have none."""
+    clip: Literal["global", "adagc", "none"] = "global"
+    """Clip the norm of all gradients together, or each tensor against its own history (AdaGC)."""
+    clip_norm: Positive = 1.0
+    """Largest norm under ``clip: global``, and during AdaGC's warm-up."""
+    adagc_ratio: Annotated[float, Field(ge=1)] = 1.05
+    """AdaGC: a tensor's gradient may exceed the moving average of its clipped norms by this factor."""
+    adagc_beta: Fraction = 0.98
+    """AdaGC: decay of that moving average."""
+    adagc_warmup: Count = 100
+    """AdaGC: steps of global clipping while the averages settle."""
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        if self.clip != "adagc":
+            refuse_ignored(self, "optim", f"optim.clip={self.clip}", "adagc_ratio", "adagc_beta", "adagc_warmup")
+        if self.clip == "none":
+            refuse_ignored(self, "optim", "optim.clip=none", "clip_norm")
+        return self
+
+
+class ScheduleRecipe(Section):
+    kind: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = "cosine"
+    """Shape of the learning rate after the warm-up; wsd: constant, then linear over ``decay_steps``."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up from 0."""
+    decay_steps: Count | None = None
+    """wsd: steps of the final decay; unset: a tenth of train.steps."""
+    min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Learning rate at the end, as a share of optim.lr (linear, cosine, wsd)."""
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        if self.kind in ("constant", "inverse_sqrt"):
+            refuse_ignored(self, "schedule", f"schedule.kind={self.kind}", "min_ratio")
+        if self.kind != "wsd":
+            refuse_ignored(self, "schedule", f"schedule.kind={self.kind}", "decay_steps")
+        return self
+
+
+class BatchRamp(Section):
+    start: Count
+    """Global batch of the first step, in samples."""
+    steps: Count
+    """Steps over which the batch grows linearly to train.global_batch, in multiples of train.micro_batch."""
+
+
+class TrainRecipe(Section):
+    output: Name
+    """Folder of the run: recipe, log, metrics, TensorBoard files and checkpoints."""
+    steps: Count
+    """Optimizer steps of the whole run."""
+    global_batch: Count = 8
+    """Samples (sequences) in one optimizer step."""
+    micro_batch: Count | None = None
+    """Samples in one forward and backward pass of a rank; unset: all of its share, or under pp one sample."""
+    batch_ramp: BatchRamp | None = None
+    """Grow the global batch at the start of the run."""
+    seed: Seed = 1234
+    """Seed of the initial weights and of dropout."""
+    initial_weights: Name | None = None
+    """A checkpoint, or a run, from whose weights this run starts at step 0; unset: from those that the seed gives."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU if there is one."""
+    compile: Literal["none", "blocks", "cuda_graphs"] = "none"
+    """torch.compile every block by itself; cuda_graphs: and replay it as a CUDA graph."""
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Coefficient of log(Z)^2 a token, added to the loss (PaLM: 1e-4)."""
+    eval_every: Annotated[int, Field(ge=0)] = 100
+    """Steps between evaluations; 0: only at the end."""
+    eval_samples: Count = 64
+    """Validation samples of one evaluation (fewer if the split has fewer)."""
+    log_every: Count = 1
+    """Steps between console lines; metrics are recorded at every step."""
+    tensorboard: bool = True
+    """Write TensorBoard files beside the JSON lines."""
+    max_skipped_steps: Count = 10
+    """Steps in a row refused for a non-finite gradient before the run gives up."""
+    max_minutes: Positive | None = None
+    """Wall-clock limit of one start of the run: after so many minutes it saves a checkpoint and exits with code 124."""
+    sample_prompt: str = ""
+    """Start of the text sample written at the end."""
+    sample_tokens: Annotated[int, Field(ge=0)] = 200
+    """Length of that sample; 0: none."""
+
+    @property
+    def batch_multiple(self) -> int:
+        """What every global batch is a multiple of, in whatever layout."""
+        return self.micro_batch or self.global_batch
+
+    def micro_batch_of(self, data_ranks: int, pp: int) -> int:
+        """Samples in one pass of a rank: the recipe's, else its whole share of a batch, or one sample in a pipeline."""
+        return self.micro_batch or (1 if pp > 1 else -(-self.global_batch // data_ranks))
+
+
+class CheckpointRecipe(Section):
+    """When checkpoints are written, how, and which are kept."""
+
+    every: Annotated[int, Field(ge=0)] = 500
+    """Steps between checkpoints; 0: only at the end and when interrupted."""
+    keep: Annotated[int, Field(ge=2)] = 2
+    """Newest checkpoints kept; at least 2, so that one is whole while the next is written."""
+    keep_every: Count | None = None
+    """Checkpoints of steps that this divides are never removed."""
+    asynchronous: bool = True
+    """Copy the tensors to host memory and train on while a thread writes them; needs host memory of the size of a rank's share."""
+    when_busy: Literal["wait", "skip"] = "wait"
+    """What a checkpoint does that is due while the one before is still being written."""
+    max_failures: Count = 3
+    """Checkpoints in a row that cannot be written (a full disk) before the run ends; until then it warns and trains on."""
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> Self:
+        if not self.asynchronous:
+            refuse_ignored(self, "checkpoint", "checkpoint.asynchronous=false", "when_busy")
+        return self
