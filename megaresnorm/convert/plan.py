@@ -35,39 +35,42 @@ def plan(recipe: ModelRecipe, arch: str = "auto") -> Plan:
     if arch in (OURS, "remote-code"):
         return Plan(remote_family(), recipe)
     folded = fold(recipe)
+    ways: list[tuple[ModelRecipe, Fold | None]] = [
+        (recipe, None),
+        *([(folded.recipe, folded)] if folded is not None else []),
+    ]
     if arch == "auto":
-        for family in FAMILIES:
-            if not problems(family, recipe):
-                return Plan(family, recipe)
-        for family in FAMILIES if folded is not None and not folded.notes else ():
-            assert folded is not None
-            if not problems(family, folded.recipe):
-                return Plan(family, folded.recipe, folded)
+        for fitting, fold_of_it in ways:
+            if fold_of_it is not None and fold_of_it.notes:
+                continue
+            for family in FAMILIES:
+                if not problems(family, fitting):
+                    return Plan(family, fitting, fold_of_it)
         return Plan(remote_family(), recipe)
+    return _asked_for(arch, ways)
+
+
+def _asked_for(arch: str, ways: list[tuple[ModelRecipe, Fold | None]]) -> Plan:
+    """The first way in which an architecture holds a model, but for the eps of its norms. Raises: ConfigError."""
     known = [family for family in FAMILIES if family.name == arch]
     if not known:
         names = list(dict.fromkeys(["auto", *(family.name for family in FAMILIES), OURS]))
         raise ConfigError(f"--arch {arch}: wanted one of {', '.join(names)}{suggest(arch, names)}")
-    why: list[str] = []
+    lacking = None
     for family in known:
-        if not problems(family, recipe):
-            return Plan(family, recipe)
-        for fitting, notes in ((recipe, ()), *([(folded.recipe, folded.notes)] if folded is not None else [])):
+        for fitting, folded in ways:
             found = problems(family, fitting)
-            if not found.keys() - {"norm_eps"}:
-                eps = tuple(
-                    f"eps of all norms is {theirs:.3g} instead of {ours:.3g}" for ours, theirs in found.values()
-                )
-                return Plan(family, fitting, folded if fitting is not recipe else None, (*notes, *eps))
-            key = next(key for key in found if key != "norm_eps")
-            ours, theirs = found[key]
-            wiring = key == "topology"
-            why.append(
-                f"model.topology={recipe.topology}"
-                if wiring
-                else f"model.{key} is {_short(ours)}, there it is {_short(theirs)}"
-            )
-    raise ConfigError(f"--arch {arch} does not hold this model exactly: {why[0]}; try --arch auto")
+            notes = () if folded is None else folded.notes
+            if "norm_eps" in found:
+                ours, theirs = found.pop("norm_eps")
+                notes = (*notes, f"eps of all norms is {theirs:.3g} instead of {ours:.3g}")
+            if not found:
+                return Plan(family, fitting, folded, notes)
+            lacking = lacking or next(iter(found.items()))
+    assert lacking is not None
+    key, (ours, theirs) = lacking
+    what = f"is {_short(ours)}, there it is {_short(theirs)}" if key != "topology" else f"is {ways[0][0].topology}"
+    raise ConfigError(f"--arch {arch} does not hold this model exactly: model.{key} {what}; try --arch auto")
 
 
 def problems(family: Family, recipe: ModelRecipe) -> dict[str, tuple]:

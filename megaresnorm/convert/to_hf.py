@@ -71,24 +71,31 @@ def to_hf(
         check_memory(num_bytes // dtype.itemsize * 4)
     with new_folder(out) as folder:
         write_weights(folder, entries, max_shard_bytes, progress("writing", num_bytes))
-        config = config_of(native, chosen, dtype, tokenizer)
-        write_json(folder / CONFIG, config)
-        ends = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        write_json(folder / "generation_config.json", {"_from_model_config": True, **ends})
-        if chosen.family.name == OURS:
-            (folder / FILE).write_bytes(code())
+        write_beside(folder, native, chosen, dtype, tokenizer)
         if chosen.fold is not None and dtype == native.dtype:
             write_remainder(folder, native, chosen, max_memory // 8)
-        if tokenizer is not None:
-            for name, content in tokenizer_files(tokenizer).items():
-                (folder / name).write_bytes(content)
-            check_equal(tokenizer, folder, list(sample_texts()))
         agreement = rounding = None
         if verify:
             agreement, rounding = verified(native, folder, tokenizer, dtype, tolerance)
         files = len(list(folder.glob("model*.safetensors")))
         (folder / "README.md").write_text(model_card(native, dtype, chosen, agreement, rounding), encoding="utf-8")
     return Report(out, chosen, num_bytes, files, agreement, rounding)
+
+
+def write_beside(
+    folder: Path, native: NativeModel, chosen: Plan, dtype: torch.dtype, tokenizer: Tokenizer | None
+) -> None:
+    """Everything but the weights and the model card. Raises: DataError for a tokenizer that would not be the same."""
+    config = config_of(native, chosen, dtype, tokenizer)
+    write_json(folder / CONFIG, config)
+    ends = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    write_json(folder / "generation_config.json", {"_from_model_config": True, **ends})
+    if chosen.family.name == OURS:
+        (folder / FILE).write_bytes(code())
+    if tokenizer is not None:
+        for name, content in tokenizer_files(tokenizer).items():
+            (folder / name).write_bytes(content)
+        check_equal(tokenizer, folder, list(sample_texts()))
 
 
 def weight_entries(native: NativeModel, chosen: Plan, dtype: torch.dtype, chunk_bytes: int) -> Iterator[Entry]:

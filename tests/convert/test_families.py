@@ -150,7 +150,7 @@ def test_a_class_that_fixes_eps_says_how_much_that_changes(tmp_path):
 @pytest.mark.parametrize(
     ("arch", "settings", "wanted"),
     [
-        ("llama", {"topology": "deepnorm"}, "model.topology=deepnorm"),
+        ("llama", {"topology": "deepnorm"}, "model.topology is deepnorm"),
         ("llama", {"topology": "pre", "norm": "layernorm"}, "model.norm is 'layernorm', there it is 'rmsnorm'"),
         (
             "llama",
@@ -163,7 +163,7 @@ def test_a_class_that_fixes_eps_says_how_much_that_changes(tmp_path):
             {"topology": "deepnorm", "embedding_norm": False},
             "model.embedding_norm is False, there it is True",
         ),
-        ("granite", {"topology": "keel", "head_dim": 4}, "model.topology=keel"),
+        ("granite", {"topology": "keel", "head_dim": 4}, "model.topology is keel"),
         ("lama", {"topology": "pre"}, "did you mean llama"),
     ],
 )
