@@ -32,7 +32,7 @@ ONLY_IN = {  # package -> the files that may import it
     "safetensors": ["checkpoint/reader.py", "convert/files.py", "convert/loading.py"],
     "transformers": [
         "cli/convert.py",  # to say which version there is
-        "convert/describe.py",
+        "convert/config_json.py",
         "convert/loading.py",
         "convert/modeling_megaresnorm.py",
         "convert/tokenizers.py",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megaresnorm.cli.arguments import Commands, count
-from megaresnorm.errors import ConfigError, ConversionError
+from megaresnorm.errors import CheckpointError, ConfigError, ConversionError
 
 if TYPE_CHECKING:
     import torch
@@ -196,7 +196,6 @@ def _add_tolerance(command: argparse.ArgumentParser) -> None:
 def _to_hf(arguments: argparse.Namespace) -> int:
     _needs_transformers()
     from megaresnorm.checkpoint.format import human_bytes
-    from megaresnorm.convert.compare import TOLERANCE
     from megaresnorm.convert.to_hf import to_hf
     from megaresnorm.telemetry.log import console, progress_bars
 
@@ -210,7 +209,7 @@ def _to_hf(arguments: argparse.Namespace) -> int:
             max_memory=arguments.max_memory,
             verify=arguments.verify == "on",
             with_tokenizer=arguments.tokenizer == "auto",
-            tolerance=TOLERANCE if arguments.tolerance is None else arguments.tolerance,
+            tolerance=_tolerance_of(arguments),
             progress=progress,
         )
     console.print(f"wrote     {report.folder}: {report.files} file(s), {human_bytes(report.num_bytes)}")
@@ -233,7 +232,6 @@ def _to_hf(arguments: argparse.Namespace) -> int:
 
 def _from_hf(arguments: argparse.Namespace) -> int:
     _needs_transformers()  # Megatron's weights need its tokenizers alone
-    from megaresnorm.convert.compare import TOLERANCE
     from megaresnorm.convert.from_hf import from_hf
     from megaresnorm.telemetry.log import console, progress_bars
 
@@ -247,7 +245,7 @@ def _from_hf(arguments: argparse.Namespace) -> int:
             verify=arguments.verify == "on",
             with_tokenizer=arguments.tokenizer == "auto",
             end_token=arguments.end_token,
-            tolerance=TOLERANCE if arguments.tolerance is None else arguments.tolerance,
+            tolerance=_tolerance_of(arguments),
             progress=progress,
         )
     model = found.model
@@ -289,7 +287,11 @@ def _compare(arguments: argparse.Namespace) -> int:
     if any((folder / "config.json").exists() for folder in (arguments.one, arguments.other)):
         _needs_transformers()
     one, other = load_logits(arguments.one), load_logits(arguments.other)
-    vocab_size, seq_len = min(one.vocab_size, other.vocab_size), min(one.seq_len, other.seq_len)
+    if one.vocab_size != other.vocab_size:
+        raise CheckpointError(
+            f"the models have logits of {one.vocab_size} and {other.vocab_size} tokens; they are not the same model"
+        )
+    vocab_size, seq_len = one.vocab_size, min(one.seq_len, other.seq_len)
     if texts is None:
         prompts = random_prompts(vocab_size, seq_len)
     else:
@@ -304,6 +306,15 @@ def _compare(arguments: argparse.Namespace) -> int:
     )
     _print_agreement(agreement)
     return 0 if agreement.passed else ConversionError.exit_code
+
+
+def _tolerance_of(arguments: argparse.Namespace) -> float:
+    """Raises: ConfigError for one that nothing is held to."""
+    from megaresnorm.convert.compare import TOLERANCE
+
+    if arguments.tolerance is not None and arguments.verify == "off":
+        raise ConfigError(f"--tolerance {arguments.tolerance:g} has no effect with --verify off; remove one of them")
+    return TOLERANCE if arguments.tolerance is None else arguments.tolerance
 
 
 def _print_agreement(agreement: Agreement | None) -> None:

@@ -1,6 +1,6 @@
 """Whether two models compute the same: their logits on the same tokens."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from megaresnorm.errors import CheckpointError, ConversionError
 
 TOLERANCE = 2e-5  # of the largest logit; what is converted wrongly is further off by orders of magnitude
+LOGITS = 1 << 22  # that are compared at a time, in FP64
 MARGIN = 1e-4  # by which the first token must lead the second to count in the agreement
 Logits = Callable[[Tensor], Tensor]  # tokens [B, S] -> [B, S, V], FP32 or FP64
 
@@ -61,28 +62,36 @@ class Agreement:
 
 
 @torch.no_grad()
-def compare(one: Logits, other: Logits, prompts: Iterable[Tensor], tolerance: float = TOLERANCE) -> Agreement:
-    """Compare on batches of tokens [B, S]."""
-    tokens, largest, total, scale, same, clear, clear_same, kl = 0, 0.0, 0.0, 0.0, 0, 0, 0, 0.0
+def compare(one: Logits, other: Logits, prompts: Sequence[Tensor], tolerance: float = TOLERANCE) -> Agreement:
+    """Compare on batches of tokens [B, S]. Raises: CheckpointError where the vocabularies differ."""
+    assert prompts
+    sums = torch.zeros(
+        5, dtype=torch.float64
+    )  # of mean differences, equal first tokens, leads, equal ones that lead, KL
+    tokens, largest, scale = 0, 0.0, 0.0
     for prompt_BS in prompts:
-        a, b = (logits(prompt_BS).flatten(0, 1).double() for logits in (one, other))
-        if a.shape != b.shape:
-            raise CheckpointError(
-                f"the models have logits of {a.shape[1]} and {b.shape[1]} tokens; they are not the same model"
-            )
-        difference = (a - b).abs().nan_to_num(nan=inf)
-        top = a.topk(min(2, a.shape[1]), dim=1).values
-        leads = top[:, 0] - top[:, -1] > MARGIN
-        agree = a.argmax(1) == b.argmax(1)
-        logs = a.log_softmax(1), b.log_softmax(1)
-        tokens += len(a)
-        largest, scale = max(largest, difference.max().item()), max(scale, a.abs().max().item())
-        total += difference.mean(1).sum().item()
-        same, clear, clear_same = (
-            same + int(agree.sum()),
-            clear + int(leads.sum()),
-            clear_same + int((agree & leads).sum()),
-        )
-        kl += (logs[0].exp() * (logs[0] - logs[1])).sum().item()
-    share = clear_same / clear if clear else 1.0
-    return Agreement(tokens, largest, total / tokens, scale, same / tokens, share, kl / tokens, tolerance)
+        whole = [logits(prompt_BS).flatten(0, 1) for logits in (one, other)]
+        if whole[0].shape != whole[1].shape:
+            sizes = " and ".join(str(logits.shape[1]) for logits in whole)
+            raise CheckpointError(f"the models have logits of {sizes} tokens; they are not the same model")
+        rows = max(1, LOGITS // whole[0].shape[1])
+        for a, b in zip(*(logits.split(rows) for logits in whole), strict=True):
+            a, b = a.double(), b.double()
+            difference = (a - b).abs().nan_to_num(nan=inf)
+            largest, scale = max(largest, difference.max().item()), max(scale, a.abs().max().item())
+            sums += _sums(a, b, difference)
+            tokens += len(a)
+    mean, same, leads, same_that_leads, kl = sums.tolist()
+    share = same_that_leads / leads if leads else 1.0
+    return Agreement(tokens, largest, mean / tokens, scale, same / tokens, share, kl / tokens, tolerance)
+
+
+def _sums(a_TV: Tensor, b_TV: Tensor, difference_TV: Tensor) -> Tensor:
+    """Over the rows, what ``compare`` adds up."""
+    top = a_TV.topk(min(2, a_TV.shape[1]), dim=1).values
+    leads = top[:, 0] - top[:, -1] > MARGIN
+    same = a_TV.argmax(1) == b_TV.argmax(1)
+    logs_a, logs_b = a_TV.log_softmax(1), b_TV.log_softmax(1)
+    kl = (logs_a.exp() * (logs_a - logs_b)).sum()
+    counts = (difference_TV.mean(1).sum(), same.sum(), leads.sum(), (same & leads).sum(), kl)
+    return torch.stack([count.double() for count in counts])

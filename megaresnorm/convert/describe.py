@@ -7,9 +7,8 @@ from pydantic import ValidationError
 
 from megaresnorm.convert.families import FAMILIES
 from megaresnorm.convert.families.family import Family
-from megaresnorm.convert.files import CONFIG, read_json
+from megaresnorm.convert.files import CONFIG
 from megaresnorm.convert.megatron import MEGATRON
-from megaresnorm.convert.megatron import NAME as MEGATRON_NAME
 from megaresnorm.convert.native import OURS
 from megaresnorm.convert.plan import Plan, plan, problems
 from megaresnorm.convert.remote import recipe_in, remote_family
@@ -37,28 +36,6 @@ exponential_decay_length_penalty suppress_tokens begin_suppress_tokens return_di
 IGNORED = frozenset(_NAMES.split())
 
 
-def normalized(source: Path) -> dict[str, Any]:
-    """The config.json with every field of its class, in the form of today's Transformers. Raises: CheckpointError."""
-    path = source / CONFIG
-    if not source.is_dir():
-        raise CheckpointError(
-            f"{source}: not a folder; download the model first (hf download NAME --local-dir {source})"
-        )
-    raw = read_json(path)
-    kind = raw.get("model_type")
-    if kind in (OURS, MEGATRON_NAME):
-        return raw
-    known = list(dict.fromkeys([family.name for family in FAMILIES] + [OURS, MEGATRON_NAME]))
-    if kind not in known:
-        raise CheckpointError(f"{path}: model_type={kind!r} is not one of {', '.join(known)}")
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    try:
-        return CONFIG_MAPPING[kind].from_dict(dict(raw)).to_dict()
-    except Exception as e:  # noqa: BLE001 - whatever a class of theirs makes of bad values
-        raise CheckpointError(f"{path}: not a configuration of {kind} ({' '.join(str(e).split())[:200]})") from None
-
-
 def described(source: Path, config: dict[str, Any], seq_len: int | None) -> tuple[Plan, ModelRecipe, tuple[str, ...]]:
     """The architecture of a config.json as a plan, our recipe of the model, and what is to be said about it.
 
@@ -67,7 +44,10 @@ def described(source: Path, config: dict[str, Any], seq_len: int | None) -> tupl
     Raises: CheckpointError naming the field that has no counterpart, ConfigError for a seq_len that cannot be.
     """
     path = source / CONFIG
-    family = _family_of(config)
+    try:
+        family = _family_of(config)
+    except CheckpointError as e:
+        raise CheckpointError(f"{path}: {e}") from None
     given = recipe_in(config)
     if seq_len is not None:
         config, given = _shortened(family, config, given, seq_len)
@@ -78,6 +58,8 @@ def described(source: Path, config: dict[str, Any], seq_len: int | None) -> tupl
                 f"{unknown[0]}={repr(config[unknown[0]])[:60]} is not a field that is known of {family.name}"
             )
         read = ModelRecipe.model_validate(family.settings(config))
+        if read.vocab_size is None:
+            raise CheckpointError("vocab_size is missing")
     except CheckpointError as e:
         raise CheckpointError(f"{path}: {e}") from None
     except ValidationError as e:
@@ -98,13 +80,17 @@ def described(source: Path, config: dict[str, Any], seq_len: int | None) -> tupl
 def _family_of(config: dict[str, Any]) -> Family:
     """Of several by the name of its model_type the one whose first field fits."""
     named = [one for one in (*FAMILIES, remote_family(), *MEGATRON.values()) if one.name == config["model_type"]]
+    errors = []
     for family in named:
         try:
             family.fields[0].read(config)
-        except CheckpointError:
-            continue
-        return family
-    return named[0]
+        except CheckpointError as e:
+            errors.append(str(e))
+        else:
+            return family
+    if len(named) == 1:  # whose other fields are then looked at, too
+        return named[0]
+    raise CheckpointError("; or ".join(errors))
 
 
 def _shortened(
@@ -128,9 +114,9 @@ def _shortened(
 
 def _as_exported(family: Family, given: ModelRecipe) -> Plan | None:
     """The plan by which a model was exported to this family; None if it cannot have been."""
-    if not problems(family, given):
-        return Plan(family, given)
     try:
+        if not problems(family, given):
+            return Plan(family, given)
         before = plan(given, family.name)
     except ConfigError:
         return None

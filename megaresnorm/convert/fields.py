@@ -15,7 +15,8 @@ Settings = dict[str, Any]
 class Field(Protocol):
     """Some keys of a config.json, and how they are written and read.
 
-    read: raises CheckpointError for a value that our model has nothing for, naming the key.
+    read: raises CheckpointError for a value that our model has nothing for, naming the key; what Python raises for one that is
+    missing or of an odd type is made one line of by ``describe``.
     """
 
     @property

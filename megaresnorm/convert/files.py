@@ -6,7 +6,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,15 @@ WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "c
 MAX_JSON_BYTES = 1 << 26
 MAX_VALUES = 1 << 20  # of a JSON file, by its brackets and commas
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
-_TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8}
+_TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 Progress = Callable[[int], None]
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises: ConfigError."""
+    if out.exists() or out.is_symlink():
+        raise ConfigError(f"{out}: exists already, and nothing is written over; give another folder")
 
 
 @contextmanager
@@ -35,8 +40,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
     Raises: ConfigError if ``out`` exists or cannot be written.
     """
-    if out.exists() or out.is_symlink():
-        raise ConfigError(f"{out}: exists already, and nothing is written over; give another folder")
+    refuse_existing(out)
     temporary = out.with_name(f"{UNFINISHED}{out.name}-{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -46,8 +50,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         for path in temporary.iterdir():
             _sync(path)
         _sync(temporary)
-        if out.exists() or out.is_symlink():  # rename would take the place of an empty folder
-            raise ConfigError(f"{out}: has come into being meanwhile, and nothing is written over")
+        refuse_existing(out)  # rename would take the place of an empty folder
         os.rename(temporary, out)
         _sync(out.parent)
     except OSError as e:
@@ -122,7 +125,7 @@ def read_json(path: Path) -> dict[str, Any]:
 class Weights:
     """The tensors of a folder of safetensors, in one file or in several with an index. A Source of links.py.
 
-    file: read this one alone.
+    file: read this one alone, of bytes rather than weights.
     Raises: CheckpointError naming what is missing, damaged or not what the index says.
     """
 
@@ -130,6 +133,7 @@ class Weights:
         self.folder = folder
         self.tensors: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = {}
         self.metadata: dict[str, str] = {}
+        self._types = _TYPES if file is None else {"I8": torch.int8}
         if file is not None:
             self._look(file, None)
             return
@@ -142,10 +146,6 @@ class Weights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name][1]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(prod(shape) * dtype.itemsize for _, shape, dtype in self.tensors.values())
 
     def read(self, name: str, box: Box) -> Tensor:
         """One slice of a tensor; its file is closed again, so that no more of it stays mapped."""
@@ -193,9 +193,9 @@ class Weights:
                     if where is not None and where.get(name) != file:
                         continue  # the index says which copy counts
                     view = tensors.get_slice(name)
-                    if view.get_dtype() not in _TYPES:
-                        raise ValueError(f"{name} is {view.get_dtype()}; wanted one of {', '.join(_TYPES)}")
-                    self.tensors[name] = file, tuple(view.get_shape()), _TYPES[view.get_dtype()]
+                    if view.get_dtype() not in self._types:
+                        raise ValueError(f"{name} is {view.get_dtype()}; wanted one of {', '.join(self._types)}")
+                    self.tensors[name] = file, tuple(view.get_shape()), self._types[view.get_dtype()]
         except FileNotFoundError:
             raise CheckpointError(f"{path}: is missing") from None
         except (SafetensorError, OSError, ValueError) as e:

@@ -14,17 +14,17 @@ from megaresnorm.checkpoint.state import EngineState, RunState
 from megaresnorm.checkpoint.writer import save_checkpoint
 from megaresnorm.config import build_recipe, dump_recipe
 from megaresnorm.convert.compare import TOLERANCE, Agreement, compare
-from megaresnorm.convert.describe import described, normalized
+from megaresnorm.convert.config_json import normalized
+from megaresnorm.convert.describe import described
 from megaresnorm.convert.families.family import Family
-from megaresnorm.convert.files import CONFIG, Progress, Weights, check_space, new_folder
+from megaresnorm.convert.files import CONFIG, Progress, Weights, check_space, new_folder, refuse_existing
 from megaresnorm.convert.links import Link, constants, links, row_chunks
 from megaresnorm.convert.loading import check_memory, load_theirs, of_ours, of_theirs, prompts_of
-from megaresnorm.convert.megatron import NAME as MEGATRON_NAME
-from megaresnorm.convert.native import NativeModel
+from megaresnorm.convert.native import MEGATRON_NAME, NativeModel
 from megaresnorm.convert.plan import Plan
 from megaresnorm.convert.remainder import open_remainder, restored
 from megaresnorm.convert.tokenizers import read_tokenizer_of
-from megaresnorm.data.tokenizer import Tokenizer
+from megaresnorm.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megaresnorm.errors import CheckpointError, ConfigError
 from megaresnorm.model.parameters import ParameterSpec, parameter_table
 from megaresnorm.recipe import ModelRecipe, Recipe
@@ -73,12 +73,15 @@ def from_hf(
     Raises: CheckpointError naming what is missing, damaged or has no counterpart in our model; ConfigError for what was asked for;
     DataError for a tokenizer that cannot be used; ConversionError where the two do not compute the same. ``out`` is not there then.
     """
-    if out.exists():
-        raise ConfigError(f"{out}: exists already, and nothing is written over; give another folder")
+    refuse_existing(out)
     config = normalized(source)
     chosen, model, notes = described(source, config, seq_len)
     verify = verify and config["model_type"] != MEGATRON_NAME  # whose model runs in a process group of its own
     tokenizer = read_tokenizer_of(source, config, end_token) if with_tokenizer else None
+    if end_token is not None and not isinstance(tokenizer, HuggingFaceTokenizer):
+        raise ConfigError(
+            f"--end-token {end_token} has no effect: there is no tokenizer.json that it is of; leave it out"
+        )
     if tokenizer is not None and tokenizer.vocab_size > (model.vocab_size or 0):
         raise CheckpointError(
             f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}"
@@ -92,7 +95,7 @@ def from_hf(
     num_bytes = sum(slices.num_bytes for slices in sliced.values())
     check_space(out, num_bytes)
     if verify:
-        check_memory(num_bytes)
+        check_memory(num_bytes, model.vocab_size or 0)
     recipe = training_recipe(model, out, data, dtype)
     with new_folder(out) as folder:
         tell = progress("writing", num_bytes)
@@ -108,8 +111,8 @@ def sliced_weights(
     found: dict[str, list[Link]] = {name: [] for name in table}
     for link in matched(weights, chosen, table):
         found[link.ours].append(link)
-    first = next(iter(found.values()))[0].theirs
-    dtype = torch.float64 if weights.tensors[first][2] is torch.float64 else torch.float32
+    wide = any(weights.tensors[link.theirs][2] is torch.float64 for ones in found.values() for link in ones)
+    dtype = torch.float64 if wide else torch.float32
     remainder = None if chosen.fold is None else open_remainder(weights, table, dtype)
     slices = {
         name: native_slices(spec, found[name], weights, remainder, dtype, chunk_bytes) for name, spec in table.items()
@@ -122,10 +125,13 @@ def matched(weights: Weights, chosen: Plan, table: dict[str, ParameterSpec]) -> 
 
     Raises: CheckpointError for a tensor that is missing, has another shape, or that nothing of ours corresponds to.
     """
-    factor = chosen.fold.factor if chosen.fold is not None else lambda name: 1.0
     used = set[str]()
-    for link in links(chosen.family, chosen.recipe, table, factor):
-        name = link.theirs if link.theirs in weights.tensors else link.theirs.removeprefix(chosen.family.prefix)
+
+    def there(name: str) -> str:
+        return name if name in weights.tensors else name.removeprefix(chosen.family.prefix)
+
+    for link in links(chosen.family, chosen.recipe, table, chosen.factor):
+        name = there(link.theirs)
         if name not in weights.tensors:
             raise CheckpointError(f"{weights.folder}: has no tensor {link.theirs}")
         padding = chosen.family.padded and table[link.ours].parts[0].role in ("embedding", "head")
@@ -138,9 +144,14 @@ def matched(weights: Weights, chosen: Plan, table: dict[str, ParameterSpec]) -> 
         if link.ours == "embedding.weight" and "head.weight" not in table:
             used |= set(_same_again(weights, chosen.family, name))
         yield Link(name, link.ours, link.rows, link.shape, link.transposed, link.factor)
-    for name, shape, must in constants(chosen.family, chosen.recipe):
-        if name in weights.tensors and must and weights.read(name, tuple((0, size) for size in shape)).any():
-            raise CheckpointError(f"{weights.folder}: {name} is not zero, and our model has nothing for it")
+    for theirs, shape, must_be_zero in constants(chosen.family, chosen.recipe):
+        name = there(theirs)
+        if name in weights.tensors and must_be_zero:
+            odd_shape = weights.shape(name) != shape
+            if odd_shape or weights.read(name, tuple((0, size) for size in shape)).any():
+                raise CheckpointError(
+                    f"{weights.folder}: {name} is not {list(shape)} zeros, and our model has nothing for it"
+                )
         used.add(name)
     for name in weights.tensors:
         if name not in used and not f".{name}".endswith(_BUFFERS):

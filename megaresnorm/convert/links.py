@@ -126,7 +126,7 @@ def constants(family: Family, recipe: ModelRecipe) -> Iterator[tuple[str, tuple[
             continue
         shape = tuple(int(size) if size.isdigit() else getattr(recipe, size) for size in constant.shape)
         for block in range(recipe.num_blocks) if "{" in name else (None,):
-            yield theirs_of(name, block), shape, constant.must
+            yield theirs_of(name, block), shape, constant.must_be_zero
 
 
 def renamed(family: Family, recipe: ModelRecipe) -> dict[str, str]:

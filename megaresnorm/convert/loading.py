@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from megaresnorm.checkpoint.format import human_bytes
 from megaresnorm.convert.compare import Logits
+from megaresnorm.convert.config_json import normalized
 from megaresnorm.convert.families import FAMILIES
-from megaresnorm.convert.files import CONFIG, read_json
+from megaresnorm.convert.files import CONFIG, Weights
 from megaresnorm.convert.native import OURS, NativeModel
 from megaresnorm.data.tokenizer import Tokenizer
 from megaresnorm.errors import CheckpointError, ConfigError
@@ -22,7 +22,7 @@ TEXTS = (
     "In the beginning God created the heaven and the earth.\n\nAnd the earth was without form, and void;",
     "你好，世界。 Привет, мир! 😀 3.14159 = π",
 )  # fmt: skip
-LONG = 512  # tokens of the one long sequence of a comparison
+LONG = 512  # tokens of the one long sequence of a comparison, and of a batch of short ones
 
 
 def of_ours(model: Any) -> Logits:
@@ -50,34 +50,27 @@ def load_theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """
     import transformers
 
-    kind = read_json(folder / CONFIG).get("model_type")
-    classes = {family.name: family.architecture for family in FAMILIES}
+    kind = normalized(folder)["model_type"]
+    Weights(folder)  # which refuses whatever is not safetensors
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
-    if kind == OURS:
-        from megaresnorm.convert.modeling_megaresnorm import MegaResNormForCausalLM
-
-        loaded: Any = MegaResNormForCausalLM
-        options["attn_implementation"] = "sdpa"
-    elif kind in classes:
-        loaded = getattr(transformers, classes[kind])
+    classes = {family.name: family.architecture for family in FAMILIES}
+    if kind in classes:
+        loaded: Any = getattr(transformers, classes[kind])
         options["attn_implementation"] = "eager"  # which every class has, capped scores included
+    elif kind == OURS:
+        from megaresnorm.convert.modeling_megaresnorm import MegaResNormForCausalLM as loaded
+
+        options["attn_implementation"] = "sdpa"
     else:
-        raise CheckpointError(f"{folder / CONFIG}: model_type={kind!r} is not one of {', '.join([*classes, OURS])}")
+        raise CheckpointError(
+            f"{folder}: weights of {kind} are not of Transformers; convert them first by from-megatron"
+        )
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
         model, info = loaded.from_pretrained(folder, output_loading_info=True, **options)
-    except (
-        SafetensorError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as e:
+    except Exception as e:  # noqa: BLE001 - whatever a class of theirs makes of bad values
         raise CheckpointError(f"{folder}: Transformers cannot load it ({' '.join(str(e).split())[:200]})") from None
     finally:
         transformers.logging.set_verbosity(before)
@@ -115,13 +108,15 @@ def random_prompts(vocab_size: int, seq_len: int, tokens: int = 2000, seed: int 
     length = min(seq_len, 128)
     rows = torch.randint(vocab_size, (-(-tokens // length), length), generator=generator)
     long = [torch.randint(vocab_size, (1, min(seq_len, LONG)), generator=generator)] if seq_len > length else []
-    return [*rows.split(8), *long]
+    return [*rows.split(LONG // length), *long]
 
 
 def text_prompts(texts: Sequence[str], tokenizer: Tokenizer, vocab_size: int, seq_len: int) -> list[Tensor]:
-    """Each a document of its own, cut to the longest sequence."""
+    """Each a document of its own, cut to the longest sequence. Raises: CheckpointError for a tokenizer of another vocabulary."""
     rows = [[tokenizer.eod, *tokenizer.encode(text).tolist()][:seq_len] for text in texts]
-    return [torch.tensor([row]) for row in rows if max(row) < vocab_size]
+    if max(map(max, rows)) >= vocab_size:
+        raise CheckpointError(f"the tokenizer makes token {max(map(max, rows))}, the vocabulary has {vocab_size}")
+    return [torch.tensor([row]) for row in rows]
 
 
 def prompts_of(native: NativeModel, tokenizer: Tokenizer | None) -> list[Tensor]:
@@ -143,18 +138,23 @@ def read_prompts(path: Path) -> list[str]:
     return lines
 
 
-def check_memory(num_bytes: int) -> None:
-    """Raises: ConfigError where two models of so many bytes do not fit."""
-    have = _available_memory()
-    if have is not None and 2 * num_bytes > have:
+def check_memory(num_bytes: int, vocab_size: int) -> None:
+    """Raises: ConfigError where two models of so many bytes do not fit, and the logits of LONG tokens of both."""
+    have, need = _available_memory(), 2 * num_bytes + 4 * LONG * vocab_size * 4
+    if have is not None and need > have:
         raise ConfigError(
-            f"verifying needs {human_bytes(2 * num_bytes)} of memory, {human_bytes(have)} are free; switch it off by --verify off"
+            f"verifying needs {human_bytes(need)} of memory, {human_bytes(have)} are free; switch it off by --verify off"
         )
 
 
 def _available_memory() -> int | None:
+    """Of the machine, or of the job's share of it; None where neither is known."""
+    found = []
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        found += [int(limit) - int(used)] if limit != "max" else []
+    except (OSError, ValueError):
+        pass
+    return min(found, default=None)

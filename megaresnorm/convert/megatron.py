@@ -14,16 +14,23 @@ import torch
 
 from megaresnorm.convert.families.family import Family, Of
 from megaresnorm.convert.fields import Always, By, Choice, Config, Field, Fixed, Same, Settings, refused
-from megaresnorm.convert.files import CONFIG, Progress, check_space, new_folder, write_json, write_weights
-from megaresnorm.convert.native import NativeModel
+from megaresnorm.convert.files import (
+    CONFIG,
+    Progress,
+    check_space,
+    new_folder,
+    refuse_existing,
+    write_json,
+    write_weights,
+)
+from megaresnorm.convert.native import MEGATRON_NAME, NativeModel
 from megaresnorm.convert.plan import Plan, problems
 from megaresnorm.convert.rows import groups, halves, one_head
 from megaresnorm.convert.to_hf import weight_entries
-from megaresnorm.convert.tokenizers import tokenizer_files
+from megaresnorm.convert.tokenizers import check_equal, sample_texts, tokenizer_files
 from megaresnorm.errors import ConfigError
 from megaresnorm.recipe import ModelRecipe
 
-NAME = "megatron-core"
 # (gated_linear_unit, activation_func) -> ours. Megatron's fused bias and GELU computes the approximation by tanh.
 _ACTIVATIONS = {
     (True, "silu"): "swiglu",
@@ -72,7 +79,6 @@ _FIELDS: tuple[Field, ...] = (
     Same("num_query_groups", "num_kv_heads", fallback="num_attention_heads"),
     By(("kv_channels",), lambda recipe: {"kv_channels": recipe.head_width}, lambda config: {"head_dim": config["kv_channels"]}),
     Same("layernorm_epsilon", "norm_eps"),
-    Same("layernorm_zero_centered_gamma", "norm_zero_centered"),
     Choice("normalization", (("RMSNorm", {"norm": "rmsnorm"}), ("LayerNorm", {"norm": "layernorm"}))),
     Choice("qk_layernorm", ((False, {"qk_norm": "none"}), (True, {"qk_norm": "head"}))),
     Choice("position_embedding_type", (("rope", {"positions": "rope"}), ("learned_absolute", {"positions": "learned"}))),
@@ -93,11 +99,11 @@ _FIELDS: tuple[Field, ...] = (
 _LAYER, _BLOCK = "decoder.layers.{}.", "blocks.{}."
 
 
-def _family(implementation: str, attention_norm: str, ffn_norm: str) -> Family:
+def _family(implementation: str, attention_norm: str, ffn_norm: str, *centered: Field) -> Family:
     return Family(
-        name=NAME,
+        name=MEGATRON_NAME,
         architecture="GPTModel",
-        fields=(Fixed("transformer_impl", implementation), *_FIELDS),
+        fields=(Fixed("transformer_impl", implementation), *_FIELDS, *centered),
         modules={
             "embedding.word_embeddings": Of("embedding"),
             "embedding.position_embeddings": Of("positions"),
@@ -117,11 +123,23 @@ def _family(implementation: str, attention_norm: str, ffn_norm: str) -> Family:
     )
 
 
-# Transformer Engine's layers have the norm inside the linear layer after it.
+# Transformer Engine's layers have the norm inside the linear layer after it; the local ones have no norm around zero.
+_CENTERED = "layernorm_zero_centered_gamma"
 MEGATRON = {
-    "local": _family("local", "input_layernorm", "pre_mlp_layernorm"),
-    "transformer_engine": _family("transformer_engine", "self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_"),
-}  # fmt: skip
+    "local": _family(
+        "local",
+        "input_layernorm",
+        "pre_mlp_layernorm",
+        Fixed(_CENTERED, False),
+        Always({"norm_zero_centered": False}),
+    ),
+    "transformer_engine": _family(
+        "transformer_engine",
+        "self_attention.linear_qkv.layer_norm_",
+        "mlp.linear_fc1.layer_norm_",
+        Same(_CENTERED, "norm_zero_centered"),
+    ),
+}
 
 
 def to_megatron(
@@ -138,8 +156,7 @@ def to_megatron(
 
     Raises: ConfigError for a model that Megatron-Core does not hold, CheckpointError for a checkpoint that cannot be read.
     """
-    if out.exists():
-        raise ConfigError(f"{out}: exists already, and nothing is written over; give another folder")
+    refuse_existing(out)
     native = NativeModel(checkpoint, progress("verifying the checkpoint", 0))
     family, dtype = MEGATRON[implementation], dtype or native.dtype
     found = problems(family, native.recipe)
@@ -153,8 +170,14 @@ def to_megatron(
     with new_folder(out) as folder:
         write_weights(folder, entries, max_shard_bytes, progress("writing", num_bytes))
         tokenizer = native.tokenizer()
-        config: Mapping[str, Any] = {"model_type": NAME, **family.config(native.recipe), **native.origin(tokenizer)}
+        config: Mapping[str, Any] = {
+            "model_type": MEGATRON_NAME,
+            **family.config(native.recipe),
+            **native.origin(tokenizer),
+        }
         write_json(folder / CONFIG, config)
         for name, content in {} if tokenizer is None else tokenizer_files(tokenizer).items():
             (folder / name).write_bytes(content)
+        if tokenizer is not None:
+            check_equal(tokenizer, folder, list(sample_texts()))
     return out

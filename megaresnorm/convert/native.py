@@ -20,6 +20,7 @@ from megaresnorm.model.transformer import Transformer
 from megaresnorm.parallel.sharding import Box
 from megaresnorm.recipe import ModelRecipe
 
+MEGATRON_NAME = "megatron-core"  # model_type of our folders of Megatron-Core's weights
 OURS = "megaresnorm"  # our model_type, and the key of every config.json that we write under which the model's recipe is
 
 

@@ -12,6 +12,7 @@ from megaresnorm.convert.native import OURS
 from megaresnorm.convert.remote import remote_family
 from megaresnorm.convert.signature import different
 from megaresnorm.errors import CheckpointError, ConfigError
+from megaresnorm.model.topology import topology
 from megaresnorm.recipe import ModelRecipe
 
 
@@ -25,6 +26,10 @@ class Plan:
     recipe: ModelRecipe
     fold: Fold | None = None
     notes: tuple[str, ...] = ()
+
+    def factor(self, name: str) -> float:
+        """What a parameter of ours is multiplied by."""
+        return 1.0 if self.fold is None else self.fold.factor(name)
 
 
 def plan(recipe: ModelRecipe, arch: str = "auto") -> Plan:
@@ -54,7 +59,7 @@ def _asked_for(arch: str, ways: list[tuple[ModelRecipe, Fold | None]]) -> Plan:
     """The first way in which an architecture holds a model, but for the eps of its norms. Raises: ConfigError."""
     known = [family for family in FAMILIES if family.name == arch]
     if not known:
-        names = list(dict.fromkeys(["auto", *(family.name for family in FAMILIES), OURS]))
+        names = list(dict.fromkeys(["auto", *(family.name for family in FAMILIES), "remote-code"]))
         raise ConfigError(f"--arch {arch}: wanted one of {', '.join(names)}{suggest(arch, names)}")
     lacking = None
     for family in known:
@@ -66,7 +71,8 @@ def _asked_for(arch: str, ways: list[tuple[ModelRecipe, Fold | None]]) -> Plan:
                 notes = (*notes, f"eps of all norms is {theirs:.3g} instead of {ours:.3g}")
             if not found:
                 return Plan(family, fitting, folded, notes)
-            lacking = lacking or next(iter(found.items()))
+            if lacking is None or lacking[0] == "topology":  # of two wirings of a class the reason of the one that fits
+                lacking = next(iter(found.items()))
     assert lacking is not None
     key, (ours, theirs) = lacking
     what = f"is {_short(ours)}, there it is {_short(theirs)}" if key != "topology" else f"is {ways[0][0].topology}"
@@ -78,8 +84,9 @@ def problems(family: Family, recipe: ModelRecipe) -> dict[str, tuple]:
     if family.divided_dim and recipe.dim % recipe.num_heads:
         return {"num_heads": (recipe.num_heads, f"a divisor of {recipe.dim}")}
     try:
+        topology(recipe.topology)  # which a config.json may name that a newer version has written
         return different(recipe, ModelRecipe(**family.settings(family.config(recipe))))
-    except (CheckpointError, ValidationError, ArithmeticError, TypeError, ValueError) as e:
+    except (CheckpointError, ConfigError, ValidationError, ArithmeticError, TypeError, ValueError) as e:
         return {"topology": (str(e), None)}
 
 

@@ -12,7 +12,15 @@ from torch import Tensor
 from megaresnorm.checkpoint.format import Entry
 from megaresnorm.convert.card import model_card
 from megaresnorm.convert.compare import TOLERANCE, Agreement, compare
-from megaresnorm.convert.files import CONFIG, Progress, check_space, new_folder, write_json, write_weights
+from megaresnorm.convert.files import (
+    CONFIG,
+    Progress,
+    check_space,
+    new_folder,
+    refuse_existing,
+    write_json,
+    write_weights,
+)
 from megaresnorm.convert.links import Link, constants, links, row_chunks
 from megaresnorm.convert.loading import check_memory, load_theirs, of_ours, of_theirs, prompts_of
 from megaresnorm.convert.native import OURS, NativeModel
@@ -21,7 +29,6 @@ from megaresnorm.convert.remainder import write_remainder
 from megaresnorm.convert.remote import FILE, code
 from megaresnorm.convert.tokenizers import check_equal, sample_texts, tokenizer_files
 from megaresnorm.data.tokenizer import Tokenizer
-from megaresnorm.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -59,20 +66,20 @@ def to_hf(
     Raises: ConfigError, CheckpointError or DataError for what cannot be converted, ConversionError where the written model does not
     compute the same; ``out`` is not there then.
     """
-    if out.exists():
-        raise ConfigError(f"{out}: exists already, and nothing is written over; give another folder")
+    refuse_existing(out)
     native = NativeModel(checkpoint, progress("verifying the checkpoint", 0))
     chosen, dtype = plan(native.recipe, arch), dtype or native.dtype
     tokenizer = native.tokenizer() if with_tokenizer else None
     entries = list(weight_entries(native, chosen, dtype, max_memory // 8))
     num_bytes = sum(entry.num_bytes for entry in entries)
-    check_space(out, num_bytes)
+    exact = chosen.fold is not None and dtype == native.dtype
+    check_space(out, num_bytes + (num_bytes // dtype.itemsize if exact else 0))
     if verify:
-        check_memory(num_bytes // dtype.itemsize * 4)
+        check_memory(num_bytes // dtype.itemsize * 4, native.recipe.vocab_size or 0)
     with new_folder(out) as folder:
         write_weights(folder, entries, max_shard_bytes, progress("writing", num_bytes))
         write_beside(folder, native, chosen, dtype, tokenizer)
-        if chosen.fold is not None and dtype == native.dtype:
+        if exact:
             write_remainder(folder, native, chosen, max_memory // 8)
         agreement = rounding = None
         if verify:
@@ -100,8 +107,7 @@ def write_beside(
 
 def weight_entries(native: NativeModel, chosen: Plan, dtype: torch.dtype, chunk_bytes: int) -> Iterator[Entry]:
     """Every tensor of the architecture, made a chunk of rows at a time."""
-    factor = chosen.fold.factor if chosen.fold is not None else lambda name: 1.0
-    for link in links(chosen.family, chosen.recipe, native.table, factor):
+    for link in links(chosen.family, chosen.recipe, native.table, chosen.factor):
         chunks = functools.partial(_chunks, link, native, dtype, chunk_bytes)
         yield Entry(link.theirs, dtype, link.shape, chunks)
     for name, shape, _ in constants(chosen.family, chosen.recipe):

@@ -15,7 +15,6 @@ from megaresnorm.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
-    restore_tokenizer,
 )
 from megaresnorm.errors import CheckpointError, DataError
 
@@ -67,7 +66,13 @@ def check_equal(tokenizer: Tokenizer, folder: Path, texts: Sequence[str]) -> Non
     """Raises: DataError if AutoTokenizer makes other tokens of a text from the files in ``folder``."""
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as e:  # noqa: BLE001 - of whatever class
+        detail = " ".join(str(e).split())[:200]
+        raise DataError(
+            f"Transformers cannot read the tokenizer ({detail}); export without it by --tokenizer none"
+        ) from None
     wrong = [t for t in texts if theirs.encode(t, add_special_tokens=False) != tokenizer.encode(t).tolist()]
     if wrong:
         raise DataError(
@@ -83,16 +88,21 @@ def check_equal(tokenizer: Tokenizer, folder: Path, texts: Sequence[str]) -> Non
 def read_tokenizer_of(folder: Path, config: dict[str, Any], end_token: str | None = None) -> Tokenizer | None:
     """The tokenizer of a Hugging Face folder, in our form; None if it has none.
 
-    One that we have written is the one that it was made from.   end_token: that ends a document; None: the one its files name.
+    One that we have written, and nobody has changed, is the one that it was made from.   end_token: that ends a document; None: the
+    one its files name.
     Raises: DataError or CheckpointError for one that cannot be used.
     """
     ours = config.get(OURS)
     description = ours.get("tokenizer") if isinstance(ours, dict) else None
-    if isinstance(description, dict) and description.get("kind") == "bytes":
-        return ByteTokenizer()
+    kind = description.get("kind") if isinstance(description, dict) else None
     spm, hf = folder / SENTENCEPIECE_FILE, folder / HUGGINGFACE_FILE
-    if isinstance(description, dict) and description.get("kind") == "sentencepiece" and spm.exists():
-        return restore_tokenizer(description, _content(spm), str(spm))
+    before: Tokenizer | None = None
+    if kind == "bytes":
+        before = ByteTokenizer()
+    elif kind == "sentencepiece" and spm.exists():
+        before = SentencePieceTokenizer(_content(spm), str(spm))
+    if before is not None and hf.exists() and tokenizer_files(before)[HUGGINGFACE_FILE] == _content(hf):
+        return before
     if hf.exists():
         return HuggingFaceTokenizer(_content(hf), str(hf), end_token or _end_token(folder))
     return SentencePieceTokenizer(_content(spm), str(spm)) if spm.exists() else None

@@ -97,6 +97,22 @@ def remove(name: str):
     return lambda folder: (folder / name).unlink()
 
 
+def ours_without_size(folder: Path) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["vocab_size"] = None
+    del config["megaresnorm"]["model"]["vocab_size"]
+    path.write_text(json.dumps(config))
+
+
+def an_index_of_a_pickle(folder: Path) -> None:
+    found = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(found, folder / "weights.bin")
+    value = {"metadata": {}, "weight_map": dict.fromkeys(found, "weights.bin")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(value))
+
+
 def only_a_pickle(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -187,6 +203,15 @@ FROM = {
         4,
         "scale_attn_by_inverse_layer_idx=True",
     ),
+    "vocabulary of unknown size": ("llama", edited(vocab_size=None), 4, "config.json: "),
+    "our own code without a size": ("keel", lambda f: ours_without_size(f), 4, "vocab_size"),
+    "weights of bytes": ("llama", tensors(lambda t: t.update({Q: t[Q].to(torch.int8)})), 4, f"{Q} is I8"),
+    "head bias of another shape": (
+        "bert",
+        tensors(lambda t: t.update({"lm_head.bias": torch.zeros(())})),
+        4,
+        "lm_head.bias is not [37] zeros",
+    ),
     "tied head that differs": (
         "tied",
         tensors(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1})),
@@ -206,7 +231,7 @@ FROM = {
         3,
         "name one with --end-token",
     ),
-    "head bias": ("bert", tensors(lambda t: t["lm_head.bias"].add_(1)), 4, "lm_head.bias is not zero"),
+    "head bias": ("bert", tensors(lambda t: t["lm_head.bias"].add_(1)), 4, "lm_head.bias is not [37] zeros"),
     "size that does not fit": (
         "llama",
         edited(hidden_size=48),
@@ -295,6 +320,33 @@ def test_a_config_that_was_changed_counts_and_is_told(made, tmp_path, capsys):
     assert "config.json was changed after the export" in out and "post, 3 blocks" in out and "PASS" in out
 
 
+def test_a_recipe_of_a_later_version_does_not_count(made, tmp_path, capsys):
+    shutil.copytree(made / "llama", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["megaresnorm"]["model"]["topology"] = "of tomorrow"
+    path.write_text(json.dumps(config))
+    assert main(["convert", "from-hf", str(tmp_path / "model"), str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "config.json was changed after the export" in out and "pre, 3 blocks" in out
+
+
+@pytest.mark.parametrize("options", [["--end-token", "x"], ["--end-token", "x", "--tokenizer", "none"]])
+def test_an_end_token_of_nothing_is_refused(options, made, tmp_path, capsys):
+    for kind in ("llama", "minimax"):
+        assert main(["convert", "from-hf", str(made / kind), str(tmp_path / "out"), *options]) == 2
+        assert "--end-token x has no effect" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_architecture(capsys):
+    from megaresnorm.convert.families import FAMILIES
+
+    with pytest.raises(SystemExit):
+        main(["convert", "to-hf", "--help"])
+    said = capsys.readouterr().out.replace(",", " ").split()
+    assert {family.name for family in FAMILIES} | {"remote-code", "auto"} <= set(said)
+
+
 @pytest.mark.parametrize("edit", ["eps", "alpha"])
 def test_any_field_that_was_changed_counts(edit, made, tmp_path):
     from megaresnorm.convert.from_hf import from_hf
@@ -321,9 +373,13 @@ def known_with_code(folder: Path) -> None:
 COMPARED = {
     "code of an unknown kind": (unknown_with_code, 4, "model_type='evil' is not one of"),
     "code beside a known kind": (known_with_code, 0, ""),
-    "only a pickle": (only_a_pickle, 4, "Transformers cannot load it"),
+    "only a pickle": (only_a_pickle, 4, "pytorch_model.bin is a pickle, which can run code and is never read"),
+    "index of a pickle": (an_index_of_a_pickle, 4, "which is no name of a file here"),
+    "quantized": (edited(quantization_config={"load_in_4bit": True}), 4, "quantized weights are not read"),
+    "size that is text": (edited(hidden_size="x"), 4, "not a configuration of llama"),
+    "kind that is a list": (edited(model_type=["x"]), 4, "model_type=['x'] is not one of"),
     "architectures of nothing": (edited(architectures=5), 0, ""),
-    "truncated": (cut("model.safetensors", 0.7), 4, "Transformers cannot load it"),
+    "truncated": (cut("model.safetensors", 0.7), 4, "not a readable safetensors file"),
     "tensor missing": (tensors(lambda t: t.pop(Q)), 4, f"missing keys, such as {Q}"),
 }
 
@@ -346,6 +402,8 @@ TO = {
     "architecture that does not fit": (["RUN", "--arch", "minimax"], 2, "does not hold this model exactly"),
     "no such tokenizer": (["RUN", "--tokenizer", "x"], 2, "--tokenizer"),
     "no such type": (["RUN", "--dtype", "int8"], 2, "--dtype"),
+    "tolerance of nothing": (["RUN", "--tolerance", "0.1", "--verify", "off"], 2, "has no effect with --verify off"),
+    "other norm for OPT": (["RUN", "--arch", "opt"], 2, "model.num_kv_heads is 2, there it is 6"),
     "too little memory": (["RUN", "--max-memory", "1MB"], 2, "is too little; give at least 64MB"),
     "size that is none": (["RUN", "--max-memory", "much"], 2, "'much' is not a size"),
     "negative size": (["RUN", "--max-shard-size", "-1"], 2, "--max-shard-size"),

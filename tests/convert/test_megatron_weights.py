@@ -29,8 +29,8 @@ MODELS = {
     "relu": {"topology": "pre_scaled", "norm": "layernorm", "ffn": "relu", "bias": True},
     "one key for each query": {"topology": "pre", "num_kv_heads": 6, "ffn": "geglu", "rope_theta": 5000.0},
 }  # fmt: skip
-# Its norms without Transformer Engine have no form of these.
-NOT_ON_CPUS = {"zero-centred": {"topology": "pre", "norm_zero_centered": True, "norm": "layernorm"}}
+# Its local norms have no form of these.
+OF_ENGINE = {"zero-centred": {"topology": "pre", "norm_zero_centered": True, "norm": "layernorm"}}
 has_megatron = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed")
 
 
@@ -56,11 +56,15 @@ def test_megatron_computes_the_same_and_comes_back(name, tmp_path):
 
 
 @pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
-@pytest.mark.parametrize("name", MODELS | NOT_ON_CPUS)
+@pytest.mark.parametrize("name", MODELS | OF_ENGINE)
 def test_both_kinds_of_layers_come_back_bit_for_bit(name, implementation, tmp_path, capsys):
-    recipe = recipe_of((MODELS | NOT_ON_CPUS)[name])
+    recipe = recipe_of((MODELS | OF_ENGINE)[name])
     checkpoint = save_random(tmp_path / "run" / "checkpoints", recipe)
     command = ["convert", "to-megatron", str(checkpoint), str(tmp_path / "megatron")]
+    if name in OF_ENGINE and implementation == "local":
+        assert main([*command, "--transformer-impl", implementation]) == 2
+        assert "model.norm_zero_centered is True (wanted False)" in capsys.readouterr().err
+        return
     assert main([*command, "--transformer-impl", implementation]) == 0
     names = load_file(tmp_path / "megatron" / "model.safetensors").keys()
     norm = {
@@ -97,6 +101,8 @@ def test_what_megatron_does_not_have_is_refused(settings, wanted, tmp_path):
         ({"rotary_interleaved": True}, "rotary_interleaved=True has no counterpart"),
         ({"num_moe_experts": 8}, "num_moe_experts=8 is not a field that is known"),
         ({"transformer_impl": "local"}, "has no tensor decoder.layers.0.input_layernorm.weight"),
+        ({"vocab_size": None}, "vocab_size is missing"),
+        ({"transformer_impl": "inference_optimized"}, "wanted 'local'; or transformer_impl='inference_optimized'"),
         ({"activation_func": "quick_gelu"}, "activation_func='quick_gelu'"),
         ({"normalization": "L2Norm"}, "normalization='L2Norm'"),
     ],

@@ -85,6 +85,21 @@ def test_a_tokenizer_that_differs_is_refused_and_nothing_is_kept(tmp_path, monke
     assert not list((tmp_path / "hf").glob("tokenizer*"))
 
 
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_a_tokenizer_that_was_changed_after_the_export_is_the_one_that_is_read(kind, tmp_path):
+    tokenizer = of_kind(kind)
+    recipe = recipe_of({"topology": "pre", "vocab_size": tokenizer.vocab_size + 3})
+    to_hf(save_random(tmp_path / "run" / "checkpoints", recipe, tokenizer), tmp_path / "hf", verify=False)
+    path = tmp_path / "hf" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    token = {"id": tokenizer.vocab_size, "content": "<|user|>", "single_word": False, "lstrip": False, "rstrip": False}
+    content["added_tokens"].append(token | {"normalized": False, "special": True})
+    path.write_text(json.dumps(content))
+    after = NativeModel(from_hf(tmp_path / "hf", tmp_path / "back", verify=False).checkpoint).tokenizer()
+    assert after.encode("<|user|>").tolist() == [tokenizer.vocab_size]
+    assert after.encode("some text").tolist() == tokenizer.encode("some text").tolist()
+
+
 def test_special_tokens_in_a_text_are_the_documented_difference(tmp_path):
     """Their name in a text is the token for Transformers and its letters for us."""
     for tokenizer, name in ((of_kind("bytes"), "<|endoftext|>"), (of_kind("sentencepiece"), "</s>")):

@@ -18,12 +18,12 @@ class Of(NamedTuple):
 
 
 class Constant(NamedTuple):
-    """A tensor of theirs that ours has no place for, of zeros. must: whether it is read only where it is zero; else it has no
-    effect whatever it holds.   untied: only where the output matrix is not the embedding.
+    """A tensor of theirs that ours has no place for, of zeros. must_be_zero: whether it is read only where it is; else it has
+    no effect whatever it holds.   untied: only where the output matrix is not the embedding.
     """
 
     shape: tuple[str, ...]  # settings
-    must: bool = False
+    must_be_zero: bool = False
     untied: bool = False
 
 

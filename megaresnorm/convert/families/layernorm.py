@@ -6,6 +6,7 @@ from megaresnorm.convert.families.shared import (
     ATTENTION_BIAS,
     BLOCK,
     DERIVED_HEAD_DIM,
+    DERIVED_KV_HEADS,
     DOWN,
     ENDS,
     GATED_ACT,
@@ -31,7 +32,7 @@ gpt_neox = Family(
     architecture="GPTNeoXForCausalLM",
     fields=(
         *SIZES, DERIVED_HEAD_DIM, Same("layer_norm_eps", "norm_eps"), LAYER_NORM, Rope(partial=True), UNGATED_ACT,
-        By((), lambda recipe: {}, lambda config: {"num_kv_heads": config["num_attention_heads"]}),
+        DERIVED_KV_HEADS,
         ATTENTION_BIAS, Always({"bias": True}), PRE, PLAIN_ATTENTION, Fixed("use_parallel_residual", False),
         Fixed("is_decoder", False, others=(True,)),
     ),
@@ -177,7 +178,7 @@ OPT = (
         lambda recipe: {"word_embed_proj_dim": recipe.dim},
         lambda config: _no_projection(config),
     ),
-    By((), lambda recipe: {}, lambda config: {"num_kv_heads": config["num_attention_heads"]}),
+    DERIVED_KV_HEADS,
     Choice("activation_function", (UNGATED[4], *UNGATED[:4])),
     Choice(
         "enable_bias",
@@ -220,7 +221,7 @@ bert = Family(
     fields=(
         *SIZES, DERIVED_HEAD_DIM, Same("layer_norm_eps", "norm_eps"), LAYER_NORM, LEARNED, UNGATED_ACT, PLAIN_ATTENTION,
         Always({"topology": "post", "embedding_norm": True}), Fixed("is_decoder", True), Fixed("add_cross_attention", False),
-        By((), lambda recipe: {}, lambda config: {"num_kv_heads": config["num_attention_heads"]}),
+        DERIVED_KV_HEADS,
     ),
     modules={
         "bert.embeddings.word_embeddings": Of("embedding"),
@@ -237,8 +238,8 @@ bert = Family(
         "lm_head.decoder": Of("head"),
     },
     constants={
-        "lm_head.bias": Constant(("vocab_size",), must=True),
-        "lm_head.decoder.bias": Constant(("vocab_size",), must=True, untied=True),
+        "lm_head.bias": Constant(("vocab_size",), must_be_zero=True),
+        "lm_head.decoder.bias": Constant(("vocab_size",), must_be_zero=True, untied=True),
     },
     prefix="bert.",
 )  # fmt: skip

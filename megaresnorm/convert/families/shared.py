@@ -22,6 +22,7 @@ HEAD_DIM = By(
 DERIVED_HEAD_DIM = By(
     (), lambda recipe: {}, lambda config: {"head_dim": config["hidden_size"] // config["num_attention_heads"]}
 )
+DERIVED_KV_HEADS = By((), lambda recipe: {}, lambda config: {"num_kv_heads": config["num_attention_heads"]})
 NO_BIAS = Always({"bias": False, "attention_bias": "none"})
 RMS_NORM = (Same("rms_norm_eps", "norm_eps"), Always({"norm": "rmsnorm", "norm_zero_centered": False}))
 LAYER_NORM = Always({"norm": "layernorm", "norm_bias": True, "norm_zero_centered": False})
