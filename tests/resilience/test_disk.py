@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,11 @@ def disk(tmp_path):
     if mounted.returncode:
         pytest.skip(f"NOT TESTED: a full disk needs the right to mount a small one ({mounted.stderr.strip()})")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    for _ in range(50):  # a thread that lets go of a file may be late on a busy machine
+        if subprocess.run(["umount", str(folder)]).returncode == 0:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{folder} stays in use")
 
 
 def fill(folder: Path, leave: int) -> None:
@@ -49,7 +54,9 @@ def at_steps(monkeypatch, actions: dict) -> None:
     real = Run._step
 
     def step(run):
-        actions.get(run.steps_done, lambda: None)()
+        if run.steps_done in actions:
+            run.saver.wait()  # for a checkpoint that is still being written, which may make room when it is done
+            actions[run.steps_done]()
         return real(run)
 
     monkeypatch.setattr(Run, "_step", step)
