@@ -123,8 +123,8 @@ class Pipeline:
     def _stage(self, number: int, batch: int, seq: int) -> PipelineStage:
         wire = torch.empty(self._wire(batch), dtype=self._dtype, device="meta", requires_grad=True)
         tokens = torch.empty((batch, seq), dtype=torch.int64, device="meta")
-        # What the last stage returns is never sent: its shape does not matter.
-        return PipelineStage(
+        kind = _LastStage if number == self._num_stages - 1 else PipelineStage
+        return kind(
             self._modules[number],
             number,
             self._num_stages,
@@ -133,6 +133,13 @@ class Pipeline:
             output_args=(wire,),
             group=self._axis.group,
         )
+
+
+class _LastStage(PipelineStage):
+    """What it returns is never sent: its shape does not matter. torch 2.11 would compare it with what is sent all the same."""
+
+    def _validate_fwd_outputs(self, outputs: tuple[Tensor, ...]) -> None:
+        pass
 
 
 def _no_loss(logits: Tensor, labels: Tensor) -> Tensor:
