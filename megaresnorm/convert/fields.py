@@ -176,7 +176,7 @@ class Rope:
 
 
 _FLOATS = {"factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"}
-_NEUTRAL = [("partial_rotary_factor", 1.0), ("partial_rotary_factor", 1), ("original_max_position_embeddings", None)]
+_NEUTRAL = [("partial_rotary_factor", 1.0)]
 # rope_type -> their keys -> ours, of RopeScaling
 _SCALING: dict[str, dict[str, str]] = {
     "linear": {"factor": "factor"},
@@ -208,7 +208,6 @@ class Window:
 
     layers: bool = True
     unless: str = ""
-    length: str = "max_position_embeddings"
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -225,9 +224,12 @@ class Window:
         for kind in sorted(kinds - {"full_attention", "sliding_attention"}):
             raise refused("layer_types", kind, "is no attention that our model has")
         window = config.get("sliding_window")
-        if "sliding_attention" in kinds and window is not None and window < config[self.length]:
+        if "sliding_attention" in kinds and window is not None and window < config["max_position_embeddings"]:
+            longest = config["max_position_embeddings"]
             raise refused(
-                "sliding_window", window, f"is shorter than {self.length}={config[self.length]}, and our model has no windows; "
-                f"with --seq-len {window} the two are the same",
-            )  # fmt: skip
+                "sliding_window",
+                window,
+                f"is shorter than max_position_embeddings={longest}, and our model has no windows; with --seq-len {window} the two "
+                "are the same",
+            )
         return {}

@@ -27,7 +27,7 @@ from megaresnorm.convert.native import MEGATRON_NAME, NativeModel
 from megaresnorm.convert.plan import Plan, problems
 from megaresnorm.convert.rows import groups, halves, one_head
 from megaresnorm.convert.to_hf import weight_entries
-from megaresnorm.convert.tokenizers import check_equal, sample_texts, tokenizer_files
+from megaresnorm.convert.tokenizers import write_tokenizer
 from megaresnorm.errors import ConfigError
 from megaresnorm.recipe import ModelRecipe
 
@@ -176,8 +176,6 @@ def to_megatron(
             **native.origin(tokenizer),
         }
         write_json(folder / CONFIG, config)
-        for name, content in {} if tokenizer is None else tokenizer_files(tokenizer).items():
-            (folder / name).write_bytes(content)
         if tokenizer is not None:
-            check_equal(tokenizer, folder, list(sample_texts()))
+            write_tokenizer(folder, tokenizer)
     return out

@@ -27,7 +27,7 @@ from megaresnorm.convert.native import OURS, NativeModel
 from megaresnorm.convert.plan import Plan, plan
 from megaresnorm.convert.remainder import write_remainder
 from megaresnorm.convert.remote import FILE, code
-from megaresnorm.convert.tokenizers import check_equal, sample_texts, tokenizer_files
+from megaresnorm.convert.tokenizers import write_tokenizer
 from megaresnorm.data.tokenizer import Tokenizer
 
 
@@ -100,9 +100,7 @@ def write_beside(
     if chosen.family.name == OURS:
         (folder / FILE).write_bytes(code())
     if tokenizer is not None:
-        for name, content in tokenizer_files(tokenizer).items():
-            (folder / name).write_bytes(content)
-        check_equal(tokenizer, folder, list(sample_texts()))
+        write_tokenizer(folder, tokenizer)
 
 
 def weight_entries(native: NativeModel, chosen: Plan, dtype: torch.dtype, chunk_bytes: int) -> Iterator[Entry]:

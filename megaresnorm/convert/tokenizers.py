@@ -62,6 +62,13 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     return files
 
 
+def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Its files, once they are found to make the same tokens. Raises: DataError."""
+    for name, content in tokenizer_files(tokenizer).items():
+        (folder / name).write_bytes(content)
+    check_equal(tokenizer, folder, list(sample_texts()))
+
+
 def check_equal(tokenizer: Tokenizer, folder: Path, texts: Sequence[str]) -> None:
     """Raises: DataError if AutoTokenizer makes other tokens of a text from the files in ``folder``."""
     from transformers import AutoTokenizer
