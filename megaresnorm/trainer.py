@@ -120,9 +120,13 @@ class Run:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if error is None or isinstance(error, UserError):  # which all ranks have alike; after another, some may be gone
-            self.saver.join()
-        self.close()
+        alike = error is None or isinstance(error, UserError)  # on all ranks; after another error, some may be gone
+        try:
+            if alike or self.context.world.size == 1:
+                self.saver.join()
+        finally:
+            if not self.saver.busy:  # whoever had the folder next would remove what is being written
+                self.close()
 
     def close(self) -> None:
         """Leave the output folder to others."""

@@ -5,12 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from megaresnorm.checkpoint import writer
 from megaresnorm.checkpoint.manifest import encode_manifest
 from megaresnorm.cli import main
 from megaresnorm.config import dump_recipe
@@ -167,6 +170,28 @@ def test_a_checkpoint_that_is_not_damaged_is_never_set_aside(tiny, monkeypatch, 
     with pytest.raises(CheckpointError, match=r"Permission denied|format 99 is unknown"):
         Run(recipe)
     assert sorted(p.name for p in root.iterdir()) == ["step-00000003", "step-00000006"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_error_leaves_the_folder_to_nobody_while_a_checkpoint_is_being_written(tiny, monkeypatch, ranks):
+    """Whoever had it next would remove what is half written. Alone, the error waits; others may be gone and never answer."""
+    gate, real = threading.Event(), writer._commit
+    monkeypatch.setattr(writer, "_commit", lambda *rest: gate.wait(30) and real(*rest))
+    with pytest.raises(RuntimeError, match="of this step"), Run(tiny()) as run:
+        run.steps_done = 1
+        run.save()
+        run.context = replace(run.context, world=replace(run.context.world, size=ranks))
+        if ranks == 1:
+            threading.Timer(0.3, gate.set).start()
+        raise RuntimeError("of this step")
+    assert run.saver.busy == (ranks == 2)
+    if ranks == 2:
+        with pytest.raises(TrainingError, match="is in use by pid"):
+            Run(tiny())
+        gate.set()
+        run.saver.join()
+        run.close()
+    assert opened(tiny()).steps_done == 1
 
 
 def test_any_seed_can_be_used(tiny, tmp_path):

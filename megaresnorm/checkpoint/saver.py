@@ -61,7 +61,7 @@ class Saver:
 
         Raises: TrainingError after ``max_failures`` failures in a row, on all ranks at the same step.
         """
-        if self._skip and self._any_rank(self._busy):
+        if self._skip and self._any_rank(self.busy):
             log.warning("warning: step %d is not saved: the checkpoint before is still being written", step)
             return
         self.wait()
@@ -88,7 +88,8 @@ class Saver:
             self._thread = None
 
     @property
-    def _busy(self) -> bool:
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
         return self._thread is not None and self._thread.is_alive()
 
     def _settle(self) -> None:
