@@ -8,6 +8,8 @@ from typing import Any
 from megaresnorm.errors import ConfigError
 
 Commands = Any  # argparse keeps the type of add_subparsers() private
+_UNITS = {"": 1} | {f"{prefix}B": 1000**n for n, prefix in enumerate(["", "K", "M", "G", "T"])}
+_UNITS |= {f"{prefix}IB": 1024**n for n, prefix in enumerate(["K", "M", "G", "T"], start=1)}
 
 
 def count(text: str) -> int:
@@ -25,6 +27,34 @@ def counts(text: str) -> list[int]:
 def names(text: str) -> list[str]:
     """Words with commas between them."""
     return [part.strip() for part in text.split(",")]
+
+
+def size(text: str) -> int:
+    """A number of bytes.
+
+    >>> size("1GB"), size("1.5 GiB"), size("4096")
+    (1000000000, 1610612736, 4096)
+    """
+    number = text.strip().rstrip("BbKkMmGgTtIi ").strip()
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        num_bytes = float(number) * _UNITS[unit]
+    except (ValueError, KeyError):
+        num_bytes = 0.0
+    if not 1 <= num_bytes < 2**60:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB, 4GB or 2GiB")
+    return int(num_bytes)
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1")
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

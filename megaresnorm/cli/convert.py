@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaresnorm.cli.arguments import Commands, count
+from megaresnorm.cli.arguments import Commands, count, share, size
 from megaresnorm.errors import CheckpointError, ConfigError, ConversionError
 
 if TYPE_CHECKING:
@@ -16,18 +16,6 @@ if TYPE_CHECKING:
 
     from megaresnorm.convert.compare import Agreement
 
-_UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
 _TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 _CHECKPOINT = "a checkpoint, or the output folder of a run: its newest one"
 
@@ -37,8 +25,7 @@ def add_convert(commands: Commands) -> None:
         "convert",
         help="to and from Hugging Face Transformers and Megatron-Core",
         description="Convert checkpoints, in whatever layout they were saved, without starting ranks. Nothing is "
-        "written over, and "
-        "the output folder appears when it is complete.",
+        "written over, and the output folder appears when it is complete.",
     )
     actions = convert.add_subparsers(title="actions", metavar="ACTION", required=True)
     _add_to_hf(actions)
@@ -52,8 +39,8 @@ def _add_to_hf(actions: Commands) -> None:
         "to-hf",
         help="a checkpoint as a model of Hugging Face Transformers",
         description="Write a checkpoint as a model of Hugging Face Transformers: safetensors, config, tokenizer, model "
-        "card. The result "
-        "is loaded by Transformers and its logits are compared with the checkpoint's; exit code 7 if they differ.",
+        "card. The result is loaded by Transformers and its logits are compared with the checkpoint's; exit code 7 if they "
+        "differ.",
         epilog="example: megaresnorm convert to-hf runs/quickstart/deepnorm-50 runs/quickstart/hf",
     )
     to_hf.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=_CHECKPOINT)
@@ -62,10 +49,8 @@ def _add_to_hf(actions: Commands) -> None:
         "--arch",
         default="auto",
         help="architecture: llama, qwen2, qwen3, granite, glm4, olmo2, minimax, gpt2, gpt_neox, starcoder2, stablelm, "
-        "openai-gpt, opt, "
-        "bert-generation, gemma2, gemma3_text, mistral, olmo3, or remote-code, which brings its own code along for any "
-        "topology; auto "
-        "takes the first that holds the model exactly [auto]",
+        "openai-gpt, opt, bert-generation, gemma2, gemma3_text, mistral, olmo3, or remote-code, which brings its own code "
+        "along for any topology; auto takes the first that holds the model exactly [auto]",
     )
     to_hf.add_argument(
         "--tokenizer",
@@ -83,22 +68,16 @@ def _add_from_hf(actions: Commands) -> None:
         "from-hf",
         help="a model of Hugging Face Transformers as a checkpoint, to train it on",
         description="Read a downloaded model of Hugging Face Transformers (safetensors alone, never a pickle) and "
-        "write a checkpoint that "
-        "any layout can train on, with a recipe that does. A field or a tensor that our model has nothing for is "
-        "refused by name.",
+        "write a checkpoint that any layout can train on, with a recipe that does. A field or a tensor that our model has "
+        "nothing for is refused by name.",
         epilog="example: megaresnorm convert from-hf models/Qwen3-0.6B runs/qwen3 --seq-len 4096",
     )
-    from_hf.add_argument("model", type=Path, metavar="MODEL", help="folder with config.json and safetensors")
-    from_hf.add_argument("out", type=Path, metavar="OUT", help="folder to make: a checkpoint and recipe.yaml")
     from_hf.add_argument(
         "--tokenizer", choices=["auto", "none"], default="auto", help="none: leave the model's tokenizer out [auto]"
     )
     from_hf.add_argument("--end-token", metavar="TOKEN", help="token that ends documents [the one its files name]")
     from_hf.add_argument("--seq-len", type=count, metavar="N", help="longest sequence, to be shorter than the model's")
-    from_hf.add_argument(
-        "--data", default="runs/my-data", metavar="PATH", help="data.path of the recipe [runs/my-data]"
-    )
-    _add_memory(from_hf)
+    _add_reading(from_hf)
     _add_verifying(from_hf)
     from_hf.set_defaults(run=_from_hf)
 
@@ -108,8 +87,7 @@ def _add_megatron(actions: Commands) -> None:
         "to-megatron",
         help="a checkpoint as weights of Megatron-Core's GPT model",
         description="Write a pre-norm checkpoint as safetensors with the names of Megatron-Core's GPTModel (0.16.1) on "
-        "one rank, and its "
-        "settings as config.json; docs/conversion.md has the lines that load them.",
+        "one rank, and its settings as config.json; docs/conversion.md has the lines that load them.",
     )
     to_megatron.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=_CHECKPOINT)
     to_megatron.add_argument("out", type=Path, metavar="OUT", help="folder to make")
@@ -125,15 +103,9 @@ def _add_megatron(actions: Commands) -> None:
         "from-megatron",
         help="weights of Megatron-Core's GPT model as a checkpoint",
         description="Read safetensors with the names of Megatron-Core's GPTModel (0.16.1) on one rank and config.json "
-        "with its settings; "
-        "docs/conversion.md has the lines that write them. Logits are not compared.",
+        "with its settings; docs/conversion.md has the lines that write them. Logits are not compared.",
     )
-    from_megatron.add_argument("model", type=Path, metavar="MODEL", help="folder with config.json and safetensors")
-    from_megatron.add_argument("out", type=Path, metavar="OUT", help="folder to make: a checkpoint and recipe.yaml")
-    from_megatron.add_argument(
-        "--data", default="runs/my-data", metavar="PATH", help="data.path of the recipe [runs/my-data]"
-    )
-    _add_memory(from_megatron)
+    _add_reading(from_megatron)
     from_megatron.set_defaults(
         run=_from_hf, seq_len=None, verify="off", tolerance=None, tokenizer="auto", end_token=None
     )
@@ -144,8 +116,7 @@ def _add_compare(actions: Commands) -> None:
         "compare",
         help="whether two models compute the same",
         description="Compare the logits of two models, each a checkpoint of ours or a folder of Hugging Face "
-        "Transformers, in FP32. Exit "
-        "code 7 if they differ.",
+        "Transformers, in FP32. Exit code 7 if they differ.",
     )
     compare.add_argument("one", type=Path, metavar="A")
     compare.add_argument("other", type=Path, metavar="B")
@@ -162,7 +133,16 @@ def _add_compare(actions: Commands) -> None:
 def _add_writing(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=list(_TYPES), help="type of the written weights [the checkpoint's]")
     command.add_argument(
-        "--max-shard-size", type=num_bytes, default=5 * 10**9, metavar="SIZE", help="largest file, such as 500MB [5GB]"
+        "--max-shard-size", type=size, default=5 * 10**9, metavar="SIZE", help="largest file, such as 500MB [5GB]"
+    )
+    _add_memory(command)
+
+
+def _add_reading(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", type=Path, metavar="MODEL", help="folder with config.json and safetensors")
+    command.add_argument("out", type=Path, metavar="OUT", help="folder to make: a checkpoint and recipe.yaml")
+    command.add_argument(
+        "--data", default="runs/my-data", metavar="PATH", help="data.path of the recipe [runs/my-data]"
     )
     _add_memory(command)
 
@@ -173,7 +153,7 @@ def _add_memory(command: argparse.ArgumentParser) -> None:
         type=_memory,
         default=4 * 10**9,
         metavar="SIZE",
-        help="memory for tensors while reading and writing; verifying takes two whole models [4GB]",
+        help="memory for tensors while reading and writing; verifying is on top of it [4GB]",
     )
 
 
@@ -182,14 +162,15 @@ def _add_verifying(command: argparse.ArgumentParser) -> None:
         "--verify",
         choices=["on", "off"],
         default="on",
-        help="compare logits of both models, in FP32; off where memory forbids it [on]",
+        help="compare logits of both models, which takes one after the other whole, in FP32; off where memory forbids it "
+        "[on]",
     )
     _add_tolerance(command)
 
 
 def _add_tolerance(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--tolerance", type=_tolerance, metavar="X", help="largest difference, as a share of the largest logit [2e-5]"
+        "--tolerance", type=share, metavar="X", help="largest difference, as a share of the largest logit [2e-5]"
     )
 
 
@@ -224,8 +205,7 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     if report.rounding is not None:
         console.print(
             f"rounding the weights moves logits by up to {report.rounding.largest:.3g}; {report.rounding.top1:.2%} of "
-            f"the likeliest "
-            "tokens stay"
+            "the likeliest tokens stay"
         )
     return 0
 
@@ -280,13 +260,13 @@ def _to_megatron(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from megaresnorm.convert.compare import TOLERANCE, compare
-    from megaresnorm.convert.loading import load_logits, random_prompts, read_prompts, text_prompts
+    from megaresnorm.convert.compare import TOLERANCE, compare, kept_logits_on, logits_on
+    from megaresnorm.convert.loading import open_model, random_prompts, read_prompts, text_prompts
 
     texts = None if arguments.prompts is None else read_prompts(arguments.prompts)
     if any((folder / "config.json").exists() for folder in (arguments.one, arguments.other)):
         _needs_transformers()
-    one, other = load_logits(arguments.one), load_logits(arguments.other)
+    one, other = open_model(arguments.one), open_model(arguments.other)
     if one.vocab_size != other.vocab_size:
         raise CheckpointError(
             f"the models have logits of {one.vocab_size} and {other.vocab_size} tokens; they are not the same model"
@@ -301,8 +281,9 @@ def _compare(arguments: argparse.Namespace) -> int:
                 "--prompts needs a checkpoint of ours with a tokenizer as A or B; leave it out for random tokens"
             )
         prompts = text_prompts(texts, tokenizer, vocab_size, seq_len)
+    kept = kept_logits_on(prompts, one.load)
     agreement = compare(
-        one.logits, other.logits, prompts, TOLERANCE if arguments.tolerance is None else arguments.tolerance
+        kept, logits_on(prompts, other.load()), TOLERANCE if arguments.tolerance is None else arguments.tolerance
     )
     _print_agreement(agreement)
     return 0 if agreement.passed else ConversionError.exit_code
@@ -360,34 +341,8 @@ def _needs_transformers() -> None:
         )
 
 
-def num_bytes(text: str) -> int:
-    """
-    >>> num_bytes("1GB"), num_bytes("1.5 GiB"), num_bytes("4096")
-    (1000000000, 1610612736, 4096)
-    """
-    number = text.strip().rstrip("BbKkMmGgTtIi ").strip()
-    unit = text.strip()[len(number) :].strip().upper()
-    try:
-        size = float(number) * _UNITS[unit]
-    except (ValueError, KeyError):
-        size = 0.0
-    if not 1 <= size < 2**60:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB, 4GB or 2GiB")
-    return int(size)
-
-
 def _memory(text: str) -> int:
-    size = num_bytes(text)
-    if size < 64 * 10**6:
+    num_bytes = size(text)
+    if num_bytes < 64 * 10**6:
         raise argparse.ArgumentTypeError(f"{text!r} is too little; give at least 64MB")
-    return size
-
-
-def _tolerance(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1")
-    return value
+    return num_bytes

@@ -1,6 +1,7 @@
 """Whether two models compute the same: their logits on the same tokens."""
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -61,16 +62,29 @@ class Agreement:
         }
 
 
+def logits_on(prompts: Sequence[Tensor], logits: Logits) -> Iterator[Tensor]:
+    """Of batches of tokens [B, S], one after the other: [B, S, V] each."""
+    for prompt_BS in prompts:
+        with torch.no_grad():
+            yield logits(prompt_BS)
+
+
+def kept_logits_on(prompts: Sequence[Tensor], load: Callable[[], Logits]) -> list[Tensor]:
+    """The same of a model that is gone afterwards, so that there is memory for another."""
+    kept = list(logits_on(prompts, load()))
+    gc.collect()  # models of Transformers refer to themselves
+    return kept
+
+
 @torch.no_grad()
-def compare(one: Logits, other: Logits, prompts: Sequence[Tensor], tolerance: float = TOLERANCE) -> Agreement:
-    """Compare on batches of tokens [B, S]. Raises: CheckpointError where the vocabularies differ."""
-    assert prompts
+def compare(one: Iterable[Tensor], other: Iterable[Tensor], tolerance: float = TOLERANCE) -> Agreement:
+    """Compare two models' logits [B, S, V] on the same batches. Raises: CheckpointError where the vocabularies differ."""
     sums = torch.zeros(
         5, dtype=torch.float64
     )  # of mean differences, equal first tokens, leads, equal ones that lead, KL
     tokens, largest, scale = 0, 0.0, 0.0
-    for prompt_BS in prompts:
-        whole = [logits(prompt_BS).flatten(0, 1) for logits in (one, other)]
+    for both in zip(one, other, strict=True):
+        whole = [logits_BSV.flatten(0, 1) for logits_BSV in both]
         if whole[0].shape != whole[1].shape:
             sizes = " and ".join(str(logits.shape[1]) for logits in whole)
             raise CheckpointError(f"the models have logits of {sizes} tokens; they are not the same model")
@@ -81,6 +95,7 @@ def compare(one: Logits, other: Logits, prompts: Sequence[Tensor], tolerance: fl
             largest, scale = max(largest, difference.max().item()), max(scale, a.abs().max().item())
             sums += _sums(a, b, difference)
             tokens += len(a)
+    assert tokens
     mean, same, leads, same_that_leads, kl = sums.tolist()
     share = same_that_leads / leads if leads else 1.0
     return Agreement(tokens, largest, mean / tokens, scale, same / tokens, share, kl / tokens, tolerance)

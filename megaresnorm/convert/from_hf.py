@@ -13,7 +13,7 @@ from megaresnorm.checkpoint.format import Slices
 from megaresnorm.checkpoint.state import EngineState, RunState
 from megaresnorm.checkpoint.writer import save_checkpoint
 from megaresnorm.config import build_recipe, dump_recipe
-from megaresnorm.convert.compare import TOLERANCE, Agreement, compare
+from megaresnorm.convert.compare import TOLERANCE, Agreement, compare, kept_logits_on, logits_on
 from megaresnorm.convert.config_json import normalized
 from megaresnorm.convert.describe import described
 from megaresnorm.convert.families.family import Family
@@ -233,9 +233,9 @@ def training_recipe(model: ModelRecipe, out: Path, data: str, dtype: torch.dtype
 def verified(source: Path, folder: Path, tolerance: float) -> Agreement:
     """Raises: ConversionError where the checkpoint does not compute the same."""
     native = NativeModel(folder)
-    agreement = compare(
-        of_theirs(load_theirs(source)), of_ours(native.model()), prompts_of(native, native.tokenizer()), tolerance
-    )
+    prompts = prompts_of(native, native.tokenizer())
+    theirs = kept_logits_on(prompts, lambda: of_theirs(load_theirs(source)))
+    agreement = compare(theirs, logits_on(prompts, of_ours(native.model())), tolerance)
     agreement.judge("the checkpoint")
     return agreement
 

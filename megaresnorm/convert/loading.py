@@ -1,6 +1,6 @@
 """Models whose logits are to be compared, ours and those of Transformers, and what they read."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ TEXTS = (
     "你好，世界。 Привет, мир! 😀 3.14159 = π",
 )  # fmt: skip
 LONG = 512  # tokens of the one long sequence of a comparison, and of a batch of short ones
+PROMPTS = 3072  # tokens that a conversion is verified on, at most
 
 
 def of_ours(model: Any) -> Logits:
@@ -81,25 +82,28 @@ def load_theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return model.eval()
 
 
-class Loaded(NamedTuple):
-    """A model whose logits can be compared. seq_len: longest sequence.   tokenizer: of a checkpoint of ours that has one."""
+class Opened(NamedTuple):
+    """A model whose logits can be compared. load: makes it.   seq_len: longest sequence.   tokenizer: of a checkpoint of ours."""
 
-    logits: Logits
+    load: Callable[[], Logits]
     vocab_size: int
     seq_len: int
     tokenizer: Tokenizer | None = None
 
 
-def load_logits(folder: Path) -> Loaded:
+def open_model(folder: Path) -> Opened:
     """A checkpoint of ours, or a folder of Transformers. Raises: CheckpointError."""
     if (folder / CONFIG).exists():
-        model = load_theirs(folder)
-        config = model.config
-        length: int = getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 128)
-        return Loaded(of_theirs(model), config.vocab_size, length)
+        config = normalized(folder)
+        vocab_size, seq_len = config.get("vocab_size"), config.get("max_position_embeddings", config.get("n_positions"))
+        if not isinstance(vocab_size, int) or not isinstance(seq_len, int) or min(vocab_size, seq_len) < 1:
+            raise CheckpointError(
+                f"{folder / CONFIG}: a vocabulary of {vocab_size} and a length of {seq_len} are not sizes of a model"
+            )
+        return Opened(lambda: of_theirs(load_theirs(folder)), vocab_size, seq_len)
     native = NativeModel(folder)
     assert native.recipe.vocab_size is not None
-    return Loaded(of_ours(native.model()), native.recipe.vocab_size, native.recipe.seq_len, native.tokenizer())
+    return Opened(lambda: of_ours(native.model()), native.recipe.vocab_size, native.recipe.seq_len, native.tokenizer())
 
 
 def random_prompts(vocab_size: int, seq_len: int, tokens: int = 2000, seed: int = 0) -> list[Tensor]:
@@ -124,7 +128,9 @@ def prompts_of(native: NativeModel, tokenizer: Tokenizer | None) -> list[Tensor]
     vocab_size, seq_len = native.recipe.vocab_size, native.recipe.seq_len
     assert vocab_size is not None
     texts = [] if tokenizer is None else text_prompts(TEXTS, tokenizer, vocab_size, seq_len)
-    return random_prompts(vocab_size, seq_len) + texts
+    prompts = random_prompts(vocab_size, seq_len) + texts
+    assert sum(prompt_BS.numel() for prompt_BS in prompts) <= PROMPTS
+    return prompts
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -139,8 +145,8 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def check_memory(num_bytes: int, vocab_size: int) -> None:
-    """Raises: ConfigError where two models of so many bytes do not fit, and the logits of LONG tokens of both."""
-    have, need = _available_memory(), 2 * num_bytes + 4 * LONG * vocab_size * 4
+    """Raises: ConfigError where a model of so many bytes does not fit, with the logits of the other one beside it."""
+    have, need = _available_memory(), num_bytes + 4 * (PROMPTS + 2 * LONG) * vocab_size
     if have is not None and need > have:
         raise ConfigError(
             f"verifying needs {human_bytes(need)} of memory, {human_bytes(have)} are free; switch it off by --verify off"

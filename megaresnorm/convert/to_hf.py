@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megaresnorm.checkpoint.format import Entry
 from megaresnorm.convert.card import model_card
-from megaresnorm.convert.compare import TOLERANCE, Agreement, compare
+from megaresnorm.convert.compare import TOLERANCE, Agreement, compare, kept_logits_on, logits_on
 from megaresnorm.convert.files import (
     CONFIG,
     Progress,
@@ -61,7 +61,7 @@ def to_hf(
     """Write ``out`` for Transformers.
 
     checkpoint: one of ours, or a run: its newest.   arch: as ``plan``.   dtype: of the written weights, the checkpoint's where it
-    is None.   max_memory: bytes for tensors while writing; verifying takes the whole model, twice.   progress: makes from a label
+    is None.   max_memory: bytes for tensors while writing; verifying takes the whole model in FP32.   progress: makes from a label
     and a number of bytes what is called with those that are done.
     Raises: ConfigError, CheckpointError or DataError for what cannot be converted, ConversionError where the written model does not
     compute the same; ``out`` is not there then.
@@ -143,7 +143,7 @@ def verified(
     """What was written beside the checkpoint, and what rounding to ``dtype`` has changed. Raises: ConversionError."""
     prompts = prompts_of(native, tokenizer)
     rounded_to = dtype if dtype.itemsize < native.dtype.itemsize else None
-    theirs = of_theirs(load_theirs(folder))
-    agreement = compare(of_ours(native.model(rounded_to)), theirs, prompts, tolerance)
+    theirs = kept_logits_on(prompts, lambda: of_theirs(load_theirs(folder)))
+    agreement = compare(logits_on(prompts, of_ours(native.model(rounded_to))), theirs, tolerance)
     agreement.judge("the written model")
-    return agreement, None if rounded_to is None else compare(of_ours(native.model()), theirs, prompts)
+    return agreement, None if rounded_to is None else compare(logits_on(prompts, of_ours(native.model())), theirs)

@@ -280,10 +280,10 @@ def test_over_fifty_hostile_checkpoints_are_refused_at_once(folder, tmp_path):
 def test_slices_beside_each_other_are_compared_up_to_a_bound():
     """Those of very many files: comparing each with each would take hours."""
     held = [Held(f"weights-{i:05d}-00001.safetensors", 0, ((0, 1), (i, i + 1))) for i in range(100_000)]
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(UserError, match="over 1024 slices of the same rows"):
         list(_beside_each_other(held))
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_the_canary_would_sing(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from megaresnorm.checkpoint.inspect import compare_tensors
 from megaresnorm.checkpoint.reader import Checkpoint
-from megaresnorm.convert.compare import compare
+from megaresnorm.cli import main
+from megaresnorm.convert.compare import compare, kept_logits_on, logits_on
 from megaresnorm.convert.families import FAMILIES
 from megaresnorm.convert.files import CONFIG
 from megaresnorm.convert.from_hf import from_hf
@@ -180,12 +182,37 @@ def test_weights_rounded_to_bf16_are_compared_as_such(tmp_path):
     assert config["dtype"] == "bfloat16"
 
 
+def test_models_that_are_compared_are_in_memory_one_after_the_other(tmp_path, monkeypatch):
+    checkpoint, _ = exported("llama", tmp_path, verify=False)
+    alive, count = weakref.WeakSet(), 0
+
+    def one_at_a_time(make):
+        def made(*arguments):
+            nonlocal count
+            assert not alive
+            model = make(*arguments)
+            alive.add(model)
+            count += 1
+            return model
+
+        return made
+
+    monkeypatch.setattr(NativeModel, "model", one_at_a_time(NativeModel.model))
+    for module in ("loading", "to_hf", "from_hf"):
+        monkeypatch.setattr(f"megaresnorm.convert.{module}.load_theirs", one_at_a_time(load_theirs))
+    to_hf(checkpoint, tmp_path / "rounded", dtype=torch.bfloat16)  # which compares with ours as it was, too
+    from_hf(tmp_path / "hf", tmp_path / "back")
+    assert main(["convert", "compare", str(checkpoint), str(tmp_path / "hf")]) == 0
+    assert main(["convert", "compare", str(tmp_path / "hf"), str(checkpoint)]) == 0
+    assert count == 3 + 2 + 2 + 2
+
+
 def test_comparison_would_see_one_wrong_number(tmp_path):
     checkpoint, _ = exported("llama", tmp_path, verify=False)
     native = NativeModel(checkpoint)
     model, prompts = native.model(), random_prompts(37, 32)
-    theirs = of_theirs(load_theirs(tmp_path / "hf"))
-    assert compare(of_ours(model), theirs, prompts, BAR).passed
+    theirs = kept_logits_on(prompts, lambda: of_theirs(load_theirs(tmp_path / "hf")))
+    assert compare(logits_on(prompts, of_ours(model)), theirs, BAR).passed
     with torch.no_grad():
         model.blocks["1"].ffn.branch.down.weight[3, 5] += 0.02
-    assert not compare(of_ours(model), theirs, prompts, BAR).passed
+    assert not compare(logits_on(prompts, of_ours(model)), theirs, BAR).passed

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from megaresnorm.checkpoint.inspect import compare_tensors
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.convert import modeling_megaresnorm
-from megaresnorm.convert.compare import compare
+from megaresnorm.convert.compare import compare, logits_on
 from megaresnorm.convert.from_hf import from_hf
 from megaresnorm.convert.loading import of_ours, of_theirs, random_prompts
 from megaresnorm.convert.native import NativeModel
@@ -44,7 +44,9 @@ def test_every_topology_loads_generates_and_comes_back(topology, variant, tmp_pa
     to_hf(checkpoint, tmp_path / "hf", arch="remote-code", max_memory=3000, tolerance=5e-6)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True, dtype=torch.float32)
     assert type(model).__module__ != modeling_megaresnorm.__name__
-    agreement = compare(of_ours(NativeModel(checkpoint).model()), of_theirs(model), random_prompts(37, 32, 300), 5e-6)
+    prompts = random_prompts(37, 32, 300)
+    ours = logits_on(prompts, of_ours(NativeModel(checkpoint).model()))
+    agreement = compare(ours, logits_on(prompts, of_theirs(model)), 5e-6)
     assert agreement.passed, agreement
     tokens = torch.randint(37, (2, 7))
     seen = torch.ones_like(tokens)
