@@ -124,7 +124,8 @@ def _add_compare(actions: Commands) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="a text in every line, where A is a checkpoint with a tokenizer [2,000 random tokens]",
+        help="a text in every line, where A or B is a checkpoint with a tokenizer; of more than 3,072 tokens both models are "
+        "in memory together, otherwise one after the other [2,000 random tokens]",
     )
     _add_tolerance(compare)
     compare.set_defaults(run=_compare)
@@ -261,7 +262,7 @@ def _to_megatron(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from megaresnorm.convert.compare import TOLERANCE, compare, kept_logits_on, logits_on
-    from megaresnorm.convert.loading import open_model, random_prompts, read_prompts, text_prompts
+    from megaresnorm.convert.loading import PROMPTS, open_model, random_prompts, read_prompts, text_prompts
 
     texts = None if arguments.prompts is None else read_prompts(arguments.prompts)
     if any((folder / "config.json").exists() for folder in (arguments.one, arguments.other)):
@@ -281,9 +282,10 @@ def _compare(arguments: argparse.Namespace) -> int:
                 "--prompts needs a checkpoint of ours with a tokenizer as A or B; leave it out for random tokens"
             )
         prompts = text_prompts(texts, tokenizer, vocab_size, seq_len)
-    kept = kept_logits_on(prompts, one.load)
+    few = sum(prompt_BS.numel() for prompt_BS in prompts) <= PROMPTS
+    first = kept_logits_on(prompts, one.load) if few else logits_on(prompts, one.load())
     agreement = compare(
-        kept, logits_on(prompts, other.load()), TOLERANCE if arguments.tolerance is None else arguments.tolerance
+        first, logits_on(prompts, other.load()), TOLERANCE if arguments.tolerance is None else arguments.tolerance
     )
     _print_agreement(agreement)
     return 0 if agreement.passed else ConversionError.exit_code

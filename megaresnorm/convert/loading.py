@@ -23,7 +23,7 @@ TEXTS = (
     "你好，世界。 Привет, мир! 😀 3.14159 = π",
 )  # fmt: skip
 LONG = 512  # tokens of the one long sequence of a comparison, and of a batch of short ones
-PROMPTS = 3072  # tokens that a conversion is verified on, at most
+PROMPTS = 3072  # tokens that a conversion is verified on, at most: all logits of one model are kept
 
 
 def of_ours(model: Any) -> Logits:

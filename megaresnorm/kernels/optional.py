@@ -99,17 +99,9 @@ def _triton_norm_quant(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]
 # --- torch.compile ----------------------------------------------------------------------------------------------------
 
 
-def torch_version() -> tuple[int, int]:
-    """Major and minor."""
-    major, minor = torch.__version__.split(".")[:2]
-    return int(major), int(minor)
-
-
 def _compile_requires(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cuda":
         return None if _found("triton") else "the package triton is not installed"
-    if torch_version() < (2, 13):
-        return f"torch {torch.__version__} makes wrong gradients of it on CPUs (seen with 2.11); 2.13 makes right ones"
     return None if shutil.which("g++") or shutil.which("clang++") else "no C++ compiler was found"
 
 

@@ -72,7 +72,7 @@ def add_norm(
             branch = branch * gate.to(wide)
         elif gate != 1.0:
             branch = branch * gate
-        z = torch.add(branch, x_TD.to(wide), alpha=alpha)
+        z = _scaled_add(branch, x_TD.to(wide), alpha)
     stored = _stored(z.to(wide), residual_dtype)
     if norm is not None:
         stored = _stored(normalize(stored, norm), residual_dtype)
@@ -89,6 +89,11 @@ def add_norm(
             raise ValueError("add_norm/reference: out_dtype=torch.float8_e4m3fn needs fp8_scale")
         return AddNormOut(trunk, to_fp8(branch_input, fp8_scale), statistics, largest(branch_input))
     return AddNormOut(trunk, branch_input.to(out_dtype), statistics, None)
+
+
+def _scaled_add(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """a + alpha b. torch.compile (2.11 to 2.13) fuses ``add`` with a matrix product before it, and forgets alpha."""
+    return a + alpha * b if torch.compiler.is_compiling() else torch.add(a, b, alpha=alpha)
 
 
 def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -136,7 +141,8 @@ class _RMSNorm(torch.autograd.Function):
         reciprocal = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, reciprocal)
         ctx.mark_non_differentiable(reciprocal)
-        return (x * reciprocal).mul_(weight), reciprocal
+        # Not in place: what a Function returns must not be, or torch.compile of 2.11 makes its gradients zero.
+        return x * reciprocal * weight, reciprocal
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -205,13 +211,14 @@ def cross_entropy_sums(
     return nll, scale * (nll + z_loss * torch.where(valid_T, log_z_T.square(), 0.0).sum())
 
 
-def dropout(x_TD: Tensor, probability: float, key: int, rows_T: Tensor, first_column: int = 0) -> Tensor:
+def dropout(x_TD: Tensor, probability: float, key: int | Tensor, rows_T: Tensor, first_column: int = 0) -> Tensor:
     """Zero each element with ``probability`` and scale the rest by 1 / (1 - probability).
 
     The mask is a hash of (key, row, column), not a draw from a generator: it is the same in every parallel layout, in
     every split into microbatches and after every resume.
 
-    key: 64 random bits for the run and the place in the model.   rows_T: [T] int64, the global number of every row.
+    key: 64 random bits for the run and the place in the model, a number or an int64.   rows_T: [T] int64, the global number of
+    every row.
     first_column: the global number of the first column of x.
     """
     row_hash_T = _mix32(_mix32(rows_T ^ _mix32(rows_T >> 32)) ^ (key & _MASK))

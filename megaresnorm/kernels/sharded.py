@@ -49,7 +49,7 @@ def shard_apply(
 ) -> Tensor:
     """(z - mean) / deviation * weight + bias of the local columns."""
     unit = _unit(z_Td, statistics_T2, kind)
-    y = unit.mul_(weight) if bias is None else torch.addcmul(bias, unit, weight)
+    y = unit * weight if bias is None else torch.addcmul(bias, unit, weight)
     return y.to(out_dtype)
 
 

@@ -3,6 +3,7 @@
 T tokens (batch * seq)   D model dim
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -64,20 +65,32 @@ class KeyValueCache:
 
 
 class DropoutKey(NamedTuple):
-    """What dropout masks are a function of: the run's seed, the global number of every row [T] and that of the first column."""
+    """What dropout masks are a function of: 64 random bits for every place of the model (int64), the global number of every row [T]
+    and that of the first column.
+    """
 
-    seed: int
+    keys: Tensor
     rows: Tensor
     first_column: int = 0
 
+    @classmethod
+    def of_seed(cls, seed: int, rows: Tensor, num_blocks: int) -> "DropoutKey":
+        return cls(_keys(seed, 2 * num_blocks + 1, rows.device), rows)
+
     def of_stream(self, layout: TensorLayout, dim: int) -> "DropoutKey":
         """The key of what this rank has of a stream of width ``dim``, from the key of all rows."""
-        return DropoutKey(self.seed, layout.tokens(self.rows), layout.first_column(layout.width(dim)))
+        return DropoutKey(self.keys, layout.tokens(self.rows), layout.first_column(layout.width(dim)))
 
     def drop(self, x: Tensor, probability: float, site: int) -> Tensor:
-        """Dropout at one place of the model; sites are numbered over the whole model."""
-        digest = blake2b(f"{self.seed}/{site}".encode(), digest_size=8).digest()
-        return dropout(x, probability, int.from_bytes(digest, "little"), self.rows, self.first_column)
+        """Dropout at one place of the model: site 2 i is the attention of block i, 2 i + 1 its FFN, and the embedding the last."""
+        return dropout(x, probability, self.keys[site], self.rows, self.first_column)
+
+
+@functools.lru_cache(maxsize=4)
+def _keys(seed: int, num_sites: int, device: torch.device) -> Tensor:
+    """A tensor, made once: torch.compile would take a number that differs between blocks for a float."""
+    digests = (blake2b(f"{seed}/{site}".encode(), digest_size=8).digest() for site in range(num_sites))
+    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], device=device)
 
 
 @dataclass(frozen=True)

@@ -87,12 +87,12 @@ def start_reduce_scatter(x_p: Tensor, axis: Axis) -> Pending:
 
 
 def _returns_early() -> bool:
-    """Not while torch.compile traces: it takes no handles, and separates start and wait by itself."""
+    """Not while torch.compile traces: it gives no handles (None, or in 2.11 a tensor), and separates start and wait by itself."""
     return not torch.compiler.is_compiling()
 
 
 def _waited(work: Any, out: Tensor) -> Tensor:
-    if work is not None:
+    if _returns_early():
         work.wait()
     return out
 

@@ -282,6 +282,8 @@ def test_compare_takes_texts(tmp_path, capsys):
     assert main(command) == 0
     out = capsys.readouterr().out
     assert "PASS" in out and f"{len(b'one text') + len('another, ünlike the first'.encode()) + 2}" in out
+    prompts.write_text("0123456789\n" * 300)  # too many for all logits of a model to be kept
+    assert main(command) == 0 and f"{300 * 11:,}" in capsys.readouterr().out
     prompts.write_text("\n")
     assert main(command) == 2 and "has no line of text" in capsys.readouterr().err
     assert (

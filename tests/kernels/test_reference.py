@@ -126,6 +126,9 @@ def test_dropout_mask_is_a_function_of_key_row_and_column():
     assert torch.equal(whole[10:20], dropout(x[10:20], 0.3, 12345, rows[10:20]))  # other microbatches, same mask
     assert torch.equal(whole[:, :8], dropout(x[:, :8], 0.3, 12345, rows))
     assert not torch.equal(whole, dropout(x, 0.3, 12346, rows))
+    for key in (3, 2**63 + 12345, 2**64 - 1):  # the same bits in an int64
+        bits = torch.tensor(key - 2**64 if key >= 2**63 else key)
+        assert torch.equal(dropout(x, 0.3, key, rows), dropout(x, 0.3, bits, rows))
     assert set(whole.unique().tolist()) == {0.0, torch.tensor(1 / 0.7).item()}
 
 
