@@ -76,7 +76,7 @@ def add_norm(
     stored = _stored(z.to(wide), residual_dtype)
     if norm is not None:
         stored = _stored(normalize(stored, norm), residual_dtype)
-    trunk = stored.to(residual_dtype)
+    trunk = in_type(stored, residual_dtype)
     if next_norm is None and out_dtype is None:
         return AddNormOut(trunk, None, None, None)
     branch_input, statistics = stored, None
@@ -88,7 +88,14 @@ def add_norm(
         if fp8_scale is None:
             raise ValueError("add_norm/reference: out_dtype=torch.float8_e4m3fn needs fp8_scale")
         return AddNormOut(trunk, to_fp8(branch_input, fp8_scale), statistics, largest(branch_input))
-    return AddNormOut(trunk, branch_input.to(out_dtype), statistics, None)
+    return AddNormOut(trunk, in_type(branch_input, out_dtype), statistics, None)
+
+
+def in_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in ``dtype``. What an autograd Function returns must come neither from a ``to`` that does nothing nor from an operation in
+    place: torch.compile of 2.11 makes its gradients zero.
+    """
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _scaled_add(a: Tensor, b: Tensor, alpha: float) -> Tensor:
@@ -141,8 +148,7 @@ class _RMSNorm(torch.autograd.Function):
         reciprocal = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, reciprocal)
         ctx.mark_non_differentiable(reciprocal)
-        # Not in place: what a Function returns must not be, or torch.compile of 2.11 makes its gradients zero.
-        return x * reciprocal * weight, reciprocal
+        return x * reciprocal * weight, reciprocal  # not in place, see in_type
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:

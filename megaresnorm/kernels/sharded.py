@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megaresnorm.kernels.reference import in_type
+
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -50,7 +52,7 @@ def shard_apply(
     """(z - mean) / deviation * weight + bias of the local columns."""
     unit = _unit(z_Td, statistics_T2, kind)
     y = unit * weight if bias is None else torch.addcmul(bias, unit, weight)
-    return y.to(out_dtype)
+    return in_type(y, out_dtype)
 
 
 def shard_grad_sums(dy_Td: Tensor, z_Td: Tensor, statistics_T2: Tensor, weight: Tensor, kind: str) -> Tensor:
