@@ -69,7 +69,8 @@ def train(recipe: Recipe) -> RunSummary:
 
 
 class Run:
-    """One run: its data, engine, position and output folder, which it holds until it is closed (``with Run(recipe) as run``).
+    """One run: its data, engine, position and output folder, which it holds until it is closed (``with Run(recipe) as run``); or
+    until the process ends, where an error that other ranks may not have closes it in the middle of a checkpoint.
 
     Building it checks all that can be checked before step 0.   fallback: whether a damaged newest checkpoint may be passed over.
     """
@@ -123,6 +124,8 @@ class Run:
         alike = error is None or isinstance(error, UserError)  # on all ranks; after another error, some may be gone
         try:
             if alike or self.context.world.size == 1:
+                if self.saver.busy:
+                    log.info("waiting   for the checkpoint that is being written")
                 self.saver.join()
         finally:
             if not self.saver.busy:  # whoever had the folder next would remove what is being written

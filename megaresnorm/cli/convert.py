@@ -52,12 +52,6 @@ def _add_to_hf(actions: Commands) -> None:
         "openai-gpt, opt, bert-generation, gemma2, gemma3_text, mistral, olmo3, or remote-code, which brings its own code "
         "along for any topology; auto takes the first that holds the model exactly [auto]",
     )
-    to_hf.add_argument(
-        "--tokenizer",
-        choices=["auto", "none"],
-        default="auto",
-        help="none: leave the checkpoint's tokenizer out [auto]",
-    )
     _add_writing(to_hf)
     _add_verifying(to_hf)
     to_hf.set_defaults(run=_to_hf)
@@ -72,14 +66,10 @@ def _add_from_hf(actions: Commands) -> None:
         "nothing for is refused by name.",
         epilog="example: megaresnorm convert from-hf models/Qwen3-0.6B runs/qwen3 --seq-len 4096",
     )
-    from_hf.add_argument(
-        "--tokenizer", choices=["auto", "none"], default="auto", help="none: leave the model's tokenizer out [auto]"
-    )
-    from_hf.add_argument("--end-token", metavar="TOKEN", help="token that ends documents [the one its files name]")
     from_hf.add_argument("--seq-len", type=count, metavar="N", help="longest sequence, to be shorter than the model's")
     _add_reading(from_hf)
     _add_verifying(from_hf)
-    from_hf.set_defaults(run=_from_hf)
+    from_hf.set_defaults(run=_from_hf, megatron=False)
 
 
 def _add_megatron(actions: Commands) -> None:
@@ -106,9 +96,7 @@ def _add_megatron(actions: Commands) -> None:
         "with its settings; docs/conversion.md has the lines that write them. Logits are not compared.",
     )
     _add_reading(from_megatron)
-    from_megatron.set_defaults(
-        run=_from_hf, seq_len=None, verify="off", tolerance=None, tokenizer="auto", end_token=None
-    )
+    from_megatron.set_defaults(run=_from_hf, megatron=True, seq_len=None, verify="off", tolerance=None)
 
 
 def _add_compare(actions: Commands) -> None:
@@ -132,6 +120,7 @@ def _add_compare(actions: Commands) -> None:
 
 
 def _add_writing(command: argparse.ArgumentParser) -> None:
+    _add_tokenizer(command)
     command.add_argument("--dtype", choices=list(_TYPES), help="type of the written weights [the checkpoint's]")
     command.add_argument(
         "--max-shard-size", type=size, default=5 * 10**9, metavar="SIZE", help="largest file, such as 500MB [5GB]"
@@ -139,9 +128,17 @@ def _add_writing(command: argparse.ArgumentParser) -> None:
     _add_memory(command)
 
 
+def _add_tokenizer(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--tokenizer", choices=["auto", "none"], default="auto", help="none: leave the tokenizer out [auto]"
+    )
+
+
 def _add_reading(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", type=Path, metavar="MODEL", help="folder with config.json and safetensors")
     command.add_argument("out", type=Path, metavar="OUT", help="folder to make: a checkpoint and recipe.yaml")
+    _add_tokenizer(command)
+    command.add_argument("--end-token", metavar="TOKEN", help="token that ends documents [the one its files name]")
     command.add_argument(
         "--data", default="runs/my-data", metavar="PATH", help="data.path of the recipe [runs/my-data]"
     )
@@ -154,7 +151,7 @@ def _add_memory(command: argparse.ArgumentParser) -> None:
         type=_memory,
         default=4 * 10**9,
         metavar="SIZE",
-        help="memory for tensors while reading and writing; verifying is on top of it [4GB]",
+        help="memory for tensors while reading and writing [4GB]",
     )
 
 
@@ -213,9 +210,13 @@ def _to_hf(arguments: argparse.Namespace) -> int:
 
 def _from_hf(arguments: argparse.Namespace) -> int:
     _needs_transformers()  # Megatron's weights need its tokenizers alone
+    from megaresnorm.convert.config_json import is_megatron
     from megaresnorm.convert.from_hf import from_hf
     from megaresnorm.telemetry.log import console, progress_bars
 
+    if is_megatron(arguments.model) != arguments.megatron:
+        other, whose = ("from-hf", "Transformers") if arguments.megatron else ("from-megatron", "Megatron-Core")
+        raise ConfigError(f"{arguments.model}: holds weights of {whose}; use megaresnorm convert {other}")
     with progress_bars() as progress:
         found = from_hf(
             arguments.model,
@@ -252,6 +253,7 @@ def _to_megatron(arguments: argparse.Namespace) -> int:
             dtype=_dtype(arguments.dtype),
             max_shard_bytes=arguments.max_shard_size,
             max_memory=arguments.max_memory,
+            with_tokenizer=arguments.tokenizer == "auto",
             progress=progress,
         )
     console.print(
@@ -334,9 +336,7 @@ def _needs_transformers() -> None:
     try:
         import transformers
     except ImportError:
-        raise ConfigError(
-            "converting needs the package transformers; install it with: pip install 'transformers>=5.0'"
-        ) from None
+        raise ConfigError("converting needs transformers; install it with: pip install 'transformers>=5.0'") from None
     if int(transformers.__version__.split(".")[0]) < 5:
         raise ConfigError(
             f"transformers {transformers.__version__} is too old; install it with: pip install 'transformers>=5.0'"

@@ -39,7 +39,7 @@ class Agreement:
 
     @property
     def passed(self) -> bool:
-        return self.relative <= self.tolerance and self.clear_top1 == 1.0
+        return self.relative <= self.tolerance and self.clear_top1 == 1.0  # infinite logits make it NaN, which is not
 
     def judge(self, made: str) -> None:
         """Raises: ConversionError for a model that was made and does not agree."""
@@ -65,8 +65,9 @@ class Agreement:
 def logits_on(prompts: Sequence[Tensor], logits: Logits) -> Iterator[Tensor]:
     """Of batches of tokens [B, S], one after the other: [B, S, V] each."""
     for prompt_BS in prompts:
-        with torch.no_grad():
-            yield logits(prompt_BS)
+        with torch.no_grad():  # not around yield, which may be the last that is heard of it
+            found = logits(prompt_BS)
+        yield found
 
 
 def kept_logits_on(prompts: Sequence[Tensor], load: Callable[[], Logits]) -> list[Tensor]:
@@ -91,7 +92,7 @@ def compare(one: Iterable[Tensor], other: Iterable[Tensor], tolerance: float = T
         rows = max(1, LOGITS // whole[0].shape[1])
         for a, b in zip(*(logits.split(rows) for logits in whole), strict=True):
             a, b = a.double(), b.double()
-            difference = (a - b).abs().nan_to_num(nan=inf)
+            difference = (a - b).abs().nan_to_num(nan=inf, posinf=inf)
             largest, scale = max(largest, difference.max().item()), max(scale, a.abs().max().item())
             sums += _sums(a, b, difference)
             tokens += len(a)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,17 @@ MAX_VALUES = 1 << 20  # of a JSON file, by its brackets and commas
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
+# Buffers that old files hold, which their classes compute themselves; some are of bytes or truth values.
+BUFFERS = (
+    "._extra_state",
+    ".rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+    ".position_ids",
+)
+
 Progress = Callable[[int], None]
 
 
@@ -41,7 +53,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises: ConfigError if ``out`` exists or cannot be written.
     """
     refuse_existing(out)
-    temporary = out.with_name(f"{UNFINISHED}{out.name}-{os.getpid()}")
+    temporary = out.with_name(f"{_unfinished(out)}{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _sweep(out)
@@ -63,10 +75,25 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 def _sweep(out: Path) -> None:
     """Remove what conversions to ``out`` have left that were killed."""
-    for left in out.parent.glob(f"{UNFINISHED}{out.name}-*"):
-        process = left.name.rpartition("-")[2]
-        if process.isdecimal() and not Path("/proc", process).exists():
+    for left in out.parent.iterdir():
+        process = left.name.removeprefix(_unfinished(out))
+        if process != left.name and process.isdecimal() and not _alive(int(process)):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _unfinished(out: Path) -> str:
+    """How the names of unfinished folders begin that are to become ``out``; their processes are of this host."""
+    return f"{UNFINISHED}{out.name}-{socket.gethostname()}-"
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def check_space(out: Path, wanted: int) -> None:
@@ -141,7 +168,7 @@ class Weights:
         for file in dict.fromkeys(where.values()) if where is not None else [WEIGHTS]:
             self._look(file, where)
         for name, file in (where or {}).items():
-            if name not in self.tensors:
+            if name not in self.tensors and not name.endswith(BUFFERS):
                 raise CheckpointError(f"{folder / file}: has no tensor {name}, which the index has there")
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -194,6 +221,8 @@ class Weights:
                         continue  # the index says which copy counts
                     view = tensors.get_slice(name)
                     if view.get_dtype() not in self._types:
+                        if name.endswith(BUFFERS):
+                            continue
                         raise ValueError(f"{name} is {view.get_dtype()}; wanted one of {', '.join(self._types)}")
                     self.tensors[name] = file, tuple(view.get_shape()), self._types[view.get_dtype()]
         except FileNotFoundError:

@@ -17,7 +17,7 @@ from megaresnorm.convert.compare import TOLERANCE, Agreement, compare, kept_logi
 from megaresnorm.convert.config_json import normalized
 from megaresnorm.convert.describe import described
 from megaresnorm.convert.families.family import Family
-from megaresnorm.convert.files import CONFIG, Progress, Weights, check_space, new_folder, refuse_existing
+from megaresnorm.convert.files import BUFFERS, CONFIG, Progress, Weights, check_space, new_folder, refuse_existing
 from megaresnorm.convert.links import Link, constants, links, row_chunks
 from megaresnorm.convert.loading import check_memory, load_theirs, of_ours, of_theirs, prompts_of
 from megaresnorm.convert.native import MEGATRON_NAME, NativeModel
@@ -28,17 +28,6 @@ from megaresnorm.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megaresnorm.errors import CheckpointError, ConfigError
 from megaresnorm.model.parameters import ParameterSpec, parameter_table
 from megaresnorm.recipe import ModelRecipe, Recipe
-
-# Buffers that old files hold, which their classes compute themselves.
-_BUFFERS = (
-    "._extra_state",
-    ".rotary_emb.inv_freq",
-    ".attn.bias",
-    ".attn.masked_bias",
-    ".attention.bias",
-    ".attention.masked_bias",
-    ".position_ids",
-)
 
 
 @dataclass(frozen=True)
@@ -95,7 +84,7 @@ def from_hf(
     num_bytes = sum(slices.num_bytes for slices in sliced.values())
     check_space(out, num_bytes)
     if verify:
-        check_memory(num_bytes, model.vocab_size or 0)
+        check_memory(num_bytes // dtype.itemsize * 4, model.vocab_size or 0)
     recipe = training_recipe(model, out, data, dtype)
     with new_folder(out) as folder:
         tell = progress("writing", num_bytes)
@@ -154,7 +143,7 @@ def matched(weights: Weights, chosen: Plan, table: dict[str, ParameterSpec]) -> 
                 )
         used.add(name)
     for name in weights.tensors:
-        if name not in used and not f".{name}".endswith(_BUFFERS):
+        if name not in used and not name.endswith(BUFFERS):
             raise CheckpointError(f"{weights.folder}: {name} is a tensor that our model has nothing for")
 
 

@@ -12,7 +12,7 @@ from megaresnorm.convert.compare import Logits
 from megaresnorm.convert.config_json import normalized
 from megaresnorm.convert.families import FAMILIES
 from megaresnorm.convert.files import CONFIG, Weights
-from megaresnorm.convert.native import OURS, NativeModel
+from megaresnorm.convert.native import MEGATRON_NAME, NativeModel
 from megaresnorm.data.tokenizer import Tokenizer
 from megaresnorm.errors import CheckpointError, ConfigError
 
@@ -22,6 +22,7 @@ TEXTS = (
     "In the beginning God created the heaven and the earth.\n\nAnd the earth was without form, and void;",
     "你好，世界。 Привет, мир! 😀 3.14159 = π",
 )  # fmt: skip
+SHORT = 128  # tokens of most sequences
 LONG = 512  # tokens of the one long sequence of a comparison, and of a batch of short ones
 PROMPTS = 3072  # tokens that a conversion is verified on, at most: all logits of one model are kept
 
@@ -44,6 +45,17 @@ def of_theirs(model: Any) -> Logits:
     return logits
 
 
+def checked_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder of Transformers whose weights are safetensors. Raises: CheckpointError."""
+    config = normalized(folder)
+    if config["model_type"] == MEGATRON_NAME:
+        raise CheckpointError(
+            f"{folder}: weights of {MEGATRON_NAME} are not of Transformers; convert them first by from-megatron"
+        )
+    Weights(folder)  # which refuses whatever is not safetensors
+    return config
+
+
 def load_theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """A model of Transformers from a folder, by the class of its architecture; by ours, where it brings a file of ours along.
 
@@ -51,22 +63,17 @@ def load_theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """
     import transformers
 
-    kind = normalized(folder)["model_type"]
-    Weights(folder)  # which refuses whatever is not safetensors
+    kind = checked_config(folder)["model_type"]
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
     classes = {family.name: family.architecture for family in FAMILIES}
     if kind in classes:
         loaded: Any = getattr(transformers, classes[kind])
         options["attn_implementation"] = "eager"  # which every class has, capped scores included
-    elif kind == OURS:
+    else:
         from megaresnorm.convert.modeling_megaresnorm import MegaResNormForCausalLM as loaded
 
         options["attn_implementation"] = "sdpa"
-    else:
-        raise CheckpointError(
-            f"{folder}: weights of {kind} are not of Transformers; convert them first by from-megatron"
-        )
-    before = transformers.logging.get_verbosity()
+    before, bars = transformers.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -75,6 +82,8 @@ def load_theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
         raise CheckpointError(f"{folder}: Transformers cannot load it ({' '.join(str(e).split())[:200]})") from None
     finally:
         transformers.logging.set_verbosity(before)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(problem):
             names = sorted(map(str, info[problem]))
@@ -94,7 +103,7 @@ class Opened(NamedTuple):
 def open_model(folder: Path) -> Opened:
     """A checkpoint of ours, or a folder of Transformers. Raises: CheckpointError."""
     if (folder / CONFIG).exists():
-        config = normalized(folder)
+        config = checked_config(folder)
         vocab_size, seq_len = config.get("vocab_size"), config.get("max_position_embeddings", config.get("n_positions"))
         if not isinstance(vocab_size, int) or not isinstance(seq_len, int) or min(vocab_size, seq_len) < 1:
             raise CheckpointError(
@@ -107,9 +116,9 @@ def open_model(folder: Path) -> Opened:
 
 
 def random_prompts(vocab_size: int, seq_len: int, tokens: int = 2000, seed: int = 0) -> list[Tensor]:
-    """At least ``tokens`` tokens drawn uniformly, in sequences of up to 128, some to a batch, and one of up to LONG."""
+    """At least ``tokens`` tokens drawn uniformly, in sequences of up to SHORT, some to a batch, and one of up to LONG."""
     generator = torch.Generator().manual_seed(seed)
-    length = min(seq_len, 128)
+    length = min(seq_len, SHORT)
     rows = torch.randint(vocab_size, (-(-tokens // length), length), generator=generator)
     long = [torch.randint(vocab_size, (1, min(seq_len, LONG)), generator=generator)] if seq_len > length else []
     return [*rows.split(LONG // length), *long]
@@ -127,7 +136,7 @@ def prompts_of(native: NativeModel, tokenizer: Tokenizer | None) -> list[Tensor]
     """What a conversion is verified on: random tokens, and texts where there is a tokenizer."""
     vocab_size, seq_len = native.recipe.vocab_size, native.recipe.seq_len
     assert vocab_size is not None
-    texts = [] if tokenizer is None else text_prompts(TEXTS, tokenizer, vocab_size, seq_len)
+    texts = [] if tokenizer is None else text_prompts(TEXTS, tokenizer, vocab_size, min(seq_len, SHORT))
     prompts = random_prompts(vocab_size, seq_len) + texts
     assert sum(prompt_BS.numel() for prompt_BS in prompts) <= PROMPTS
     return prompts
@@ -159,8 +168,10 @@ def _available_memory() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-        found += [int(limit) - int(used)] if limit != "max" else []
+        group = Path("/sys/fs/cgroup")
+        limit, used = (Path(group, f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        files = dict(line.split() for line in Path(group, "memory.stat").read_text().splitlines())["inactive_file"]
+        found += [int(limit) - int(used) + int(files)] if limit != "max" else []  # pages of files are given back
     except (OSError, ValueError):
         pass
     return min(found, default=None)

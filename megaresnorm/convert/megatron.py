@@ -150,6 +150,7 @@ def to_megatron(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
     max_memory: int = 4_000_000_000,
+    with_tokenizer: bool = True,
     progress: Callable[[str, int], Progress] = lambda label, total: lambda count: None,
 ) -> Path:
     """Write ``out`` for Megatron-Core. implementation: TransformerConfig's transformer_impl.
@@ -169,7 +170,7 @@ def to_megatron(
     check_space(out, num_bytes)
     with new_folder(out) as folder:
         write_weights(folder, entries, max_shard_bytes, progress("writing", num_bytes))
-        tokenizer = native.tokenizer()
+        tokenizer = native.tokenizer() if with_tokenizer else None
         config: Mapping[str, Any] = {
             "model_type": MEGATRON_NAME,
             **family.config(native.recipe),

@@ -14,6 +14,7 @@ from megaresnorm.checkpoint.inspect import newest_of
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import RunState, state_of
 from megaresnorm.config import build_recipe
+from megaresnorm.convert.links import scaled
 from megaresnorm.data.tokenizer import Tokenizer, restore_tokenizer
 from megaresnorm.model.parameters import ParameterSpec, parameter_table
 from megaresnorm.model.transformer import Transformer
@@ -62,11 +63,13 @@ class NativeModel:
         model = self.recipe.model_dump(exclude_none=True)
         return {OURS: {"version": megaresnorm.__version__, "model": model, "tokenizer": described}}
 
-    def model(self, rounded_to: torch.dtype | None = None) -> Transformer:
-        """The model on this CPU in FP32. rounded_to: a type its weights are rounded to first."""
+    def model(
+        self, rounded_to: torch.dtype | None = None, factor: Callable[[str], float] = lambda name: 1.0
+    ) -> Transformer:
+        """The model on this CPU in FP32. rounded_to: a type its weights are rounded to first, times their ``factor``."""
         model = build_model(self.recipe).model
         self.checkpoint.load("weights", {name: Slices.of_whole(p.data) for name, p in model.named_parameters()})
         if rounded_to is not None:
-            for p in model.parameters():
-                p.data = p.data.to(rounded_to).to(p.dtype)
+            for name, p in model.named_parameters():
+                p.data = scaled(scaled(p.data, factor(name)).to(rounded_to).to(p.dtype), 1 / factor(name))
         return model.eval()

@@ -83,7 +83,7 @@ def to_hf(
             write_remainder(folder, native, chosen, max_memory // 8)
         agreement = rounding = None
         if verify:
-            agreement, rounding = verified(native, folder, tokenizer, dtype, tolerance)
+            agreement, rounding = verified(native, chosen, folder, tokenizer, dtype, tolerance)
         files = len(list(folder.glob("model*.safetensors")))
         (folder / "README.md").write_text(model_card(native, dtype, chosen, agreement, rounding), encoding="utf-8")
     return Report(out, chosen, num_bytes, files, agreement, rounding)
@@ -138,12 +138,17 @@ def config_of(native: NativeModel, chosen: Plan, dtype: torch.dtype, tokenizer: 
 
 
 def verified(
-    native: NativeModel, folder: Path, tokenizer: Tokenizer | None, dtype: torch.dtype, tolerance: float
+    native: NativeModel,
+    chosen: Plan,
+    folder: Path,
+    tokenizer: Tokenizer | None,
+    dtype: torch.dtype,
+    tolerance: float,
 ) -> tuple[Agreement, Agreement | None]:
     """What was written beside the checkpoint, and what rounding to ``dtype`` has changed. Raises: ConversionError."""
     prompts = prompts_of(native, tokenizer)
     rounded_to = dtype if dtype.itemsize < native.dtype.itemsize else None
     theirs = kept_logits_on(prompts, lambda: of_theirs(load_theirs(folder)))
-    agreement = compare(logits_on(prompts, of_ours(native.model(rounded_to))), theirs, tolerance)
+    agreement = compare(logits_on(prompts, of_ours(native.model(rounded_to, chosen.factor))), theirs, tolerance)
     agreement.judge("the written model")
     return agreement, None if rounded_to is None else compare(logits_on(prompts, of_ours(native.model())), theirs)

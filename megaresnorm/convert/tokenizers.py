@@ -63,7 +63,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """Its files, once they are found to make the same tokens. Raises: DataError."""
+    """Its files, which are then found to make the same tokens. Raises: DataError."""
     for name, content in tokenizer_files(tokenizer).items():
         (folder / name).write_bytes(content)
     check_equal(tokenizer, folder, list(sample_texts()))

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,10 @@ FROM = {
         "num_experts=8 is not a field that is known of llama",
     ),
     "quantized": ("llama", edited(quantization_config={"bits": 4}), 4, "quantization_config"),
+    "weights of another name": ("llama", edited(transformers_weights="x.bin"), 4, "transformers_weights"),
+    "an adapter": ("llama", write("adapter_config.json", b"{}"), 4, "has an adapter"),
+    "layers without end": ("llama", edited(num_hidden_layers=10**9), 4, "num_hidden_layers=1000000000 is above 10000"),
+    "of Megatron-Core": ("llama", edited(model_type="megatron-core"), 2, "use megaresnorm convert from-megatron"),
     "activation": ("llama", edited(hidden_act="quick_gelu"), 4, "hidden_act='quick_gelu' has no counterpart"),
     "parallel residual": (
         "gpt_neox",
@@ -370,7 +375,23 @@ def known_with_code(folder: Path) -> None:
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
 
 
+def other_weights(folder: Path) -> None:
+    edited(transformers_weights="adapter_model.bin")(folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "adapter_model.bin")
+
+
+def of_megatron(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "megatron-core", "vocab_size": 257}')
+
+
 COMPARED = {
+    "weights of another name, a pickle": (
+        other_weights,
+        4,
+        "transformers_weights: weights of another name are not read",
+    ),
+    "an adapter": (write("adapter_config.json", b"{}"), 4, "has an adapter, which is not read"),
+    "of Megatron-Core": (of_megatron, 4, "convert them first by from-megatron"),
     "code of an unknown kind": (unknown_with_code, 4, "model_type='evil' is not one of"),
     "code beside a known kind": (known_with_code, 0, ""),
     "only a pickle": (only_a_pickle, 4, "pytorch_model.bin is a pickle, which can run code and is never read"),
@@ -473,12 +494,15 @@ def test_a_disk_that_fills_up_leaves_nothing(made, tmp_path, capsys, monkeypatch
 
 
 def test_what_a_killed_conversion_has_left_is_swept_up(made, tmp_path):
-    left = tmp_path / ".tmp-out-999999999"
+    host = socket.gethostname()
+    left = tmp_path / f".tmp-out-{host}-999999999"
     left.mkdir()
     (left / "half").write_text("x")
-    (tmp_path / f".tmp-out-{os.getppid()}").mkdir()  # of one that is still at work
+    others = [f".tmp-out-{host}-{os.getppid()}", ".tmp-out-elsewhere-999999999", f".tmp-out-bf16-{host}-999999999"]
+    for name in others:  # of one that is still at work, of another host, to another folder
+        (tmp_path / name).mkdir()
     assert main(["convert", "to-hf", str(made / "run"), str(tmp_path / "out"), "--verify", "off"]) == 0
-    assert sorted(os.listdir(tmp_path)) == [f".tmp-out-{os.getppid()}", "out"]
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "out"])
     assert not (tmp_path / "out" / "half").exists()
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import weakref
+from math import inf, nan
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from megaresnorm.convert.loading import load_theirs, of_ours, of_theirs, random_
 from megaresnorm.convert.native import NativeModel
 from megaresnorm.convert.plan import plan
 from megaresnorm.convert.to_hf import to_hf
-from megaresnorm.errors import ConfigError, ConversionError
+from megaresnorm.errors import CheckpointError, ConfigError, ConversionError
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 BAR = 5e-6  # of the largest logit, in FP32
@@ -175,8 +176,10 @@ def test_an_architecture_that_does_not_hold_a_model_is_refused_with_the_setting(
     assert wanted in str(error.value)
 
 
-def test_weights_rounded_to_bf16_are_compared_as_such(tmp_path):
-    _, report = exported("minimax", tmp_path, dtype=torch.bfloat16)
+@pytest.mark.parametrize("name", ["minimax", "llama from lns", "openai-gpt deepnorm"])
+def test_weights_rounded_to_bf16_are_compared_as_such(name, tmp_path):
+    """Where constants are folded into them, those are rounded that have them."""
+    _, report = exported(name, tmp_path, dtype=torch.bfloat16)
     assert report.agreement.relative <= BAR and 1e-4 < report.rounding.relative < 0.1
     config = json.loads((tmp_path / "hf" / CONFIG).read_text())
     assert config["dtype"] == "bfloat16"
@@ -205,6 +208,38 @@ def test_models_that_are_compared_are_in_memory_one_after_the_other(tmp_path, mo
     assert main(["convert", "compare", str(checkpoint), str(tmp_path / "hf")]) == 0
     assert main(["convert", "compare", str(tmp_path / "hf"), str(checkpoint)]) == 0
     assert count == 3 + 2 + 2 + 2
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([inf, 0.0], [5.0, 0.0]),
+        ([3.0, -inf], [9.0, 0.0]),
+        ([5.0, 0.0], [inf, 0.0]),
+        ([inf, 0.0], [inf, 0.0]),
+        ([nan, 0.0], [1.0, 0.0]),
+    ],
+)
+def test_logits_that_are_no_numbers_never_pass(one, other):
+    assert not compare(*([torch.tensor([[values, [1.0, 2.0]]])] for values in (one, other))).passed
+
+
+def test_a_refused_comparison_leaves_gradients_on():
+    prompts = [torch.zeros(1, 3, dtype=torch.int64)] * 2
+    streams = [logits_on(prompts, lambda tokens, v=v: torch.ones(*tokens.shape, v)) for v in (4, 5)]
+    with pytest.raises(CheckpointError, match="logits of 4 and 5 tokens"):
+        compare(*streams)
+    del streams
+    assert torch.is_grad_enabled()
+
+
+def test_dropout_is_that_of_the_model(tmp_path):
+    """Transformers' GPT-2 has 0.1 where its config.json says nothing."""
+    recipe = recipe_of({**MODELS["gpt2"][1], "dropout": 0.2})
+    report = to_hf(save_random(tmp_path / "checkpoints", recipe), tmp_path / "hf", verify=False)
+    config = json.loads((tmp_path / "hf" / CONFIG).read_text())
+    assert report.plan.family.name == "gpt2"
+    assert (config["resid_pdrop"], config["embd_pdrop"], config["attn_pdrop"]) == (0.2, 0.2, 0.0)
 
 
 def test_comparison_would_see_one_wrong_number(tmp_path):

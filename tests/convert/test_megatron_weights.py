@@ -18,7 +18,9 @@ from megaresnorm.convert.from_hf import from_hf
 from megaresnorm.convert.loading import of_ours
 from megaresnorm.convert.megatron import to_megatron
 from megaresnorm.convert.native import NativeModel
-from megaresnorm.errors import ConfigError
+from megaresnorm.convert.to_hf import to_hf
+from megaresnorm.data.tokenizer import ByteTokenizer
+from megaresnorm.errors import CheckpointError, ConfigError
 
 MODELS = {
     "llama": {"topology": "pre"},
@@ -116,3 +118,40 @@ def test_what_we_do_not_have_is_refused(changes, wanted, tmp_path, capsys):
     path.write_text(json.dumps(config))
     assert main(["convert", "from-megatron", str(tmp_path / "megatron"), str(tmp_path / "back")]) == 4
     assert wanted in capsys.readouterr().err and not (tmp_path / "back").exists()
+
+
+def test_buffers_of_bytes_and_truth_values_are_passed_over(tmp_path):
+    """Which Transformer Engine and old versions of Transformers save."""
+    checkpoint = save_random(tmp_path / "run" / "checkpoints", recipe_of({"topology": "pre"}))
+    to_megatron(checkpoint, tmp_path / "megatron")
+    path = tmp_path / "megatron" / "model.safetensors"
+    more = {
+        "decoder.layers.0.self_attention.linear_qkv._extra_state": torch.zeros(0, dtype=torch.uint8),
+        "decoder.layers.1.attn.bias": torch.ones(2, 2, dtype=torch.bool),
+    }
+    save_file(load_file(path) | more, path)
+    back = from_hf(tmp_path / "megatron", tmp_path / "back")
+    assert list(compare_tensors(Checkpoint(checkpoint), Checkpoint(back.checkpoint), lambda: None)) == []
+    save_file(load_file(path) | {"decoder.more": torch.zeros(1, dtype=torch.uint8)}, path)
+    with pytest.raises(CheckpointError, match=r"decoder\.more is U8"):
+        from_hf(tmp_path / "megatron", tmp_path / "again")
+
+
+def test_a_tokenizer_can_be_left_out_and_its_end_be_named(tmp_path, capsys):
+    settings = recipe_of({"topology": "pre", "vocab_size": 257})
+    checkpoint = save_random(tmp_path / "run" / "checkpoints", settings, ByteTokenizer())
+    command = ["convert", "to-megatron", str(checkpoint)]
+    assert (
+        main([*command, str(tmp_path / "with")]) == 0
+        and main([*command, str(tmp_path / "without"), "--tokenizer", "none"]) == 0
+    )
+    assert (tmp_path / "with" / "tokenizer.json").exists() and not (tmp_path / "without" / "tokenizer.json").exists()
+    command = ["convert", "from-megatron", str(tmp_path / "with")]
+    assert main([*command, str(tmp_path / "back"), "--tokenizer", "none"]) == 0
+    assert NativeModel(tmp_path / "back").tokenizer() is None
+    capsys.readouterr()
+    assert main([*command, str(tmp_path / "again"), "--end-token", "x"]) == 2
+    assert "--end-token x has no effect" in capsys.readouterr().err
+    to_hf(checkpoint, tmp_path / "hf", verify=False)
+    assert main(["convert", "from-megatron", str(tmp_path / "hf"), str(tmp_path / "wrong")]) == 2
+    assert "holds weights of Transformers; use megaresnorm convert from-hf" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from megaresnorm.convert.families.shared import (
     UNGATED,
     UNGATED_ACT,
     UP,
+    written_dropout,
 )
 from megaresnorm.convert.fields import Always, By, Choice, Config, Fixed, Rope, Same, Settings, Window, refused
 from megaresnorm.convert.rows import after, groups, part
@@ -96,6 +97,7 @@ GPT_SIZES = (
     LEARNED,
     PLAIN_ATTENTION,
 )
+GPT_DROPOUT = written_dropout("resid_pdrop", "embd_pdrop", attention="attn_pdrop")
 H = "transformer.h.{}."
 GPT_MODULES = {
     H + "attn.c_attn": Of(QKV, transposed=True),
@@ -108,7 +110,7 @@ gpt2 = Family(
     name="gpt2",
     architecture="GPT2LMHeadModel",
     fields=(
-        *GPT_SIZES, Choice("activation_function", UNGATED), PRE,
+        *GPT_SIZES, GPT_DROPOUT, Choice("activation_function", UNGATED), PRE,
         By(
             ("n_inner",),
             lambda recipe: {"n_inner": recipe.ffn_width},
@@ -133,7 +135,7 @@ openai_gpt = Family(
     unread=('n_special', 'predict_special_tokens'),
     architecture="OpenAIGPTLMHeadModel",
     fields=(
-        *GPT_SIZES, POST, Choice("afn", (("gelu", {"ffn": "gelu_tanh"}), ("relu", {"ffn": "relu"}))),
+        *GPT_SIZES, GPT_DROPOUT, POST, Choice("afn", (("gelu", {"ffn": "gelu_tanh"}), ("relu", {"ffn": "relu"}))),
         By((), lambda recipe: {}, lambda config: {"ffn_dim": 4 * config["n_embd"]}),
     ),
     modules={
@@ -184,6 +186,7 @@ OPT = (
         "enable_bias",
         ((True, {"bias": True, "attention_bias": "all"}), (False, {"bias": False, "attention_bias": "none"})),
     ),
+    written_dropout("dropout", attention="attention_dropout"),
     Fixed("layer_norm_elementwise_affine", True),
     Fixed("_remove_final_layer_norm", False),
     Always({"positions": "learned", "norm_eps": 1e-5, "embedding_norm": False}),
@@ -221,7 +224,7 @@ bert = Family(
     fields=(
         *SIZES, DERIVED_HEAD_DIM, Same("layer_norm_eps", "norm_eps"), LAYER_NORM, LEARNED, UNGATED_ACT, PLAIN_ATTENTION,
         Always({"topology": "post", "embedding_norm": True}), Fixed("is_decoder", True), Fixed("add_cross_attention", False),
-        DERIVED_KV_HEADS,
+        DERIVED_KV_HEADS, written_dropout("hidden_dropout_prob", attention="attention_probs_dropout_prob"),
     ),
     modules={
         "bert.embeddings.word_embeddings": Of("embedding"),

@@ -79,3 +79,10 @@ FOUR_NORMS = BRANCH_NORMS | {
     LAYER + "input_layernorm": Of(BLOCK + "attention.norm_in"),
     LAYER + "pre_feedforward_layernorm": Of(BLOCK + "ffn.norm_in"),
 }
+
+
+def written_dropout(*stream: str, attention: str) -> By:
+    """Fields for training alone, which have other defaults than ours: written and not read."""
+    return By(
+        (*stream, attention), lambda recipe: dict.fromkeys(stream, recipe.dropout) | {attention: 0.0}, lambda config: {}
+    )
