@@ -172,6 +172,6 @@ def _available_memory() -> int | None:
         limit, used = (Path(group, f"memory.{name}").read_text().strip() for name in ("max", "current"))
         files = dict(line.split() for line in Path(group, "memory.stat").read_text().splitlines())["inactive_file"]
         found += [int(limit) - int(used) + int(files)] if limit != "max" else []  # pages of files are given back
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError):
         pass
     return min(found, default=None)
