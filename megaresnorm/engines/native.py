@@ -73,7 +73,7 @@ class NativeEngine:
     def __init__(self, assembled: Assembled, recipe: Recipe) -> None:
         self.assembled, self.context = assembled, assembled.context
         self._z_loss, self._seed = recipe.train.z_loss, recipe.train.seed
-        self._drops, self._num_blocks = recipe.model.dropout > 0.0, recipe.model.num_blocks
+        self._drops = recipe.model.dropout > 0.0
         self._parameters = assembled.parameters()
         table, tp = assembled.table, self.context.tp
         tied = self._parameters.get("embedding.weight") if recipe.model.tied_embeddings else None
@@ -248,7 +248,7 @@ class NativeEngine:
             return None
         seq_len = batch.tokens.shape[1]
         rows = batch.samples.unsqueeze(1) * seq_len + torch.arange(seq_len, device=batch.samples.device)
-        return DropoutKey.of_seed(self._seed, rows.flatten(), self._num_blocks)
+        return DropoutKey(self._seed, rows.flatten())
 
     def _count(self, batches: Sequence[Batch]) -> int:
         """Valid labels of all data ranks."""

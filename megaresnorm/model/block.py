@@ -7,7 +7,7 @@ from torch import nn
 from megaresnorm.model.attention import Attention
 from megaresnorm.model.ffn import FeedForward
 from megaresnorm.model.norm import Norm
-from megaresnorm.model.residual import DropoutKey, Kernels, Residual, Rows, Stream
+from megaresnorm.model.residual import DropoutMasks, Kernels, Residual, Rows, Stream
 from megaresnorm.model.topology import Position, Sublayer, topology
 from megaresnorm.parallel.layouts import TensorLayout
 from megaresnorm.recipe import ModelRecipe
@@ -37,9 +37,9 @@ class Block(nn.Module):
         self.attention = residual("attention", Attention)
         self.ffn = residual("ffn", FeedForward)
 
-    def forward(self, stream: Stream, rows: Rows, dropout: DropoutKey | None) -> Stream:
+    def forward(self, stream: Stream, rows: Rows, masks: DropoutMasks | None) -> Stream:
         x, u = self.attention.enter(stream)
-        y = self.attention.run(x, u, rows, dropout)
-        x, u = self.attention.into(self.ffn, x, y, dropout)
-        y = self.ffn.run(x, u, rows, dropout)
-        return self.ffn.leave(x, y, dropout)
+        y = self.attention.run(x, u, rows, masks)
+        x, u = self.attention.into(self.ffn, x, y, masks)
+        y = self.ffn.run(x, u, rows, masks)
+        return self.ffn.leave(x, y, masks)

@@ -65,21 +65,30 @@ class KeyValueCache:
 
 
 class DropoutKey(NamedTuple):
-    """What dropout masks are a function of: 64 random bits for every place of the model (int64), the global number of every row [T]
-    and that of the first column.
+    """What the masks of a batch are a function of: the run's seed and the global number of every row [T]. A pipeline divides its
+    tensors as it divides the batch.
+    """
+
+    seed: int
+    rows: Tensor
+
+    def of_stream(self, layout: TensorLayout, dim: int, num_blocks: int) -> "DropoutMasks":
+        """The masks of what this rank has of a stream of width ``dim``."""
+        keys, first_column = (
+            _keys(self.seed, 2 * num_blocks + 1, self.rows.device),
+            layout.first_column(layout.width(dim)),
+        )
+        return DropoutMasks(keys, layout.tokens(self.rows), first_column)
+
+
+class DropoutMasks(NamedTuple):
+    """Of a stream. keys: 64 random bits for every place of the model.   rows, first_column: global numbers, of every row [T] and of
+    the first column.
     """
 
     keys: Tensor
     rows: Tensor
-    first_column: int = 0
-
-    @classmethod
-    def of_seed(cls, seed: int, rows: Tensor, num_blocks: int) -> "DropoutKey":
-        return cls(_keys(seed, 2 * num_blocks + 1, rows.device), rows)
-
-    def of_stream(self, layout: TensorLayout, dim: int) -> "DropoutKey":
-        """The key of what this rank has of a stream of width ``dim``, from the key of all rows."""
-        return DropoutKey(self.keys, layout.tokens(self.rows), layout.first_column(layout.width(dim)))
+    first_column: int
 
     def drop(self, x: Tensor, probability: float, site: int) -> Tensor:
         """Dropout at one place of the model: site 2 i is the attention of block i, 2 i + 1 its FFN, and the embedding the last."""
@@ -199,28 +208,28 @@ class Residual(nn.Module):
         return self.add_norm(stream, next_norm=self._inner_norm())
 
     def into(
-        self, following: "Residual", x: Tensor, y: Tensor, dropout_key: DropoutKey | None
+        self, following: "Residual", x: Tensor, y: Tensor, masks: DropoutMasks | None
     ) -> tuple[Tensor, BranchInput]:
         return self.add_norm(
             self._pending(x, y),
             self.norm_out,
             following._inner_norm(),
-            branch_norm=self._fused_branch_norm(dropout_key),
+            branch_norm=self._fused_branch_norm(masks),
         )
 
-    def leave(self, x: Tensor, y: Tensor, dropout_key: DropoutKey | None) -> Stream:
-        stream, branch_norm = self._pending(x, y), self._fused_branch_norm(dropout_key)
+    def leave(self, x: Tensor, y: Tensor, masks: DropoutMasks | None) -> Stream:
+        stream, branch_norm = self._pending(x, y), self._fused_branch_norm(masks)
         if self.norm_out is None and self.gate is None and branch_norm is None:
             return stream
         return Stream(self.add_norm.trunk(stream, self.norm_out, branch_norm=branch_norm))
 
-    def run(self, x: Tensor, u: BranchInput, rows: Rows, dropout_key: DropoutKey | None) -> Tensor:
+    def run(self, x: Tensor, u: BranchInput, rows: Rows, masks: DropoutMasks | None) -> Tensor:
         """The branch's output y for its input u [T, D]; x is the trunk that a token gate mixes it with. y is laid out as x."""
         y = self.branch(u, rows)
-        if self.norm_branch is not None and self._fused_branch_norm(dropout_key) is None:
+        if self.norm_branch is not None and self._fused_branch_norm(masks) is None:
             y = self.add_norm.normalize(y, self.norm_branch)
-        if dropout_key is not None and self.dropout > 0.0:  # after the norm, which would undo its scaling
-            y = dropout_key.drop(y, self.dropout, self.site)
+        if masks is not None and self.dropout > 0.0:  # after the norm, which would undo its scaling
+            y = masks.drop(y, self.dropout, self.site)
         if self.token_gate is not None:
             # (1 - T) x + T y = x + T (y - x), in FP32 (or FP64) so that x loses nothing.
             wide = self.token_gate.weight.dtype
@@ -228,9 +237,9 @@ class Residual(nn.Module):
             y = share * (y.to(wide) - x)
         return y
 
-    def _fused_branch_norm(self, dropout_key: DropoutKey | None) -> Norm | None:
+    def _fused_branch_norm(self, masks: DropoutMasks | None) -> Norm | None:
         """norm_branch where nothing comes between it and the add."""
-        drops = dropout_key is not None and self.dropout > 0.0
+        drops = masks is not None and self.dropout > 0.0
         return None if drops or self.token_gate is not None else self.norm_branch
 
     def _inner_norm(self) -> NormWeights | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megaresnorm.model.block import Block
 from megaresnorm.model.norm import norm_of
-from megaresnorm.model.residual import DropoutKey, Kernels, KeyValueCache, Rows, Stream
+from megaresnorm.model.residual import DropoutKey, DropoutMasks, Kernels, KeyValueCache, Rows, Stream
 from megaresnorm.model.rotary import rotary_tables
 from megaresnorm.model.topology import topology
 from megaresnorm.parallel.collectives import BranchInput
@@ -85,10 +85,11 @@ class Transformer(nn.Module):
         """
         tokens_BS = received if tokens_BS is None else tokens_BS
         rows = self.rows(tokens_BS, documents_BS, cache)
+        masks = None
         if dropout is not None:
-            dropout = dropout.of_stream(self.layout, self.recipe.dim)
-        stream = self.embed(tokens_BS, rows, dropout) if self.stage.embeds else Stream(received)
-        stream = self.run_blocks(stream, rows, dropout)
+            masks = dropout.of_stream(self.layout, self.recipe.dim, self.recipe.num_blocks)
+        stream = self.embed(tokens_BS, rows, masks) if self.stage.embeds else Stream(received)
+        stream = self.run_blocks(stream, rows, masks)
         if cache is not None:
             cache.num_tokens += rows.seq
         return self.logits(self.finish(stream)) if self.stage.predicts else self.add_norm.trunk(stream)
@@ -112,7 +113,7 @@ class Transformer(nn.Module):
         cos, sin = (table[start : start + seq] if documents_BS is None else table[positions] for table in tables)
         return Rows(batch, seq, positions, cos, sin, mask, cache)
 
-    def embed(self, tokens_BS: Tensor, rows: Rows, dropout: DropoutKey | None = None) -> Stream:
+    def embed(self, tokens_BS: Tensor, rows: Rows, masks: DropoutMasks | None = None) -> Stream:
         """The stream before the first block: token and position embeddings, embedding norm, dropout."""
         assert self.embedding is not None
         x_TD = self.layout.reduce(self.embedding(tokens_BS.flatten()))
@@ -121,14 +122,14 @@ class Transformer(nn.Module):
         if self.positions is not None:
             x_TD = self._add_positions(x_TD, rows)
         x_TD = self.add_norm.trunk(Stream(x_TD), self.embedding_norm)
-        if dropout is not None and self.recipe.dropout > 0.0:
-            x_TD = dropout.drop(x_TD, self.recipe.dropout, site=2 * self.recipe.num_blocks)
+        if masks is not None and self.recipe.dropout > 0.0:
+            x_TD = masks.drop(x_TD, self.recipe.dropout, site=2 * self.recipe.num_blocks)
         return Stream(x_TD)
 
-    def run_blocks(self, stream: Stream, rows: Rows, dropout: DropoutKey | None = None) -> Stream:
+    def run_blocks(self, stream: Stream, rows: Rows, masks: DropoutMasks | None = None) -> Stream:
         """The stream after the last block."""
         for block in self.blocks.values():
-            stream = block(stream, rows, dropout)
+            stream = block(stream, rows, masks)
         return stream
 
     def finish(self, stream: Stream) -> BranchInput:

@@ -1,12 +1,13 @@
 """Dropout inside the model: where, with which masks, and that it scales nothing it should not."""
 
+import functools
 import shutil
 
 import pytest
 import torch
 
 from megaresnorm.assemble import build_model
-from megaresnorm.model.residual import DropoutKey
+from megaresnorm.model.residual import DropoutKey, DropoutMasks
 from megaresnorm.model.topology import TOPOLOGIES
 from megaresnorm.recipe import ModelRecipe, PrecisionRecipe
 
@@ -26,22 +27,32 @@ def build(topology, p, **settings):
     return build_model(recipe, PrecisionRecipe(compute="fp64")).model
 
 
+def masks_of(seed, rows) -> DropoutMasks:
+    """Of a model that ``build`` makes."""
+    return DropoutKey(seed, rows).of_stream(layout(), 32, 3)
+
+
+@functools.cache
+def layout():
+    return build("pre", 0.0).layout
+
+
 TOKENS = torch.randint(64, (2, 8), generator=torch.Generator().manual_seed(0))
 ROWS = torch.arange(16) + 160
 
 
 def test_every_place_has_its_own_mask_of_the_given_rows_and_seed(monkeypatch):
     calls = []
-    original = DropoutKey.drop
+    original = DropoutMasks.drop
     monkeypatch.setattr(
-        DropoutKey, "drop", lambda self, x, p, site: calls.append((self, p, site)) or original(self, x, p, site)
+        DropoutMasks, "drop", lambda self, x, p, site: calls.append((self, p, site)) or original(self, x, p, site)
     )
-    build("pre", 0.25)(TOKENS, DropoutKey.of_seed(7, ROWS, 3))
+    build("pre", 0.25)(TOKENS, DropoutKey(7, ROWS))
     assert [site for _, _, site in calls] == [6, 0, 1, 2, 3, 4, 5]  # the embedding, then the sub-layers
-    assert all(key.keys is calls[0][0].keys and key.rows is ROWS and p == 0.25 for key, p, _ in calls)
+    assert all(key.keys is calls[0][0].keys and torch.equal(key.rows, ROWS) and p == 0.25 for key, p, _ in calls)
     one = torch.ones(16, 32)
     masks = [
-        DropoutKey.of_seed(seed, rows, 3).drop(one, 0.5, site)
+        masks_of(seed, rows).drop(one, 0.5, site)
         for seed, rows, site in [(7, ROWS, 0), (7, ROWS, 1), (8, ROWS, 0), (7, ROWS + 1, 0)]
     ]
     for i, mask in enumerate(masks):
@@ -56,8 +67,8 @@ def test_dropout_changes_the_output_in_training_only(topology):
         for p in (*model.parameters(), *without.parameters()):
             p.add_(0.1)  # gates that start at zero would hide the branches
     assert torch.equal(model(TOKENS), without(TOKENS))
-    assert not torch.allclose(model(TOKENS, DropoutKey.of_seed(1, ROWS, 3)), model(TOKENS))
-    assert torch.equal(without(TOKENS, DropoutKey.of_seed(1, ROWS, 3)), without(TOKENS))
+    assert not torch.allclose(model(TOKENS, DropoutKey(1, ROWS)), model(TOKENS))
+    assert torch.equal(without(TOKENS, DropoutKey(1, ROWS)), without(TOKENS))
 
 
 @pytest.mark.parametrize("topology", ["pre", "peri", "reordered", "layerscale"])
@@ -72,7 +83,7 @@ def test_what_is_added_to_the_stream_keeps_its_mean(topology):
         return model.add_norm.trunk(residual.leave(x, residual.run(x, u, rows, key), key)) - x
 
     plain = added(None)
-    total = sum(added(DropoutKey.of_seed(seed, ROWS, 3)) for seed in range(4000)) / 4000
+    total = sum(added(masks_of(seed, ROWS)) for seed in range(4000)) / 4000
     error = (total - plain).norm() / plain.norm()
     assert error < 0.03  # one mask is off by sqrt(0.3 / 0.7) = 0.65; of 4000 the mean by 0.0104
 
@@ -80,15 +91,13 @@ def test_what_is_added_to_the_stream_keeps_its_mean(topology):
 def test_the_normalised_embedding_keeps_its_mean():
     model = build("deepnorm", 0.3, embedding_norm=True)
     plain = model.embed(TOKENS, model.rows(TOKENS)).x
-    total = (
-        sum(model.embed(TOKENS, model.rows(TOKENS), DropoutKey.of_seed(seed, ROWS, 3)).x for seed in range(4000)) / 4000
-    )
+    total = sum(model.embed(TOKENS, model.rows(TOKENS), masks_of(seed, ROWS)).x for seed in range(4000)) / 4000
     assert (total - plain).norm() / plain.norm() < 0.03
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 def test_compiled_masks_are_the_same_at_every_place():
-    key, ones = DropoutKey.of_seed(7, ROWS, 3), torch.ones(16, 32)
-    drop = torch.compile(DropoutKey.drop, fullgraph=True)
+    key, ones = masks_of(7, ROWS), torch.ones(16, 32)
+    drop = torch.compile(DropoutMasks.drop, fullgraph=True)
     for site in range(4):
         assert torch.equal(drop(key, ones, 0.5, site), key.drop(ones, 0.5, site))
