@@ -74,11 +74,8 @@ class DropoutKey(NamedTuple):
 
     def of_stream(self, layout: TensorLayout, dim: int, num_blocks: int) -> "DropoutMasks":
         """The masks of what this rank has of a stream of width ``dim``."""
-        keys, first_column = (
-            _keys(self.seed, 2 * num_blocks + 1, self.rows.device),
-            layout.first_column(layout.width(dim)),
-        )
-        return DropoutMasks(keys, layout.tokens(self.rows), first_column)
+        keys = _keys(self.seed, 2 * num_blocks + 1, self.rows.device)
+        return DropoutMasks(keys, layout.tokens(self.rows), layout.first_column(layout.width(dim)))
 
 
 class DropoutMasks(NamedTuple):
