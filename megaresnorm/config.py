@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megaresnorm.errors import ConfigError
+from megaresnorm.reading import first_line, read_plain_file
 from megaresnorm.recipe import Recipe
 
 # What other frameworks call our settings.
@@ -36,10 +37,39 @@ _FOREIGN_NAMES = {
 }
 
 
+MAX_RECIPE_BYTES = 1 << 17  # a blend of a thousand sources is half of it; PyYAML takes a second for so much
+MAX_VALUES = 8_000  # of a recipe, every alias counted as all that it stands for
+MAX_DEPTH = 16  # of lists and sections in each other
+MAX_DIGITS = 400  # of a whole number: Python refuses to read or show one of thousands
+MAX_SHOWN = 60  # characters of a name or value in an error
+_SCALARS = ("str", "int", "float", "bool", "null")
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 scalars and no duplicate keys."""
+    """SafeLoader with YAML 1.2 scalars and no duplicate keys, merge keys or types of YAML 1.1, that aliases cannot make large."""
 
     yaml_implicit_resolvers: dict = {}
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._sizes: dict[int, int] = {}  # of every node that is complete: how many values it stands for
+        self._depth = self._values = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        self._depth += 1
+        self._values += 1
+        if self._depth > MAX_DEPTH or self._values > MAX_VALUES:
+            what = f"more than {MAX_DEPTH} deep" if self._depth > MAX_DEPTH else f"over {MAX_VALUES:,} values"
+            raise ConfigError(f"line {self.peek_event().start_mark.line + 1}: {what}; a recipe is not so large")
+        alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if alias and id(node) not in self._sizes:
+            raise ConfigError("not valid YAML: an anchor contains itself")
+        if not alias:
+            _check_tag(node, self._meant(node))
+            self._sizes[id(node)] = self._size(node)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
@@ -47,9 +77,38 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise ConfigError(f"line {key.start_mark.line + 1}: a key must be a name, not a list or mapping")
             if key.value in seen:
-                raise ConfigError(f"line {key.start_mark.line + 1}: key {key.value!r} is given twice; keep one")
+                raise ConfigError(f"line {key.start_mark.line + 1}: key {_short(key.value)} is given twice; keep one")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def _meant(self, node: yaml.Node) -> str:
+        """What a scalar would be without an explicit tag."""
+        return self.resolve(yaml.ScalarNode, node.value, (True, False)) if isinstance(node, yaml.ScalarNode) else ""
+
+    def _size(self, node: yaml.Node) -> int:
+        """Raises: ConfigError for a node that stands for more values than a recipe has."""
+        inner = list(node.value) if isinstance(node, yaml.CollectionNode) else []
+        inner = [one for pair in inner for one in pair] if isinstance(node, yaml.MappingNode) else inner
+        size = 1 + sum(self._sizes[id(one)] for one in inner)
+        if size > MAX_VALUES:
+            raise ConfigError(f"line {node.start_mark.line + 1}: over {MAX_VALUES:,} values; a recipe is not so large")
+        return size
+
+
+def _check_tag(node: yaml.Node, meant: str) -> None:
+    """Raises: ConfigError for an explicit tag that is of another kind than its value, or that a recipe has no use for."""
+    prefix = "tag:yaml.org,2002:"
+    tag = node.tag.removeprefix(prefix)
+    if isinstance(node, yaml.ScalarNode):
+        plain = node.tag == meant or tag == "str" or (tag == "float" and meant == f"{prefix}int")
+        right = tag in _SCALARS and plain
+    else:
+        right = tag == ("map" if isinstance(node, yaml.MappingNode) else "seq")
+    if not right:
+        raise ConfigError(f"line {node.start_mark.line + 1}: not valid YAML here: the tag {_short(tag)}; leave it out")
+
+
+_KEY = re.compile(rf"\w{{1,{MAX_SHOWN}}}(\.\w{{1,{MAX_SHOWN}}}){{0,{MAX_DEPTH - 1}}}", re.ASCII)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -70,7 +129,10 @@ for _tag, _pattern, _first in (
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     """In base ten: PyYAML's own constructor would read 010 as octal."""
-    return int(loader.construct_scalar(node))
+    text = loader.construct_scalar(node)
+    if len(text) > MAX_DIGITS:
+        raise ConfigError(f"line {node.start_mark.line + 1}: a whole number of {len(text)} digits; a recipe has none")
+    return int(text)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
@@ -93,7 +155,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def read_recipe(path: str | Path) -> dict:
     """The plain values of a recipe file, not checked yet. Raises: ConfigError for a file that cannot be read."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_plain_file(path, MAX_RECIPE_BYTES).decode("utf-8")
     except OSError as e:
         raise ConfigError(
             f"{path}: cannot be read ({e.strerror}); give a recipe such as configs/quickstart.yaml"
@@ -123,23 +185,23 @@ def read_yaml(text: str) -> Any:
         return yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
     except yaml.MarkedYAMLError as e:
         where = f"line {e.problem_mark.line + 1}: " if e.problem_mark else ""
-        raise ConfigError(f"{where}not valid YAML: {e.problem or e.context}") from None
+        raise ConfigError(f"{where}not valid YAML: {(e.problem or e.context or '')[:200]}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as e:
-        raise ConfigError(f"not valid YAML: {_one_line(e)}") from None
+        raise ConfigError(f"not valid YAML: {first_line(e)}") from None
 
 
 def apply_override(values: dict, override: str) -> None:
     """Set one dotted key, as in ``model.dim=128``, in place."""
     key, equals, text = override.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z_0-9]+(\.[A-Za-z_0-9]+)*", key):
-        raise ConfigError(f"override {override!r} is not of the form section.key=value, as in model.dim=128")
+    if not equals or not _KEY.fullmatch(key):
+        raise ConfigError(f"override {_short(override)} is not of the form section.key=value, as in model.dim=128")
     *sections, leaf = key.split(".")
     for i, section in enumerate(sections):
         inner = values.setdefault(section, {})
         if inner is None:
             inner = values[section] = {}
         if not isinstance(inner, dict):
-            raise ConfigError(f"override {override!r}: {'.'.join(sections[: i + 1])} is a value, not a section")
+            raise ConfigError(f"override {_short(override)}: {'.'.join(sections[: i + 1])} is a value, not a section")
         values = inner
     values[leaf] = read_yaml(text)
 
@@ -152,8 +214,6 @@ def build_recipe(values: dict) -> Recipe:
         # An unknown key explains a missing one better than the other way round.
         errors = sorted(e.errors(), key=lambda error: error["type"] != "extra_forbidden")
         raise ConfigError(_explain(errors[0])) from None
-    except RecursionError:
-        raise ConfigError("not valid YAML: an anchor contains itself") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -181,7 +241,7 @@ def suggest(word: str, allowed: Sequence[str]) -> str:
     >>> suggest("deepnrom", ["deepnorm", "keel"])
     '; did you mean deepnorm?'
     """
-    close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.55)
+    close = difflib.get_close_matches(word[:MAX_SHOWN], allowed, n=1, cutoff=0.55)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -195,6 +255,7 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
 def _explain(error: Any) -> str:
     """One line for one pydantic error: key, value, what is allowed, a suggestion."""
     key = ".".join(str(part) for part in error["loc"])
+    key = key if len(key) <= 2 * MAX_SHOWN else f"{key[: 2 * MAX_SHOWN]}..."
     value, kind, context = error["input"], error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
         return f"{key}: no such setting{_suggest_key(key)}"
@@ -240,12 +301,10 @@ def _similar(a: str, b: str, least: float = 0.6) -> bool:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, int) and abs(value) >= 10**MAX_SHOWN:
+        return f"a whole number of over {MAX_SHOWN} digits"
     text = reprlib.repr(value)  # not repr: aliases can make a small file an enormous value
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 
 
 def differences(before: dict, now: dict, prefix: str = "") -> dict[str, tuple[str, str]]:

@@ -35,9 +35,13 @@ def wsd_decay_steps(recipe: Recipe) -> int:
 
 
 def total_variation(recipe: Recipe) -> float:
-    """Sum over the run of |lr_t - lr_(t-1)|, from the rate of the first step on: how far from flat the schedule is."""
-    rates = (learning_rate(step, recipe) for step in range(recipe.train.steps))
-    return sum(abs(b - a) for a, b in pairwise(rates))
+    """Sum over the run of |lr_t - lr_(t-1)|, from the rate of the first step on: how far from flat the schedule is.
+
+    Every schedule rises to its peak and falls from there on, so these few steps say it.
+    """
+    last, warmup = recipe.train.steps - 1, recipe.schedule.warmup_steps
+    turns = sorted({0, min(max(warmup - 1, 0), last), min(warmup, last), last})
+    return sum(abs(b - a) for a, b in pairwise(learning_rate(step, recipe) for step in turns))
 
 
 def batch_size(step: int, train: TrainRecipe) -> int:
@@ -46,5 +50,30 @@ def batch_size(step: int, train: TrainRecipe) -> int:
     if ramp is None or step >= ramp.steps:
         return train.global_batch
     micro = train.batch_multiple
-    grown = ramp.start + (train.global_batch - ramp.start) * step / ramp.steps
-    return max(micro, int(grown) // micro * micro)
+    grown = ramp.start + (train.global_batch - ramp.start) * step // ramp.steps
+    return grown // micro * micro
+
+
+def samples_before(step: int, train: TrainRecipe) -> int:
+    """Samples of all steps before this one: the sum of their ``batch_size``, in a time that does not depend on their number."""
+    ramp = train.batch_ramp
+    if ramp is None:
+        return step * train.global_batch
+    ramped, micro = min(step, ramp.steps), train.batch_multiple
+    grown = _floor_sum(ramped, ramp.steps * micro, train.global_batch - ramp.start, ramp.start * ramp.steps)
+    return micro * grown + (step - ramped) * train.global_batch
+
+
+def _floor_sum(n: int, divisor: int, slope: int, offset: int) -> int:
+    """Sum over i from 0 to n - 1 of (slope * i + offset) // divisor, by Euclid's algorithm: counts points below a line.
+
+    >>> _floor_sum(5, 3, 2, 1), sum((2 * i + 1) // 3 for i in range(5))
+    (7, 7)
+    """
+    total = 0
+    while n:
+        total += (n - 1) * n // 2 * (slope // divisor) + n * (offset // divisor)
+        slope, offset = slope % divisor, offset % divisor
+        n, offset = divmod(slope * n + offset, divisor)
+        slope, divisor = divisor, slope
+    return total

@@ -103,7 +103,7 @@ BAD = [
     ("model: {dim: 1\n", ["not valid YAML"]),
     ("model:\n  dim: 1\n  dim: 2\n", ["line 3", "'dim' is given twice"]),
     ("model: !!python/object/apply:os.system ['true']\n", ["not valid YAML"]),
-    ("a: &a [*a]\n", ["no such setting"]),
+    ("a: &a [*a]\n", ["an anchor contains itself"]),
     ("model: {dim: 64, num_blocks: 4, num_heads: 4, seq_len: 32}\ndata: {path: d}\n", ["train is missing"]),
     ("model: {num_blocks: 4, num_heads: 4, seq_len: 32}\ndata: {path: d}\ntrain: {}\n", ["model.dim is missing", "model.dim="]),
     ("\tmodel: 1\n", ["line 1", "not valid YAML"]),

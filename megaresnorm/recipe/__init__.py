@@ -69,7 +69,7 @@ class Recipe(Section):
         if train.global_batch % micro:
             raise ValueError(
                 f"train.micro_batch={micro} must divide train.global_batch={train.global_batch}; "
-                f"try micro_batch in {divisors(train.global_batch)}"
+                f"try micro_batch in {divisors(train.global_batch, micro)}"
             )
         if train.batch_ramp and (train.batch_ramp.start % micro or train.batch_ramp.start > train.global_batch):
             raise ValueError(
@@ -97,7 +97,7 @@ class Recipe(Section):
         for key, size in shared.items():
             if size % parallel.tp:
                 raise ValueError(
-                    f"parallel.tp={parallel.tp} must divide {key}={size}; try parallel.tp in {divisors(size)}"
+                    f"parallel.tp={parallel.tp} must divide {key}={size}; try parallel.tp in {divisors(size, parallel.tp)}"
                 )
         if parallel.columns_norm == "gather" and self.precision.stream != self.precision.compute:
             raise ValueError(

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from megaresnorm.recipe.section import Count, Section, refuse_ignored
+from megaresnorm.recipe.section import MAX_BLOCKS, BlocksOr0, Ranks, Section, refuse_ignored
 
 
 class PrecisionRecipe(Section):
@@ -44,31 +44,35 @@ class KernelRecipe(Section):
 class ParallelRecipe(Section):
     """Ranks are pp * dp_replicate * dp_shard * tp; ranks of one tp group are neighbours. The same recipe runs in every layout."""
 
-    tp: Count = 1
+    tp: Ranks = 1
     """Tensor parallel: ranks that share every matrix."""
     tensor_layout: Literal["full", "tokens", "columns"] = "full"
     """tp > 1: the residual stream whole on every rank, split by token (sequence parallel), or by column with merged statistics."""
     columns_norm: Literal["auto", "merge", "gather"] = "auto"
     """columns: merge statistics and gather normalised columns, or gather the stored stream (auto: where its type is compute's)."""
-    pp: Count = 1
+    pp: Ranks = 1
     """Pipeline parallel: ranks that each hold consecutive blocks."""
     pipeline: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
     """pp > 1: order of forward and backward passes; interleaved gives every rank several stages."""
-    stages_per_rank: Annotated[int, Field(ge=2)] = 2
+    stages_per_rank: Annotated[int, Field(ge=2, le=MAX_BLOCKS)] = 2
     """interleaved: stages of one rank."""
-    stage_blocks: list[Annotated[int, Field(ge=0)]] | None = None
+    stage_blocks: Annotated[list[BlocksOr0], Field(max_length=MAX_BLOCKS)] | None = None
     """Blocks of every stage, first to last; unset: balanced by cost, embedding and output matrix counted."""
-    dp_shard: Count = 1
+    dp_shard: Ranks = 1
     """Fully sharded data parallel (FSDP2): ranks among which weights, gradients and optimizer state are divided."""
     shard: Literal["parameters", "gradients"] = "parameters"
     """dp_shard > 1: free gathered weights after each forward pass, or keep them until backward is done (pipelines always do)."""
-    dp_replicate: Count | None = None
+    accumulate: Literal["sharded", "unsharded"] = "sharded"
+    """dp_shard > 1, several microbatches a step: reduce-scatter gradients in each one, or keep whole ones (in FP32) and do it once."""
+    dp_replicate: Ranks | None = None
     """Data parallel with whole copies (DDP; with dp_shard, of the sharded group); unset: all ranks that are left."""
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Self:
         if self.tensor_layout != "columns":
             refuse_ignored(self, "parallel", f"parallel.tensor_layout={self.tensor_layout}", "columns_norm")
+        if self.dp_shard == 1:
+            refuse_ignored(self, "parallel", "parallel.dp_shard=1", "accumulate")
         if self.pipeline != "interleaved":
             refuse_ignored(self, "parallel", f"parallel.pipeline={self.pipeline}", "stages_per_rank")
         if self.stage_blocks is not None and len(self.stage_blocks) != self.num_stages:

@@ -5,7 +5,19 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from megaresnorm.recipe.section import Count, Fraction, Positive, Section, divisors, refuse_ignored
+from megaresnorm.recipe.section import (
+    MAX_WIDTH,
+    AtLeast1,
+    Blocks,
+    Fraction,
+    Positive,
+    Section,
+    SequenceLength,
+    Vocabulary,
+    Width,
+    divisors,
+    refuse_ignored,
+)
 
 Activation = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"]
 NormKind = Literal["layernorm", "rmsnorm"]
@@ -14,9 +26,9 @@ NormKind = Literal["layernorm", "rmsnorm"]
 class TopologyOptions(Section):
     """What a few topologies need beside a block's position; refused by those that do not use it."""
 
-    base_dim: Count | None = None
+    base_dim: Width | None = None
     """completep: width of the model whose hyper-parameters are transferred."""
-    base_num_blocks: Count | None = None
+    base_num_blocks: Blocks | None = None
     """completep: depth (blocks) of the model whose hyper-parameters are transferred."""
     mix_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
     """mix_ln: share of the blocks, counted from the input, that are post-norm (the paper's 0.25 when unset)."""
@@ -31,9 +43,9 @@ class RopeScaling(Section):
 
     kind: Literal["linear", "llama3", "yarn"]
     """linear: all divided by factor; llama3: the slow ones alone, with a smooth passage; yarn: arXiv:2309.00071."""
-    factor: Annotated[float, Field(ge=1)]
+    factor: AtLeast1
     """How much longer the context becomes."""
-    original_seq_len: Count | None = None
+    original_seq_len: SequenceLength | None = None
     """llama3, yarn: tokens of the context that was trained on before."""
     low_freq_factor: Positive = 1.0
     """llama3: frequencies that turn less often than this in the original context are divided by factor."""
@@ -90,23 +102,23 @@ class InitRecipe(Section):
 
 
 class ModelRecipe(Section):
-    dim: Count
+    dim: Width
     """Width of the residual stream."""
-    num_blocks: Count
+    num_blocks: Blocks
     """Blocks in the whole model; a block is two sub-layers (attention, ffn)."""
-    num_heads: Count
+    num_heads: Width
     """Query heads."""
-    seq_len: Count
+    seq_len: SequenceLength
     """Tokens in one training sequence."""
-    num_kv_heads: Count | None = None
+    num_kv_heads: Width | None = None
     """Key and value heads (grouped-query attention); unset: num_heads."""
-    head_dim: Count | None = None
+    head_dim: Width | None = None
     """Width of one head; unset: dim / num_heads."""
-    ffn_dim: Count | None = None
+    ffn_dim: Width | None = None
     """Inner width of the ffn; unset: 4 * dim, or with a gate 8/3 * dim rounded up to a multiple of 16."""
-    vocab_size: Count | None = None
+    vocab_size: Vocabulary | None = None
     """Tokens the model can predict; unset: the data set's."""
-    vocab_multiple: Count = 64
+    vocab_multiple: Vocabulary = 64
     """The embedding and output matrices are padded to a multiple of this many rows."""
     topology: str = "deepnorm"
     """How residual and normalization are wired: a name of megaresnorm.TOPOLOGIES."""
@@ -124,7 +136,7 @@ class ModelRecipe(Section):
     """Normalise the embedding before the first block; unset: the topology's default."""
     positions: Literal["rope", "learned"] = "rope"
     """Rotary positions inside attention, or a learned table added to the embedding."""
-    rope_theta: Positive = 10000.0
+    rope_theta: AtLeast1 = 10000.0
     """Base of the rotary frequencies."""
     rope_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of a head's width that is rotated (partial rotary positions)."""
@@ -160,12 +172,16 @@ class ModelRecipe(Section):
         if self.head_dim is None and self.dim % self.num_heads:
             raise ValueError(
                 f"model.num_heads={self.num_heads} must divide model.dim={self.dim}, or set model.head_dim; "
-                f"try num_heads in {divisors(self.dim)}"
+                f"try num_heads in {divisors(self.dim, self.num_heads)}"
+            )
+        if self.num_heads * self.head_width > MAX_WIDTH:
+            raise ValueError(
+                f"model.num_heads={self.num_heads} of model.head_dim={self.head_width} are wider together than {MAX_WIDTH}"
             )
         if self.num_heads % self.kv_heads:
             raise ValueError(
                 f"model.num_kv_heads={self.kv_heads} must divide model.num_heads={self.num_heads}; "
-                f"try num_kv_heads in {divisors(self.num_heads)}"
+                f"try num_kv_heads in {divisors(self.num_heads, self.kv_heads)}"
             )
         if self.positions == "rope" and self.head_width % 2:
             raise ValueError(f"model.head_dim={self.head_width} must be even for model.positions=rope")

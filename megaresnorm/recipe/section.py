@@ -1,14 +1,55 @@
-"""What all sections of a recipe share."""
+"""What all sections of a recipe share: types of settings, and how large a number can be."""
 
+from math import isqrt
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
+# How large counts can be: far above anything that has been trained, and small enough that nothing that is listed, summed or
+# multiplied before a tensor is made takes minutes, gigabytes, or more than 64 bits.
+MAX_BLOCKS = 10_000  # names, costs and settings of every block are listed
+MAX_WIDTH = 1 << 22  # columns; a product of two of these and of a vocabulary still is a size that torch can take
+MAX_VOCAB = 1 << 24  # rows of the embedding; a count of each token is in memory where token shares are asked for
+MAX_SEQ_LEN = 1 << 27  # tokens
+MAX_STEPS = 10**10  # steps times samples is below 2^63
+MAX_BATCH = 10**8  # samples of one step
+MAX_SOURCES = 1_000  # data sets of a blend, each of which is opened
+MAX_RANKS = 1 << 20  # processes
+MAX_TOKENS = 10**6  # of one text that is generated, which is kept as a whole
+# Settings are used in FP32: a smaller positive number is 0 there, or loses digits and is 0 on hardware that flushes it; a larger
+# one is infinite.
+FP32_TINY = 1.1754943508222875e-38
+FP32_MAX = 3.4028234663852886e38
+
+
+def _held_by_fp32(value: float) -> float:
+    if value and not FP32_TINY <= abs(value) <= FP32_MAX:
+        raise PydanticCustomError("beyond_fp32", f"a number that FP32 holds, from {FP32_TINY:.6g} to {FP32_MAX:.6g}")
+    return value
+
+
+def _no_nul(value: str) -> str:
+    if "\0" in value:
+        raise PydanticCustomError("nul", "a name without NUL characters")
+    return value
+
+
+Count = Annotated[int, Field(ge=1, le=MAX_STEPS)]
+CountOr0 = Annotated[int, Field(ge=0, le=MAX_STEPS)]
+Blocks = Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
+BlocksOr0 = Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
+Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+Vocabulary = Annotated[int, Field(ge=1, le=MAX_VOCAB)]
+SequenceLength = Annotated[int, Field(ge=1, le=MAX_SEQ_LEN)]
+Batch = Annotated[int, Field(ge=1, le=MAX_BATCH)]
+Ranks = Annotated[int, Field(ge=1, le=MAX_RANKS)]
+Positive = Annotated[float, Field(gt=0), AfterValidator(_held_by_fp32)]
+PositiveOr0 = Annotated[float, Field(ge=0), AfterValidator(_held_by_fp32)]
+AtLeast1 = Annotated[float, Field(ge=1), AfterValidator(_held_by_fp32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Name = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_nul)]
 
 
 class Section(BaseModel):
@@ -24,6 +65,16 @@ def refuse_ignored(section: Section, name: str, why: str, *keys: str) -> None:
             raise ValueError(f"{name}.{key}={getattr(section, key)} has no effect with {why}; remove it")
 
 
-def divisors(n: int) -> list[int]:
-    """All divisors of n, for error messages."""
-    return [d for d in range(1, n + 1) if n % d == 0]
+def divisors(n: int, near: int | None = None, most: int = 12) -> list[int]:
+    """Divisors of n, in order, for error messages: all of a few, else the ``most`` that are nearest to ``near``, or the smallest.
+
+    Takes about the square root of n steps: no time for any number that a recipe can have.
+
+    >>> divisors(64), divisors(720720, near=100, most=4)
+    ([1, 2, 4, 8, 16, 32, 64], [91, 99, 104, 105])
+    """
+    small = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
+    found = small + [n // d for d in reversed(small) if d * d != n]
+    if len(found) <= most:
+        return found
+    return sorted(sorted(found, key=lambda d: abs(d - near))[:most]) if near is not None else found[:most]

@@ -5,7 +5,22 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from megaresnorm.recipe.section import Count, Fraction, Name, Positive, Section, Seed, refuse_ignored
+from megaresnorm.recipe.section import (
+    MAX_SOURCES,
+    MAX_STEPS,
+    MAX_TOKENS,
+    AtLeast1,
+    Batch,
+    Count,
+    CountOr0,
+    Fraction,
+    Name,
+    Positive,
+    PositiveOr0,
+    Section,
+    Seed,
+    refuse_ignored,
+)
 
 
 class BlendSource(Section):
@@ -18,7 +33,7 @@ class BlendSource(Section):
 class DataRecipe(Section):
     path: Name | None = None
     """Folder made by ``megaresnorm prepare``, or PREFIX of Megatron's PREFIX.bin and PREFIX.idx."""
-    blend: Annotated[list[BlendSource], Field(min_length=1)] | None = None
+    blend: Annotated[list[BlendSource], Field(min_length=1, max_length=MAX_SOURCES)] | None = None
     """Several data sets with weights, in the place of ``path``; each has its own split and goes through its own epochs."""
     mask_documents: bool = False
     """Tokens see their own document alone, positions start anew with each, and no loss is taken of a document's first token."""
@@ -60,13 +75,13 @@ class OptimRecipe(Section):
     """Decay of the second moment."""
     eps: Positive = 1e-8
     """AdamW's epsilon."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    weight_decay: PositiveOr0 = 0.1
     """Decoupled weight decay of the matrices; norms, biases and gates have none."""
     clip: Literal["global", "adagc", "none"] = "global"
     """Clip the norm of all gradients together, or each tensor against its own history (AdaGC)."""
     clip_norm: Positive = 1.0
     """Largest norm under ``clip: global``, and during AdaGC's warm-up."""
-    adagc_ratio: Annotated[float, Field(ge=1)] = 1.05
+    adagc_ratio: AtLeast1 = 1.05
     """AdaGC: a tensor's gradient may exceed the moving average of its clipped norms by this factor."""
     adagc_beta: Fraction = 0.98
     """AdaGC: decay of that moving average."""
@@ -85,7 +100,7 @@ class OptimRecipe(Section):
 class ScheduleRecipe(Section):
     kind: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = "cosine"
     """Shape of the learning rate after the warm-up; wsd: constant, then linear over ``decay_steps``."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: CountOr0 = 0
     """Steps of linear warm-up from 0."""
     decay_steps: Count | None = None
     """wsd: steps of the final decay; unset: a tenth of train.steps."""
@@ -102,7 +117,7 @@ class ScheduleRecipe(Section):
 
 
 class BatchRamp(Section):
-    start: Count
+    start: Batch
     """Global batch of the first step, in samples."""
     steps: Count
     """Steps over which the batch grows linearly to train.global_batch, in multiples of train.micro_batch."""
@@ -113,9 +128,9 @@ class TrainRecipe(Section):
     """Folder of the run: recipe, log, metrics, TensorBoard files and checkpoints."""
     steps: Count
     """Optimizer steps of the whole run."""
-    global_batch: Count = 8
+    global_batch: Batch = 8
     """Samples (sequences) in one optimizer step."""
-    micro_batch: Count | None = None
+    micro_batch: Batch | None = None
     """Samples in one forward and backward pass of a rank; unset: all of its share, or under pp one sample."""
     batch_ramp: BatchRamp | None = None
     """Grow the global batch at the start of the run."""
@@ -127,9 +142,9 @@ class TrainRecipe(Section):
     """auto: the GPU if there is one."""
     compile: Literal["none", "blocks", "cuda_graphs"] = "none"
     """torch.compile every block by itself; cuda_graphs: and replay it as a CUDA graph."""
-    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    z_loss: PositiveOr0 = 0.0
     """Coefficient of log(Z)^2 a token, added to the loss (PaLM: 1e-4)."""
-    eval_every: Annotated[int, Field(ge=0)] = 100
+    eval_every: CountOr0 = 100
     """Steps between evaluations; 0: only at the end."""
     eval_samples: Count = 64
     """Validation samples of one evaluation (fewer if the split has fewer)."""
@@ -143,7 +158,7 @@ class TrainRecipe(Section):
     """Wall-clock limit of one start of the run: after so many minutes it saves a checkpoint and exits with code 124."""
     sample_prompt: str = ""
     """Start of the text sample written at the end."""
-    sample_tokens: Annotated[int, Field(ge=0)] = 200
+    sample_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] = 200
     """Length of that sample; 0: none."""
 
     @property
@@ -159,9 +174,9 @@ class TrainRecipe(Section):
 class CheckpointRecipe(Section):
     """When checkpoints are written, how, and which are kept."""
 
-    every: Annotated[int, Field(ge=0)] = 500
+    every: CountOr0 = 500
     """Steps between checkpoints; 0: only at the end and when interrupted."""
-    keep: Annotated[int, Field(ge=2)] = 2
+    keep: Annotated[int, Field(ge=2, le=MAX_STEPS)] = 2
     """Newest checkpoints kept; at least 2, so that one is whole while the next is written."""
     keep_every: Count | None = None
     """Checkpoints of steps that this divides are never removed."""

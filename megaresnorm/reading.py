@@ -1,0 +1,65 @@
+"""Reading small files whole from paths that anybody may have given: a pipe, a device or a sparse terabyte is refused, not read."""
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+
+def read_plain_file(path: str | Path, max_bytes: int, *, follow: bool = True) -> bytes:
+    """The content of a plain file of at most ``max_bytes``.
+
+    follow: whether the path may be a link to such a file, as in the cache of Hugging Face.
+    Raises: OSError, whose ``strerror`` says in a few words why it cannot be read.
+    """
+    descriptor = open_plain_file(path, follow=follow)
+    with os.fdopen(descriptor, "rb") as file:
+        size = os.fstat(descriptor).st_size
+        if size > max_bytes:
+            raise OSError(errno.EFBIG, f"it has {size:,} bytes, and at most {max_bytes:,} are read")
+        return file.read(size)
+
+
+def open_plain_file(path: str | Path, *, follow: bool = True) -> int:
+    """A descriptor for reading, without waiting for whoever is at the other end of a pipe.
+
+    Raises: OSError for what is not there or not a plain file.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags)
+    except ValueError:  # a NUL, or half of a surrogate pair
+        raise OSError(errno.EINVAL, "no file can have this name") from None
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is a folder" if stat.S_ISDIR(mode) else "it is not a plain file")
+    return descriptor
+
+
+def read_json_object(path: str | Path, max_bytes: int, max_values: int, *, follow: bool = True) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    max_values: by its brackets and commas; in memory a value takes up to twenty times its bytes.
+    Raises: OSError as ``read_plain_file``, ValueError with the reason in one line for what is no such object.
+    """
+    raw = read_plain_file(path, max_bytes, follow=follow)
+    if sum(map(raw.count, (b"{", b"[", b","))) > max_values:
+        raise ValueError(f"it has over {max_values:,} values")
+    try:
+        value = json.loads(raw)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as e:
+        raise ValueError(first_line(e)) from None
+    if not isinstance(value, dict):
+        raise ValueError(f"it is a {type(value).__name__}, not an object")
+    return value
+
+
+def first_line(error: BaseException, length: int = 200) -> str:
+    """What a library says, as far as it goes into a line of ours; its class where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0][:length] if text else type(error).__name__
