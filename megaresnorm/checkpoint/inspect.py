@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from megaresnorm.checkpoint.format import DAMAGED, MANIFEST, UNFINISHED, checkpoints_of, list_checkpoints, root_of
-from megaresnorm.checkpoint.manifest import missing_files, read_manifest
+from megaresnorm.checkpoint.manifest import missing_files, read_manifest, unreadable
 from megaresnorm.checkpoint.reader import Checkpoint, verify_file
 from megaresnorm.checkpoint.state import state_of
 from megaresnorm.checkpoint.writer import Kept, superfluous
 from megaresnorm.errors import CheckpointError
+from megaresnorm.parallel.context import Axis
+from megaresnorm.parallel.messages import ALONE, share_results
 
 Progress = Callable[[int], None] | None
 
@@ -97,12 +99,45 @@ def _entry(step: int, path: Path) -> Entry:
 
 
 def num_bytes(path: Path) -> int:
-    """What verifying a checkpoint reads."""
+    """What its files hold."""
     return sum(entry["size"] for entry in read_manifest(path)["files"].values())
 
 
+def strangers(path: Path) -> list[str]:
+    """What lies in the folder of a checkpoint and is not part of it: nothing reads it. Raises: CheckpointError."""
+    known = {MANIFEST, *read_manifest(path)["files"]}
+    try:
+        return sorted(found.name for found in path.iterdir() if found.name not in known)
+    except OSError as e:
+        raise unreadable(path, e) from None
+
+
+def non_finite(
+    checkpoint: Checkpoint, group: str = "weights", messages: Axis = ALONE, progress: Progress = None
+) -> list[str]:
+    """The tensors of a group that hold NaN or infinity, looked at a chunk at a time.
+
+    messages: all ranks that look together, each at an equal number of tensors; every one must call it, and all get the same.
+    progress: called with the bytes of every chunk that this rank has looked at.   Raises: CheckpointError.
+    """
+
+    def finite(name: str) -> bool:
+        found = True
+        for chunk in checkpoint.chunks(group, name):
+            found = found and (not chunk.is_floating_point() or bool(chunk.isfinite().all()))
+            if progress is not None:
+                progress(chunk.nbytes)
+        return found
+
+    mine = checkpoint.names(group)[messages.rank :: messages.size]
+    everyone = share_results(lambda: [name for name in mine if not finite(name)], messages)
+    return sorted(name for found in everyone for name in found)
+
+
 def verify(path: Path, progress: Progress = None) -> list[str]:
-    """Everything that is wrong with a checkpoint: every file that is damaged, or else the first slice that does not fit."""
+    """Everything that is wrong with a checkpoint: every file that is damaged, or else the first slice that does not fit, or else
+    the tensors that are not finite. Reads what ``num_bytes`` says twice, and calls ``progress`` with both.
+    """
     try:
         files = read_manifest(path)["files"]
     except CheckpointError as e:
@@ -115,10 +150,21 @@ def verify(path: Path, progress: Progress = None) -> list[str]:
             problems.append(str(e))
     if not problems:
         try:
-            Checkpoint(path, hashed=True)
+            problems += _not_finite(Checkpoint(path, hashed=True), progress)
         except CheckpointError as e:
             problems.append(str(e))
     return problems
+
+
+def _not_finite(checkpoint: Checkpoint, progress: Progress) -> list[str]:
+    """A line for each group that has such tensors."""
+    found = {group: non_finite(checkpoint, group, progress=progress) for group in checkpoint.tensors}
+    return [
+        f"{checkpoint.folder}/{group}: {names[0]} holds NaN or infinity"
+        + (f", and so do {len(names) - 1} others" if len(names) > 1 else "")
+        for group, names in found.items()
+        if names
+    ]
 
 
 def compare_tensors(one: Checkpoint, other: Checkpoint, advance: Callable[[], None]) -> Iterator[Difference]:

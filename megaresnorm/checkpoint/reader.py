@@ -22,6 +22,7 @@ MAX_SLICES = 64  # of a tensor in one file: a rank has one of every logical part
 MAX_BESIDE = 1024  # slices of the same rows: as many as tensor-parallel ranks
 OPEN_FILES = 64
 HASHING_THREADS = 4
+CHUNK_ELEMENTS = 1 << 22  # of a tensor that is looked at and not kept: 16 MB in FP32
 _TYPES = {code: name.removeprefix("torch.") for name, code in DTYPES.items()}
 
 
@@ -102,6 +103,14 @@ class Checkpoint:
         (piece,) = self._pieces(group, name, [box])
         self._open.clear()
         return piece
+
+    def chunks(self, group: str, name: str) -> Iterator[Tensor]:
+        """All elements of a tensor, at most CHUNK_ELEMENTS at a time, as the files hold them. Raises: CheckpointError."""
+        for held in self._held[group][name]:
+            rows, *others = ((0, b - a) for a, b in held.box)
+            for where in _parts([(held.row, held.row + rows[1]), *others]):
+                yield self._read(held.file, name, where)
+        self._open.clear()
 
     def load(self, group: str, members: Mapping[str, Slices]) -> None:
         """Copy what each rank has of every tensor of a group into place, reading its slices alone.
@@ -254,10 +263,43 @@ def _check_header_size(path: Path, size: int) -> None:
         raise DamagedError(f"{path}: not a readable safetensors file (a header of {header} bytes in a file of {size})")
 
 
+def check_header(path: Path) -> None:
+    """To be asked of a file that safetensors has opened, so that its header is of bounded size and of the form that it should have.
+
+    Raises: ValueError where something is named twice: safetensors would take the last, another reader the first.   OSError.
+    """
+
+    def names_of(pairs: list[tuple[str, Any]]) -> None:
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"its header names {name} twice")
+            seen.add(name)
+
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        json.loads(file.read(min(size, MAX_HEADER_BYTES)), object_pairs_hook=names_of)
+
+
+def _parts(sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[slice, ...]]:
+    """Slices that together are a box (first and end of each dimension), of at most CHUNK_ELEMENTS elements each."""
+    (first, end), *others = sizes
+    row = prod(b - a for a, b in others)
+    if row > CHUNK_ELEMENTS:
+        for i in range(first, end):
+            for rest in _parts(others):
+                yield slice(i, i + 1), *rest
+        return
+    step = max(1, CHUNK_ELEMENTS // row)
+    for i in range(first, end, step):
+        yield slice(i, min(i + step, end)), *(slice(a, b) for a, b in others)
+
+
 def _slices(path: Path) -> dict[str, tuple[list[int], str, list]]:
     """What a file holds: name -> shape, dtype, and the slices that its rows are."""
     try:
         with safe_open(path, framework="pt") as file:
+            check_header(path)
             slices = json.loads((file.metadata() or {}).get("slices", "{}"))
             found = {}
             for name in file.keys():  # noqa: SIM118 - not a mapping

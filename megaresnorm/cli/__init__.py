@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
+from typing import NoReturn
 
 from megaresnorm.cli.checkpoint import add_checkpoint
 from megaresnorm.cli.convert import add_convert
@@ -16,6 +19,7 @@ from megaresnorm.cli.generate import add_generate
 from megaresnorm.cli.train import add_schema, add_train
 from megaresnorm.errors import ConfigError, LostRankError, UserError
 from megaresnorm.resilience.signals import end_on_purpose
+from megaresnorm.text import OneLine, say, shown
 
 EPILOG = """exit codes: 0 done, 1 unexpected, 2 bad recipe or arguments, 3 bad data, 4 bad checkpoint, 5 the run cannot go on,
 6 another rank is gone, 7 a converted model differs, 124 train.max_minutes are over, 130 stopped by Ctrl-C, 138 by SIGUSR1
@@ -24,6 +28,7 @@ and 143 by SIGTERM, with a checkpoint saved"""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; errors that the user can cause are one line on stderr."""
+    _prepare_streams()
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -32,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Every rank of a node finds the same in a recipe; another node may lack what this one has.
         alone = not e.agreed and (os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(e, ConfigError))
         if rank == "0" or alone:
-            print(f"megaresnorm: error: {'' if rank == '0' else f'rank {rank}: '}{e}", file=sys.stderr)
+            say(f"megaresnorm: error: {'' if rank == '0' else f'rank {rank}: '}{e}", error=True)
         return _code_of(e)
     except KeyboardInterrupt:
-        print("megaresnorm: stopped", file=sys.stderr)
+        say("megaresnorm: stopped", error=True)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -52,8 +57,32 @@ def _code_of(error: UserError) -> int:
     return code if same_everywhere or whole_job else error.exit_code
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(shown(message))
+
+
+class _WarningsOnStderr(logging.Handler):
+    """Of commands that do not configure logging."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record), error=True)
+
+
+def _prepare_streams() -> None:
+    """A character that the terminal's encoding lacks is written out, and warnings are lines of their own on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    logger = logging.getLogger("megaresnorm")
+    if not logger.handlers:
+        handler = _WarningsOnStderr(logging.WARNING)
+        handler.setFormatter(OneLine())
+        logger.addHandler(handler)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="megaresnorm",
         description="Pretraining of transformers hundreds of layers deep.",
         epilog=EPILOG,

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from megaresnorm.cli.arguments import Commands, count
 from megaresnorm.errors import CheckpointError, ConfigError
+from megaresnorm.text import shown, write
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from megaresnorm.telemetry.log import Table
 
 
 def add_checkpoint(commands: Commands) -> None:
@@ -54,11 +55,9 @@ def add_checkpoint(commands: Commands) -> None:
 
 
 def _ls(arguments: argparse.Namespace) -> int:
-    from rich.table import Table
-
     from megaresnorm.checkpoint.format import human_bytes
     from megaresnorm.checkpoint.inspect import entries
-    from megaresnorm.telemetry.log import console
+    from megaresnorm.telemetry.log import Table, console
 
     found = list(entries(arguments.run_folder))
     if not found:
@@ -84,27 +83,25 @@ def _ls(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from rich.table import Table
-
     from megaresnorm.checkpoint.format import human_bytes
     from megaresnorm.checkpoint.inspect import newest_of, num_bytes
     from megaresnorm.checkpoint.manifest import read_manifest
     from megaresnorm.checkpoint.state import state_of
     from megaresnorm.config import build_recipe, dump_recipe
-    from megaresnorm.telemetry.log import console
+    from megaresnorm.telemetry.log import Table, console
 
     folder = newest_of(arguments.checkpoint)
     manifest = read_manifest(folder)
     state = state_of(folder, manifest["state"])
     recipe = build_recipe(state.recipe)
     if arguments.recipe:
-        print(dump_recipe(recipe), end="")
+        write(dump_recipe(recipe))
         return 0
     table = Table(show_header=False)
     table.add_column("", no_wrap=True)
     table.add_column("", overflow="fold")
     elements = {group: [prod(t["shape"]) for t in members.values()] for group, members in manifest["tensors"].items()}
-    rows = {
+    rows: dict[str, str | list[str]] = {
         "checkpoint": str(folder),
         "step": f"{manifest['step']:,} of {recipe.train.steps:,}",
         "samples": f"{state.samples:,}",
@@ -113,7 +110,7 @@ def _show(arguments: argparse.Namespace) -> int:
         **{group: f"{len(sizes):,} tensors, {sum(sizes):,} elements" for group, sizes in elements.items()},
         "on disk": human_bytes(num_bytes(folder)),
         "data": state.data,
-        "kernels": "\n".join(state.kernels.values()),
+        "kernels": list(state.kernels.values()),
         "versions": ", ".join(f"{name} {version}" for name, version in state.versions.items()),
         "digest": manifest["digest"],
     }
@@ -126,7 +123,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _tensors_table(groups: dict[str, dict[str, dict]]) -> Table:
-    from rich.table import Table
+    from megaresnorm.telemetry.log import Table
 
     table = Table()
     for heading in ("group", "tensor", "shape", "type"):
@@ -138,11 +135,9 @@ def _tensors_table(groups: dict[str, dict[str, dict]]) -> Table:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from rich.table import Table
-
     from megaresnorm.checkpoint.format import MANIFEST, checkpoints_of, human_bytes
     from megaresnorm.checkpoint.inspect import newest_of, num_bytes, verify
-    from megaresnorm.telemetry.log import console, progress_bar
+    from megaresnorm.telemetry.log import Table, console, progress_bar
 
     folders: list[Path] = []
     for given in arguments.checkpoints:
@@ -155,14 +150,11 @@ def _verify(arguments: argparse.Namespace) -> int:
     damaged = 0
     for folder in folders:
         size = _size_or_nothing(folder, num_bytes)
-        with progress_bar(folder.name, size, of_bytes=True) as bar:
+        with progress_bar(folder.name, 2 * size, of_bytes=True) as bar:
             problems = verify(folder, partial(bar.advance, bar.task_ids[0]))
         damaged += bool(problems)
-        table.add_row(
-            str(folder),
-            human_bytes(size) if size else "",
-            "\n".join(p.removeprefix(f"{folder}/") for p in problems) or "every byte is right",
-        )
+        verdict = [p.removeprefix(f"{folder}/") for p in problems] or ["every byte is right"]
+        table.add_row(str(folder), human_bytes(size) if size else "", verdict + _beside(folder))
     console.print(table)
     if damaged:
         raise CheckpointError(
@@ -171,13 +163,23 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _diff(arguments: argparse.Namespace) -> int:
-    from rich.table import Table
+def _beside(folder: Path) -> list[str]:
+    """A line for what lies in a checkpoint's folder and is not part of it, if there is any."""
+    from megaresnorm.checkpoint.inspect import strangers
 
+    try:
+        names = strangers(folder)
+    except CheckpointError:  # which verifying has said
+        return []
+    more = f" and {len(names) - 5} others" if len(names) > 5 else ""
+    return [f"not part of it, and not read by anything: {', '.join(map(shown, names[:5]))}{more}"] if names else []
+
+
+def _diff(arguments: argparse.Namespace) -> int:
     from megaresnorm.checkpoint.inspect import compare_tensors, newest_of, num_bytes
     from megaresnorm.checkpoint.reader import Checkpoint
     from megaresnorm.config import differences
-    from megaresnorm.telemetry.log import console, progress_bar
+    from megaresnorm.telemetry.log import Table, console, progress_bar
 
     folders = [newest_of(arguments.one), newest_of(arguments.other)]
     with progress_bar("verifying", sum(map(num_bytes, folders)), of_bytes=True) as bar:
@@ -212,13 +214,11 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 
 def _prune(arguments: argparse.Namespace) -> int:
-    from rich.table import Table
-
     from megaresnorm.checkpoint.format import checkpoints_of
     from megaresnorm.checkpoint.inspect import num_bytes, prunable, run_of
     from megaresnorm.checkpoint.writer import Kept, remove_checkpoint
     from megaresnorm.resilience.lock import FolderLock
-    from megaresnorm.telemetry.log import console, progress_bar
+    from megaresnorm.telemetry.log import Table, console, progress_bar
 
     if arguments.keep < 2:
         raise ConfigError(
@@ -228,7 +228,7 @@ def _prune(arguments: argparse.Namespace) -> int:
     kept = Kept(arguments.keep, arguments.keep_every)
     lock = None if arguments.dry_run else FolderLock(folder, str(folder))
     try:
-        total = sum(_size_or_nothing(path, num_bytes) for _, path in checkpoints_of(folder)[-kept.newest :])
+        total = 2 * sum(_size_or_nothing(path, num_bytes) for _, path in checkpoints_of(folder)[-kept.newest :])
         with progress_bar("verifying what stays", total, of_bytes=True) as bar:
             removed, problems = prunable(folder, kept, partial(bar.advance, bar.task_ids[0]))
         table = Table()

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from megaresnorm.cli.arguments import Commands, count, share, size
 from megaresnorm.errors import CheckpointError, ConfigError, ConversionError
+from megaresnorm.text import say, shown
 
 if TYPE_CHECKING:
     import torch
-    from rich.table import Table
 
     from megaresnorm.convert.compare import Agreement
+    from megaresnorm.telemetry.log import Table
 
 _TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 _CHECKPOINT = "a checkpoint, or the output folder of a run: its newest one"
@@ -191,10 +192,10 @@ def _to_hf(arguments: argparse.Namespace) -> int:
             tolerance=_tolerance_of(arguments),
             progress=progress,
         )
-    console.print(f"wrote     {report.folder}: {report.files} file(s), {human_bytes(report.num_bytes)}")
-    console.print(f"as        {report.plan.family.architecture} (model_type {report.plan.family.name})")
+    say(f"wrote     {report.folder}: {report.files} file(s), {human_bytes(report.num_bytes)}")
+    say(f"as        {report.plan.family.architecture} (model_type {report.plan.family.name})")
     for note in report.plan.notes:
-        console.print(f"note      {note}", style="yellow")
+        console.print(shown(f"note      {note}"), style="yellow")
     if report.plan.fold is not None:
         console.print(
             "note      constants of the topology are folded into the weights; the way back is exact all the same"
@@ -231,19 +232,19 @@ def _from_hf(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     model = found.model
-    console.print(f"wrote     {found.checkpoint}")
-    console.print(f"model     {model.topology}, {model.num_blocks} blocks, width {model.dim}, from {found.family.name}")
+    say(f"wrote     {found.checkpoint}")
+    say(f"model     {model.topology}, {model.num_blocks} blocks, width {model.dim}, from {found.family.name}")
     for note in found.notes:
-        console.print(f"note      {note}", style="yellow")
+        console.print(shown(f"note      {note}"), style="yellow")
     _print_agreement(found.agreement)
-    console.print(f"train on  megaresnorm train {found.recipe} data.path={arguments.data}")
+    say(f"train on  megaresnorm train {found.recipe} data.path={arguments.data}")
     return 0
 
 
 def _to_megatron(arguments: argparse.Namespace) -> int:
     _needs_transformers()
     from megaresnorm.convert.megatron import to_megatron
-    from megaresnorm.telemetry.log import console, progress_bars
+    from megaresnorm.telemetry.log import progress_bars
 
     with progress_bars() as progress:
         folder = to_megatron(
@@ -256,9 +257,7 @@ def _to_megatron(arguments: argparse.Namespace) -> int:
             with_tokenizer=arguments.tokenizer == "auto",
             progress=progress,
         )
-    console.print(
-        f"wrote     {folder}, for megatron-core's {arguments.transformer_impl} layers; the logits were not compared"
-    )
+    say(f"wrote     {folder}, for megatron-core's {arguments.transformer_impl} layers; the logits were not compared")
     return 0
 
 
@@ -313,7 +312,7 @@ def _print_agreement(agreement: Agreement | None) -> None:
 
 
 def _agreement_table(agreement: Agreement) -> Table:
-    from rich.table import Table
+    from megaresnorm.telemetry.log import Table
 
     table = Table(show_header=False)
     table.add_column("", no_wrap=True)

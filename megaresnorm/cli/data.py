@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from megaresnorm.cli.arguments import Commands, count, write_json
 from megaresnorm.errors import ConfigError
+from megaresnorm.text import say, shown
 
 if TYPE_CHECKING:  # commands import what they need, so that --help is instant
-    from rich.table import Table
-
     from megaresnorm.data.dataset import DataSet
     from megaresnorm.data.inspect import DataStatistics, Draw
+    from megaresnorm.telemetry.log import Table
 
 
 def add_prepare(commands: Commands) -> None:
@@ -77,11 +77,11 @@ def add_data(commands: Commands) -> None:
 def _prepare(arguments: argparse.Namespace) -> int:
     if bool(arguments.corpus) == bool(arguments.paths):
         raise ConfigError("give either --corpus stdlib or --corpus english, or at least one PATH")
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from megaresnorm.data.corpus import find_sources
     from megaresnorm.data.prepare import PrepareJob, prepare
+    from megaresnorm.telemetry.log import console
 
     job = PrepareJob(
         out=arguments.out,
@@ -95,13 +95,12 @@ def _prepare(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
     )
     sources = find_sources(job.corpus, job.paths)
-    console = Console(highlight=False, soft_wrap=True)
     columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("tokenizing", total=sum(source.num_bytes for source in sources) or None)
         result = prepare(job, sources, lambda num_bytes: progress.advance(task, num_bytes))
     verb = "reused" if result.reused else "prepared"
-    print(
+    say(
         f"{verb} {result.folder}: {result.documents:,} documents, {result.tokens:,} tokens, vocabulary {result.vocab_size:,}"
     )
     return 0
@@ -146,17 +145,17 @@ def _verify(arguments: argparse.Namespace) -> int:
         checked = (
             "every checksum and token" if data.tokenizer is not None else "index, sizes and tokens (no checksums there)"
         )
-        print(f"{path}: {data.files.num_documents:,} documents, {len(data.files.tokens):,} tokens; {checked} right")
+        say(f"{path}: {data.files.num_documents:,} documents, {len(data.files.tokens):,} tokens; {checked} right")
     return 0
 
 
 def _statistics_table(figures: list[DataStatistics]) -> Table:
-    from rich.table import Table
+    from megaresnorm.telemetry.log import Table
 
     table = Table()
     table.add_column("", no_wrap=True)
     for one in figures:
-        table.add_column(one.path, justify="right", overflow="fold", min_width=13)
+        table.add_column(shown(one.path), justify="right", overflow="fold", min_width=13)
     rows = {
         "documents": [f"{f.documents:,}" for f in figures],
         "tokens": [f"{f.tokens:,}" for f in figures],
@@ -176,7 +175,7 @@ def _statistics_table(figures: list[DataStatistics]) -> Table:
 
 
 def _draws_table(draws: list[Draw]) -> Table:
-    from rich.table import Table
+    from megaresnorm.telemetry.log import Table
 
     table = Table(title="what the run draws")
     table.add_column("source", overflow="fold")

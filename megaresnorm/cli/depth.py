@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from megaresnorm.cli.arguments import Commands, count, counts, names, write_json
 from megaresnorm.errors import ConfigError, DataError
+from megaresnorm.text import say, shown
 
 if TYPE_CHECKING:  # commands import what they need, so that --help is instant
-    from rich.table import Table
+    from megaresnorm.telemetry.log import Table
 
 
 def add_depth(commands: Commands) -> None:
@@ -106,7 +107,7 @@ def _probe(arguments: argparse.Namespace) -> int:
 
 
 def _probe_table(rows: list[dict]) -> Table:
-    from rich.table import Table
+    from megaresnorm.telemetry.log import Table
 
     table = Table(title="at initialisation and after one step (medians over seeds)")
     table.add_column("topology", no_wrap=True, min_width=12)
@@ -151,8 +152,8 @@ def _train(arguments: argparse.Namespace) -> int:
         console.print(f"stopped after {len(results)} of {total} runs; start again to go on")
         return stop.exit_code
     files = write_report(comparison, results)
-    console.print(Markdown(markdown(comparison, results)))
-    console.print("written    " + ", ".join(map(str, files)), markup=False)
+    console.print(Markdown(shown(markdown(comparison, results), lines=True), hyperlinks=False))
+    say("written    " + ", ".join(map(str, files)))
     return 0
 
 

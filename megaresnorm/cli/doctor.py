@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megaresnorm.cli.arguments import Commands, write_json
+from megaresnorm.text import say
 
 
 def add_doctor(commands: Commands) -> None:
@@ -42,13 +43,12 @@ auto takes and why it does not take the others. Times are the best of five calls
 def _doctor(arguments: argparse.Namespace) -> int:
     import torch
     from rich import box
-    from rich.console import Console
-    from rich.table import Table
 
     from megaresnorm.assemble import choose_device
     from megaresnorm.kernels import load_backends
     from megaresnorm.kernels.cpu.build import levels
     from megaresnorm.kernels.examine import examine
+    from megaresnorm.telemetry.log import Console, Table
 
     load_backends()
     device = choose_device(arguments.device)
@@ -58,7 +58,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         if device.type == "cuda"
         else f"{levels()[0]}, {torch.get_num_threads()} threads"
     )
-    print(f"{device.type} ({what}), {arguments.dtype}, torch {torch.__version__}")
+    say(f"{device.type} ({what}), {arguments.dtype}, torch {torch.__version__}")
     table = Table(box=box.SIMPLE, pad_edge=False)
     for heading in ("op", "rows x columns", "backend", "ms", ""):
         table.add_column(heading, justify="right" if heading == "ms" else "left", no_wrap=heading != "")

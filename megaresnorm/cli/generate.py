@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from megaresnorm.cli.arguments import Commands, count
+from megaresnorm.text import write
 
 
 def add_generate(commands: Commands) -> None:
@@ -49,7 +50,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     start = start_tokens(tokenizer, prompt)
     for number in range(arguments.samples):
         if arguments.samples > 1:
-            print(f"{chr(10) if number else ''}--- seed {arguments.seed + number} ---")
+            write(f"{chr(10) if number else ''}--- seed {arguments.seed + number} ---\n")
         tokens = start[1:]
         shown = _show_more("", tokenizer.decode(tokens))
         for token in generate_tokens(
@@ -66,7 +67,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         ):
             tokens = [*tokens, token]
             shown = _show_more(shown, tokenizer.decode(tokens))
-        print(tokenizer.decode(tokens)[len(shown) :])
+        write(tokenizer.decode(tokens)[len(shown) :] + "\n")
     return 0
 
 
@@ -74,7 +75,7 @@ def _show_more(shown: str, text: str) -> str:
     """Print what is new in ``text``, but no character whose last bytes are still to come."""
     whole = text.rstrip("\ufffd")
     if whole.startswith(shown):
-        print(whole[len(shown) :], end="", flush=True)
+        write(whole[len(shown) :])
         return whole
     return shown
 

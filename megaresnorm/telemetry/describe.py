@@ -6,13 +6,14 @@ from megaresnorm.assemble import Assembled, split_stages
 from megaresnorm.data.samples import Samples
 from megaresnorm.recipe import Recipe
 from megaresnorm.schedule import total_variation
+from megaresnorm.text import shown
 
 
 def describe_run(recipe: Recipe, assembled: Assembled, samples: Samples) -> list[str]:
     model = recipe.model
     parameters = sum(spec.num_elements for spec in assembled.table.values())
     tokens = recipe.train.global_batch * model.seq_len
-    return [
+    lines = [
         f"model     {model.topology}, {model.num_blocks} blocks = {2 * model.num_blocks} sub-layers, width {model.dim}, "
         f"{parameters:,} parameters",
         *_ranks(recipe, assembled),
@@ -24,6 +25,7 @@ def describe_run(recipe: Recipe, assembled: Assembled, samples: Samples) -> list
         f"schedule  {recipe.train.steps:,} steps of {tokens:,} tokens, {recipe.schedule.kind}, peak lr {recipe.optim.lr:g}, "
         f"total variation of the lr {total_variation(recipe):.3g}",
     ]
+    return [shown(line) for line in lines]
 
 
 def data_name(recipe: Recipe) -> str:

@@ -6,19 +6,48 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
-from rich.console import Console
+import rich.console
+import rich.table
+from rich.console import RenderableType
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from megaresnorm.text import OneLine, shown
 
 
-class _Console(Console):
-    """A console whose reader may go away (``| head``, a closed terminal): the run goes on without it."""
+class Console(rich.console.Console):
+    """Shows strings as they are: no markup, no emoji codes, no links, control characters written out.
+
+    Line breaks are kept, since some texts have them on purpose: of one line, print ``shown(line)``. The reader may go away
+    (``| head``, a closed terminal): the run goes on without it.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **settings)
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        """Every string passes through here: what is printed, cells and titles of tables."""
+        return super().render_str(shown(text, lines=True), **settings | {"markup": False, "emoji": False})
 
     def on_broken_pipe(self) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-console = _Console(highlight=False, soft_wrap=True)
+class Table(rich.table.Table):
+    """Cells are strings of one line each, whose own line breaks are written out; a list is a cell of several lines."""
+
+    def add_row(self, *cells: RenderableType | list[str] | None, **settings: Any) -> None:
+        super().add_row(*map(_cell, cells), **settings)
+
+
+def _cell(content: RenderableType | list[str] | None) -> RenderableType | None:
+    lines = [content] if isinstance(content, str) else content
+    return "\n".join(map(shown, lines)) if isinstance(lines, list) else lines
+
+
+console = Console(soft_wrap=True)
 
 
 class _ConsoleHandler(logging.Handler):
@@ -26,14 +55,15 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno == logging.WARNING else "red" if record.levelno > logging.WARNING else None
-        console.print(self.format(record), style=style, markup=False)
+        console.print(self.format(record), style=style)
 
 
 def configure_logging(rank: int = 0) -> None:
     """Send the package's log to the console; of ranks but the first only errors. To be called once, by the command line."""
-    logger = logging.getLogger("megaresnorm")
+    logger, handler = logging.getLogger("megaresnorm"), _ConsoleHandler()
+    handler.setFormatter(OneLine())
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    logger.handlers = [_ConsoleHandler()]
+    logger.handlers = [handler]
     logger.propagate = False
 
 
@@ -44,9 +74,9 @@ def progress_bar(label: str, total: int | None, done: int = 0, *, of_bytes: bool
     total: None where it is not known.
     """
     amount = DownloadColumn() if of_bytes else MofNCompleteColumn()
-    columns = (TextColumn(label), BarColumn(), amount, TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), amount, TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        progress.add_task(label, total=total, completed=done)
+        progress.add_task(shown(label), total=total, completed=done)
         yield progress
 
 

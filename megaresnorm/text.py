@@ -1,0 +1,54 @@
+"""Strings that come from elsewhere, as they are shown: names, keys, paths, values of files, messages of other packages.
+
+Whatever is in them, they stay within their line, do not move the cursor, and read in the order in which they are stored.
+"""
+
+import logging
+import re
+import sys
+
+# C0, DEL and C1 controls, line and paragraph separators, what turns the direction of writing around (embeddings, overrides,
+# isolates), and halves of surrogate pairs, which stand for bytes that are not UTF-8. Marks and joiners that scripts need stay.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROLS_WITHIN_LINES = re.compile(_CONTROLS.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))
+LONGEST = 2000  # characters of one line: more than any line of ours has, and few enough to be read
+
+
+def shown(text: object, *, lines: bool = False) -> str:
+    r"""A string with its control characters written out, in one line; the middle of a very long one is left out.
+
+    lines: keep line breaks and tabs, and all of it: for what is printed on several lines on purpose.
+
+    >>> shown("runs/a\nstep 99/100\x1b[2J")
+    'runs/a\\nstep 99/100\\x1b[2J'
+    """
+    text = str(text)
+    if lines:
+        return _CONTROLS_WITHIN_LINES.sub(_written_out, text)
+    if len(text) > LONGEST:
+        half = LONGEST // 2
+        text = f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
+    return _CONTROLS.sub(_written_out, text)
+
+
+def say(line: object, *, error: bool = False) -> None:
+    """Print one line on stdout, or on stderr for an ``error``."""
+    stream = sys.stderr if error else sys.stdout
+    stream.write(f"{shown(line)}\n")
+
+
+def write(text: str) -> None:
+    """Print text of several lines, such as what a model has written: as it is into a file or a pipe, as ``shown`` on a terminal."""
+    sys.stdout.write(shown(text, lines=True) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+class OneLine(logging.Formatter):
+    """A log record is one line, whatever its arguments hold."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
+
+
+def _written_out(character: re.Match[str]) -> str:
+    return character[0].encode("unicode_escape").decode()
