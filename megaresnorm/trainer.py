@@ -27,6 +27,7 @@ from megaresnorm.data.loader import Batch, microbatches
 from megaresnorm.data.samples import Samples, open_data, open_samples, resolve_vocab, unigram_entropy
 from megaresnorm.engines.native import Decision, GradientStats, NativeEngine
 from megaresnorm.errors import NonFiniteError, TrainingError, UserError
+from megaresnorm.files import replace_file
 from megaresnorm.generate import generate
 from megaresnorm.model.lint import check
 from megaresnorm.parallel.collectives import all_gather_blocks
@@ -352,8 +353,6 @@ class Run:
             return
         check_output(self.output / "checkpoints", bytes_of(self.engine.slices), self.recipe.checkpoint.keep)
         try:
-            written = self.output / ".recipe.yaml.tmp"
-            written.write_text(dump_recipe(self.recipe), encoding="utf-8")
-            written.replace(self.output / "recipe.yaml")
+            replace_file(self.output / "recipe.yaml", dump_recipe(self.recipe))
         except OSError as e:
             raise TrainingError(f"train.output={self.output}: cannot be written ({e.strerror})") from None

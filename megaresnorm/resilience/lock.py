@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megaresnorm.errors import TrainingError
+from megaresnorm.files import open_plain
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +28,9 @@ class FolderLock:
 
     The file is locked by flock, which the operating system undoes when a process dies, however it dies. Some network file systems
     keep flock to one host; so the file names its owner and is touched every HEARTBEAT seconds, and an owner on another host is
-    dead after STALE seconds of the file server's clock. A job that torchrun has started again on another host takes over its own.
-    An owner that was taken for dead and is not finds that out at its next heartbeat: ``lost``.
+    dead after STALE seconds of the file server's clock; where that clock has gone back, after STALE seconds in which the stamp of
+    the future has not moved. A job that torchrun has started again on another host takes over its own. An owner that was taken for
+    dead and is not, or whose file was removed or replaced, finds that out at its next heartbeat, or when ``lost`` is asked for.
 
     what: how the folder is called in errors.
     Raises: TrainingError naming the owner, or saying why the folder cannot be used.
@@ -36,10 +38,10 @@ class FolderLock:
 
     def __init__(self, folder: Path, what: str) -> None:
         self._path, self._what = folder / LOCK, what
-        self.lost = False  # another job has taken the folder over, having taken this one for dead
+        self._lost, self._released = False, threading.Event()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            self._descriptor = open_plain(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as e:
             raise TrainingError(f"{what}: cannot be written ({e.strerror})") from None
         try:
@@ -50,17 +52,24 @@ class FolderLock:
         except BaseException:
             os.close(self._descriptor)
             raise
-        self._released = threading.Event()
-        beat = threading.Thread(target=self._beat, args=(os.dup(self._descriptor),), name="lock", daemon=True)
-        beat.start()
+        self._beating = os.dup(self._descriptor)
+        threading.Thread(target=self._beat, name="lock", daemon=True).start()
+
+    @property
+    def lost(self) -> bool:
+        """Whether the folder is no longer this job's: another has taken it over, or the file that says so is gone."""
+        if not self._released.is_set():
+            self._look(self._descriptor)
+        return self._lost
 
     def release(self) -> None:
         """Leave the folder to others."""
         if self._released.is_set():
             return
+        self._look(self._descriptor)
         self._released.set()
         try:
-            if not self.lost:
+            if not self._lost:
                 os.ftruncate(self._descriptor, 0)
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # closing is not enough: the beat has it open as well
         except OSError as e:
@@ -81,9 +90,11 @@ class FolderLock:
             log.warning(
                 "warning: %s: this file system has no flock; its owner is known by its heartbeat alone", self._what
             )
+        if self._replaced(self._descriptor):  # between opening and locking it
+            raise self._held({}, 0.0)
         owner, silent = self._owner(), self._seconds_silent()
         out_of_reach = bool(owner) and (not locked or owner.get("host") != socket.gethostname())  # of our flock
-        if out_of_reach and silent < STALE and (job() is None or owner.get("job") != job()):
+        if out_of_reach and (job() is None or owner.get("job") != job()) and self._alive(silent):
             raise self._held(owner, silent)
         if owner:
             log.info("%s: taken over from pid %s on %s, which is dead", self._what, owner.get("pid"), owner.get("host"))
@@ -101,7 +112,7 @@ class FolderLock:
     def _owner(self, descriptor: int | None = None) -> dict[str, Any]:
         try:
             owner = json.loads(os.pread(self._descriptor if descriptor is None else descriptor, 4096, 0))
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         return owner if isinstance(owner, dict) else {}
 
@@ -118,15 +129,44 @@ class FolderLock:
         with tempfile.NamedTemporaryFile(dir=self._path.parent, prefix=".lock-") as probe:
             return os.fstat(probe.fileno()).st_mtime - last
 
-    def _beat(self, descriptor: int) -> None:
-        while not self._released.wait(HEARTBEAT) and not self.lost:
+    def _alive(self, silent: float) -> bool:
+        """Whether an owner that was last heard of so many seconds ago lives. One of the future is watched until it moves."""
+        if silent >= -HEARTBEAT:
+            return silent < STALE
+        log.info(
+            "%s: its lock is stamped %.0f s in the future; waiting %.0f s for its owner", self._what, -silent, STALE
+        )
+        stamp, end = os.fstat(self._descriptor).st_mtime_ns, time.monotonic() + STALE
+        while time.monotonic() < end:
+            time.sleep(min(1.0, HEARTBEAT))
+            if os.fstat(self._descriptor).st_mtime_ns != stamp:
+                return True
+        return False
+
+    def _beat(self) -> None:
+        while not self._released.wait(HEARTBEAT) and not self._lost:
             try:
-                self.lost = self._owner(descriptor) != self._mine
-                if not self.lost:
-                    os.utime(descriptor)
+                self._look(self._beating)
+                if not self._lost:
+                    os.utime(self._beating)
             except OSError as e:  # a full or lost disk; the next beat may reach it
                 log.debug("%s: %s", self._path, e.strerror)
-        os.close(descriptor)
+        os.close(self._beating)
+
+    def _look(self, descriptor: int) -> None:
+        """Note whether the lock is another's by now."""
+        try:
+            self._lost = self._lost or self._replaced(descriptor) or self._owner(descriptor) != self._mine
+        except OSError as e:  # a lost disk says nothing of who has the folder
+            log.debug("%s: %s", self._path, e.strerror)
+
+    def _replaced(self, descriptor: int) -> bool:
+        """Whether another file, or none, stands in the place of the one that is locked. Raises: OSError."""
+        try:
+            there = os.lstat(self._path)
+        except FileNotFoundError:
+            return True
+        return not os.path.samestat(there, os.fstat(descriptor))
 
 
 def job() -> str | None:
@@ -138,5 +178,5 @@ def job() -> str | None:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
+    except (ImportError, KeyError, OSError):  # a container's user without a name
         return str(os.getuid())

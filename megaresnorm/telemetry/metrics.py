@@ -4,23 +4,32 @@ import io
 import json
 import logging
 import os
+import re
 import socket
 import time
+from collections.abc import Iterator
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from megaresnorm.files import open_plain, replace_file
+
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_WARNINGS = 60.0
+MAX_LINE_BYTES = 1 << 16  # of metrics.jsonl; one of ours has a few hundred, and what is longer is not looked at
+_EVENTS = re.compile(r"events\.out\.tfevents\.([0-9]+)")
 
 
 class Appended:
-    """A file that grows by whole records. What cannot be written now is kept, and written when it can be."""
+    """A file that grows by whole records. What cannot be written now is kept, and written when it can be.
 
-    def __init__(self, path: Path) -> None:
+    new: there must be none yet.   Raises: OSError if it cannot be opened, or is not a plain file.
+    """
+
+    def __init__(self, path: Path, *, new: bool = False) -> None:
         self._path, self._waiting, self._next_warning = path, bytearray(), 0.0
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._descriptor = open_plain(path, os.O_WRONLY | os.O_CREAT | (os.O_EXCL if new else 0))
         self._size = os.lseek(self._descriptor, 0, os.SEEK_END)
 
     def write(self, record: bytes = b"") -> None:
@@ -58,18 +67,14 @@ class MetricsWriter:
     """Appends to ``folder/metrics.jsonl`` and, if asked, writes TensorBoard files to ``folder/tensorboard``.
 
     ``first_step``: where the run starts or resumes; what an earlier process wrote from there on is dropped, since those steps
-    are about to be done again.
+    are about to be done again, and so is what cannot be read, with a warning.
+    Raises: OSError where they cannot be read or written; an earlier file stays as it was then.
     """
 
     def __init__(self, folder: Path, *, first_step: int, tensorboard: bool) -> None:
         path = folder / "metrics.jsonl"
-        if path.exists():
-            lines = path.read_text(errors="replace").splitlines(keepends=True)
-            kept = [line for line in lines if _step_of(line) < first_step]
-            if kept != lines:
-                temporary = path.with_suffix(".tmp")
-                temporary.write_text("".join(kept))
-                os.replace(temporary, path)
+        if os.path.lexists(path):
+            _drop_from(path, first_step)
         self._lines = Appended(path)
         self._events = EventFile(folder / "tensorboard", first_step) if tensorboard else None
 
@@ -91,8 +96,9 @@ class EventFile:
 
     def __init__(self, folder: Path, first_step: int) -> None:
         folder.mkdir(exist_ok=True)
-        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
-        self._file = Appended(folder / name)
+        stamp = stamp_after(os.listdir(folder), time.time_ns())
+        name = f"events.out.tfevents.{stamp}.{socket.gethostname()}.{os.getpid()}"
+        self._file = Appended(folder / name, new=True)
         self._append(file_version="brain.Event:2")
         self._append(
             step=first_step, session_log={"status": 1}
@@ -113,9 +119,51 @@ class EventFile:
         self._file.write(record.getvalue())
 
 
-def _step_of(line: str) -> float:
-    """The step of a line; a line torn by a crash counts as the end of time."""
+def stamp_after(names: list[str], now: int) -> str:
+    """Digits by which an event file sorts after those of ``names``: the time, unless the clock has gone back since.
+
+    TensorBoard reads the files of a folder in the order of their names, and passes over what sorts before what it has read.
+
+    >>> stamp_after(["events.out.tfevents.150.host.7"], 200), stamp_after(["events.out.tfevents.250.host.7"], 200)
+    ('200', '251')
+    """
+    stamps = [match[1] for match in map(_EVENTS.match, names) if match is not None]
+    newest = max(stamps, default="")
+    if str(now) > newest:
+        return str(now)
+    following = str(int(newest) + 1)
+    return following if following > newest else f"{newest}0"  # 9 is followed by 90, since 10 sorts before it
+
+
+def _drop_from(path: Path, first_step: int) -> None:
+    """Leave the whole lines of the steps before ``first_step`` in a file of metrics. Raises: OSError."""
+    kept = lines = unreadable = 0
+    for line, step in _lines_of(path):
+        unreadable += step is None
+        kept += step is not None and step < first_step and line.endswith(b"\n")
+        lines += 1
+    if kept < lines:
+        staying = (line for line, step in _lines_of(path) if step is not None and step < first_step)
+        replace_file(path, (line.rstrip(b"\n") + b"\n" for line in staying))
+    if unreadable:
+        log.warning("warning: %s: %d of its lines cannot be read and are left out", path, unreadable)
+
+
+def _lines_of(path: Path) -> Iterator[tuple[bytes, int | None]]:
+    """(line, its step) of a file of metrics; no step where a line is not of metrics. Raises: OSError."""
+    with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
+        while line := file.readline(MAX_LINE_BYTES):
+            whole = line
+            while len(whole) == MAX_LINE_BYTES and not whole.endswith(b"\n"):
+                whole = file.readline(MAX_LINE_BYTES)  # the rest of a line that is too long
+            yield line, _step_of(line) if whole is line else None
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line; None for one that was torn by a crash, or is of something else."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if type(step) is int and step >= 0 else None

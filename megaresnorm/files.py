@@ -1,0 +1,46 @@
+"""Files that are written where somebody else may have put something: no link is followed, and nothing is left half written."""
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def open_plain(path: Path, flags: int, mode: int = 0o666) -> int:
+    """A descriptor of a plain file, as ``os.open``. A link in its place is not followed, a pipe is not waited for.
+
+    Raises: OSError, also for anything that is not a plain file.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+    except OSError as e:
+        if e.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "a link stands in its place, which is not followed", str(path)) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "something that is not a file stands in its place", str(path))
+    return descriptor
+
+
+def replace_file(path: Path, content: str | bytes | Iterable[bytes]) -> None:
+    """Put a file in the place of what stands at ``path``, whole or not at all; a link there is replaced, not followed.
+
+    Raises: OSError; what stood there is untouched then.
+    """
+    if isinstance(content, str):
+        content = content.encode("utf-8")
+    temporary = path.with_name(f".new-{secrets.token_hex(8)}")
+    descriptor = open_plain(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            for piece in [content] if isinstance(content, bytes) else content:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
