@@ -1,12 +1,13 @@
 """Compiles the C files beside this one, once for each machine's instructions, and calls them.
 
 The library lies in a folder of the user's own (``MEGARESNORM_CACHE``, else ``~/.cache/megaresnorm``) under a name that is a hash
-of the sources, the flags and the compiler, so that a new version never meets an old file. It is built under a temporary name and
-renamed: any number of processes may start at once, and on one machine only the first of them compiles.
+of the sources, the flags and the compiler, so that a new version never meets an old file. Its own digest lies beside it: a library
+that was torn or changed is compiled again. It is built under a temporary name and renamed: any number of processes may start at
+once, and on one machine only the first of them compiles.
 """
 
+import contextlib
 import ctypes
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -14,14 +15,17 @@ import logging
 import os
 import shlex
 import shutil
-import stat
+import signal
 import subprocess
-import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from megaresnorm.kernels.cpu import trusted
+from megaresnorm.kernels.cpu.trusted import BuildError
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +51,12 @@ LEVELS: dict[str, tuple[set[str], list[str]]] = {
 }
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}  # as common.h numbers them
 THREAD_ELEMENTS = 1 << 18  # a thread is worth starting for this many
-
-
-class BuildError(Exception):
-    """Why there is no library."""
+VERSION_SECONDS = (
+    60.0  # for ``cc --version``: milliseconds, but a cold network file system under a cluster's start takes its time
+)
+BUILD_SECONDS = (
+    300.0  # for compiling, and for waiting while another process does: three seconds, a hundred times that at the worst
+)
 
 
 def levels() -> list[str]:
@@ -65,23 +71,24 @@ def levels() -> list[str]:
 def load(level: str | None = None) -> ctypes.CDLL:
     """The compiled library for a level, the processor's best when None. Raises: BuildError."""
     level = level or levels()[0]
-    compiler = _compiler()
-    flags = [*FLAGS, *LEVELS[level][1]]
-    files = sorted(SOURCES.glob("*.[ch]"))
-    digest = hashlib.sha256()
-    for part in (*(file.read_bytes() for file in files), " ".join(flags).encode(), _version(compiler)):
-        digest.update(len(part).to_bytes(8, "little") + part)
-    library = _folder() / f"{level}-{digest.hexdigest()[:24]}.so"
-    if not library.exists():
-        with (library.parent / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # processes that start together wait for the first one's work
-            if not library.exists():
-                _compile(compiler, flags, [file for file in files if file.suffix == ".c"], library)
-    if not _is_ours(library.lstat()):
-        raise BuildError(
-            f"{library} was not written by you alone; delete it, or set MEGARESNORM_CACHE to a folder of yours"
-        )
-    return ctypes.CDLL(str(library))
+    compiler, flags, deadline = _compiler(), [*FLAGS, *LEVELS[level][1]], time.monotonic() + BUILD_SECONDS
+    name = f"{level}-{_identity(compiler, flags)[:24]}.so"
+    path = _folder()
+    try:
+        folder = trusted.open_folder(path)
+        try:
+            content = trusted.read(folder, name)
+            if content is None:
+                with trusted.locked(folder, deadline):  # processes that start together wait for the first one's work
+                    content = trusted.read(folder, name)
+                    if content is None:
+                        content = _compile(compiler, flags, folder, path, deadline)
+                        trusted.write(folder, name, content)
+            return _open(content, folder, path, deadline)
+        finally:
+            os.close(folder)
+    except OSError as e:
+        raise BuildError(f"{path} cannot be used ({e.strerror or e}); {trusted.ADVICE}") from None
 
 
 @functools.cache
@@ -89,7 +96,7 @@ def unavailable() -> str | None:
     """None where the kernels can run, else the reason, which is also logged once."""
     try:
         load()
-    except (BuildError, OSError) as e:
+    except BuildError as e:
         log.warning("the C kernels cannot be used, slower ones will be: %s", e)
         return str(e)
     return None
@@ -150,7 +157,10 @@ def _pool(process: int) -> ThreadPoolExecutor:
 
 def _compiler() -> list[str]:
     """The command of CC, which may have words (``ccache gcc``), or the first compiler that there is."""
-    asked = shlex.split(os.environ.get("CC", ""))
+    try:
+        asked = shlex.split(os.environ.get("CC", ""))
+    except ValueError as e:
+        raise BuildError(f"CC={os.environ['CC']} is no command ({e}); unset CC, or name a C compiler") from None
     if asked:
         if shutil.which(asked[0]) is None:
             raise BuildError(f"CC={os.environ['CC']}: {asked[0]} was not found; unset CC, or name a C compiler")
@@ -161,45 +171,79 @@ def _compiler() -> list[str]:
     return [found]
 
 
-def _version(compiler: list[str]) -> bytes:
-    return (
-        subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout + " ".join(compiler).encode()
-    )
+def _identity(compiler: list[str], flags: list[str]) -> str:
+    """Digest of all that decides what the library is."""
+    version = _run([*compiler, "--version"], VERSION_SECONDS).stdout + " ".join(compiler).encode()
+    digest = hashlib.sha256()
+    for part in (*(file.read_bytes() for file in _sources("[ch]")), " ".join(flags).encode(), version):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
 
 
-def _is_ours(status: os.stat_result) -> bool:
-    """A folder or a plain file of this user's, no link, that nobody else can write to."""
-    kind = stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)
-    return kind and status.st_uid == os.getuid() and not stat.S_IMODE(status.st_mode) & 0o022
+def _sources(suffix: str) -> list[Path]:
+    return sorted(SOURCES.glob(f"*.{suffix}"))
 
 
 def _folder() -> Path:
-    """A folder that nobody else can write to: what lies there is loaded as code."""
+    """Where the libraries lie, absolute."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(os.environ.get("MEGARESNORM_CACHE") or os.path.join(cache, "megaresnorm")).expanduser() / "kernels"
+    folder = Path(os.environ.get("MEGARESNORM_CACHE") or os.path.join(cache, "megaresnorm")) / "kernels"
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.lstat()
-    except OSError as e:
-        raise BuildError(
-            f"{folder} cannot be used ({e.strerror}); set MEGARESNORM_CACHE to a folder of yours"
-        ) from None
-    if not _is_ours(status):
-        raise BuildError(f"others can write to {folder}; set MEGARESNORM_CACHE to a folder of yours")
-    return folder
+        return folder.expanduser().absolute()
+    except (RuntimeError, OSError) as e:  # a user without a home, and a working folder that is gone
+        raise BuildError(f"{folder} cannot be used ({e}); set MEGARESNORM_CACHE to an absolute path of yours") from None
 
 
-def _compile(compiler: list[str], flags: list[str], sources: list[Path], library: Path) -> None:
-    handle, temporary = tempfile.mkstemp(dir=library.parent, suffix=".tmp")
-    os.close(handle)
-    try:
-        done = subprocess.run(
-            [*compiler, *flags, *map(str, sources), "-o", temporary, "-lm"], capture_output=True, text=True, check=False
-        )
+def _compile(compiler: list[str], flags: list[str], folder: int, path: Path, deadline: float) -> bytes:
+    """The library, made in a folder of its own below, where the compiler also puts what it makes on the way."""
+    with trusted.scratch(folder, path) as (descriptor, there):
+        if os.path.isdir("/proc/self/fd"):
+            there = f"/proc/self/fd/{descriptor}"  # the compiler inherits it: no path that could change meanwhile
+        command = [*compiler, *flags, *map(str, _sources("c")), "-o", f"{there}/library.so", "-lm"]
+        done = _run(command, deadline - time.monotonic(), descriptor, TMPDIR=there)
         if done.returncode:
-            first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+            errors = done.stderr.decode(errors="replace")
+            first = next((line for line in errors.splitlines() if "error" in line), errors.strip()[:200])
             raise BuildError(f"{compiler[0]} failed: {first}")
-        os.chmod(temporary, 0o700)
-        os.replace(temporary, library)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        return trusted.take(descriptor, "library.so")
+
+
+def _open(content: bytes, folder: int, path: Path, deadline: float) -> ctypes.CDLL:
+    """Load a library that was read: from memory, or where that cannot be, from a folder of its own that is then removed."""
+    memory = trusted.in_memory(content)
+    if memory is not None:
+        with contextlib.suppress(OSError):  # a policy of the system may forbid code from memory
+            return ctypes.CDLL(memory)
+    with trusted.locked(folder, deadline), trusted.scratch(folder, path) as (descriptor, there):
+        trusted.write_new(descriptor, "library.so", content)
+        return ctypes.CDLL(f"{there}/library.so")
+
+
+def _run(
+    command: list[str], seconds: float, *descriptors: int, **variables: str
+) -> "subprocess.CompletedProcess[bytes]":
+    """Run a program of the compiler's, which inherits the descriptors; all that it started ends with it.
+
+    Raises: BuildError if it cannot be started or does not end in time."""
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **variables},
+            pass_fds=descriptors,
+            start_new_session=True,
+            umask=0o077,
+        )
+    except OSError as e:
+        raise BuildError(f"{command[0]} cannot be started ({e.strerror}); set CC to another C compiler") from None
+    with process:
+        try:
+            out, errors = process.communicate(timeout=max(seconds, 0))
+        except subprocess.TimeoutExpired:
+            raise BuildError(f"{command[0]} did not end in {seconds:.0f} s; set CC to another C compiler") from None
+        finally:
+            if process.returncode is None:  # too late, or Ctrl-C
+                os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, out, errors)

@@ -1,0 +1,228 @@
+"""Files that are loaded as code: kept where nobody else can write, taken only when they are whole, and looked at once.
+
+The folder is opened from / downwards, each folder looked at through the descriptor by which the next one is opened, and all that
+lies in it is reached through its own descriptor: another folder that is put under the same path later is never seen. What is
+loaded are the very bytes whose digest was right (``in_memory``), not a second look at a file.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import secrets
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+POLL_SECONDS = 0.05  # between two tries to get the lock: short beside the seconds that compiling takes
+ADVICE = "set MEGARESNORM_CACHE to a folder of yours"
+_TEMPORARY = ".tmp"
+_SEARCH = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC  # homes may be unreadable
+
+
+class BuildError(Exception):
+    """Why there is no library."""
+
+
+class Scratch(NamedTuple):
+    """An empty folder of one process. descriptor: open; path: absolute, used by nobody before."""
+
+    descriptor: int
+    path: str
+
+
+def open_folder(path: Path) -> int:
+    """Descriptor of a folder, made where it is missing, that neither it nor a folder above lets others change; links are resolved.
+
+    Raises: BuildError for a folder that another user owns or may write to, OSError for one that cannot be made or opened."""
+    at = "/"
+    descriptor = os.open(at, _SEARCH)
+    try:
+        _check_above(descriptor, at)
+        for part in Path(os.path.realpath(path)).parts[1:]:
+            at = os.path.join(at, part)
+            below = _open_or_make(part, descriptor)
+            os.close(descriptor)
+            descriptor = below
+            _check_above(descriptor, at)
+        if not _is_mine(os.fstat(descriptor)):
+            raise BuildError(f"others can write to {at}; {ADVICE}")
+        return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(folder: int, name: str) -> bytes | None:
+    """What ``write`` put there; None if it is missing, torn, changed, or could be another user's."""
+    content = _content(folder, name)
+    return content if content is not None and _content(folder, _digest_name(name)) == _digest(content) else None
+
+
+def write(folder: int, name: str, content: bytes) -> None:
+    """Put a file and its digest there, on the disk before they get their names. The caller holds the lock. Raises: OSError."""
+    with scratch(folder, "") as (temporary, _):
+        files = {name: content, _digest_name(name): _digest(content)}
+        for file, data in files.items():
+            write_new(temporary, file, data)
+        for file in files:
+            os.rename(file, file, src_dir_fd=temporary, dst_dir_fd=folder)
+    with contextlib.suppress(OSError):  # some file systems cannot sync folders; then the digest tells after a power cut
+        os.fsync(folder)
+
+
+def write_new(folder: int, name: str, content: bytes) -> None:
+    """A file that was not there, on the disk. Raises: OSError."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(name, flags, 0o600, dir_fd=folder), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def take(folder: int, name: str) -> bytes:
+    """What a program of ours has just left in a scratch folder. Raises: BuildError."""
+    content = _content(folder, name)
+    if content is None:
+        raise BuildError(f"{name} was not written")
+    return content
+
+
+@contextlib.contextmanager
+def locked(folder: int, deadline: float) -> Iterator[None]:
+    """Alone among the processes that use the folder; ``deadline``, of time.monotonic(), ends the wait.
+
+    Raises: BuildError when it does, OSError."""
+    lock = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
+    try:
+        while not _try_lock(lock):
+            if time.monotonic() > deadline:
+                raise BuildError("another process is compiling the C kernels and does not end; end it and start again")
+            time.sleep(POLL_SECONDS)
+        for name in os.listdir(folder):  # of processes that were killed at their work, for they had the lock
+            if name.endswith(_TEMPORARY):
+                _remove(folder, name)
+        yield
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def scratch(folder: int, path: str | Path) -> Iterator[Scratch]:
+    """An empty folder below, removed at the end. ``path``: the folder's own. The caller holds the lock. Raises: OSError."""
+    name = secrets.token_hex(8) + _TEMPORARY
+    os.mkdir(name, 0o700, dir_fd=folder)
+    descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        yield Scratch(descriptor, os.path.join(os.path.realpath(path), name))
+    finally:
+        os.close(descriptor)
+        _remove(folder, name)
+
+
+def in_memory(content: bytes) -> str | None:
+    """Path of a file that exists in memory alone, holds these bytes and can never be changed; None where there are no such files.
+
+    Its descriptor stays open: the loader takes a path that it has seen before for what was there then, so none may come twice."""
+    if not hasattr(os, "memfd_create"):
+        return None
+    try:
+        descriptor = os.memfd_create("megaresnorm-kernels", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError:
+        return None
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(content)
+    fcntl.fcntl(
+        descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+    )
+    path = f"/proc/{os.getpid()}/fd/{descriptor}"
+    return path if os.path.exists(path) else None
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode() + b"\n"
+
+
+def _digest_name(name: str) -> str:
+    return f"{name}.sha256"
+
+
+def _open_or_make(name: str, folder: int) -> int:
+    try:
+        return os.open(name, _SEARCH, dir_fd=folder)
+    except FileNotFoundError:
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            os.mkdir(name, 0o700, dir_fd=folder)
+        return os.open(name, _SEARCH, dir_fd=folder)
+
+
+def _content(folder: int, name: str) -> bytes | None:
+    """Of a plain file of this user's that nobody else can write to; None of anything else. A fifo is not waited for."""
+    try:
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    except OSError:
+        return None
+    try:
+        status = os.fstat(descriptor)
+        if not (stat.S_ISREG(status.st_mode) and _is_mine(status)):
+            return None
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
+def _is_mine(status: os.stat_result) -> bool:
+    """This user's, and nobody else can write to it."""
+    return status.st_uid == os.geteuid() and not status.st_mode & 0o022
+
+
+def _check_above(descriptor: int, path: str) -> None:
+    """Raise BuildError for a folder in which others could put something else in the place of what lies in it."""
+    status = os.fstat(descriptor)
+    if status.st_uid not in _owners():
+        raise BuildError(f"{path} belongs to another user (number {status.st_uid}); {ADVICE}")
+    # In a folder with the sticky bit (/tmp) others can make names, but take away only their own.
+    if status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:
+        raise BuildError(
+            f"others can write to {path} (mode {stat.S_IMODE(status.st_mode):o}); chmod go-w it, or {ADVICE}"
+        )
+
+
+def _owners() -> set[int]:
+    """Users who may own folders above: this one and root, under the number that root has here.
+
+    In a container of an ordinary user the host's root has none, and its folders (/, /home) are shown as the overflow user's. So are
+    another user's; that all below the folder goes through its descriptor, and its own owner is asked, is what is left there."""
+    owners = {os.geteuid(), 0}
+    try:
+        lines = Path("/proc/self/uid_map").read_text().splitlines()
+        ranges = [[int(word) for word in line.split()] for line in lines]
+        if all(outside > 0 for _, outside, _ in ranges):
+            owners.add(int(Path("/proc/sys/kernel/overflowuid").read_text()))
+    except (OSError, ValueError):
+        return owners  # not Linux: no such containers
+    return owners
+
+
+def _try_lock(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _remove(folder: int, name: str) -> None:
+    """A scratch folder, which holds files only, or a file."""
+    if not stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+        os.unlink(name, dir_fd=folder)
+        return
+    descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        for file in os.listdir(descriptor):
+            os.unlink(file, dir_fd=descriptor)
+    finally:
+        os.close(descriptor)
+    os.rmdir(name, dir_fd=folder)
