@@ -12,12 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from megaresnorm.data.english import BOOKS, english_chapters, fetch_english
-from megaresnorm.errors import ConfigError, DataError
+from megaresnorm.data.hub import HUB, HubData, hub_address, optional
+from megaresnorm.errors import DataError
 
 BUILT_IN = ("stdlib", "english")
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-HUB = "hf:"
+_OF_ROWS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+SUFFIXES = (".txt", *_OF_ROWS)
 PIECE_CHARACTERS = 1 << 20  # a longer document is handed on in pieces that end with a line, so that memory is bounded
+MAX_DOCUMENT = (
+    1 << 26
+)  # bytes of a line of JSON, whose values take up to twenty times that, or characters of a document
+# What a file may expand to: text that compresses to a thousandth is no text, and a few bytes of it could fill memory or disk.
+EXPANSION, EXPANSION_FREE = 1000, 1 << 28
+BATCH_ROWS = 256  # of a Parquet file, if those of its row group ...
+BATCH_BYTES = 1 << 31  # ... could not be larger together than this, or for a small file than this share of it
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Installed packages, tests, and sources that are generated tables: code pages (encodings) and help topics (pydoc_data).
 _SKIPPED_FOLDERS = {
@@ -44,7 +52,7 @@ class Source:
         """Tells whether it is still what was prepared."""
         path = Path(self.name)
         if self.name.startswith(HUB):
-            folder = Path(_hub_address(self.name)[0])
+            folder = Path(hub_address(self.name)[0])
             local = sorted(folder.rglob("*")) if folder.is_dir() else []
             return [self.name, *([str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in local)]
         return [str(path.resolve()), self.num_bytes, path.stat().st_mtime_ns]
@@ -62,7 +70,7 @@ def find_sources(corpus: str | None, paths: Sequence[str]) -> list[Source]:
     found: list[Source] = []
     for name in paths:
         if name.startswith(HUB):
-            _hub_address(name)
+            hub_address(name)
             found.append(Source(name))
             continue
         try:
@@ -82,7 +90,7 @@ def read_pieces(source: Source, text_key: str) -> Iterator[tuple[str, bool]]:
         documents = _hub_rows(source.name, text_key)
     elif path.name.endswith(".parquet"):
         documents = _parquet_rows(path, text_key)
-    elif path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+    elif path.name.endswith(_OF_ROWS):
         documents = _json_lines(path, text_key)
     elif path.name in BOOKS:
         documents = english_chapters(path)
@@ -90,8 +98,15 @@ def read_pieces(source: Source, text_key: str) -> Iterator[tuple[str, bool]]:
         yield from _text_pieces(path)
         return
     try:
-        for text in filter(None, documents):
-            yield from _cut(text)
+        produced, allowed = 0, max(EXPANSION_FREE, EXPANSION * source.num_bytes)
+        for text in documents:
+            produced += len(text) + 1
+            if source.num_bytes and produced > allowed:
+                raise DataError(
+                    f"{source.name}: its text is over {EXPANSION:,} times as large as the file, which no text is; leave it out"
+                )
+            if text:
+                yield from _cut(text)
     except UnicodeDecodeError as e:
         raise DataError(f"{source.name}: not UTF-8 text (byte {e.start}); convert it first") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
@@ -174,8 +189,13 @@ def _end_of_characters(data: bytes) -> int:
 
 
 def _json_lines(path: Path, text_key: str) -> Iterator[str]:
-    with _opened(path) as lines:
-        for number, line in enumerate(lines, start=1):
+    with _opened(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_DOCUMENT + 1), b""), start=1):
+            if len(line) > MAX_DOCUMENT:
+                raise DataError(
+                    f"{path}:{number}: a line of over {MAX_DOCUMENT >> 20} MiB, which must be in memory as a whole; divide it, "
+                    "or put the text into a .txt file"
+                )
             if line.strip():
                 yield _text_of(line, text_key, f"{path}:{number}")
 
@@ -184,7 +204,7 @@ def _opened(path: Path) -> Any:  # a binary file, of whichever package
     if path.name.endswith(".gz"):
         return gzip.open(path, "rb")
     if path.name.endswith(".zst"):
-        pyarrow = _optional("pyarrow", f"{path}: .zst")
+        pyarrow = optional("pyarrow", f"{path}: .zst")
         return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
     return path.open("rb")
 
@@ -208,14 +228,16 @@ def _checked(text: Any, keys: list[str], text_key: str, where: str) -> str:
         raise DataError(
             f"{where}: no text under {text_key!r}; its keys are {', '.join(sorted(keys)) or 'none'} (see --text-key)"
         )
+    if len(text) > MAX_DOCUMENT:
+        raise DataError(f"{where}: a document of over {MAX_DOCUMENT >> 20} Mi characters; divide it")
     if not text.isascii() and _SURROGATE.search(text):
         raise DataError(f"{where}: its text has half of a surrogate pair (\\ud800 to \\udfff), which is no character")
     return text
 
 
 def _parquet_rows(path: Path, text_key: str) -> Iterator[str]:
-    parquet = _optional("pyarrow.parquet", f"{path}: .parquet")
-    pyarrow = _optional("pyarrow", f"{path}: .parquet")
+    parquet = optional("pyarrow.parquet", f"{path}: .parquet")
+    pyarrow = optional("pyarrow", f"{path}: .parquet")
     row = 0
     try:
         with parquet.ParquetFile(path) as file:
@@ -224,46 +246,42 @@ def _parquet_rows(path: Path, text_key: str) -> Iterator[str]:
                 raise DataError(
                     f"{path}: no column {text_key!r}; its columns are {', '.join(columns) or 'none'} (see --text-key)"
                 )
-            for batch in file.iter_batches(batch_size=256, columns=[text_key]):
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    yield _checked(text, columns, text_key, f"{path}: row {row}")
+            for group in range(file.num_row_groups):
+                about = file.metadata.row_group(group)
+                count = _batch_rows(about, text_key, path.stat().st_size, f"{path}: row group {group + 1}")
+                for batch in file.iter_batches(batch_size=count, row_groups=[group], columns=[text_key]):
+                    for text in batch.column(0).to_pylist():
+                        row += 1
+                        yield _checked(text, columns, text_key, f"{path}: row {row}")
     except pyarrow.ArrowException as e:
         raise DataError(f"{path}: not a whole Parquet file ({str(e).splitlines()[0]})") from None
 
 
-def _hub_address(name: str) -> tuple[str, str | None, str]:
-    """hf:NAME[:CONFIG[:SPLIT]] as (name, config, split)."""
-    address, *rest = name.removeprefix(HUB).split(":")
-    if not address or len(rest) > 2:
-        raise ConfigError(f"{name}: wanted hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
-    config, split = [*rest, "", ""][:2]
-    return address, config or None, split or "train"
+def _batch_rows(group: Any, text_key: str, file_bytes: int, where: str) -> int:
+    """How many rows of a row group are read at a time. Each may be as large as all pages: one value of a dictionary, repeated.
+
+    Raises: DataError where the pages themselves are much larger than they are on disk.
+    """
+    chunks = [group.column(i) for i in range(group.num_columns)]
+    chunks = [c for c in chunks if c.path_in_schema == text_key or c.path_in_schema.startswith(f"{text_key}.")]
+    size = sum(c.total_uncompressed_size for c in chunks)
+    stored = min(file_bytes, sum(c.total_compressed_size for c in chunks))
+    if size > max(EXPANSION_FREE, EXPANSION * stored):
+        raise DataError(f"{where} expands to over {EXPANSION:,} times its size ({size:,} bytes), which no text does")
+    allowed = min(BATCH_BYTES, max(EXPANSION_FREE // 4, EXPANSION * stored))
+    return min(BATCH_ROWS, max(1, allowed // max(1, size)))
 
 
 def _hub_rows(name: str, text_key: str) -> Iterator[str]:
-    """Rows of a data set of the Hugging Face hub, or of a local folder that ``datasets`` can load; streamed, never stored."""
-    datasets = _optional("datasets", name)
-    address, config, split = _hub_address(name)
-    datasets.disable_progress_bars()
-    try:
-        rows = datasets.load_dataset(address, config, split=split, streaming=True)
-        for number, row in enumerate(rows):
-            yield _checked(row.get(text_key), list(row), text_key, f"{name}: row {number}")
-    except DataError:
-        raise
-    except Exception as e:  # noqa: BLE001 - datasets passes on whatever its backends raise; any of it means that this cannot be read
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise DataError(f"{name}: cannot be read ({type(e).__name__}: {reason[:200]})") from None
-
-
-def _optional(module: str, what: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise DataError(f"{what} cannot be read without the package datasets; pip install datasets") from None
+    """Documents of a data set of Hugging Face, streamed; files of a local folder that can be read without it are."""
+    data = HubData(name)
+    files = data.files() if data.is_local else []
+    if files and all(file.name.endswith(_OF_ROWS) for file in files):
+        for file in files:
+            yield from _parquet_rows(file, text_key) if file.name.endswith(".parquet") else _json_lines(file, text_key)
+        return
+    for number, row in enumerate(data.rows()):
+        yield _checked(row.get(text_key), list(row), text_key, f"{name}: row {number}")
 
 
 def _stdlib_files() -> list[Source]:

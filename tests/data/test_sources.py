@@ -146,7 +146,7 @@ BROKEN = {  # name -> (files, arguments after the folder, what the line says)
     "empty folder": ({}, [], ["the folder has no"]),
     "unknown kind": ({"a.csv": b"text\n"}, [], ["the folder has no"]),
     "no such hub set": ({"a.txt": b"a"}, ["hf:/nowhere/at-all"], ["hf:/nowhere/at-all", "cannot be read"]),
-    "hub without the column": ({"h/a.parquet": parquet({"body": ["a"]})}, ["hf:{folder}/h"], ["no text under 'text'"]),
+    "hub without the column": ({"h/a.parquet": parquet({"body": ["a"]})}, ["hf:{folder}/h"], ["no column 'text'", "body"]),
     "hub without the split": ({"h/a.parquet": PARQUET}, ["hf:{folder}/h::nosuch"], ["hf:", "cannot be read"]),
     "hub with too many parts": ({"a.txt": b"a"}, ["hf:a:b:c:d"], ["wanted hf:NAME"]),
     "no tokenizer.json": ({"a.txt": b"a", "t.json": b"{}"}, ["--tokenizer", "{folder}/t.json"], ["t.json", "tokenizer.json"]),
@@ -234,3 +234,116 @@ def test_a_hugging_face_tokenizer_gives_its_own_ids_and_text_back(tmp_path, caps
     want = [i for text in DOCUMENTS for i in [*own.encode(text).ids, end]]
     assert data.files.tokens.tolist() == want and data.tokenizer.eod == end and data.vocab_size == own.get_vocab_size()
     assert [data.tokenizer.decode(own.encode(text).ids) for text in DOCUMENTS] == DOCUMENTS
+
+
+def outside(tmp_path: Path) -> Path:
+    """A file that is nobody's business, beside the folder of a data set."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "secret.jsonl").write_text('{"text": "secret"}\n')
+    return tmp_path / "secret.jsonl"
+
+
+CARDS = {
+    "an absolute path": "data_files: {secret}",
+    "a path above": "data_files: ../secret.jsonl",
+    "a path above, in a split": "data_files:\n  - split: train\n    path: [a.jsonl, '../*.jsonl']",
+    "a folder above": "data_dir: ..",
+    "an address": "data_files: https://example.invalid/a.jsonl",
+    "an address of a file": "data_files: file://{secret}",
+    "a chain of addresses": "data_files: zip://a.jsonl::{secret}",
+}
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_folder_that_asks_for_files_outside_of_it_is_refused(card, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    secret = outside(tmp_path)
+    text = f"---\nconfigs:\n- config_name: default\n  {CARDS[card].format(secret=secret)}\n---\n"
+    (tmp_path / "set" / "README.md").write_text(text)
+    (source,) = find_sources(None, [f"hf:{tmp_path / 'set'}"])
+    with pytest.raises(DataError, match=r"only files of the folder are read; its README\.md asks for"):
+        list(read_documents(source, "text"))
+
+
+def test_a_link_out_of_a_folder_is_not_followed_and_one_within_it_is(tmp_path):
+    secret = outside(tmp_path)
+    (tmp_path / "set" / "b.jsonl").symlink_to(tmp_path / "set" / "a.jsonl")
+    (source,) = find_sources(None, [f"hf:{tmp_path / 'set'}"])
+    assert list(read_documents(source, "text")) == DOCUMENTS * 2
+    (tmp_path / "set" / "c.jsonl").symlink_to(secret)
+    with pytest.raises(DataError, match="only plain files of the data set itself are read"):
+        list(read_documents(source, "text"))
+
+
+def test_a_folder_may_say_which_of_its_files_are_data_and_be_read_by_datasets(tmp_path):
+    outside(tmp_path)
+    folder = tmp_path / "set"
+    (folder / "b.csv").write_text("text\nof a table\n")
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: two\n  data_files: b.csv\n---\n")
+    (source,) = find_sources(None, [f"hf:{folder}:two"])
+    assert list(read_documents(source, "text")) == ["of a table"]
+    (folder / "README.md").write_text("---\na: &a [x]\nb: *a\n---\n")
+    with pytest.raises(DataError, match="not a readable description"):
+        list(read_documents(source, "text"))
+
+
+def test_another_kind_of_reader_is_refused(tmp_path):
+    """HDF5 can hold links to any file of the machine."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
+    (source,) = find_sources(None, [f"hf:{tmp_path / 'set'}"])
+    with pytest.raises(DataError, match="holds files for the reader 'hdf5'; wanted those for arrow, csv, json"):
+        list(read_documents(source, "text"))
+
+
+def repeated_value(path: Path, characters: int, rows: int) -> None:
+    """A Parquet file of one value in a dictionary, and many references to it."""
+    values = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * rows, pyarrow.int32()), ["a" * characters])
+    pyarrow.parquet.write_table(pyarrow.table({"text": values}), path, compression="zstd", write_statistics=False)
+
+
+def test_a_value_that_is_repeated_is_not_in_memory_as_often(tmp_path):
+    """711 bytes that are 1.9 GB when 256 rows are read at once. What Arrow itself allocates is asked."""
+    repeated_value(tmp_path / "a.parquet", 7_600_000, 256)
+    assert (tmp_path / "a.parquet").stat().st_size < 1000
+    before = pyarrow.default_memory_pool().max_memory()
+    (source,) = find_sources(None, [str(tmp_path / "a.parquet")])
+    documents = read_documents(source, "text")
+    assert [len(next(documents)) for _ in range(20)] == [7_600_000] * 20
+    assert pyarrow.default_memory_pool().max_memory() - before < 200 * 2**20
+    with pytest.raises(DataError, match="over 1,000 times as large as the file"):
+        list(documents)
+
+
+def test_pages_that_expand_beyond_belief_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("megaresnorm.data.corpus.EXPANSION_FREE", 1 << 20)
+    table = pyarrow.table({"text": ["a" * 20_000_000]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
+    (source,) = find_sources(None, [str(tmp_path / "a.parquet")])
+    with pytest.raises(DataError, match=r"row group 1 expands to over 1,000 times its size \(20,"):
+        list(read_documents(source, "text"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst"])
+def test_a_line_is_read_up_to_a_limit(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("megaresnorm.data.corpus.MAX_DOCUMENT", 1 << 20)
+    content = LINES + b'{"text": "' + b"a" * (1 << 21)
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl.zst":
+        zstd(content, path)
+    else:
+        path.write_bytes(gzip.compress(content) if kind == "jsonl.gz" else content)
+    documents = read_documents(find_sources(None, [str(path)])[0], "text")
+    assert [next(documents) for _ in DOCUMENTS] == DOCUMENTS
+    with pytest.raises(DataError, match=rf"a\.{kind}:5: a line of over 1 MiB"):
+        next(documents)
+
+
+def test_text_that_compresses_like_nothing_ends_the_reading(tmp_path, monkeypatch):
+    monkeypatch.setattr("megaresnorm.data.corpus.EXPANSION_FREE", 1 << 20)
+    line = json.dumps({"text": "a" * 4000}).encode() + b"\n"
+    zstd(line * 20_000, tmp_path / "a.jsonl.zst")
+    (source,) = find_sources(None, [str(tmp_path / "a.jsonl.zst")])
+    with pytest.raises(DataError, match="over 1,000 times as large as the file"):
+        list(read_documents(source, "text"))
