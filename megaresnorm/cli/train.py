@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from megaresnorm.cli.arguments import Commands, count
 from megaresnorm.errors import ConfigError, LostRankError
 from megaresnorm.resilience.signals import StopSignals, end_on_purpose
+from megaresnorm.text import say, shown, write
 
 if TYPE_CHECKING:  # commands import what they need, so that --help is instant
     from megaresnorm.recipe import Recipe
@@ -81,7 +82,7 @@ def _train_and_report(recipe: Recipe, *, fallback: bool) -> int:
     from megaresnorm.trainer import Run
 
     with StopSignals(recipe.train.max_minutes) as stop, Run(recipe, fallback=fallback) as run:
-        console.print(f"recipe    {run.output / 'recipe.yaml'}\n{dump_recipe(run.recipe).rstrip()}", markup=False)
+        console.print(f"recipe    {shown(run.output / 'recipe.yaml')}\n{dump_recipe(run.recipe).rstrip()}", markup=False)
         console.print("\n".join(run.describe()), markup=False)
         summary = run.train(stop)
         text = None if summary.exit_code else run.sample_text()
@@ -94,7 +95,7 @@ def _train_and_report(recipe: Recipe, *, fallback: bool) -> int:
             f"validation loss {summary.valid_loss:.4f} nats a token; unigram entropy {summary.unigram_entropy:.4f}, "
             f"so {abs(gap):.4f} nats {verdict} than knowing only how frequent each token is"
         )
-    console.print(f"checkpoint {summary.checkpoint}\nweights    {summary.weights_digest}", markup=False)
+    console.print(f"checkpoint {shown(summary.checkpoint)}\nweights    {summary.weights_digest}", markup=False)
     return summary.exit_code
 
 
@@ -106,7 +107,7 @@ def _dry_run(recipe: Recipe, ranks: int | None) -> int:
     from megaresnorm.model.parameters import parameter_table
 
     for finding in check(recipe):
-        print(f"warning: {finding.message}")
+        say(f"warning: {finding.message}")
     data = open_data(recipe.data)
     recipe = resolve_vocab(recipe, data)
     open_samples(data, recipe)
@@ -115,9 +116,9 @@ def _dry_run(recipe: Recipe, ranks: int | None) -> int:
     sizes = check_layout(recipe, ranks or needed)
     stages = [len(stage.blocks) for stage in split_stages(recipe.model, parallel)]
     parameters = sum(spec.num_elements for spec in parameter_table(recipe.model).values())
-    print(
+    write(
         f"{dump_recipe(recipe)}# {parameters:,} parameters; recipe and data can be used on {sizes.num_ranks} "
-        f"rank{'s' if sizes.num_ranks > 1 else ''}" + (f", with {stages} blocks in the stages" if sizes.pp > 1 else "")
+        f"rank{'s' if sizes.num_ranks > 1 else ''}" + (f", with {stages} blocks in the stages" if sizes.pp > 1 else "") + "\n"
     )
     return 0
 
