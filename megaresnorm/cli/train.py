@@ -82,7 +82,9 @@ def _train_and_report(recipe: Recipe, *, fallback: bool) -> int:
     from megaresnorm.trainer import Run
 
     with StopSignals(recipe.train.max_minutes) as stop, Run(recipe, fallback=fallback) as run:
-        console.print(f"recipe    {shown(run.output / 'recipe.yaml')}\n{dump_recipe(run.recipe).rstrip()}", markup=False)
+        console.print(
+            f"recipe    {shown(run.output / 'recipe.yaml')}\n{dump_recipe(run.recipe).rstrip()}", markup=False
+        )
         console.print("\n".join(run.describe()), markup=False)
         summary = run.train(stop)
         text = None if summary.exit_code else run.sample_text()
@@ -118,7 +120,9 @@ def _dry_run(recipe: Recipe, ranks: int | None) -> int:
     parameters = sum(spec.num_elements for spec in parameter_table(recipe.model).values())
     write(
         f"{dump_recipe(recipe)}# {parameters:,} parameters; recipe and data can be used on {sizes.num_ranks} "
-        f"rank{'s' if sizes.num_ranks > 1 else ''}" + (f", with {stages} blocks in the stages" if sizes.pp > 1 else "") + "\n"
+        f"rank{'s' if sizes.num_ranks > 1 else ''}"
+        + (f", with {stages} blocks in the stages" if sizes.pp > 1 else "")
+        + "\n"
     )
     return 0
 
