@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass
 from math import inf, isfinite
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal
+from typing import Any
 
+from megaresnorm.compared import Outcome, Result, kept_result
 from megaresnorm.config import apply_override, build_recipe, read_recipe
 from megaresnorm.data.dataset import json_digest
 from megaresnorm.data.samples import open_data, unigram_entropy
-from megaresnorm.errors import ConfigError, DataError, NonFiniteError
+from megaresnorm.errors import ConfigError, NonFiniteError
 from megaresnorm.model.topology import beside_others, topology
 from megaresnorm.recipe import Recipe
 from megaresnorm.resilience.signals import StopSignals
@@ -26,7 +27,6 @@ LEFT_UNIGRAM = (
 )
 SMOOTHING = 0.9
 LAST = 10  # steps whose mean is the final loss
-Outcome = Literal["trains", "unigram level", "lost"]
 HIGHEST_LR = 5e-2  # at the end of a ramp, unless the recipe says otherwise
 SET_BY_COMPARISON = ("model.topology=", "model.num_blocks=", "train.seed=", "train.output=")
 
@@ -57,27 +57,6 @@ class Comparison:
     ramp: bool = False
 
 
-@dataclass(frozen=True)
-class Result:
-    """One run. Losses are means a token in nats; final is the mean of the last steps, best the least smoothed loss.
-
-    max_lr: under a ramp, the learning rate at which what was learned was lost for good; 0 if nothing ever was ("unigram level"),
-    None if it was never lost. lr_at_best: where the smoothed loss was least.
-    """
-
-    topology: str
-    num_blocks: int
-    seed: int
-    final_loss: float
-    valid_loss: float | None
-    unigram_entropy: float
-    best: float
-    lr_at_best: float
-    outcome: Outcome
-    max_lr: float | None
-    losses: list[float]
-
-
 def base_recipe(path: str | None, data: str | None, overrides: Sequence[str], ramp: bool = False) -> dict[str, Any]:
     """The sections that all runs share: of a recipe file or DEFAULTS, with ``section.key=value`` on top.
 
@@ -85,6 +64,7 @@ def base_recipe(path: str | None, data: str | None, overrides: Sequence[str], ra
     """
     values = json.loads(json.dumps(DEFAULTS)) if path is None else read_recipe(path)
     values = {name: {} if section is None else section for name, section in values.items()}
+    _check_sections(values)
     if ramp and (path is None or "lr" not in values.get("optim", {})):
         values["optim"] = {**values.get("optim", {}), "lr": HIGHEST_LR}
     for override in overrides:
@@ -94,19 +74,23 @@ def base_recipe(path: str | None, data: str | None, overrides: Sequence[str], ra
                     f"{override} has no effect here: every run of a comparison sets {own.rstrip('.=')} itself"
                 )
         apply_override(values, override)
+        _check_sections(values)
     section = values.setdefault("data", {})
-    if data is not None and isinstance(section, dict):
+    if data is not None:
         values["data"] = {**{k: v for k, v in section.items() if k != "blend"}, "path": data}
     return values
+
+
+def _check_sections(values: dict[str, Any]) -> None:
+    for key, section in values.items():
+        if not isinstance(section, dict):
+            raise ConfigError(f"{key}: wanted a section with keys, got a {type(section).__name__}")
 
 
 def recipe_of(comparison: Comparison, name: str, num_blocks: int, seed: int) -> Recipe:
     """The recipe of one run. What a topology needs beside others is added, unless the base says otherwise."""
     values = json.loads(json.dumps(comparison.base))
     sections = {key: values.get(key, {}) for key in ("model", "train")}
-    for key, section in sections.items():
-        if not isinstance(section, dict):
-            raise ConfigError(f"{key}: wanted a section with keys, got a {type(section).__name__}")
     output = str(comparison.out / "runs" / f"{name}-{num_blocks}-seed{seed}")
     values["model"] = {**beside_others(name), **sections["model"], "topology": name, "num_blocks": num_blocks}
     values["train"] = {**sections["train"], "seed": seed, "output": output}
@@ -127,7 +111,7 @@ def compare(comparison: Comparison, stop: StopSignals, advance: Callable[[], Non
     data = open_data(recipes[0].data).digest
     for run, recipe in zip(runs, recipes, strict=True):
         request = json_digest({"recipe": recipe.model_dump(exclude={"train": {"output", "device"}}), "data": data})
-        result = _begun(Path(recipe.train.output), request)
+        result = kept_result(Path(recipe.train.output), request, run)
         if result is None:
             result = _train(recipe, *run, comparison.ramp, request, stop)
             if result is None:
@@ -197,23 +181,6 @@ def _train(
         losses=losses,
     )
     _write(run.output / "result.json", {"request": request, "result": asdict(result)})
-    return result
-
-
-def _begun(folder: Path, request: str) -> Result | None:
-    """The result of a run that is done, None for one that is not. Raises: ConfigError if it was begun with other settings."""
-    done: dict = {}
-    for path in (folder / "request.json", folder / "result.json"):
-        if not path.exists():
-            return None
-        try:
-            done = json.loads(path.read_text())
-            same = done["request"] == request
-            result = Result(**done["result"]) if path.name == "result.json" else None
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise DataError(f"{path}: not the result of a run ({e}); delete {folder} to train the run again") from None
-        if not same:
-            raise ConfigError(f"{path}: made with other settings or data; use another --out, or delete {folder}")
     return result
 
 

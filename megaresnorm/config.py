@@ -55,7 +55,7 @@ class _Loader(yaml.SafeLoader):
         self._sizes: dict[int, int] = {}  # of every node that is complete: how many values it stands for
         self._depth = self._values = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self._depth += 1
         self._values += 1
         if self._depth > MAX_DEPTH or self._values > MAX_VALUES:
@@ -66,7 +66,7 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         if alias and id(node) not in self._sizes:
             raise ConfigError("not valid YAML: an anchor contains itself")
-        if not alias:
+        if node is not None and not alias:
             _check_tag(node, self._meant(node))
             self._sizes[id(node)] = self._size(node)
         return node

@@ -9,12 +9,13 @@ from torch import Tensor
 from megaresnorm.assemble import build_model, choose_device
 from megaresnorm.checkpoint.format import Slices, checkpoints_of
 from megaresnorm.checkpoint.reader import Checkpoint
-from megaresnorm.checkpoint.state import state_of
-from megaresnorm.config import build_recipe
+from megaresnorm.checkpoint.state import recipe_of, state_of
 from megaresnorm.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer, restore_tokenizer
 from megaresnorm.errors import CheckpointError, DataError
+from megaresnorm.model.parameters import parameter_table
 from megaresnorm.model.residual import KeyValueCache
 from megaresnorm.model.transformer import Transformer
+from megaresnorm.recipe.section import FP32_TINY
 
 
 def generate(
@@ -90,7 +91,7 @@ def choose(
     logits_V: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
 ) -> int:
     """One token from its logits [V] in FP32. Ties at the border of top_k or top_p are resolved by the lower number."""
-    if temperature == 0.0:
+    if temperature < FP32_TINY:  # by which nothing can be divided
         return int(logits_V.argmax())
     logits_V = logits_V - logits_V.max()  # so that no temperature makes infinities of them
     if top_k is None and top_p is None:
@@ -113,7 +114,9 @@ def load_model(
     newest = [path for _, path in checkpoints_of(folder)]
     checkpoint = Checkpoint(newest[-1] if newest else folder)
     state = state_of(checkpoint.folder, checkpoint.state)
-    recipe, description = build_recipe(state.recipe), state.tokenizer
+    recipe, description = recipe_of(checkpoint.folder, state), state.tokenizer
+    table = parameter_table(recipe.model)  # before a model is made of sizes that the files do not have
+    checkpoint.check_names("weights", {name: spec.shape for name, spec in table.items()})
     if description is None:
         if tokenizer_file is None:
             raise CheckpointError(

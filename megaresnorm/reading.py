@@ -47,15 +47,15 @@ def read_json_object(path: str | Path, max_bytes: int, max_values: int, *, follo
     """
     raw = read_plain_file(path, max_bytes, follow=follow)
     if sum(map(raw.count, (b"{", b"[", b","))) > max_values:
-        raise ValueError(f"it has over {max_values:,} values")
+        raise ValueError(f"it has over {max_values:,} values; not such a file")
     try:
         value = json.loads(raw)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError("not JSON (nested too deeply)") from None
     except ValueError as e:
-        raise ValueError(first_line(e)) from None
+        raise ValueError(f"not JSON ({first_line(e)})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"it is a {type(value).__name__}, not an object")
+        raise ValueError(f"not a JSON object but a {type(value).__name__}")
     return value
 
 

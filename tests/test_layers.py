@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "megaresnorm"
 # From the bottom up; a module may import its own layer and those below.
 LAYERS = [
-    ["errors", "recipe", "config"],
+    ["errors", "text", "files", "reading", "recipe", "config"],
     ["kernels"],
     ["parallel"],
     ["model"],
@@ -19,7 +19,7 @@ LAYERS = [
     ["checkpoint", "resilience", "telemetry", "optim", "schedule", "data", "generate"],
     ["engines", "resume"],
     ["trainer", "convert", "planner"],
-    ["comparison"],
+    ["compared", "comparison"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

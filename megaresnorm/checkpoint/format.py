@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megaresnorm.errors import CheckpointError
 from megaresnorm.parallel.sharding import Box
+from megaresnorm.reading import open_plain_file
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -127,9 +128,10 @@ def file_sha256(path: Path, *, from_disk: bool = False, progress: Callable[[int]
 
     from_disk: not what the operating system still remembers of writing it, where it can be made to forget.   progress: called with
     the bytes of every part.
+    Raises: OSError for what is not a plain file.
     """
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
+    with os.fdopen(open_plain_file(path), "rb", buffering=0) as file:
         if from_disk and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while chunk := file.read(_CHUNK):

@@ -4,11 +4,14 @@ import errno
 import hashlib
 import json
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from megaresnorm.checkpoint.format import FILE_NAME, FORMAT, MANIFEST, MAX_MANIFEST_BYTES, step_of
 from megaresnorm.errors import CheckpointError, DamagedError
+from megaresnorm.reading import first_line, read_plain_file
+from megaresnorm.recipe.section import MAX_STEPS
 
 BLANK = "0" * 64
 LARGE, SPARSE = 1 << 20, 12  # from so many bytes on a value takes at least so many
@@ -30,14 +33,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise DamagedError(f"{path}: not a plain file")
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise DamagedError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes; not a manifest")
-        raw = path.read_bytes()
+        raw = read_plain_file(path, MAX_MANIFEST_BYTES, follow=False)
         if not plausible(raw):
             raise DamagedError(f"{path}: not a manifest: it has more values than one of its size can have")
         manifest = json.loads(raw)
     except OSError as e:
         raise unreadable(path, e) from None
     except (ValueError, RecursionError) as e:
-        raise DamagedError(f"{path}: damaged, or not a manifest: no JSON ({e})") from None
+        raise DamagedError(f"{path}: damaged, or not a manifest: no JSON ({first_line(e)})") from None
     match manifest:
         case {"format": int(), "digest": str(), "step": int(), "files": dict(), "tensors": dict(), "state": dict()}:
             pass
@@ -51,6 +54,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"{path}: damaged{other} (its digest differs)")
     if manifest["format"] != FORMAT:
         raise CheckpointError(f"{path}: format {manifest['format']} is unknown; this version reads {FORMAT}")
+    if not 0 <= manifest["step"] <= MAX_STEPS:
+        raise DamagedError(f"{path}: its step is not from 0 to {MAX_STEPS:,}")
     if step_of(folder) not in (None, manifest["step"]):
         raise DamagedError(f"{path}: of step {manifest['step']}, which is not the folder's")
     _check_entries(path, manifest)
@@ -74,11 +79,16 @@ def _check_entries(path: Path, manifest: dict[str, Any]) -> None:
     for group in manifest["tensors"].values():
         for entry in group.values() if isinstance(group, dict) else [group]:
             match entry:
-                case {"shape": list(shape), "dtype": str()} if shape and all(type(n) is int and n > 0 for n in shape):
+                case {"shape": list(shape), "dtype": str()} if _possible(shape):
                     continue
             odd.append(entry)
     if odd:
         raise DamagedError(f"{path}: {str(odd[0])[:80]!r} is not the name or the entry of a file or tensor")
+
+
+def _possible(shape: list[Any]) -> bool:
+    """Whether a tensor can have this shape, its bytes counted in 64 bits."""
+    return 0 < len(shape) <= 8 and all(type(n) is int and n > 0 for n in shape) and prod(shape) < 1 << 60
 
 
 def missing_files(folder: Path, manifest: dict[str, Any]) -> list[str]:

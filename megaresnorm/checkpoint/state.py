@@ -5,7 +5,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megaresnorm.errors import CheckpointError
+from megaresnorm.config import build_recipe
+from megaresnorm.errors import CheckpointError, ConfigError
+from megaresnorm.recipe import Recipe
+from megaresnorm.recipe.section import MAX_STEPS
 
 
 class _Typed(BaseModel):
@@ -15,8 +18,8 @@ class _Typed(BaseModel):
 class EngineState(_Typed):
     """updates: that the optimizer has made.   clipper_steps: those that per-tensor clipping has seen."""
 
-    updates: int = Field(ge=0)
-    clipper_steps: int = Field(ge=0)
+    updates: int = Field(ge=0, le=MAX_STEPS)
+    clipper_steps: int = Field(ge=0, le=MAX_STEPS)
 
 
 class RunState(_Typed):
@@ -24,13 +27,13 @@ class RunState(_Typed):
     data: digest of the token files.   tokenizer: its description, None where token files have none.   kernels: op -> choice.
     """
 
-    samples: int = Field(ge=0)
-    skipped_in_a_row: int = Field(ge=0)
+    samples: int = Field(ge=0, lt=1 << 63)
+    skipped_in_a_row: int = Field(ge=0, le=MAX_STEPS)
     train_loss: float | None
     engine: EngineState
     recipe: dict[str, Any]
     data: str
-    tokenizer: dict[str, Any] | None = None
+    tokenizer: dict[str, str] | None = None
     kernels: dict[str, str] = {}
     versions: dict[str, str] = {}
 
@@ -43,3 +46,14 @@ def state_of(folder: Path, state: dict[str, Any]) -> RunState:
         first = e.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(f"{folder}: not the checkpoint of a run (state.{where}: {first['msg']})") from None
+
+
+def recipe_of(folder: Path, state: RunState) -> Recipe:
+    """The recipe that a checkpoint was trained with. Raises: CheckpointError for one that no run can have had."""
+    try:
+        recipe = build_recipe(state.recipe)
+    except ConfigError as e:
+        raise CheckpointError(f"{folder}: its recipe cannot be used ({e})") from None
+    if recipe.model.vocab_size is None:
+        raise CheckpointError(f"{folder}: its recipe cannot be used (model.vocab_size is missing)")
+    return recipe

@@ -2,26 +2,46 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megaresnorm.errors import ConfigError
+from megaresnorm.recipe.section import MAX_BLOCKS, MAX_STEPS
 
 Commands = Any  # argparse keeps the type of add_subparsers() private
+MAX_SHOWN = 60  # characters of an argument in an error
 _UNITS = {"": 1} | {f"{prefix}B": 1000**n for n, prefix in enumerate(["", "K", "M", "G", "T"])}
 _UNITS |= {f"{prefix}IB": 1024**n for n, prefix in enumerate(["K", "M", "G", "T"], start=1)}
 
 
-def count(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+def path(text: str) -> Path:
+    """Of a file or folder."""
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} has a NUL character, which no path has")
+    return Path(text)
 
 
-def counts(text: str) -> list[int]:
-    """Such numbers with commas between them."""
-    return [count(part) for part in text.split(",")]
+def count_up_to(most: int) -> Callable[[str], int]:
+    """A whole number of at least 1 and at most so many."""
+
+    def count(text: str) -> int:
+        digits = text.lstrip("0")
+        if not text.isdecimal() or not digits or len(digits) > len(str(most)) or int(digits) > most:
+            given = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+            raise argparse.ArgumentTypeError(f"{given!r} is not a whole number from 1 to {most}")
+        return int(digits)
+
+    return count
+
+
+count = count_up_to(MAX_STEPS)
+blocks = count_up_to(MAX_BLOCKS)
+
+
+def depths(text: str) -> list[int]:
+    """Numbers of blocks with commas between them."""
+    return [blocks(part) for part in text.split(",")]
 
 
 def names(text: str) -> list[str]:
@@ -63,3 +83,5 @@ def write_json(path: Path, value: Any) -> None:
         path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     except OSError as e:
         raise ConfigError(f"--json {path}: cannot be written ({e.strerror})") from None
+    except ValueError:
+        raise ConfigError(f"--json {path}: cannot be written (no file can have this name)") from None

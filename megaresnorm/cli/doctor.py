@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megaresnorm.cli.arguments import Commands, write_json
+from megaresnorm.cli.arguments import Commands, count_up_to, path, write_json
+from megaresnorm.errors import ConfigError
 from megaresnorm.text import say
+
+if TYPE_CHECKING:  # commands import what they need, so that --help is instant
+    import torch
+
+
+MAX_SIZE = 1 << 27  # rows or columns
+ELEMENT_BYTES = 64  # that kernels take for an element of a shape: sixteen FP32 tensors
 
 
 def add_doctor(commands: Commands) -> None:
@@ -36,7 +44,7 @@ auto takes and why it does not take the others. Times are the best of five calls
         metavar="RxC,..",
         help="rows x columns [256x64,1024x1024]",
     )
-    add("--json", type=Path, metavar="FILE", help="write the findings here")
+    add("--json", type=path, metavar="FILE", help="write the findings here")
     doctor.set_defaults(run=_doctor)
 
 
@@ -52,6 +60,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     load_backends()
     device = choose_device(arguments.device)
+    _check_memory(device, max(rows * columns for rows, columns in arguments.shapes))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
     what = (
         torch.cuda.get_device_name(device)
@@ -76,11 +85,27 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check_memory(device: torch.device, elements: int) -> None:
+    """Raises: ConfigError where kernels would take more memory than there is."""
+    import torch
+
+    from megaresnorm.checkpoint.format import human_bytes
+    from megaresnorm.convert.loading import available_memory
+
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if free is not None and ELEMENT_BYTES * elements > free:
+        need = human_bytes(ELEMENT_BYTES * elements)
+        raise ConfigError(f"--shapes: the largest takes about {need} of memory, {human_bytes(free)} are free")
+
+
 def _shapes(text: str) -> list[tuple[int, int]]:
     shapes = []
     for part in text.split(","):
         sizes = part.split("x")
-        if len(sizes) != 2 or not all(s.isdecimal() and int(s) > 0 for s in sizes):
-            raise argparse.ArgumentTypeError(f"{part!r} is no shape; wanted rows x columns, such as 8192x1024")
-        shapes.append((int(sizes[0]), int(sizes[1])))
+        try:
+            rows, columns = map(count_up_to(MAX_SIZE), sizes)
+        except (argparse.ArgumentTypeError, ValueError):
+            wanted = f"rows x columns, such as 8192x1024, of at most {MAX_SIZE} each"
+            raise argparse.ArgumentTypeError(f"{part[:60]!r} is no shape; wanted {wanted}") from None
+        shapes.append((rows, columns))
     return shapes

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from megaresnorm.cli.arguments import Commands, count
+from megaresnorm.cli.arguments import Commands, count_up_to, path
+from megaresnorm.errors import ConfigError
+from megaresnorm.recipe.section import FP32_MAX, FP32_TINY, MAX_TOKENS, MAX_VOCAB
 from megaresnorm.text import write
+
+MAX_PROMPT_BYTES = 1 << 24  # that are read from standard input
 
 
 def add_generate(commands: Commands) -> None:
@@ -20,21 +23,21 @@ def add_generate(commands: Commands) -> None:
     add = generate.add_argument
     add(
         "checkpoint",
-        type=Path,
+        type=path,
         metavar="CHECKPOINT",
         help="output folder of a run (its newest checkpoint), or one checkpoint",
     )
     add("--prompt", default="", help="text to continue; - reads it from standard input [start of a document]")
-    add("--tokens", type=count, default=200, help="how many at most [200]")
-    add("--temperature", type=_at_least_0, default=0.8, help="divides the logits; 0 takes the likeliest token [0.8]")
-    add("--top-k", type=count, metavar="K", help="choose among the K likeliest tokens")
+    add("--tokens", type=count_up_to(MAX_TOKENS), default=200, help="how many at most [200]")
+    add("--temperature", type=_temperature, default=0.8, help="divides the logits; 0 takes the likeliest token [0.8]")
+    add("--top-k", type=count_up_to(MAX_VOCAB), metavar="K", help="choose among the K likeliest tokens")
     add("--top-p", type=_share, metavar="P", help="choose among the likeliest tokens that together have probability P")
-    add("--samples", type=count, default=1, help="how many texts [1]")
+    add("--samples", type=count_up_to(MAX_TOKENS), default=1, help="how many texts [1]")
     add("--seed", type=_seed, default=0, help="the texts are those of this seed and the following ones [0]")
     add("--no-cache", action="store_true", help="compute every token from all before it, to compare")
     add(
         "--tokenizer",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="tokenizer of a checkpoint that has none (trained on bare token files), or bytes",
     )
@@ -45,8 +48,8 @@ def add_generate(commands: Commands) -> None:
 def _generate(arguments: argparse.Namespace) -> int:
     from megaresnorm.generate import generate_tokens, load_model, start_tokens
 
+    prompt = _prompt(arguments.prompt)
     model, tokenizer = load_model(arguments.checkpoint, arguments.tokenizer, arguments.end_token)
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     start = start_tokens(tokenizer, prompt)
     for number in range(arguments.samples):
         if arguments.samples > 1:
@@ -80,24 +83,41 @@ def _show_more(shown: str, text: str) -> str:
     return shown
 
 
-def _at_least_0(text: str) -> float:
+def _prompt(text: str) -> str:
+    """The argument, or what standard input holds. Raises: ConfigError for what is not text."""
+    stream = getattr(sys.stdin, "buffer", sys.stdin)  # bytes, whatever the locale
+    given = stream.read(MAX_PROMPT_BYTES + 1) if text == "-" else text
+    raw = given.encode(errors="surrogateescape") if isinstance(given, str) else given
+    if len(raw) > MAX_PROMPT_BYTES:
+        raise ConfigError(f"--prompt: over {MAX_PROMPT_BYTES:,} bytes; no model reads so much")
     try:
-        value = float(text)
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"--prompt: not UTF-8 text (byte {e.start})") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
     except ValueError:
-        value = -1.0
-    if not 0.0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+        return -1.0
+
+
+def _temperature(text: str) -> float:
+    value = _number(text)
+    if value and not FP32_TINY <= value <= FP32_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is not 0, or a number from {FP32_TINY:.3g} to {FP32_MAX:.3g}")
     return value
 
 
 def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**63:
+    if not text.isdecimal() or len(text) > 19 or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
     return int(text)
 
 
 def _share(text: str) -> float:
-    value = _at_least_0(text)
+    value = _number(text)
     if not 0.0 < value <= 1.0:
         raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
     return value

@@ -1,14 +1,31 @@
 """The config.json of a downloaded model, in the form of today's Transformers."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megaresnorm.convert.families import FAMILIES
-from megaresnorm.convert.files import CONFIG, read_json
+from megaresnorm.convert.files import CONFIG, check_plain_files, read_json
 from megaresnorm.convert.native import MEGATRON_NAME, OURS
 from megaresnorm.errors import CheckpointError
+from megaresnorm.reading import first_line
+from megaresnorm.recipe.section import MAX_BLOCKS, MAX_SEQ_LEN, MAX_VOCAB, MAX_WIDTH
 
-MAX_LAYERS = 10_000  # of which names and settings are listed before a tensor is looked at
+MAX_CONFIG_VALUES = 100_000  # of which Transformers makes tables while it reads them
+# What the classes of Transformers list, or make a table or a tensor of, before a weight is looked at.
+_LARGEST = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "num_blocks", "max_window_layers"), MAX_BLOCKS),
+    **dict.fromkeys(
+        ("hidden_size", "n_embd", "intermediate_size", "ffn_hidden_size", "n_inner", "head_dim"), MAX_WIDTH
+    ),
+    **dict.fromkeys(
+        ("num_attention_heads", "num_key_value_heads", "n_head", "word_embed_proj_dim", "ffn_dim"), MAX_WIDTH
+    ),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "block_size"), MAX_SEQ_LEN),
+    "vocab_size": MAX_VOCAB,
+    "num_labels": 100_000,
+}
+MAX_NUMBER = 1 << 53  # of all other fields
 _OTHER_WEIGHTS = {
     "quantization_config": "quantized weights are not read",
     "transformers_weights": "weights of another name are not read; call them model.safetensors",
@@ -24,7 +41,7 @@ def normalized(source: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: {name}: {why}")
     if (source / "adapter_config.json").exists():
         raise CheckpointError(f"{source}: has an adapter, which is not read; merge it into the model first")
-    _check_depth(path, raw)
+    _check_numbers(path, raw)
     if kind in (OURS, MEGATRON_NAME):
         return raw
     known = list(dict.fromkeys([family.name for family in FAMILIES] + [OURS, MEGATRON_NAME]))
@@ -35,7 +52,7 @@ def normalized(source: Path) -> dict[str, Any]:
     try:
         return CONFIG_MAPPING[kind].from_dict(dict(raw)).to_dict()
     except Exception as e:  # noqa: BLE001 - whatever a class of theirs makes of bad values
-        raise CheckpointError(f"{path}: not a configuration of {kind} ({' '.join(str(e).split())[:200]})") from None
+        raise CheckpointError(f"{path}: not a configuration of {kind} ({first_line(e)})") from None
 
 
 def is_megatron(source: Path) -> bool:
@@ -48,14 +65,19 @@ def _raw(source: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{source}: not a folder; download the model first (hf download NAME --local-dir {source})"
         )
-    return read_json(source / CONFIG)
+    check_plain_files(source)
+    return read_json(source / CONFIG, MAX_CONFIG_VALUES)
 
 
-def _check_depth(path: Path, raw: dict[str, Any]) -> None:
-    """Raises: CheckpointError."""
-    ours = raw.get(OURS)
-    model = ours.get("model") if isinstance(ours, dict) else None
-    settings = {**raw, **(model if isinstance(model, dict) else {})}
-    for name in ("num_hidden_layers", "n_layer", "num_layers", "num_blocks"):
-        if isinstance(settings.get(name), int) and settings[name] > MAX_LAYERS:
-            raise CheckpointError(f"{path}: {name}={settings[name]} is above {MAX_LAYERS}, the most that are read")
+def _check_numbers(path: Path, fields: Mapping[str, Any]) -> None:
+    """Raises: CheckpointError for a number, here or in a table within, that no model has."""
+    waiting: list[tuple[str, Any]] = list(fields.items())
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.items()
+        elif isinstance(value, list):
+            waiting += ((name, one) for one in value)
+        elif isinstance(value, int) and abs(value) > (most := _LARGEST.get(name, MAX_NUMBER)):
+            shown = value if abs(value) < 1 << 64 else f"{'-' if value < 0 else ''}10^{len(str(abs(value))) - 1}"
+            raise CheckpointError(f"{path}: {name}={shown} is above {most}, the most that are read")

@@ -1,10 +1,12 @@
 """Folders of sharded safetensors: written whole or not at all, read a slice at a time."""
 
+import itertools
 import json
 import os
 import re
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,14 +17,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megaresnorm.checkpoint.format import UNFINISHED, Entry, human_bytes
-from megaresnorm.checkpoint.reader import MAX_HEADER_BYTES
+from megaresnorm.checkpoint.reader import MAX_HEADER_BYTES, check_header
 from megaresnorm.checkpoint.writer import encoded, free_bytes
 from megaresnorm.errors import CheckpointError, ConfigError
 from megaresnorm.parallel.sharding import Box
+from megaresnorm.reading import first_line, open_plain_file, read_json_object
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 MAX_JSON_BYTES = 1 << 26
 MAX_VALUES = 1 << 20  # of a JSON file, by its brackets and commas
+MAX_FILES = 10_000  # of a folder
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -131,22 +135,31 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, max_values: int = MAX_VALUES) -> dict[str, Any]:
     """Raises: CheckpointError if it is not there, or not an object of a plausible size."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: larger than {human_bytes(MAX_JSON_BYTES)}; not such a file")
-        raw = path.read_bytes()
-        if sum(map(raw.count, (b"{", b"[", b","))) > MAX_VALUES:  # a value takes up to twenty times its bytes in memory
-            raise CheckpointError(f"{path}: has over {MAX_VALUES:,} values; not such a file")
-        value = json.loads(raw)
+        return read_json_object(path, MAX_JSON_BYTES, max_values)
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from None
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: not JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return value
+    except ValueError as e:
+        raise CheckpointError(f"{path}: {e}") from None
+
+
+def check_plain_files(folder: Path) -> None:
+    """Look at whatever a library may open by itself. Raises: CheckpointError for a pipe or device in a folder, or a link to one."""
+    try:
+        entries = list(itertools.islice(os.scandir(folder), MAX_FILES + 1))
+    except OSError as e:
+        raise CheckpointError(f"{folder}: cannot be read ({e.strerror})") from None
+    if len(entries) > MAX_FILES:
+        raise CheckpointError(f"{folder}: has over {MAX_FILES:,} files; wanted the folder of one model")
+    for entry in entries:
+        try:
+            mode = entry.stat().st_mode
+        except OSError:  # a link to nothing, which nobody can open
+            continue
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise CheckpointError(f"{entry.path}: not a plain file")
 
 
 class Weights:
@@ -181,7 +194,7 @@ class Weights:
             with safe_open(file, framework="pt") as opened:
                 return opened.get_slice(name)[tuple(slice(a, b) for a, b in box)]
         except (SafetensorError, OSError, ValueError) as e:
-            raise CheckpointError(f"{file}: cannot be read any more ({e})") from None
+            raise CheckpointError(f"{file}: cannot be read any more ({first_line(e)})") from None
 
     def _index(self) -> dict[str, str] | None:
         """Tensor -> file; None for a single file."""
@@ -209,12 +222,13 @@ class Weights:
         """Note which tensors a file has."""
         path = self.folder / file
         try:
-            size = path.stat().st_size
-            with path.open("rb") as opened:
+            with os.fdopen(open_plain_file(path), "rb") as opened:
+                size = os.fstat(opened.fileno()).st_size
                 header = int.from_bytes(opened.read(8), "little")
             if header > min(size - 8, MAX_HEADER_BYTES):
                 raise ValueError(f"a header of {header} bytes in a file of {size}")
             with safe_open(path, framework="pt") as tensors:
+                check_header(path)
                 self.metadata |= tensors.metadata() or {}
                 for name in tensors.keys():  # noqa: SIM118 - not a mapping
                     if where is not None and where.get(name) != file:
@@ -228,7 +242,7 @@ class Weights:
         except FileNotFoundError:
             raise CheckpointError(f"{path}: is missing") from None
         except (SafetensorError, OSError, ValueError) as e:
-            raise CheckpointError(f"{path}: not a readable safetensors file ({str(e).splitlines()[0]})") from None
+            raise CheckpointError(f"{path}: not a readable safetensors file ({first_line(e)})") from None
 
 
 def _sync(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Models whose logits are to be compared, ours and those of Transformers, and what they read."""
 
 from collections.abc import Callable, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from megaresnorm.convert.files import CONFIG, Weights
 from megaresnorm.convert.native import MEGATRON_NAME, NativeModel
 from megaresnorm.data.tokenizer import Tokenizer
 from megaresnorm.errors import CheckpointError, ConfigError
+from megaresnorm.reading import first_line, read_plain_file
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -24,6 +26,7 @@ TEXTS = (
 )  # fmt: skip
 SHORT = 128  # tokens of most sequences
 LONG = 512  # tokens of the one long sequence of a comparison, and of a batch of short ones
+MAX_PROMPTS_BYTES = 1 << 24
 PROMPTS = 3072  # tokens that a conversion is verified on, at most: all logits of one model are kept
 
 
@@ -52,8 +55,27 @@ def checked_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: weights of {MEGATRON_NAME} are not of Transformers; convert them first by from-megatron"
         )
-    Weights(folder)  # which refuses whatever is not safetensors
+    tensors = Weights(folder).tensors  # which refuses whatever is not safetensors
+    layers = [config.get(name) for name in ("num_hidden_layers", "n_layer")]
+    if any(isinstance(number, int) and number > len(tensors) for number in layers):
+        raise CheckpointError(f"{folder / CONFIG}: more layers than the {len(tensors)} tensors of {folder}")
     return config
+
+
+def check_size(folder: Path, loaded: Any) -> None:
+    """Raises: CheckpointError for a config.json of a much larger model than there are weights of: missing ones would be made."""
+    have = sum(prod(shape) for _, shape, _ in Weights(folder).tensors.values())
+    with torch.device("meta"):
+        skeleton = loaded(loaded.config_class.from_pretrained(folder, local_files_only=True))
+    need = sum(p.numel() for p in skeleton.parameters())
+    if need > 2 * have:
+        raise CheckpointError(f"{folder / CONFIG}: of a model of {need:,} parameters; its files hold {have:,}")
+    tables, free = sum(buffer.nbytes for buffer in skeleton.buffers()), available_memory()
+    if free is not None and tables > free:
+        raise CheckpointError(
+            f"{folder}: Transformers would make tables of {human_bytes(tables)}, {human_bytes(free)} are free; is its longest "
+            "sequence right?"
+        )
 
 
 def load_theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -77,9 +99,12 @@ def load_theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
+        check_size(folder, loaded)
         model, info = loaded.from_pretrained(folder, output_loading_info=True, **options)
+    except CheckpointError:
+        raise
     except Exception as e:  # noqa: BLE001 - whatever a class of theirs makes of bad values
-        raise CheckpointError(f"{folder}: Transformers cannot load it ({' '.join(str(e).split())[:200]})") from None
+        raise CheckpointError(f"{folder}: Transformers cannot load it ({first_line(e)})") from None
     finally:
         transformers.logging.set_verbosity(before)
         if bars:
@@ -145,9 +170,12 @@ def prompts_of(native: NativeModel, tokenizer: Tokenizer | None) -> list[Tensor]
 def read_prompts(path: Path) -> list[str]:
     """The lines of a file that are not empty. Raises: ConfigError."""
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"--prompts {path}: cannot be read ({e})") from None
+        text = read_plain_file(path, MAX_PROMPTS_BYTES).decode("utf-8")
+    except OSError as e:
+        raise ConfigError(f"--prompts {path}: cannot be read ({e.strerror})") from None
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"--prompts {path}: not UTF-8 text (byte {e.start})") from None
+    lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise ConfigError(f"--prompts {path}: has no line of text")
     return lines
@@ -155,14 +183,14 @@ def read_prompts(path: Path) -> list[str]:
 
 def check_memory(num_bytes: int, vocab_size: int) -> None:
     """Raises: ConfigError where a model of so many bytes does not fit, with the logits of the other one beside it."""
-    have, need = _available_memory(), num_bytes + 4 * (PROMPTS + 2 * LONG) * vocab_size
+    have, need = available_memory(), num_bytes + 4 * (PROMPTS + 2 * LONG) * vocab_size
     if have is not None and need > have:
         raise ConfigError(
             f"verifying needs {human_bytes(need)} of memory, {human_bytes(have)} are free; switch it off by --verify off"
         )
 
 
-def _available_memory() -> int | None:
+def available_memory() -> int | None:
     """Of the machine, or of the job's share of it; None where neither is known."""
     found = []
     try:

@@ -12,8 +12,7 @@ from megaresnorm.assemble import build_model
 from megaresnorm.checkpoint.format import Slices
 from megaresnorm.checkpoint.inspect import newest_of
 from megaresnorm.checkpoint.reader import Checkpoint
-from megaresnorm.checkpoint.state import RunState, state_of
-from megaresnorm.config import build_recipe
+from megaresnorm.checkpoint.state import RunState, recipe_of, state_of
 from megaresnorm.convert.links import scaled
 from megaresnorm.data.tokenizer import Tokenizer, restore_tokenizer
 from megaresnorm.model.parameters import ParameterSpec, parameter_table
@@ -36,7 +35,7 @@ class NativeModel:
         self.checkpoint = Checkpoint(newest_of(folder), progress=progress)
         self.folder = self.checkpoint.folder
         self.state: RunState = state_of(self.folder, self.checkpoint.state)
-        self.recipe: ModelRecipe = build_recipe(self.state.recipe).model
+        self.recipe: ModelRecipe = recipe_of(self.folder, self.state).model
         self.table: dict[str, ParameterSpec] = parameter_table(self.recipe)
         self.checkpoint.check_names("weights", {name: spec.shape for name, spec in self.table.items()})
 

@@ -77,4 +77,7 @@ def restored(value: Tensor, remainder: Tensor) -> Tensor:
 def _digest(folder: Path) -> str:
     """Of the files of weights."""
     files = sorted(folder.glob("model*.safetensors"))
-    return hashlib.sha256("".join(file_sha256(path) for path in files).encode()).hexdigest()
+    try:
+        return hashlib.sha256("".join(file_sha256(path) for path in files).encode()).hexdigest()
+    except OSError as e:
+        raise CheckpointError(f"{folder}: its weights cannot be read ({e.strerror})") from None

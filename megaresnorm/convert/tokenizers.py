@@ -10,6 +10,7 @@ from megaresnorm.convert.files import read_json
 from megaresnorm.convert.native import OURS
 from megaresnorm.data.tokenizer import (
     HUGGINGFACE_FILE,
+    MAX_TOKENIZER_BYTES,
     SENTENCEPIECE_FILE,
     ByteTokenizer,
     HuggingFaceTokenizer,
@@ -17,9 +18,9 @@ from megaresnorm.data.tokenizer import (
     Tokenizer,
 )
 from megaresnorm.errors import CheckpointError, DataError
+from megaresnorm.reading import first_line, read_plain_file
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-MAX_TOKENIZER_BYTES = 1 << 28
 END_OF_BYTES = "<|endoftext|>"
 _TEXT = """the of and to in Über naïve Ελληνικά Привет мир 你好 世界 日本語 こんにちは 한국어 العربية שלום
 😀 👩\u200d👩\u200d👧 🇫🇷 é e\u0301 ﬁ def return self.x __init__ == != -> {} [] () # // /* */ <div> &amp;
@@ -76,7 +77,7 @@ def check_equal(tokenizer: Tokenizer, folder: Path, texts: Sequence[str]) -> Non
     try:
         theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as e:  # noqa: BLE001 - of whatever class
-        detail = " ".join(str(e).split())[:200]
+        detail = first_line(e)
         raise DataError(
             f"Transformers cannot read the tokenizer ({detail}); export without it by --tokenizer none"
         ) from None
@@ -117,9 +118,7 @@ def read_tokenizer_of(folder: Path, config: dict[str, Any], end_token: str | Non
 
 def _content(path: Path) -> bytes:
     try:
-        if path.stat().st_size > MAX_TOKENIZER_BYTES:
-            raise DataError(f"{path}: larger than {MAX_TOKENIZER_BYTES} bytes; not a tokenizer")
-        return path.read_bytes()
+        return read_plain_file(path, MAX_TOKENIZER_BYTES)
     except OSError as e:
         raise DataError(f"{path}: cannot be read ({e.strerror})") from None
 

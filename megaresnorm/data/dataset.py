@@ -2,17 +2,24 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megaresnorm.data.indexed import TokenFiles, spread_chunks
 from megaresnorm.data.tokenizer import Tokenizer, load_tokenizer
 from megaresnorm.errors import DataError
+from megaresnorm.reading import open_plain_file, read_json_object
+from megaresnorm.recipe.section import MAX_VOCAB
 
 DESCRIPTION = "dataset.json"
 PREFIX = "tokens"
 DIGEST_CHUNK = 1 << 24  # bytes under one digest
-LARGEST_VOCAB = 1 << 24  # what is taken for damage where the vocabulary is not known
+LARGEST_VOCAB = MAX_VOCAB  # what is taken for damage where the vocabulary is not known
+MAX_DESCRIPTION_BYTES, MAX_DESCRIPTION_VALUES = 1 << 26, 1 << 20  # a digest for 16 MB of tokens: of 16 TB of them
 VERIFY_BYTES = 1 << 32  # at most so much is read before step 0
 
 
@@ -42,7 +49,7 @@ def open_dataset(path: str, *, whole: bool = False) -> DataSet:
             raise DataError(f"{path}: no such data set; make it with: megaresnorm prepare --out {path} ...")
         files = TokenFiles(folder)
         return DataSet(path, files, None, None, _content_digest(files.idx_path, files.bin_path))
-    description = _read_description(folder)
+    description = read_description(folder)
     tokenizer = load_tokenizer(description["tokenizer"], folder)
     if tokenizer.vocab_size != description["vocab_size"]:
         raise DataError(
@@ -89,23 +96,50 @@ def _content_digest(*paths: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_description(folder: Path) -> dict:
+def read_description(folder: Path) -> dict[str, Any]:
+    """The dataset.json of a folder: format, tokenizer, vocab_size, documents, tokens, files and what was asked for.
+
+    Raises: DataError for one that prepare cannot have written.
+    """
     path = folder / DESCRIPTION
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json_object(path, MAX_DESCRIPTION_BYTES, MAX_DESCRIPTION_VALUES)
     except OSError as e:
         raise DataError(f"{path}: cannot be read ({e.strerror}); make the data set with megaresnorm prepare") from None
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"{path}: not JSON ({e})") from None
-    match description:
-        case {
-            "format": 1,
-            "tokenizer": dict(),
-            "vocab_size": int(),
-            "files": {"tokens.bin": {"size": int(), "sha256": list()}, "tokens.idx": {"size": int(), "sha256": list()}},
-        }:
-            return description
-    raise DataError(f"{path}: not the description of a data set of format 1; make it again with megaresnorm prepare")
+    except ValueError as e:
+        raise DataError(f"{path}: not the description of a data set: {e}") from None
+    try:
+        _Description.model_validate(found)
+    except ValidationError as e:
+        wrong = ".".join(str(part) for part in e.errors()[0]["loc"])[:80]
+        raise DataError(
+            f"{path}: not the description of a data set of format 1 (see its {wrong}); make it again with megaresnorm prepare"
+        ) from None
+    return found
+
+
+class _Typed(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _File(_Typed):
+    size: int = Field(ge=0, lt=1 << 62)
+    sha256: list[str]
+
+
+class _Files(_Typed):
+    bin: _File = Field(alias="tokens.bin")
+    idx: _File = Field(alias="tokens.idx")
+
+
+class _Description(_Typed):
+    format: Literal[1]
+    tokenizer: dict[str, str]
+    vocab_size: int = Field(ge=1, le=MAX_VOCAB)
+    documents: int = Field(0, ge=0, lt=1 << 62)
+    tokens: int = Field(0, ge=0, lt=1 << 62)
+    files: _Files
+    request: str = ""
 
 
 def _verify_digests(path: Path, recorded: dict, max_bytes: int) -> None:
@@ -120,7 +154,7 @@ def _verify_digests(path: Path, recorded: dict, max_bytes: int) -> None:
             raise DataError(
                 f"{path.parent / DESCRIPTION}: has {len(recorded['sha256'])} digests for the {size} bytes of {path.name}"
             )
-        with path.open("rb") as file:
+        with os.fdopen(open_plain_file(path), "rb") as file:
             for start, stop in spread_chunks(size, max_bytes, DIGEST_CHUNK):
                 file.seek(start)
                 if hashlib.sha256(file.read(stop - start)).hexdigest() != recorded["sha256"][start // DIGEST_CHUNK]:

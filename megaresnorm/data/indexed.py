@@ -4,6 +4,7 @@ idx := "MMIDIDX\\0\\0" | u64 version = 1 | u8 dtype code | u64 S sequences | u64
        | i32 lengths[S] | i64 byte offsets[S] | i64 boundaries[D] (in sequences, from 0 to S) | optional i8 modes[S]
 """
 
+import os
 import struct
 from array import array
 from collections.abc import Sequence
@@ -13,10 +14,15 @@ from typing import BinaryIO
 import numpy as np
 
 from megaresnorm.errors import DataError
+from megaresnorm.reading import open_plain_file, read_plain_file
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 MAX_SEQUENCE = (1 << 31) - 1  # tokens; lengths are i32
+INDEX_BYTES, INDEX_SHARE = (
+    1 << 26,
+    24,
+)  # an index is at most so large, and so many times its tokens: documents of one byte
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 
 
@@ -30,7 +36,7 @@ class TokenFiles:
 
     def __init__(self, prefix: Path) -> None:
         self.bin_path, self.idx_path = prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
-        index = _read(self.idx_path)
+        index = self._read_index()
         dtype, num_sequences, num_boundaries = self._read_header(index)
         self.dtype = np.dtype(dtype)
         at = HEADER.size
@@ -63,6 +69,21 @@ class TokenFiles:
                 raise DataError(
                     f"{self.bin_path}: token {chunk[at]} at byte {offset} is outside the vocabulary of {vocab_size}"
                 )
+
+    def _read_index(self) -> bytes:
+        """The whole of PREFIX.idx, once its header and the size of PREFIX.bin allow for so much."""
+        try:
+            tokens = os.fdopen(open_plain_file(self.bin_path), "rb")
+        except OSError as e:
+            raise DataError(f"{self.bin_path}: cannot be read ({e.strerror})") from None
+        with tokens:
+            most = INDEX_BYTES + INDEX_SHARE * os.fstat(tokens.fileno()).st_size
+        try:
+            return read_plain_file(self.idx_path, most)
+        except OSError as e:
+            raise DataError(
+                f"{self.idx_path}: cannot be read ({e.strerror}); make it with megaresnorm prepare"
+            ) from None
 
     def _read_header(self, index: bytes) -> tuple[type, int, int]:
         path = self.idx_path
@@ -204,10 +225,3 @@ def spread_chunks(total: int, budget: int, chunk: int = 1 << 23) -> list[tuple[i
     if len(ranges) <= wanted:
         return ranges
     return [ranges[round(i * (len(ranges) - 1) / (wanted - 1))] for i in range(wanted)]
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror}); make it with megaresnorm prepare") from None

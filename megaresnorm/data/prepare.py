@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megaresnorm.data.corpus import HUB, Source, find_sources, read_pieces
-from megaresnorm.data.dataset import DESCRIPTION, PREFIX, digests_of, json_digest
+from megaresnorm.data.corpus import Source, find_sources, read_pieces
+from megaresnorm.data.dataset import DESCRIPTION, PREFIX, digests_of, json_digest, read_description
+from megaresnorm.data.hub import HUB
 from megaresnorm.data.indexed import TokenWriter, token_dtype
 from megaresnorm.data.tokenizer import (
     ByteTokenizer,
@@ -244,11 +245,12 @@ def _encode_in_worker(pieces: list[tuple[str, bool]]) -> Encoded:
 
 def _reuse(folder: Path, request: str) -> Prepared:
     try:
-        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        description = read_description(folder)
         same = description["request"] == request
-        whole = all((folder / name).stat().st_size == f["size"] for name, f in description["files"].items())
+        names = [f"{PREFIX}.bin", f"{PREFIX}.idx"]
+        whole = all((folder / name).stat().st_size == description["files"][name]["size"] for name in names)
         counts = description["documents"], description["tokens"], description["vocab_size"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (DataError, OSError, KeyError):
         raise DataError(f"{folder}: exists and is not a whole data set; use --overwrite, or another --out") from None
     if not same:
         raise DataError(

@@ -2,16 +2,22 @@
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from megaresnorm.errors import DataError
+from megaresnorm.reading import first_line, read_plain_file
+from megaresnorm.recipe.section import MAX_VOCAB
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 HUGGINGFACE_FILE = "tokenizer.json"
+MAX_TOKENIZER_BYTES = 1 << 27  # four times the largest that is published
+_PROBE = "The quick  brown fox\n\t3.14 «né» 你好 😀 \x00 <|x|> [UNK]"  # on which a tokenizer is tried when it is loaded
 # Names that published tokenizers give to the token that ends a document, the usual first.
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>")
 
@@ -51,6 +57,37 @@ class ByteTokenizer:
         return {"kind": "bytes"}
 
 
+_Result = TypeVar("_Result")
+
+
+def guarded(call: Callable[[], _Result], what: str) -> _Result:
+    """What ``call`` returns. Raises: DataError, "what (reason)", for whatever a library raises, panics of Rust included."""
+    try:
+        return call()
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as e:  # noqa: BLE001 - a panic of Rust is no Exception
+        raise DataError(f"{what} ({first_line(e)})") from None
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """What Rust and C++ print of an error that is ours to tell goes nowhere."""
+    try:
+        before = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
+
+
 class Piece(NamedTuple):
     """One piece of a SentencePiece model. kind: normal, unknown, control or byte."""
 
@@ -67,15 +104,15 @@ class SentencePieceTokenizer:
 
         self.model = model
         self._processor = sentencepiece.SentencePieceProcessor()
-        try:
-            loaded = bool(model) and self._processor.LoadFromSerializedProto(model)
-        except RuntimeError:
-            loaded = False
-        if not loaded:
-            raise DataError(f"{where}: not a SentencePiece model")
-        self.vocab_size, self.eod = self._processor.vocab_size(), self._processor.eos_id()
-        if self.eod < 0:
-            raise DataError(f"{where}: has no end-of-sentence piece to end documents with; train it with one")
+        self._where = where
+        what = f"{where}: not a SentencePiece model"
+        with _without_stderr():
+            if not model or not guarded(lambda: self._processor.LoadFromSerializedProto(model), what):
+                raise DataError(what)
+            self.vocab_size, self.eod = self._processor.vocab_size(), self._processor.eos_id()
+            if self.eod < 0:
+                raise DataError(f"{where}: has no end-of-sentence piece to end documents with; train it with one")
+            self.decode(self.encode(_PROBE))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "SentencePieceTokenizer":
@@ -129,10 +166,14 @@ class SentencePieceTokenizer:
         return [Piece(model.IdToPiece(i), model.GetScore(i), kind(i)) for i in range(self.vocab_size)]
 
     def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._processor.EncodeAsIds(text), dtype=np.int32)
+        return guarded(
+            lambda: np.asarray(self._processor.EncodeAsIds(text), dtype=np.int32),
+            f"{self._where}: cannot encode a text",
+        )
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._processor.DecodeIds([int(i) for i in ids])
+        tokens = [int(i) for i in ids]
+        return guarded(lambda: self._processor.DecodeIds(tokens), f"{self._where}: cannot decode tokens")
 
     def describe(self) -> dict:
         return {"kind": "sentencepiece", "file": SENTENCEPIECE_FILE, "sha256": hashlib.sha256(self.model).hexdigest()}
@@ -149,26 +190,37 @@ class HuggingFaceTokenizer:
             import tokenizers
         except ImportError:
             raise DataError(f"{where}: needs the package tokenizers; install it with: pip install tokenizers") from None
-        self.model = model
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(model.decode("utf-8"))
-        except Exception as e:  # noqa: BLE001 - tokenizers raises bare Exceptions
-            raise DataError(f"{where}: not a tokenizer.json ({str(e).splitlines()[0]})") from None
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        ids = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = 1 + max(ids.values(), default=0)
-        known = [token for token in ([end] if end is not None else END_TOKENS) if token in ids]
-        if not known:
-            wanted = end if end is not None else "one of " + ", ".join(END_TOKENS)
-            raise DataError(f"{where}: has no token {wanted} to end documents with; name one with --end-token")
-        self.end, self.eod = known[0], ids[known[0]]
+        self.model, self._where = model, where
+        with _without_stderr():
+            self._tokenizer = guarded(
+                lambda: tokenizers.Tokenizer.from_str(model.decode("utf-8")), f"{where}: not a tokenizer.json"
+            )
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            ids = self._tokenizer.get_vocab(with_added_tokens=True)
+            self.vocab_size = 1 + max(ids.values(), default=0)
+            if self.vocab_size > MAX_VOCAB:
+                raise DataError(
+                    f"{where}: its largest token is {self.vocab_size - 1}; at most {MAX_VOCAB} tokens are read"
+                )
+            known = [token for token in ([end] if end is not None else END_TOKENS) if token in ids]
+            if not known:
+                wanted = end if end is not None else "one of " + ", ".join(END_TOKENS)
+                raise DataError(f"{where}: has no token {wanted} to end documents with; name one with --end-token")
+            self.end, self.eod = known[0], ids[known[0]]
+            self.decode(self.encode(_PROBE))
 
     def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        return guarded(
+            lambda: np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32),
+            f"{self._where}: cannot encode a text",
+        )
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+        tokens = [int(i) for i in ids]
+        return guarded(
+            lambda: self._tokenizer.decode(tokens, skip_special_tokens=False), f"{self._where}: cannot decode tokens"
+        )
 
     def describe(self) -> dict:
         digest = hashlib.sha256(self.model).hexdigest()
@@ -178,7 +230,7 @@ class HuggingFaceTokenizer:
 def read_tokenizer(path: Path, end: str | None = None) -> Tokenizer:
     """A SentencePiece .model or a Hugging Face .json. Raises: DataError if it is neither, or cannot be read."""
     try:
-        model = path.read_bytes()
+        model = read_plain_file(path, MAX_TOKENIZER_BYTES)
     except OSError as e:
         raise DataError(f"{path}: cannot be read ({e.strerror}); wanted bytes, a .model or a tokenizer.json") from None
     if path.suffix == ".json":
@@ -195,16 +247,19 @@ def restore_tokenizer(description: dict, model: bytes, where: str) -> Tokenizer:
             return SentencePieceTokenizer(model, where)
         case {"kind": "huggingface", "end_token": str(end)}:
             return HuggingFaceTokenizer(model, where, end)
-    raise DataError(f"{where}: unknown tokenizer {description!r}")
+    raise DataError(f"{where}: unknown tokenizer {str(description)[:80]}")
 
 
 def load_tokenizer(description: dict, folder: Path) -> Tokenizer:
     """The tokenizer that a dataset.json describes. Raises: DataError if its file is missing or another one."""
-    file = {"sentencepiece": SENTENCEPIECE_FILE, "huggingface": HUGGINGFACE_FILE}.get(description.get("kind", ""))
+    kind = description.get("kind")
+    file = {"sentencepiece": SENTENCEPIECE_FILE, "huggingface": HUGGINGFACE_FILE}.get(
+        kind if isinstance(kind, str) else ""
+    )
     if file is None:
         return restore_tokenizer(description, b"", str(folder / "dataset.json"))
     try:
-        model = (folder / file).read_bytes()
+        model = read_plain_file(folder / file, MAX_TOKENIZER_BYTES)
     except OSError as e:
         raise DataError(f"{folder / file}: cannot be read ({e.strerror})") from None
     if hashlib.sha256(model).hexdigest() != description.get("sha256"):

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from megaresnorm.recipe.section import MAX_BLOCKS, BlocksOr0, Ranks, Section, refuse_ignored
+from megaresnorm.recipe.section import MAX_BLOCKS, BlocksOr0, Ranks, Section, Word, refuse_ignored
 
 
 class PrecisionRecipe(Section):
@@ -31,13 +31,13 @@ class PrecisionRecipe(Section):
 class KernelRecipe(Section):
     """``auto`` takes the fastest backend that can run here; ``megaresnorm doctor --kernels`` lists them."""
 
-    add_norm: str = "auto"
+    add_norm: Word = "auto"
     """Backend of the residual-add + norm op."""
-    attention: str = "auto"
+    attention: Word = "auto"
     """Backend of attention."""
-    activation: str = "auto"
+    activation: Word = "auto"
     """Backend of GELU and SwiGLU."""
-    cross_entropy: str = "auto"
+    cross_entropy: Word = "auto"
     """Backend of the loss."""
 
 

@@ -15,6 +15,7 @@ from megaresnorm.recipe.section import (
     SequenceLength,
     Vocabulary,
     Width,
+    Word,
     divisors,
     refuse_ignored,
 )
@@ -120,7 +121,7 @@ class ModelRecipe(Section):
     """Tokens the model can predict; unset: the data set's."""
     vocab_multiple: Vocabulary = 64
     """The embedding and output matrices are padded to a multiple of this many rows."""
-    topology: str = "deepnorm"
+    topology: Word = "deepnorm"
     """How residual and normalization are wired: a name of megaresnorm.TOPOLOGIES."""
     topology_options: TopologyOptions = TopologyOptions()
     """Options of the topology, for the few that have one."""

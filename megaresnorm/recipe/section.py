@@ -49,6 +49,7 @@ PositiveOr0 = Annotated[float, Field(ge=0), AfterValidator(_held_by_fp32)]
 AtLeast1 = Annotated[float, Field(ge=1), AfterValidator(_held_by_fp32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Word = Annotated[str, Field(min_length=1, max_length=100)]
 Name = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_nul)]
 
 

@@ -1,0 +1,81 @@
+"""A command that is given something bad: it ends in one line, soon, in little memory, and leaves what is on disk as it was."""
+
+import os
+import resource
+import stat
+import time
+from pathlib import Path
+
+import transformers.models.llama.modeling_llama  # noqa: F401 - once, so that no case pays for it
+
+import megaresnorm.comparison
+import megaresnorm.convert.from_hf
+import megaresnorm.convert.to_hf
+import megaresnorm.generate  # noqa: F401
+from megaresnorm.cli import main
+
+SECONDS = 2.0  # of the processor; other processes may have the machine
+MEGABYTES = 300
+CODES = (2, 3, 4, 5, 7)
+
+
+def refused(argv: list, wanted: str, root: Path, capture) -> str:
+    """The line. wanted: a part of it.   root: the folder in which nothing may change.   capture: pytest's capfd, which sees what
+    libraries of other languages print.
+    """
+    argv, before = [str(one) for one in argv], _contents(root)
+    capture.readouterr()
+    start, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        code = main(argv)
+        usage = 0
+    except SystemExit as e:  # of argparse, which says how the command is used first
+        code, usage = e.code, None
+    seconds = time.process_time() - start
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024
+    error = capture.readouterr().err
+    lines = error.splitlines()
+    assert code in CODES, (code, error[-2000:])
+    assert "Traceback" not in error and "panicked" not in error, error[-2000:]
+    assert usage is None or len(lines) == 1, error[-2000:]
+    line = lines[-1]
+    assert line.startswith("megaresnorm") and "error: " in line and len(line) < 2500, line[:500]
+    assert wanted in line, line
+    assert seconds < SECONDS, (seconds, line)
+    assert grown < MEGABYTES, (grown, line)
+    assert _contents(root) == before
+    return line
+
+
+def _contents(root: Path) -> dict:
+    found = {}
+    for folder, names, files in os.walk(root):
+        for name in (*names, *files):
+            info = os.lstat(os.path.join(folder, name))
+            own = (info.st_size, info.st_mtime_ns) if stat.S_ISREG(info.st_mode) else ()
+            found[os.path.join(folder, name)] = (info.st_mode, info.st_ino, *own)
+    return found
+
+
+def put(content) -> "callable":
+    """Something that puts a thing at a path: bytes, a size of zeros that take no space, or a function of the path."""
+
+    def make(path: Path) -> None:
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif isinstance(content, int):
+            path.touch()
+            os.truncate(path, content)
+        else:
+            content(path)
+
+    return make
+
+
+ZEROS = put(lambda path: path.symlink_to("/dev/zero"))
+PIPE = put(os.mkfifo)
+FOLDER = put(os.mkdir)
+LOOP = put(lambda path: path.symlink_to(path.name))
+NOT_FILES = {"endless": ZEROS, "a pipe": PIPE, "a folder": FOLDER, "a link to itself": LOOP, "8 TB": put(1 << 43)}
