@@ -131,3 +131,87 @@ def test_a_link_in_its_place_is_not_followed(tmp_path):
     with pytest.raises(TrainingError, match="cannot be written"):
         FolderLock(tmp_path / "folder", "x")
     assert (tmp_path / "victim").read_text() == "precious"
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_lock_that_was_removed_is_lost_and_the_second_job_keeps_its_own(tmp_path, monkeypatch, replaced):
+    held = FolderLock(tmp_path, "x")
+    (tmp_path / ".lock").unlink()
+    other = FolderLock(tmp_path, "y") if replaced else None
+    assert held.lost  # at once, as before the commit of a checkpoint, and not at the next beat only
+    held.release()
+    if other is not None:
+        assert not other.lost and json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+        other.release()
+        assert not other.lost
+
+
+def test_the_heart_notices_that_its_file_is_gone_and_beats_no_longer(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.01)
+    held = FolderLock(tmp_path, "x")
+    (tmp_path / ".lock").rename(tmp_path / "aside")
+    end = time.monotonic() + 5
+    while not held._lost:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    held.release()
+
+
+def test_a_run_whose_lock_was_removed_saves_nothing_more(tiny, tmp_path, monkeypatch):
+    from megaresnorm.checkpoint.format import list_checkpoints
+    from megaresnorm.trainer import Run, train
+
+    real, recipe = Run._step, tiny(checkpoint={"every": 2})
+
+    def step(run):
+        if run.steps_done == 3:
+            (run.output / ".lock").unlink()
+        return real(run)
+
+    monkeypatch.setattr(Run, "_step", step)
+    with pytest.raises(TrainingError, match="nothing more is written"):
+        train(recipe)
+    assert [step for step, _ in list_checkpoints(tmp_path / "run" / "checkpoints")] == [2]
+
+
+@pytest.mark.parametrize("content", ["[" * 4000, '{"a":' * 800, "\udcff", "[]", "null", "\x00" * 4096])
+def test_a_lock_of_anything_is_nobodys(tmp_path, content):
+    (tmp_path / ".lock").write_text(content, errors="surrogateescape")
+    FolderLock(tmp_path, "x").release()
+
+
+def test_a_pipe_or_a_folder_in_its_place_is_refused_and_not_waited_for(tmp_path):
+    for name, make in (("pipe", os.mkfifo), ("folder", os.mkdir)):
+        (tmp_path / name).mkdir()
+        make(tmp_path / name / ".lock")
+        with pytest.raises(TrainingError, match="cannot be written"):
+            FolderLock(tmp_path / name, "x")
+
+
+def test_a_stamp_of_the_future_is_watched_until_it_moves(tmp_path, monkeypatch):
+    """The file server's clock went back an hour: an owner that lives touches its lock again, a dead one never."""
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.02)
+    monkeypatch.setattr(lock, "STALE", 0.3)
+    on_another_host(tmp_path, -3600)
+    FolderLock(tmp_path, "x").release()
+    on_another_host(tmp_path, -3600)
+    with ThreadPoolExecutor(1) as pool:
+        start = time.monotonic()
+        waiting = pool.submit(FolderLock, tmp_path, "x")
+        time.sleep(0.1)
+        os.utime(tmp_path / ".lock")
+        with pytest.raises(TrainingError, match="in use by pid 7 of ann on elsewhere"):
+            waiting.result()
+    assert time.monotonic() - start < 5
+
+
+def test_a_user_without_a_name_has_a_number(tmp_path, monkeypatch):
+    for error in (KeyError("uid not found"), OSError("No username set"), ImportError("pwd")):
+
+        def nobody(error=error):
+            raise error
+
+        monkeypatch.setattr(lock.getpass, "getuser", nobody)
+        held = FolderLock(tmp_path, "x")
+        assert json.loads((tmp_path / ".lock").read_text())["user"] == str(os.getuid())
+        held.release()
