@@ -161,7 +161,7 @@ def _not_finite(checkpoint: Checkpoint, progress: Progress) -> list[str]:
     found = {group: non_finite(checkpoint, group, progress=progress) for group in checkpoint.tensors}
     return [
         f"{checkpoint.folder}/{group}: {names[0]} holds NaN or infinity"
-        + (f", and so do {len(names) - 1} others" if len(names) > 1 else "")
+        + (f", and so {'does 1 other' if len(names) == 2 else f'do {len(names) - 1} others'}" if names[1:] else "")
         for group, names in found.items()
         if names
     ]

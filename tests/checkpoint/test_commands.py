@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megaresnorm.checkpoint.format import Slices, list_checkpoints
-from megaresnorm.checkpoint.inspect import compare_tensors
+from megaresnorm.checkpoint.inspect import compare_tensors, non_finite
 from megaresnorm.checkpoint.manifest import encode_manifest
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.writer import Kept, save_checkpoint
@@ -68,6 +68,65 @@ def test_verify_names_every_damaged_file_and_exits_with_4(run, capsys):
     assert out.count("every byte is right") == 4 and out.count("SHA-256 differs") == 2
     assert "2 of 6 checkpoints are damaged" in out
     assert "every byte is right" in output(capsys, "verify", run / "checkpoints" / "step-00000003")
+
+
+def test_verify_names_what_is_not_part_of_a_checkpoint(run, capsys, monkeypatch):
+    monkeypatch.setattr("megaresnorm.telemetry.log.console.width", 400)
+    step = run / "checkpoints" / "step-00000002"
+    (step / "evil.pt").write_bytes(b"\x80\x04")
+    (step / "weights-00007-00001.safetensors").write_bytes(b"")
+    out = output(capsys, "verify", step)
+    assert "every byte is right" in out
+    assert "not part of it, and not read by anything: evil.pt, weights-00007-00001.safetensors" in out
+    for number in range(9):
+        (step / f"a{number}").mkdir()
+    assert "a0, a1, a2, a3, a4 and 6 others" in output(capsys, "verify", step)
+
+
+def poison(run: Path, step: int, group: str, names: list[str], bad: float) -> None:
+    """Make a saved checkpoint one that a destroyed model would have left: every digest is right."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    checkpoint = Checkpoint(folder)
+    groups = {g: {n: checkpoint.read(g, n).clone() for n in checkpoint.names(g)} for g in checkpoint.tensors}
+    for name in names:
+        groups[group][name].view(-1)[-1] = bad
+    state = checkpoint.state
+    shutil.rmtree(folder)
+    slices = {g: {n: Slices.of_whole(t) for n, t in members.items()} for g, members in groups.items()}
+    save_checkpoint(folder.parent, step, slices, state, kept=Kept(9))
+
+
+def test_verify_names_tensors_that_are_not_finite_and_prune_does_not_count_them(run, capsys, monkeypatch):
+    monkeypatch.setattr("megaresnorm.telemetry.log.console.width", 400)
+    weight, other = "blocks.1.ffn.branch.down.weight", "blocks.2.ffn.branch.down.weight"
+    poison(run, 6, "weights", [other, weight], float("nan"))
+    moment = Checkpoint(run / "checkpoints" / "step-00000005").names("optimizer")[3]
+    poison(run, 5, "optimizer", [moment], float("-inf"))
+    out = output(capsys, "verify", run, code=4)
+    assert f"weights: {weight} holds NaN or infinity, and so does 1 other" in out
+    assert f"optimizer: {moment} holds NaN or infinity" in out
+    assert out.count("every byte is right") == 4 and "2 of 6 checkpoints are damaged" in out
+    out = output(capsys, "prune", run, "--keep", 2)
+    assert out.count("kept, does not count: ") == 2
+    assert [step for step, _ in list_checkpoints(run / "checkpoints")] == [3, 4, 5, 6]
+
+
+def test_non_finite_finds_one_element_in_chunks_of_bounded_size(tmp_path, monkeypatch):
+    """Whatever slices files hold, each chunk is small; whole numbers have nothing to find."""
+    monkeypatch.setattr("megaresnorm.checkpoint.reader.CHUNK_ELEMENTS", 10)
+    tensors = {name: torch.zeros(3, 4, 7) for name in ("a", "b", "c", "d")} | {"wide": torch.zeros(1, 95)}
+    tensors |= {"bf16": torch.zeros(5, dtype=torch.bfloat16), "int8": torch.ones(5, dtype=torch.int8)}
+    tensors["b"][2, 3, 6], tensors["c"][0, 0, 0], tensors["wide"][0, 94] = float("nan"), float("inf"), -float("inf")
+    tensors["bf16"][4] = float("nan")
+    groups = {"weights": {name: Slices.of_whole(t) for name, t in tensors.items()}}
+    folder = save_checkpoint(tmp_path, 1, groups, {})
+    checkpoint, seen = Checkpoint(folder), []
+    assert non_finite(checkpoint, progress=seen.append) == ["b", "bf16", "c", "wide"]
+    assert max(seen) == 40 and sum(seen) == sum(t.nbytes for t in tensors.values())
+    for name, tensor in tensors.items():
+        assert torch.equal(torch.cat([c.flatten() for c in checkpoint.chunks("weights", name)]), tensor.flatten()) or (
+            name in ("b", "bf16")  # NaN is not equal to itself
+        )
 
 
 def test_diff_finds_what_differs(run, capsys, tiny, tmp_path):

@@ -86,6 +86,14 @@ FILES = {  # what stands in the place of the weights, with a manifest that agree
     "another tensor": header(
         {**GOOD, "c": entry([1], 112, start=108), "__metadata__": slices(**BOXES, c=[[[0, 1]]])}, data=bytes(112)
     ),
+    "a tensor named twice": header(
+        (json.dumps({"a": entry([6, 4], 96)})[:-1] + ", " + json.dumps({**GOOD, "__metadata__": slices(**BOXES)})[1:]).encode(),
+        data=bytes(108),
+    ),
+    "slices named twice": header(
+        json.dumps({**GOOD, "__metadata__": slices(**BOXES)}).replace('{"slices"', '{"slices": "{}", "slices"').encode(),
+        data=bytes(108),
+    ),
     "a tensor less": header({"a": GOOD["a"], "__metadata__": slices(**BOXES)}, data=bytes(96)),
 }  # fmt: skip
 
