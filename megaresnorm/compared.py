@@ -41,7 +41,7 @@ def kept_result(folder: Path, request: str, run: tuple[str, int, int]) -> Result
     """The result of a run that is done, None for one that is not. Raises: ConfigError if it was begun with other settings."""
     for path in (folder / "request.json", folder / "result.json"):
         result: Result | None = None
-        if not path.exists():
+        if not path.exists() and not path.is_symlink():
             return None
         try:
             done = read_json_object(path, MAX_RESULT_BYTES, MAX_RESULT_VALUES)

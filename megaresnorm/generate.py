@@ -9,10 +9,9 @@ from torch import Tensor
 from megaresnorm.assemble import build_model, choose_device
 from megaresnorm.checkpoint.format import Slices, checkpoints_of
 from megaresnorm.checkpoint.reader import Checkpoint
-from megaresnorm.checkpoint.state import recipe_of, state_of
+from megaresnorm.checkpoint.state import fitting_table, recipe_of, state_of
 from megaresnorm.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer, restore_tokenizer
 from megaresnorm.errors import CheckpointError, DataError
-from megaresnorm.model.parameters import parameter_table
 from megaresnorm.model.residual import KeyValueCache
 from megaresnorm.model.transformer import Transformer
 from megaresnorm.recipe.section import FP32_TINY
@@ -115,8 +114,7 @@ def load_model(
     checkpoint = Checkpoint(newest[-1] if newest else folder)
     state = state_of(checkpoint.folder, checkpoint.state)
     recipe, description = recipe_of(checkpoint.folder, state), state.tokenizer
-    table = parameter_table(recipe.model)  # before a model is made of sizes that the files do not have
-    checkpoint.check_names("weights", {name: spec.shape for name, spec in table.items()})
+    fitting_table(checkpoint, recipe.model)
     if description is None:
         if tokenizer_file is None:
             raise CheckpointError(

@@ -5,9 +5,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.config import build_recipe
 from megaresnorm.errors import CheckpointError, ConfigError
-from megaresnorm.recipe import Recipe
+from megaresnorm.model.parameters import ParameterSpec, parameter_table
+from megaresnorm.recipe import ModelRecipe, Recipe
 from megaresnorm.recipe.section import MAX_STEPS
 
 
@@ -57,3 +59,18 @@ def recipe_of(folder: Path, state: RunState) -> Recipe:
     if recipe.model.vocab_size is None:
         raise CheckpointError(f"{folder}: its recipe cannot be used (model.vocab_size is missing)")
     return recipe
+
+
+def fitting_table(checkpoint: Checkpoint, model: ModelRecipe) -> dict[str, ParameterSpec]:
+    """The parameters of a model, by name, of which the checkpoint has the weights; to be asked for before one is made.
+
+    Raises: CheckpointError if it has those of another.
+    """
+    have = len(checkpoint.names("weights"))
+    if model.num_blocks > have:  # of which a table would take a while
+        raise CheckpointError(
+            f"{checkpoint.folder}: its {have} weights are not of the {model.num_blocks} blocks of its recipe"
+        )
+    table = parameter_table(model)
+    checkpoint.check_names("weights", {name: spec.shape for name, spec in table.items()})
+    return table

@@ -11,6 +11,7 @@ from megaresnorm.recipe.section import MAX_BLOCKS, MAX_STEPS
 
 Commands = Any  # argparse keeps the type of add_subparsers() private
 MAX_SHOWN = 60  # characters of an argument in an error
+MAX_NAME, MAX_PATH = 255, 4095  # characters that Linux takes
 _UNITS = {"": 1} | {f"{prefix}B": 1000**n for n, prefix in enumerate(["", "K", "M", "G", "T"])}
 _UNITS |= {f"{prefix}IB": 1024**n for n, prefix in enumerate(["K", "M", "G", "T"], start=1)}
 
@@ -19,6 +20,8 @@ def path(text: str) -> Path:
     """Of a file or folder."""
     if "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} has a NUL character, which no path has")
+    if max(map(len, text.split("/"))) > MAX_NAME or len(text) > MAX_PATH:
+        raise argparse.ArgumentTypeError(f"{text[:MAX_SHOWN]!r}... is too long for a path")
     return Path(text)
 
 

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaresnorm.cli.arguments import Commands, count
+from megaresnorm.cli.arguments import Commands, count, path
 from megaresnorm.errors import CheckpointError, ConfigError
 from megaresnorm.text import shown, write
 
@@ -25,21 +25,21 @@ def add_checkpoint(commands: Commands) -> None:
     )
     verbs = checkpoint.add_subparsers(title="commands", metavar="COMMAND", required=True)
     ls = verbs.add_parser("ls", help="the checkpoints of a run, without reading their tensors")
-    ls.add_argument("run_folder", metavar="RUN", type=Path)
+    ls.add_argument("run_folder", metavar="RUN", type=path)
     ls.set_defaults(run=_ls)
     show = verbs.add_parser("show", help="what is in a checkpoint")
-    show.add_argument("checkpoint", type=Path, help="a checkpoint, or a run: its newest one")
+    show.add_argument("checkpoint", type=path, help="a checkpoint, or a run: its newest one")
     show.add_argument("--tensors", action="store_true", help="every tensor with its shape and type")
     show.add_argument("--recipe", action="store_true", help="the recipe that it was trained with")
     show.set_defaults(run=_show)
     verify = verbs.add_parser("verify", help="read every byte and compare with the digests")
     verify.add_argument(
-        "checkpoints", nargs="+", metavar="CHECKPOINT", type=Path, help="checkpoints, or runs: all of theirs"
+        "checkpoints", nargs="+", metavar="CHECKPOINT", type=path, help="checkpoints, or runs: all of theirs"
     )
     verify.set_defaults(run=_verify)
     diff = verbs.add_parser("diff", help="how two checkpoints differ; exit code 1 if they do")
-    diff.add_argument("one", metavar="A", type=Path, help="a checkpoint, or a run: its newest one")
-    diff.add_argument("other", metavar="B", type=Path)
+    diff.add_argument("one", metavar="A", type=path, help="a checkpoint, or a run: its newest one")
+    diff.add_argument("other", metavar="B", type=path)
     diff.add_argument("--rows", type=count, default=20, metavar="N", help="largest differences to show [20]")
     diff.set_defaults(run=_diff)
     prune = verbs.add_parser(
@@ -47,7 +47,7 @@ def add_checkpoint(commands: Commands) -> None:
         help="remove old checkpoints",
         description="Remove all but the newest K checkpoints that are whole, which are verified first.",
     )
-    prune.add_argument("run_folder", metavar="RUN", type=Path)
+    prune.add_argument("run_folder", metavar="RUN", type=path)
     prune.add_argument("--keep", type=count, default=2, metavar="K", help="how many stay, at least 2 [2]")
     prune.add_argument("--keep-every", type=count, metavar="N", help="those of steps that N divides stay as well")
     prune.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")

@@ -12,10 +12,10 @@ from megaresnorm.assemble import build_model
 from megaresnorm.checkpoint.format import Slices
 from megaresnorm.checkpoint.inspect import newest_of
 from megaresnorm.checkpoint.reader import Checkpoint
-from megaresnorm.checkpoint.state import RunState, recipe_of, state_of
+from megaresnorm.checkpoint.state import RunState, fitting_table, recipe_of, state_of
 from megaresnorm.convert.links import scaled
 from megaresnorm.data.tokenizer import Tokenizer, restore_tokenizer
-from megaresnorm.model.parameters import ParameterSpec, parameter_table
+from megaresnorm.model.parameters import ParameterSpec
 from megaresnorm.model.transformer import Transformer
 from megaresnorm.parallel.sharding import Box
 from megaresnorm.recipe import ModelRecipe
@@ -36,8 +36,7 @@ class NativeModel:
         self.folder = self.checkpoint.folder
         self.state: RunState = state_of(self.folder, self.checkpoint.state)
         self.recipe: ModelRecipe = recipe_of(self.folder, self.state).model
-        self.table: dict[str, ParameterSpec] = parameter_table(self.recipe)
-        self.checkpoint.check_names("weights", {name: spec.shape for name, spec in self.table.items()})
+        self.table: dict[str, ParameterSpec] = fitting_table(self.checkpoint, self.recipe)
 
     @property
     def dtype(self) -> torch.dtype:

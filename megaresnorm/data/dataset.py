@@ -5,7 +5,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -133,7 +133,7 @@ class _Files(_Typed):
 
 
 class _Description(_Typed):
-    format: Literal[1]
+    format: int = Field(ge=1, le=1)
     tokenizer: dict[str, str]
     vocab_size: int = Field(ge=1, le=MAX_VOCAB)
     documents: int = Field(0, ge=0, lt=1 << 62)
