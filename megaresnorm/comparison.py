@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from io import BytesIO, StringIO
 from math import inf, isfinite
 from pathlib import Path
 from statistics import mean
@@ -15,6 +16,7 @@ from megaresnorm.config import apply_override, build_recipe, read_recipe
 from megaresnorm.data.dataset import json_digest
 from megaresnorm.data.samples import open_data, unigram_entropy
 from megaresnorm.errors import ConfigError, NonFiniteError
+from megaresnorm.files import replace_file
 from megaresnorm.model.topology import beside_others, topology
 from megaresnorm.recipe import Recipe
 from megaresnorm.resilience.signals import StopSignals
@@ -150,7 +152,7 @@ def _train(
 ) -> Result | None:
     """The result of one run, kept in its folder; None if it was stopped."""
     with Run(recipe) as run:
-        _write(run.output / "request.json", {"request": request})
+        replace_file(run.output / "request.json", json.dumps({"request": request}))
         valid_loss, diverged = None, False
         try:
             summary = run.train(stop)
@@ -180,14 +182,8 @@ def _train(
         max_lr=max_lr,
         losses=losses,
     )
-    _write(run.output / "result.json", {"request": request, "result": asdict(result)})
+    replace_file(run.output / "result.json", json.dumps({"request": request, "result": asdict(result)}))
     return result
-
-
-def _write(path: Path, value: dict) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value))
-    temporary.replace(path)
 
 
 @dataclass(frozen=True)
@@ -268,12 +264,13 @@ def write_report(comparison: Comparison, results: Sequence[Result]) -> list[Path
     """
     out = comparison.out
     try:
-        (out / "comparison.md").write_text(markdown(comparison, results), encoding="utf-8")
-        with (out / "comparison.csv").open("w", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(["topology", "num_blocks", "seed", "step", "loss"])
-            for r in results:
-                table.writerows([r.topology, r.num_blocks, r.seed, step, loss] for step, loss in enumerate(r.losses))
+        replace_file(out / "comparison.md", markdown(comparison, results))
+        lines = StringIO()
+        table = csv.writer(lines)
+        table.writerow(["topology", "num_blocks", "seed", "step", "loss"])
+        for r in results:
+            table.writerows([r.topology, r.num_blocks, r.seed, step, loss] for step, loss in enumerate(r.losses))
+        replace_file(out / "comparison.csv", lines.getvalue())
         written = [out / "comparison.md", out / "comparison.csv"]
         return [*written, out / "comparison.png"] if _draw(results, out / "comparison.png") else written
     except OSError as e:
@@ -304,7 +301,9 @@ def _draw(results: Sequence[Result], path: Path) -> bool:
     panels[0][0].set(ylabel="loss, nats (mean of 10 steps)", ylim=(min(r.best for r in results) - 0.1, top + 0.6))
     panels[0][-1].legend(fontsize="small")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    picture = BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    replace_file(path, picture.getvalue())
     pyplot.close(figure)
     return True
 
