@@ -4,7 +4,7 @@ It is computed from the recipe alone, for the whole model. Initialisation, optim
 stored on tensors.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
 
@@ -53,12 +53,16 @@ class ParameterSpec:
         return product
 
 
-def parameter_table(recipe: ModelRecipe, tensor_layout: str = "full") -> dict[str, ParameterSpec]:
+def parameter_table(
+    recipe: ModelRecipe, tensor_layout: str = "full", blocks: Iterable[int] | None = None
+) -> dict[str, ParameterSpec]:
     """Every parameter of the model by global name, in the order of Transformer.named_parameters().
 
     ``recipe`` must be resolved: model.vocab_size is set.   tensor_layout: of the stream, which ``split`` and ``partial`` depend on.
+    blocks: of these alone, and of what is outside blocks; all where unset.
     """
-    return {spec.name: _placed(spec, recipe, tensor_layout) for spec in _parameters(recipe)}
+    chosen = range(recipe.num_blocks) if blocks is None else blocks
+    return {spec.name: _placed(spec, recipe, tensor_layout) for spec in _parameters(recipe, chosen)}
 
 
 def global_name(name: str, table: Mapping[str, ParameterSpec]) -> str:
@@ -86,7 +90,7 @@ def _placed(spec: ParameterSpec, recipe: ModelRecipe, tensor_layout: str) -> Par
             raise AssertionError(f"{spec.name} has the role {role}, which has no place")
 
 
-def _parameters(recipe: ModelRecipe) -> Iterator[ParameterSpec]:
+def _parameters(recipe: ModelRecipe, blocks: Iterable[int]) -> Iterator[ParameterSpec]:
     wiring = topology(recipe.topology)
     options, init = recipe.topology_options, recipe.init
     outer = wiring.outer_optim(recipe.dim, options)
@@ -103,7 +107,7 @@ def _parameters(recipe: ModelRecipe) -> Iterator[ParameterSpec]:
         yield table("positions.weight", "position", recipe.seq_len, default_position_std(recipe))
     if has_embedding_norm(recipe):
         yield from _norm(recipe, "embedding_norm", recipe.dim)
-    for block in range(recipe.num_blocks):
+    for block in blocks:
         yield from _block(recipe, block)
     if wiring.final_norm:
         yield from _norm(recipe, "final_norm", recipe.dim)

@@ -1,0 +1,338 @@
+"""How much memory a recipe takes on each rank, known before anything is built.
+
+Everything here is arithmetic on the recipe and the ranks: no tensor is made. What is allocated for certain is counted as the code
+allocates it; activations are an estimate. Units are bytes.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import ceil
+from typing import NamedTuple
+
+from megaresnorm.assemble import check_layout, split_stages
+from megaresnorm.checkpoint.format import human_bytes
+from megaresnorm.model.activations import Activations, BlockKind
+from megaresnorm.model.parameters import ParameterSpec, parameter_table
+from megaresnorm.model.topology import topology
+from megaresnorm.model.transformer import Stage
+from megaresnorm.optim import MOMENTS, SMALL
+from megaresnorm.parallel.context import Sizes
+from megaresnorm.parallel.pipeline import stages_of_rank
+from megaresnorm.precision import DTYPES, weight_dtype
+from megaresnorm.recipe import Recipe
+from megaresnorm.schedule import batch_size
+
+PROCESS = (
+    250_000_000  # private memory of Python, torch and this package once a model is built; the libraries' code is shared
+)
+_LINEAR_ROLES = (
+    "q",
+    "gate",
+    "up",
+    "out",
+    "down",
+    "head",
+)  # the first parts of matrices that a linear layer multiplies by
+
+
+class Need(NamedTuple):
+    """certain: allocated whatever happens.   likely: with the estimate of the activations."""
+
+    certain: int = 0
+    likely: int = 0
+
+
+NOTHING = Need()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPerRank:
+    """Bytes of one rank by kind, each at its own fullest moment, and what that comes to at the fullest moment of all.
+
+    weights, optimizer: what the rank has of the parameters, and two moments of each.
+    gradients: of the same.   packed: those of small parameters once more, side by side, as the optimizer takes them.
+    copies: BF16 copies of the matrices.
+    gathered: weights that FSDP2 has gathered; unsharded: gradients of whole units before they are reduced and scattered.
+    buckets: DistributedDataParallel's second copy of the gradients.
+    received: what pipeline stages receive into.
+    logits: of the microbatches whose loss is there at once, with what softcap and slicing keep beside them.
+    checkpoint: the copy in host memory that a thread writes.
+    building: a whole tensor, drawn in host memory before it is divided.
+    activations: kept for the backward passes of all microbatches under way. An estimate.
+    passing: a gradient before it is added to what earlier microbatches gave, and FSDP2's messages. An estimate.
+    process: the interpreter and its libraries, in host memory.
+    device, host: what the kinds add up to; on CPUs all is the host's.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+    packed: int = 0
+    optimizer: int = 0
+    copies: int = 0
+    gathered: int = 0
+    unsharded: int = 0
+    buckets: int = 0
+    received: int = 0
+    logits: int = 0
+    checkpoint: int = 0
+    building: int = 0
+    activations: int = 0
+    passing: int = 0
+    process: int = PROCESS
+    device: Need = NOTHING
+    host: Need = NOTHING
+
+    @property
+    def needed(self) -> int:
+        """What is allocated for certain, in device and host memory."""
+        return self.device.certain + self.host.certain
+
+    @property
+    def total(self) -> int:
+        """``needed`` with the estimate of the activations."""
+        return self.device.likely + self.host.likely
+
+    def describe(self) -> str:
+        """The kinds that there are, in one line, largest first."""
+        kinds = {name: size for name, size in asdict(self).items() if isinstance(size, int) and size}
+        return ", ".join(
+            f"{name} {human_bytes(size)}" for name, size in sorted(kinds.items(), key=lambda kind: -kind[1])
+        )
+
+
+def memory_per_rank(recipe: Recipe, ranks: int | Sizes, *, device_type: str = "cpu") -> MemoryPerRank:
+    """Of the rank that needs most. ``recipe`` must be resolved: model.vocab_size is set.
+
+    Raises: ConfigError for a number of ranks that the layout does not fit.
+    """
+    return max(memory_of_stages(recipe, ranks, device_type=device_type), key=lambda memory: memory.needed)
+
+
+def memory_of_stages(recipe: Recipe, ranks: int | Sizes, *, device_type: str = "cpu") -> list[MemoryPerRank]:
+    """By rank of the pipeline; the ranks of the other axes have as much as the first of their axis, which has most."""
+    sizes = check_layout(recipe, ranks) if isinstance(ranks, int) else ranks
+    return _Accounts(recipe, sizes, device_type).of_ranks()
+
+
+class _Unit(NamedTuple):
+    """``times`` equal groups of parameters that FSDP2 gathers and frees together."""
+
+    specs: Sequence[ParameterSpec]
+    times: int = 1
+
+
+class _Accounts:
+    """The sums of one recipe in one layout."""
+
+    def __init__(self, recipe: Recipe, sizes: Sizes, device_type: str) -> None:
+        self.recipe, self.sizes, self.model = recipe, sizes, recipe.model
+        self.on_cpu = device_type == "cpu"
+        self.word = weight_dtype(recipe.precision.compute).itemsize
+        self.compute = DTYPES[recipe.precision.compute].itemsize
+        self.stream = DTYPES[recipe.precision.stream].itemsize
+        self.stages = split_stages(recipe.model, recipe.parallel)
+        self.kinds = [BlockKind.of(recipe.model, block) for block in range(recipe.model.num_blocks)]
+        self.examples = {kind: block for block, kind in reversed([*enumerate(self.kinds)])}
+        layout = recipe.parallel.tensor_layout if sizes.tp > 1 else "full"
+        self.table = parameter_table(recipe.model, layout, sorted(self.examples.values()))
+        data = sizes.dp_replicate * sizes.dp_shard
+        samples = ceil(batch_size(recipe.train.steps - 1, recipe.train) / data)
+        micro = recipe.train.micro_batch_of(data, sizes.pp)
+        self.tokens = micro * recipe.model.seq_len  # of one microbatch
+        self.num_microbatches = ceil(samples / micro)
+        if sizes.pp > 1 and recipe.parallel.pipeline != "gpipe":
+            self.num_microbatches = max(self.num_microbatches, sizes.pp)  # a pipeline fills small batches up
+
+    def of_ranks(self) -> list[MemoryPerRank]:
+        return [self._of_rank(rank) for rank in range(self.sizes.pp)]
+
+    def _of_rank(self, rank: int) -> MemoryPerRank:
+        stages = {number: self.stages[number] for number in stages_of_rank(rank, self.sizes.pp, len(self.stages))}
+        units = [unit for stage in stages.values() for unit in self._units(stage)]
+        elements = self._sum(units, self._held)
+        predicts = any(stage.predicts for stage in stages.values())
+        sharded = self.sizes.dp_shard > 1
+        memory = MemoryPerRank(
+            weights=self.word * elements,
+            gradients=self.word * elements,
+            packed=0 if sharded else self.word * self._sum(units, self._small),
+            optimizer=len(MOMENTS) * self.word * elements,
+            copies=0 if sharded else self._copies(units, predicts),
+            gathered=self._gathered(units) if sharded else 0,
+            unsharded=self._unsharded(units) if sharded else 0,
+            buckets=self.word * elements if self.sizes.dp_replicate > 1 and not sharded else 0,
+            received=sum(self._received(number) for number in stages),
+            logits=self._logits() if predicts else 0,
+            checkpoint=self._checkpoint(units, stages) if self.recipe.checkpoint.asynchronous else 0,
+            building=self._building(units),
+            activations=sum(self._activations(number, stage) for number, stage in stages.items()),
+            passing=self._passing(units),
+        )
+        return self._added_up(memory)
+
+    def _added_up(self, memory: MemoryPerRank) -> MemoryPerRank:
+        """With what device and host need at the fullest of a few moments, at which all that is counted exists together."""
+        checkpoint, settings = memory.checkpoint, self.recipe.checkpoint
+        early = (
+            checkpoint if 0 < settings.every < self.recipe.train.steps else 0
+        )  # else the copy comes when training is over
+        standing = memory.weights + memory.optimizer + memory.copies + memory.packed
+        standing += memory.buckets + memory.received
+        at_loss = standing + memory.logits + self._gradients_at_loss(memory)
+        at_end = standing + self._gradients_at_end(memory)
+        if not self.on_cpu:
+            likely = max(at_loss + memory.activations, at_end) + memory.passing
+            device = Need(max(at_loss, at_end), likely)
+            host = memory.process + max(memory.building, checkpoint)
+            return replace(memory, device=device, host=Need(host, host))
+        others = max(memory.weights + memory.building, memory.weights + memory.optimizer + memory.copies + checkpoint)
+        certain = max(at_loss + early, at_end + early, others)
+        likely = max(max(at_loss + memory.activations, at_end) + memory.passing + early, certain)
+        return replace(memory, host=Need(memory.process + certain, memory.process + likely))
+
+    # Parameters
+
+    def _units(self, stage: Stage) -> list[_Unit]:
+        """As Transformer.parts divides a stage: its blocks, embedding and output matrix unless they are one, and what is left."""
+        blocks = Counter(self.kinds[block] for block in stage.blocks)
+        units = [_Unit(self._named(f"blocks.{self.examples[kind]}."), count) for kind, count in blocks.items()]
+        tied = self.model.tied_embeddings
+        ends = self._named("embedding.") if stage.embeds or (tied and stage.predicts) else []
+        head = self._named("head.") if stage.predicts else []
+        rest = self._named("positions.", "embedding_norm.") if stage.embeds else []
+        rest += self._named("final_norm.") if stage.predicts else []
+        groups = [ends + rest] if tied else [ends, head, rest]
+        return units + [_Unit(group) for group in groups if group]
+
+    def _named(self, *prefixes: str) -> list[ParameterSpec]:
+        return [spec for name, spec in self.table.items() if name.startswith(prefixes)]
+
+    def _sum(self, units: Iterable[_Unit], size: Callable[[ParameterSpec], int]) -> int:
+        return sum(unit.times * sum(map(size, unit.specs)) for unit in units)
+
+    def _rows(self, spec: ParameterSpec) -> tuple[int, int]:
+        """Of a tensor-parallel rank: rows, and elements of one."""
+        rows = spec.shape[0] // (self.sizes.tp if spec.split == 0 else 1)
+        return rows, spec.num_elements // spec.shape[0] // (self.sizes.tp if spec.split else 1)
+
+    def _held(self, spec: ParameterSpec) -> int:
+        """Elements that a rank has: FSDP2 divides rows, and pads all ranks to as many as the first has."""
+        rows, width = self._rows(spec)
+        return ceil(rows / self.sizes.dp_shard) * width
+
+    def _small(self, spec: ParameterSpec) -> int:
+        """Elements that the optimizer packs with others (optim.py)."""
+        return self._held(spec) if self._held(spec) <= SMALL else 0
+
+    def _whole(self, spec: ParameterSpec) -> int:
+        """Elements once FSDP2 has gathered them."""
+        return self._held(spec) * self.sizes.dp_shard
+
+    # Kinds
+
+    def _copies(self, units: list[_Unit], predicts: bool) -> int:
+        """precision.py's Bf16Weights: of every linear layer's matrix, a tied embedding included where it makes logits."""
+        if self.recipe.precision.compute != "bf16":
+            return 0
+        tied = self.model.tied_embeddings and predicts
+
+        def size(spec: ParameterSpec) -> int:
+            linear = spec.parts[0].role in _LINEAR_ROLES or (tied and spec.name == "embedding.weight")
+            return self._held(spec) if linear and len(spec.shape) == 2 else 0
+
+        return self.compute * self._sum(units, size)
+
+    @property
+    def _keeps_gathered(self) -> bool:
+        return self.recipe.parallel.shard == "gradients" or len(self.stages) > 1
+
+    @property
+    def _keeps_unsharded(self) -> bool:
+        return self.recipe.parallel.accumulate == "unsharded" and self.num_microbatches > 1
+
+    def _largest(self, units: list[_Unit]) -> int:
+        return max(self._sum([unit._replace(times=1)], self._whole) for unit in units)
+
+    def _gathered(self, units: list[_Unit]) -> int:
+        return self.word * (self._sum(units, self._whole) if self._keeps_gathered else self._largest(units))
+
+    def _unsharded(self, units: list[_Unit]) -> int:
+        return self.word * (self._sum(units, self._whole) if self._keeps_unsharded else self._largest(units))
+
+    def _gradients_at_loss(self, memory: MemoryPerRank) -> int:
+        """Gradients and gathered weights beside the logits of the last microbatch: gpipe has not begun its backward passes."""
+        gathered = memory.gathered if self._keeps_gathered else 0
+        if self.num_microbatches == 1 or (self.sizes.pp > 1 and self.recipe.parallel.pipeline == "gpipe"):
+            return gathered
+        return gathered + (memory.unsharded if self._keeps_unsharded else memory.gradients)
+
+    def _gradients_at_end(self, memory: MemoryPerRank) -> int:
+        """In the last backward pass: the sharded gradients of all earlier ones, and a unit of weights and of its gradients."""
+        if self._keeps_unsharded or self.num_microbatches == 1:
+            return max(memory.gradients, memory.unsharded)
+        return memory.gradients + memory.unsharded
+
+    def _passing(self, units: list[_Unit]) -> int:
+        """The largest of its kind: a new gradient; under FSDP2 also a unit as it was gathered and another as it is sent."""
+        gradient = max(self._whole(spec) for unit in units for spec in unit.specs)
+        return self.word * (gradient + (2 * self._largest(units) if self.sizes.dp_shard > 1 else 0))
+
+    def _received(self, number: int) -> int:
+        """A stage receives activations for each microbatch under way, and the gradient of one (parallel/pipeline.py)."""
+        forward = self._under_way(number) if number > 0 else 0
+        backward = 1 if number < len(self.stages) - 1 else 0
+        return (forward + backward) * self._stream_width * self.tokens * self.stream
+
+    @property
+    def _stream_width(self) -> int:
+        """Columns of the stream that a rank has; under sequence parallelism of its share of the tokens, which is as much."""
+        return self.model.dim // (1 if self.recipe.parallel.tensor_layout == "full" else self.sizes.tp)
+
+    def _under_way(self, number: int) -> int:
+        """Microbatches that a stage has begun and not ended, at most (arXiv:2104.04473, section 2.2)."""
+        pp, m, order = self.sizes.pp, self.num_microbatches, self.recipe.parallel.pipeline
+        if pp == 1:
+            return 1
+        if order == "interleaved":  # a rank runs ahead by 2 (pp - rank - 1) passes and all rounds of its stages but one
+            rounds = len(self.stages) // pp
+            ahead = 2 * (pp - number % pp - 1) + (rounds - 1) * pp + 1
+            return min(m, ceil(ahead / rounds))
+        return m if order == "gpipe" else min(m, pp - number)
+
+    def _logits(self) -> int:
+        """The loss writes its gradient in their place (kernels/cross_entropy.py): one tensor, unless something comes between."""
+        model, wide = self.model, max(4, self.compute)
+        columns = model.padded_vocab_size // self.sizes.tp
+        scale = topology(model.topology).logit_scale(model.dim, model.topology_options) / model.logits_scaling
+        padded = model.padded_vocab_size != model.vocab_size  # the slice's gradient is another tensor
+        most, kept = (2 if padded or scale != 1.0 else 1) * self.compute, self.compute
+        if model.logit_softcap is not None:  # what tanh gives is kept for its gradient
+            most, kept = 3 * wide, 2 * wide
+        waiting = self.num_microbatches - 1 if self.sizes.pp > 1 and self.recipe.parallel.pipeline == "gpipe" else 0
+        return (most + waiting * kept) * self.tokens * columns
+
+    def _checkpoint(self, units: list[_Unit], stages: dict[int, Stage]) -> int:
+        """Weights and moments that this rank writes: what others have as well is shared out evenly (engines/slices.py)."""
+        copy = self.model.tied_embeddings and not any(stage.embeds for stage in stages.values())
+
+        def size(spec: ParameterSpec) -> int:
+            held = 0 if copy and spec.name == "embedding.weight" else self._held(spec)
+            return held * (self.sizes.tp if spec.split is not None else 1)
+
+        shares = self.sizes.tp * self.sizes.dp_replicate
+        return (1 + len(MOMENTS)) * self.word * (self._sum(units, size) // shares)
+
+    def _building(self, units: list[_Unit]) -> int:
+        """The buffer in which model/init.py draws whole FP32 values of what is divided, one after the other."""
+        specs = (spec for unit in units for spec in unit.specs)
+        return 4 * max((spec.num_elements for spec in specs if self._held(spec) < spec.num_elements), default=0)
+
+    def _activations(self, number: int, stage: Stage) -> int:
+        """What autograd keeps of a stage for all its microbatches under way, and the work of one block."""
+        blocks = Counter(self.kinds[block] for block in stage.blocks)
+        divides_stream = self.recipe.parallel.tensor_layout != "full"
+        of = Activations(self.model, self.sizes.tp, divides_stream, self.compute, self.stream)
+        sizes = {kind: of.of_block(kind) for kind in blocks}
+        kept = sum(count * sizes[kind] for kind, count in blocks.items())
+        return self.tokens * (self._under_way(number) * kept + max(sizes.values(), default=0))

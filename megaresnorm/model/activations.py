@@ -1,0 +1,84 @@
+"""What autograd keeps of a block for its backward pass, in bytes a token: an estimate from the shapes of what is saved.
+
+It follows what kernels and branches save: of a residual connection the sum and what is read from it, of a branch the inputs of its
+matrices and of its activation. Backends that save more or less than the fastest ones are not told apart.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megaresnorm.model.topology import SUBLAYERS, Position, ResidualSpec, TokenGate, topology
+from megaresnorm.recipe import ModelRecipe
+
+
+class ResidualKind(NamedTuple):
+    """What of a residual connection decides which tensors there are. gate: None where it is a number."""
+
+    norm_in: bool
+    norm_inner: bool
+    norm_branch: bool
+    norm_out: bool
+    gate: object
+
+    @classmethod
+    def of(cls, spec: ResidualSpec) -> "ResidualKind":
+        gate = spec.gate if spec.constant_gate is None else None
+        return cls(spec.norm_in, spec.norm_inner, spec.norm_branch, spec.norm_out, gate)
+
+
+class BlockKind(NamedTuple):
+    """Blocks of one kind have parameters and activations of the same shapes."""
+
+    attention: ResidualKind
+    ffn: ResidualKind
+
+    @classmethod
+    def of(cls, recipe: ModelRecipe, block: int) -> "BlockKind":
+        residual, options = topology(recipe.topology).residual, recipe.topology_options
+        at = (Position(block=block, num_blocks=recipe.num_blocks, sublayer=sub, dim=recipe.dim) for sub in SUBLAYERS)
+        return cls(*(ResidualKind.of(residual(position, options)) for position in at))
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Of the blocks of one model on one tensor-parallel rank.
+
+    tp: ranks.   divides_stream: whether they share the stream's tokens or columns.   compute, stream: bytes of an element.
+    """
+
+    recipe: ModelRecipe
+    tp: int
+    divides_stream: bool
+    compute: int
+    stream: int
+
+    def of_block(self, kind: BlockKind) -> int:
+        """Bytes a token."""
+        attention, ffn = kind
+        return self._of_residual(attention, ffn) + self._of_residual(ffn, attention) + self._of_branches(kind)
+
+    def _of_residual(self, this: ResidualKind, following: ResidualKind) -> int:
+        """The sum, what is normalised twice, and what the next branch reads, which is gathered where the stream is divided."""
+        dim, width = self.recipe.dim, self.recipe.dim // (self.tp if self.divides_stream else 1)
+        kept = width * self.stream
+        if this.norm_branch or (this.gate is not None and not isinstance(this.gate, TokenGate)):
+            kept += width * self.compute  # the branch's output, for the gradient of its norm or gate
+        if this.norm_out and following.norm_in:
+            kept += width * self.stream
+        if this.norm_out or following.norm_in or self.compute != self.stream:
+            kept += dim * self.compute
+        if isinstance(this.gate, TokenGate):
+            kept += dim * 4 * (self.compute < 4) + width * 4  # branch input in FP32 for the gate, y - x
+        return kept
+
+    def _of_branches(self, kind: BlockKind) -> int:
+        recipe = self.recipe
+        q, kv = recipe.num_heads * recipe.head_width, recipe.kv_heads * recipe.head_width
+        attention = (q + 2 * kv) * (1 if recipe.qk_norm == "none" else 2) + q * (1 + kind.attention.norm_inner)
+        feed_forward = recipe.ffn_width * (2 + recipe.gated_ffn + kind.ffn.norm_inner)
+        scores = 4 * recipe.num_heads  # a normaliser of every row
+        if (
+            recipe.attention_softcap is not None
+        ):  # written out in FP32: capped and normalised scores, and what lies between
+            scores = 3 * 4 * recipe.num_heads * recipe.seq_len
+        return (self.compute * (attention + feed_forward) + scores) // self.tp

@@ -1,0 +1,69 @@
+"""How much memory this machine has, or the job's share of it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = ("memory.max", "memory.current", "inactive_file")
+
+
+class HostMemory(NamedTuple):
+    """Bytes. total: that can be used at all, with swap.   free: now, without swap; pages of files count, which are given back."""
+
+    total: int
+    free: int
+
+
+def host_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> HostMemory | None:
+    """The least of the machine's and of what every control group above this process allows; None where neither is known."""
+    found = []
+    try:
+        lines = (line.split() for line in (proc / "meminfo").read_text().splitlines())
+        machine = {words[0].rstrip(":"): 1024 * int(words[1]) for words in lines if words[-1] == "kB"}
+        swap = machine.get("SwapTotal", 0)
+        found.append(HostMemory(machine["MemTotal"] + swap, machine["MemAvailable"]))
+    except (OSError, ValueError, KeyError):
+        swap = 0
+    for folder, names in _groups(proc, cgroups):
+        limit = _limit(folder, *names)
+        if limit is not None:
+            found.append(HostMemory(limit.total + swap, limit.free))
+    if not found:
+        return None
+    return HostMemory(min(one.total for one in found), min(one.free for one in found))
+
+
+def _groups(proc: Path, cgroups: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """The control groups of this process that can limit memory, up to the root, of both versions.
+
+    Inside a container the path may be one that only the host can see: then the folders that are there are looked at.
+    """
+    try:
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, names = cgroups, _V2
+        elif "memory" in controllers.split(","):
+            root, names = cgroups / "memory", _V1
+        else:
+            continue
+        folder = root / path.strip("/")
+        for group in (folder, *folder.parents):
+            yield group, names
+            if group == root:
+                break
+
+
+def _limit(folder: Path, limit: str, used: str, files: str) -> HostMemory | None:
+    """None where a group has no limit, or is not to be seen."""
+    try:
+        total = int((folder / limit).read_text())  # "max" is no number: no limit
+        pages = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return HostMemory(total, total - int((folder / used).read_text()) + int(pages.get(files, 0)))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,98 @@
+"""Whether a node can hold its ranks, asked before anything is built."""
+
+import logging
+from math import ceil
+from typing import NamedTuple
+
+import torch
+
+from megaresnorm.checkpoint.format import human_bytes
+from megaresnorm.errors import ConfigError
+from megaresnorm.memory import MemoryPerRank, Need, memory_of_stages
+from megaresnorm.parallel.context import Sizes
+from megaresnorm.recipe import Recipe
+from megaresnorm.resilience.host import host_memory
+
+log = logging.getLogger(__name__)
+
+
+class Room(NamedTuple):
+    """Memory of a kind: all there is, and what is free now."""
+
+    kind: str
+    total: int
+    free: int
+
+
+def check_memory(recipe: Recipe, sizes: Sizes, ranks_here: int, device: torch.device, *, first_rank: int = 0) -> None:
+    """Whether this node can hold its ranks. ``recipe`` must be resolved: model.vocab_size is set.
+
+    ranks_here: of this node, which share its memory.   first_rank: the global number of the first of them.   device: of this rank.
+    Warns where memory will do only if the activations turn out smaller than estimated, or other programs end.
+
+    Raises: ConfigError, with the figures, where what is allocated for certain is more than there is at all.
+    """
+    if device.type == "cuda":
+        own = first_rank + (device.index or 0)
+        free, total = torch.cuda.mem_get_info(device)
+        _check_room(_Ranks(recipe, sizes, range(own, own + 1), device.type, True), Room("GPU memory", total, free))
+    host = host_memory()
+    if host is not None:
+        here = range(first_rank, min(first_rank + ranks_here, sizes.num_ranks))
+        _check_room(_Ranks(recipe, sizes, here, device.type, False), Room("host memory", *host))
+
+
+class _Ranks(NamedTuple):
+    """Ranks that share a room. on_device: whether it is a GPU's or the host's."""
+
+    recipe: Recipe
+    sizes: Sizes
+    ranks: range
+    device_type: str
+    on_device: bool
+
+    def need(self) -> tuple[Need, MemoryPerRank]:
+        """Of all of them together, and what the largest consists of."""
+        stages = memory_of_stages(self.recipe, self.sizes, device_type=self.device_type)
+        each = [stages[rank // (self.sizes.num_ranks // self.sizes.pp)] for rank in self.ranks]
+        needs = [memory.device if self.on_device else memory.host for memory in each]
+        total = Need(sum(need.certain for need in needs), sum(need.likely for need in needs))
+        return total, max(each, key=lambda memory: memory.needed)
+
+
+def _check_room(ranks: _Ranks, room: Room) -> None:
+    (certain, likely), largest = ranks.need()
+    if likely <= room.free:
+        return
+    who = "one rank" if len(ranks.ranks) == 1 else f"{len(ranks.ranks)} ranks of this node"
+    kinds = f"of one rank: {largest.describe()}"
+    if certain > room.total:
+        raise ConfigError(
+            f"the recipe does not fit: {who} need{'s' * (len(ranks.ranks) == 1)} at least {human_bytes(certain)} of "
+            f"{room.kind}, there are {human_bytes(room.total)} ({kinds}); {_advice(ranks, certain, room)}"
+        )
+    log.warning(
+        f"warning: memory may not suffice: {who} may need {human_bytes(likely)} of {room.kind}, at least {human_bytes(certain)}; "
+        f"{human_bytes(room.free)} of {human_bytes(room.total)} are free ({kinds}); a smaller train.micro_batch needs less"
+    )
+
+
+def _advice(ranks: _Ranks, certain: int, room: Room) -> str:
+    """A setting that makes it fit by itself; otherwise how many times as much hardware."""
+    settings = (
+        ("checkpoint", "asynchronous", False),
+        ("parallel", "accumulate", "sharded"),
+        ("parallel", "shard", "parameters"),
+        ("train", "micro_batch", 1),
+    )
+    for name, key, value in settings:
+        section = getattr(ranks.recipe, name)
+        if getattr(section, key) == value:
+            continue
+        changed = ranks.recipe.model_copy(update={name: section.model_copy(update={key: value})})
+        if ranks._replace(recipe=changed).need()[0].certain <= room.total:
+            return f"{name}.{key}={str(value).lower()} needs less, and can fit"
+    return (
+        f"divide the model over {ceil(certain / room.total)} times as many machines or more by parallel.dp_shard, tp or pp, "
+        "or make it smaller"
+    )
