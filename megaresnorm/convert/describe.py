@@ -46,7 +46,7 @@ def described(source: Path, config: dict[str, Any], seq_len: int | None) -> tupl
     path = source / CONFIG
     try:
         family = _family_of(config)
-    except CheckpointError as e:
+    except (CheckpointError, ConfigError) as e:
         raise CheckpointError(f"{path}: {e}") from None
     given = recipe_in(config)
     if seq_len is not None:

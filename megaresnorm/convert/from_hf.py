@@ -80,7 +80,10 @@ def from_hf(
             *notes,
             "without a tokenizer" if not with_tokenizer else f"{source} has no tokenizer.json and no tokenizer.model",
         )
-    sliced, dtype = sliced_weights(Weights(source), chosen, parameter_table(model), max_memory // 8)
+    weights = Weights(source)
+    if model.num_blocks > len(weights.tensors):  # of which lists would take a while
+        raise CheckpointError(f"{source}: its {len(weights.tensors)} tensors are not of {model.num_blocks} layers")
+    sliced, dtype = sliced_weights(weights, chosen, parameter_table(model), max_memory // 8)
     num_bytes = sum(slices.num_bytes for slices in sliced.values())
     check_space(out, num_bytes)
     if verify:
