@@ -11,15 +11,15 @@ started=$SECONDS
 make_environment ""
 
 say "preparing text: the sources of Python's own library"
-"$VENV/bin/megaresnorm" prepare --corpus stdlib --tokenizer sentencepiece --vocab-size 1024 --out runs/quickstart/data
+"${MEGARESNORM[@]}" prepare --corpus stdlib --tokenizer sentencepiece --vocab-size 1024 --out runs/quickstart/data
 
 say "training configs/quickstart.yaml"
-"$VENV/bin/megaresnorm" train configs/quickstart.yaml "$@"
+"${MEGARESNORM[@]}" train configs/quickstart.yaml "$@"
 
 say "done in $((SECONDS - started)) s
-    curves:   $VENV/bin/tensorboard --logdir runs/quickstart
+    curves:   $VENV/bin/python -m tensorboard.main --logdir runs/quickstart
     go on:    bash launch/quickstart.sh train.steps=2000
-    write:    $VENV/bin/megaresnorm generate runs/quickstart/deepnorm-50 --prompt 'import os' --top-p 0.95
-    export:   $VENV/bin/pip install -q 'transformers>=5.0' && $VENV/bin/megaresnorm convert to-hf runs/quickstart/deepnorm-50 runs/quickstart/hf
+    write:    ${MEGARESNORM[*]} generate runs/quickstart/deepnorm-50 --prompt 'import os' --top-p 0.95
+    export:   $VENV/bin/python -m pip install -q -c constraints.txt transformers && ${MEGARESNORM[*]} convert to-hf runs/quickstart/deepnorm-50 runs/quickstart/hf
     compare:  bash launch/quickstart.sh model.topology=keel train.output=runs/quickstart/keel-50
-    probe:    $VENV/bin/megaresnorm depth --probe --topologies post,deepnorm,keel"
+    probe:    ${MEGARESNORM[*]} depth --probe --topologies post,deepnorm,keel"

@@ -9,9 +9,9 @@ help_if_asked "$@"
 
 make_environment dev
 say "ruff"
-"$VENV/bin/ruff" check .
-"$VENV/bin/ruff" format --check --quiet . || fail "files are not formatted; run: $VENV/bin/ruff format ."
+"$VENV/bin/python" -m ruff check .
+"$VENV/bin/python" -m ruff format --check --quiet . || fail "files are not formatted; run: $VENV/bin/python -m ruff format ."
 say "mypy"
-"$VENV/bin/mypy"
+"$VENV/bin/python" -m mypy
 say "pytest"
 "$VENV/bin/python" -m pytest -q "$@"

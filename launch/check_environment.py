@@ -1,0 +1,75 @@
+"""Says which Python and torch an environment has, or in one line on stderr what is missing there. Run by its own Python:
+
+python launch/check_environment.py [EXTRA]    # EXTRA of setup.py, as dev; exit code 1 where something is missing
+"""
+
+import ast
+import importlib.metadata
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+
+SETUP = Path(__file__).parents[1] / "setup.py"
+MODULES = {"pyyaml": "yaml"}  # where the module has another name than its package
+
+
+def requirements(extra: str) -> list[str]:
+    """As setup.py has them. Those with a condition (``; python_version < ...``) are left out: the tests do without."""
+    call = next(
+        node.value
+        for node in ast.parse(SETUP.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "setup"
+    )
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    wanted = ast.literal_eval(given["install_requires"])
+    if extra:
+        wanted += ast.literal_eval(given["extras_require"])[extra]
+    return [requirement for requirement in wanted if ";" not in requirement]
+
+
+def problem(requirement: str) -> str | None:
+    """Why a requirement (``name>=1.2``, or a name) is not met here, in a few words."""
+    name, _, oldest = requirement.partition(">=")
+    version = version_of(name)
+    if version is None:  # some are there without a package's records
+        return None if place_of(MODULES.get(name.lower(), name)) else f"{name} is missing"
+    return f"{name} is {version}, older than {oldest}" if oldest and numbers(version) < numbers(oldest) else None
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def place_of(module: str) -> Path | None:
+    """The folder from which it would be imported; it is not, which would take seconds."""
+    spec = importlib.util.find_spec(module)
+    return Path(spec.origin).parents[1] if spec and spec.origin else None
+
+
+def numbers(version: str) -> list[int]:
+    """Of 2.13.0a0+cpu: 2, 13, 0."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return [int(number) for number in found[0].split(".")] if found else []
+
+
+def main(extra: str = "") -> int:
+    wrong = {requirement: why for requirement in requirements(extra) if (why := problem(requirement))}
+    if wrong:
+        pip = [sys.executable, "-m", "pip", "install"]
+        if place_of("pip") is None:  # made by uv
+            pip = ["uv", "pip", "install", "--python", sys.executable]
+        print(f"{', '.join(wrong.values())}; install it there: {shlex.join([*pip, *wrong])}", file=sys.stderr)
+        return 1
+    place = place_of("torch")
+    elsewhere = "" if place is None or place.is_relative_to(sys.prefix) else f" of {place}"
+    print(f"Python {sys.version.split()[0]}, torch {version_of('torch') or 'of unknown version'}{elsewhere}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
