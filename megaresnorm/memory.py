@@ -173,10 +173,9 @@ class _Accounts:
 
     def _added_up(self, memory: MemoryPerRank) -> MemoryPerRank:
         """With what device and host need at the fullest of a few moments, at which all that is counted exists together."""
-        checkpoint, settings = memory.checkpoint, self.recipe.checkpoint
-        early = (
-            checkpoint if 0 < settings.every < self.recipe.train.steps else 0
-        )  # else the copy comes when training is over
+        checkpoint, every = memory.checkpoint, self.recipe.checkpoint.every
+        # A run that saves only at its end has its copy when gradients and activations are gone.
+        early = checkpoint if 0 < every < self.recipe.train.steps else 0
         standing = memory.weights + memory.optimizer + memory.copies + memory.packed
         standing += memory.buckets + memory.received
         at_loss = standing + memory.logits + self._gradients_at_loss(memory)
