@@ -24,10 +24,11 @@ compile "$work/requirements.lock" --constraint "$work/constraints.txt" --generat
 {
   cat <<'TEXT'
 # Versions that the tests ran with, of all that setup.py names with the extra dev and of what that needs in turn.
-# Not here: the CUDA packages. A build of torch names its own exactly, and each build has others.
+# Not here: triton and the CUDA packages. A build of torch names its own exactly, and each build has others; where it names
+# none (one for CPUs only), the tests take the newest triton.
 # Made by tools/lock.sh; change a version with: bash tools/lock.sh --upgrade-package NAME
 TEXT
-  without 'nvidia-|cuda-' "$work/constraints.txt"
+  without 'triton==|nvidia-|cuda-' "$work/constraints.txt"
 } >"$work/new"
 cp "$work/new" constraints.txt
 {
