@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from megaresnorm.assemble import build_model
+from megaresnorm.errors import ConfigError
 from megaresnorm.model.parameters import parameter_table
-from megaresnorm.optim import GradientClipper, Optimizer, gradient_norms
+from megaresnorm.optim import GradientClipper, Optimizer, check_eps, gradient_norms
 from megaresnorm.recipe import ModelRecipe, OptimRecipe, TopologyOptions
 from megaresnorm.schedule import batch_size, learning_rate, total_variation
 
@@ -164,3 +165,31 @@ def test_packed_parameters_are_updated_as_single_ones_are():
     before = parameters["blocks.0.ffn.branch.down.weight"].clone()
     packed.updated_as(parameters["blocks.0.ffn.branch.down.weight"]).data.add_(1.0)
     assert torch.equal(parameters["blocks.0.ffn.branch.down.weight"], before + 1.0), "a slice, not a copy"
+
+
+@pytest.mark.parametrize("size", [1_000, 65_536, 65_537, 300_000, 2_300_000, 50_000_000])
+def test_gradient_norms_keep_six_digits_at_any_size(size):
+    """torch's own norm of 5e7 numbers in FP32 on a CPU is 4e-3 too small."""
+    gradient = torch.randn(size, generator=torch.Generator().manual_seed(size))
+    exact = sum(piece.double().square().sum().item() for piece in gradient.split(1 << 20)) ** 0.5
+    (norm,) = gradient_norms([gradient])
+    assert norm.dtype == torch.float64 and abs(norm.item() / exact - 1) < 1e-6
+
+
+def test_gradient_norms_do_not_depend_on_how_tensors_are_packed():
+    parts = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (3, 70_000, 400_000, 0, 65_536)]
+    apart = torch.linalg.vector_norm(gradient_norms(parts)).item()
+    (packed,) = gradient_norms([torch.cat(parts)])
+    assert abs(packed.item() / apart - 1) < 1e-6
+
+
+def test_an_eps_that_a_topology_makes_too_small_is_refused():
+    recipe = ModelRecipe(
+        dim=64, num_blocks=8, num_heads=2, seq_len=8, vocab_size=64, topology="completep",
+        topology_options=TopologyOptions(base_dim=16, base_num_blocks=2),
+    )  # fmt: skip
+    with pytest.raises(
+        ConfigError, match=r"optim.eps=2e-38 times 0.\d+, the topology's multiplier for .*wanted at least"
+    ):
+        check_eps(OptimRecipe(eps=2e-38), parameter_table(recipe))
+    check_eps(OptimRecipe(eps=1e-8), parameter_table(recipe))

@@ -51,7 +51,9 @@ def microbatches(
         tokens, documents = (
             torch.from_numpy(np.stack(column)).to(device) for column in zip(*(samples[i] for i in numbers), strict=True)
         )
-        labels = tokens[:, 1:].contiguous()
+        labels = tokens[
+            :, 1:
+        ].clone()  # written below: .contiguous() of a single row would still be a view of the tokens
         if mask_documents:
             labels = labels.masked_fill(documents[:, 1:] != documents[:, :-1], -1)
         empty = max(0, start + len(numbers) - (wanted - fillers))

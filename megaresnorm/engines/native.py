@@ -1,7 +1,6 @@
 """The native engine: plain PyTorch, one optimizer step at a time, on however many ranks."""
 
 import gc
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +13,13 @@ import torch
 from torch import Tensor
 
 from megaresnorm.assemble import Assembled
-from megaresnorm.checkpoint.format import Slices
+from megaresnorm.checkpoint.format import FINITE, Slices, is_finite
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import EngineState
 from megaresnorm.data.loader import Batch
 from megaresnorm.engines.slices import clipper_slices, places
 from megaresnorm.engines.whole import WholeTensors
+from megaresnorm.errors import CheckpointError
 from megaresnorm.model.residual import DropoutKey
 from megaresnorm.optim import MOMENTS, GradientClipper, Optimizer, gradient_norms
 from megaresnorm.parallel.collectives import all_reduce
@@ -52,9 +52,12 @@ class GradientStats:
 
 @dataclass(frozen=True)
 class StepStats:
-    """One optimizer step. loss: mean cross entropy a token in nats; tokens: valid labels of the global batch."""
+    """One optimizer step.
 
-    loss: float
+    loss: mean cross entropy a token in nats, None without labels.   tokens: valid labels of the global batch.
+    """
+
+    loss: float | None
     gradient_norm: float
     tokens: int
     applied: bool
@@ -74,6 +77,7 @@ class NativeEngine:
         self.assembled, self.context = assembled, assembled.context
         self._z_loss, self._seed = recipe.train.z_loss, recipe.train.seed
         self._drops = recipe.model.dropout > 0.0
+        self._shards_gradients = recipe.parallel.accumulate == "sharded"
         self._parameters = assembled.parameters()
         table, tp = assembled.table, self.context.tp
         tied = self._parameters.get("embedding.weight") if recipe.model.tied_embeddings else None
@@ -101,6 +105,7 @@ class NativeEngine:
             wire,
             self.assembled.residual_dtype,
             self.assembled.device,
+            shards_gradients=self._shards_gradients,
         )
 
     @property
@@ -116,16 +121,24 @@ class NativeEngine:
             return self._step(microbatches, lr, accept)
 
     def gradients(self, microbatches: Iterable[Batch]) -> tuple[float, int]:
-        """Put the gradients of one global batch, reduced, into the parameters' ``grad``; returns mean loss and tokens."""
+        """Put the gradients of one global batch, reduced, into the parameters' ``grad``; returns mean loss and tokens.
+
+        A batch without labels has no gradients, and its loss is 0.
+        """
         batches = list(microbatches)
         tokens = self._count(batches)
-        scale = 1 / max(1, tokens)
+        if not tokens:
+            return 0.0, 0
+        scale = 1 / tokens
         loss = self._sum(self._run_pipeline(batches, scale) if self._pipeline else self._accumulate(batches, scale))
         reduce_gradients(self.reductions)
-        return loss / max(1, tokens), tokens
+        return loss / tokens, tokens
 
     def _step(self, microbatches: Iterable[Batch], lr: float, accept: Callable[[GradientStats], Decision]) -> StepStats:
         loss, tokens = self.gradients(microbatches)
+        if not tokens:  # nothing was to be learned: neither moments nor decay may move a weight
+            self._optimizer.zero_grad()
+            return StepStats(None, 0.0, 0, applied=False)
         gradients = self._optimizer.collect(per_parameter=self._clips_each)
         norms, total = self._norms(gradients)
         stats = GradientStats(loss, total.item())
@@ -139,17 +152,19 @@ class NativeEngine:
         return StepStats(stats.loss, stats.norm, tokens, applied)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> float:
-        """Mean cross entropy a token, in nats, without dropout and z-loss."""
+    def evaluate(self, batches: Iterable[Batch]) -> float | None:
+        """Mean cross entropy a token, in nats, without dropout and z-loss; None without labels."""
         batches = list(batches)
         tokens = self._count(batches)
+        if not tokens:
+            return None
         if self._pipeline is not None:
-            return self._sum(self._run_pipeline(batches, None)) / max(1, tokens)
+            return self._sum(self._run_pipeline(batches, None)) / tokens
         total = 0.0
         for batch in batches:
             nll, _ = self._losses(self.model, batch, None, 1.0)
             total += nll.item()
-        return self._sum(total) / max(1, tokens)
+        return self._sum(total) / tokens
 
     def state(self) -> EngineState:
         """What of the engine's state is not tensors."""
@@ -192,21 +207,18 @@ class NativeEngine:
         checkpoint.load("weights", self.slices["weights"])
         self.assembled.weights_changed()
 
-    def weights_digest(self) -> str:
-        """SHA-256 of all weights, the same on every rank: equal runs have equal digests, where printed losses can hide a
-        difference.
-        """
-        digest = hashlib.sha256()
-        for name, whole in self.weights().items():
-            digest.update(name.encode())
-            digest.update(whole.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+    def check_finite(self, where: str) -> None:
+        """Raises: CheckpointError naming a weight or moment of this rank that is not finite; ``where`` begins the line."""
+        for group in FINITE:
+            for name, slices in self.slices[group].items():
+                if slices.local is not None and not is_finite(slices.local):
+                    raise CheckpointError(f"{where}{group} {name} is not finite; use an older checkpoint")
 
     def _accumulate(self, batches: Sequence[Batch], scale: float) -> float:
         (module,) = self.assembled.modules.values()
         loss = torch.zeros((), dtype=torch.float64)
         for i, batch in enumerate(batches):
-            with synchronised(module, last=i == len(batches) - 1):
+            with synchronised(module, last=i == len(batches) - 1, sharded=self._shards_gradients):
                 nll, objective = self._losses(module, batch, self._dropout(batch), scale)
                 objective.backward()
             loss += nll.detach().cpu()
@@ -272,10 +284,10 @@ class NativeEngine:
         kinds: Any = self._optimizer.kinds(per_parameter=self._clips_each)
         # A rank of tp has its own share of what is divided, and the same as rank 0 of what is not.
         counted = norms.new_tensor([kind.divided or self.context.tp.rank == 0 for kind in kinds])
-        squares = all_reduce((norms * counted).double().square(), self.context.shards)
+        squares = all_reduce((norms * counted).square(), self.context.shards)
         owned = squares.new_tensor([not kind.copy for kind in kinds])
         total = all_reduce((squares * owned).sum().unsqueeze(0), self.context.pp).sqrt().squeeze(0)
-        return squares.sqrt().to(norms.dtype), total
+        return squares.sqrt(), total
 
 
 def _joined(column: Sequence[Tensor | None]) -> Any:

@@ -78,11 +78,22 @@ def _sum(
     return work.get_future().then(lambda future: future.value()[0])
 
 
+def accumulate_in_shards(model: FSDPModule, last: bool, *, sharded: bool) -> None:
+    """Set what FSDP2 does with the gradients of the next backward pass; arguments as of ``synchronised``."""
+    model.set_requires_gradient_sync(last or sharded)
+    model.set_requires_all_reduce(last)
+
+
 @contextmanager
-def synchronised(model: nn.Module, last: bool) -> Iterator[None]:
-    """Around a forward and backward pass: gradients are exchanged in the last microbatch of a step and not before."""
+def synchronised(model: nn.Module, last: bool, *, sharded: bool) -> Iterator[None]:
+    """Around the forward and backward pass of one microbatch: what is done with its gradients over the data ranks.
+
+    DDP reduces them in the last microbatch of a step. FSDP2 does so too unless ``sharded``, and keeps whole gradients until then;
+    with it, it reduces and scatters those of every microbatch, so that a rank never keeps more than its shard of them. The replicas
+    of a sharded group are added up in the last microbatch in either case.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+        accumulate_in_shards(model, last, sharded=sharded)
         yield
     elif isinstance(model, DistributedDataParallel) and not last:
         with model.no_sync():

@@ -63,7 +63,7 @@ class ParallelRecipe(Section):
     shard: Literal["parameters", "gradients"] = "parameters"
     """dp_shard > 1: free gathered weights after each forward pass, or keep them until backward is done (pipelines always do)."""
     accumulate: Literal["sharded", "unsharded"] = "sharded"
-    """dp_shard > 1, several microbatches a step: reduce-scatter gradients in each one, or keep whole ones (in FP32) and do it once."""
+    """dp_shard > 1: reduce-scatter gradients in every microbatch, or keep whole ones in FP32 until the last one of a step."""
     dp_replicate: Ranks | None = None
     """Data parallel with whole copies (DDP; with dp_shard, of the sharded group); unset: all ranks that are left."""
 

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from digests import engine_digest
 from torch import Tensor
 
 from megaresnorm.assemble import Assembled, build_model, check_layout
@@ -28,10 +29,14 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "dp2 ddp": (2, {}),
     "fsdp2": (2, {"dp_shard": 2}),
     "fsdp2 gradients": (2, {"dp_shard": 2, "shard": "gradients"}),
+    "fsdp2 unsharded": (2, {"dp_shard": 2, "accumulate": "unsharded"}),
     "pp4 interleaved": (4, {"pp": 4, "pipeline": "interleaved"}),
     "pp2 interleaved dp2": (4, {"pp": 2, "pipeline": "interleaved", "dp_replicate": 2}),
     "pp2 interleaved fsdp2": (4, {"pp": 2, "pipeline": "interleaved", "dp_shard": 2}),
     "hsdp": (4, {"dp_shard": 2, "dp_replicate": 2}),
+    "hsdp tp2": (8, {"dp_shard": 2, "dp_replicate": 2, "tp": 2, "tensor_layout": "tokens"}),
+    "pp2 fsdp2 unsharded": (4, {"pp": 2, "dp_shard": 2, "accumulate": "unsharded"}),
+    "pp2 hsdp": (8, {"pp": 2, "dp_shard": 2, "dp_replicate": 2}),
     "tp2 pp2 dp2": (8, {"tp": 2, "pp": 2, "dp_replicate": 2}),
     "tp2 pp2 fsdp2": (8, {"tp": 2, "pp": 2, "dp_shard": 2, "tensor_layout": "columns"}),
 }
@@ -150,7 +155,7 @@ def outcome(recipe: Recipe, *, steps: int = 3, optimizer: str = "sgd") -> Outcom
             stats = engine.step(batches(assembled.context, recipe, seed=step), 1e-3, lambda stats: Decision.APPLY)
             done.append((stats.loss, stats.gradient_norm))
     weights = {name: t.clone() for name, t in engine.weights().items()}
-    return Outcome(loss, found, done, weights, engine.weights_digest())
+    return Outcome(loss, found, done, weights, engine_digest(engine))
 
 
 def outcomes(rank: int, recipes: list[Recipe], options: dict) -> list[Outcome | str]:
