@@ -33,6 +33,10 @@ class DamagedError(CheckpointError):
     """A checkpoint whose files are not what was written: an older one may be whole."""
 
 
+class NonFiniteTensorError(CheckpointError):
+    """Weights or moments with NaN or infinity, which are neither saved nor converted."""
+
+
 class TrainingError(UserError):
     """The run itself cannot go on (a loss that stays non-finite, a folder that cannot be written), as all ranks know."""
 
@@ -44,10 +48,24 @@ class NonFiniteError(TrainingError):
     """Step after step had a loss or gradient that is not finite."""
 
 
+class StoppedError(UserError):
+    """A signal came before the first step. exit_code: 128 and the signal, as shells have it."""
+
+    agreed = True
+
+    def __init__(self, line: str, exit_code: int = 143) -> None:
+        super().__init__(line)
+        self.exit_code = exit_code
+
+
 class LostRankError(UserError):
     """Another rank is gone, or has been silent for too long: started again, the run goes on from its newest checkpoint."""
 
     exit_code = 6
+
+
+class TooManyRestartsError(LostRankError):
+    """Ranks have died too often since the newest checkpoint: starting them once more would not help."""
 
 
 class ConversionError(UserError):
@@ -56,9 +74,13 @@ class ConversionError(UserError):
     exit_code = 7
 
 
-def error_of(kind: str, line: str) -> UserError:
-    """The error that another rank has had, by the name of its class."""
-    kinds = (ConfigError, DataError, CheckpointError, DamagedError, TrainingError, NonFiniteError, LostRankError)
-    error = {one.__name__: one for one in kinds}[kind](line)
+def error_of(kind: str, line: str, exit_code: int | None = None) -> UserError:
+    """The error that another rank has had, by the name of its class and the code with which it ends."""
+    kinds = (
+        *(ConfigError, DataError, CheckpointError, DamagedError, NonFiniteTensorError),
+        *(TrainingError, NonFiniteError, StoppedError, LostRankError),
+    )
+    error = {one.__name__: one for one in kinds}.get(kind, UserError)(line)
+    error.exit_code = exit_code or error.exit_code
     error.agreed = True
     return error

@@ -10,8 +10,9 @@ from typing import Any
 from megaresnorm.checkpoint.format import DAMAGED, MANIFEST, step_of
 from megaresnorm.checkpoint.inspect import newest_of
 from megaresnorm.checkpoint.reader import Checkpoint
-from megaresnorm.checkpoint.state import RunState, state_of
-from megaresnorm.config import build_recipe, differences
+from megaresnorm.checkpoint.state import RunState, recipe_of, state_of
+from megaresnorm.config import differences
+from megaresnorm.data.samples import TrainingData
 from megaresnorm.errors import CheckpointError, DamagedError
 from megaresnorm.parallel.context import Axis
 from megaresnorm.parallel.messages import share_results, together
@@ -80,7 +81,7 @@ def open_weights(recipe: Recipe, tokenizer: dict[str, Any] | None, messages: Axi
 
     def look() -> None:
         state = state_of(checkpoint.folder, checkpoint.state)
-        before = build_recipe(state.recipe).model.model_dump(exclude={"init", "dropout"}, exclude_none=True)
+        before = recipe_of(checkpoint.folder, state).model.model_dump(exclude={"init", "dropout"}, exclude_none=True)
         now = recipe.model.model_dump(exclude={"init", "dropout"}, exclude_none=True)
         for key, (old, new) in differences(before, now, "model.").items():
             log.warning("warning: %s was %s for train.initial_weights and is %s now", key, old, new)
@@ -118,9 +119,9 @@ def _like(error: DamagedError, line: str) -> DamagedError:
     return longer
 
 
-def check_same_run(checkpoint: Checkpoint, state: RunState, recipe: Recipe, data_digest: str, data_name: str) -> None:
+def check_same_run(checkpoint: Checkpoint, state: RunState, recipe: Recipe, data: TrainingData, data_name: str) -> None:
     """Say which settings have changed since. Raises: CheckpointError where the run would not be the same one."""
-    before = build_recipe(state.recipe)  # settings that are newer than the checkpoint have their defaults
+    before = recipe_of(checkpoint.folder, state)  # settings that are newer than the checkpoint have their defaults
     changed = differences(before.model_dump(exclude_none=True), recipe.model_dump(exclude_none=True))
     for key, (old, now) in changed.items():
         if key.startswith(FIXED_ON_RESUME):
@@ -133,8 +134,13 @@ def check_same_run(checkpoint: Checkpoint, state: RunState, recipe: Recipe, data
             f"{checkpoint.folder}: step {checkpoint.step} is past train.steps={recipe.train.steps}; "
             "use another train.output for a shorter run"
         )
-    if state.data != data_digest:
+    if state.data != data.digest:
         raise CheckpointError(f"{checkpoint.folder}: {data_name} has changed since; use another train.output")
+    tokenizer = None if data.tokenizer is None else data.tokenizer.describe()
+    if state.tokenizer is not None and state.tokenizer != tokenizer:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the tokenizer of {data_name} is another one than that of this run; use another train.output"
+        )
 
 
 def _set_aside(path: Path) -> None:

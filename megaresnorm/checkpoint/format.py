@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ DTYPES = {
 }  # in safetensors
 _FOLDER_NAME = re.compile(r"step-([0-9]{8,})")
 _CHUNK = 1 << 22
+FINITE = ("weights", "optimizer")  # groups without NaN and infinity; a clipper's averages start as infinity
 
 
 @dataclass(frozen=True)
@@ -151,3 +153,11 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite, in one pass that needs no memory."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    least, most = torch.aminmax(tensor)
+    return isfinite(least.item()) and isfinite(most.item())

@@ -9,7 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megaresnorm.checkpoint.format import DAMAGED, MANIFEST, UNFINISHED, checkpoints_of, list_checkpoints, root_of
+from megaresnorm.checkpoint.format import (
+    DAMAGED,
+    FINITE,
+    MANIFEST,
+    UNFINISHED,
+    checkpoints_of,
+    is_finite,
+    list_checkpoints,
+    root_of,
+)
 from megaresnorm.checkpoint.manifest import missing_files, read_manifest, unreadable
 from megaresnorm.checkpoint.reader import Checkpoint, verify_file
 from megaresnorm.checkpoint.state import state_of
@@ -124,7 +133,7 @@ def non_finite(
     def finite(name: str) -> bool:
         found = True
         for chunk in checkpoint.chunks(group, name):
-            found = found and (not chunk.is_floating_point() or bool(chunk.isfinite().all()))
+            found = found and is_finite(chunk)
             if progress is not None:
                 progress(chunk.nbytes)
         return found
@@ -158,7 +167,8 @@ def verify(path: Path, progress: Progress = None) -> list[str]:
 
 def _not_finite(checkpoint: Checkpoint, progress: Progress) -> list[str]:
     """A line for each group that has such tensors."""
-    found = {group: non_finite(checkpoint, group, progress=progress) for group in checkpoint.tensors}
+    groups = [group for group in FINITE if group in checkpoint.tensors]
+    found = {group: non_finite(checkpoint, group, progress=progress) for group in groups}
     return [
         f"{checkpoint.folder}/{group}: {names[0]} holds NaN or infinity"
         + (f", and so {'does 1 other' if len(names) == 2 else f'do {len(names) - 1} others'}" if names[1:] else "")

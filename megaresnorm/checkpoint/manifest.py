@@ -86,6 +86,13 @@ def _check_entries(path: Path, manifest: dict[str, Any]) -> None:
         raise DamagedError(f"{path}: {str(odd[0])[:80]!r} is not the name or the entry of a file or tensor")
 
 
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of the names and digests of a checkpoint's weight files, hexadecimal. Raises: CheckpointError."""
+    files = read_manifest(folder)["files"]
+    lines = (f"{name} {files[name]['sha256']}\n" for name in sorted(files) if name.startswith("weights-"))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def _possible(shape: list[Any]) -> bool:
     """Whether a tensor can have this shape, its bytes counted in 64 bits."""
     return 0 < len(shape) <= 8 and all(type(n) is int and n > 0 for n in shape) and prod(shape) < 1 << 60

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from megaresnorm.checkpoint.format import DTYPES, MANIFEST, Slices, file_sha256
 from megaresnorm.checkpoint.manifest import read_manifest, unreadable
+from megaresnorm.data.tokenizer import MAX_TOKENIZER_BYTES
 from megaresnorm.errors import CheckpointError, DamagedError
 from megaresnorm.parallel.context import Axis
 from megaresnorm.parallel.messages import ALONE, share_results, together
 from megaresnorm.parallel.sharding import Box
+from megaresnorm.reading import read_plain_file
 
 MAX_HEADER_BYTES = 1 << 24
 MAX_SLICES = 64  # of a tensor in one file: a rank has one of every logical part
@@ -86,7 +88,7 @@ class Checkpoint:
         if name not in self._manifest["files"] or name.endswith(".safetensors"):
             raise CheckpointError(f"{self.folder}: has no file {name}")
         try:
-            return (self.folder / name).read_bytes()
+            return read_plain_file(self.folder / name, MAX_TOKENIZER_BYTES, follow=False)
         except OSError as e:
             raise CheckpointError(f"{self.folder / name}: cannot be read ({e.strerror})") from None
 

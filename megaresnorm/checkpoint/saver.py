@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megaresnorm.checkpoint.format import Groups, Slices
 from megaresnorm.checkpoint.writer import Kept, save_checkpoint
-from megaresnorm.errors import CheckpointError, TrainingError
+from megaresnorm.errors import CheckpointError, NonFiniteError, NonFiniteTensorError, TrainingError
 from megaresnorm.parallel.context import Axis
 
 log = logging.getLogger(__name__)
@@ -29,8 +29,8 @@ class Saver:
     groups: this rank's slices of all tensors, live.   asynchronous: return when they are copied; otherwise when they are on disk.
     skip_when_busy: leave a checkpoint out that is due while the one before is being written; otherwise wait for it.
     max_failures: checkpoints in a row that could not be written before TrainingError is raised.
-    check: as of ``save_checkpoint``.   any_rank: whether something is true on any rank; asked by all of them together, from their
-    main threads.
+    check: as of ``save_checkpoint``.   saved: called when one is on disk.
+    any_rank: whether something is true on any rank; asked by all of them together, from their main threads.
     """
 
     def __init__(
@@ -45,10 +45,12 @@ class Saver:
         asynchronous: bool,
         skip_when_busy: bool,
         max_failures: int,
+        saved: Callable[[], None] = lambda: None,
     ) -> None:
         self.root, self._groups, self._messages, self._any_rank = root, groups, messages, any_rank
         self._kept, self._asynchronous, self._skip = kept, asynchronous, skip_when_busy
-        self._max_failures, self._check = max_failures, check
+        self._max_failures, self._check, self._saved = max_failures, check, saved
+        self.protected: int | None = None  # checkpoints up to this step are not pruned
         self._copies: Groups | None = None
         self._sources, self._targets = list[Tensor](), list[Tensor]()
         self._thread: threading.Thread | None = None
@@ -97,7 +99,7 @@ class Saver:
             raise self._mistake
         if self.failures >= self._max_failures:
             raise TrainingError(
-                f"{self.failures} checkpoints in a row could not be written to {self.root}; {self._what_there_is()}"
+                f"{self.failures} checkpoints in a row could not be written to {self.root}; {self.what_there_is()}"
             )
 
     def _write(self, step: int, groups: Groups, state: Mapping[str, Any], attached: Mapping, start: float) -> None:
@@ -108,21 +110,26 @@ class Saver:
                 groups,
                 state,
                 kept=self._kept,
+                protected=lambda: self.protected,
                 attached=attached,
                 messages=self._messages,
                 check=self._check,
             )
+        except NonFiniteTensorError as e:
+            self._mistake = NonFiniteError(f"step {step} is not saved: {e}; {self.what_there_is()}")
         except CheckpointError as e:
             self.failures += 1
             count = f"{self.failures} of {self._max_failures} failures in a row"
-            log.warning("warning: %s; training goes on, %s (%s)", e, self._what_there_is(), count)
+            log.warning("warning: %s; training goes on, %s (%s)", e, self.what_there_is(), count)
         except BaseException as e:  # noqa: BLE001 - raised in the main thread
             self._mistake = e
         else:
             self.failures, self.newest = 0, (step, path)
+            self._saved()
             log.info("saved     %s in %.1f s", path, time.perf_counter() - start)
 
-    def _what_there_is(self) -> str:
+    def what_there_is(self) -> str:
+        """Of checkpoints, in a few words."""
         return "there is no other" if self.newest is None else f"the newest is {self.newest[1].name}"
 
     def _copied(self) -> Groups:

@@ -25,12 +25,14 @@ class EngineState(_Typed):
 
 
 class RunState(_Typed):
-    """samples: read so far, which is the position in the data.   train_loss: of the last step that was applied.   recipe: resolved.
+    """samples: read so far, which is the position in the data.   train_loss: of the last step that was applied.
+    first_refused: the first step whose update was refused; checkpoints up to it are never pruned.   recipe: resolved.
     data: digest of the token files.   tokenizer: its description, None where token files have none.   kernels: op -> choice.
     """
 
     samples: int = Field(ge=0, lt=1 << 63)
     skipped_in_a_row: int = Field(ge=0, le=MAX_STEPS)
+    first_refused: int | None = Field(default=None, ge=0, le=MAX_STEPS)
     train_loss: float | None
     engine: EngineState
     recipe: dict[str, Any]

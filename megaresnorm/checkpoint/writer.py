@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megaresnorm.checkpoint.format import (
     DTYPES,
+    FINITE,
     FORMAT,
     MANIFEST,
     UNFINISHED,
@@ -27,10 +28,11 @@ from megaresnorm.checkpoint.format import (
     file_sha256,
     folder_name,
     human_bytes,
+    is_finite,
     list_checkpoints,
 )
 from megaresnorm.checkpoint.manifest import encode_manifest, missing_files, plausible, read_manifest
-from megaresnorm.errors import CheckpointError
+from megaresnorm.errors import CheckpointError, NonFiniteTensorError
 from megaresnorm.parallel.context import Axis
 from megaresnorm.parallel.messages import ALONE, share_results
 
@@ -43,10 +45,13 @@ T = TypeVar("T")
 
 
 class Kept(NamedTuple):
-    """Which checkpoints stay: the newest ``newest`` whole ones (at least 2), and those of steps that ``every`` divides."""
+    """Which checkpoints stay: the newest ``newest`` whole ones (at least 2), those of steps that ``every`` divides, and those up to
+    step ``protected``.
+    """
 
     newest: int = 2
     every: int | None = None
+    protected: int | None = None
 
 
 KEPT = Kept()
@@ -62,13 +67,16 @@ def save_checkpoint(
     attached: Mapping[str, bytes] | None = None,
     messages: Axis = ALONE,
     check: Callable[[], None] = lambda: None,
+    protected: Callable[[], int | None] = lambda: None,
 ) -> Path:
     """Write ``root/step-XXXXXXXX`` and remove old checkpoints. Every rank must call it, and all return or raise alike.
 
     groups: weights, optimizer -> global name -> slices.   state: whatever JSON can hold, the first rank's counts.
     attached: name -> content of other files (the tokenizer), the first rank's count.   messages: all ranks that save together.
+    protected: asked before old ones are removed; those up to this step stay.
     check: called on each rank before anything is made, and before the commit; what it raises is raised on all.
-    Raises: CheckpointError, one line, when it exists already or cannot be written; earlier checkpoints stay as they are.
+    Raises: CheckpointError, one line, when it exists already or cannot be written, NonFiniteTensorError for weights or
+    moments that hold NaN or infinity; earlier checkpoints stay as they are.
     """
     assert kept.newest >= 2, "one checkpoint must be whole while the next is written"
     final = root / folder_name(step)
@@ -92,10 +100,12 @@ def save_checkpoint(
         content = {"format": FORMAT, "step": step, "files": files, "tensors": _shapes(groups), "state": dict(state)}
         _commit(temporary, final, content, attached or {})
 
-    on_all(check)
+    share_results(
+        check, messages
+    )  # whoever has taken the folder over may be writing under the same name: nothing is removed
     on_all(lambda: commit() if first else None)
     if first:
-        _remove_old(root, kept)
+        _remove_old(root, kept._replace(protected=protected()))
     return final
 
 
@@ -115,7 +125,8 @@ def superfluous(root: Path, kept: Kept, whole: Callable[[Path], bool]) -> list[P
     """The checkpoints that need not stay, oldest first. One that is not ``whole`` does not count as one that stays."""
     found, staying = list[Path](), 0
     for step, path in reversed(list_checkpoints(root)):
-        if staying >= kept.newest and not (kept.every and step % kept.every == 0):
+        stays = (kept.every and step % kept.every == 0) or (kept.protected is not None and step <= kept.protected)
+        if staying >= kept.newest and not stays:
             found.insert(0, path)
         else:
             staying += whole(path)
@@ -133,16 +144,17 @@ def remove_checkpoint(path: Path) -> None:
         log.warning("warning: %s: an old checkpoint cannot be removed (%s)", path, e.strerror)
 
 
-def write_tensors(path: Path, parts: Sequence[tuple[str, Slices]]) -> dict[str, Any]:
-    """Write a safetensors file of what this rank has of some tensors; returns its size and SHA-256."""
+def write_tensors(path: Path, parts: Sequence[tuple[str, Slices]], *, finite: bool = False) -> dict[str, Any]:
+    """Write a safetensors file of what this rank has of some tensors; returns its size and SHA-256. finite: as of ``encoded``."""
     metadata = {"slices": json.dumps({name: slices.boxes for name, slices in parts})}
-    return _write_durably(path, encoded([slices.entry(name) for name, slices in parts], metadata))
+    return _write_durably(path, encoded([slices.entry(name) for name, slices in parts], metadata, finite=finite))
 
 
-def encoded(entries: Sequence[Entry], metadata: Mapping[str, str]) -> Iterator[Any]:
+def encoded(entries: Sequence[Entry], metadata: Mapping[str, str], *, finite: bool) -> Iterator[Any]:
     """The bytes of a safetensors file, in pieces.
 
     They are the tensors' own memory, or a chunk's of it, where the safetensors package would first copy all of them.
+    finite: look at every element. Raises: NonFiniteTensorError naming the first tensor that holds NaN or infinity.
     """
     header, offset = dict[str, Any]({"__metadata__": dict(metadata)}), 0
     for entry in entries:
@@ -157,6 +169,8 @@ def encoded(entries: Sequence[Entry], metadata: Mapping[str, str]) -> Iterator[A
         written = 0
         for chunk in entry.chunks():
             assert chunk.dtype == entry.dtype and chunk.shape[1:] == entry.shape[1:], f"{entry.name} is made wrongly"
+            if finite and not is_finite(chunk):
+                raise NonFiniteTensorError(f"{entry.name} holds NaN or infinity")
             written += chunk.nbytes
             yield _memory(chunk)
         assert written == entry.num_bytes, f"{entry.name} has {written} bytes instead of {entry.num_bytes}"
@@ -196,7 +210,7 @@ def _write_share(temporary: Path, groups: Groups, rank: int) -> dict[str, Any]:
         owned = [(name, slices) for name, slices in members.items() if slices.owned and slices.boxes]
         for number, part in enumerate(_parts(owned), start=1):
             path = temporary / f"{group}-{rank:05d}-{number:05d}.safetensors"
-            files[path.name] = write_tensors(path, part)
+            files[path.name] = write_tensors(path, part, finite=group in FINITE)
     return files
 
 

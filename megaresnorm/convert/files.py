@@ -122,7 +122,7 @@ def write_weights(folder: Path, entries: Sequence[Entry], max_bytes: int, progre
     ]  # fmt: skip
     for name, shard in zip(names, shards, strict=True):
         with (folder / name).open("xb") as file:
-            for piece in encoded(shard, {"format": "pt"}):
+            for piece in encoded(shard, {"format": "pt"}, finite=True):
                 file.write(piece)
                 progress(len(piece))
     if len(shards) > 1:

@@ -17,6 +17,7 @@ from megaresnorm.convert.native import MEGATRON_NAME, NativeModel
 from megaresnorm.data.tokenizer import Tokenizer
 from megaresnorm.errors import CheckpointError, ConfigError
 from megaresnorm.reading import first_line, read_plain_file
+from megaresnorm.resilience.host import available_memory
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -188,18 +189,3 @@ def check_memory(num_bytes: int, vocab_size: int) -> None:
         raise ConfigError(
             f"verifying needs {human_bytes(need)} of memory, {human_bytes(have)} are free; switch it off by --verify off"
         )
-
-
-def available_memory() -> int | None:
-    """Of the machine, or of the job's share of it; None where neither is known."""
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-        group = Path("/sys/fs/cgroup")
-        limit, used = (Path(group, f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        files = dict(line.split() for line in Path(group, "memory.stat").read_text().splitlines())["inactive_file"]
-        found += [int(limit) - int(used) + int(files)] if limit != "max" else []  # pages of files are given back
-    except (OSError, ValueError, KeyError):
-        pass
-    return min(found, default=None)

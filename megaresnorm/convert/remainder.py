@@ -39,7 +39,7 @@ def write_remainder(folder: Path, native: NativeModel, chosen: Plan, chunk_bytes
             chunks = functools.partial(_remainders, native, link.ours, shape, link.factor, chunk_bytes)
             entries.append(Entry(link.ours, torch.int8, shape, chunks))
     with (folder / REMAINDER).open("xb") as file:
-        for piece in encoded(entries, {"weights": _digest(folder)}):
+        for piece in encoded(entries, {"weights": _digest(folder)}, finite=False):
             file.write(piece)
 
 

@@ -44,6 +44,7 @@ class PackedSamples:
         self.num_documents = len(documents)
         lengths = files.boundaries[documents + 1] - files.boundaries[documents]
         self.num_tokens = int(lengths.sum())
+        self.longest = int(lengths.max(initial=0))
         self.per_epoch = max(0, self.num_tokens - 1) // seq_len
         self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
 
@@ -240,6 +241,11 @@ def _packed(data: DataSet, splits: dict[str, np.ndarray], split: str, recipe: Re
     seq_len = recipe.model.seq_len
     samples = PackedSamples(data.files, splits[split], seq_len, recipe.data.seed)
     if samples.per_epoch:
+        if recipe.data.mask_documents and samples.longest < 2:
+            raise DataError(
+                f"{data.path}: no document of the {split} split has two tokens, so with data.mask_documents there is nothing "
+                "to predict; join short documents, or set data.mask_documents to false"
+            )
         return samples
     if split == "train":
         raise DataError(f"{data.path}: the training split is shorter than one sequence of {seq_len} + 1 tokens")

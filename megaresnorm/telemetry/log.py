@@ -14,6 +14,7 @@ from rich.console import RenderableType
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from megaresnorm.parallel.environment import read_environment
 from megaresnorm.text import OneLine, shown
 
 
@@ -67,6 +68,12 @@ def configure_logging(rank: int = 0) -> None:
     logger.propagate = False
 
 
+def log_to_console_by_default() -> None:
+    """As ``configure_logging``, where a program or notebook that trains has not configured any logging itself."""
+    if not logging.getLogger("megaresnorm").hasHandlers():
+        configure_logging(read_environment().rank)
+
+
 @contextmanager
 def progress_bar(label: str, total: int | None, done: int = 0, *, of_bytes: bool = False) -> Iterator[Progress]:
     """A bar on a terminal, nothing elsewhere. ``progress.advance(progress.task_ids[0], n)`` moves it.
@@ -93,14 +100,15 @@ def progress_bars() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
         yield start
 
 
-def step_line(step: int, steps: int, metrics: dict[str, float]) -> str:
-    """One aligned line: the columns stay in place from the first step of a run to the last.
+def step_line(step: int, steps: int, metrics: dict[str, float | None]) -> str:
+    """One aligned line: the columns stay in place from the first step of a run to the last. A step without labels has no loss.
 
     >>> step_line(7, 1000, {"loss": 5.25, "gradient_norm": 1.5, "lr": 1e-3, "tokens_per_second": 10500.0})
     'step    7/1000 | loss  5.2500 | grad   1.500 | lr 1.000e-03 |    10,500 tok/s'
     """
+    loss = "   none" if metrics["loss"] is None else f"{metrics['loss']:7.4f}"
     line = (
-        f"step {step:>{len(str(steps))}}/{steps} | loss {metrics['loss']:7.4f} | grad {metrics['gradient_norm']:7.3f} "
+        f"step {step:>{len(str(steps))}}/{steps} | loss {loss} | grad {metrics['gradient_norm']:7.3f} "
         f"| lr {metrics['lr']:.3e} | {metrics['tokens_per_second']:9,.0f} tok/s"
     )
     return line + (f" | valid {metrics['valid_loss']:.4f}" if "valid_loss" in metrics else "")

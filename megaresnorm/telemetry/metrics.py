@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -78,12 +78,13 @@ class MetricsWriter:
         self._lines = Appended(path)
         self._events = EventFile(folder / "tensorboard", first_step) if tensorboard else None
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Record the metrics of one step; the step itself is counted from 0."""
-        finite = {name: value if isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
+    def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Record the metrics of one step; the step itself is counted from 0. None: there is no such figure."""
+        # JSON has no NaN
+        finite = {name: value if value is not None and isfinite(value) else None for name, value in metrics.items()}
         self._lines.write((json.dumps({"step": step, **finite}) + "\n").encode())
         if self._events is not None:
-            self._events.write(step, metrics)
+            self._events.write(step, {name: value for name, value in metrics.items() if value is not None})
 
     def close(self) -> None:
         self._lines.close()

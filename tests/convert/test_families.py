@@ -137,7 +137,7 @@ def test_a_remainder_of_other_weights_is_not_used(tmp_path):
     assert (Checkpoint(back.checkpoint).read("weights", "blocks.1.ffn.branch.down.weight") == 0).all()
 
 
-@pytest.mark.parametrize("multiplier", [1e-200, 0.01, 0.9, 1.5, 2.0, 1e200])
+@pytest.mark.parametrize("multiplier", [1e-37, 0.01, 0.9, 1.5, 2.0, 1e38])
 def test_any_factor_on_scores_can_be_exported(multiplier, tmp_path):
     for settings in ({"topology": "keel"}, {**GEMMA, "topology": "sandwich"}):
         assert plan(recipe_of({**settings, "attention_multiplier": multiplier}).model).family.name
