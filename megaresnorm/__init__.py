@@ -22,6 +22,7 @@ _PUBLIC = {
     "ParallelContext": "megaresnorm.parallel.context",
     "build_model": "megaresnorm.assemble",
     "train": "megaresnorm.trainer",
+    "configure_logging": "megaresnorm.telemetry.log",
     "to_hf": "megaresnorm.convert.to_hf",
     "from_hf": "megaresnorm.convert.from_hf",
     "UserError": "megaresnorm.errors",

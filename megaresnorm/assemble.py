@@ -1,6 +1,5 @@
 """The one order of putting a model together: meta model in its tensor layout, precision, compile, FSDP, materialise, initialise."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -226,15 +225,15 @@ def check_layout(recipe: Recipe, num_ranks: int) -> Sizes:
     return sizes
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of a recipe's train.device, of this rank. Raises: ConfigError for cuda where there is none."""
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of a recipe's train.device, of a rank of this node. Raises: ConfigError for cuda where there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device=cuda: torch sees no GPU here; use train.device=auto or cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
-        local, here = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if local >= here:
-            raise ConfigError(f"rank {local} of this node has no GPU, there are {here}; start {here} ranks a node")
-        return torch.device("cuda", local)
+        here = torch.cuda.device_count()
+        if local_rank >= here:
+            raise ConfigError(f"rank {local_rank} of this node has no GPU, there are {here}; start {here} ranks a node")
+        return torch.device("cuda", local_rank)
     return torch.device(name)

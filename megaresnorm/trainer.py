@@ -9,6 +9,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,29 +19,31 @@ from typing import TypeVar
 import torch
 
 import megaresnorm
-from megaresnorm.assemble import Assembled, build_model, check_layout, choose_device, compare_kernels
+from megaresnorm.assemble import Assembled, build_model, compare_kernels
+from megaresnorm.checkpoint.manifest import weights_digest
 from megaresnorm.checkpoint.saver import Saver
 from megaresnorm.checkpoint.state import RunState, state_of
 from megaresnorm.checkpoint.writer import Kept, bytes_of
 from megaresnorm.config import dump_recipe
 from megaresnorm.data.loader import Batch, microbatches
-from megaresnorm.data.samples import Samples, open_data, open_samples, resolve_vocab, unigram_entropy
+from megaresnorm.data.samples import Samples, unigram_entropy
 from megaresnorm.engines.native import Decision, GradientStats, NativeEngine
 from megaresnorm.errors import NonFiniteError, TrainingError, UserError
 from megaresnorm.files import replace_file
 from megaresnorm.generate import generate
-from megaresnorm.model.lint import check
+from megaresnorm.opening import Opened, open_recipe
 from megaresnorm.parallel.collectives import all_gather_blocks
-from megaresnorm.parallel.context import ParallelContext, num_started_ranks, start_process_group
-from megaresnorm.parallel.messages import together
+from megaresnorm.parallel.context import ParallelContext, start_process_group
+from megaresnorm.parallel.messages import share_results, together
 from megaresnorm.recipe import Recipe
+from megaresnorm.resilience.launcher import Launcher
 from megaresnorm.resilience.lock import LOCK, FolderLock
 from megaresnorm.resilience.preflight import check_output
 from megaresnorm.resilience.signals import StopSignals, exit_reason
 from megaresnorm.resume import check_same_run, open_newest, open_weights, wait_until_seen
 from megaresnorm.schedule import batch_size, learning_rate
 from megaresnorm.telemetry.describe import data_name, describe_run
-from megaresnorm.telemetry.log import progress_bar, step_line
+from megaresnorm.telemetry.log import log_to_console_by_default, progress_bar, step_line
 from megaresnorm.telemetry.metrics import MetricsWriter
 
 log = logging.getLogger(__name__)
@@ -49,7 +52,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RunSummary:
-    """How a run ended. Losses are means a token in nats, None where a signal came before them; exit_code as of StopSignals."""
+    """How a run ended.
+
+    Losses are means a token in nats, None where a signal came before them; exit_code as of StopSignals. checkpoint: the
+    newest; None where a signal came before one could be written.   weights_digest: SHA-256 of the digests of its weight
+    files: equal runs in one layout have equal digests, where printed losses can hide a difference; empty without one.
+    """
 
     steps: int
     train_loss: float | None
@@ -65,7 +73,8 @@ def train(recipe: Recipe) -> RunSummary:
 
     Raises: ConfigError, DataError, CheckpointError or TrainingError, one line each.
     """
-    with StopSignals(recipe.train.max_minutes) as stop, Run(recipe) as run:
+    log_to_console_by_default()
+    with StopSignals() as stop, Run(recipe) as run:
         return run.train(stop)
 
 
@@ -76,19 +85,15 @@ class Run:
     Building it checks all that can be checked before step 0.   fallback: whether a damaged newest checkpoint may be passed over.
     """
 
-    def __init__(self, recipe: Recipe, *, fallback: bool = True) -> None:
-        for finding in check(recipe):
-            log.warning("warning: %s", finding.message)
-        num_ranks = num_started_ranks()
-        self.data = open_data(recipe.data)
-        self.recipe = recipe = resolve_vocab(recipe, self.data)
-        self.samples, self.valid = open_samples(self.data, recipe)
-        self.output = Path(recipe.train.output)
-        self.device = choose_device(recipe.train.device)
-        sizes = check_layout(recipe, num_ranks)
-        if num_ranks > 1:
-            start_process_group(self.device)
-        self.context = ParallelContext.create(sizes, self.device.type)
+    def __init__(self, recipe: Recipe | Opened, *, fallback: bool = True) -> None:
+        opened = recipe if isinstance(recipe, Opened) else open_recipe(lambda: recipe)
+        assert opened.sizes is not None and not opened.idles
+        self.environment, self.data = opened.environment, opened.data
+        self.recipe, self.samples, self.valid = opened.recipe, opened.samples, opened.valid
+        self.output, self.device = Path(self.recipe.train.output), opened.device
+        if opened.store is not None:
+            start_process_group(self.device, opened.store, opened.environment.rank, opened.sizes.num_ranks)
+        self.context = ParallelContext.create(opened.sizes, self.device.type)
         self._lock: FolderLock | None = None
         try:
             self._together(self._lock_output)
@@ -112,6 +117,8 @@ class Run:
         )
         self.engine = NativeEngine(self.assembled, recipe)
         self.steps_done = self.samples_done = self.skipped_in_a_row = 0
+        self.first_refused: int | None = None
+        self._warned_of_no_labels = False
         self.train_loss: float | None = None
         self.saver = self._make_saver()
         compare_kernels(self.assembled)
@@ -142,10 +149,14 @@ class Run:
         return describe_run(self.recipe, self.assembled, self.samples)
 
     def train(self, stop: StopSignals) -> RunSummary:
-        """Steps until the recipe's end, a signal or the time limit, on all ranks the same; then a checkpoint."""
+        """Steps until the recipe's end, a signal or the time limit, on all ranks the same; then a checkpoint.
+
+        Raises: NonFiniteError where the last steps were refused, or weights are not finite: then nothing is saved.
+        """
         steps = self.recipe.train.steps
         stopped = 0
         metrics = self._together(self._open_metrics)
+        stop.begin(self.recipe.train.max_minutes)
         try:
             with progress_bar("training", steps, self.steps_done) as progress:
                 while self.steps_done < steps and not (stopped := self._largest(stop.exit_code)):
@@ -160,18 +171,40 @@ class Run:
         finally:
             if metrics is not None:
                 metrics.close()
-        checkpoint = self.save_now()
-        if stopped:
-            log.warning("%s: saved step %d of %d; start again to go on", exit_reason(stopped), self.steps_done, steps)
+        checkpoint = self._save_last(stopped)
         return RunSummary(
             steps=self.steps_done,
             train_loss=self.train_loss,
             valid_loss=None if stopped else self.evaluate(),
             unigram_entropy=None if stopped else unigram_entropy(self.samples.token_shares()),
             checkpoint=checkpoint,
-            weights_digest=self.engine.weights_digest(),
+            weights_digest=self._digest_of(checkpoint),
             exit_code=stopped,
         )
+
+    def _save_last(self, stopped: int) -> Path | None:
+        """The checkpoint with which this start of the run ends. stopped: exit code of what ended it early, or 0."""
+        steps = self.recipe.train.steps
+        if not self.skipped_in_a_row:
+            checkpoint = self.save_now()
+            if stopped:
+                log.warning(
+                    "%s: saved step %d of %d; start again to go on", exit_reason(stopped), self.steps_done, steps
+                )
+            return checkpoint
+        self.saver.wait()
+        refused = (
+            f"the last {self.skipped_in_a_row} steps were refused, so nothing was saved; {self.saver.what_there_is()}"
+        )
+        if not stopped:
+            raise NonFiniteError(f"step {self.steps_done} of {steps} is done, but {refused}")
+        log.warning("%s: %s", exit_reason(stopped), refused)
+        return None if self.saver.newest is None else self.saver.newest[1]
+
+    def _digest_of(self, checkpoint: Path | None) -> str:
+        """Read by the first rank: a network file system shows it to the others later."""
+        digest = "" if checkpoint is None or not self.context.is_first_rank else weights_digest(checkpoint)
+        return share_results(lambda: digest, self.context.messages)[0]
 
     def sample_text(self) -> str | None:
         """A continuation of train.sample_prompt; None without a tokenizer, when switched off, or with several ranks."""
@@ -183,15 +216,27 @@ class Run:
         )
 
     def evaluate(self) -> float | None:
-        """Loss on the first train.eval_samples validation samples, always the same ones; None without a validation split."""
+        """Loss on the first train.eval_samples validation samples, always the same ones; None without a validation split.
+
+        Raises: TrainingError where none of them has a label.
+        """
         if self.valid is None:
             return None
         count = min(self.recipe.train.eval_samples, self.valid.per_epoch)
-        return self.engine.evaluate(self._batches(self.valid, 0, count))
+        loss = self.engine.evaluate(self._batches(self.valid, 0, count))
+        if loss is None:
+            raise TrainingError(
+                f"none of the {count} validation samples has a label (data.mask_documents, documents of one token); raise "
+                "train.eval_samples, or set data.valid_fraction to 0"
+            )
+        return loss
 
     def save(self) -> None:
-        """Begin a checkpoint of the present step, unless there is one."""
+        """Begin a checkpoint of the present step, unless there is one. None while steps are refused: the weights may be why."""
         if self.saver.newest is not None and self.saver.newest[0] == self.steps_done:
+            return
+        if self.skipped_in_a_row:
+            log.warning("warning: step %d is not saved while steps are being refused", self.steps_done)
             return
         tokenizer = None if self.data.tokenizer is None else self.data.tokenizer.describe()
         attached = {}
@@ -200,6 +245,7 @@ class Run:
         state = RunState(
             samples=self.samples_done,
             skipped_in_a_row=self.skipped_in_a_row,
+            first_refused=self.first_refused,
             train_loss=self.train_loss,
             engine=self.engine.state(),
             recipe=self.recipe.model_dump(exclude_none=True),
@@ -226,15 +272,20 @@ class Run:
             )
         return path
 
-    def _step(self) -> dict[str, float]:
-        """One optimizer step, and what is recorded of it."""
+    def _step(self) -> dict[str, float | None]:
+        """One optimizer step, and what is recorded of it: no loss where no token had a label."""
         start, step = time.perf_counter(), self.steps_done
         count, lr = batch_size(step, self.recipe.train), learning_rate(step, self.recipe)
         stats = self.engine.step(self._batches(self.samples, self.samples_done, count), lr, self._accept)
         self.steps_done += 1
         self.samples_done += count
+        if stats.loss is None and not self._warned_of_no_labels:
+            self._warned_of_no_labels = True
+            log.warning(
+                "warning: no token of step %d has a label; it and others like it change nothing", self.steps_done
+            )
         self.train_loss = stats.loss if stats.applied else self.train_loss
-        record: dict[str, float] = {
+        record: dict[str, float | None] = {
             "loss": stats.loss,
             "gradient_norm": stats.gradient_norm,
             "lr": lr,
@@ -253,13 +304,20 @@ class Run:
             self.skipped_in_a_row = 0
             return Decision.APPLY
         self.skipped_in_a_row += 1
+        if self.first_refused is None:
+            self._protect_checkpoints(self.steps_done)
         log.warning("step %d refused: loss %g, gradient norm %g", self.steps_done + 1, stats.loss, stats.norm)
         if self.skipped_in_a_row >= self.recipe.train.max_skipped_steps:
             raise NonFiniteError(
                 f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient, up to step {self.steps_done + 1}; "
-                f"try a smaller optim.lr, or look at samples {self.samples_done} and before"
+                f"try a smaller optim.lr, or look at samples {self.samples_done} and before; {self.saver.what_there_is()} (where "
+                "that is spoilt already, remove it to go on from the one before)"
             )
         return Decision.SKIP
+
+    def _protect_checkpoints(self, step: int) -> None:
+        """Those up to the first step that was ever refused stay, whatever comes after: they may be the last good ones."""
+        self.first_refused = self.saver.protected = step
 
     def _batches(self, samples: Samples, position: int, count: int) -> Iterator[Batch]:
         micro = self.recipe.train.micro_batch_of(self.context.data.size, self.context.pp.size)
@@ -267,11 +325,11 @@ class Run:
         return microbatches(samples, position, count, micro, self.context, self.device, mask_documents=masked)
 
     def _any_rank(self, flag: bool) -> bool:
-        """Whether it is true on any rank; all ranks must ask."""
+        """Whether it is true on any rank. Collective."""
         return bool(self._largest(int(flag)))
 
     def _largest(self, number: int) -> int:
-        """Of all ranks, which all must ask."""
+        """Maximum over all ranks. Collective."""
         return int(all_gather_blocks(torch.tensor([number], device=self.device), self.context.world).max())
 
     def _together(self, work: Callable[[], T]) -> T:
@@ -293,10 +351,13 @@ class Run:
             return
         state = self._together(lambda: state_of(checkpoint.folder, checkpoint.state))
         name = data_name(self.recipe)
-        self._together(lambda: check_same_run(checkpoint, state, self.recipe, self.data.digest, name))
+        self._together(lambda: check_same_run(checkpoint, state, self.recipe, self.data, name))
         self._together(lambda: self.engine.load(checkpoint, state.engine))
         self.steps_done, self.samples_done = checkpoint.step, state.samples
         self.skipped_in_a_row, self.train_loss = state.skipped_in_a_row, state.train_loss
+        if state.first_refused is not None:
+            self._protect_checkpoints(state.first_refused)
+        self._together(lambda: self.engine.check_finite(f"{checkpoint.folder}: "))
         self.saver.newest = (checkpoint.step, checkpoint.folder)
         log.info("resumed   %s: step %d of %d", checkpoint.folder, self.steps_done, self.recipe.train.steps)
 
@@ -307,6 +368,7 @@ class Run:
         tokenizer = None if self.data.tokenizer is None else self.data.tokenizer.describe()
         checkpoint = open_weights(self.recipe, tokenizer, self.context.messages)
         self._together(lambda: self.engine.load_weights(checkpoint))
+        self._together(lambda: self.engine.check_finite(f"train.initial_weights={checkpoint.folder}: "))
         log.info("weights   %s", checkpoint.folder)
 
     def _make_saver(self) -> Saver:
@@ -321,11 +383,19 @@ class Run:
             asynchronous=settings.asynchronous,
             skip_when_busy=settings.when_busy == "skip",
             max_failures=settings.max_failures,
+            saved=self._note_progress,
         )
+
+    def _note_progress(self) -> None:
+        """Of this start of the ranks, for launch/torchrun.sh: a month-long run may lose more ranks than MAX_RESTARTS."""
+        environment = self.environment
+        if environment.launcher is not None and environment.local_rank == 0:
+            with suppress(OSError):  # a full /tmp: MAX_RESTARTS is not renewed, which is all that is lost
+                Launcher(environment.launcher).write("progress", environment.attempt)
 
     def _lock_output(self) -> None:
         if self.context.is_first_rank:
-            self._lock = FolderLock(self.output, f"train.output={self.output}")
+            self._lock = FolderLock(self.output, f"train.output={self.output}", job=self.environment.job)
 
     def _see_output(self) -> None:
         """Raises: TrainingError where a rank's node does not share the output folder."""

@@ -3,10 +3,13 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from megaresnorm.config import dump_recipe
@@ -22,31 +25,27 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
 STEPS, INTERVAL = 100, 10
 
 
+def be_rank(rank: int, num_ranks: int) -> None:
+    """Let a process of ``run_ranks``, which has a process group already, find torchrun's variables."""
+    variables = {"WORLD_SIZE": num_ranks, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "-", "MASTER_PORT": 1}
+    os.environ |= {name: str(value) for name, value in variables.items()}
+
+
 def train_on_rank(rank: int, num_ranks: int, recipe) -> str:
     from megaresnorm.trainer import train
 
-    os.environ |= {
-        "WORLD_SIZE": str(num_ranks),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "-",
-        "MASTER_PORT": "-",
-    }
+    be_rank(rank, num_ranks)
     return train(recipe).weights_digest
 
 
 def environment(folder: Path, num_ranks: int) -> dict[str, str]:
     """For the scripts in launch/: the Python that runs the tests as the environment that they would make."""
-    venv = folder / "venv"
-    if not venv.exists():
-        (venv / "bin").mkdir(parents=True)
-        for name, module in (("python", ""), ("torchrun", "-m torch.distributed.run ")):
-            (venv / "bin" / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module}"$@"\n')
-            (venv / "bin" / name).chmod(0o755)
-        files = (ROOT / "setup.py").read_bytes() + (ROOT / "constraints.txt").read_bytes()
-        wanted = subprocess.run(["cksum"], input=files, capture_output=True).stdout.decode()
-        (venv / ".megaresnorm-run").write_text(wanted)
-    return {**os.environ, "VENV": str(venv), "RANKS_PER_NODE": str(num_ranks), "OMP_NUM_THREADS": "1"}
+    python = folder / "venv" / "bin" / "python"
+    if not python.exists():
+        python.parent.mkdir(parents=True)
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+    return {**os.environ, "VENV": str(folder / "venv"), "RANKS_PER_NODE": str(num_ranks), "OMP_NUM_THREADS": "1"}
 
 
 def losses(output: Path) -> dict[int, str]:
@@ -61,21 +60,36 @@ def losses(output: Path) -> dict[int, str]:
     return found
 
 
-class Launched:
-    """A recipe on several ranks. lines: what it printed, each with the time."""
+STARTED: list["Launched"] = []  # a fixture ends those that a failed test has left
 
-    def __init__(self, folder: Path, recipe: Recipe, num_ranks: int, **variables: str) -> None:
+
+class Launched:
+    """A recipe on several ranks. lines: what it printed, each with the time.   ignored: signals that it is started with ignored, as
+    scripts do that start jobs in the background.   prefix: the command that starts it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        num_ranks: int,
+        ignored: tuple[signal.Signals, ...] = (),
+        prefix: Sequence[str] = (),
+        **variables: str,
+    ) -> None:
         self.output = Path(recipe.train.output)
         folder.mkdir(exist_ok=True)
         (folder / "recipe.yaml").write_text(dump_recipe(recipe))
         self.process = subprocess.Popen(
-            ["bash", str(ROOT / "launch" / "torchrun.sh"), "recipe.yaml"],
+            [*prefix, "bash", str(ROOT / "launch" / "torchrun.sh"), "recipe.yaml"],
             cwd=folder,
             env=environment(folder, num_ranks) | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=lambda: _set_signals(ignored),
         )
+        STARTED.append(self)
         self.num_ranks = num_ranks
         self.lines: list[tuple[float, str]] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -125,6 +139,36 @@ class Launched:
         """Of the weights at the end."""
         return re.findall(r"weights +([0-9a-f]{64})", self.text)[-1]
 
+    def everybody(self) -> list[int]:
+        """Process ids of the script's process, of torchrun and of the ranks, as far as they have been started."""
+        found = [self.process.pid]
+        for pid in found:
+            found += _children(pid) if Path(f"/proc/{pid}").exists() else []
+        return found
+
+    def end(self) -> None:
+        if self.process.poll() is not None:  # its number may be another's by now; ranks end with it
+            return
+        for pid in self.everybody():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _set_signals(ignored: tuple[signal.Signals, ...]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+
 
 def _children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []

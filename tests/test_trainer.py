@@ -1,24 +1,27 @@
 """Runs: resumed exactly, stopped in order, independent of microbatches, and never updated by a bad gradient."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from digests import engine_digest
 
 from megaresnorm.checkpoint import writer
 from megaresnorm.checkpoint.manifest import encode_manifest
 from megaresnorm.cli import main
 from megaresnorm.config import dump_recipe
 from megaresnorm.engines.native import Decision
-from megaresnorm.errors import CheckpointError, TrainingError
+from megaresnorm.errors import CheckpointError, StoppedError, TrainingError
 from megaresnorm.kernels.cpu.build import unavailable
 from megaresnorm.model.topology import TOPOLOGIES
 from megaresnorm.recipe import Recipe
@@ -41,6 +44,7 @@ class StopAfter(StopSignals):
     """A signal that comes after so many steps."""
 
     def __init__(self, run: Run, steps: int) -> None:
+        super().__init__()
         self.run, self.steps = run, steps
 
     @property
@@ -157,14 +161,16 @@ def test_a_checkpoint_that_is_not_damaged_is_never_set_aside(tiny, monkeypatch, 
     root = Path(recipe.train.output) / "checkpoints"
     path = root / "step-00000006" / "manifest.json"
     if reason == "forbidden":
-        real = Path.read_bytes
+        from megaresnorm.checkpoint import manifest
 
-        def read_bytes(self):
-            if self == path:
+        real = manifest.read_plain_file
+
+        def read(file, *arguments, **options):
+            if file == path:
                 raise PermissionError(13, "Permission denied")
-            return real(self)
+            return real(file, *arguments, **options)
 
-        monkeypatch.setattr(Path, "read_bytes", read_bytes)
+        monkeypatch.setattr(manifest, "read_plain_file", read)
     else:
         path.write_bytes(encode_manifest(json.loads(path.read_text()) | {"format": 99}))
     with pytest.raises(CheckpointError, match=r"Permission denied|format 99 is unknown"):
@@ -278,12 +284,12 @@ def test_bf16_weights_are_refreshed_after_every_update(tiny):
 
 def test_a_bad_gradient_changes_nothing_and_goes_on_for_a_while_only(tiny, caplog):
     run = opened(tiny(train={"max_skipped_steps": 3}))
-    before = run.engine.weights_digest()
+    before = engine_digest(run.engine)
     with torch.no_grad():
         run.engine.model.embedding.weight[run.samples[0][0]] = float("nan")
-    poisoned = run.engine.weights_digest()
+    poisoned = engine_digest(run.engine)
     run._step()
-    assert run.engine.weights_digest() == poisoned != before and "step 1 refused" in caplog.text
+    assert engine_digest(run.engine) == poisoned != before and "step 1 refused" in caplog.text
     assert all(not slices.local.any() for slices in run.engine.slices["optimizer"].values())
     with pytest.raises(TrainingError, match="3 steps in a row had a non-finite loss"):
         for _ in range(3):
@@ -293,8 +299,8 @@ def test_a_bad_gradient_changes_nothing_and_goes_on_for_a_while_only(tiny, caplo
 
 def test_evaluation_changes_nothing_and_repeats(tiny):
     run = opened(tiny(model={"dropout": 0.5}))
-    before = run.engine.weights_digest()
-    assert run.evaluate() == run.evaluate() and run.engine.weights_digest() == before
+    before = engine_digest(run.engine)
+    assert run.evaluate() == run.evaluate() and engine_digest(run.engine) == before
 
 
 def test_metrics_tensorboard_and_recipe_are_written(tiny, tmp_path):
@@ -335,10 +341,28 @@ def test_a_signal_saves_and_exits_with_its_code(tiny, tmp_path, number, code):
     assert saved.steps_done == len(losses(recipe)) > 0 and f"{number.name}: saved step {saved.steps_done}" in out
 
 
+def test_a_signal_before_the_first_step_ends_the_run_at_once():
+    """There is nothing to save: the main thread gets an error with the signal's exit code, whatever it is at."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StoppedError, match="SIGTERM before the first step") as caught, StopSignals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert caught.value.exit_code == 143 and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_in_a_thread_hears_no_signals_and_says_so(tiny, caplog):
+    """A notebook's worker, say: Python gives signals to the main thread alone."""
+    caplog.set_level(logging.WARNING, logger="megaresnorm")
+    with ThreadPoolExecutor(1) as pool:
+        summary = pool.submit(train, tiny(train={"max_minutes": 1e-6})).result()
+    assert summary.exit_code == 124 and "hears no signals" in caplog.text
+
+
 def test_the_first_signal_is_noted_and_the_second_ends_the_process_at_once():
     """Even while the main thread is in C code that lets no Python run in it."""
     before = signal.getsignal(signal.SIGTERM)
     with StopSignals() as stop:
+        stop.begin()
         assert stop.received is None and stop.exit_code == 0
         os.kill(os.getpid(), signal.SIGTERM)
         while stop.received is None:
@@ -349,6 +373,7 @@ def test_the_first_signal_is_noted_and_the_second_ends_the_process_at_once():
 import threading
 from megaresnorm.resilience.signals import StopSignals
 with StopSignals() as stop:
+    stop.begin()
     print("ready", flush=True)
     lock = threading.Lock()
     lock.acquire()
@@ -432,15 +457,23 @@ def test_the_data_may_move(tiny, byte_data, tmp_path):
     assert opened(tiny(data={"path": str(tmp_path / "moved")})).steps_done == 6
 
 
-def test_skipped_steps_are_counted_across_a_resume_and_forgotten_after_a_good_one(tiny):
+def test_skipped_steps_are_counted_across_a_resume_and_forgotten_after_a_good_one(tiny, monkeypatch):
+    from megaresnorm import trainer
+    from megaresnorm.checkpoint.state import RunState
     from megaresnorm.engines.native import GradientStats
 
     run = opened(tiny(train={"max_skipped_steps": 3}))
     good, bad = GradientStats(1.0, 1.0), GradientStats(float("inf"), 1.0)
     assert run._accept(bad) is Decision.SKIP and run._accept(GradientStats(1.0, float("nan"))) is Decision.SKIP
-    run.save_now()
+    run.save()
+    assert run.saver.newest is None, "what is refused may be so for the weights"
+    run.skipped_in_a_row, counted = 0, run.skipped_in_a_row
+    with monkeypatch.context() as patch:  # a checkpoint of an older version, which saved all the same
+        patch.setattr(trainer, "RunState", lambda **state: RunState(**state | {"skipped_in_a_row": counted}))
+        run.save_now()
     with pytest.raises(TrainingError, match="3 steps in a row"):
         opened(tiny(train={"max_skipped_steps": 3}))._accept(bad)
+    run.skipped_in_a_row = counted
     assert run._accept(good) is Decision.APPLY and run.skipped_in_a_row == 0
 
 

@@ -17,7 +17,8 @@ from megaresnorm.cli.depth import add_depth
 from megaresnorm.cli.doctor import add_doctor
 from megaresnorm.cli.generate import add_generate
 from megaresnorm.cli.train import add_schema, add_train
-from megaresnorm.errors import ConfigError, LostRankError, UserError
+from megaresnorm.errors import ConfigError, LostRankError, StoppedError, TooManyRestartsError, UserError
+from megaresnorm.parallel.environment import Environment, read_environment
 from megaresnorm.resilience.signals import end_on_purpose
 from megaresnorm.text import OneLine, say, shown
 
@@ -33,12 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except UserError as e:
-        rank = os.environ.get("RANK", "0")
-        # Every rank of a node finds the same in a recipe; another node may lack what this one has.
-        alone = not e.agreed and (os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(e, ConfigError))
-        if rank == "0" or alone:
-            say(f"megaresnorm: error: {'' if rank == '0' else f'rank {rank}: '}{e}", error=True)
-        return _code_of(e)
+        environment = _environment()
+        if environment.rank == 0 or not e.agreed:
+            kind = "" if isinstance(e, StoppedError) else "error: "
+            rank = "" if environment.rank == 0 else f"rank {environment.rank}: "
+            say(f"megaresnorm: {kind}{rank}{e}", error=True)
+        return _code_of(e, environment)
     except KeyboardInterrupt:
         say("megaresnorm: stopped", error=True)
         return 130
@@ -47,14 +48,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
 
 
-def _code_of(error: UserError) -> int:
+def _environment() -> Environment:
+    """Of this process; that of one process where the variables of several are wrong, which is then the error to be printed."""
+    try:
+        return read_environment()
+    except ConfigError:
+        return Environment()
+
+
+def _code_of(error: UserError, environment: Environment) -> int:
     """With which this process ends. An error that other nodes may not have is to end torchrun there, too."""
-    same_everywhere = error.agreed or isinstance(error, ConfigError)
-    whole_job = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-    if isinstance(error, LostRankError):
+    if isinstance(error, LostRankError) and not isinstance(error, TooManyRestartsError):
         return error.exit_code
-    code = end_on_purpose(error.exit_code)
-    return code if same_everywhere or whole_job else error.exit_code
+    code = end_on_purpose(error.exit_code, environment)
+    return code if error.agreed or environment.one_node else error.exit_code
 
 
 class _Parser(argparse.ArgumentParser):

@@ -116,7 +116,7 @@ def _probe(arguments: argparse.Namespace) -> int:
 
 def _check_memory(need: int) -> None:
     from megaresnorm.checkpoint.format import human_bytes
-    from megaresnorm.convert.loading import available_memory
+    from megaresnorm.resilience.host import available_memory
 
     free = available_memory()
     if free is not None and need > free:
@@ -141,7 +141,7 @@ def _probe_table(rows: list[dict]) -> Table:
 def _train(arguments: argparse.Namespace) -> int:
     from rich.markdown import Markdown
 
-    from megaresnorm.comparison import Comparison, base_recipe, compare, markdown, recipe_of, write_report
+    from megaresnorm.comparison import Comparison, base_recipe, compare, markdown, write_report
     from megaresnorm.resilience.signals import StopSignals
     from megaresnorm.telemetry.log import configure_logging, console, progress_bar
 
@@ -159,8 +159,7 @@ def _train(arguments: argparse.Namespace) -> int:
         ramp=arguments.max_lr,
     )
     results, total = [], len(comparison.topologies) * len(comparison.depths) * len(comparison.seeds)
-    limit = recipe_of(comparison, comparison.topologies[0], comparison.depths[0], 0).train.max_minutes
-    with StopSignals(limit) as stop, progress_bar("comparing", total) as progress:
+    with StopSignals() as stop, progress_bar("comparing", total) as progress:
         for result in compare(comparison, stop, lambda: progress.advance(progress.task_ids[0])):
             results.append(result)
             console.print(

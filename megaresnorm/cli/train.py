@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from typing import TYPE_CHECKING
 
 from megaresnorm.cli.arguments import Commands, count
 from megaresnorm.errors import ConfigError, LostRankError
+from megaresnorm.parallel.environment import Environment, read_environment
+from megaresnorm.resilience.launcher import Launcher, end_with
 from megaresnorm.resilience.signals import StopSignals, end_on_purpose
 from megaresnorm.text import say, shown, write
-
-if TYPE_CHECKING:  # commands import what they need, so that --help is instant
-    from megaresnorm.recipe import Recipe
 
 
 def add_train(commands: Commands) -> None:
@@ -50,43 +48,47 @@ def add_schema(commands: Commands) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from megaresnorm.config import load_recipe
     from megaresnorm.telemetry.log import configure_logging, console
 
-    rank = int(os.environ.get("RANK", "0"))
-    configure_logging(rank)
-    console.quiet = rank > 0
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    if arguments.dry_run:
-        return _dry_run(recipe, arguments.ranks)
-    if arguments.ranks is not None:
-        raise ConfigError("--ranks is for --dry-run; ranks are started by bash launch/torchrun.sh")
-    from megaresnorm.parallel.context import end_process_group, lost_contact
+    environment = read_environment()
+    if environment.launcher is not None or environment.agent_store:  # a child of torchrun
+        end_with(os.getppid(), None if environment.launcher is None else Launcher(environment.launcher))
+    configure_logging(environment.rank)
+    console.quiet = environment.rank > 0
+    if arguments.dry_run or arguments.ranks is not None:
+        return 0 if environment.rank else _dry_run(arguments)
+    with StopSignals(environment) as stop:  # before torch is imported, which takes seconds
+        from megaresnorm.parallel.context import end_process_group, lost_contact
 
-    try:
-        exit_code = _train_and_report(recipe, fallback=not arguments.no_fallback)
-        end_process_group()
-        return end_on_purpose(exit_code)
-    except RuntimeError as e:
-        if not lost_contact(e):
-            raise
-        reason = str(e).rpartition(".cc:")[2].partition("] ")[2].partition(". ")[0] or str(e).splitlines()[0]
-        raise LostRankError(
-            f"another rank is gone ({reason}); start again to go on from the newest checkpoint"
-        ) from None
+        try:
+            exit_code = _train_and_report(arguments, environment, stop)
+        except RuntimeError as e:
+            if not lost_contact(e):
+                raise
+            reason = str(e).rpartition(".cc:")[2].partition("] ")[2].partition(". ")[0] or str(e).splitlines()[0]
+            raise LostRankError(
+                f"another rank is gone ({reason}); start again to go on from the newest checkpoint"
+            ) from None
+    end_process_group()
+    return end_on_purpose(exit_code, environment)
 
 
-def _train_and_report(recipe: Recipe, *, fallback: bool) -> int:
-    from megaresnorm.config import dump_recipe
+def _train_and_report(arguments: argparse.Namespace, environment: Environment, stop: StopSignals) -> int:
+    from megaresnorm.config import dump_recipe, load_recipe
+    from megaresnorm.opening import idle, open_recipe, tell_idle_ranks
     from megaresnorm.telemetry.log import console
     from megaresnorm.trainer import Run
 
-    with StopSignals(recipe.train.max_minutes) as stop, Run(recipe, fallback=fallback) as run:
+    opened = open_recipe(lambda: load_recipe(arguments.recipe, arguments.overrides), environment)
+    if opened.idles:
+        return idle(opened)
+    with tell_idle_ranks(opened) as tell, Run(opened, fallback=not arguments.no_fallback) as run:
         console.print(
             f"recipe    {shown(run.output / 'recipe.yaml')}\n{dump_recipe(run.recipe).rstrip()}", markup=False
         )
         console.print("\n".join(run.describe()), markup=False)
         summary = run.train(stop)
+        tell(summary.exit_code)
         text = None if summary.exit_code else run.sample_text()
     if text is not None:
         console.print(f"\n--- sample ---\n{text}\n--------------\n", markup=False)
@@ -97,17 +99,23 @@ def _train_and_report(recipe: Recipe, *, fallback: bool) -> int:
             f"validation loss {summary.valid_loss:.4f} nats a token; unigram entropy {summary.unigram_entropy:.4f}, "
             f"so {abs(gap):.4f} nats {verdict} than knowing only how frequent each token is"
         )
-    console.print(f"checkpoint {shown(summary.checkpoint)}\nweights    {summary.weights_digest}", markup=False)
+    if summary.checkpoint is not None:
+        console.print(f"checkpoint {shown(summary.checkpoint)}\nweights    {summary.weights_digest}")
     return summary.exit_code
 
 
-def _dry_run(recipe: Recipe, ranks: int | None) -> int:
+def _dry_run(arguments: argparse.Namespace) -> int:
     from megaresnorm.assemble import check_layout, split_stages
-    from megaresnorm.config import dump_recipe
+    from megaresnorm.checkpoint.format import human_bytes
+    from megaresnorm.config import dump_recipe, load_recipe
     from megaresnorm.data.samples import open_data, open_samples, resolve_vocab
+    from megaresnorm.memory import memory_per_rank
     from megaresnorm.model.lint import check
     from megaresnorm.model.parameters import parameter_table
 
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if not arguments.dry_run:
+        raise ConfigError("--ranks is for --dry-run; ranks are started by bash launch/torchrun.sh")
     for finding in check(recipe):
         say(f"warning: {finding.message}")
     data = open_data(recipe.data)
@@ -115,14 +123,15 @@ def _dry_run(recipe: Recipe, ranks: int | None) -> int:
     open_samples(data, recipe)
     parallel = recipe.parallel
     needed = parallel.pp * parallel.dp_shard * parallel.tp * (parallel.dp_replicate or 1)
-    sizes = check_layout(recipe, ranks or needed)
+    sizes = check_layout(recipe, arguments.ranks or needed)
     stages = [len(stage.blocks) for stage in split_stages(recipe.model, parallel)]
     parameters = sum(spec.num_elements for spec in parameter_table(recipe.model).values())
+    memory = memory_per_rank(recipe, sizes)
     write(
         f"{dump_recipe(recipe)}# {parameters:,} parameters; recipe and data can be used on {sizes.num_ranks} "
         f"rank{'s' if sizes.num_ranks > 1 else ''}"
         + (f", with {stages} blocks in the stages" if sizes.pp > 1 else "")
-        + "\n"
+        + f"\n# memory of a rank on CPUs: {human_bytes(memory.total)} ({memory.describe()})\n"
     )
     return 0
 

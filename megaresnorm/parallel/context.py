@@ -1,6 +1,5 @@
 """Parallelism as an object: one Axis per kind of parallelism, handed to whoever needs it."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megaresnorm.errors import ConfigError
@@ -146,28 +146,26 @@ def resolve_sizes(num_ranks: int, *, pp: int, dp_replicate: int | None, dp_shard
     raise ConfigError(f"parallel: {spelled}, but {num_ranks} ranks were started; {', or '.join(offers)}")
 
 
-def num_started_ranks() -> int:
-    """Ranks that torchrun started; 1 without it. Raises: ConfigError for an environment that is torchrun's only in part."""
-    found = {name: os.environ.get(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    if found["WORLD_SIZE"] is None:
-        return 1
-    missing = [name for name, value in found.items() if value is None]
-    size = found["WORLD_SIZE"]
-    if not size.isdecimal() or int(size) < 1 or (int(size) > 1 and missing):
-        what = f"{', '.join(missing)} missing" if missing and size.isdecimal() else f"WORLD_SIZE={size!r}"
-        raise ConfigError(f"the environment is not torchrun's: {what}; start with bash launch/torchrun.sh")
-    return int(size)
+def usable_ranks(num_ranks: int, *, pp: int, dp_replicate: int | None, dp_shard: int, tp: int) -> int:
+    """How many of an elastic job's ranks can work: the largest multiple of a whole model, 0 where there are too few for one.
+
+    >>> usable_ranks(56, pp=4, dp_replicate=None, dp_shard=1, tp=8), usable_ranks(3, pp=4, dp_replicate=None, dp_shard=1, tp=1)
+    (32, 0)
+    """
+    least = pp * (dp_replicate or 1) * dp_shard * tp
+    return least * min(num_ranks // least, 1) if dp_replicate is not None else num_ranks // least * least
 
 
-def start_process_group(device: torch.device) -> None:
-    """Join the ranks that torchrun started: nccl on GPUs, gloo on CPUs."""
+def start_process_group(device: torch.device, store: Store, rank: int, num_ranks: int) -> None:
+    """Join the ranks that have met in ``store``: nccl on GPUs, gloo on CPUs."""
     if dist.is_initialized():
         return
+    options: dict[str, Any] = {"store": PrefixStore("group", store), "rank": rank, "world_size": num_ranks}
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device, **options)
     else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+        dist.init_process_group("gloo", timeout=TIMEOUT, **options)
 
 
 def end_process_group() -> None:

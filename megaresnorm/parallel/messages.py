@@ -41,7 +41,7 @@ def share_results(work: Callable[[], Any], axis: Axis) -> list[Any]:
         mine["done"] = work()
     except UserError as e:
         error = e
-        mine |= {"kind": type(e).__name__, "error": str(e)}
+        mine |= {"kind": type(e).__name__, "error": str(e), "exit_code": e.exit_code}
     except Exception as e:  # noqa: BLE001 - a mistake of ours; raised below, when nobody waits for this rank any more
         error = e
         mine |= {"kind": LostRankError.__name__, "error": f"rank {axis.rank} failed: {type(e).__name__}: {e}"}
@@ -50,7 +50,7 @@ def share_results(work: Callable[[], Any], axis: Axis) -> list[Any]:
         raise error
     for said in everyone:
         if "error" in said:
-            raise error_of(said["kind"], said["error"])
+            raise error_of(said["kind"], said["error"], said.get("exit_code"))
     return [said["done"] for said in everyone]
 
 

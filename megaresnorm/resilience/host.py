@@ -35,6 +35,12 @@ def host_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> HostMemory | None
     return HostMemory(min(one.total for one in found), min(one.free for one in found))
 
 
+def available_memory() -> int | None:
+    """Bytes that are free for this job now; None where that is not known."""
+    memory = host_memory()
+    return None if memory is None else memory.free
+
+
 def _groups(proc: Path, cgroups: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
     """The control groups of this process that can limit memory, up to the root, of both versions.
 

@@ -32,12 +32,12 @@ class FolderLock:
     the future has not moved. A job that torchrun has started again on another host takes over its own. An owner that was taken for
     dead and is not, or whose file was removed or replaced, finds that out at its next heartbeat, or when ``lost`` is asked for.
 
-    what: how the folder is called in errors.
+    what: how the folder is called in errors.   job: what torchrun calls this job, the same after it has started its ranks again.
     Raises: TrainingError naming the owner, or saying why the folder cannot be used.
     """
 
-    def __init__(self, folder: Path, what: str) -> None:
-        self._path, self._what = folder / LOCK, what
+    def __init__(self, folder: Path, what: str, job: str | None = None) -> None:
+        self._path, self._what, self._job = folder / LOCK, what, job
         self._lost, self._released = False, threading.Event()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -94,11 +94,11 @@ class FolderLock:
             raise self._held({}, 0.0)
         owner, silent = self._owner(), self._seconds_silent()
         out_of_reach = bool(owner) and (not locked or owner.get("host") != socket.gethostname())  # of our flock
-        if out_of_reach and (job() is None or owner.get("job") != job()) and self._alive(silent):
+        if out_of_reach and (self._job is None or owner.get("job") != self._job) and self._alive(silent):
             raise self._held(owner, silent)
         if owner:
             log.info("%s: taken over from pid %s on %s, which is dead", self._what, owner.get("pid"), owner.get("host"))
-        self._mine: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "user": _user(), "job": job(),
+        self._mine: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "user": _user(), "job": self._job,
                       "since": time.strftime("%Y-%m-%d %H:%M:%S")}  # fmt: skip
         os.ftruncate(self._descriptor, 0)
         try:
@@ -167,12 +167,6 @@ class FolderLock:
         except FileNotFoundError:
             return True
         return not os.path.samestat(there, os.fstat(descriptor))
-
-
-def job() -> str | None:
-    """What torchrun calls this job, the same after it has started its ranks again; None where it has no name of its own."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return None if name in ("none", "") else name
 
 
 def _user() -> str:

@@ -1,71 +1,113 @@
-"""Signals and a time limit end a run after the step at hand; a second signal ends it at once.
+"""Signals and a time limit end a run after the step at hand; a second signal, or one before step 0, ends it at once."""
 
-Under launch/torchrun.sh ranks and launcher leave each other word in a folder of this node (LAUNCHER):
-  stop   the exit code of a signal that the launcher has been sent; ranks that are only starting find it here
-  end    the exit code of ranks that have ended on purpose, and would end so again
-"""
-
+import logging
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from pathlib import Path
+from contextlib import suppress
 from types import FrameType, TracebackType
 
-LAUNCHER, ELASTIC = "MEGARESNORM_LAUNCHER", "MEGARESNORM_ELASTIC"  # set by launch/torchrun.sh
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-REPEATS = 0.5  # seconds
+from megaresnorm.errors import StoppedError
+from megaresnorm.parallel.environment import Environment, read_environment
+from megaresnorm.resilience.launcher import SIGNALS, Launcher
+
+log = logging.getLogger(__name__)
+
+REPEATS = 0.5  # seconds in which a signal is the first one again
+RELAYED = 5.0  # the same where a supervisor passes signals on, which hears of a second one itself
+PATIENCE = 2.0  # seconds that a rank's main thread has to end by itself before the first step; it may be waiting for another rank
 TIME_IS_UP = 124  # exit code, as of timeout(1)
 START_AGAIN = 75  # exit code: torchrun wants to start the ranks again, with other nodes
 
 
 class StopSignals:
-    """Within ``with StopSignals() as stop``, the first SIGINT, SIGTERM or SIGUSR1 only sets ``stop.exit_code``.
+    """Within ``with StopSignals() as stop``, and after ``stop.begin()``, the first SIGINT, SIGTERM or SIGUSR1 only sets
+    ``stop.exit_code``. The second ends the process at once, even where its main thread waits for other ranks. Checkpoints
+    are renamed into place when complete, so it tears nothing.
 
-    The second ends the process at once, even where its main thread waits for other ranks. Checkpoints are renamed into place when
-    complete, so it tears nothing. One within REPEATS is the first again: what ends a whole job signals launcher and ranks, and the
-    launcher passes it on. In an elastic job a SIGTERM of which the launcher does not know is torchrun's: nodes come or go.
+    Before ``begin`` there is nothing to save: the first signal raises StoppedError in the main thread, or ends a rank that
+    is waiting for others. Ranks that torchrun itself signals, because others have died or nodes have come, are to be
+    started again.
 
-    max_minutes: counts as a signal when it has passed.
+    Outside of the main thread, where Python hears no signals, only the time limit counts, with a warning.
     """
 
-    def __init__(self, max_minutes: float | None = None) -> None:
+    def __init__(self, environment: Environment | None = None) -> None:
+        self._environment = environment or read_environment()
+        folder = self._environment.launcher
+        self._launcher = None if folder is None else Launcher(folder)
         self.received: signal.Signals | None = None
+        self._begun = False
         self._first, self._start_again = 0.0, False
-        self._end = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self._started, self._end = time.monotonic(), float("inf")
 
     @property
     def exit_code(self) -> int:
         """128 + signal, as shells have it: 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1; 124 when time is up; or 0."""
         if self.received is not None:
             return 128 + self.received
-        if self._end is not None and time.monotonic() >= self._end:
+        if time.monotonic() >= self._end:
             return TIME_IS_UP
         return START_AGAIN if self._start_again else 0
 
-    def __enter__(self) -> "StopSignals":
-        # Python runs its own handlers between two instructions of the main thread, which may be waiting in C for a rank that is
-        # gone. What the C handler writes here is read by a thread at once.
-        self._read, self._write = socket.socketpair()
-        self._write.setblocking(False)
-        self._previous_wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
-        self._previous = {number: signal.signal(number, _ignore) for number in SIGNALS}
-        code = asked_to_stop()
-        if code:
+    def begin(self, max_minutes: float | None = None) -> None:
+        """From now on a signal is obeyed between steps.   max_minutes: since this object was made; counts as a signal then."""
+        self._begun = True
+        self._end = float("inf") if max_minutes is None else self._started + 60 * max_minutes
+        if self._launcher is not None and self._environment.local_rank == 0:
+            with suppress(OSError):  # a full /tmp: the supervisor would end a run that could be saved, no more
+                self._launcher.write("begun", os.getpid())
+        if self._launcher is not None and self.received is None and (code := self._launcher.asked_to_stop()):
             self.received, self._first = signal.Signals(code - 128), time.monotonic()
-        self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
-        self._thread.start()
+
+    def __enter__(self) -> "StopSignals":
+        if self._launcher is not None and self._environment.local_rank == 0:
+            self._launcher.forget("begun")  # of ranks that have died since
+        if self._launcher is not None and (code := self._launcher.asked_to_stop()):
+            raise StoppedError(f"{exit_reason(code)} before the first step; nothing was to be saved", code)
+        self._hears = threading.current_thread() is threading.main_thread()
+        self._read, self._write = socket.socketpair()
+        if self._launcher is not None and self._hears:
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # as the agent has done for all threads of this process
+            self._start(self._wait_for_signals)
+        elif self._hears:
+            # Python runs its own handlers between two instructions of the main thread, which may be waiting in C for a rank that is
+            # gone. What the C handler writes here is read by a thread at once.
+            self._write.setblocking(False)
+            self._previous_wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+            self._previous = {number: signal.signal(number, self._interrupt) for number in SIGNALS}
+            self._start(self._watch)
+        else:
+            log.warning("warning: a run outside of the main thread hears no signals: Ctrl-C does not save it")
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._previous_wakeup)
+        if self._hears and self._launcher is None:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._previous_wakeup)
         self._write.close()  # the thread reads the end of the file
-        self._thread.join()
+        if self._hears and self._launcher is None:
+            self._thread.join()
         self._read.close()
+
+    def _start(self, target: object) -> None:
+        self._thread = threading.Thread(target=target, name="signals", daemon=True)  # type: ignore[arg-type]
+        self._thread.start()
+
+    def _wait_for_signals(self) -> None:
+        """Of a rank under launch/torchrun.sh: signals are blocked, so that who sent one is known."""
+        while True:
+            info = signal.sigwaitinfo(SIGNALS)
+            if info.si_pid == os.getppid():
+                self._start_again = True  # torchrun ends its ranks, healthy ones too, to start them again
+                if not self._begun:
+                    os._exit(START_AGAIN)
+            else:
+                self._hear(signal.Signals(info.si_signo))
 
     def _watch(self) -> None:
         while numbers := self._read.recv(64):
@@ -74,43 +116,49 @@ class StopSignals:
                     self._hear(signal.Signals(number))
 
     def _hear(self, number: signal.Signals) -> None:
-        if number is signal.SIGTERM and ELASTIC in os.environ and not asked_to_stop():
-            self._start_again = True
-        elif self.received is None:
+        repeats = REPEATS if self._launcher is None else RELAYED
+        if self.received is None:
             self.received, self._first = number, time.monotonic()
-        elif time.monotonic() - self._first > REPEATS:
-            try:
-                sys.stderr.write("megaresnorm: a second signal: ended at once, without saving\n")
+            if not self._begun and (self._launcher is not None or self._environment.world_size > 1):
+                threading.Timer(0.0 if self._launcher else PATIENCE, self._end_before_begin).start()
+        elif time.monotonic() - self._first > repeats:
+            self._end_at_once(128 + number, "a second signal: ended at once, without saving")
+
+    def _end_before_begin(self) -> None:
+        if not self._begun:
+            assert self.received is not None
+            self._end_at_once(
+                128 + self.received, f"{self.received.name} before the first step: nothing was to be saved"
+            )
+
+    def _end_at_once(self, code: int, line: str) -> None:
+        try:
+            if self._environment.rank == 0:
+                sys.stderr.write(f"megaresnorm: {line}\n")
                 sys.stderr.flush()
-                end_on_purpose(128 + number)
-            finally:
-                os._exit(128 + number)
+            code = end_on_purpose(code, self._environment)
+        finally:
+            os._exit(code)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Python's own handler, in the main thread; the other thread hears of the signal by itself."""
+        if not self._begun:
+            raise StoppedError(
+                f"{signal.Signals(number).name} before the first step; nothing was to be saved", 128 + number
+            )
 
 
-def end_on_purpose(code: int) -> int:
+def end_on_purpose(code: int, environment: Environment | None = None) -> int:
     """The exit code of a run that another start would not mend, or that is not to go on: 0 under launch/torchrun.sh, which is told
     ``code``. torchrun itself would take any other for a failure, and start the ranks again.
     """
-    folder = os.environ.get(LAUNCHER)
+    folder = (environment or read_environment()).launcher
     if folder is None or code == START_AGAIN:
         return code
     try:
-        Path(folder, "end").write_text(str(code))
+        Launcher(folder).write("end", code)
     except OSError:  # torchrun starts the ranks again, which is all that is lost
         return code
-    return 0
-
-
-def asked_to_stop() -> int:
-    """128 and the signal that the launcher was sent, or that ended ranks of this node before they were started again; or 0."""
-    folder = os.environ.get(LAUNCHER)
-    for name in ("stop", "end") if folder else ():
-        try:
-            text = Path(str(folder), name).read_text().strip()
-        except OSError:
-            continue
-        if text.isdecimal() and int(text) - 128 in list(SIGNALS):
-            return int(text)
     return 0
 
 
@@ -121,7 +169,3 @@ def exit_reason(code: int) -> str:
     """
     names = {TIME_IS_UP: "train.max_minutes", START_AGAIN: "other nodes"}
     return names.get(code) or signal.Signals(code - 128).name
-
-
-def _ignore(number: int, frame: FrameType | None) -> None:
-    """The thread hears of the signal by itself."""

@@ -10,7 +10,7 @@ from megaresnorm.assemble import build_model, check_layout, split_stages
 from megaresnorm.config import build_recipe
 from megaresnorm.errors import ConfigError
 from megaresnorm.model.parameters import parameter_table
-from megaresnorm.parallel.context import Axis, ParallelContext, num_started_ranks
+from megaresnorm.parallel.context import Axis, ParallelContext
 from megaresnorm.parallel.pipeline import bubble, split_blocks
 from megaresnorm.recipe import KernelRecipe
 
@@ -123,15 +123,6 @@ def test_a_loss_kernel_by_name_is_refused_where_the_vocabulary_is_divided():
     tp = replace(ParallelContext.single(), tp=Axis("tp", 2))
     with pytest.raises(ConfigError, match=r"kernels.cross_entropy=chunked has no effect under parallel.tp"):
         build_model(recipe.model, kernels=KernelRecipe(cross_entropy="chunked"), parallel=recipe.parallel, context=tp)
-
-
-def test_half_of_torchruns_environment_is_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ConfigError, match=r"RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing.*torchrun\.sh"):
-        num_started_ranks()
-    monkeypatch.setenv("WORLD_SIZE", "many")
-    with pytest.raises(ConfigError, match="WORLD_SIZE='many'"):
-        num_started_ranks()
 
 
 def test_ranks_that_are_left_replicate():

@@ -1,6 +1,5 @@
 """A run on several ranks: the same losses as one process, one log, and a checkpoint that any layout can go on from."""
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,12 +8,13 @@ import pytest
 import torch
 from cases import LAYOUTS as ALL_LAYOUTS
 from cases import VARIANTS, batches, errors, gradients, make_recipe
-from launched import environment
+from launched import be_rank, environment
 from ranks import run_ranks
 
 from megaresnorm.assemble import build_model, check_layout
 from megaresnorm.engines.native import Decision, NativeEngine
 from megaresnorm.errors import ConfigError, UserError
+from megaresnorm.kernels.cpu import build
 from megaresnorm.model.topology import TOPOLOGIES
 from megaresnorm.parallel.context import ParallelContext
 from megaresnorm.recipe import Recipe
@@ -38,13 +38,7 @@ def with_settings(recipe: Recipe, **sections: dict) -> Recipe:
 
 
 def run_on_ranks(rank: int, recipe: Recipe) -> tuple[float, float, str]:
-    os.environ |= {
-        "WORLD_SIZE": "2",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "-",
-        "MASTER_PORT": "-",
-    }
+    be_rank(rank, 2)
     summary = train(recipe)
     return summary.train_loss, summary.valid_loss, summary.weights_digest
 
@@ -80,6 +74,31 @@ def test_a_run_goes_on_in_another_layout(tiny, tmp_path, clip):
         again.weights_digest
         == run_ranks(2, run_on_ranks, with_settings(base, train={"output": str(tmp_path / "two-0")}))[0][2]
     )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [(2, {}), (3, {}), (4, {"pp": 2}), (4, {"dp_shard": 2})],
+    ids=["dp2", "dp3", "pp2 dp2", "hsdp"],
+)
+def test_ranks_with_fewer_samples_than_others_train_and_evaluate_as_one_process(tiny, tmp_path, ranks, parallel):
+    """A row alone is a view of its tokens: what stands in without labels must not be written into them."""
+    settings = {
+        "model": {"num_blocks": 4},
+        "train": {"global_batch": 4, "micro_batch": 1, "eval_samples": 5},
+        "precision": {"compute": "fp64"},
+    }
+    one = train(tiny(**settings))
+    settings["train"]["output"] = str(tmp_path / "ranks")
+    for train_loss, valid_loss in run_ranks(ranks, losses_on_rank, ranks, tiny(**settings, parallel=parallel)):
+        assert train_loss == pytest.approx(one.train_loss, rel=1e-11)
+        assert valid_loss == pytest.approx(one.valid_loss, rel=1e-11)
+
+
+def losses_on_rank(rank: int, num_ranks: int, recipe: Recipe) -> tuple[float, float]:
+    be_rank(rank, num_ranks)
+    summary = train(recipe)
+    return summary.train_loss, summary.valid_loss
 
 
 def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -149,8 +168,9 @@ def test_no_rank_goes_on_alone(tiny, tmp_path):
 
 
 def how_it_ends(rank: int, recipe: Recipe, rank_with_others: int | None) -> str:
+    """One rank's node may lack a compiler, say."""
     if rank == rank_with_others:
-        recipe = with_settings(recipe, kernels={"add_norm": "reference"})
+        build.unavailable = lambda: "no compiler here"
     try:
         return str(run_on_ranks(rank, recipe))
     except UserError as e:

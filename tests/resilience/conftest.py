@@ -8,6 +8,16 @@ import pytest
 sys.path[:0] = [str(Path(__file__).parents[2] / "tools")]
 
 
+@pytest.fixture(autouse=True)
+def no_job_outlives_its_test():
+    yield
+    from launched import STARTED
+
+    for run in STARTED:
+        run.end()
+    STARTED.clear()
+
+
 @pytest.fixture
 def long_run(tiny, tmp_path):
     """A function from the name of a layout to its number of ranks and a recipe whose steps take a few seconds in all."""

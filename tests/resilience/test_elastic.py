@@ -1,12 +1,14 @@
 """A node is lost for good: the run goes on with the ranks that are left, from a checkpoint of more."""
 
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import time
 
 import pytest
-from launched import INTERVAL, STEPS, Launched, losses, train_on_rank
+from launched import INTERVAL, STEPS, Launched, alive, losses, train_on_rank
 from ranks import run_ranks
 
 
@@ -68,4 +70,71 @@ def test_two_nodes_are_one_job(tiny, tmp_path):
     (logging,) = (node for node in nodes if node.steps)
     assert f"saved step {len(losses(logging.output))} of" in logging.text and "ranks     2" in logging.text
     refused = Launched(tmp_path / "0", recipe, 1, NODES="2")
-    assert refused.finish() == 1 and "NODES=2 needs NODE_RANK and MASTER_ADDR" in refused.text
+    assert refused.finish() == 2 and "NODES=2 needs NODE_RANK and MASTER_ADDR" in refused.text
+
+
+def test_a_node_that_waits_for_another_says_so_and_is_stopped_at_once(tiny, tmp_path):
+    recipe = tiny(train={"steps": 10**6, "eval_every": 0})
+    variables = {"NODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    node = Launched(tmp_path / "0", recipe, 1, **variables)
+    node.wait_for(lambda: "waiting for 1 of 2 nodes to start their ranks" in node.text, "word about it", 60)
+    everybody, start = node.everybody(), time.monotonic()
+    os.kill(node.process.pid, signal.SIGTERM)
+    assert node.finish(30) == 143 and time.monotonic() - start < 10 and not any(map(alive, everybody))
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_fit_idle_and_too_few_wait(tiny, tmp_path):
+    """Three ranks of a job that may have six: two of them work on shards for two; shards for four wait for another node."""
+    settings = {"precision": {"compute": "fp64"}}
+    alone = tiny(**settings, train={"output": str(tmp_path / "alone")})
+    run_ranks(1, train_on_rank, 1, alone)
+    variables = {"NODES": "1:2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    three = Launched(tmp_path / "three", tiny(**settings, parallel={"dp_shard": 2}), 3, **variables)
+    assert three.finish(180) == 0, three.text
+    assert "1 of 3 ranks idle: the layout takes multiples of 2" in three.text
+    got, want = losses(three.output), losses(tmp_path / "alone")
+    assert got.keys() == want.keys()
+    assert all(abs(float.fromhex(got[step]) - float.fromhex(want[step])) < 1e-9 for step in want)
+    waiting = tiny(train={"output": str(tmp_path / "waiting")}, parallel={"dp_shard": 4})
+    variables["MASTER_PORT"] = str(free_port())
+    few = Launched(tmp_path / "few", waiting, 3, **variables)
+    few.wait_for(lambda: "waiting for more nodes: 3 ranks are here, the layout needs 4" in few.text, "word about it")
+    os.kill(few.process.pid, signal.SIGTERM)
+    assert few.finish(30) == 143 and not few.steps
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("ip"), reason="needs network namespaces")
+def test_two_hosts_whose_names_do_not_resolve_for_each_other(tiny, tmp_path, two_hosts):
+    """A host that does not know the name of the other, as in containers: ranks meet at the addresses in use."""
+    recipe = tiny(train={"steps": 6, "eval_every": 0})
+    variables = {"NODES": "2", "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29500"}
+    nodes = [
+        Launched(tmp_path / str(i), recipe, 1, prefix=["ip", "netns", "exec", name], NODE_RANK=str(i), **variables)
+        for i, name in enumerate(two_hosts)
+    ]
+    assert [node.finish(120) for node in nodes] == [0, 0], "\n".join(node.text for node in nodes)
+    assert any("ranks     2 = dp_replicate 2" in node.text for node in nodes)
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces on one cable, without names for each other."""
+    names = ["megaresnorm-a", "megaresnorm-b"]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "mrn-a", "netns", names[0], "type", "veth", "peer", "name", "mrn-b", "netns", names[1])
+        for i, (name, device) in enumerate(zip(names, ("mrn-a", "mrn-b"), strict=True), start=1):
+            ip("-n", name, "addr", "add", f"10.77.0.{i}/24", "dev", device)
+            ip("-n", name, "link", "set", device, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)

@@ -48,3 +48,24 @@ def test_twenty_kills(long_run, undisturbed, tmp_path):
             print(f"{layout:8} kill {seed}: {lost:3d} steps lost, {seconds:5.1f} s to the next step", flush=True)
     assert all(0 <= lost <= INTERVAL + (seed % 2 == 0) for _, seed, lost, _ in figures)
     assert sorted(seconds for *_, seconds in figures)[len(figures) // 2] <= 15
+
+
+@pytest.mark.slow
+def test_a_job_may_lose_more_ranks_than_max_restarts_as_long_as_it_makes_progress(long_run, tmp_path):
+    """Three kills with a checkpoint between them under MAX_RESTARTS=1, then two without one: the job ends with 6."""
+    ranks, recipe = long_run("dp2", steps=10**6)
+    run = Launched(tmp_path, recipe, ranks, MAX_RESTARTS="1")
+    for number in range(1, 4):
+        run.wait_for_step(2 * INTERVAL * number)
+        os.kill(run.ranks()[0], signal.SIGKILL)
+        run.wait_for(lambda number=number: run.text.count("resumed   ") == number, "next start")
+    for _ in range(2):
+        count = run.text.count("resumed   ")
+        os.kill(run.ranks()[1], signal.SIGKILL)
+        run.wait_for(
+            lambda count=count: (
+                run.process.poll() is not None or run.text.count("resumed   ") > count or "died" in run.text
+            ),
+            "next start or end",
+        )
+    assert run.finish(60) == 6 and "died 2 times without a new checkpoint (MAX_RESTARTS=1)" in run.text

@@ -72,12 +72,11 @@ def test_an_owner_on_another_host_is_told_by_its_heartbeat(tmp_path, monkeypatch
             FolderLock(tmp_path, "x")
     on_another_host(tmp_path, STALE + 1)
     FolderLock(tmp_path, "x").release()
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-5")  # the same job, started again here
     on_another_host(tmp_path, 1, job="job-5")
-    FolderLock(tmp_path, "x").release()
+    FolderLock(tmp_path, "x", job="job-5").release()  # the same job, started again here
     on_another_host(tmp_path, 1, job="job-6")
     with pytest.raises(TrainingError, match="in use by pid 7"):
-        FolderLock(tmp_path, "x")
+        FolderLock(tmp_path, "x", job="job-5")
 
 
 def test_the_heart_beats_while_it_is_held(tmp_path, monkeypatch):

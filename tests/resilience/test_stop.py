@@ -3,15 +3,27 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
-from pathlib import Path
 
 import pytest
-from launched import INTERVAL, LAYOUTS, STEPS, Launched, losses
+from launched import INTERVAL, LAYOUTS, STEPS, Launched, alive, losses
 
 from megaresnorm.checkpoint.format import list_checkpoints
 
-TARGETS = ("one rank", "all ranks", "the launcher", "the whole job")
+TARGETS = ("one rank", "all ranks", "the launcher", "torchrun", "the whole job")
+
+
+def targets(run: Launched, target: str, chance: random.Random) -> list[int]:
+    """Process ids that a signal is sent to; ``the whole job`` is what batch systems do."""
+    return {
+        "the launcher": lambda: [run.process.pid],
+        "torchrun": lambda: [run.torchrun],
+        "all ranks": run.ranks,
+        "one rank": lambda: [chance.choice(run.ranks())],
+        "the whole job": run.everybody,
+    }[target]()
 
 
 def stop_and_resume(
@@ -22,13 +34,7 @@ def stop_and_resume(
     run = Launched(tmp_path, recipe, ranks)
     run.wait_for_step(step)
     before = run.steps[-1][1]
-    pids = {
-        "the launcher": [run.process.pid],
-        "all ranks": run.ranks(),
-        "one rank": [random.Random(step).choice(run.ranks())],
-        "the whole job": [run.process.pid, run.torchrun, *run.ranks()],  # as a batch system ends one
-    }[target]
-    for pid in pids:
+    for pid in targets(run, target, random.Random(step)):
         os.kill(pid, number)
     assert run.finish(60) == 128 + number, run.text
     done = len(losses(run.output))
@@ -51,27 +57,28 @@ def test_a_signal_stops_all_ranks_at_one_step(long_run, undisturbed, tmp_path, l
 def test_signals_at_ten_random_steps(long_run, undisturbed, tmp_path):
     chance = random.Random(7)
     for i in range(10):
-        layout, target = list(LAYOUTS)[(i + i // 4) % 4], TARGETS[i % 4 if i < 8 else i - 8]
+        layout, target = list(LAYOUTS)[(i + i // 4) % 4], TARGETS[i % 5]
         step = chance.randrange(1, STEPS - INTERVAL)
         stop_and_resume(long_run, undisturbed, tmp_path, layout, target, step, (signal.SIGTERM, signal.SIGUSR1)[i == 5])
         print(f"{layout:8} {target} at step {step}: stopped and resumed", flush=True)
 
 
-def test_a_signal_before_the_first_step_is_not_lost(long_run, tmp_path):
-    """Ranks that are only starting are started again by torchrun, hear of it, and end."""
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_signal_before_the_first_step_ends_all_at_once(long_run, tmp_path, target):
+    """Ranks that are only importing torch; there is nothing to save, and nothing of the job is left."""
     ranks, recipe = long_run("dp2", steps=10**6)
     run = Launched(tmp_path, recipe, ranks)
-    run.wait_for(lambda: "using" in run.text and _started(run), "start of the ranks")
-    time.sleep(0.3)
-    os.kill(run.process.pid, signal.SIGTERM)
-    assert run.finish(60) == 143, run.text
+    run.wait_for(lambda: _started(run), "start of the ranks")
+    everybody, start = run.everybody(), time.monotonic()
+    for pid in targets(run, target, random.Random(target)):
+        os.kill(pid, signal.SIGTERM)
+    assert run.finish(30) == 143, run.text
+    assert time.monotonic() - start < 10 and not any(map(alive, everybody))
+    assert not run.steps and "Traceback" not in run.text
 
 
 def _started(run: Launched) -> bool:
-    try:
-        return len(run.ranks()) == run.num_ranks
-    except (ValueError, FileNotFoundError):
-        return False
+    return len(run.everybody()) == run.num_ranks + 2
 
 
 def test_a_second_signal_ends_at_once_and_tears_nothing(long_run, undisturbed, tmp_path):
@@ -89,18 +96,10 @@ def test_a_second_signal_ends_at_once_and_tears_nothing(long_run, undisturbed, t
     while alive(first):
         assert time.monotonic() - start < 3
         time.sleep(0.01)
-    os.kill(second, signal.SIGCONT)
     assert run.finish(60) == 143 and "a second signal: ended at once" in run.text
     again = Launched(tmp_path, recipe, ranks)
     assert again.finish() == 0
     assert losses(run.output) == undisturbed(recipe, ranks)[0]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_a_bad_recipe_is_not_started_again(long_run, tmp_path):
@@ -122,3 +121,73 @@ def test_a_second_job_in_the_same_folder_is_refused(long_run, tmp_path):
     assert f"train.output={run.output} is in use by pid {run.ranks()[0]} of" in other.text
     os.kill(run.process.pid, signal.SIGINT)
     assert run.finish() == 130 and len(losses(run.output)) == run.steps[-1][1]
+
+
+def test_a_job_started_with_signals_ignored_hears_them(long_run, tmp_path):
+    """As nohup, cron and shell scripts start jobs in the background: bash could not trap what is ignored on entry."""
+    ranks, recipe = long_run("dp2", steps=10**6)
+    run = Launched(tmp_path, recipe, ranks, ignored=(signal.SIGINT, signal.SIGHUP, signal.SIGTERM))
+    run.wait_for_step(3)
+    os.kill(run.process.pid, signal.SIGINT)
+    assert run.finish(60) == 130 and f"saved step {len(losses(run.output))} of" in run.text
+
+
+@pytest.mark.parametrize("victim", ["the script", "torchrun"])
+def test_nothing_outlives_a_killed_script_or_torchrun(long_run, tmp_path, victim):
+    """kill -9: the ranks see that nobody would end them any more, end, and leave the folder to the next job."""
+    ranks, recipe = long_run("dp2", steps=10**6)
+    run = Launched(tmp_path, recipe, ranks)
+    run.wait_for_step(2)
+    everybody, start = run.everybody(), time.monotonic()
+    os.kill(run.process.pid if victim == "the script" else run.torchrun, signal.SIGKILL)
+    assert len(everybody) == ranks + 2
+    while any(map(alive, everybody)):
+        assert time.monotonic() - start < 10, [pid for pid in everybody if alive(pid)]
+        run.process.poll()
+        time.sleep(0.05)
+    assert run.finish(10) == (-signal.SIGKILL if victim == "the script" else 1)
+    again = Launched(tmp_path, recipe, ranks)
+    again.wait_for_step(3)
+
+
+STOPS = 10  # in CI; 200 with the slow tests
+
+
+@pytest.mark.parametrize("count", [STOPS, pytest.param(200, marks=pytest.mark.slow)])
+def test_stops_at_random_moments_are_obeyed(long_run, tmp_path, count):
+    """INT, TERM or USR1 to the script, torchrun, one rank or the whole job, from its start on, in three layouts; some beside
+    a job that is being refused, every fourth under load. All are out within 30 seconds, with the signal's exit code and
+    all steps that were done saved.
+    """
+    chance, slowest = random.Random(count), 0.0
+    for i in range(count):
+        layout, target = ("dp2", "tp2", "pp2")[i % 3], ("the launcher", "torchrun", "one rank", "the whole job")[i % 4]
+        number = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)[(i // 3) % 3]
+        ranks, recipe = long_run(layout, f"{layout}-stopped", steps=10**6)
+        run = Launched(tmp_path / str(i % 2), recipe, ranks)
+        refused = None
+        load = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (i % 4 == 3))]
+        try:
+            run.wait_for(lambda run=run: _started(run), "start of the ranks")
+            if chance.random() < 0.6:
+                run.wait_for_step(1)
+                refused = Launched(tmp_path / "refused", recipe, ranks) if i % 3 == 2 else None
+            time.sleep(chance.uniform(0, 1.5))
+            pids, start = targets(run, target, chance), time.monotonic()
+            for pid in pids:
+                os.kill(pid, number)
+            code = run.finish(60)
+            seconds = time.monotonic() - start
+        finally:
+            for process in load:
+                process.kill()
+                process.wait()
+        where = f"stop {i}: {number.name} to {target}, {layout}\n{run.text}"
+        assert code == 128 + number and seconds < 30 and "Traceback" not in run.text, where
+        saved = [step for step, _ in list_checkpoints(run.output / "checkpoints")]
+        assert max(saved, default=0) == len(losses(run.output)), where
+        if refused is not None:
+            assert refused.finish(60) in (5, code), refused.text
+            refused.end()
+        slowest = max(slowest, seconds)
+    print(f"{count} stops obeyed, the slowest within {slowest:.1f} s", flush=True)

@@ -1,0 +1,195 @@
+"""What can be found out before the first collective: recipe, data, layout, device. Several ranks agree on all of it, or end."""
+
+import json
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy
+import torch
+import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+import megaresnorm
+from megaresnorm.assemble import check_layout, choose_device
+from megaresnorm.data.samples import Samples, TrainingData, open_data, open_samples, resolve_vocab
+from megaresnorm.errors import LostRankError, TooManyRestartsError, UserError
+from megaresnorm.model.lint import check
+from megaresnorm.model.parameters import parameter_table
+from megaresnorm.optim import check_eps
+from megaresnorm.parallel.context import Sizes, usable_ranks
+from megaresnorm.parallel.control import agree, open_store, wait_until_heard
+from megaresnorm.parallel.environment import Environment, read_environment
+from megaresnorm.recipe import Recipe
+from megaresnorm.resilience.launcher import Launcher
+from megaresnorm.resilience.memory_check import check_memory
+
+log = logging.getLogger(__name__)
+
+ENDED = "megaresnorm/ended"  # in the store: the exit code of the ranks that work, for those that idle
+LOOK = 0.5  # seconds between two looks at it
+
+
+@dataclass(frozen=True)
+class Opened:
+    """recipe: resolved against the data.   sizes: of the ranks that work; None where an elastic job has too few for one model.
+    store: through which the ranks have met; None in one process.
+    """
+
+    recipe: Recipe
+    data: TrainingData
+    samples: Samples
+    valid: Samples | None
+    device: torch.device
+    sizes: Sizes | None
+    environment: Environment
+    store: Store | None = None
+
+    @property
+    def idles(self) -> bool:
+        """Whether this rank of an elastic job has no part of the layout."""
+        return self.sizes is None or self.environment.rank >= self.sizes.num_ranks
+
+
+def open_recipe(load: Callable[[], Recipe], environment: Environment | None = None) -> Opened:
+    """load: reads the recipe; with several ranks its errors are those of all.
+
+    Raises: the first rank's UserError on all ranks; ConfigError naming the first setting, version, source file or data that differs
+    between two ranks. Nothing is allocated.
+    """
+    environment = environment or read_environment()
+    _check_restarts(environment)
+    if environment.world_size == 1:
+        return _look(load(), environment, None)
+    store = open_store(environment)
+    recipe = agree(
+        load, facts_of_start, environment, store
+    )  # first: what does not fit may do so by a setting that differs
+    return agree(lambda: _look(recipe, environment, store), facts_of_data, environment, store)
+
+
+def _look(recipe: Recipe, environment: Environment, store: Store | None) -> Opened:
+    for finding in check(recipe):
+        log.warning("warning: %s", finding.message)
+    data = open_data(recipe.data)
+    recipe = resolve_vocab(recipe, data)
+    samples, valid = open_samples(data, recipe)
+    check_eps(recipe.optim, parameter_table(recipe.model, blocks=[0, recipe.model.num_blocks - 1]))
+    device = choose_device(recipe.train.device, environment.local_rank)
+    sizes = _sizes(recipe, environment)
+    opened = Opened(recipe, data, samples, valid, device, sizes, environment, store)
+    if sizes is not None and not opened.idles:
+        first = environment.rank - environment.local_rank
+        if environment.ranks_here is not None:
+            check_memory(recipe, sizes, environment.ranks_here, device, first_rank=first)
+    return opened
+
+
+def _sizes(recipe: Recipe, environment: Environment) -> Sizes | None:
+    """Raises: ConfigError for a layout that cannot be: at all, or, unless nodes come and go, with this number of ranks."""
+    num_ranks, parallel = environment.world_size, recipe.parallel
+    if not environment.elastic:
+        return check_layout(recipe, num_ranks)
+    axes = {"pp": parallel.pp, "dp_replicate": parallel.dp_replicate, "dp_shard": parallel.dp_shard, "tp": parallel.tp}
+    usable = usable_ranks(num_ranks, **axes)  # type: ignore[arg-type]
+    least = parallel.pp * (parallel.dp_replicate or 1) * parallel.dp_shard * parallel.tp
+    sizes = check_layout(recipe, usable or least)
+    if not usable:
+        log.warning("waiting for more nodes: %d ranks are here, the layout needs %d", num_ranks, least)
+        return None
+    if usable < num_ranks:
+        log.warning("%d of %d ranks idle: the layout takes multiples of %d", num_ranks - usable, num_ranks, least)
+    return sizes
+
+
+def _check_restarts(environment: Environment) -> None:
+    """Raises: TooManyRestartsError where ranks have died too often since the newest checkpoint was written."""
+    if environment.launcher is None or environment.max_restarts is None:
+        return
+    launcher = Launcher(environment.launcher)
+    restarts = environment.attempt - (launcher.read("progress") or 0)
+    if restarts > environment.max_restarts:
+        error = TooManyRestartsError(
+            f"ranks have died {restarts} times without a new checkpoint (MAX_RESTARTS={environment.max_restarts}); "
+            "what ended the first of them stands above"
+        )
+        error.agreed = environment.one_node  # others count for themselves
+        raise error
+
+
+def facts_of_start(recipe: Recipe) -> dict[str, str]:
+    """What all ranks must have alike: settings by their keys, versions, the package's files by their digests."""
+    versions = {
+        "the version of megaresnorm": megaresnorm.__version__,
+        "the version of torch": str(torch.__version__),
+        "the version of Python": platform.python_version(),
+        "the version of numpy": numpy.__version__,
+    }
+    return versions | dict(_flat(recipe.model_dump(exclude_none=True))) | _package()
+
+
+def facts_of_data(opened: Opened) -> dict[str, str]:
+    """As ``facts_of_start``, of what the recipe was resolved against."""
+    tokenizer = None if opened.data.tokenizer is None else opened.data.tokenizer.describe()
+    return {"the content of the data": opened.data.digest, "the tokenizer of the data": json.dumps(tokenizer)}
+
+
+def _flat(values: Mapping, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, json.dumps(value)
+
+
+def _package() -> dict[str, str]:
+    """Path -> digest of every source file of this package: one node may have an older one."""
+    root = Path(megaresnorm.__file__).parent
+    files = (path for path in sorted(root.rglob("*")) if path.suffix in (".py", ".c", ".h"))
+    return {f"the file {path.relative_to(root.parent)}": sha256(path.read_bytes()).hexdigest()[:12] for path in files}
+
+
+def _heard(rank: int) -> str:
+    return f"{ENDED}/{rank}"
+
+
+def idle(opened: Opened) -> int:
+    """Wait, on a rank without work, for the end of those that have some; their exit code.
+
+    Nodes that come or go end it by a signal.
+    """
+    assert opened.store is not None
+    try:
+        while not opened.store.check([ENDED]):
+            time.sleep(LOOK)
+        code = int(opened.store.get(ENDED))
+        opened.store.set(_heard(opened.environment.rank), "")
+        return code
+    except dist.DistError as e:
+        raise LostRankError(f"rank 0 is gone ({str(e).splitlines()[0]}); start again to go on") from None
+
+
+@contextmanager
+def tell_idle_ranks(opened: Opened) -> Iterator[Callable[[int], None]]:
+    """A function that tells idle ranks with which exit code those that work have ended; those that an error ends tell its own."""
+    said: list[int] = []
+
+    def tell(code: int) -> None:
+        if opened.store is not None and opened.environment.elastic and opened.environment.rank == 0 and not said:
+            said.append(code)
+            opened.store.set(ENDED, str(code))
+            num_working = 0 if opened.sizes is None else opened.sizes.num_ranks
+            idle_ranks = range(num_working, opened.environment.world_size)
+            wait_until_heard(opened.store, [_heard(rank) for rank in idle_ranks])
+
+    try:
+        yield tell
+    except UserError as e:
+        if e.agreed:  # another one starts the ranks again, the idle ones too
+            tell(e.exit_code)
+        raise

@@ -1,0 +1,95 @@
+"""Who this process is among the ranks of a job: the variables that torchrun and launch/torchrun.sh set, read here and nowhere else.
+
+A variable alone does not make a rank: without WORLD_SIZE this is one process, whatever RANK an old shell still holds.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megaresnorm.errors import ConfigError
+
+LAUNCHER = "MEGARESNORM_LAUNCHER"  # a private folder of this node's ranks and their supervisor
+ELASTIC = "MEGARESNORM_ELASTIC"  # nodes may come and go
+MAX_RESTARTS = "MEGARESNORM_MAX_RESTARTS"  # how often ranks are started again without a new checkpoint
+MAX_RANKS = 1 << 20  # ten times the largest cluster; more is a mistake that would be waited for
+MAX_PORT = 65535
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Of one process unless torchrun started it.
+
+    rank, local_rank, world_size: as torchrun has them.
+    ranks_here: of this node; None where nobody says.
+    master_addr, master_port: where rank 0 can be reached; None in one process.
+    agent_store: torchrun itself keeps the store there.
+    attempt: how often torchrun has started the ranks again because one died.
+    max_restarts: how often it may without a new checkpoint.
+    job: torchrun's name for the job; None where it has none of its own.
+    launcher: folder of launch/torchrun.sh.
+    elastic: whether nodes may come and go.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    ranks_here: int | None = 1
+    master_addr: str | None = None
+    master_port: int | None = None
+    agent_store: bool = False
+    attempt: int = 0
+    max_restarts: int | None = None
+    job: str | None = None
+    launcher: Path | None = None
+    elastic: bool = False
+
+    @property
+    def one_node(self) -> bool:
+        return self.ranks_here == self.world_size
+
+
+def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
+    """Of these variables, or of this process. Raises: ConfigError for variables that are torchrun's only in part, or no numbers."""
+    found = os.environ if variables is None else variables
+    job = found.get("TORCHELASTIC_RUN_ID", "none")
+    common = {
+        "job": None if job in ("none", "") else job,
+        "launcher": Path(found[LAUNCHER]) if found.get(LAUNCHER) else None,
+        "elastic": ELASTIC in found,
+    }
+    if "WORLD_SIZE" not in found:
+        return Environment(**common)  # type: ignore[arg-type]
+    world_size = _number(found, "WORLD_SIZE", 1, MAX_RANKS)
+    if world_size > 1:
+        missing = [n for n in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not found.get(n)]
+        if missing:
+            raise ConfigError(
+                f"the environment is not torchrun's: WORLD_SIZE={world_size}, but {', '.join(missing)} missing; start with "
+                "bash launch/torchrun.sh, or unset WORLD_SIZE"
+            )
+    return Environment(
+        rank=_number(found, "RANK", 0, world_size - 1, 0),
+        local_rank=_number(found, "LOCAL_RANK", 0, world_size - 1, 0),
+        world_size=world_size,
+        ranks_here=_number(found, "LOCAL_WORLD_SIZE", 1, world_size) if found.get("LOCAL_WORLD_SIZE") else None,
+        master_addr=found.get("MASTER_ADDR"),
+        master_port=_number(found, "MASTER_PORT", 0, MAX_PORT, 0) if world_size > 1 else None,
+        agent_store=found.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        attempt=_number(found, "TORCHELASTIC_RESTART_COUNT", 0, MAX_RANKS, 0),
+        max_restarts=_number(found, MAX_RESTARTS, 0, MAX_RANKS) if MAX_RESTARTS in found else None,
+        **common,  # type: ignore[arg-type]
+    )
+
+
+def _number(found: Mapping[str, str], name: str, least: int, most: int, default: int | None = None) -> int:
+    text = found.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not (text.isascii() and text.isdecimal()) or len(text) > 9 or not least <= int(text) <= most:
+        raise ConfigError(
+            f"the environment is not torchrun's: {name}={text!r}, wanted a whole number from {least} to {most}; start with "
+            "bash launch/torchrun.sh, or unset WORLD_SIZE"
+        )
+    return int(text)

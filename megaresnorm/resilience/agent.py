@@ -1,0 +1,46 @@
+"""torchrun as launch/torchrun.sh starts it: signals are the supervisor's business, and it ends with its supervisor.
+
+torchrun of its own would kill ranks that have not saved thirty seconds after a SIGTERM. Here it never hears of one: signals are
+blocked, a thread passes them on to the supervisor, and the ranks inherit the mask, so that a signal that comes while a rank is only
+importing torch waits until somebody listens (resilience/signals.py).
+"""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from megaresnorm.parallel.environment import LAUNCHER
+from megaresnorm.resilience.launcher import SIGNALS, Launcher, children, end_with, kill
+
+BLOCKED = (*SIGNALS, signal.SIGHUP)
+
+
+def main() -> None:
+    supervisor = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
+    launcher = Launcher(Path(os.environ[LAUNCHER]))
+    threading.Thread(target=_pass_on, args=(supervisor,), name="signals", daemon=True).start()
+    end_with(supervisor, launcher, first=_kill_ranks)
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.run import main as torchrun
+
+    try:
+        torchrun(sys.argv[1:])
+    except SignalException:  # the supervisor's SIGQUIT
+        sys.exit(1)
+
+
+def _kill_ranks() -> None:
+    for rank in children(os.getpid()):
+        kill(rank)
+
+
+def _pass_on(supervisor: int) -> None:
+    while True:
+        kill(supervisor, signal.Signals(signal.sigwait(BLOCKED)))
+
+
+if __name__ == "__main__":
+    main()

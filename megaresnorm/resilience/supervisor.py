@@ -1,0 +1,330 @@
+"""What launch/torchrun.sh starts: torchrun with the ranks of this node, and somebody who hears signals for all of them.
+
+A signal saves a checkpoint however long that takes; before the first step, when there is nothing to save, it ends the
+ranks at once. A second one ends them at once in any case. Whatever ends this process ends the job on this node.
+"""
+
+import errno
+import fcntl
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from uuid import uuid4
+
+from megaresnorm.errors import ConfigError
+from megaresnorm.parallel.environment import ELASTIC, LAUNCHER, MAX_PORT, MAX_RESTARTS
+from megaresnorm.resilience.launcher import PREFIX, SIGNALS, Launcher, children, kill
+from megaresnorm.text import say
+
+LOOPBACK = "lo"
+ELSEWHERE = "192.0.2.1"  # an address that no host has (RFC 5737)
+SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
+REPEATS = 1.0  # seconds: what ends a whole job signals its processes one after the other, and each passes it on
+GRACE = 1.0  # seconds between asking torchrun to end and ending it
+BARRIER = (
+    20.0  # seconds that torchrun may wait for other nodes' after its ranks have ended on purpose; alone it waits 300
+)
+LAST_WORDS = 4.0  # seconds that the ranks have, once one has ended on purpose before the first step, to do so as well
+SILENT = 5.0  # seconds of waiting for other nodes before the first word about it
+EVERY = 60.0  # seconds between two such words
+ALWAYS = 1_000_000  # torchrun's own limit; ranks count by progress (resilience/signals.py)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the ranks of this node are started.
+
+    ranks_here: their number.   nodes: least and most.   node_rank: None in an elastic job.   master: address and port where
+    torchrun's processes of all nodes meet; None on one node.   job: name of the job.   max_restarts: without a new checkpoint.
+    """
+
+    ranks_here: int
+    nodes: tuple[int, int] = (1, 1)
+    node_rank: int | None = None
+    master: tuple[str, int] | None = None
+    job: str = ""
+    max_restarts: int = 3
+
+    @property
+    def elastic(self) -> bool:
+        return self.nodes[0] != self.nodes[1]
+
+
+def plan_of(variables: Mapping[str, str], default_ranks: int) -> Plan:
+    """From the variables that launch/torchrun.sh documents. Raises: ConfigError."""
+    ranks_here = _number(variables, "RANKS_PER_NODE", 1, 1024, default_ranks)
+    max_restarts = _number(variables, "MAX_RESTARTS", 0, ALWAYS, 3)
+    text = variables.get("NODES") or "1"
+    match = re.fullmatch(r"([0-9]{1,5})(?::([0-9]{1,5}))?", text)
+    nodes = (0, 0) if match is None else (int(match[1]), int(match[2] or match[1]))
+    if not 1 <= nodes[0] <= nodes[1]:
+        raise ConfigError(f"NODES={text!r}: wanted a number, or MIN:MAX for nodes that come and go")
+    if nodes == (1, 1):
+        return Plan(ranks_here, job=variables.get("JOB_ID") or f"{PREFIX}{uuid4().hex}", max_restarts=max_restarts)
+    address = variables.get("MASTER_ADDR")
+    elastic = nodes[0] != nodes[1]
+    if not address or (not elastic and not variables.get("NODE_RANK")):
+        wanted = "MASTER_ADDR" if elastic else "NODE_RANK and MASTER_ADDR"
+        raise ConfigError(f"NODES={text} needs {wanted} on every node")
+    port = _number(variables, "MASTER_PORT", 1, MAX_PORT, 29500)
+    node_rank = None if elastic else _number(variables, "NODE_RANK", 0, nodes[1] - 1, 0)
+    job = variables.get("JOB_ID") or f"megaresnorm-{address}-{port}"
+    return Plan(ranks_here, nodes, node_rank, (address, port), job, max_restarts)
+
+
+def torchrun_arguments(plan: Plan, folder: Path, local_address: str | None) -> list[str]:
+    """All that torchrun could also take from PET_... variables is said. One node meets in a file: nothing listens on a port."""
+    if plan.master is None:
+        conf, endpoint = "store_type=file", str(folder / "rendezvous")
+    else:
+        host = "" if plan.node_rank is None else f",is_host={int(plan.node_rank == 0)}"
+        conf, endpoint = f"store_type=tcp{host}", f"{plan.master[0]}:{plan.master[1]}"
+    # Not torchrun's static rendezvous, in which nodes would not hear that another starts its ranks again, or has ended.
+    return [
+        *("--nnodes", f"{plan.nodes[0]}:{plan.nodes[1]}", "--nproc-per-node", str(plan.ranks_here)),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", plan.job, "--rdzv-conf", conf),
+        *("--max-restarts", str(ALWAYS), "--monitor-interval", "0.1", "--signals-to-handle", "SIGQUIT"),
+        *(() if local_address is None else ("--local-addr", local_address)),
+        *("-m", "megaresnorm.cli", "train"),
+    ]  # fmt: skip
+
+
+def environment_of(plan: Plan, variables: Mapping[str, str], folder: Path, local_address: str | None) -> dict[str, str]:
+    """Of torchrun and its ranks. Network libraries use the interface of ``local_address``, or none but loopback on one node."""
+    ours = {name: value for name, value in variables.items() if not name.startswith(("PET_", "TORCHELASTIC_"))}
+    for left in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", ELASTIC):
+        ours.pop(left, None)
+    ours |= {LAUNCHER: str(folder), MAX_RESTARTS: str(plan.max_restarts)}
+    # Workers that share the launcher's store find dead addresses in it after a restart.
+    ours["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    ours.setdefault("OMP_NUM_THREADS", "1")  # several ranks of several threads each would fight for the cores
+    if plan.elastic:
+        ours[ELASTIC] = "1"
+    interface = LOOPBACK if plan.master is None else interface_of(local_address)
+    if interface is not None:
+        ours.setdefault("GLOO_SOCKET_IFNAME", interface)
+        ours.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # the very one: without = every name that begins so
+    return ours
+
+
+def local_address_of(host: str, port: int) -> str | None:
+    """The address by which other nodes reach this one. A name that /etc/hosts of this node gives to loopback, as Debian does
+    with the node's own, says nothing: then it is the address of the default route.
+    """
+    address = address_towards(host, port)
+    named = host != "localhost" and not _is_loopback(host)
+    return address_towards(ELSEWHERE, port) if named and address is not None and _is_loopback(address) else address
+
+
+def _is_loopback(address: str) -> bool:
+    return address == "::1" or address.startswith("127.")
+
+
+def address_towards(host: str, port: int) -> str | None:
+    """The address of this node from which it reaches another; nothing is sent. None where the name is not known yet."""
+    try:
+        family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)
+            return probe.getsockname()[0]
+    except OSError:
+        return None
+
+
+def interface_of(address: str | None) -> str | None:
+    """The name of the network interface that has an IPv4 address, where the system tells (Linux)."""
+    for _, name in socket.if_nameindex() if address else []:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None
+
+
+class Supervisor:
+    """Runs one torchrun to its end."""
+
+    def __init__(self, plan: Plan, arguments: Sequence[str]) -> None:
+        self._plan, self._arguments = plan, arguments
+        self._stop = 0  # exit code of the first signal
+        self._first, self._ended = 0.0, float("inf")  # when it came, and when a rank was seen to have ended on purpose
+        self._again = False
+
+    def run(self) -> int:
+        """The exit code of the job."""
+        self._wakeup, wakeup = socket.socketpair()
+        wakeup.setblocking(False)
+        signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+        # Also where this was started with signals ignored, as by nohup, cron and scripts.
+        for number in (*SIGNALS, signal.SIGHUP):
+            signal.signal(number, self._hear)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*SIGNALS, signal.SIGHUP))
+        with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as folder:
+            self._launcher = Launcher(Path(folder))
+            lock = self._launcher.lock()
+            try:
+                return self._run(Path(folder))
+            finally:
+                os.close(lock)
+
+    def _run(self, folder: Path) -> int:
+        local_address = None if self._plan.master is None else local_address_of(*self._plan.master)
+        command = [sys.executable, "-m", "megaresnorm.resilience.agent"]
+        self._torchrun = subprocess.Popen(
+            [*command, *torchrun_arguments(self._plan, folder, local_address), *self._arguments],
+            env=environment_of(self._plan, os.environ, folder, local_address),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C in a terminal reaches this process alone
+        )
+        try:
+            self._wait()
+        finally:
+            self._end_all()
+        end = self._launcher.read("end")
+        if end is not None:
+            return end
+        return self._stop or (self._torchrun.returncode if self._torchrun.returncode >= 0 else 1)
+
+    def _wait(self) -> None:
+        """Until torchrun has ended, or is to be ended without waiting."""
+        alone_since = time.monotonic()
+        said = alone_since + SILENT - EVERY
+        while self._torchrun.poll() is None:
+            self._sleep(0.1)
+            if self._is_to_end_at_once():
+                return
+            ranks = children(self._torchrun.pid)
+            if ranks or self._launcher.read("end") is None:
+                alone_since = time.monotonic()
+            elif time.monotonic() > alone_since + BARRIER:
+                return
+            if self._plan.nodes[1] == 1 or self._stop or ranks:
+                said = max(said, time.monotonic() + SILENT - EVERY)
+            elif time.monotonic() > said + EVERY:
+                said = time.monotonic()
+                self._say(self._what_it_waits_for())
+
+    def _is_to_end_at_once(self) -> bool:
+        """After a second signal. Or where no rank has begun, and so none has anything to save: after the first, and when one rank
+        has ended on purpose, for which others may be waiting.
+        """
+        if self._again:
+            self._say("a second signal: ended at once, without saving")
+            return True
+        if self._launcher.read("begun") is not None:
+            return False
+        if self._launcher.read("end") is not None:
+            self._ended = min(self._ended, time.monotonic())
+            return time.monotonic() > self._ended + LAST_WORDS
+        return bool(self._stop) and time.monotonic() > self._first + GRACE
+
+    def _what_it_waits_for(self) -> str:
+        least, most = self._plan.nodes
+        assert self._plan.master is not None
+        others = f"1 of {most}" if most == 2 else f"up to {most - 1} of {most}"
+        enough = f", {least} are enough" if least < most else ""
+        return (
+            f"waiting for {others} nodes to start their ranks ({self._plan.master[0]}:{self._plan.master[1]}{enough})"
+        )
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        """Pass a signal on to the ranks. The agent sends back what torchrun was sent: the same one, if it comes at once."""
+        now = time.monotonic()
+        if self._stop:
+            self._again = self._again or now > self._first + REPEATS
+            return
+        number = signal.SIGTERM if number == signal.SIGHUP else number
+        self._stop, self._first = 128 + number, now
+        self._leave_word()
+        for rank in self._ranks():
+            kill(rank, signal.Signals(number))
+
+    def _leave_word(self) -> None:
+        try:
+            self._launcher.write("stop", self._stop)
+        except (OSError, AttributeError):  # a full disk, or no folder yet: ranks that have begun hear the signal itself
+            return
+
+    def _ranks(self) -> list[int]:
+        torchrun = getattr(self, "_torchrun", None)
+        return [] if torchrun is None else children(torchrun.pid)
+
+    def _end_all(self) -> None:
+        """Nothing of the job stays on this node: torchrun may be gone before its ranks."""
+        ranks = self._ranks()
+        if self._torchrun.poll() is None:
+            for rank in ranks:
+                kill(rank)
+            self._torchrun.send_signal(signal.SIGQUIT)  # it leaves the other nodes' rendezvous
+            try:
+                self._torchrun.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                self._torchrun.kill()
+                self._torchrun.wait()
+        for pid in _processes_with(f"{LAUNCHER}={self._launcher.folder}"):
+            kill(pid)
+
+    def _sleep(self, seconds: float) -> None:
+        """Less if a signal comes."""
+        self._wakeup.settimeout(seconds)
+        try:
+            self._wakeup.recv(64)
+        except TimeoutError:
+            return
+
+    def _say(self, line: str) -> None:
+        say(f"megaresnorm: {line}", error=True)
+
+
+def _processes_with(variable: str) -> list[int]:
+    """Process ids of this user's processes that were started with a variable, but for this one, where the system tells (Linux)."""
+    wanted, found = variable.encode() + b"\0", []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if wanted in (folder / "environ").read_bytes() and int(folder.name) != os.getpid():
+                found.append(int(folder.name))
+        except OSError as e:
+            if e.errno not in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ESRCH):
+                raise
+    return found
+
+
+def _number(variables: Mapping[str, str], name: str, least: int, most: int, default: int) -> int:
+    text = variables.get(name) or str(default)
+    if not (text.isascii() and text.isdecimal()) or len(text) > 9 or not least <= int(text) <= most:
+        raise ConfigError(f"{name}={text!r}: wanted a whole number from {least} to {most}")
+    return int(text)
+
+
+def default_ranks() -> int:
+    """The number of GPUs, or 2 without one. In a process of its own: this one has no use for torch."""
+    count = "import torch; print(torch.cuda.device_count())"
+    done = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=False)
+    return int(done.stdout) if done.returncode == 0 and done.stdout.strip().isdecimal() and int(done.stdout) else 2
+
+
+def main() -> int:
+    try:
+        ranks = 0 if os.environ.get("RANKS_PER_NODE") else default_ranks()
+        plan = plan_of(os.environ, ranks)
+    except ConfigError as e:
+        say(f"error: {e}", error=True)
+        return e.exit_code
+    return Supervisor(plan, sys.argv[1:]).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""How ranks are started: what is said to torchrun, in which environment, on which addresses."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megaresnorm.errors import ConfigError, TooManyRestartsError
+from megaresnorm.opening import open_recipe
+from megaresnorm.parallel.context import usable_ranks
+from megaresnorm.parallel.environment import Environment
+from megaresnorm.resilience.launcher import Launcher
+from megaresnorm.resilience.supervisor import (
+    Plan,
+    address_towards,
+    environment_of,
+    interface_of,
+    plan_of,
+    torchrun_arguments,
+)
+from megaresnorm.trainer import Run
+
+TWO_NODES = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
+
+
+def test_variables_become_a_plan():
+    assert plan_of({"JOB_ID": "j"}, 2) == Plan(2, job="j")
+    assert (
+        plan_of({}, 2).job != plan_of({}, 2).job
+    )  # of two jobs that share a folder neither may take the other for itself
+    assert plan_of({"RANKS_PER_NODE": "8", "MAX_RESTARTS": "0", "JOB_ID": "j"}, 2) == Plan(8, job="j", max_restarts=0)
+    two = Plan(2, (2, 2), 1, ("127.0.0.1", 29500), "megaresnorm-127.0.0.1-29500")
+    assert plan_of(TWO_NODES, 2) == two and not two.elastic
+    elastic = plan_of({"NODES": "4:8", "MASTER_ADDR": "node0", "MASTER_PORT": "7", "JOB_ID": "j"}, 8)
+    assert elastic == Plan(8, (4, 8), None, ("node0", 7), "j") and elastic.elastic
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"NODES": "2"}, "NODES=2 needs NODE_RANK and MASTER_ADDR"),
+        ({"NODES": "2", "MASTER_ADDR": "a"}, "NODES=2 needs NODE_RANK and MASTER_ADDR"),
+        ({"NODES": "1:2"}, "NODES=1:2 needs MASTER_ADDR"),
+        ({"NODES": "0"}, "NODES='0': wanted a number"),
+        ({"NODES": "3:2"}, "NODES='3:2': wanted a number, or MIN:MAX"),
+        ({"NODES": "two"}, "NODES='two'"),
+        ({"NODES": "1" * 9}, "wanted a number"),
+        ({"RANKS_PER_NODE": "0"}, "RANKS_PER_NODE='0': wanted a whole number from 1 to 1024"),
+        ({"RANKS_PER_NODE": "10" * 9}, "RANKS_PER_NODE"),
+        ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS='-1'"),
+        ({**TWO_NODES, "MASTER_PORT": "99999"}, "MASTER_PORT='99999': wanted a whole number from 1 to 65535"),
+        ({**TWO_NODES, "NODE_RANK": "2"}, "NODE_RANK='2': wanted a whole number from 0 to 1"),
+    ],
+)
+def test_wrong_variables_are_one_line(variables, says):
+    with pytest.raises(ConfigError) as caught:
+        plan_of(variables, 2)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_torchrun_is_told_all_that_its_own_variables_could_say(tmp_path):
+    """Kubeflow sets PET_NNODES and the like, which torchrun would believe."""
+    set_by_others = {
+        "PET_NNODES": "2",
+        "PET_NPROC_PER_NODE": "9",
+        "PET_RDZV_ENDPOINT": "elsewhere:1",
+        "PET_STANDALONE": "1",
+    }
+    environment = environment_of(
+        Plan(2), {**os.environ, **set_by_others, "RANK": "5", "WORLD_SIZE": "9"}, tmp_path, None
+    )
+    assert not [name for name in environment if name.startswith("PET_")] and "RANK" not in environment
+    script = """
+import sys
+from torch.distributed.run import config_from_args, parse_args
+config, command, arguments = config_from_args(parse_args(sys.argv[1:]))
+print(config.min_nodes, config.max_nodes, config.nproc_per_node, config.rdzv_backend, config.rdzv_endpoint,
+      config.rdzv_configs["store_type"], arguments[-1])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *torchrun_arguments(Plan(2, job="j"), tmp_path, None), "recipe.yaml"],
+        capture_output=True,
+        text=True,
+        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.stdout.split() == ["1", "1", "2", "c10d", str(tmp_path / "rendezvous"), "file", "recipe.yaml"], (
+        done.stderr
+    )
+
+
+def test_one_node_uses_loopback_and_several_the_address_in_use(tmp_path):
+    assert environment_of(Plan(2), {}, tmp_path, None)["GLOO_SOCKET_IFNAME"] == "lo"
+    two = plan_of(TWO_NODES, 1)
+    assert address_towards("127.0.0.1", 29500) == "127.0.0.1" and address_towards("no.such.host.invalid", 1) is None
+    assert interface_of("127.0.0.1") == "lo" and interface_of("192.0.2.1") is None and interface_of(None) is None
+    assert environment_of(two, {}, tmp_path, "127.0.0.1")["NCCL_SOCKET_IFNAME"] == "=lo"
+    assert environment_of(two, {"GLOO_SOCKET_IFNAME": "eth7"}, tmp_path, "127.0.0.1")["GLOO_SOCKET_IFNAME"] == "eth7"
+    assert "GLOO_SOCKET_IFNAME" not in environment_of(two, {}, tmp_path, None)
+    arguments = torchrun_arguments(two, Path("/x"), "127.0.0.1")
+    assert arguments[arguments.index("--local-addr") + 1] == "127.0.0.1"
+    assert "store_type=tcp,is_host=0" in arguments
+
+
+def test_a_name_that_is_loopback_on_its_own_node_is_no_address_for_others(monkeypatch):
+    """Debian's /etc/hosts has 127.0.1.1 for the node's own name."""
+    from megaresnorm.resilience import supervisor
+
+    known = {"node0": "127.0.1.1", "127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1", supervisor.ELSEWHERE: "10.1.2.3"}
+    monkeypatch.setattr(supervisor, "address_towards", lambda host, port: known.get(host))
+    assert supervisor.local_address_of("node0", 29500) == "10.1.2.3"
+    assert supervisor.local_address_of("127.0.0.1", 29500) == supervisor.local_address_of("localhost", 1) == "127.0.0.1"
+    assert supervisor.local_address_of("unknown", 29500) is None
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout", "usable"),
+    [
+        (56, {"pp": 4, "tp": 8}, 32),
+        (64, {"pp": 4, "tp": 8}, 64),
+        (31, {"pp": 4, "tp": 8}, 0),
+        (7, {"dp_shard": 2}, 6),
+        (7, {"dp_replicate": 2, "tp": 2}, 4),
+        (3, {"dp_replicate": 2, "tp": 2}, 0),
+    ],
+)
+def test_an_elastic_job_uses_the_largest_multiple_that_fits(ranks, layout, usable):
+    assert usable_ranks(ranks, **{"pp": 1, "dp_replicate": None, "dp_shard": 1, "tp": 1} | layout) == usable
+
+
+def test_restarts_are_counted_from_the_newest_checkpoint(tiny, tmp_path):
+    recipe, started = tiny(), Environment(launcher=tmp_path, max_restarts=3, attempt=3)
+    open_recipe(lambda: recipe, started)
+    with pytest.raises(TooManyRestartsError, match=r"died 4 times without a new checkpoint \(MAX_RESTARTS=3\)"):
+        open_recipe(lambda: recipe, replace(started, attempt=4))
+    Launcher(tmp_path).write("progress", 2)
+    open_recipe(lambda: recipe, replace(started, attempt=5))
+    with pytest.raises(TooManyRestartsError, match="died 4 times"):
+        open_recipe(lambda: recipe, replace(started, attempt=6))
+
+
+def test_a_saved_checkpoint_is_progress(tiny, tmp_path):
+    (tmp_path / "launcher").mkdir()
+    launcher = Launcher(tmp_path / "launcher")
+    opened = open_recipe(lambda: tiny(), Environment(launcher=launcher.folder, attempt=7))
+    with Run(opened) as run:
+        assert launcher.read("progress") is None
+        run._step()
+        run.save_now()
+    assert launcher.read("progress") == 7
+
+
+def test_what_is_left_in_the_folder_is_read_whole_or_not_at_all(tmp_path):
+    launcher = Launcher(tmp_path)
+    assert launcher.read("end") is None and launcher.asked_to_stop() == 0
+    (tmp_path / "end").write_text("")
+    assert launcher.read("end") is None
+    launcher.write("end", 5)
+    assert launcher.read("end") == 5 and launcher.asked_to_stop() == 0
+    launcher.write("stop", 143)
+    assert launcher.asked_to_stop() == 143
+    assert not launcher.is_supervised()
+    descriptor = launcher.lock()
+    assert launcher.is_supervised()
+    os.close(descriptor)
+    assert not launcher.is_supervised()
