@@ -107,7 +107,8 @@ cannot_install() {
 
 make_venv() { # a virtual environment with pip in $VENV; one of ours that was not finished is made again
   has_pip && return
-  is_empty "$VENV" || [ -f "$VENV/.megaresnorm" ] \
+  # Of one that was only adopted the file is empty: it is never removed.
+  is_empty "$VENV" || [ -s "$VENV/.megaresnorm" ] \
     || fail "$VENV exists and is not a virtual environment; set VENV=another-folder"
   command -v "$PYTHON" >/dev/null || fail "$PYTHON not found; install Python 3.10 or newer, or set PYTHON=/path/to/python3"
   check_version "$PYTHON"

@@ -37,7 +37,7 @@ _FOREIGN_NAMES = {
 }
 
 
-MAX_RECIPE_BYTES = 1 << 17  # a blend of a thousand sources is half of it; PyYAML takes a second for so much
+MAX_RECIPE_BYTES = 1 << 18  # a blend of a thousand sources with long paths; PyYAML takes two seconds for so much
 MAX_VALUES = 8_000  # of a recipe, every alias counted as all that it stands for
 MAX_DEPTH = 16  # of lists and sections in each other
 MAX_DIGITS = 400  # of a whole number: Python refuses to read or show one of thousands

@@ -8,20 +8,24 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-def open_plain(path: Path, flags: int, mode: int = 0o666) -> int:
-    """A descriptor of a plain file, as ``os.open``. A link in its place is not followed, a pipe is not waited for.
+def open_plain(path: str | Path, flags: int, mode: int = 0o666, *, follow: bool = False) -> int:
+    """A descriptor of a plain file, as ``os.open``. A pipe is not waited for.
 
-    Raises: OSError, also for anything that is not a plain file.
+    follow: whether a link in its place is followed.   Raises: OSError, also for anything that is not a plain file.
     """
     try:
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+        descriptor = os.open(path, flags | (0 if follow else os.O_NOFOLLOW) | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+    except ValueError:  # a NUL, or half of a surrogate pair
+        raise OSError(errno.EINVAL, "no file can have this name", str(path)) from None
     except OSError as e:
         if e.errno == errno.ELOOP:
             raise OSError(errno.ELOOP, "a link stands in its place, which is not followed", str(path)) from None
         raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    kind = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(kind):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "something that is not a file stands in its place", str(path))
+        reason = "it is a folder" if stat.S_ISDIR(kind) else "it is not a plain file"
+        raise OSError(errno.EINVAL, reason, str(path))
     return descriptor
 
 

@@ -3,9 +3,10 @@
 import errno
 import json
 import os
-import stat
 from pathlib import Path
 from typing import Any
+
+from megaresnorm.files import open_plain
 
 
 def read_plain_file(path: str | Path, max_bytes: int, *, follow: bool = True) -> bytes:
@@ -23,20 +24,8 @@ def read_plain_file(path: str | Path, max_bytes: int, *, follow: bool = True) ->
 
 
 def open_plain_file(path: str | Path, *, follow: bool = True) -> int:
-    """A descriptor for reading, without waiting for whoever is at the other end of a pipe.
-
-    Raises: OSError for what is not there or not a plain file.
-    """
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
-    try:
-        descriptor = os.open(path, flags)
-    except ValueError:  # a NUL, or half of a surrogate pair
-        raise OSError(errno.EINVAL, "no file can have this name") from None
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is a folder" if stat.S_ISDIR(mode) else "it is not a plain file")
-    return descriptor
+    """A descriptor for reading. Raises: OSError for what is not there or not a plain file."""
+    return open_plain(path, os.O_RDONLY, follow=follow)
 
 
 def read_json_object(path: str | Path, max_bytes: int, max_values: int, *, follow: bool = True) -> dict[str, Any]:

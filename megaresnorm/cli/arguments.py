@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from megaresnorm.recipe.section import MAX_BLOCKS, MAX_STEPS
 
 Commands = Any  # argparse keeps the type of add_subparsers() private
 MAX_SHOWN = 60  # characters of an argument in an error
-MAX_NAME, MAX_PATH = 255, 4095  # characters that Linux takes
+MAX_NAME, MAX_PATH = 255, 4095  # bytes that Linux takes
 _UNITS = {"": 1} | {f"{prefix}B": 1000**n for n, prefix in enumerate(["", "K", "M", "G", "T"])}
 _UNITS |= {f"{prefix}IB": 1024**n for n, prefix in enumerate(["K", "M", "G", "T"], start=1)}
 
@@ -20,7 +21,8 @@ def path(text: str) -> Path:
     """Of a file or folder."""
     if "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} has a NUL character, which no path has")
-    if max(map(len, text.split("/"))) > MAX_NAME or len(text) > MAX_PATH:
+    encoded = os.fsencode(text)
+    if max(map(len, encoded.split(b"/"))) > MAX_NAME or len(encoded) > MAX_PATH:
         raise argparse.ArgumentTypeError(f"{text[:MAX_SHOWN]!r}... is too long for a path")
     return Path(text)
 
@@ -30,7 +32,12 @@ def count_up_to(most: int) -> Callable[[str], int]:
 
     def count(text: str) -> int:
         digits = text.lstrip("0")
-        if not text.isdecimal() or not digits or len(digits) > len(str(most)) or int(digits) > most:
+        if (
+            not (text.isascii() and text.isdecimal())
+            or not digits
+            or len(digits) > len(str(most))
+            or int(digits) > most
+        ):
             given = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
             raise argparse.ArgumentTypeError(f"{given!r} is not a whole number from 1 to {most}")
         return int(digits)

@@ -86,14 +86,14 @@ def _show(arguments: argparse.Namespace) -> int:
     from megaresnorm.checkpoint.format import human_bytes
     from megaresnorm.checkpoint.inspect import newest_of, num_bytes
     from megaresnorm.checkpoint.manifest import read_manifest
-    from megaresnorm.checkpoint.state import state_of
-    from megaresnorm.config import build_recipe, dump_recipe
+    from megaresnorm.checkpoint.state import recipe_of, state_of
+    from megaresnorm.config import dump_recipe
     from megaresnorm.telemetry.log import Table, console
 
     folder = newest_of(arguments.checkpoint)
     manifest = read_manifest(folder)
     state = state_of(folder, manifest["state"])
-    recipe = build_recipe(state.recipe)
+    recipe = recipe_of(folder, state)
     if arguments.recipe:
         write(dump_recipe(recipe))
         return 0

@@ -90,7 +90,7 @@ def _check_memory(device: torch.device, elements: int) -> None:
     import torch
 
     from megaresnorm.checkpoint.format import human_bytes
-    from megaresnorm.convert.loading import available_memory
+    from megaresnorm.resilience.host import available_memory
 
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     if free is not None and ELEMENT_BYTES * elements > free:

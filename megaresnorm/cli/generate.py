@@ -86,6 +86,8 @@ def _show_more(shown: str, text: str) -> str:
 def _prompt(text: str) -> str:
     """The argument, or what standard input holds. Raises: ConfigError for what is not text."""
     stream = getattr(sys.stdin, "buffer", sys.stdin)  # bytes, whatever the locale
+    if text == "-" and stream is None:
+        raise ConfigError("--prompt -: standard input is closed")
     given = stream.read(MAX_PROMPT_BYTES + 1) if text == "-" else text
     raw = given.encode(errors="surrogateescape") if isinstance(given, str) else given
     if len(raw) > MAX_PROMPT_BYTES:

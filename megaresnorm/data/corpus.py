@@ -143,6 +143,8 @@ def _files_at(path: Path) -> list[Path]:
         )
     if not path.name.endswith(SUFFIXES):
         raise DataError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; wanted {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise DataError(f"{path}: cannot be read (it is not a plain file)")
     return [path]
 
 

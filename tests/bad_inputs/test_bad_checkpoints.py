@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from refused import NOT_FILES, refused
 
 from megaresnorm.assemble import build_model
@@ -215,5 +214,5 @@ def test_settings_that_no_comparison_can_have_cost_one_line(override, wanted, by
 def test_the_weights_of_a_forged_manifest_are_never_made(good, tmp_path, monkeypatch, capfd):
     """A model is made only of sizes that the files have."""
     folder = forged(good, tmp_path, MANIFESTS["a vocabulary of 2^24"][0])
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: pytest.fail("a tensor was made"))
+    monkeypatch.setattr("megaresnorm.generate.build_model", lambda *a, **k: pytest.fail("a model was made"))
     assert main(["generate", str(folder)]) == 4

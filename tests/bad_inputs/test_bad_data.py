@@ -88,7 +88,7 @@ DATA = {
     "null": (written("dataset.json", b"null"), "not a JSON object but a NoneType"),
     "an index of 2^60 sequences": (bare(header(1 << 60, 2), 2), "announced at byte 18"),
     "an index of terabytes": (bare(header(1, 2) + bytes(100), 0), "need 62"),
-    "a sparse index": (lambda f: (bare(b"", 2)(f), put(1 << 43)(f / "tokens.idx")), "bytes, and at most"),
+    "a sparse index": (lambda f: (bare(b"", 2)(f), put(1 << 43)(f / "tokens.idx")), "not the start of a Megatron index"),
     "a sparse index of little": (lambda f: (bare(b"", 2)(f), put(1 << 20)(f / "tokens.idx")), "not the start of a Megatron"),
     "tokens that are a folder": (
         lambda f: (bare(header(1, 2) + struct.pack("<iqqq", 1, 0, 0, 1), 2)(f), put(b"")(f / "tokens.bin"),
@@ -220,3 +220,19 @@ def test_a_model_with_flipped_bytes_is_refused_or_works(tmp_path, capfd):
         assert code in (0, 3) and error.count("\n") == (code == 3), (at, error)
         refusals += code == 3
     assert refusals > 2
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet", ".jsonl.gz"])
+@pytest.mark.parametrize("kind", [kind for kind in NOT_FILES if kind != "8 TB"])  # which is a long text
+def test_sources_that_are_no_files_are_refused(kind, suffix, tmp_path, capfd):
+    source = tmp_path / f"source{suffix}"
+    NOT_FILES[kind](source)
+    refused(["prepare", source, "--out", tmp_path / "out"], f"source{suffix}", tmp_path, capfd)
+
+
+def test_a_sparse_index_is_not_read(tmp_path, capfd):
+    """Its size is a stranger's to choose, and so is that of the tokens, which allows for it."""
+    for suffix in ("bin", "idx"):
+        with (tmp_path / f"x.{suffix}").open("wb") as file:
+            file.truncate(1 << 40)
+    refused(["data", "verify", tmp_path / "x"], "not the start of a Megatron index", tmp_path, capfd)

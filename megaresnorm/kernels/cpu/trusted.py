@@ -7,8 +7,10 @@ loaded are the very bytes whose digest was right (``in_memory``), not a second l
 
 import contextlib
 import fcntl
+import grp
 import hashlib
 import os
+import pwd
 import secrets
 import stat
 import time
@@ -183,11 +185,22 @@ def _check_above(descriptor: int, path: str) -> None:
     status = os.fstat(descriptor)
     if status.st_uid not in _owners():
         raise BuildError(f"{path} belongs to another user (number {status.st_uid}); {ADVICE}")
-    # In a folder with the sticky bit (/tmp) others can make names, but take away only their own.
-    if status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:
+    # In a folder with the sticky bit (/tmp) others can make names, but take away only their own. A group of this user alone, which
+    # many systems give to each user, with folders that it can write to (umask 002), is nobody else.
+    others = 0o002 if _is_own_group(status.st_gid) else 0o022
+    if status.st_mode & others and not status.st_mode & stat.S_ISVTX:
         raise BuildError(
             f"others can write to {path} (mode {stat.S_IMODE(status.st_mode):o}); chmod go-w it, or {ADVICE}"
         )
+
+
+def _is_own_group(number: int) -> bool:
+    """Whether a group is this user's main one, has the user's name, and no other member is listed."""
+    try:
+        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(number)
+    except KeyError:
+        return False
+    return user.pw_gid == number and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
 
 
 def _owners() -> set[int]:

@@ -38,7 +38,7 @@ def test_nothing_changes_when_writing_fails(tmp_path, monkeypatch):
 def test_only_plain_files_are_opened_and_no_pipe_is_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("/dev/null")
-    for name, reason in (("pipe", "not a file stands"), ("link", "a link stands in its place")):
+    for name, reason in (("pipe", "not a plain file"), ("link", "a link stands in its place")):
         for flags in (os.O_RDONLY, os.O_RDWR | os.O_CREAT):
             with pytest.raises(OSError, match=reason):
                 os.close(open_plain(tmp_path / name, flags))
