@@ -45,6 +45,7 @@ setup(
             "megatron-core; python_version < '3.12'",
             "mypy>=1.13",
             "pytest>=8.0",
+            "pytest-xdist>=3.6",
             "ruff>=0.9",
             "transformers>=5.0",
             # Without a GPU too: its interpreter runs the kernels, its compiler builds them.

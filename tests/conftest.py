@@ -10,6 +10,15 @@ from megaresnorm.data.prepare import PrepareJob, prepare
 from megaresnorm.recipe import Recipe
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests that start ranks take all cores by themselves, and wait for each other longer beside others that do."""
+    for item in items:
+        module = getattr(item, "module", None)
+        if hasattr(module, "run_ranks") or hasattr(module, "Launched"):
+            item.add_marker(pytest.mark.alone)
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Times and sums that do not depend on the machine's cores."""
