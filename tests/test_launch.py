@@ -125,7 +125,7 @@ def test_a_half_made_environment_of_ours_is_made_again(tmp_path):
     (venv / "bin").mkdir(parents=True)
     (venv / "pyvenv.cfg").write_text("")
     (venv / "half").touch()
-    (venv / ".megaresnorm").touch()
+    (venv / ".megaresnorm").write_text("made here")
     python = tmp_path / "python"  # python -m venv takes seconds, and test.sh does it in earnest
     python.write_text(
         f'#!/bin/sh\n[ "$2" = venv ] || exec {sys.executable} "$@"\n'

@@ -108,7 +108,7 @@ FILES = {
     "no UTF-8": (b"model: \xff\xfe", "not UTF-8"),
     "nothing": (b"", "the file is empty"),
     "a number": (b"3", "got a int"),
-    "megabytes": (b"#" * (1 << 20), "at most 131,072 are read"),
+    "megabytes": (b"#" * (1 << 20), "at most 262,144 are read"),
     "blends without end": (GOOD + "blend: [" + "{path: a, weight: 1.0}," * 1001 + "]\n", "no such setting"),
 }
 

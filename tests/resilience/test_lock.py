@@ -160,7 +160,7 @@ def test_a_run_whose_lock_was_removed_saves_nothing_more(tiny, tmp_path, monkeyp
     from megaresnorm.checkpoint.format import list_checkpoints
     from megaresnorm.trainer import Run, train
 
-    real, recipe = Run._step, tiny(checkpoint={"every": 2})
+    real, recipe = Run._step, tiny(checkpoint={"every": 2, "asynchronous": False})
 
     def step(run):
         if run.steps_done == 3:
