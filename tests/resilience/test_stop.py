@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 from launched import INTERVAL, LAYOUTS, STEPS, Launched, alive, losses
