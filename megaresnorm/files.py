@@ -7,6 +7,8 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+UNFINISHED = ".new-"  # how the names of files begin that are being written
+
 
 def open_plain(path: str | Path, flags: int, mode: int = 0o666, *, follow: bool = False) -> int:
     """A descriptor of a plain file, as ``os.open``. A pipe is not waited for.
@@ -36,7 +38,7 @@ def replace_file(path: Path, content: str | bytes | Iterable[bytes]) -> None:
     """
     if isinstance(content, str):
         content = content.encode("utf-8")
-    temporary = path.with_name(f".new-{secrets.token_hex(8)}")
+    temporary = path.with_name(f"{UNFINISHED}{secrets.token_hex(8)}")
     descriptor = open_plain(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -48,3 +50,10 @@ def replace_file(path: Path, content: str | bytes | Iterable[bytes]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """What processes killed inside of ``replace_file`` have left in a folder; for who has it to himself. Raises: OSError."""
+    for path in folder.glob(f"{UNFINISHED}*"):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()

@@ -29,7 +29,7 @@ from megaresnorm.data.loader import Batch, microbatches
 from megaresnorm.data.samples import Samples, unigram_entropy
 from megaresnorm.engines.native import Decision, GradientStats, NativeEngine
 from megaresnorm.errors import NonFiniteError, TrainingError, UserError
-from megaresnorm.files import replace_file
+from megaresnorm.files import remove_unfinished, replace_file
 from megaresnorm.generate import generate
 from megaresnorm.opening import Opened, open_recipe
 from megaresnorm.parallel.collectives import all_gather_blocks
@@ -423,6 +423,7 @@ class Run:
             return
         check_output(self.output / "checkpoints", bytes_of(self.engine.slices), self.recipe.checkpoint.keep)
         try:
+            remove_unfinished(self.output)
             replace_file(self.output / "recipe.yaml", dump_recipe(self.recipe))
         except OSError as e:
             raise TrainingError(f"train.output={self.output}: cannot be written ({e.strerror})") from None

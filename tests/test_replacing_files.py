@@ -1,6 +1,7 @@
 """Files that a run writes: whole or not at all, and never through a link that somebody else has put in their place."""
 
 import os
+import signal
 
 import pytest
 
@@ -33,6 +34,18 @@ def test_nothing_changes_when_writing_fails(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError):
         replace_file(tmp_path / "a", b"after")
     assert (tmp_path / "a").read_text() == "before" and (tmp_path / ".new-guessed").is_symlink()
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_run(tiny, tmp_path):
+    recipe = tiny(train={"steps": 2})
+    output = tmp_path / "run"
+    train(recipe)
+    pid = os.fork()
+    if pid == 0:
+        replace_file(output / "metrics.jsonl", iter(lambda: os.kill(os.getpid(), signal.SIGKILL), None))
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL and list(output.glob(".new-*"))
+    train(recipe)
+    assert not list(output.glob(".new-*")) and (output / "metrics.jsonl").read_text().count("\n") == 2
 
 
 def test_only_plain_files_are_opened_and_no_pipe_is_waited_for(tmp_path):

@@ -41,15 +41,26 @@ def kernel(request, monkeypatch):
     return triton_kernel
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("dtypes", DTYPES)
+def in_turn() -> list:
+    """All combinations; but for every pattern in every type of number with one gate they are slow."""
+    return [
+        pytest.param(pattern, gate, dtypes, marks=[pytest.mark.slow] if (i + j + k) % 4 else [])
+        for i, pattern in enumerate(PATTERNS)
+        for j, gate in enumerate(GATES)
+        for k, dtypes in enumerate(DTYPES)
+    ]
+
+
+@pytest.mark.parametrize(("pattern", "gate", "dtypes"), in_turn())
 def test_values_and_gradients(kernel, pattern, gate, dtypes):
     check(kernel, 5, 40, pattern, gate, dtypes)
 
 
-@pytest.mark.parametrize("columns", [1, 64, 192, 512])
-@pytest.mark.parametrize("rows", [1, 199])
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [(1, 1), (1, 64), (1, 192), (1, 512), (199, 1), (199, 64)]
+    + [pytest.param(199, columns, marks=pytest.mark.slow) for columns in (192, 512)],
+)
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_sizes(rows, columns, dtypes):
     for pattern in ("pre", "pre, rms", "keel"):

@@ -25,9 +25,18 @@ def run_alone(*arguments, **environment):
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, env=environment)
 
 
-def test_numbers_in_the_interpreter():
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_numbers_in_the_interpreter(which):
     done = run_alone(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "interpreted_triton.py", TRITON_INTERPRET="1"
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        which,
+        HERE / "interpreted_triton.py",
+        TRITON_INTERPRET="1",
     )
     assert done.returncode == 0, done.stdout[-4000:]
 

@@ -34,8 +34,8 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "pp2 interleaved dp2": (4, {"pp": 2, "pipeline": "interleaved", "dp_replicate": 2}),
     "pp2 interleaved fsdp2": (4, {"pp": 2, "pipeline": "interleaved", "dp_shard": 2}),
     "hsdp": (4, {"dp_shard": 2, "dp_replicate": 2}),
-    "hsdp tp2": (8, {"dp_shard": 2, "dp_replicate": 2, "tp": 2, "tensor_layout": "tokens"}),
     "pp2 fsdp2 unsharded": (4, {"pp": 2, "dp_shard": 2, "accumulate": "unsharded"}),
+    "hsdp tp2": (8, {"dp_shard": 2, "dp_replicate": 2, "tp": 2, "tensor_layout": "tokens"}),
     "pp2 hsdp": (8, {"pp": 2, "dp_shard": 2, "dp_replicate": 2}),
     "tp2 pp2 dp2": (8, {"tp": 2, "pp": 2, "dp_replicate": 2}),
     "tp2 pp2 fsdp2": (8, {"tp": 2, "pp": 2, "dp_shard": 2, "tensor_layout": "columns"}),
@@ -123,34 +123,37 @@ def batches(context: ParallelContext, recipe: Recipe, seed: int = 3) -> list[Bat
 
 
 def gradients(assembled: Assembled) -> dict[str, Tensor]:
-    """Whole gradients by global name; nothing is left behind."""
-    parts = {}
-    for name, p in assembled.parameters().items():
-        parts[name] = torch.zeros_like(local(p.detach())) if p.grad is None else local(p.grad).clone()
-        p.grad = None
+    """Whole gradients by global name; they stay where they are."""
+    parts = {
+        name: torch.zeros_like(local(p.detach())) if p.grad is None else local(p.grad)
+        for name, p in assembled.parameters().items()
+    }
     return {name: t.clone() for name, t in WholeTensors(assembled, parts).items()}
 
 
-def sgd_step(assembled: Assembled, engine: NativeEngine, recipe: Recipe) -> float:
-    """One step of plain SGD, lr 0.01, unclipped; returns the loss."""
-    loss, _ = engine.gradients(batches(assembled.context, recipe))
+def descend(assembled: Assembled, lr: float) -> None:
+    """Plain SGD along the gradients there are, which are gone then."""
     with torch.no_grad():
         for p in assembled.parameters().values():
             if p.grad is not None:
-                local(p.detach()).sub_(local(p.grad), alpha=0.01)
+                local(p.detach()).sub_(local(p.grad), alpha=lr)
                 p.grad = None
     assembled.weights_changed()
-    return loss
 
 
-def outcome(recipe: Recipe, *, steps: int = 3, optimizer: str = "sgd") -> Outcome:
+def outcome(recipe: Recipe, *, steps: int = 2, optimizer: str = "sgd") -> Outcome:
+    """The gradients are of the weights at the start; the first step of SGD goes along them."""
     assembled, engine = build(recipe)
     loss, _ = engine.gradients(batches(assembled.context, recipe))
     found = gradients(assembled)
     done: list[tuple[float, float]] = []
+    if optimizer != "sgd":
+        descend(assembled, lr=0.0)  # each of its steps makes gradients of its own
     for step in range(steps):
         if optimizer == "sgd":
-            done.append((sgd_step(assembled, engine, recipe), 0.0))
+            here = loss if step == 0 else engine.gradients(batches(assembled.context, recipe))[0]
+            done.append((here, 0.0))
+            descend(assembled, lr=0.01)
         else:
             stats = engine.step(batches(assembled.context, recipe, seed=step), 1e-3, lambda stats: Decision.APPLY)
             done.append((stats.loss, stats.gradient_norm))
