@@ -23,5 +23,5 @@ make_environment ""
 
 case "$VENV" in /*) ;; *) VENV=$PWD/$VENV ;; esac
 cd "$started_in"
-# From here on one process hears signals for all ranks: bash could not, where it was started with them ignored (nohup, cron).
+# From here on one process hears signals for all ranks: bash could not, where it was started with them ignored (cron, scripts).
 exec "$VENV/bin/python" -m megaresnorm.resilience.supervisor "$@"

@@ -18,7 +18,7 @@ from megaresnorm.model.topology import topology
 from megaresnorm.model.transformer import Stage
 from megaresnorm.optim import MOMENTS, SMALL
 from megaresnorm.parallel.context import Sizes
-from megaresnorm.parallel.pipeline import stages_of_rank
+from megaresnorm.parallel.pipeline import smallest_batch, stages_of_rank
 from megaresnorm.precision import DTYPES, weight_dtype
 from megaresnorm.recipe import Recipe
 from megaresnorm.schedule import batch_size
@@ -141,8 +141,8 @@ class _Accounts:
         micro = recipe.train.micro_batch_of(data, sizes.pp)
         self.tokens = micro * recipe.model.seq_len  # of one microbatch
         self.num_microbatches = ceil(samples / micro)
-        if sizes.pp > 1 and recipe.parallel.pipeline != "gpipe":
-            self.num_microbatches = max(self.num_microbatches, sizes.pp)  # a pipeline fills small batches up
+        if sizes.pp > 1:  # a pipeline fills small batches up
+            self.num_microbatches = smallest_batch(self.num_microbatches, sizes.pp, recipe.parallel.pipeline)
 
     def of_ranks(self) -> list[MemoryPerRank]:
         return [self._of_rank(rank) for rank in range(self.sizes.pp)]

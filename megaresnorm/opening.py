@@ -5,7 +5,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -31,6 +31,7 @@ from megaresnorm.resilience.memory_check import check_memory
 
 log = logging.getLogger(__name__)
 
+PROGRESS = "megaresnorm/progress"  # in the store: a checkpoint has been written
 ENDED = "megaresnorm/ended"  # in the store: the exit code of the ranks that work, for those that idle
 LOOK = 0.5  # seconds between two looks at it
 
@@ -122,6 +123,16 @@ def _check_restarts(environment: Environment) -> None:
         raise error
 
 
+def note_progress(environment: Environment, store: Store | None) -> None:
+    """A checkpoint was written by this start of the ranks: a month-long run may lose more of them than MAX_RESTARTS."""
+    if environment.launcher is not None and environment.local_rank == 0:
+        with suppress(OSError):  # a full /tmp: MAX_RESTARTS is not renewed, which is all that is lost
+            Launcher(environment.launcher).write("progress", environment.attempt)
+    if store is not None and environment.elastic and environment.rank == 0:
+        with suppress(dist.DistError):
+            store.set(PROGRESS, "")
+
+
 def facts_of_start(recipe: Recipe) -> dict[str, str]:
     """What all ranks must have alike: settings by their keys, versions, the package's files by their digests."""
     versions = {
@@ -161,12 +172,15 @@ def _heard(rank: int) -> str:
 def idle(opened: Opened) -> int:
     """Wait, on a rank without work, for the end of those that have some; their exit code.
 
-    Nodes that come or go end it by a signal.
+    Nodes that come or go end it by a signal. A checkpoint of the others is progress here, too.
     """
-    assert opened.store is not None
+    noted = opened.environment.launcher is None or opened.environment.local_rank > 0
     try:
-        while not opened.store.check([ENDED]):
+        while opened.store is None or not opened.store.check([ENDED]):
             time.sleep(LOOK)
+            if not noted and opened.store is not None and opened.store.check([PROGRESS]):
+                note_progress(opened.environment, None)
+                noted = True
         code = int(opened.store.get(ENDED))
         opened.store.set(_heard(opened.environment.rank), "")
         return code

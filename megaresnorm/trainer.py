@@ -9,7 +9,6 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,12 +30,11 @@ from megaresnorm.engines.native import Decision, GradientStats, NativeEngine
 from megaresnorm.errors import NonFiniteError, TrainingError, UserError
 from megaresnorm.files import remove_unfinished, replace_file
 from megaresnorm.generate import generate
-from megaresnorm.opening import Opened, open_recipe
+from megaresnorm.opening import Opened, note_progress, open_recipe
 from megaresnorm.parallel.collectives import all_gather_blocks
 from megaresnorm.parallel.context import ParallelContext, start_process_group
 from megaresnorm.parallel.messages import share_results, together
 from megaresnorm.recipe import Recipe
-from megaresnorm.resilience.launcher import Launcher
 from megaresnorm.resilience.lock import LOCK, FolderLock
 from megaresnorm.resilience.preflight import check_output
 from megaresnorm.resilience.signals import StopSignals, exit_reason
@@ -88,7 +86,7 @@ class Run:
     def __init__(self, recipe: Recipe | Opened, *, fallback: bool = True) -> None:
         opened = recipe if isinstance(recipe, Opened) else open_recipe(lambda: recipe)
         assert opened.sizes is not None and not opened.idles
-        self.environment, self.data = opened.environment, opened.data
+        self.environment, self._store, self.data = opened.environment, opened.store, opened.data
         self.recipe, self.samples, self.valid = opened.recipe, opened.samples, opened.valid
         self.output, self.device = Path(self.recipe.train.output), opened.device
         if opened.store is not None:
@@ -203,8 +201,11 @@ class Run:
 
     def _digest_of(self, checkpoint: Path | None) -> str:
         """Read by the first rank: a network file system shows it to the others later."""
-        digest = "" if checkpoint is None or not self.context.is_first_rank else weights_digest(checkpoint)
-        return share_results(lambda: digest, self.context.messages)[0]
+
+        def digest() -> str:
+            return "" if checkpoint is None or not self.context.is_first_rank else weights_digest(checkpoint)
+
+        return share_results(digest, self.context.messages)[0]
 
     def sample_text(self) -> str | None:
         """A continuation of train.sample_prompt; None without a tokenizer, when switched off, or with several ranks."""
@@ -383,15 +384,8 @@ class Run:
             asynchronous=settings.asynchronous,
             skip_when_busy=settings.when_busy == "skip",
             max_failures=settings.max_failures,
-            saved=self._note_progress,
+            saved=partial(note_progress, self.environment, self._store),
         )
-
-    def _note_progress(self) -> None:
-        """Of this start of the ranks, for launch/torchrun.sh: a month-long run may lose more ranks than MAX_RESTARTS."""
-        environment = self.environment
-        if environment.launcher is not None and environment.local_rank == 0:
-            with suppress(OSError):  # a full /tmp: MAX_RESTARTS is not renewed, which is all that is lost
-                Launcher(environment.launcher).write("progress", environment.attempt)
 
     def _lock_output(self) -> None:
         if self.context.is_first_rank:

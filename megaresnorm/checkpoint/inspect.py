@@ -201,6 +201,16 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
+def first_refused(folder: Path) -> int | None:
+    """The first step of a run that was refused, as its newest checkpoint that can be read says; None where none was."""
+    for _, path in reversed(checkpoints_of(folder)):
+        try:
+            return state_of(path, read_manifest(path)["state"]).first_refused
+        except CheckpointError:
+            continue
+    return None
+
+
 def prunable(folder: Path, kept: Kept, progress: Progress = None) -> tuple[list[Path], list[str]]:
     """The checkpoints that need not stay once ``kept.newest`` have been verified, and what was found wrong on the way."""
     problems: list[str] = []

@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 class Kept(NamedTuple):
     """Which checkpoints stay: the newest ``newest`` whole ones (at least 2), those of steps that ``every`` divides, and those up to
-    step ``protected``.
+    step ``protected``, which may be the last good ones.
     """
 
     newest: int = 2

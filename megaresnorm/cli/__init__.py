@@ -57,11 +57,11 @@ def _environment() -> Environment:
 
 
 def _code_of(error: UserError, environment: Environment) -> int:
-    """With which this process ends. An error that other nodes may not have is to end torchrun there, too."""
+    """With which this process ends. An error that other ranks may not have is to end them, too: they may wait for this one."""
     if isinstance(error, LostRankError) and not isinstance(error, TooManyRestartsError):
         return error.exit_code
     code = end_on_purpose(error.exit_code, environment)
-    return code if error.agreed or environment.one_node else error.exit_code
+    return code if error.agreed or environment.world_size == 1 else error.exit_code
 
 
 class _Parser(argparse.ArgumentParser):

@@ -50,6 +50,11 @@ def add_checkpoint(commands: Commands) -> None:
     prune.add_argument("run_folder", metavar="RUN", type=path)
     prune.add_argument("--keep", type=count, default=2, metavar="K", help="how many stay, at least 2 [2]")
     prune.add_argument("--keep-every", type=count, metavar="N", help="those of steps that N divides stay as well")
+    prune.add_argument(
+        "--also-before-refused",
+        action="store_true",
+        help="do not keep those up to the run's first refused step, of which later ones may be spoilt",
+    )
     prune.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
     prune.set_defaults(run=_prune)
 
@@ -215,7 +220,7 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 def _prune(arguments: argparse.Namespace) -> int:
     from megaresnorm.checkpoint.format import checkpoints_of
-    from megaresnorm.checkpoint.inspect import num_bytes, prunable, run_of
+    from megaresnorm.checkpoint.inspect import first_refused, num_bytes, prunable, run_of
     from megaresnorm.checkpoint.writer import Kept, remove_checkpoint
     from megaresnorm.resilience.lock import FolderLock
     from megaresnorm.telemetry.log import Table, console, progress_bar
@@ -225,7 +230,8 @@ def _prune(arguments: argparse.Namespace) -> int:
             f"--keep {arguments.keep}: at least 2 must stay, so that one is left should the other be damaged"
         )
     folder = run_of(arguments.run_folder)
-    kept = Kept(arguments.keep, arguments.keep_every)
+    protected = None if arguments.also_before_refused else first_refused(folder)
+    kept = Kept(arguments.keep, arguments.keep_every, protected)
     lock = None if arguments.dry_run else FolderLock(folder, str(folder))
     try:
         total = 2 * sum(_size_or_nothing(path, num_bytes) for _, path in checkpoints_of(folder)[-kept.newest :])

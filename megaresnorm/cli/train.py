@@ -63,9 +63,9 @@ def _train(arguments: argparse.Namespace) -> int:
         try:
             exit_code = _train_and_report(arguments, environment, stop)
         except RuntimeError as e:
-            if not lost_contact(e):
+            reason = lost_contact(e)
+            if reason is None:
                 raise
-            reason = str(e).rpartition(".cc:")[2].partition("] ")[2].partition(". ")[0] or str(e).splitlines()[0]
             raise LostRankError(
                 f"another rank is gone ({reason}); start again to go on from the newest checkpoint"
             ) from None

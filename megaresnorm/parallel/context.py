@@ -173,6 +173,15 @@ def end_process_group() -> None:
         dist.destroy_process_group()
 
 
-def lost_contact(error: RuntimeError) -> bool:
-    """Whether an error is the process group's, which cannot reach another rank. gloo has no type of its own for that."""
-    return isinstance(error, dist.DistError) or (dist.is_initialized() and "gloo" in str(error))
+def lost_contact(error: BaseException) -> str | None:
+    """Why the process group cannot reach another rank, where that is the error, or what caused it: torch's pipelines put errors
+    into others. gloo has no type of its own for it.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, dist.DistError) or (
+            isinstance(cause, RuntimeError) and dist.is_initialized() and "gloo" in str(cause)
+        ):
+            return str(cause).rpartition(".cc:")[2].partition("] ")[2].partition(". ")[0] or str(cause).splitlines()[0]
+        cause = cause.__cause__
+    return None

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from megaresnorm.errors import LostRankError, UserError, error_of
+from megaresnorm.parallel.addresses import local_address_of
 from megaresnorm.parallel.environment import Environment
 
 log = logging.getLogger(__name__)
@@ -41,16 +42,21 @@ def open_store(environment: Environment) -> Store:
         return FileStore(str(environment.launcher / f"ranks-{round_of}"), environment.world_size)
     assert environment.master_addr is not None and environment.master_port is not None
     listens = environment.rank == 0 and not environment.agent_store
+    host, port = environment.master_addr, environment.master_port
+    if listens and not environment.one_node:
+        host = local_address_of(host, port) or host
     store = TCPStore(
-        environment.master_addr,
-        environment.master_port,
+        host,
+        port,
         environment.world_size,
         is_master=listens,
         timeout=TIMEOUT,
         wait_for_workers=False,
-        master_listen_fd=_listen(environment.master_addr, environment.master_port) if listens else None,
+        master_listen_fd=_listen(host, port) if listens else None,
     )
-    return PrefixStore(f"attempt-{environment.attempt}", store)  # torchrun's own store outlives the ranks
+    # torchrun's own store outlives the ranks. That of rank 0 is another one for every start of theirs; and nodes may count their
+    # attempts differently, since torchrun does not count those that other nodes have brought about.
+    return PrefixStore(f"attempt-{environment.attempt}", store) if environment.agent_store else store
 
 
 def _listen(address: str, port: int) -> int:

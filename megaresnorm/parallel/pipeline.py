@@ -228,19 +228,34 @@ class _Stage(PipelineStage):
         self._activations.take(fwd_chunk_id, requires_grad=self.has_backward)
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
+    def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
+        output = super().forward_one_chunk(fwd_chunk_id, *arguments, **options)
+        if self.is_last:  # the logits of every microbatch would stay
+            self._forget_in_evaluation(fwd_chunk_id)
+        return output
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        operations = [] if self.is_last else super().get_fwd_send_ops(fwd_chunk_id)
+        self._forget_in_evaluation(fwd_chunk_id)
+        return operations
+
+    def _forget_in_evaluation(self, microbatch: int) -> None:
+        """Where nothing of a microbatch that is through is used again."""
+        if not self.has_backward:
+            self.fwd_cache.pop(microbatch, None)
+            self._activations.give_back(microbatch)
+
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         if self.has_backward:
             self._gradients.take(bwd_chunk_id, requires_grad=False)
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
     def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **options: Any) -> None:
-        """Schedules call it in evaluation as well, when what was sent on has arrived."""
+        """Schedules call it in evaluation as well."""
         super().backward_one_chunk(bwd_chunk_id, *arguments, **options)
-        self._activations.give_back(bwd_chunk_id)
         if self.has_backward:
+            self._activations.give_back(bwd_chunk_id)
             self._gradients.give_back(bwd_chunk_id)
-        else:
-            self.fwd_cache.pop(bwd_chunk_id, None)
 
     def backward_maybe_with_nosync(
         self, backward_type: str, bwd_kwargs: dict, last_backward: bool = False

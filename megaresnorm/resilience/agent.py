@@ -11,8 +11,10 @@ import sys
 import threading
 from pathlib import Path
 
+from megaresnorm.errors import LostRankError
 from megaresnorm.parallel.environment import LAUNCHER
 from megaresnorm.resilience.launcher import SIGNALS, Launcher, children, end_with, kill
+from megaresnorm.text import say
 
 BLOCKED = (*SIGNALS, signal.SIGHUP)
 
@@ -24,12 +26,17 @@ def main() -> None:
     threading.Thread(target=_pass_on, args=(supervisor,), name="signals", daemon=True).start()
     end_with(supervisor, launcher, first=_kill_ranks)
     from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import main as torchrun
 
     try:
         torchrun(sys.argv[1:])
     except SignalException:  # the supervisor's SIGQUIT
         sys.exit(1)
+    except RendezvousError as e:
+        reason = str(e).splitlines()[0]
+        say(f"megaresnorm: error: this node and the one at MASTER_ADDR did not meet ({reason})", error=True)
+        sys.exit(LostRankError.exit_code)
 
 
 def _kill_ranks() -> None:

@@ -22,12 +22,12 @@ from types import FrameType
 from uuid import uuid4
 
 from megaresnorm.errors import ConfigError
+from megaresnorm.parallel.addresses import local_address_of
 from megaresnorm.parallel.environment import ELASTIC, LAUNCHER, MAX_PORT, MAX_RESTARTS
 from megaresnorm.resilience.launcher import PREFIX, SIGNALS, Launcher, children, kill
 from megaresnorm.text import say
 
 LOOPBACK = "lo"
-ELSEWHERE = "192.0.2.1"  # an address that no host has (RFC 5737)
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 REPEATS = 1.0  # seconds: what ends a whole job signals its processes one after the other, and each passes it on
 GRACE = 1.0  # seconds between asking torchrun to end and ending it
@@ -38,6 +38,8 @@ LAST_WORDS = 4.0  # seconds that the ranks have, once one has ended on purpose b
 SILENT = 5.0  # seconds of waiting for other nodes before the first word about it
 EVERY = 60.0  # seconds between two such words
 ALWAYS = 1_000_000  # torchrun's own limit; ranks count by progress (resilience/signals.py)
+JOIN = 30 * 24 * 3600  # seconds that a node waits for others; this process says so, and a signal ends it
+CONNECT = 900  # seconds that it waits for the node where they meet, which may be installing an environment first
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def torchrun_arguments(plan: Plan, folder: Path, local_address: str | None) -> l
         conf, endpoint = "store_type=file", str(folder / "rendezvous")
     else:
         host = "" if plan.node_rank is None else f",is_host={int(plan.node_rank == 0)}"
-        conf, endpoint = f"store_type=tcp{host}", f"{plan.master[0]}:{plan.master[1]}"
+        waits = f"join_timeout={JOIN},read_timeout={CONNECT}"
+        conf, endpoint = f"store_type=tcp{host},{waits}", f"{plan.master[0]}:{plan.master[1]}"
     # Not torchrun's static rendezvous, in which nodes would not hear that another starts its ranks again, or has ended.
     return [
         *("--nnodes", f"{plan.nodes[0]}:{plan.nodes[1]}", "--nproc-per-node", str(plan.ranks_here)),
@@ -117,30 +120,6 @@ def environment_of(plan: Plan, variables: Mapping[str, str], folder: Path, local
     return ours
 
 
-def local_address_of(host: str, port: int) -> str | None:
-    """The address by which other nodes reach this one. A name that /etc/hosts of this node gives to loopback, as Debian does
-    with the node's own, says nothing: then it is the address of the default route.
-    """
-    address = address_towards(host, port)
-    named = host != "localhost" and not _is_loopback(host)
-    return address_towards(ELSEWHERE, port) if named and address is not None and _is_loopback(address) else address
-
-
-def _is_loopback(address: str) -> bool:
-    return address == "::1" or address.startswith("127.")
-
-
-def address_towards(host: str, port: int) -> str | None:
-    """The address of this node from which it reaches another; nothing is sent. None where the name is not known yet."""
-    try:
-        family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(target)
-            return probe.getsockname()[0]
-    except OSError:
-        return None
-
-
 def interface_of(address: str | None) -> str | None:
     """The name of the network interface that has an IPv4 address, where the system tells (Linux)."""
     for _, name in socket.if_nameindex() if address else []:
@@ -155,25 +134,28 @@ def interface_of(address: str | None) -> str | None:
 
 
 class Supervisor:
-    """Runs one torchrun to its end."""
+    """Hears signals from when it is made, and runs one torchrun to its end."""
 
-    def __init__(self, plan: Plan, arguments: Sequence[str]) -> None:
-        self._plan, self._arguments = plan, arguments
+    def __init__(self) -> None:
         self._stop = 0  # exit code of the first signal
         self._first, self._ended = 0.0, float("inf")  # when it came, and when a rank was seen to have ended on purpose
         self._again = False
-
-    def run(self) -> int:
-        """The exit code of the job."""
-        self._wakeup, wakeup = socket.socketpair()
-        wakeup.setblocking(False)
-        signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
-        # Also where this was started with signals ignored, as by nohup, cron and scripts.
-        for number in (*SIGNALS, signal.SIGHUP):
+        self._wakeup, self._wakes = socket.socketpair()  # what a signal writes into the one ends a wait for the other
+        self._wakes.setblocking(False)
+        signal.set_wakeup_fd(self._wakes.fileno(), warn_on_full_buffer=False)
+        # Also where this was started with signals ignored, as by cron and scripts; but nohup, which ignores SIGHUP, means it.
+        heard = [*SIGNALS] + [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)
+        for number in heard:
             signal.signal(number, self._hear)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*SIGNALS, signal.SIGHUP))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
+
+    def run(self, plan: Plan, arguments: Sequence[str]) -> int:
+        """The exit code of the job. Raises: OSError where the folder for temporary files cannot be written."""
+        self._plan, self._arguments = plan, arguments
         with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as folder:
             self._launcher = Launcher(Path(folder))
+            if self._stop:  # while it was not yet there
+                return self._stop
             lock = self._launcher.lock()
             try:
                 return self._run(Path(folder))
@@ -200,16 +182,16 @@ class Supervisor:
 
     def _wait(self) -> None:
         """Until torchrun has ended, or is to be ended without waiting."""
-        alone_since = time.monotonic()
-        said = alone_since + SILENT - EVERY
+        self._ranks_seen = time.monotonic()
+        said = self._ranks_seen + SILENT - EVERY
         while self._torchrun.poll() is None:
             self._sleep(0.1)
+            ranks = self._ranks()
+            if ranks:
+                self._ranks_seen = time.monotonic()
             if self._is_to_end_at_once():
                 return
-            ranks = children(self._torchrun.pid)
-            if ranks or self._launcher.read("end") is None:
-                alone_since = time.monotonic()
-            elif time.monotonic() > alone_since + BARRIER:
+            if self._launcher.read("end") is not None and time.monotonic() > self._ranks_seen + BARRIER:
                 return
             if self._plan.nodes[1] == 1 or self._stop or ranks:
                 said = max(said, time.monotonic() + SILENT - EVERY)
@@ -218,15 +200,17 @@ class Supervisor:
                 self._say(self._what_it_waits_for())
 
     def _is_to_end_at_once(self) -> bool:
-        """After a second signal. Or where no rank has begun, and so none has anything to save: after the first, and when one rank
-        has ended on purpose, for which others may be waiting.
+        """After a second signal. Or where nobody has anything to save, since no rank has begun, or all are gone without having
+        ended on purpose: after the first, and when one rank has ended on purpose, for which others may be waiting.
         """
         if self._again:
             self._say("a second signal: ended at once, without saving")
             return True
-        if self._launcher.read("begun") is not None:
+        ended = self._launcher.read("end") is not None
+        gone = not ended and time.monotonic() > self._ranks_seen + GRACE
+        if self._launcher.read("begun") is not None and not gone:
             return False
-        if self._launcher.read("end") is not None:
+        if ended:
             self._ended = min(self._ended, time.monotonic())
             return time.monotonic() > self._ended + LAST_WORDS
         return bool(self._stop) and time.monotonic() > self._first + GRACE
@@ -317,13 +301,19 @@ def default_ranks() -> int:
 
 
 def main() -> int:
+    supervisor = Supervisor()
     try:
         ranks = 0 if os.environ.get("RANKS_PER_NODE") else default_ranks()
-        plan = plan_of(os.environ, ranks)
+        return supervisor.run(plan_of(os.environ, ranks), sys.argv[1:])
     except ConfigError as e:
         say(f"error: {e}", error=True)
         return e.exit_code
-    return Supervisor(plan, sys.argv[1:]).run()
+    except OSError as e:
+        say(
+            f"error: {e.filename or 'TMPDIR'}: cannot be written ({e.strerror}); TMPDIR names another folder",
+            error=True,
+        )
+        return 1
 
 
 if __name__ == "__main__":

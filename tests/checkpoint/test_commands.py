@@ -161,6 +161,17 @@ def test_prune_keeps_the_newest_that_are_whole_and_the_permanent_ones(run, capsy
     assert [step for step, _ in list_checkpoints(run / "checkpoints")] == [3, 4, 5, 6]
 
 
+def test_prune_keeps_those_up_to_the_first_refused_step(run, capsys):
+    manifest = run / "checkpoints" / "step-00000006" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["state"]["first_refused"] = 2
+    manifest.write_bytes(encode_manifest(content))
+    output(capsys, "prune", run, "--keep", 2)
+    assert [step for step, _ in list_checkpoints(run / "checkpoints")] == [1, 2, 5, 6]
+    output(capsys, "prune", run, "--keep", 2, "--also-before-refused")
+    assert [step for step, _ in list_checkpoints(run / "checkpoints")] == [5, 6]
+
+
 def test_prune_refuses_to_leave_one_alone_or_to_disturb_a_run(run, capsys):
     assert "at least 2 must stay" in output(capsys, "prune", run, "--keep", 1, code=2)
     held = FolderLock(run, "x")

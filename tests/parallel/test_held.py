@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from cases import build, make_recipe
+from cases import VOCAB, build, make_recipe
 from ranks import run_ranks
 from torch.distributed.fsdp import FSDPModule
 
@@ -116,6 +116,28 @@ def test_a_pipeline_keeps_no_more_receive_buffers_than_its_stage_uses(pipeline):
         assert max(held) <= max(held_before), (stage, held, held_before)
         assert losses == losses_before
         assert all(torch.equal(gradient, wanted[name]) for name, gradient in found.items())
+
+
+def logits_in_evaluation(rank: int, parallel: dict, count: int) -> int:
+    """The most logits that are alive after a forward pass of an evaluation."""
+    assembled, engine = build(make_recipe("deepnorm", "llama", parallel, "fp64", 8))
+    held = []
+
+    def look(module, arguments, output):
+        gc.collect()
+        of_logits = (o for o in gc.get_objects() if type(o) is torch.Tensor and tuple(o.shape) == (SEQ, VOCAB))
+        held.append(len({o.data_ptr() for o in of_logits}))
+
+    for model in assembled.models.values():
+        model.register_forward_hook(look)
+    engine.evaluate(microbatches(count))
+    return max(held)
+
+
+@pytest.mark.parametrize("pipeline", ["1f1b", "gpipe", "interleaved"])
+def test_an_evaluation_keeps_the_logits_of_two_microbatches_at_most(pipeline):
+    first, last = run_ranks(2, logits_in_evaluation, {"pp": 2, "pipeline": pipeline}, 24)
+    assert first == 0 and 1 <= last <= 2
 
 
 def forwards(rank: int, count: int) -> int:

@@ -51,6 +51,13 @@ def test_nodes_may_come_and_go(tiny, tmp_path):
     killed = time.monotonic()
     for pid in (second.process.pid, second.torchrun, *second.ranks()):
         os.kill(pid, signal.SIGKILL)
+    count = len(first.steps)
+    first.wait_for(lambda: len(first.steps) > count + INTERVAL, "step of one rank")
+    third = Launched(tmp_path / "b", recipe, 1, **variables)
+    starts = sum("ranks     2 = dp_replicate 2" in run.text for run in both)
+    first.wait_for(
+        lambda: sum(run.text.count("ranks     2 = dp_replicate 2") for run in (*both, third)) > starts, "third node"
+    )
     assert first.finish(300) == 0, first.text
     at = next(at for at, _ in first.steps if at > killed + 1)
     print(f"{at - killed:.1f} s from the loss of a node to the next step", flush=True)
@@ -60,15 +67,20 @@ def test_nodes_may_come_and_go(tiny, tmp_path):
 
 
 def test_two_nodes_are_one_job(tiny, tmp_path):
-    """Two launchers of a rank each; a signal to one of them stops both at one step, with one exit code."""
+    """Two launchers of a rank each. One rank dies, and both start again; a signal to one stops both at one step, with one exit
+    code.
+    """
     recipe = tiny(train={"steps": 10**6, "eval_every": 0})
     variables = {"NODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     nodes = [Launched(tmp_path / str(i), recipe, 1, NODE_RANK=str(i), **variables) for i in range(2)]
     nodes[0].wait_for(lambda: any(node.steps for node in nodes), "first step")
+    os.kill(nodes[1].ranks()[0], signal.SIGKILL)
+    nodes[0].wait_for(lambda: sum(node.text.count("ranks     2 =") for node in nodes) == 2, "another start")
+    seen = sum(len(node.steps) for node in nodes)
+    nodes[0].wait_for(lambda: sum(len(node.steps) for node in nodes) > seen, "step after it")
     os.kill(nodes[1].process.pid, signal.SIGTERM)
     assert [node.finish(60) for node in nodes] == [143, 143]
-    (logging,) = (node for node in nodes if node.steps)
-    assert f"saved step {len(losses(logging.output))} of" in logging.text and "ranks     2" in logging.text
+    assert any(f"saved step {len(losses(node.output))} of" in node.text for node in nodes)
     refused = Launched(tmp_path / "0", recipe, 1, NODES="2")
     assert refused.finish() == 2 and "NODES=2 needs NODE_RANK and MASTER_ADDR" in refused.text
 
@@ -81,6 +93,23 @@ def test_a_node_that_waits_for_another_says_so_and_is_stopped_at_once(tiny, tmp_
     everybody, start = node.everybody(), time.monotonic()
     os.kill(node.process.pid, signal.SIGTERM)
     assert node.finish(30) == 143 and time.monotonic() - start < 10 and not any(map(alive, everybody))
+
+
+def test_a_node_that_has_lost_the_other_is_stopped_at_once(tiny, tmp_path):
+    """It waits for the other to come back; of its own ranks none is left that could save."""
+    recipe = tiny(train={"steps": 10**6, "eval_every": 0})
+    variables = {"NODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    nodes = [Launched(tmp_path / str(i), recipe, 1, NODE_RANK=str(i), **variables) for i in range(2)]
+    nodes[0].wait_for(lambda: any(node.steps for node in nodes), "first step")
+    (old,) = nodes[0].ranks()
+    for pid in reversed(nodes[1].everybody()):
+        os.kill(pid, signal.SIGKILL)
+    nodes[0].wait_for(lambda: not alive(old), "end of the rank that is left")
+    time.sleep(5)
+    assert nodes[0].process.poll() is None
+    everybody, start = nodes[0].everybody(), time.monotonic()
+    os.kill(nodes[0].process.pid, signal.SIGTERM)
+    assert nodes[0].finish(30) == 143 and time.monotonic() - start < 10 and not any(map(alive, everybody))
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from launched import INTERVAL, LAYOUTS, STEPS, Launched, alive, losses
@@ -130,8 +131,26 @@ def test_a_job_started_with_signals_ignored_hears_them(long_run, tmp_path):
     ranks, recipe = long_run("dp2", steps=10**6)
     run = Launched(tmp_path, recipe, ranks, ignored=(signal.SIGINT, signal.SIGHUP, signal.SIGTERM))
     run.wait_for_step(3)
+    os.kill(run.process.pid, signal.SIGHUP)  # which nohup means to be ignored
+    time.sleep(1)
+    run.wait_for_step(run.steps[-1][1] + 1)
     os.kill(run.process.pid, signal.SIGINT)
     assert run.finish(60) == 130 and f"saved step {len(losses(run.output))} of" in run.text
+
+
+def test_a_signal_while_it_is_found_out_how_many_ranks_there_are(long_run, tmp_path):
+    _, recipe = long_run("dp2")
+    run = Launched(tmp_path, recipe, 2, ignored=(signal.SIGINT,), RANKS_PER_NODE="")
+    run.wait_for(lambda: any("device_count" in command(pid) for pid in run.everybody()), "question for GPUs")
+    os.kill(run.process.pid, signal.SIGINT)
+    assert run.finish(30) == 130 and "Traceback" not in run.text and not run.steps
+
+
+def command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 @pytest.mark.parametrize("victim", ["the script", "torchrun"])

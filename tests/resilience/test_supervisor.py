@@ -3,19 +3,25 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from test_elastic import free_port
+from torch.distributed import DistError, HashStore
 
 from megaresnorm.errors import ConfigError, TooManyRestartsError
-from megaresnorm.opening import open_recipe
-from megaresnorm.parallel.context import usable_ranks
+from megaresnorm.opening import ENDED, idle, note_progress, open_recipe
+from megaresnorm.parallel import addresses, control
+from megaresnorm.parallel.addresses import address_towards
+from megaresnorm.parallel.context import lost_contact, usable_ranks
 from megaresnorm.parallel.environment import Environment
 from megaresnorm.resilience.launcher import Launcher
 from megaresnorm.resilience.supervisor import (
+    JOIN,
     Plan,
-    address_towards,
     environment_of,
     interface_of,
     plan_of,
@@ -101,18 +107,56 @@ def test_one_node_uses_loopback_and_several_the_address_in_use(tmp_path):
     assert "GLOO_SOCKET_IFNAME" not in environment_of(two, {}, tmp_path, None)
     arguments = torchrun_arguments(two, Path("/x"), "127.0.0.1")
     assert arguments[arguments.index("--local-addr") + 1] == "127.0.0.1"
-    assert "store_type=tcp,is_host=0" in arguments
+    (conf,) = (argument for argument in arguments if argument.startswith("store_type=tcp,is_host=0,"))
+    assert f"join_timeout={JOIN}" in conf  # others may be long in coming
 
 
 def test_a_name_that_is_loopback_on_its_own_node_is_no_address_for_others(monkeypatch):
     """Debian's /etc/hosts has 127.0.1.1 for the node's own name."""
-    from megaresnorm.resilience import supervisor
+    known = {"node0": "127.0.1.1", "127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1", addresses.ELSEWHERE: "10.1.2.3"}
+    monkeypatch.setattr(addresses, "address_towards", lambda host, port: known.get(host))
+    assert addresses.local_address_of("node0", 29500) == "10.1.2.3"
+    assert addresses.local_address_of("127.0.0.1", 29500) == addresses.local_address_of("localhost", 1) == "127.0.0.1"
+    assert addresses.local_address_of("unknown", 29500) is None
 
-    known = {"node0": "127.0.1.1", "127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1", supervisor.ELSEWHERE: "10.1.2.3"}
-    monkeypatch.setattr(supervisor, "address_towards", lambda host, port: known.get(host))
-    assert supervisor.local_address_of("node0", 29500) == "10.1.2.3"
-    assert supervisor.local_address_of("127.0.0.1", 29500) == supervisor.local_address_of("localhost", 1) == "127.0.0.1"
-    assert supervisor.local_address_of("unknown", 29500) is None
+
+def test_rank_0_of_several_nodes_listens_where_the_others_reach_it(monkeypatch):
+    """Without launch/torchrun.sh, with a name that is loopback on its own node: by srun or mpirun."""
+    monkeypatch.setattr(control, "local_address_of", lambda host, port: "127.0.0.1" if host == "node0" else None)
+    port = free_port()
+    started = Environment(world_size=2, ranks_here=1, master_addr="node0", master_port=port)
+    store = control.open_store(started)
+    other = control.open_store(replace(started, rank=1, master_addr="127.0.0.1", attempt=3))
+    store.set("a", "b")
+    assert other.get("a") == b"b"  # nodes may count their attempts differently
+
+
+def test_a_rank_that_has_nobody_to_work_with_waits(tiny, tmp_path):
+    """One process, of an elastic job whose layout needs two."""
+    opened = open_recipe(lambda: tiny(parallel={"tp": 2}), Environment(elastic=True))
+    assert opened.idles and opened.store is None
+    waiting = threading.Thread(target=idle, args=(opened,), daemon=True)
+    waiting.start()
+    waiting.join(1)
+    assert waiting.is_alive()
+
+
+def test_a_checkpoint_is_progress_for_nodes_whose_ranks_idle(tiny, tmp_path):
+    launcher, store = Launcher(tmp_path), HashStore()
+    opened = open_recipe(lambda: tiny(), Environment(launcher=tmp_path, elastic=True, attempt=2))
+    opened = replace(opened, store=store, sizes=None)
+    waiting = threading.Thread(target=idle, args=(opened,), daemon=True)
+    waiting.start()
+    waiting.join(1)
+    assert launcher.read("progress") is None
+    note_progress(Environment(elastic=True), store)
+    end = time.monotonic() + 5
+    while launcher.read("progress") != 2:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    store.set(ENDED, "0")
+    waiting.join(5)
+    assert not waiting.is_alive()
 
 
 @pytest.mark.parametrize(
@@ -150,6 +194,18 @@ def test_a_saved_checkpoint_is_progress(tiny, tmp_path):
         run._step()
         run.save_now()
     assert launcher.read("progress") == 7
+
+
+def test_a_lost_rank_is_found_in_what_it_caused():
+    """torch's pipelines put an error of a stage into another."""
+    try:
+        try:
+            raise DistError("[/x/pair.cc:12] Connection closed by peer [::1]:5. More")
+        except DistError as e:
+            raise RuntimeError("[Stage 0] failed to run forward") from e
+    except RuntimeError as e:
+        assert lost_contact(e) == "Connection closed by peer [::1]:5"
+    assert lost_contact(RuntimeError("of a model")) is None
 
 
 def test_what_is_left_in_the_folder_is_read_whole_or_not_at_all(tmp_path):
