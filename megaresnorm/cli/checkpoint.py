@@ -53,7 +53,7 @@ def add_checkpoint(commands: Commands) -> None:
     prune.add_argument(
         "--also-before-refused",
         action="store_true",
-        help="do not keep those up to the run's first refused step, of which later ones may be spoilt",
+        help="remove also those up to the run's first step with a non-finite loss or gradient, which are kept otherwise",
     )
     prune.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
     prune.set_defaults(run=_prune)

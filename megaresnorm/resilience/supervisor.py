@@ -139,6 +139,9 @@ class Supervisor:
     def __init__(self) -> None:
         self._stop = 0  # exit code of the first signal
         self._first, self._ended = 0.0, float("inf")  # when it came, and when a rank was seen to have ended on purpose
+        self._ranks_seen = float(
+            "inf"
+        )  # when ranks of this node were last there; never, where the system does not tell
         self._again = False
         self._wakeup, self._wakes = socket.socketpair()  # what a signal writes into the one ends a wait for the other
         self._wakes.setblocking(False)
@@ -182,8 +185,7 @@ class Supervisor:
 
     def _wait(self) -> None:
         """Until torchrun has ended, or is to be ended without waiting."""
-        self._ranks_seen = time.monotonic()
-        said = self._ranks_seen + SILENT - EVERY
+        said = time.monotonic() + SILENT - EVERY
         while self._torchrun.poll() is None:
             self._sleep(0.1)
             ranks = self._ranks()
