@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Recipe": "megaresnorm.recipe",
-    "load_recipe": "megaresnorm.config",
+    "load_recipe": "megaresnorm.recipe.load",
     "TOPOLOGIES": "megaresnorm.model.topology",
     "Topology": "megaresnorm.model.topology",
     "ResidualSpec": "megaresnorm.model.topology",
@@ -18,8 +18,8 @@ _PUBLIC = {
     "Stream": "megaresnorm.model.residual",
     "Transformer": "megaresnorm.model.transformer",
     "parameter_table": "megaresnorm.model.parameters",
-    "add_norm": "megaresnorm.kernels.reference",
-    "ParallelContext": "megaresnorm.parallel.context",
+    "add_norm": "megaresnorm.kernels.add_norm.reference",
+    "ParallelContext": "megaresnorm.parallel.mesh",
     "build_model": "megaresnorm.assemble",
     "train": "megaresnorm.trainer",
     "configure_logging": "megaresnorm.telemetry.log",

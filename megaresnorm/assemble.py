@@ -8,23 +8,25 @@ from torch import Tensor, nn
 
 from megaresnorm.errors import ConfigError
 from megaresnorm.kernels import load_backends
-from megaresnorm.kernels.dispatch import choose_kernel
-from megaresnorm.kernels.sharded import Pieces, pieces_of
-from megaresnorm.model.cost import block_flops, embedding_flops, head_flops
+from megaresnorm.kernels.add_norm.sharded import ShardedNormKernels
+from megaresnorm.kernels.add_norm.spec import sharded_norm_kernels
+from megaresnorm.kernels.registry import choose_kernel
+from megaresnorm.layout import gathers_stream, split_stages
 from megaresnorm.model.init import materialize
 from megaresnorm.model.norm import Norm
 from megaresnorm.model.parameters import ParameterSpec, global_name, parameter_table
-from megaresnorm.model.residual import AddNorm, Kernels
-from megaresnorm.model.transformer import Stage, Transformer
-from megaresnorm.parallel.columns import sharded_norm
-from megaresnorm.parallel.context import ParallelContext, Sizes, resolve_sizes
-from megaresnorm.parallel.data import replicate_model, settle_shards, shard_model
+from megaresnorm.model.stream import AddNorm, Kernels
+from megaresnorm.model.transformer import Transformer
+from megaresnorm.parallel.control import exchange
+from megaresnorm.parallel.data_parallel import replicate_model, settle_shards, shard_model
 from megaresnorm.parallel.layouts import TensorLayout, tensor_layout
-from megaresnorm.parallel.messages import exchange
-from megaresnorm.parallel.pipeline import split_blocks, stage_ranges, stages_of_rank
-from megaresnorm.parallel.tensor import vocab_parallel_cross_entropy
-from megaresnorm.precision import DTYPES, Bf16Weights, weight_dtype
-from megaresnorm.recipe import KernelRecipe, ModelRecipe, ParallelRecipe, PrecisionRecipe, Recipe, divisors
+from megaresnorm.parallel.mesh import ParallelContext
+from megaresnorm.parallel.pipeline import stages_of_rank
+from megaresnorm.parallel.sharded_norm import sharded_norm
+from megaresnorm.parallel.vocab import vocab_parallel_cross_entropy
+from megaresnorm.precision.bf16 import Bf16Weights
+from megaresnorm.precision.dtypes import DTYPES, weight_dtype
+from megaresnorm.recipe import KernelRecipe, ModelRecipe, ParallelRecipe, PrecisionRecipe
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,9 @@ def build_model(
     compute, stored = DTYPES[precision.compute], DTYPES[precision.stream]
     kinds = {"activation": recipe.ffn, "attention": "plain" if recipe.attention_softcap is None else "softcap"}
     chosen = {op: choose_kernel(op, backend, device, compute, kinds.get(op)) for op, backend in kernels}
-    pieces = pieces_of(chosen["add_norm"][0].backend)
+    norm_kernels = sharded_norm_kernels(chosen["add_norm"][0].backend)
     gather = gathers_stream(parallel, precision)
-    layout = tensor_layout(parallel.tensor_layout, context.tp, gather=gather, pieces=pieces)
+    layout = tensor_layout(parallel.tensor_layout, context.tp, gather=gather, norm_kernels=norm_kernels)
     cross_entropy = chosen["cross_entropy"][0].function
     choices = {op: line for op, (_, line) in chosen.items()}
     backends = {op: kernel.backend for op, (kernel, _) in chosen.items()}
@@ -110,7 +112,7 @@ def build_model(
         cross_entropy = vocab_parallel_cross_entropy(context.tp)
         choices["cross_entropy"] = f"cross_entropy on {device.type}: vocabulary divided over {context.tp.size} ranks"
     functions = {op: kernel.function for op, (kernel, _) in chosen.items()}
-    model_kernels = _model_kernels(functions, layout, pieces, stored, compute)
+    model_kernels = _model_kernels(functions, layout, norm_kernels, stored, compute)
     stages = split_stages(recipe, parallel)
     table = parameter_table(recipe, parallel.tensor_layout if context.tp.size > 1 else "full")
     models: dict[int, Transformer] = {}
@@ -151,13 +153,17 @@ def compare_kernels(assembled: Assembled) -> None:
 
 
 def _model_kernels(
-    functions: dict[str, Callable], layout: TensorLayout, pieces: Pieces, stored: torch.dtype, compute: torch.dtype
+    functions: dict[str, Callable],
+    layout: TensorLayout,
+    norm_kernels: ShardedNormKernels,
+    stored: torch.dtype,
+    compute: torch.dtype,
 ) -> Kernels:
     """The chosen kernels as the model calls them, the stream's in its layout."""
     whole, axis = AddNorm(functions["add_norm"], stored, compute), layout.axis
 
     def normalize_shared(x: Tensor, norm: Norm) -> Tensor:
-        return sharded_norm(x.reshape(-1, x.shape[-1]), norm.weights(), axis, x.dtype, pieces).view(x.shape)
+        return sharded_norm(x.reshape(-1, x.shape[-1]), norm.weights(), axis, x.dtype, norm_kernels).view(x.shape)
 
     return Kernels(
         AddNorm(layout.add_norm(functions["add_norm"]), stored, compute),
@@ -166,27 +172,6 @@ def _model_kernels(
         whole.normalize,
         normalize_shared if axis.size > 1 else whole.normalize,
     )
-
-
-def gathers_stream(parallel: ParallelRecipe, precision: PrecisionRecipe) -> bool:
-    """Under tensor_layout=columns: whether the stored stream is gathered, rather than its normalised columns."""
-    return parallel.columns_norm != "merge" and precision.stream == precision.compute
-
-
-def split_stages(recipe: ModelRecipe, parallel: ParallelRecipe) -> list[Stage]:
-    """What every pipeline stage has, as the recipe says or balanced by cost."""
-    if parallel.stage_blocks is not None:
-        ranges = stage_ranges(parallel.stage_blocks)
-    else:
-        ranges = split_blocks(
-            recipe.num_blocks,
-            parallel.num_stages,
-            block=block_flops(recipe),
-            first=embedding_flops(recipe),
-            last=head_flops(recipe),
-        )
-    last = len(ranges) - 1
-    return [Stage(blocks, embeds=i == 0, predicts=i == last) for i, blocks in enumerate(ranges)]
 
 
 def compile_blocks(model: Transformer, *, cuda_graphs: bool, device: torch.device) -> None:
@@ -199,30 +184,6 @@ def compile_blocks(model: Transformer, *, cuda_graphs: bool, device: torch.devic
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * wanted)
     for block in model.blocks.values():
         block.compile(mode="reduce-overhead" if cuda_graphs else None)
-
-
-def check_layout(recipe: Recipe, num_ranks: int) -> Sizes:
-    """The sizes of all axes for a recipe whose vocab_size is set; called before anything starts.
-
-    Raises: ConfigError for what does not fit, with what would.
-    """
-    model, parallel = recipe.model, recipe.parallel
-    sizes = resolve_sizes(
-        num_ranks, pp=parallel.pp, dp_replicate=parallel.dp_replicate, dp_shard=parallel.dp_shard, tp=parallel.tp
-    )
-    rows = model.padded_vocab_size
-    if rows % sizes.tp or (sizes.tp - 1) * (rows // sizes.tp) >= (model.vocab_size or 0):
-        raise ConfigError(
-            f"parallel.tp={sizes.tp} must divide the {rows} padded rows of model.vocab_size={model.vocab_size}, with a token for "
-            f"every rank; set model.vocab_multiple to a multiple of {sizes.tp}, or try parallel.tp in {divisors(rows)[:6]}"
-        )
-    micro = recipe.train.micro_batch_of(sizes.dp_replicate * sizes.dp_shard, sizes.pp)
-    if parallel.tensor_layout == "tokens" and micro * model.seq_len % sizes.tp:
-        raise ConfigError(
-            f"parallel.tp={sizes.tp} must divide the {micro * model.seq_len} tokens of a microbatch under tensor_layout=tokens; "
-            "change train.micro_batch or model.seq_len, or use tensor_layout=columns, which needs no such thing"
-        )
-    return sizes
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

@@ -12,7 +12,7 @@ from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import fitting_table, recipe_of, state_of
 from megaresnorm.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer, restore_tokenizer
 from megaresnorm.errors import CheckpointError, DataError
-from megaresnorm.model.residual import KeyValueCache
+from megaresnorm.model.sequence import KeyValueCache
 from megaresnorm.model.transformer import Transformer
 from megaresnorm.recipe.section import FP32_TINY
 

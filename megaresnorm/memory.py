@@ -10,16 +10,16 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import NamedTuple
 
-from megaresnorm.assemble import check_layout, split_stages
 from megaresnorm.checkpoint.format import human_bytes
+from megaresnorm.layout import check_layout, split_stages
 from megaresnorm.model.activations import Activations, BlockKind
 from megaresnorm.model.parameters import ParameterSpec, parameter_table
 from megaresnorm.model.topology import topology
 from megaresnorm.model.transformer import Stage
 from megaresnorm.optim import MOMENTS, SMALL
-from megaresnorm.parallel.context import Sizes
+from megaresnorm.parallel.mesh import Sizes
 from megaresnorm.parallel.pipeline import smallest_batch, stages_of_rank
-from megaresnorm.precision import DTYPES, weight_dtype
+from megaresnorm.precision.dtypes import DTYPES, weight_dtype
 from megaresnorm.recipe import Recipe
 from megaresnorm.schedule import batch_size
 
@@ -312,7 +312,7 @@ class _Accounts:
         return (most + waiting * kept) * self.tokens * columns
 
     def _checkpoint(self, units: list[_Unit], stages: dict[int, Stage]) -> int:
-        """Weights and moments that this rank writes: what others have as well is shared out evenly (engines/slices.py)."""
+        """Weights and moments that this rank writes: what others have as well is shared out evenly (engines/state.py)."""
         copy = self.model.tied_embeddings and not any(stage.embeds for stage in stages.values())
 
         def size(spec: ParameterSpec) -> int:

@@ -16,15 +16,16 @@ import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 import megaresnorm
-from megaresnorm.assemble import check_layout, choose_device
+from megaresnorm.assemble import choose_device
 from megaresnorm.data.samples import Samples, TrainingData, open_data, open_samples, resolve_vocab
 from megaresnorm.errors import LostRankError, TooManyRestartsError, UserError
+from megaresnorm.layout import check_layout
 from megaresnorm.model.lint import check
 from megaresnorm.model.parameters import parameter_table
 from megaresnorm.optim import check_eps
-from megaresnorm.parallel.context import Sizes, usable_ranks
-from megaresnorm.parallel.control import agree, open_store, wait_until_heard
 from megaresnorm.parallel.environment import Environment, read_environment
+from megaresnorm.parallel.mesh import Sizes, usable_ranks
+from megaresnorm.parallel.rendezvous import agree, open_store, wait_until_heard
 from megaresnorm.recipe import Recipe
 from megaresnorm.resilience.launcher import Launcher
 from megaresnorm.resilience.memory_check import check_memory

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from megaresnorm.errors import ConfigError
 from megaresnorm.model.parameters import ParameterSpec
-from megaresnorm.parallel.data import local
+from megaresnorm.parallel.data_parallel import local
 from megaresnorm.recipe import OptimRecipe
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -20,25 +20,26 @@ import torch
 import megaresnorm
 from megaresnorm.assemble import Assembled, build_model, compare_kernels
 from megaresnorm.checkpoint.manifest import weights_digest
+from megaresnorm.checkpoint.resume import check_same_run, open_newest, open_weights, wait_until_seen
 from megaresnorm.checkpoint.saver import Saver
 from megaresnorm.checkpoint.state import RunState, state_of
 from megaresnorm.checkpoint.writer import Kept, bytes_of
-from megaresnorm.config import dump_recipe
 from megaresnorm.data.loader import Batch, microbatches
 from megaresnorm.data.samples import Samples, unigram_entropy
-from megaresnorm.engines.native import Decision, GradientStats, NativeEngine
+from megaresnorm.engines.engine import Decision, GradientStats
+from megaresnorm.engines.native import NativeEngine
 from megaresnorm.errors import NonFiniteError, TrainingError, UserError
 from megaresnorm.files import remove_unfinished, replace_file
 from megaresnorm.generate import generate
 from megaresnorm.opening import Opened, note_progress, open_recipe
 from megaresnorm.parallel.collectives import all_gather_blocks
-from megaresnorm.parallel.context import ParallelContext, start_process_group
-from megaresnorm.parallel.messages import share_results, together
+from megaresnorm.parallel.control import share_results, together
+from megaresnorm.parallel.mesh import ParallelContext, start_process_group
 from megaresnorm.recipe import Recipe
+from megaresnorm.recipe.load import dump_recipe
 from megaresnorm.resilience.lock import LOCK, FolderLock
 from megaresnorm.resilience.preflight import check_output
 from megaresnorm.resilience.signals import StopSignals, exit_reason
-from megaresnorm.resume import check_same_run, open_newest, open_weights, wait_until_seen
 from megaresnorm.schedule import batch_size, learning_rate
 from megaresnorm.telemetry.describe import data_name, describe_run
 from megaresnorm.telemetry.log import log_to_console_by_default, progress_bar, step_line

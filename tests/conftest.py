@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaresnorm.config import build_recipe
 from megaresnorm.data.prepare import PrepareJob, prepare
 from megaresnorm.recipe import Recipe
+from megaresnorm.recipe.load import build_recipe
 
 
 @pytest.hookimpl(tryfirst=True)

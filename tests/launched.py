@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from megaresnorm.config import dump_recipe
 from megaresnorm.recipe import Recipe
+from megaresnorm.recipe.load import dump_recipe
 
 ROOT = Path(__file__).parents[1]
 LAYOUTS: dict[str, tuple[int, dict]] = {

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from megaresnorm.cli import main
-from megaresnorm.comparison import Comparison, base_recipe, judge, markdown, summarize, write_report
-from megaresnorm.comparison import compare as compare_until
 from megaresnorm.errors import ConfigError, DataError
 from megaresnorm.resilience.signals import StopSignals
+from megaresnorm.studies.compare_topologies import Comparison, base_recipe, judge, markdown, summarize, write_report
+from megaresnorm.studies.compare_topologies import compare as compare_until
 
 UNIGRAM = 3.0
 
@@ -76,14 +76,14 @@ def test_every_combination_is_trained_once(small, monkeypatch):
     ]
     assert all(len(r.losses) == 4 and r.valid_loss > 0 for r in results)
     assert results[0].losses != results[1].losses  # another seed
-    monkeypatch.setattr("megaresnorm.comparison._train", lambda *a: pytest.fail("was done already"))
+    monkeypatch.setattr("megaresnorm.studies.compare_topologies._train", lambda *a: pytest.fail("was done already"))
     assert list(compare(small())) == results
 
 
 def test_more_seeds_and_depths_train_only_what_is_new(small, monkeypatch):
     first = list(compare(small(seeds=range(1))))
     trained = []
-    import megaresnorm.comparison as module
+    import megaresnorm.studies.compare_topologies as module
 
     real = module._train
     monkeypatch.setattr(module, "_train", lambda recipe, *a: trained.append(a[:3]) or real(recipe, *a))
@@ -223,7 +223,9 @@ def test_an_interrupted_run_does_not_go_on_with_other_settings_or_data(small, mo
         list(compare(small("checkpoint.every=1", "optim.lr=0.5", **one)))
     (result,) = compare(small("checkpoint.every=1", **one))
     assert len(result.losses) == 4
-    monkeypatch.setattr("megaresnorm.comparison.open_data", lambda recipe: type("D", (), {"digest": "another"}))
+    monkeypatch.setattr(
+        "megaresnorm.studies.compare_topologies.open_data", lambda recipe: type("D", (), {"digest": "another"})
+    )
     with pytest.raises(ConfigError, match="other settings or data"):
         list(compare(small("checkpoint.every=1", **one)))
 

@@ -7,8 +7,8 @@ import pytest
 
 from megaresnorm.cli import main
 from megaresnorm.cli.train import recipe_schema
-from megaresnorm.config import build_recipe, dump_recipe, load_recipe, read_yaml, recipe_keys
 from megaresnorm.errors import ConfigError
+from megaresnorm.recipe.load import build_recipe, dump_recipe, load_recipe, read_yaml, recipe_keys
 
 ROOT = Path(__file__).parents[1]
 GOOD = """

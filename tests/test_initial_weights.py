@@ -9,8 +9,8 @@ from digests import checkpoint_digest, engine_digest
 
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.cli import main
-from megaresnorm.config import load_recipe
 from megaresnorm.errors import CheckpointError
+from megaresnorm.recipe.load import load_recipe
 from megaresnorm.trainer import Run, train
 
 

@@ -12,21 +12,21 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "parallel"))
 from cases import LAYOUTS, Batch, batches, build, make_recipe
 
-from megaresnorm.config import build_recipe
-from megaresnorm.engines.native import Decision
+from megaresnorm.engines.engine import Decision
 from megaresnorm.errors import ConfigError
 from megaresnorm.memory import memory_of_stages, memory_per_rank
 from megaresnorm.model.activations import Activations, BlockKind
 from megaresnorm.model.parameters import parameter_table
 from megaresnorm.model.topology import TOPOLOGIES, beside_others
-from megaresnorm.parallel.context import Sizes
-from megaresnorm.parallel.data import local
-from megaresnorm.precision import DTYPES
+from megaresnorm.parallel.data_parallel import local
+from megaresnorm.parallel.mesh import Sizes
+from megaresnorm.precision.dtypes import DTYPES
 from megaresnorm.recipe import Recipe
+from megaresnorm.recipe.load import build_recipe
 from megaresnorm.resilience import memory_check
 from megaresnorm.resilience.host import HostMemory, host_memory
 from megaresnorm.resilience.memory_check import check_memory
-from tools.ranks import run_ranks
+from megaresnorm.testing import run_ranks
 
 GB = 10**9
 CPU = torch.device("cpu")

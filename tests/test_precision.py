@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megaresnorm.assemble import build_model
-from megaresnorm.kernels.reference import cross_entropy_sums
+from megaresnorm.kernels.cross_entropy import cross_entropy_sums
 from megaresnorm.model.topology import TOPOLOGIES
 from megaresnorm.recipe import KernelRecipe, ModelRecipe, PrecisionRecipe
 

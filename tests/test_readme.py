@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from megaresnorm.cli import main
-from megaresnorm.config import recipe_keys
 from megaresnorm.model.topology import TOPOLOGIES
+from megaresnorm.recipe.load import recipe_keys
 
 ROOT = Path(__file__).parents[1]
 PAGES = [

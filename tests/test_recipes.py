@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from megaresnorm.cli import main
-from megaresnorm.config import load_recipe
 from megaresnorm.model.lint import check
+from megaresnorm.recipe.load import load_recipe
 from megaresnorm.trainer import train
 
 ROOT = Path(__file__).parents[1]

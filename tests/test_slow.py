@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megaresnorm.config import build_recipe
 from megaresnorm.data.prepare import PrepareJob, prepare
+from megaresnorm.recipe.load import build_recipe
 from megaresnorm.trainer import train
 
 

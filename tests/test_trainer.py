@@ -19,12 +19,12 @@ from digests import engine_digest
 from megaresnorm.checkpoint import writer
 from megaresnorm.checkpoint.manifest import encode_manifest
 from megaresnorm.cli import main
-from megaresnorm.config import dump_recipe
-from megaresnorm.engines.native import Decision
+from megaresnorm.engines.engine import Decision
 from megaresnorm.errors import CheckpointError, StoppedError, TrainingError
 from megaresnorm.kernels.cpu.build import unavailable
 from megaresnorm.model.topology import TOPOLOGIES
 from megaresnorm.recipe import Recipe
+from megaresnorm.recipe.load import dump_recipe
 from megaresnorm.resilience.signals import StopSignals
 from megaresnorm.trainer import Run, train
 
@@ -466,7 +466,7 @@ def test_the_data_may_move(tiny, byte_data, tmp_path):
 def test_skipped_steps_are_counted_across_a_resume_and_forgotten_after_a_good_one(tiny, monkeypatch):
     from megaresnorm import trainer
     from megaresnorm.checkpoint.state import RunState
-    from megaresnorm.engines.native import GradientStats
+    from megaresnorm.engines.engine import GradientStats
 
     run = opened(tiny(train={"max_skipped_steps": 3}))
     good, bad = GradientStats(1.0, 1.0), GradientStats(float("inf"), 1.0)

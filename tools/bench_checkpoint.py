@@ -26,9 +26,9 @@ from megaresnorm.assemble import build_model
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.saver import Saver
 from megaresnorm.checkpoint.writer import Kept, bytes_of
-from megaresnorm.config import build_recipe
 from megaresnorm.engines.native import NativeEngine
-from megaresnorm.parallel.context import Axis
+from megaresnorm.parallel.mesh import Axis
+from megaresnorm.recipe.load import build_recipe
 
 
 def main() -> None:

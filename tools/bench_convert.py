@@ -20,9 +20,9 @@ from torch import Tensor
 from megaresnorm.checkpoint.format import Slices
 from megaresnorm.checkpoint.state import EngineState, RunState
 from megaresnorm.checkpoint.writer import save_checkpoint
-from megaresnorm.config import build_recipe
 from megaresnorm.model.parameters import parameter_table
 from megaresnorm.recipe import Recipe
+from megaresnorm.recipe.load import build_recipe
 
 # What a process of its own runs; it prints the largest memory that was resident before and after.
 _CONVERT = """

@@ -26,9 +26,9 @@ from contenders import MALLOC
 from torch import Tensor
 
 from megaresnorm.kernels import load_backends
-from megaresnorm.kernels.dispatch import backends
-from megaresnorm.kernels.fp8 import scale_for
-from megaresnorm.kernels.reference import NormWeights
+from megaresnorm.kernels.add_norm.fp8 import scale_for
+from megaresnorm.kernels.add_norm.reference import NormWeights
+from megaresnorm.kernels.registry import backends
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Bytes an element, x and delta of the same type: forward reads x and delta, writes the sum and the output; backward reads the

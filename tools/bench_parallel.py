@@ -23,18 +23,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from torch import Tensor, nn
 
-from megaresnorm.assemble import build_model, check_layout
-from megaresnorm.config import build_recipe
+from megaresnorm.assemble import build_model
 from megaresnorm.data.loader import Batch
 from megaresnorm.engines.native import NativeEngine
-from megaresnorm.model.residual import Stream
-from megaresnorm.parallel.context import ParallelContext, Sizes
+from megaresnorm.layout import check_layout
+from megaresnorm.model.stream import Stream
+from megaresnorm.parallel.mesh import ParallelContext, Sizes
 from megaresnorm.parallel.pipeline import Pipeline, bubble
 from megaresnorm.parallel.shared_memory import SharedMemory
 from megaresnorm.recipe import Recipe
+from megaresnorm.recipe.load import build_recipe
+from megaresnorm.testing import run_ranks
 
 TENSOR_LAYOUTS: dict[str, dict] = {
     "full": {"tp": 2},

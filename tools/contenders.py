@@ -15,11 +15,13 @@ from peers import PEERS, Place, Shape
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megaresnorm.assemble import build_model, check_layout
-from megaresnorm.config import build_recipe
+from megaresnorm.assemble import build_model
 from megaresnorm.data.loader import Batch
-from megaresnorm.engines.native import Decision, NativeEngine
-from megaresnorm.parallel.context import ParallelContext
+from megaresnorm.engines.engine import Decision
+from megaresnorm.engines.native import NativeEngine
+from megaresnorm.layout import check_layout
+from megaresnorm.parallel.mesh import ParallelContext
+from megaresnorm.recipe.load import build_recipe
 
 OURS = "megaresnorm"
 REFERENCE = f"{OURS}, reference kernels"

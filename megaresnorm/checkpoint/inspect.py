@@ -24,8 +24,8 @@ from megaresnorm.checkpoint.reader import Checkpoint, verify_file
 from megaresnorm.checkpoint.state import state_of
 from megaresnorm.checkpoint.writer import Kept, superfluous
 from megaresnorm.errors import CheckpointError
-from megaresnorm.parallel.context import Axis
-from megaresnorm.parallel.messages import ALONE, share_results
+from megaresnorm.parallel.control import ALONE, share_results
+from megaresnorm.parallel.mesh import Axis
 
 Progress = Callable[[int], None] | None
 

@@ -14,8 +14,8 @@ from megaresnorm.checkpoint.format import DTYPES, MANIFEST, Slices, file_sha256
 from megaresnorm.checkpoint.manifest import read_manifest, unreadable
 from megaresnorm.data.tokenizer import MAX_TOKENIZER_BYTES
 from megaresnorm.errors import CheckpointError, DamagedError
-from megaresnorm.parallel.context import Axis
-from megaresnorm.parallel.messages import ALONE, share_results, together
+from megaresnorm.parallel.control import ALONE, share_results, together
+from megaresnorm.parallel.mesh import Axis
 from megaresnorm.parallel.sharding import Box
 from megaresnorm.reading import read_plain_file
 

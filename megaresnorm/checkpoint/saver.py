@@ -18,7 +18,7 @@ from torch import Tensor
 from megaresnorm.checkpoint.format import Groups, Slices
 from megaresnorm.checkpoint.writer import Kept, save_checkpoint
 from megaresnorm.errors import CheckpointError, NonFiniteError, NonFiniteTensorError, TrainingError
-from megaresnorm.parallel.context import Axis
+from megaresnorm.parallel.mesh import Axis
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megaresnorm.checkpoint.reader import Checkpoint
-from megaresnorm.config import build_recipe
 from megaresnorm.errors import CheckpointError, ConfigError
 from megaresnorm.model.parameters import ParameterSpec, parameter_table
 from megaresnorm.recipe import ModelRecipe, Recipe
+from megaresnorm.recipe.load import build_recipe
 from megaresnorm.recipe.section import MAX_STEPS
 
 

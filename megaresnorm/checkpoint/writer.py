@@ -33,8 +33,8 @@ from megaresnorm.checkpoint.format import (
 )
 from megaresnorm.checkpoint.manifest import encode_manifest, missing_files, plausible, read_manifest
 from megaresnorm.errors import CheckpointError, NonFiniteTensorError
-from megaresnorm.parallel.context import Axis
-from megaresnorm.parallel.messages import ALONE, share_results
+from megaresnorm.parallel.control import ALONE, share_results
+from megaresnorm.parallel.mesh import Axis
 
 log = logging.getLogger(__name__)
 

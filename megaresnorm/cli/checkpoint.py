@@ -92,7 +92,7 @@ def _show(arguments: argparse.Namespace) -> int:
     from megaresnorm.checkpoint.inspect import newest_of, num_bytes
     from megaresnorm.checkpoint.manifest import read_manifest
     from megaresnorm.checkpoint.state import recipe_of, state_of
-    from megaresnorm.config import dump_recipe
+    from megaresnorm.recipe.load import dump_recipe
     from megaresnorm.telemetry.log import Table, console
 
     folder = newest_of(arguments.checkpoint)
@@ -183,7 +183,7 @@ def _beside(folder: Path) -> list[str]:
 def _diff(arguments: argparse.Namespace) -> int:
     from megaresnorm.checkpoint.inspect import compare_tensors, newest_of, num_bytes
     from megaresnorm.checkpoint.reader import Checkpoint
-    from megaresnorm.config import differences
+    from megaresnorm.recipe.load import differences
     from megaresnorm.telemetry.log import Table, console, progress_bar
 
     folders = [newest_of(arguments.one), newest_of(arguments.other)]

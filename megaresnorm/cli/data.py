@@ -128,9 +128,9 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _draws(name: str) -> tuple[list[DataSet], list[Draw]]:
     """The data sets of a recipe, and what its run draws from each."""
-    from megaresnorm.config import load_recipe
     from megaresnorm.data.inspect import draws_of
     from megaresnorm.data.samples import open_data, open_samples, resolve_vocab
+    from megaresnorm.recipe.load import load_recipe
     from megaresnorm.schedule import samples_before
 
     recipe = load_recipe(name, [])

@@ -93,7 +93,7 @@ def _depth(arguments: argparse.Namespace) -> int:
 
 
 def _probe(arguments: argparse.Namespace) -> int:
-    from megaresnorm.telemetry.depth import ProbeSetting, probe_all, summary_rows
+    from megaresnorm.studies.probe_depth import ProbeSetting, probe_all, summary_rows
     from megaresnorm.telemetry.log import console, progress_bar
 
     dim, depths, seeds = arguments.dim or 64, arguments.depths or [6, 12, 25, 50, 100], arguments.seeds or 3
@@ -141,8 +141,8 @@ def _probe_table(rows: list[dict]) -> Table:
 def _train(arguments: argparse.Namespace) -> int:
     from rich.markdown import Markdown
 
-    from megaresnorm.comparison import Comparison, base_recipe, compare, markdown, write_report
     from megaresnorm.resilience.signals import StopSignals
+    from megaresnorm.studies.compare_topologies import Comparison, base_recipe, compare, markdown, write_report
     from megaresnorm.telemetry.log import configure_logging, console, progress_bar
 
     configure_logging()

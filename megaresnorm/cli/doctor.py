@@ -54,8 +54,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     from megaresnorm.assemble import choose_device
     from megaresnorm.kernels import load_backends
+    from megaresnorm.kernels.benchmark import examine
     from megaresnorm.kernels.cpu.build import levels
-    from megaresnorm.kernels.examine import examine
     from megaresnorm.telemetry.log import Console, Table
 
     load_backends()

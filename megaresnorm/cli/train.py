@@ -58,7 +58,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.dry_run or arguments.ranks is not None:
         return 0 if environment.rank else _dry_run(arguments)
     with StopSignals(environment) as stop:  # before torch is imported, which takes seconds
-        from megaresnorm.parallel.context import end_process_group, lost_contact
+        from megaresnorm.parallel.mesh import end_process_group, lost_contact
 
         try:
             exit_code = _train_and_report(arguments, environment, stop)
@@ -74,8 +74,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _train_and_report(arguments: argparse.Namespace, environment: Environment, stop: StopSignals) -> int:
-    from megaresnorm.config import dump_recipe, load_recipe
     from megaresnorm.opening import idle, open_recipe, tell_idle_ranks
+    from megaresnorm.recipe.load import dump_recipe, load_recipe
     from megaresnorm.telemetry.log import console
     from megaresnorm.trainer import Run
 
@@ -105,13 +105,13 @@ def _train_and_report(arguments: argparse.Namespace, environment: Environment, s
 
 
 def _dry_run(arguments: argparse.Namespace) -> int:
-    from megaresnorm.assemble import check_layout, split_stages
     from megaresnorm.checkpoint.format import human_bytes
-    from megaresnorm.config import dump_recipe, load_recipe
     from megaresnorm.data.samples import open_data, open_samples, resolve_vocab
+    from megaresnorm.layout import check_layout, split_stages
     from megaresnorm.memory import memory_per_rank
     from megaresnorm.model.lint import check
     from megaresnorm.model.parameters import parameter_table
+    from megaresnorm.recipe.load import dump_recipe, load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if not arguments.dry_run:

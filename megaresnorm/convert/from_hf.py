@@ -12,7 +12,6 @@ import megaresnorm
 from megaresnorm.checkpoint.format import Slices
 from megaresnorm.checkpoint.state import EngineState, RunState
 from megaresnorm.checkpoint.writer import save_checkpoint
-from megaresnorm.config import build_recipe, dump_recipe
 from megaresnorm.convert.compare import TOLERANCE, Agreement, compare, kept_logits_on, logits_on
 from megaresnorm.convert.config_json import normalized
 from megaresnorm.convert.describe import described
@@ -28,6 +27,7 @@ from megaresnorm.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megaresnorm.errors import CheckpointError, ConfigError
 from megaresnorm.model.parameters import ParameterSpec, parameter_table
 from megaresnorm.recipe import ModelRecipe, Recipe
+from megaresnorm.recipe.load import build_recipe, dump_recipe
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from megaresnorm.config import suggest
 from megaresnorm.convert.families import FAMILIES
 from megaresnorm.convert.families.family import Family
 from megaresnorm.convert.fold import Fold, fold
@@ -14,6 +13,7 @@ from megaresnorm.convert.signature import different
 from megaresnorm.errors import CheckpointError, ConfigError
 from megaresnorm.model.topology import topology
 from megaresnorm.recipe import ModelRecipe
+from megaresnorm.recipe.load import suggest
 
 
 @dataclass(frozen=True)

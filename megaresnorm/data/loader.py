@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megaresnorm.data.samples import Samples
-from megaresnorm.parallel.context import ParallelContext
+from megaresnorm.parallel.mesh import ParallelContext
 
 
 class Batch(NamedTuple):

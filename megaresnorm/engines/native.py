@@ -3,10 +3,7 @@
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import Enum
 from functools import cached_property
-from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
@@ -17,50 +14,16 @@ from megaresnorm.checkpoint.format import FINITE, Slices, is_finite
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import EngineState
 from megaresnorm.data.loader import Batch
-from megaresnorm.engines.slices import clipper_slices, places
-from megaresnorm.engines.whole import WholeTensors
+from megaresnorm.engines.engine import Decision, GradientStats, StepStats
+from megaresnorm.engines.state import WholeTensors, clipper_slices, places
 from megaresnorm.errors import CheckpointError
-from megaresnorm.model.residual import DropoutKey
+from megaresnorm.model.dropout import DropoutKey
 from megaresnorm.optim import MOMENTS, GradientClipper, Optimizer, gradient_norms
 from megaresnorm.parallel.collectives import all_reduce
-from megaresnorm.parallel.data import local, synchronised
+from megaresnorm.parallel.data_parallel import local, synchronised
 from megaresnorm.parallel.gradients import reduce_gradients, reductions
 from megaresnorm.parallel.pipeline import Pipeline
 from megaresnorm.recipe import Recipe
-
-
-class Decision(Enum):
-    """What to do with a step once its gradients are known."""
-
-    APPLY = "apply"
-    SKIP = "skip"
-
-
-@dataclass(frozen=True)
-class GradientStats:
-    """After every reduction and before the update, the same on all ranks. loss: mean cross entropy in nats; norm: of all gradients,
-    unclipped.
-    """
-
-    loss: float
-    norm: float
-
-    @property
-    def finite(self) -> bool:
-        return isfinite(self.loss) and isfinite(self.norm)
-
-
-@dataclass(frozen=True)
-class StepStats:
-    """One optimizer step.
-
-    loss: mean cross entropy a token in nats, None without labels.   tokens: valid labels of the global batch.
-    """
-
-    loss: float | None
-    gradient_norm: float
-    tokens: int
-    applied: bool
 
 
 class _Kind(NamedTuple):

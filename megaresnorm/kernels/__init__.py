@@ -1,17 +1,18 @@
-"""Pure tensor functions on plain values: no torch.distributed, no recipe."""
+"""Pure tensor functions on plain values: no torch.distributed, no recipe. A folder or a file an op."""
 
 import importlib
 
 MODULES = (
-    "optional",
+    "add_norm.reference",
+    "add_norm.gpu_backends",
+    "add_norm.fp8",
     "cpu.add_norm",
     "cpu.attention",
     "cpu.activation",
     "cpu.cross_entropy",
-    "cpu.sharded",
     "attention",
     "cross_entropy",
-    "fp8",
+    "activation",
 )
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megaresnorm.kernels.dispatch import register_kernel
+from megaresnorm.kernels.registry import register_kernel
 
 QUERIES = 128  # in one block; the keys after a block are never looked at
 
@@ -20,7 +20,7 @@ QUERIES = 128  # in one block; the keys after a block are never looked at
 def rotate(x_BSNH: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
     """Rotate every head by its position, with tables [S, H] or [B, S, H]; computed in the tables' type, returned in x's.
 
-    The first half of ``sin`` is negative, as model/attention.py makes it.
+    The first half of ``sin`` is negative, as model/branches/attention.py makes it.
     """
     exchanged = x_BSNH.roll(x_BSNH.shape[-1] // 2, dims=-1)
     return torch.addcmul(x_BSNH * cos_SH.unsqueeze(-2), exchanged, sin_SH.unsqueeze(-2)).to(x_BSNH.dtype)

@@ -6,9 +6,10 @@ T rows (tokens)   V vocabulary
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from megaresnorm.kernels.dispatch import register_kernel
+from megaresnorm.kernels.registry import register_kernel
 
 CACHED_ELEMENTS = 1 << 19  # FP32 logits in work at a time on a CPU: 2 MiB, the size of a second-level cache
 
@@ -79,3 +80,24 @@ class _ChunkedCrossEntropy(GradientInPlace):
         ctx.gradient = logits_TV if ctx.needs_input_grad[0] else None
         ctx.mark_non_differentiable(nll)
         return nll, scale * (nll + z_loss * penalty)
+
+
+@register_kernel("cross_entropy", "reference")
+def cross_entropy_sums(
+    logits_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Sums over the valid tokens of -log p(label), and ``scale`` times those of the same plus z_loss * log(Z)^2 (PaLM,
+    arXiv:2204.02311).
+
+    logits_TV: [T, V], computed on in FP32 or FP64.   labels_T: [T] int64, negative where there is nothing to predict.
+    returns: (cross entropy, objective), two scalars; the objective is the one to differentiate.
+    """
+    logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+    if z_loss == 0.0:
+        nll = F.cross_entropy(logits_TV, labels_T.clamp(min=-1), ignore_index=-1, reduction="sum")
+        return nll, scale * nll
+    valid_T = labels_T >= 0
+    log_z_T = torch.logsumexp(logits_TV, dim=-1)
+    label_logit_T = logits_TV.gather(-1, labels_T.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    nll = torch.where(valid_T, log_z_T - label_logit_T, 0.0).sum()
+    return nll, scale * (nll + z_loss * torch.where(valid_T, log_z_T.square(), 0.0).sum())

@@ -4,10 +4,13 @@ from collections.abc import Callable
 
 from torch import nn
 
-from megaresnorm.model.attention import Attention
-from megaresnorm.model.ffn import FeedForward
+from megaresnorm.model.branches.attention import Attention
+from megaresnorm.model.branches.ffn import FeedForward
+from megaresnorm.model.dropout import DropoutMasks
 from megaresnorm.model.norm import Norm
-from megaresnorm.model.residual import DropoutMasks, Kernels, Residual, Rows, Stream
+from megaresnorm.model.residual import Residual
+from megaresnorm.model.sequence import Rows
+from megaresnorm.model.stream import Kernels, Stream
 from megaresnorm.model.topology import Position, Sublayer, topology
 from megaresnorm.parallel.layouts import TensorLayout
 from megaresnorm.recipe import ModelRecipe

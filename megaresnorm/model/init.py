@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from megaresnorm.model.parameters import ParameterSpec, global_name
-from megaresnorm.parallel.context import ParallelContext
-from megaresnorm.parallel.data import local, placed_like
+from megaresnorm.parallel.data_parallel import local, placed_like
+from megaresnorm.parallel.mesh import ParallelContext
 from megaresnorm.parallel.sharding import shard
 
 

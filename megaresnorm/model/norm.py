@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from megaresnorm.kernels.reference import NormWeights
+from megaresnorm.kernels.add_norm.reference import NormWeights
 from megaresnorm.recipe import ModelRecipe
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from math import log, sqrt
 from typing import Any, Literal
 
-from megaresnorm.config import suggest
 from megaresnorm.errors import ConfigError
 from megaresnorm.recipe import TopologyOptions as Options
+from megaresnorm.recipe.load import suggest
 
 Sublayer = Literal["attention", "ffn"]
 SUBLAYERS: tuple[Sublayer, ...] = ("attention", "ffn")

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from megaresnorm.model.block import Block
+from megaresnorm.model.dropout import DropoutKey, DropoutMasks
 from megaresnorm.model.norm import norm_of
-from megaresnorm.model.residual import DropoutKey, DropoutMasks, Kernels, KeyValueCache, Rows, Stream
 from megaresnorm.model.rotary import rotary_tables
+from megaresnorm.model.sequence import KeyValueCache, Rows
+from megaresnorm.model.stream import Kernels, Stream
 from megaresnorm.model.topology import topology
-from megaresnorm.parallel.collectives import BranchInput
-from megaresnorm.parallel.context import Axis
+from megaresnorm.parallel.branch_input import BranchInput
 from megaresnorm.parallel.layouts import FullLayout, TensorLayout
-from megaresnorm.parallel.tensor import ColumnLinear, Embedding, VocabEmbedding
+from megaresnorm.parallel.linear import ColumnLinear
+from megaresnorm.parallel.mesh import Axis
+from megaresnorm.parallel.vocab import Embedding, VocabEmbedding
 from megaresnorm.recipe import ModelRecipe
 
 

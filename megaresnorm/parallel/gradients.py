@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from megaresnorm.parallel.collectives import all_reduce
-from megaresnorm.parallel.context import Axis
-from megaresnorm.parallel.data import local
+from megaresnorm.parallel.data_parallel import local
+from megaresnorm.parallel.mesh import Axis
 
 
 class Reduction(NamedTuple):

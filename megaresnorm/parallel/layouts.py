@@ -12,12 +12,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from megaresnorm.kernels.reference import AddNormOut
-from megaresnorm.kernels.sharded import REFERENCE, Pieces
-from megaresnorm.parallel import collectives
-from megaresnorm.parallel.collectives import COPY, GATHER_ROWS, Collective, Gathered
-from megaresnorm.parallel.columns import StreamOut, columns_add_norm
-from megaresnorm.parallel.context import Axis
+from megaresnorm.kernels.add_norm.reference import AddNormOut
+from megaresnorm.kernels.add_norm.sharded import REFERENCE, ShardedNormKernels
+from megaresnorm.parallel import branch_input
+from megaresnorm.parallel.branch_input import COPY, GATHER_ROWS, Collective, Gathered
+from megaresnorm.parallel.mesh import Axis
+from megaresnorm.parallel.sharded_norm import StreamOut, columns_add_norm
 
 
 class TensorLayout(ABC):
@@ -62,10 +62,10 @@ class FullLayout(TensorLayout):
         return _gathering(kernel, COPY, self.axis)
 
     def reduce(self, y_TD: Tensor) -> Tensor:
-        return collectives.reduce(y_TD, self.axis)
+        return branch_input.reduce(y_TD, self.axis)
 
     def token_weights(self, t_T1: Tensor) -> Tensor:
-        return collectives.share(t_T1, self.axis)
+        return branch_input.share(t_T1, self.axis)
 
 
 class TokensLayout(TensorLayout):
@@ -77,7 +77,7 @@ class TokensLayout(TensorLayout):
         return _gathering(kernel, GATHER_ROWS, self.axis)
 
     def reduce(self, y_TD: Tensor) -> Tensor:
-        return collectives.scatter_rows(y_TD, self.axis)
+        return branch_input.scatter_rows(y_TD, self.axis)
 
     def token_weights(self, t_T1: Tensor) -> Tensor:
         return self.tokens(t_T1)
@@ -91,17 +91,17 @@ class ColumnsLayout(TensorLayout):
 
     name = "columns"
 
-    def __init__(self, axis: Axis, *, gather: bool, pieces: Pieces) -> None:
+    def __init__(self, axis: Axis, *, gather: bool, norm_kernels: ShardedNormKernels) -> None:
         super().__init__(axis)
-        self.gather, self.pieces = gather, pieces
+        self.gather, self.norm_kernels = gather, norm_kernels
 
     def add_norm(self, kernel: Callable[..., AddNormOut]) -> Callable[..., AddNormOut | StreamOut]:
         if self.axis.size == 1:
             return kernel
-        return columns_add_norm(kernel, self.axis, gather=self.gather, pieces=self.pieces)
+        return columns_add_norm(kernel, self.axis, gather=self.gather, norm_kernels=self.norm_kernels)
 
     def reduce(self, y_TD: Tensor) -> Tensor:
-        return collectives.scatter_columns(y_TD, self.axis)
+        return branch_input.scatter_columns(y_TD, self.axis)
 
     def token_weights(self, t_T1: Tensor) -> Tensor:
         return t_T1
@@ -113,10 +113,14 @@ class ColumnsLayout(TensorLayout):
         return width * self.axis.rank
 
 
-def tensor_layout(name: str, axis: Axis, *, gather: bool = True, pieces: Pieces = REFERENCE) -> TensorLayout:
-    """full, tokens or columns. gather: of columns, where the stored type allows it.   pieces: of the norms over divided columns."""
+def tensor_layout(
+    name: str, axis: Axis, *, gather: bool = True, norm_kernels: ShardedNormKernels = REFERENCE
+) -> TensorLayout:
+    """full, tokens or columns. gather: of columns, where the stored type allows it.
+    norm_kernels: of norms over a sharded hidden dimension.
+    """
     if name == "columns":
-        return ColumnsLayout(axis, gather=gather, pieces=pieces)
+        return ColumnsLayout(axis, gather=gather, norm_kernels=norm_kernels)
     return {"full": FullLayout, "tokens": TokensLayout}[name](axis)
 
 

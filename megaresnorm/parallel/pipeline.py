@@ -11,8 +11,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.pipelining._backward import stage_backward
 
-from megaresnorm.parallel.context import Axis
-from megaresnorm.parallel.data import accumulate_in_shards
+from megaresnorm.parallel.data_parallel import accumulate_in_shards
+from megaresnorm.parallel.mesh import Axis
 
 SCHEDULES: dict[str, Callable[..., Any]] = {
     "gpipe": ScheduleGPipe,

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaresnorm.parallel.collectives import all_gather_blocks
-from megaresnorm.parallel.context import Axis
+from megaresnorm.parallel.mesh import Axis
 
 Box = tuple[tuple[int, int], ...]  # a slice of a whole tensor: (start, stop) in every dim
 

@@ -9,7 +9,7 @@ import torch
 from megaresnorm.checkpoint.format import human_bytes
 from megaresnorm.errors import ConfigError
 from megaresnorm.memory import MemoryPerRank, Need, memory_of_stages
-from megaresnorm.parallel.context import Sizes
+from megaresnorm.parallel.mesh import Sizes
 from megaresnorm.recipe import Recipe
 from megaresnorm.resilience.host import host_memory
 

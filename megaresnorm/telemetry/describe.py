@@ -2,8 +2,9 @@
 
 import torch
 
-from megaresnorm.assemble import Assembled, split_stages
+from megaresnorm.assemble import Assembled
 from megaresnorm.data.samples import Samples
+from megaresnorm.layout import split_stages
 from megaresnorm.recipe import Recipe
 from megaresnorm.schedule import total_variation
 from megaresnorm.text import shown

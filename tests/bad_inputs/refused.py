@@ -8,7 +8,6 @@ from pathlib import Path
 
 import transformers.models.llama.modeling_llama  # noqa: F401 - once, so that no case pays for it
 
-import megaresnorm.comparison
 import megaresnorm.convert.from_hf
 import megaresnorm.convert.to_hf
 import megaresnorm.generate  # noqa: F401

@@ -13,7 +13,7 @@ from megaresnorm.checkpoint.manifest import encode_manifest
 from megaresnorm.checkpoint.state import EngineState, RunState
 from megaresnorm.checkpoint.writer import save_checkpoint
 from megaresnorm.cli import main
-from megaresnorm.config import build_recipe
+from megaresnorm.recipe.load import build_recipe
 
 MODEL = {"dim": 8, "num_blocks": 1, "num_heads": 2, "seq_len": 8, "ffn_dim": 16, "vocab_size": 257, "topology": "pre"}
 

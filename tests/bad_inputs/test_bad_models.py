@@ -15,8 +15,8 @@ from megaresnorm.checkpoint.format import Slices
 from megaresnorm.checkpoint.state import EngineState, RunState
 from megaresnorm.checkpoint.writer import save_checkpoint
 from megaresnorm.cli import main
-from megaresnorm.config import build_recipe
 from megaresnorm.convert.to_hf import to_hf
+from megaresnorm.recipe.load import build_recipe
 
 MODEL = {"dim": 8, "num_blocks": 2, "num_heads": 2, "seq_len": 16, "ffn_dim": 16, "vocab_size": 257, "topology": "pre"}
 LEARNED = {

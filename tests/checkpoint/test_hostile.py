@@ -18,9 +18,9 @@ from megaresnorm.checkpoint.manifest import encode_manifest
 from megaresnorm.checkpoint.reader import Checkpoint, Held, _beside_each_other
 from megaresnorm.checkpoint.state import state_of
 from megaresnorm.checkpoint.writer import save_checkpoint
-from megaresnorm.config import build_recipe
 from megaresnorm.errors import UserError
 from megaresnorm.model.topology import topology
+from megaresnorm.recipe.load import build_recipe
 
 WEIGHTS, OPTIMIZER, TOKENIZER = "weights-00000-00001.safetensors", "optimizer-00000-00001.safetensors", "tokenizer.json"
 TENSORS = {group: {"a": torch.arange(24.0).view(6, 4), "b": torch.ones(3)} for group in ("weights", "optimizer")}

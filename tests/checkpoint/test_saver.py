@@ -11,7 +11,7 @@ from megaresnorm.checkpoint.format import Slices, list_checkpoints
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.saver import Saver
 from megaresnorm.checkpoint.writer import Kept
-from megaresnorm.parallel.context import Axis
+from megaresnorm.parallel.mesh import Axis
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ import torch
 from megaresnorm.checkpoint import writer
 from megaresnorm.checkpoint.format import Slices, list_checkpoints
 from megaresnorm.checkpoint.reader import Checkpoint
+from megaresnorm.checkpoint.resume import open_newest
 from megaresnorm.checkpoint.writer import ALONE, save_checkpoint
 from megaresnorm.errors import CheckpointError
-from megaresnorm.resume import open_newest
 
 ATTACHED = {"tokenizer.json": b'{"model": "bytes"}' * 20}
 FILES = ["manifest.json", "weights-00000-00001.safetensors", "optimizer-00000-00001.safetensors", "tokenizer.json"]

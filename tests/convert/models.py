@@ -8,9 +8,9 @@ from megaresnorm.assemble import build_model
 from megaresnorm.checkpoint.format import Slices
 from megaresnorm.checkpoint.state import EngineState, RunState
 from megaresnorm.checkpoint.writer import save_checkpoint
-from megaresnorm.config import build_recipe
 from megaresnorm.data.tokenizer import Tokenizer
 from megaresnorm.recipe import Recipe
+from megaresnorm.recipe.load import build_recipe
 
 # Awkward on purpose: grouped heads that are not dim / heads wide, an odd vocabulary, an ffn of no round width.
 SIZES = {

@@ -15,7 +15,7 @@ from megaresnorm.data.prepare import PrepareJob, prepare
 from megaresnorm.data.samples import BlendedSamples, PackedSamples, open_data, open_samples, resolve_vocab
 from megaresnorm.errors import ConfigError, DataError
 from megaresnorm.model.topology import TOPOLOGIES
-from megaresnorm.parallel.context import Axis, ParallelContext
+from megaresnorm.parallel.mesh import Axis, ParallelContext
 from megaresnorm.recipe import ModelRecipe, PrecisionRecipe
 from megaresnorm.trainer import Run, train
 
@@ -144,7 +144,7 @@ def test_data_show_and_verify(three, tmp_path, capsys, blended):
     assert main(["data", "show", *three, "--json", str(tmp_path / "figures.json")]) == 0
     shown = capsys.readouterr().out
     assert "300" in shown and "1,000" in shown and "bytes" in shown
-    from megaresnorm.config import dump_recipe
+    from megaresnorm.recipe.load import dump_recipe
 
     (tmp_path / "blend.yaml").write_text(dump_recipe(blended(train={"steps": 100, "global_batch": 8})))
     assert main(["data", "show", str(tmp_path / "blend.yaml"), "--json", str(tmp_path / "draws.json")]) == 0

@@ -10,7 +10,7 @@ from megaresnorm.data.dataset import open_dataset
 from megaresnorm.data.loader import microbatches
 from megaresnorm.data.samples import PackedSamples, open_data, open_samples, split_documents, unigram_entropy
 from megaresnorm.errors import DataError
-from megaresnorm.parallel.context import Axis, ParallelContext
+from megaresnorm.parallel.mesh import Axis, ParallelContext
 
 CPU = torch.device("cpu")
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from megaresnorm.kernels.reference import NormWeights, add_norm
+from megaresnorm.kernels.add_norm.reference import NormWeights, add_norm
 
 F32, BF16, FP8 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
 # branch_norm, norm, next_norm: the patterns of the topologies, and all at once.

@@ -15,8 +15,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megaresnorm.kernels import triton_add_norm, triton_norm_quant, triton_sharded, triton_wide
-from megaresnorm.kernels.triton_add_norm import _shape
+from megaresnorm.kernels.add_norm import triton_fp8 as triton_fp8
+from megaresnorm.kernels.add_norm import triton_rows as triton_rows
+from megaresnorm.kernels.add_norm import triton_sharded, triton_wide
+from megaresnorm.kernels.add_norm.triton_rows import _shape
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 POINTERS_OF_FP32 = ("weight", "bias", "statistics", "sums", "sum_", "gate", "amax", "scale", "coefficients", "inverse")
@@ -82,9 +84,9 @@ def add_norm(columns, kind, mode):
     if not branch:
         absent |= {"branch_weight", "branch_bias", "branch_statistics", "sum_branch_weight", "sum_branch_bias"}
     name = f"{columns} {kind} {mode}"
-    wide = columns > triton_add_norm.MAX_COLUMNS
-    forward = (triton_wide if wide else triton_add_norm).forward_kernel
-    shape = triton_add_norm.Shape(1, triton_add_norm.WIDE_BLOCK, 8) if wide else _shape(columns, 1)
+    wide = columns > triton_rows.MAX_COLUMNS
+    forward = (triton_wide if wide else triton_rows).forward_kernel
+    shape = triton_rows.Shape(1, triton_rows.WIDE_BLOCK, 8) if wide else _shape(columns, 1)
     blocks = {"BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n}
     yield (
         f"forward {name}",
@@ -93,13 +95,13 @@ def add_norm(columns, kind, mode):
     if fp8:
         return  # its gradient is the other's
     absent |= set() if branch else {"delta", "d_delta"}
-    if columns * (1 + two + branch) > triton_add_norm.MAX_COLUMNS:
-        for what, blocks, warps in (("rows", (1, triton_add_norm.WIDE_BLOCK), 8), ("columns", (8, 128), 4)):
+    if columns * (1 + two + branch) > triton_rows.MAX_COLUMNS:
+        for what, blocks, warps in (("rows", (1, triton_rows.WIDE_BLOCK), 8), ("columns", (8, 128), 4)):
             kernel = getattr(triton_wide, f"{what}_kernel")
             constants = {**norms, "BLOCK_M": blocks[0], "BLOCK_N": blocks[1]}
             yield f"backward, {what} {name}", compiled(kernel, absent, types_of(kernel, False), constants, warps)
         return
-    kernel = triton_add_norm.backward_kernel
+    kernel = triton_rows.backward_kernel
     shape = _shape(columns, 1 + two + branch)
     blocks = {"BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n}
     yield f"backward {name}", compiled(kernel, absent, types_of(kernel, False), {**norms, **blocks}, shape.warps)
@@ -125,7 +127,7 @@ def everything():
     for columns, kind, mode in product((1024, 4096, 8192, 16384), KINDS, ("pre", "keel", "sandwich", "fp8")):
         if columns != 16384 or mode in ("pre", "keel"):
             found |= dict(add_norm(columns, kind, mode))
-    kernel = triton_norm_quant.norm_quant_kernel
+    kernel = triton_fp8.norm_quant_kernel
     for blocks in (False, True):
         absent = {"scale"} if blocks else {"inverse"}
         sizes = {"BLOCK_M": 2, "BLOCK_N": 1024}

@@ -12,9 +12,13 @@ import torch
 import triton.runtime.interpreter as interpreter
 from add_norm_checks import BF16, DTYPES, F32, GATES, PATTERNS, check, check_fp8, make_norm
 
-from megaresnorm.kernels import fused, load_backends, triton_add_norm, triton_norm_quant, triton_sharded
-from megaresnorm.kernels.fp8 import norm_quant
-from megaresnorm.kernels.reference import add_norm
+from megaresnorm.kernels import load_backends
+from megaresnorm.kernels.add_norm import op as fused
+from megaresnorm.kernels.add_norm import triton_fp8 as triton_fp8
+from megaresnorm.kernels.add_norm import triton_rows as triton_rows
+from megaresnorm.kernels.add_norm import triton_sharded
+from megaresnorm.kernels.add_norm.fp8 import norm_quant
+from megaresnorm.kernels.add_norm.reference import add_norm
 
 load_backends()
 triton_kernel = fused.fused_add_norm("triton")
@@ -36,8 +40,8 @@ interpreter._convert_float = _convert
 def kernel(request, monkeypatch):
     """add_norm by the kernels for rows in registers, and by those for wider rows with blocks of 32 columns."""
     if request.param == "wide":
-        monkeypatch.setattr(triton_add_norm, "MAX_COLUMNS", 0)
-        monkeypatch.setattr(triton_add_norm, "WIDE_BLOCK", 32)
+        monkeypatch.setattr(triton_rows, "MAX_COLUMNS", 0)
+        monkeypatch.setattr(triton_rows, "WIDE_BLOCK", 32)
     return triton_kernel
 
 
@@ -69,8 +73,8 @@ def test_sizes(rows, columns, dtypes):
 
 def test_wide_rows_over_several_programs(monkeypatch):
     """Column sums in several blocks of columns, and over more rows than one program takes."""
-    monkeypatch.setattr(triton_add_norm, "MAX_COLUMNS", 0)
-    monkeypatch.setattr(triton_add_norm, "WIDE_BLOCK", 128)
+    monkeypatch.setattr(triton_rows, "MAX_COLUMNS", 0)
+    monkeypatch.setattr(triton_rows, "WIDE_BLOCK", 128)
     check(triton_kernel, 300, 200, "pre", "vector", "fp32")
 
 
@@ -104,7 +108,7 @@ def test_norms_over_divided_columns(kind, dtypes, monkeypatch):
     monkeypatch.setattr(triton_sharded, "ROWS_PER_PROGRAM", 16)
     for rows, columns, block in ((1, 2, 4096), (37, 24, 4096), (3, 600, 128)):
         monkeypatch.setattr(triton_sharded, "BLOCK_N", block)
-        test_sharded.check(triton_sharded.PIECES, kind, rows, columns, dtypes)
+        test_sharded.check(triton_sharded.SHARDED, kind, rows, columns, dtypes)
 
 
 @pytest.mark.parametrize("columns", [128, 200, 384, 1100])
@@ -120,7 +124,7 @@ def test_norm_quant(columns, kind, whole):
     scale = 448 / out.amax if whole else None
     d = torch.randn(9, columns, generator=g).to(torch.float8_e4m3fn)
     found = []
-    for function in (norm_quant, triton_norm_quant.norm_quant):
+    for function in (norm_quant, triton_fp8.norm_quant):
         leaf = x.clone().requires_grad_()
         fp8, inverse = function(leaf, norm, out.statistics, scale=scale)
         found.append((fp8, inverse, *torch.autograd.grad(fp8, (leaf, norm.weight), d)))

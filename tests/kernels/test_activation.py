@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from megaresnorm.kernels.activation import activation
 from megaresnorm.kernels.cpu import build
 from megaresnorm.kernels.cpu.activation import cpu_activation
-from megaresnorm.kernels.reference import activation
 
 F32, BF16 = torch.float32, torch.bfloat16
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason="no C compiler")

@@ -5,10 +5,10 @@ import torch
 from add_norm_checks import BF16, DTYPES, F32, FP8, GATES, PATTERNS, check, check_fp8, make_norm
 
 from megaresnorm.kernels import load_backends
+from megaresnorm.kernels.add_norm.op import fused_add_norm
+from megaresnorm.kernels.add_norm.reference import NormWeights, add_norm
 from megaresnorm.kernels.cpu import build
-from megaresnorm.kernels.dispatch import backends
-from megaresnorm.kernels.fused import fused_add_norm
-from megaresnorm.kernels.reference import NormWeights, add_norm
+from megaresnorm.kernels.registry import backends
 
 load_backends()
 needs_compiler = pytest.mark.skipif(build.unavailable() is not None, reason="no C compiler")

@@ -12,7 +12,7 @@ from megaresnorm.kernels.attention import (
 )
 from megaresnorm.kernels.cpu import build
 from megaresnorm.kernels.cpu.attention import cpu_attention
-from megaresnorm.kernels.dispatch import choose_kernel
+from megaresnorm.kernels.registry import choose_kernel
 from megaresnorm.model.rotary import rotary_tables
 from megaresnorm.recipe import ModelRecipe
 

@@ -17,7 +17,7 @@ from megaresnorm.errors import ConfigError
 from megaresnorm.kernels import load_backends
 from megaresnorm.kernels.cpu import build, trusted
 from megaresnorm.kernels.cpu.activation import cpu_activation
-from megaresnorm.kernels.dispatch import choose_kernel
+from megaresnorm.kernels.registry import choose_kernel
 
 load_backends()
 needs_compiler = pytest.mark.skipif(build.unavailable() is not None, reason="no C compiler")

@@ -5,8 +5,7 @@ import torch
 
 from megaresnorm.kernels.cpu import build
 from megaresnorm.kernels.cpu.cross_entropy import cpu_cross_entropy
-from megaresnorm.kernels.cross_entropy import CACHED_ELEMENTS, chunked_cross_entropy
-from megaresnorm.kernels.reference import cross_entropy_sums
+from megaresnorm.kernels.cross_entropy import CACHED_ELEMENTS, chunked_cross_entropy, cross_entropy_sums
 
 KERNELS = [chunked_cross_entropy] + ([cpu_cross_entropy] if build.unavailable() is None else [])
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 4e-3}

@@ -1,15 +1,17 @@
 """The kernels as operators: what torch.compile, torch.export, selective recomputation and a second derivative see."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from megaresnorm.kernels import load_backends
+from megaresnorm.kernels import load_backends, registry
+from megaresnorm.kernels.add_norm.op import fused_add_norm
+from megaresnorm.kernels.add_norm.reference import NormWeights
 from megaresnorm.kernels.cpu import build
 from megaresnorm.kernels.cpu.activation import cpu_activation
 from megaresnorm.kernels.cpu.attention import cpu_attention
-from megaresnorm.kernels.fused import fused_add_norm
-from megaresnorm.kernels.reference import NormWeights
 
 load_backends()
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason="no C compiler")
@@ -114,12 +116,11 @@ def test_export_with_a_dynamic_batch():
 
 
 def test_selective_recomputation_can_keep_or_repeat_a_kernel(monkeypatch):
-    from megaresnorm.kernels import fused as module
-
     calls = []
-    backend = module.BACKENDS["cpu"]
+    entry = registry.kernel_named("add_norm", "cpu")
+    backend = entry.implementation
     counted = backend._replace(forward=lambda *a: (calls.append(1), backend.forward(*a)))
-    monkeypatch.setitem(module.BACKENDS, "cpu", counted)
+    monkeypatch.setitem(registry._KERNELS["add_norm"], "cpu", replace(entry, implementation=counted))
     inputs = arguments()
     want = torch.autograd.grad(layer(*inputs).sum(), inputs)
     for policy, runs in ((CheckpointPolicy.MUST_SAVE, 1), (CheckpointPolicy.PREFER_RECOMPUTE, 2)):
@@ -137,7 +138,7 @@ def test_selective_recomputation_can_keep_or_repeat_a_kernel(monkeypatch):
 
 
 def test_the_way_past_the_dispatcher_gives_the_same_bits():
-    from megaresnorm.kernels import operator
+    from megaresnorm.kernels import custom_op as operator
 
     inputs = arguments()
     direct = layer(*inputs)

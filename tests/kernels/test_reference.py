@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from megaresnorm.errors import ConfigError
-from megaresnorm.kernels.dispatch import choose_kernel, register_kernel
-from megaresnorm.kernels.reference import NormWeights, add_norm, cross_entropy_sums, dropout
+from megaresnorm.kernels.add_norm.reference import NormWeights, add_norm
+from megaresnorm.kernels.cross_entropy import cross_entropy_sums
+from megaresnorm.kernels.dropout import dropout
+from megaresnorm.kernels.registry import choose_kernel, register_kernel
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 CPU = torch.device("cpu")

@@ -1,12 +1,14 @@
-"""The pieces of a norm over divided columns: put together they are the whole norm, by every backend."""
+"""A norm sharded over the hidden dimension: its kernels put together are the whole norm, by every backend."""
 
 import pytest
 import torch
 
 from megaresnorm.kernels import load_backends
+from megaresnorm.kernels.add_norm.reference import NormWeights, normalize
+from megaresnorm.kernels.add_norm.sharded import REFERENCE, ShardedNormKernels, merge_stats
+from megaresnorm.kernels.add_norm.spec import sharded_norm_kernels
 from megaresnorm.kernels.cpu import build
-from megaresnorm.kernels.reference import NormWeights, normalize
-from megaresnorm.kernels.sharded import PIECES, REFERENCE, Pieces, merge_stats, pieces_of
+from megaresnorm.kernels.registry import backends
 
 load_backends()
 KINDS = ["layernorm", "rmsnorm"]
@@ -20,23 +22,25 @@ DTYPES = [
 
 
 def put_together(
-    pieces: Pieces, kind: str, z, dy, weight, bias, parts: int, out_dtype: torch.dtype
+    kernels: ShardedNormKernels, kind: str, z, dy, weight, bias, parts: int, out_dtype: torch.dtype
 ) -> list[torch.Tensor]:
     """y and the gradients of z, weight and bias, as ``parts`` ranks compute them."""
     columns, eps = z.shape[1], 1e-5
     local = [[t.chunk(parts, dim=-1)[i].contiguous() for t in (z, dy, weight, bias)] for i in range(parts)]
-    stats = merge_stats(torch.stack([pieces.stats(zi, kind) for zi, *_ in local]), kind, columns, eps)
-    y = [pieces.apply(zi, stats, wi, bi if kind == "layernorm" else None, kind, out_dtype) for zi, _, wi, bi in local]
+    stats = merge_stats(torch.stack([kernels.stats(zi, kind) for zi, *_ in local]), kind, columns, eps)
+    y = [kernels.apply(zi, stats, wi, bi if kind == "layernorm" else None, kind, out_dtype) for zi, _, wi, bi in local]
     local = [
         (zi, torch.cat((di, di), 1)[:, : di.shape[1]], wi, bi) for zi, di, wi, bi in local
     ]  # dy is a slice of a message
-    sums = sum(pieces.grad_sums(di, zi, stats, wi, kind) for zi, di, wi, _ in local)
-    dz = [pieces.grad_apply(di, zi, stats, sums, wi, kind, columns) for zi, di, wi, _ in local]
-    weights = [pieces.grad_weights(di, zi, stats, kind) for zi, di, *_ in local]
+    sums = sum(kernels.grad_sums(di, zi, stats, wi, kind) for zi, di, wi, _ in local)
+    dz = [kernels.grad_apply(di, zi, stats, sums, wi, kind, columns) for zi, di, wi, _ in local]
+    weights = [kernels.grad_weights(di, zi, stats, kind) for zi, di, *_ in local]
     return [torch.cat(y, 1), torch.cat(dz, 1), *(torch.cat([w[i] for w in weights]) for i in (0, 1))]
 
 
-def check(pieces: Pieces, kind: str, rows: int, columns: int, dtypes, device: str = "cpu", mean: float = 3.0) -> None:
+def check(
+    kernels: ShardedNormKernels, kind: str, rows: int, columns: int, dtypes, device: str = "cpu", mean: float = 3.0
+) -> None:
     generator = torch.Generator().manual_seed(rows + columns)
     z = (torch.randn(rows, columns, generator=generator) + mean).to(dtypes[0])
     dy = torch.randn(rows, columns, generator=generator).to(dtypes[1])
@@ -47,7 +51,7 @@ def check(pieces: Pieces, kind: str, rows: int, columns: int, dtypes, device: st
     exact = normalize(leaves[0], norm)
     exact.backward(dy.double())
     db = dy.double().sum(0) if kind == "rmsnorm" else leaves[2].grad
-    got = put_together(pieces, kind, *inputs, 2, dtypes[1])
+    got = put_together(kernels, kind, *inputs, 2, dtypes[1])
     bf16 = torch.bfloat16 in dtypes
     for what, mine, wanted in zip(
         ("y", "dz", "dw", "db"), got, (exact, leaves[0].grad, leaves[1].grad, db), strict=True
@@ -63,28 +67,32 @@ def check(pieces: Pieces, kind: str, rows: int, columns: int, dtypes, device: st
 def test_pieces_make_the_norm(backend, kind, dtypes):
     if backend == "cpu" and (reason := build.unavailable()):
         pytest.skip(reason)
-    pieces = pieces_of(backend)
-    assert (pieces is REFERENCE) == (backend == "reference")
+    kernels = sharded_norm_kernels(backend)
+    assert (kernels is REFERENCE) == (backend == "reference")
     for rows, columns in SIZES:
-        check(pieces, kind, rows, columns, dtypes)
+        check(kernels, kind, rows, columns, dtypes)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_rows_far_from_zero(backend):
     if backend == "cpu" and (reason := build.unavailable()):
         pytest.skip(reason)
-    check(pieces_of(backend), "layernorm", 64, 1024, DTYPES[0], mean=100.0)
+    check(sharded_norm_kernels(backend), "layernorm", 64, 1024, DTYPES[0], mean=100.0)
 
 
 def test_c_takes_no_fp8():
     if reason := build.unavailable():
         pytest.skip(reason)
     with pytest.raises(TypeError, match=r"shard_apply: out is torch.float8_e4m3fn"):
-        pieces_of("cpu").apply(torch.ones(2, 4), torch.ones(2, 2), torch.ones(4), None, "rmsnorm", torch.float8_e4m3fn)
+        sharded_norm_kernels("cpu").apply(
+            torch.ones(2, 4), torch.ones(2, 2), torch.ones(4), None, "rmsnorm", torch.float8_e4m3fn
+        )
 
 
 def test_other_backends_of_add_norm_take_the_reference():
-    assert pieces_of("te") is REFERENCE and set(PIECES) == {"cpu", "triton"}
+    assert sharded_norm_kernels("te") is REFERENCE and {
+        kernel.backend for kernel in backends("add_norm") if kernel.implementation
+    } == {"cpu", "triton"}
 
 
 @pytest.mark.gpu
@@ -92,4 +100,4 @@ def test_other_backends_of_add_norm_take_the_reference():
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_triton_pieces_on_a_gpu(kind, dtypes):
     for rows, columns in [*SIZES, (8192, 4096)]:
-        check(pieces_of("triton"), kind, rows, columns, dtypes, device="cuda")
+        check(sharded_norm_kernels("triton"), kind, rows, columns, dtypes, device="cuda")

@@ -10,9 +10,10 @@ import pytest
 import torch
 from add_norm_checks import BF16, DTYPES, GATES, PATTERNS, check, check_fp8, make_norm
 
-from megaresnorm.kernels import fused, load_backends
-from megaresnorm.kernels.dispatch import backends
-from megaresnorm.kernels.reference import add_norm
+from megaresnorm.kernels import load_backends
+from megaresnorm.kernels.add_norm import op as fused
+from megaresnorm.kernels.add_norm.reference import add_norm
+from megaresnorm.kernels.registry import backends
 
 pytest.importorskip("triton")
 load_backends()

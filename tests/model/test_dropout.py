@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megaresnorm.assemble import build_model
-from megaresnorm.model.residual import DropoutKey, DropoutMasks
+from megaresnorm.model.dropout import DropoutKey, DropoutMasks
 from megaresnorm.model.topology import TOPOLOGIES
 from megaresnorm.recipe import ModelRecipe, PrecisionRecipe
 

@@ -7,15 +7,17 @@ import torch.distributed as dist
 from digests import engine_digest
 from torch import Tensor
 
-from megaresnorm.assemble import Assembled, build_model, check_layout
-from megaresnorm.config import build_recipe
+from megaresnorm.assemble import Assembled, build_model
 from megaresnorm.data.loader import Batch
-from megaresnorm.engines.native import Decision, NativeEngine
-from megaresnorm.engines.whole import WholeTensors
+from megaresnorm.engines.engine import Decision
+from megaresnorm.engines.native import NativeEngine
+from megaresnorm.engines.state import WholeTensors
+from megaresnorm.layout import check_layout
 from megaresnorm.model.topology import beside_others
-from megaresnorm.parallel.context import ParallelContext
-from megaresnorm.parallel.data import local
+from megaresnorm.parallel.data_parallel import local
+from megaresnorm.parallel.mesh import ParallelContext
 from megaresnorm.recipe import Recipe
+from megaresnorm.recipe.load import build_recipe
 
 SAMPLES, SEQ, VOCAB, MICRO = 8, 8, 37, 2
 

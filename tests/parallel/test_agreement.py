@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 from launched import be_rank
-from ranks import run_ranks
 
 import megaresnorm
 from megaresnorm import opening
-from megaresnorm.config import build_recipe
 from megaresnorm.errors import UserError
 from megaresnorm.opening import facts_of_start, open_recipe
+from megaresnorm.recipe.load import build_recipe
+from megaresnorm.testing import run_ranks
 
 LAYOUTS = {"dp2": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}}
 CHANGED = [  # key, value on rank 1
@@ -88,7 +88,7 @@ def test_versions_files_recipes_and_data_that_differ_are_named(tiny):
 
 
 def test_the_facts_cover_every_setting_and_source_file(tiny):
-    from megaresnorm.config import recipe_keys
+    from megaresnorm.recipe.load import recipe_keys
 
     facts = facts_of_start(tiny())
     files = list(Path(megaresnorm.__file__).parent.rglob("*.py"))

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 
 from megaresnorm.parallel import collectives, shared_memory
-from megaresnorm.parallel.context import Axis, ParallelContext, Sizes
+from megaresnorm.parallel.mesh import Axis, ParallelContext, Sizes
 from megaresnorm.parallel.shared_memory import SharedMemory
+from megaresnorm.testing import run_ranks
 
 SHAPES = [(1,), (3, 5), (4, 8, 6), (0, 4), ()]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.int64]

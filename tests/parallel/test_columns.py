@@ -6,14 +6,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import LAYOUTS, SEQ, build, make_recipe
-from ranks import run_ranks
 
-from megaresnorm.kernels.reference import NormWeights, add_norm, normalize, normalize_with_statistics
-from megaresnorm.model.residual import Stream
-from megaresnorm.parallel import collectives, columns
-from megaresnorm.parallel.collectives import GATHER_COLUMNS
-from megaresnorm.parallel.context import ParallelContext, Sizes
+from megaresnorm.kernels.add_norm.reference import NormWeights, add_norm, normalize, normalize_with_statistics
+from megaresnorm.model.stream import Stream
+from megaresnorm.parallel import collectives
+from megaresnorm.parallel import sharded_norm as columns
+from megaresnorm.parallel.branch_input import GATHER_COLUMNS
+from megaresnorm.parallel.mesh import ParallelContext, Sizes
 from megaresnorm.parallel.shared_memory import SharedMemory
+from megaresnorm.testing import run_ranks
 
 ROWS, COLUMNS = 64, 256
 KINDS = ["layernorm", "rmsnorm"]

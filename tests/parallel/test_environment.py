@@ -54,7 +54,7 @@ def test_a_wrong_variable_is_one_line_of_any_command(case, monkeypatch, capsys):
 
 def test_a_rank_left_in_a_shell_silences_nothing(tiny, tmp_path, monkeypatch, capsys):
     """Of one process: its log, and its errors."""
-    from megaresnorm.config import dump_recipe
+    from megaresnorm.recipe.load import dump_recipe
 
     monkeypatch.setenv("RANK", "1")
     (tmp_path / "recipe.yaml").write_text(dump_recipe(tiny(train={"steps": 2})))

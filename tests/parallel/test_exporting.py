@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 from cases import batches, build, make_recipe
-from ranks import run_ranks
 
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import RunState
 from megaresnorm.checkpoint.writer import save_checkpoint
 from megaresnorm.convert.from_hf import from_hf
 from megaresnorm.convert.to_hf import to_hf
+from megaresnorm.testing import run_ranks
 
 LAYOUTS: dict[str, tuple[int, dict]] = {
     "one": (1, {}),

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 from launched import ROOT, Launched, train_on_rank
-from ranks import run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megaresnorm.checkpoint.inspect import newest_of
-from megaresnorm.config import load_recipe
 from megaresnorm.convert.to_hf import to_hf
 from megaresnorm.data.prepare import PrepareJob, prepare
 from megaresnorm.data.tokenizer import ByteTokenizer
 from megaresnorm.generate import generate, load_model
+from megaresnorm.recipe.load import load_recipe
+from megaresnorm.testing import run_ranks
 
 
 def test_a_deepnorm_model_trained_under_tp2_x_pp2_writes_the_same_text_in_transformers(tiny, tmp_path):

@@ -5,12 +5,12 @@ import gc
 import pytest
 import torch
 from cases import VOCAB, build, make_recipe
-from ranks import run_ranks
 from torch.distributed.fsdp import FSDPModule
 
 from megaresnorm.data.loader import Batch
 from megaresnorm.engines.native import NativeEngine
 from megaresnorm.parallel.pipeline import smallest_batch
+from megaresnorm.testing import run_ranks
 
 SEQ = 8
 

@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch.distributed as dist
 
-from megaresnorm.assemble import build_model, check_layout, split_stages
-from megaresnorm.config import build_recipe
+from megaresnorm.assemble import build_model
 from megaresnorm.errors import ConfigError
+from megaresnorm.layout import check_layout, split_stages
 from megaresnorm.model.parameters import parameter_table
-from megaresnorm.parallel.context import Axis, ParallelContext
+from megaresnorm.parallel.mesh import Axis, ParallelContext
 from megaresnorm.parallel.pipeline import bubble, split_blocks
 from megaresnorm.recipe import KernelRecipe
+from megaresnorm.recipe.load import build_recipe
 
 
 def checked(num_ranks, model=None, train=None, precision=None, **parallel):

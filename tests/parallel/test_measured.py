@@ -2,9 +2,9 @@
 
 import pytest
 from bench_parallel import BUILT, activation_peak, building_peak, idle_share
-from ranks import run_ranks
 
 from megaresnorm.parallel.pipeline import bubble
+from megaresnorm.testing import run_ranks
 
 MIB = 2**20
 

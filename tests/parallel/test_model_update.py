@@ -3,17 +3,17 @@
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 
 from megaresnorm.assemble import Assembled, build_model
-from megaresnorm.config import build_recipe
 from megaresnorm.data.loader import Batch
 from megaresnorm.engines.native import NativeEngine
-from megaresnorm.model.residual import Stream
-from megaresnorm.parallel.collectives import whole_rows
-from megaresnorm.parallel.context import ParallelContext, Sizes
-from megaresnorm.parallel.data import local
-from megaresnorm.telemetry.depth import LEARNING_RATE, ProbeSetting, probe
+from megaresnorm.model.stream import Stream
+from megaresnorm.parallel.branch_input import whole_rows
+from megaresnorm.parallel.data_parallel import local
+from megaresnorm.parallel.mesh import ParallelContext, Sizes
+from megaresnorm.recipe.load import build_recipe
+from megaresnorm.studies.probe_depth import LEARNING_RATE, ProbeSetting, probe
+from megaresnorm.testing import run_ranks
 
 BLOCKS = 12
 TOPOLOGIES = ["pre", "post", "deepnorm", "keel", "completep", "lns", "mix_ln"]

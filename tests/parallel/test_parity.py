@@ -5,9 +5,9 @@ import functools
 import pytest
 import torch
 from cases import LAYOUTS, VARIANTS, Outcome, errors, make_recipe, outcome, outcomes
-from ranks import run_ranks
 
 from megaresnorm.model.topology import TOPOLOGIES
+from megaresnorm.testing import run_ranks
 
 FP64_TOLERANCE = 1e-11
 TWO_RANKS = ["tp2 full", "tp2 tokens", "tp2 columns, merge", "tp2 columns, gather", "pp2 1f1b", "dp2 ddp", "fsdp2"]

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from cases import batches, build, make_recipe
-from ranks import run_ranks
 from safetensors import safe_open
 
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import EngineState
 from megaresnorm.checkpoint.writer import save_checkpoint
-from megaresnorm.engines.native import Decision
+from megaresnorm.engines.engine import Decision
+from megaresnorm.testing import run_ranks
 
 LAYOUTS: dict[str, tuple[int, dict]] = {
     "one": (1, {}),

@@ -9,15 +9,17 @@ import torch
 from cases import LAYOUTS as ALL_LAYOUTS
 from cases import VARIANTS, batches, errors, gradients, make_recipe
 from launched import be_rank, environment
-from ranks import run_ranks
 
-from megaresnorm.assemble import build_model, check_layout
-from megaresnorm.engines.native import Decision, NativeEngine
+from megaresnorm.assemble import build_model
+from megaresnorm.engines.engine import Decision
+from megaresnorm.engines.native import NativeEngine
 from megaresnorm.errors import ConfigError, UserError
 from megaresnorm.kernels.cpu import build
+from megaresnorm.layout import check_layout
 from megaresnorm.model.topology import TOPOLOGIES
-from megaresnorm.parallel.context import ParallelContext
+from megaresnorm.parallel.mesh import ParallelContext
 from megaresnorm.recipe import Recipe
+from megaresnorm.testing import run_ranks
 from megaresnorm.trainer import train
 
 LAYOUTS = [
@@ -29,7 +31,7 @@ LAYOUTS = [
 
 
 def with_settings(recipe: Recipe, **sections: dict) -> Recipe:
-    from megaresnorm.config import build_recipe
+    from megaresnorm.recipe.load import build_recipe
 
     values = recipe.model_dump(exclude_none=True)
     for section, settings in sections.items():
@@ -116,7 +118,7 @@ def test_torchrun_just_works(tiny, tmp_path, byte_data):
     """Two ranks from the command line, with a recipe and an output beside it: one log, exit code 0, and one line for a layout that
     cannot be.
     """
-    from megaresnorm.config import dump_recipe
+    from megaresnorm.recipe.load import dump_recipe
 
     (tmp_path / "recipe.yaml").write_text(dump_recipe(tiny(train={"output": "out"})))
     done = torchrun(tmp_path, "recipe.yaml", "parallel.tp=2")
@@ -140,7 +142,7 @@ def test_a_rank_sees_only_its_samples_and_all_have_as_many_microbatches():
 
     from megaresnorm.data.loader import microbatches
     from megaresnorm.data.samples import Sample
-    from megaresnorm.parallel.context import Axis, ParallelContext
+    from megaresnorm.parallel.mesh import Axis, ParallelContext
 
     class Numbered:
         per_epoch = num_documents = 100

@@ -41,7 +41,8 @@ def long_run(tiny, tmp_path):
 def undisturbed():
     """A function from a recipe to the losses and the digest of its run without disturbance, kept by layout."""
     from launched import losses, train_on_rank
-    from ranks import run_ranks
+
+    from megaresnorm.testing import run_ranks
 
     known: dict[str, tuple[dict, str]] = {}
 

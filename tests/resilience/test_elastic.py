@@ -9,7 +9,8 @@ import time
 
 import pytest
 from launched import INTERVAL, STEPS, Launched, alive, losses, train_on_rank
-from ranks import run_ranks
+
+from megaresnorm.testing import run_ranks
 
 
 def free_port() -> int:

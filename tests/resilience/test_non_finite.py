@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 from launched import be_rank
-from ranks import run_ranks
 
 from megaresnorm.checkpoint.format import list_checkpoints
 from megaresnorm.checkpoint.inspect import verify
 from megaresnorm.cli import main
-from megaresnorm.config import dump_recipe
 from megaresnorm.data.samples import PackedSamples, Sample
 from megaresnorm.engines.native import NativeEngine
 from megaresnorm.errors import CheckpointError, NonFiniteError, TrainingError, UserError
+from megaresnorm.recipe.load import dump_recipe
+from megaresnorm.testing import run_ranks
 from megaresnorm.trainer import Run, train
 
 EVERY = {"every": 2, "keep": 2}
@@ -32,7 +32,7 @@ def settings(tiny, **train):
 
 def gone_on(recipe, **changes):
     """As a user goes on with another setting."""
-    from megaresnorm.config import build_recipe
+    from megaresnorm.recipe.load import build_recipe
 
     values = recipe.model_dump(exclude_none=True)
     for key, value in changes.items():

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
 
 from megaresnorm.checkpoint.format import Slices, list_checkpoints
 from megaresnorm.checkpoint.reader import Checkpoint
@@ -15,8 +14,9 @@ from megaresnorm.checkpoint.saver import Saver
 from megaresnorm.checkpoint.writer import Kept
 from megaresnorm.errors import CheckpointError, ConfigError, LostRankError, UserError
 from megaresnorm.parallel.collectives import all_gather_blocks
-from megaresnorm.parallel.context import Axis, ParallelContext, Sizes
-from megaresnorm.parallel.messages import exchange, share_results, together
+from megaresnorm.parallel.control import exchange, share_results, together
+from megaresnorm.parallel.mesh import Axis, ParallelContext, Sizes
+from megaresnorm.testing import run_ranks
 
 RANKS = 3
 

@@ -14,10 +14,11 @@ from torch.distributed import DistError, HashStore
 
 from megaresnorm.errors import ConfigError, TooManyRestartsError
 from megaresnorm.opening import ENDED, idle, note_progress, open_recipe
-from megaresnorm.parallel import addresses, control
+from megaresnorm.parallel import addresses
+from megaresnorm.parallel import rendezvous as control
 from megaresnorm.parallel.addresses import address_towards
-from megaresnorm.parallel.context import lost_contact, usable_ranks
 from megaresnorm.parallel.environment import Environment
+from megaresnorm.parallel.mesh import lost_contact, usable_ranks
 from megaresnorm.resilience.launcher import Launcher
 from megaresnorm.resilience.supervisor import (
     JOIN,

@@ -7,7 +7,7 @@ from statistics import median
 import pytest
 
 from megaresnorm.cli import main
-from megaresnorm.telemetry.depth import ProbeSetting, probe
+from megaresnorm.studies.probe_depth import ProbeSetting, probe
 
 DEPTHS, SEEDS = (6, 12, 25, 50, 100), (0, 1, 2)
 
@@ -56,7 +56,7 @@ def test_signal_and_gradient_at_initialisation():
 
 def test_reordered_without_qk_norm_would_explode():
     """The negative control behind the linter's refusal, built past the linter."""
-    from megaresnorm.telemetry import depth
+    from megaresnorm.studies import probe_depth as depth
 
     class Without(ProbeSetting):
         def model(self, topology, num_blocks):

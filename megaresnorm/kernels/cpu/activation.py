@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from megaresnorm.kernels.cpu import build
-from megaresnorm.kernels.dispatch import register_kernel
-from megaresnorm.kernels.operator import FLOATS, Operator
+from megaresnorm.kernels.custom_op import FLOATS, Operator
+from megaresnorm.kernels.registry import register_kernel
 
 ROWS_PER_BLOCK = 256  # whose bias gradients are summed before those of blocks are added up
 

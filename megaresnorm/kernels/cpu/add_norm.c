@@ -1,4 +1,4 @@
-/* Close one residual connection and open the next, forward and backward: kernels/reference.py says what is computed.
+/* Close one residual connection and open the next, forward and backward: kernels/add_norm/reference.py says what is computed.
  *
  * A row goes through first-level cache once: it is summed, rounded to what is stored, and everything after reads that.
  * Sums over a row are taken in pieces of 512 columns, and those are added in FP64: FP32 alone would lose digits at 8192.

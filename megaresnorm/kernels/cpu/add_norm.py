@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megaresnorm.kernels.add_norm.op import register_add_norm
+from megaresnorm.kernels.add_norm.spec import SUMS, AddNormBackend, Call, Inputs, Outputs, Saved
 from megaresnorm.kernels.cpu import build
-from megaresnorm.kernels.dispatch import register_kernel
-from megaresnorm.kernels.fused import BACKENDS, SUMS, Backend, Call, Inputs, Outputs, Saved, fused_add_norm
+from megaresnorm.kernels.cpu.sharded import SHARDED
 
 KINDS = {"none": 0, "rmsnorm": 1, "layernorm": 2}
 STREAM_ELEMENTS = 1 << 21  # above this, what is written has left the second-level cache before it is read
@@ -89,5 +90,4 @@ def _norms(call: Call, weights: Sequence[Tensor | None], statistics: Sequence[Te
 _NO_NORM = _Norm()
 
 
-BACKENDS["cpu"] = Backend(_forward, _backward)
-register_kernel("add_norm", "cpu", requires=build.requires)(fused_add_norm("cpu"))
+register_add_norm("cpu", AddNormBackend(_forward, _backward, SHARDED), requires=build.requires)

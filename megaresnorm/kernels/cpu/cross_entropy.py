@@ -8,8 +8,8 @@ from torch import Tensor
 
 from megaresnorm.kernels.cpu import build
 from megaresnorm.kernels.cross_entropy import GradientInPlace
-from megaresnorm.kernels.dispatch import register_kernel
-from megaresnorm.kernels.operator import FLOATS
+from megaresnorm.kernels.custom_op import FLOATS
+from megaresnorm.kernels.registry import register_kernel
 
 
 class _Structure(ctypes.Structure):

@@ -1,13 +1,13 @@
-"""The pieces of a norm over divided columns by the C kernels: tensors to pointers."""
+"""A norm sharded over the hidden dimension by the C kernels: tensors to pointers."""
 
 import ctypes
 
 import torch
 from torch import Tensor
 
+from megaresnorm.kernels.add_norm.sharded import ShardedNormKernels, empty_sums
 from megaresnorm.kernels.cpu import build
-from megaresnorm.kernels.operator import FLOATS
-from megaresnorm.kernels.sharded import PIECES, Pieces, empty_sums
+from megaresnorm.kernels.custom_op import FLOATS
 
 ROWS_PER_BLOCK = 256  # whose gradients of weights are summed before those of blocks are added up
 
@@ -87,4 +87,4 @@ def grad_apply(
     return out
 
 
-PIECES["cpu"] = Pieces(stats, apply, grad_sums, grad_weights, grad_apply)
+SHARDED = ShardedNormKernels(stats, apply, grad_sums, grad_weights, grad_apply)

@@ -1,0 +1,156 @@
+"""Going on from a checkpoint: the newest that is whole, if it is of this run."""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megaresnorm.checkpoint.format import DAMAGED, MANIFEST, step_of
+from megaresnorm.checkpoint.inspect import newest_of
+from megaresnorm.checkpoint.reader import Checkpoint
+from megaresnorm.checkpoint.state import RunState, recipe_of, state_of
+from megaresnorm.data.samples import TrainingData
+from megaresnorm.errors import CheckpointError, DamagedError
+from megaresnorm.parallel.control import share_results, together
+from megaresnorm.parallel.mesh import Axis
+from megaresnorm.recipe import Recipe
+from megaresnorm.recipe.load import differences
+
+log = logging.getLogger(__name__)
+
+# What a resumed run must share with its checkpoint. The folder of the data may move: its content is compared.
+FIXED_ON_RESUME = (
+    "model.",
+    "data.valid_fraction",
+    "data.test_fraction",
+    "data.seed",
+    "data.mask_documents",
+    "train.seed",
+    "precision.",
+)
+SECONDS_TO_SEE = 30.0  # network file systems show a node what another has written after a while
+
+
+def open_newest(
+    root: Path, messages: Axis, *, fallback: bool, progress: Callable[[int], None] | None = None
+) -> Checkpoint | None:
+    """The newest checkpoint under ``root`` that is whole, verified by all ranks together; None if there is none at all.
+
+    A damaged one is named in a warning and set aside under another name once an older one has been verified: nothing is lost, and
+    its step can be saved again. All ranks must call it; the first says what there is.
+    Raises: DamagedError if none is whole, or the newest is not and ``fallback`` is False; CheckpointError if one cannot be read.
+    """
+    seen = share_results(lambda: _folders(root) if messages.rank == 0 else [], messages)[0]
+    found = [root / name for name, _ in seen]
+    for name, has_manifest in seen:
+        if has_manifest:
+            wait_until_seen(root / name / MANIFEST)
+    damaged: list[Path] = []
+    for path in reversed(found):
+        try:
+            checkpoint = Checkpoint(path, messages, progress)
+        except DamagedError as e:
+            older = found[: found.index(path)]
+            if not older:
+                others = f"; so are {', '.join(p.name for p in damaged)}" if damaged else ""
+                raise _like(e, f"{e}; no older checkpoint is left{others}") from None
+            if not fallback:
+                raise _like(e, f"{e}; without --no-fallback the run goes on from {older[-1].name}") from None
+            log.warning("warning: %s; going back to %s", e, older[-1].name)
+            damaged.append(path)
+        else:
+            if messages.rank == 0:
+                for bad in damaged:
+                    _set_aside(bad)
+            return checkpoint
+    return None
+
+
+def open_weights(recipe: Recipe, tokenizer: dict[str, Any] | None, messages: Axis) -> Checkpoint:
+    """The checkpoint that train.initial_weights names, verified by all ranks together.
+
+    What differs from this run in the model or the tokenizer is a warning: the parameters alone must be the same.
+    Raises: CheckpointError, on all ranks the same.
+    """
+    assert recipe.train.initial_weights is not None
+    given = Path(recipe.train.initial_weights)
+    newest = share_results(lambda: str(newest_of(given)) if messages.rank == 0 else "", messages)[0]
+    checkpoint = Checkpoint(Path(newest), messages)
+
+    def look() -> None:
+        state = state_of(checkpoint.folder, checkpoint.state)
+        before = recipe_of(checkpoint.folder, state).model.model_dump(exclude={"init", "dropout"}, exclude_none=True)
+        now = recipe.model.model_dump(exclude={"init", "dropout"}, exclude_none=True)
+        for key, (old, new) in differences(before, now, "model.").items():
+            log.warning("warning: %s was %s for train.initial_weights and is %s now", key, old, new)
+        if state.tokenizer is not None and tokenizer is not None and state.tokenizer != tokenizer:
+            log.warning("warning: train.initial_weights were trained with another tokenizer than the one of the data")
+
+    together(look, messages)
+    return checkpoint
+
+
+def wait_until_seen(path: Path) -> bool:
+    """Whether a file is there that another node may have just written."""
+    end = time.monotonic() + SECONDS_TO_SEE
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _folders(root: Path) -> list[tuple[str, bool]]:
+    """Of every step, oldest first, and whether it has a manifest, without which it is a damaged checkpoint."""
+    try:
+        steps = sorted((step_of(path) or 0, path) for path in root.iterdir() if step_of(path) is not None)
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise CheckpointError(f"{root}: cannot be read ({e.strerror})") from None
+    return [(path.name, (path / MANIFEST).is_file()) for _, path in steps]
+
+
+def _like(error: DamagedError, line: str) -> DamagedError:
+    longer = DamagedError(line)
+    longer.agreed = error.agreed
+    return longer
+
+
+def check_same_run(checkpoint: Checkpoint, state: RunState, recipe: Recipe, data: TrainingData, data_name: str) -> None:
+    """Say which settings have changed since. Raises: CheckpointError where the run would not be the same one."""
+    before = recipe_of(checkpoint.folder, state)  # settings that are newer than the checkpoint have their defaults
+    changed = differences(before.model_dump(exclude_none=True), recipe.model_dump(exclude_none=True))
+    for key, (old, now) in changed.items():
+        if key.startswith(FIXED_ON_RESUME):
+            raise CheckpointError(
+                f"{checkpoint.folder}: made with {key}={old}, the recipe has {now}; use another train.output for another run"
+            )
+        log.warning("warning: %s was %s up to step %d and is %s from now on", key, old, checkpoint.step, now)
+    if checkpoint.step > recipe.train.steps:
+        raise CheckpointError(
+            f"{checkpoint.folder}: step {checkpoint.step} is past train.steps={recipe.train.steps}; "
+            "use another train.output for a shorter run"
+        )
+    if state.data != data.digest:
+        raise CheckpointError(f"{checkpoint.folder}: {data_name} has changed since; use another train.output")
+    tokenizer = None if data.tokenizer is None else data.tokenizer.describe()
+    if state.tokenizer is not None and state.tokenizer != tokenizer:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the tokenizer of {data_name} is another one than that of this run; use another train.output"
+        )
+
+
+def _set_aside(path: Path) -> None:
+    aside = path.with_name(f"{DAMAGED}{path.name}")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{DAMAGED}{path.name}-{number}")
+    try:
+        os.rename(path, aside)
+        log.warning("warning: %s is %s now; nothing reads it any more", path, aside.name)
+    except OSError as e:
+        log.warning("warning: %s cannot be renamed (%s)", path, e.strerror)

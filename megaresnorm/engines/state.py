@@ -1,0 +1,116 @@
+"""The engine's tensors as a checkpoint sees them: this rank's slices of each, and whole ones made up by all ranks."""
+
+import heapq
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megaresnorm.assemble import Assembled
+from megaresnorm.checkpoint.format import Slices
+from megaresnorm.parallel.data_parallel import local
+from megaresnorm.parallel.sharding import Box, boxes, broadcast, from_row_chunks, unshard
+
+
+@dataclass(frozen=True)
+class Place:
+    """Of one parameter and of everything laid out as it is: the whole's shape, this rank's slices, whether it writes them."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    boxes: tuple[Box, ...]
+    owned: bool
+
+    def of(self, mine: Tensor | None) -> Slices:
+        return Slices(self.shape, self.dtype, mine, self.boxes, self.owned and mine is not None)
+
+
+def places(assembled: Assembled) -> dict[str, Place]:
+    """Of every parameter of the whole model by global name; without slices where this rank has nothing of it."""
+    context, mine, written = assembled.context, assembled.parameters(), _written(assembled)
+    dtype = next(iter(mine.values())).dtype
+    found = {}
+    for name, spec in assembled.table.items():
+        parts = [part.rows for part in spec.parts]
+        held = boxes(spec.shape, spec.split, parts, context.tp, context.dp_shard) if name in mine else []
+        found[name] = Place(spec.shape, dtype, tuple(held), name in written)
+    return found
+
+
+def clipper_slices(assembled: Assembled, numbers: Mapping[str, Tensor]) -> dict[str, Slices]:
+    """One number [1] for each of this rank's parameters, the same on all ranks of its stage, of which the first writes it."""
+    context = assembled.context
+    first = context.dp_replicate.rank == context.dp_shard.rank == context.tp.rank == 0
+    found = {}
+    for name in assembled.table:
+        mine = numbers.get(name)
+        held = () if mine is None else (((0, 1),),)
+        found[name] = Slices(
+            (1,), torch.float32, mine, held, first and mine is not None and name not in assembled.copies
+        )
+    return found
+
+
+def _written(assembled: Assembled) -> set[str]:
+    """The parameters of which this rank writes its part, so that no part is written twice and all write about as much.
+
+    What the ranks of dp_replicate have alike goes to the one that has the least to write; what the ranks of tp have alike, to each
+    of them in turn. Every rank works out what all of them do.
+    """
+    context, table = assembled.context, assembled.table
+    loads = [[(0, rank) for rank in range(context.dp_replicate.size)] for _ in range(context.tp.size)]
+    written = set()
+    for number, (name, parameter) in enumerate(assembled.parameters().items()):
+        if name in assembled.copies:
+            continue
+        divided = table[name].split is not None
+        for tp_rank in range(context.tp.size) if divided else [number % context.tp.size]:
+            load, replica = loads[tp_rank][0]
+            heapq.heapreplace(loads[tp_rank], (load + local(parameter.detach()).nbytes, replica))
+            if (tp_rank, replica) == (context.tp.rank, context.dp_replicate.rank):
+                written.add(name)
+    return written
+
+
+class WholeTensors(Mapping[str, Tensor]):
+    """Global name -> whole tensor, in the order of the table, made up by all ranks together when it is asked for.
+
+    local: this rank's parts by the name of their parameter. All ranks must ask for the same ones in the same order.
+    """
+
+    def __init__(self, assembled: Assembled, local: Mapping[str, Tensor]) -> None:
+        self._assembled, self._local = assembled, local
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._assembled.table)
+
+    def __len__(self) -> int:
+        return len(self._assembled.table)
+
+    def __getitem__(self, name: str) -> Tensor:
+        context, spec = self._assembled.context, self._assembled.table[name]
+        whole = None
+        mine = self._local.get(name)
+        if mine is not None:
+            shape = list(spec.shape)
+            if spec.split is not None:
+                shape[spec.split] //= context.tp.size
+            whole = unshard(
+                from_row_chunks(mine, shape, context.dp_shard),
+                spec.split,
+                [part.rows for part in spec.parts],
+                context.tp,
+            )
+        return whole if context.pp.size == 1 and whole is not None else self._from_stage(name, whole)
+
+    def _from_stage(self, name: str, whole: Tensor | None) -> Tensor:
+        """From the first rank of the pipeline that has it to the others."""
+        pp, device = self._assembled.context.pp, self._assembled.device
+        ranks = torch.tensor([pp.size if whole is None else pp.rank], device=device)
+        if pp.group is not None:
+            torch.distributed.all_reduce(ranks, torch.distributed.ReduceOp.MIN, group=pp.group)
+        if whole is None:
+            dtype = next(iter(self._local.values())).dtype
+            whole = torch.empty(self._assembled.table[name].shape, dtype=dtype, device=device)
+        return broadcast(whole.contiguous(), int(ranks.item()), pp)

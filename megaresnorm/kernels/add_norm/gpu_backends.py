@@ -1,0 +1,175 @@
+"""Backends of add_norm that need a package of their own, which is imported when one of them is chosen and not before.
+
+triton: ours, for NVIDIA GPUs.   compile: torch.compile of the reference.   te, apex: the norms of Transformer Engine and NVIDIA
+Apex behind an add in PyTorch; they fuse no add and move 10 bytes an element where ours moves 8, so only their names choose them.
+"""
+
+import functools
+import importlib
+import importlib.util
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaresnorm.kernels.add_norm import reference
+from megaresnorm.kernels.add_norm.op import register_add_norm
+from megaresnorm.kernels.add_norm.reference import AddNormOut, NormWeights
+from megaresnorm.kernels.add_norm.sharded import ShardedNormKernels
+from megaresnorm.kernels.add_norm.spec import FP8, AddNormBackend, Call, Inputs, Outputs, Saved
+from megaresnorm.kernels.registry import register_kernel
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"megaresnorm.kernels.add_norm.{name}")
+
+
+def _found(package: str) -> bool:
+    """Whether a package is installed; looking does not import it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _needs_gpu(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return "made for NVIDIA GPUs"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"it computes in FP32, not in {dtype}"
+    return None
+
+
+# --- triton -----------------------------------------------------------------------------------------------------------
+
+
+def _triton_requires(device: torch.device, dtype: torch.dtype) -> str | None:
+    if reason := _needs_gpu(device, dtype):
+        return reason
+    if not _found("triton"):
+        return "the package triton is not installed"
+    major, minor = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (8, 0)
+    return None if major >= 8 else f"it needs compute capability 8.0, this GPU has {major}.{minor}"
+
+
+def _fp8_requires(device: torch.device, dtype: torch.dtype) -> str | None:
+    if reason := _triton_requires(device, dtype):
+        return reason
+    capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (8, 9)
+    return None if capability >= (8, 9) else "FP8 needs compute capability 8.9"
+
+
+def _triton_forward(inputs: Inputs, call: Call, outputs: Outputs) -> None:
+    x = inputs.x
+    if call.out_dtype == FP8 and x.is_cuda and (reason := _fp8_requires(x.device, torch.float32)):
+        raise ValueError(f"add_norm/triton cannot write FP8: {reason}")
+    with torch.cuda.device_of(x):
+        _module("triton_rows").forward(inputs, call, outputs)
+
+
+def _triton_backward(
+    d_trunk: Tensor | None, d_branch: Tensor | None, saved: Saved, call: Call, dx: Tensor, d_delta: Tensor | None
+) -> Tensor:
+    with torch.cuda.device_of(saved.z):
+        return _module("triton_rows").backward(d_trunk, d_branch, saved, call, dx, d_delta)
+
+
+def _triton_sharded(name: str) -> Callable:
+    def run(*arguments: Any) -> Any:
+        with torch.cuda.device_of(arguments[0]):
+            return getattr(_module("triton_sharded").SHARDED, name)(*arguments)
+
+    return run
+
+
+_TRITON = AddNormBackend(
+    _triton_forward, _triton_backward, ShardedNormKernels(*map(_triton_sharded, ShardedNormKernels._fields))
+)
+register_add_norm("triton", _TRITON, requires=_triton_requires)
+
+
+@register_kernel("norm_quant", "triton", requires=_fp8_requires)
+def _triton_fp8(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    with torch.cuda.device_of(arguments[0]):
+        return _module("triton_fp8").norm_quant(*arguments, **options)
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+def _compile_requires(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type == "cuda":
+        return None if _found("triton") else "the package triton is not installed"
+    return None if shutil.which("g++") or shutil.which("clang++") else "no C++ compiler was found"
+
+
+@functools.cache
+def _compiled() -> Callable[..., AddNormOut]:
+    return torch.compile(reference.add_norm, dynamic=True)
+
+
+def _by_name(device: torch.device, dtype: torch.dtype) -> str:
+    return "chosen only by name"
+
+
+@register_kernel("add_norm", "compile", requires=_compile_requires, avoid=_by_name)
+def _compiled_add_norm(*arguments: Any, **options: Any) -> AddNormOut:
+    return _compiled()(*arguments, **options)
+
+
+# --- Transformer Engine and Apex --------------------------------------------------------------------------------------
+
+
+def _te_requires(device: torch.device, dtype: torch.dtype) -> str | None:
+    if reason := _needs_gpu(device, dtype):
+        return reason
+    return None if _found("transformer_engine_torch") else "Transformer Engine is not installed (its PyTorch extension)"
+
+
+def _apex_requires(device: torch.device, dtype: torch.dtype) -> str | None:
+    if reason := _needs_gpu(device, dtype):
+        return reason
+    # The package of that name on PyPI is another program: what counts is Apex's extension.
+    return None if _found("fused_layer_norm_cuda") else "NVIDIA Apex is not installed (built with its CUDA extensions)"
+
+
+def add_then(normalize: Callable[[Tensor, NormWeights, torch.dtype], Tensor]) -> Callable[..., AddNormOut]:
+    """``reference.add_norm`` with another normalize(x, norm, out_dtype); it gives no FP8, statistics and amax."""
+
+    def add_norm(
+        x_TD: Tensor,
+        delta_TD: Tensor | None = None,
+        *,
+        norm: NormWeights | None = None,
+        next_norm: NormWeights | None = None,
+        branch_norm: NormWeights | None = None,
+        residual_dtype: torch.dtype,
+        out_dtype: torch.dtype | None,
+        fp8_scale: Tensor | None = None,
+        **add: Any,
+    ) -> AddNormOut:
+        if out_dtype == torch.float8_e4m3fn or (out_dtype is None and next_norm is not None):
+            raise ValueError("add_norm by te or apex writes no FP8, statistics or amax; choose triton or the reference")
+        if delta_TD is not None and branch_norm is not None:
+            delta_TD = normalize(delta_TD, branch_norm, torch.float32)
+        trunk = reference.add_norm(x_TD, delta_TD, **add, residual_dtype=residual_dtype, out_dtype=None).trunk
+        if norm is not None:
+            trunk = normalize(trunk, norm, residual_dtype)
+        if out_dtype is None:
+            return AddNormOut(trunk, None, None, None)
+        branch = trunk if next_norm is None else normalize(trunk, next_norm, out_dtype)
+        return AddNormOut(trunk, branch.to(out_dtype), None, None)
+
+    return add_norm
+
+
+@register_kernel("add_norm", "te", requires=_te_requires, avoid=_by_name)
+def _te_add_norm(*arguments: Any, **options: Any) -> AddNormOut:
+    return add_then(_module("te").normalize)(*arguments, **options)
+
+
+@register_kernel("add_norm", "apex", requires=_apex_requires, avoid=_by_name)
+def _apex_add_norm(*arguments: Any, **options: Any) -> AddNormOut:
+    return add_then(_module("apex").normalize)(*arguments, **options)

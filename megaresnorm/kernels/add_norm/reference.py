@@ -1,0 +1,174 @@
+"""``add_norm`` in eager PyTorch: the specification that every other backend is compared with.
+
+T rows (tokens)   D columns (model dim)
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megaresnorm.kernels.registry import register_kernel
+
+
+class NormWeights(NamedTuple):
+    """A norm as plain values: kind (layernorm or rmsnorm), weight [D], bias [D] or None, eps."""
+
+    kind: str
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+
+class AddNormOut(NamedTuple):
+    """trunk, branch_input: [T, D].   statistics: [T, 2] FP32 of next_norm, mean (0 for RMSNorm) and 1 / deviation of every row.
+    amax: the largest |branch input| before the scale of FP8, a scalar FP32.
+    """
+
+    trunk: Tensor
+    branch_input: Tensor | None
+    statistics: Tensor | None
+    amax: Tensor | None
+
+
+@register_kernel("add_norm", "reference")
+def add_norm(
+    x_TD: Tensor,
+    delta_TD: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    gate: float | Tensor = 1.0,
+    branch_norm: NormWeights | None = None,
+    norm: NormWeights | None = None,
+    next_norm: NormWeights | None = None,
+    residual_dtype: torch.dtype,
+    out_dtype: torch.dtype | None,
+    fp8_scale: Tensor | None = None,
+) -> AddNormOut:
+    """Close one residual connection and open the next: the one op that serves every topology.
+
+        z      = alpha * x + gate * branch_norm(delta)   summed in FP32, rounded to ``residual_dtype``
+        trunk  = norm(z), or z                           in ``residual_dtype``
+        branch = next_norm(trunk), or trunk              in ``out_dtype``
+
+    The statistics of a norm are taken in FP32 from the *stored* tensor before it, and its output is rounded once:
+    each result is a function of what is stored, so recomputing it is exact. FP64 input is computed in FP64.
+
+    x_TD, delta_TD: the stream and a branch's output, in any two floating types; delta may be None (no add).
+    gate: a number, or a learned scalar [1] or vector [D].
+    out_dtype: None where nobody reads the branch input; with float8_e4m3fn it is fp8_scale (a scalar FP32) times the value,
+    saturating at 448, and its gradient is taken to be that of the value. Autograd casts what comes back for an FP8 tensor to
+    E4M3, without a scale: gradients below 2^-10 would vanish, so whoever reads FP8 must see to that.
+    amax is computed for FP8, and for out_dtype None with a next_norm: then ``fp8.norm_quant`` can scale by it.
+    """
+    wide = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
+    z = x_TD
+    if delta_TD is not None:
+        branch = delta_TD.to(wide)
+        if branch_norm is not None:
+            branch = normalize(branch, branch_norm)
+        if not isinstance(gate, float):
+            branch = branch * gate.to(wide)
+        elif gate != 1.0:
+            branch = branch * gate
+        z = _scaled_add(branch, x_TD.to(wide), alpha)
+    stored = _stored(z.to(wide), residual_dtype)
+    if norm is not None:
+        stored = _stored(normalize(stored, norm), residual_dtype)
+    trunk = in_type(stored, residual_dtype)
+    if next_norm is None and out_dtype is None:
+        return AddNormOut(trunk, None, None, None)
+    branch_input, statistics = stored, None
+    if next_norm is not None:
+        branch_input, statistics = normalize_with_statistics(stored, next_norm)
+    if out_dtype is None:
+        return AddNormOut(trunk, None, statistics, largest(branch_input))
+    if out_dtype == torch.float8_e4m3fn:
+        if fp8_scale is None:
+            raise ValueError("add_norm/reference: out_dtype=torch.float8_e4m3fn needs fp8_scale")
+        return AddNormOut(trunk, to_fp8(branch_input, fp8_scale), statistics, largest(branch_input))
+    return AddNormOut(trunk, in_type(branch_input, out_dtype), statistics, None)
+
+
+def in_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in ``dtype``. What an autograd Function returns must come neither from a ``to`` that does nothing nor from an operation in
+    place: torch.compile of 2.11 makes its gradients zero.
+    """
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _scaled_add(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """a + alpha b. torch.compile (2.11 to 2.13) fuses ``add`` with a matrix product before it, and forgets alpha."""
+    return a + alpha * b if torch.compiler.is_compiling() else torch.add(a, b, alpha=alpha)
+
+
+def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x rounded to ``dtype``, still in its own type, so that gradients on their way back are not rounded."""
+    return x if x.dtype == dtype else _Rounded.apply(x, dtype)
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def largest(x: Tensor) -> Tensor:
+    """The largest |x|, 0 of nothing."""
+    return x.detach().abs().amax() if x.numel() else x.new_zeros(())
+
+
+def normalize(x_TD: Tensor, norm: NormWeights) -> Tensor:
+    """LayerNorm (arXiv:1607.06450, eq. 3) or RMSNorm (arXiv:1910.07467, eq. 4) of every row, in x's own type."""
+    return normalize_with_statistics(x_TD, norm)[0]
+
+
+def normalize_with_statistics(x_TD: Tensor, norm: NormWeights) -> tuple[Tensor, Tensor]:
+    """``normalize``, and [T, 2]: the mean (0 for RMSNorm) and 1 / deviation of every row."""
+    weight = norm.weight.to(x_TD.dtype)
+    if norm.kind == "layernorm":
+        bias = None if norm.bias is None else norm.bias.to(x_TD.dtype)
+        y_TD, mean, reciprocal = torch.native_layer_norm(x_TD, x_TD.shape[-1:], weight, bias, norm.eps)
+        return y_TD, torch.cat((mean, reciprocal), dim=-1).detach()
+    y_TD, reciprocal = _RMSNorm.apply(x_TD, weight, norm.eps)
+    return y_TD, torch.cat((torch.zeros_like(reciprocal), reciprocal), dim=-1)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """On CPUs F.rms_norm is composed of elementwise operations; this has fewer of them, and keeps one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        reciprocal = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, reciprocal)
+        ctx.mark_non_differentiable(reciprocal)
+        return x * reciprocal * weight, reciprocal  # not in place, see in_type
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        dy, (x, weight, reciprocal) = grads[0], ctx.saved_tensors
+        unit = x * reciprocal
+        product = dy * unit
+        mean = (product @ weight).div_(x.shape[-1]).unsqueeze(-1)
+        dx = (dy * weight).addcmul_(unit, mean, value=-1.0).mul_(reciprocal)
+        return dx, product.sum_to_size(weight.shape), None
+
+
+def to_fp8(x: Tensor, scale: Tensor) -> Tensor:
+    """Scaled, saturating E4M3; NaN stays NaN. The gradient that comes back is of x, and passes."""
+    return _ToFp8.apply(x, scale)
+
+
+class _ToFp8(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        return (x * scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].float(), None

@@ -1,0 +1,104 @@
+"""A norm sharded over the hidden dimension, in kernels between which parallel/sharded_norm.py puts collectives.
+
+Statistics of the local columns, one small collective, the local columns' output; and the same on the way back. All is computed in
+FP32, or FP64 for FP64 tensors, from the stored tensor.
+
+A backend of add_norm brings its own along, or the ones here are taken (``spec.sharded_norm_kernels``).
+
+T rows (tokens)   d columns of this rank
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megaresnorm.kernels.add_norm.reference import in_type
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def shard_stats(z_Td: Tensor, kind: str) -> Tensor:
+    """What this rank knows of its rows: [T, 2] mean and M2 (the sum of squared deviations), or [T, 1] the sum of squares for
+    RMSNorm. Two passes: never the mean of squares less the square of the mean.
+    """
+    z = _wide(z_Td)
+    if kind == "rmsnorm":
+        return torch.linalg.vector_norm(z, dim=-1, keepdim=True).square_()
+    variance, mean = torch.var_mean(z, dim=-1, correction=0)
+    return torch.stack((mean, variance * z.shape[-1]), dim=-1)
+
+
+def merge_stats(stats_pTn: Tensor, kind: str, columns: int, eps: float) -> Tensor:
+    """Statistics of whole rows [T, 2], mean (0 for RMSNorm) and 1 / deviation, from those of equal shares of ``columns``.
+
+    stats_pTn: every rank's ``shard_stats``.   Source: Chan, Golub and LeVeque 1979, eq. 2.1.
+    """
+    if kind == "rmsnorm":
+        reciprocal = (stats_pTn.sum(0) / columns + eps).rsqrt_()
+        return torch.cat((torch.zeros_like(reciprocal), reciprocal), dim=-1)
+    mean_pT, m2_pT = stats_pTn.unbind(-1)
+    mean_T = mean_pT.mean(0)
+    m2_T = m2_pT.sum(0) + (mean_pT - mean_T).square().sum(0) * (columns // len(mean_pT))
+    return torch.stack((mean_T, (m2_T / columns + eps).rsqrt_()), dim=-1)
+
+
+def shard_apply(
+    z_Td: Tensor, statistics_T2: Tensor, weight: Tensor, bias: Tensor | None, kind: str, out_dtype: torch.dtype
+) -> Tensor:
+    """(z - mean) / deviation * weight + bias of the local columns."""
+    unit = _unit(z_Td, statistics_T2, kind)
+    y = unit * weight if bias is None else torch.addcmul(bias, unit, weight)
+    return in_type(y, out_dtype)
+
+
+def shard_grad_sums(dy_Td: Tensor, z_Td: Tensor, statistics_T2: Tensor, weight: Tensor, kind: str) -> Tensor:
+    """What the gradient of z needs of whole rows, in part: sums over the local columns of g unit (and g, for LayerNorm), with
+    g = weight * dy; [T, 1] or [T, 2].
+    """
+    dy, unit = _wide(dy_Td), _unit(z_Td, statistics_T2, kind)
+    sums = (unit.mul_(dy) @ weight).unsqueeze(-1)
+    return sums if kind == "rmsnorm" else torch.cat((sums, (dy @ weight).unsqueeze(-1)), dim=-1)
+
+
+def shard_grad_weights(dy_Td: Tensor, z_Td: Tensor, statistics_T2: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """The gradients of weight and bias [d]; they are whole."""
+    dy = _wide(dy_Td)
+    return _unit(z_Td, statistics_T2, kind).mul_(dy).sum(0), dy.sum(0)
+
+
+def shard_grad_apply(
+    dy_Td: Tensor, z_Td: Tensor, statistics_T2: Tensor, sums: Tensor, weight: Tensor, kind: str, columns: int
+) -> Tensor:
+    """The gradient of z from ``shard_grad_sums`` added up over the ranks; ``columns`` of a whole row. In z's type."""
+    means = sums / columns
+    g = (_wide(dy_Td) * weight).addcmul_(_unit(z_Td, statistics_T2, kind), means[:, :1], value=-1.0)
+    if kind == "layernorm":
+        g -= means[:, 1:]
+    return g.mul_(statistics_T2[:, 1:]).to(z_Td.dtype)
+
+
+def _unit(z_Td: Tensor, statistics_T2: Tensor, kind: str) -> Tensor:
+    mean, reciprocal = statistics_T2.split(1, dim=-1)
+    return _wide(z_Td) * reciprocal if kind == "rmsnorm" else (_wide(z_Td) - mean).mul_(reciprocal)
+
+
+def empty_sums(z_Td: Tensor, kind: str) -> Tensor:
+    """Where a backend writes the numbers of every row."""
+    return z_Td.new_empty((z_Td.shape[0], 2 if kind == "layernorm" else 1), dtype=torch.float32)
+
+
+class ShardedNormKernels(NamedTuple):
+    """What a backend computes: as the functions of this file, in FP32 for FP32 and BF16 tensors."""
+
+    stats: Callable[[Tensor, str], Tensor]
+    apply: Callable[[Tensor, Tensor, Tensor, Tensor | None, str, torch.dtype], Tensor]
+    grad_sums: Callable[[Tensor, Tensor, Tensor, Tensor, str], Tensor]
+    grad_weights: Callable[[Tensor, Tensor, Tensor, str], tuple[Tensor, Tensor]]
+    grad_apply: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, str, int], Tensor]
+
+
+REFERENCE = ShardedNormKernels(shard_stats, shard_apply, shard_grad_sums, shard_grad_weights, shard_grad_apply)

@@ -1,0 +1,23 @@
+"""Norms of NVIDIA Transformer Engine, through its public modules."""
+
+import functools
+
+import torch
+import transformer_engine.pytorch as te
+from torch import Tensor
+
+from megaresnorm.kernels.add_norm.reference import NormWeights
+
+
+def normalize(x_TD: Tensor, norm: NormWeights, out_dtype: torch.dtype) -> Tensor:
+    """As ``reference.normalize``; weights and statistics in FP32."""
+    weights = {"weight": norm.weight} if norm.bias is None else {"weight": norm.weight, "bias": norm.bias}
+    if norm.kind == "layernorm" and norm.bias is None:
+        weights["bias"] = torch.zeros_like(norm.weight)
+    return torch.func.functional_call(_module(norm.kind, x_TD.shape[-1], norm.eps), weights, (x_TD,)).to(out_dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _module(kind: str, width: int, eps: float) -> torch.nn.Module:
+    made = te.LayerNorm if kind == "layernorm" else te.RMSNorm
+    return made(width, eps=eps, device="cuda", dtype=torch.float32)

@@ -1,0 +1,170 @@
+"""The pieces of a norm over divided columns in Triton: kernels/add_norm/sharded.py says what is computed.
+
+A program takes one row, a block of columns at a time; for the gradients of weight and bias one block of columns, and some of the
+rows. Their partial sums are added in a fixed order: no atomics.
+
+T rows   d columns of this rank
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megaresnorm.kernels.add_norm.sharded import ShardedNormKernels, empty_sums
+from megaresnorm.kernels.add_norm.triton_common import columns_of, load_statistics, tile_of
+
+BLOCK_N = 4096
+ROWS_PER_PROGRAM = 256  # of the kernel for weight and bias, in tiles of WEIGHTS_M x WEIGHTS_N
+WEIGHTS_M, WEIGHTS_N = 8, 128
+
+
+@triton.jit
+def stats_kernel(z, sums, columns, LAYERNORM: tl.constexpr, BLOCK_N: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    mean = 0.0
+    if LAYERNORM:
+        total = tl.zeros([1, BLOCK_N], tl.float32)
+        for start in range(0, columns, BLOCK_N):
+            cols = start + tl.arange(0, BLOCK_N)
+            total += tile_of(z, row * columns + cols[None, :], (cols < columns)[None, :])
+        mean = tl.sum(total) / columns
+    squares = tl.zeros([1, BLOCK_N], tl.float32)
+    for start in range(0, columns, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        mask = (cols < columns)[None, :]
+        centred = tl.where(mask, tile_of(z, row * columns + cols[None, :], mask) - mean, 0.0)
+        squares += centred * centred
+    if LAYERNORM:
+        tl.store(sums + 2 * row, mean)
+        tl.store(sums + 2 * row + 1, tl.sum(squares))
+    else:
+        tl.store(sums + row, tl.sum(squares))
+
+
+@triton.jit
+def apply_kernel(z, statistics, weight, bias, out, columns, BLOCK_N: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    mean, reciprocal = load_statistics(statistics, row, True)
+    for start in range(0, columns, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        col_mask = cols < columns
+        offsets = row * columns + cols[None, :]
+        y = (tile_of(z, offsets, col_mask[None, :]) - mean) * reciprocal * columns_of(weight, cols, col_mask)
+        if bias is not None:
+            y += columns_of(bias, cols, col_mask)
+        tl.store(out + offsets, y.to(out.dtype.element_ty), mask=col_mask[None, :])
+
+
+@triton.jit
+def grad_sums_kernel(dy, z, statistics, weight, sums, columns, LAYERNORM: tl.constexpr, BLOCK_N: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    mean, reciprocal = load_statistics(statistics, row, True)
+    along = tl.zeros([1, BLOCK_N], tl.float32)
+    total = tl.zeros([1, BLOCK_N], tl.float32)
+    for start in range(0, columns, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        col_mask = cols < columns
+        offsets = row * columns + cols[None, :]
+        g = tile_of(dy, offsets, col_mask[None, :]) * columns_of(weight, cols, col_mask)
+        along += g * ((tile_of(z, offsets, col_mask[None, :]) - mean) * reciprocal)
+        total += g
+    if LAYERNORM:
+        tl.store(sums + 2 * row, tl.sum(along))
+        tl.store(sums + 2 * row + 1, tl.sum(total))
+    else:
+        tl.store(sums + row, tl.sum(along))
+
+
+@triton.jit
+def grad_apply_kernel(
+    dy, z, statistics, sums, weight, out, columns, whole_columns, LAYERNORM: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    mean, reciprocal = load_statistics(statistics, row, True)
+    if LAYERNORM:
+        along, total = tl.load(sums + 2 * row) / whole_columns, tl.load(sums + 2 * row + 1) / whole_columns
+    else:
+        along, total = tl.load(sums + row) / whole_columns, 0.0
+    for start in range(0, columns, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        col_mask = cols < columns
+        offsets = row * columns + cols[None, :]
+        unit = (tile_of(z, offsets, col_mask[None, :]) - mean) * reciprocal
+        g = tile_of(dy, offsets, col_mask[None, :]) * columns_of(weight, cols, col_mask)
+        dz = reciprocal * (g - total - unit * along)
+        tl.store(out + offsets, dz.to(out.dtype.element_ty), mask=col_mask[None, :])
+
+
+@triton.jit
+def grad_weights_kernel(
+    dy, z, statistics, sum_weight, sum_bias, rows, columns, rows_per_program, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_mask = cols < columns
+    d_weight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    d_bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, rows_per_program, BLOCK_M):
+        row = program * rows_per_program + start + tl.arange(0, BLOCK_M)
+        mask = (row < rows)[:, None] & col_mask[None, :]
+        offsets = row[:, None] * columns + cols[None, :]
+        mean, reciprocal = load_statistics(statistics, row, row < rows)
+        d = tile_of(dy, offsets, mask)
+        d_weight += d * ((tile_of(z, offsets, mask) - mean[:, None]) * reciprocal[:, None])
+        d_bias += d
+    tl.store(sum_weight + program * columns + cols, tl.sum(d_weight, 0), mask=col_mask)
+    tl.store(sum_bias + program * columns + cols, tl.sum(d_bias, 0), mask=col_mask)
+
+
+def _shape(columns: int) -> dict[str, int]:
+    block = min(BLOCK_N, triton.next_power_of_2(columns))
+    return {"BLOCK_N": block, "num_warps": max(1, min(8, block // 512))}
+
+
+def stats(z: Tensor, kind: str) -> Tensor:
+    found = empty_sums(z, kind)
+    stats_kernel[(z.shape[0],)](z.contiguous(), found, z.shape[1], kind == "layernorm", **_shape(z.shape[1]))
+    return found
+
+
+def apply(
+    z: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor | None, kind: str, out_dtype: torch.dtype
+) -> Tensor:
+    out = torch.empty(z.shape, dtype=out_dtype, device=z.device)
+    apply_kernel[(z.shape[0],)](z.contiguous(), statistics, weight, bias, out, z.shape[1], **_shape(z.shape[1]))
+    return out
+
+
+def grad_sums(dy: Tensor, z: Tensor, statistics: Tensor, weight: Tensor, kind: str) -> Tensor:
+    found = empty_sums(z, kind)
+    grad_sums_kernel[(z.shape[0],)](
+        dy.contiguous(), z.contiguous(), statistics, weight, found, z.shape[1], kind == "layernorm", **_shape(z.shape[1])
+    )  # fmt: skip
+    return found
+
+
+def grad_weights(dy: Tensor, z: Tensor, statistics: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    rows, columns = z.shape
+    programs = triton.cdiv(rows, ROWS_PER_PROGRAM)
+    partial = z.new_empty((2, programs, columns), dtype=torch.float32)
+    grad_weights_kernel[(programs, triton.cdiv(columns, WEIGHTS_N))](
+        dy.contiguous(), z.contiguous(), statistics, partial[0], partial[1], rows, columns, ROWS_PER_PROGRAM,
+        WEIGHTS_M, WEIGHTS_N, num_warps=4,
+    )  # fmt: skip
+    d_weight, d_bias = partial.sum(1).unbind(0)
+    return d_weight, d_bias
+
+
+def grad_apply(
+    dy: Tensor, z: Tensor, statistics: Tensor, sums: Tensor, weight: Tensor, kind: str, columns: int
+) -> Tensor:
+    out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    grad_apply_kernel[(z.shape[0],)](
+        dy.contiguous(), z.contiguous(), statistics, sums.contiguous(), weight, out, z.shape[1], columns,
+        kind == "layernorm", **_shape(z.shape[1]),
+    )  # fmt: skip
+    return out
+
+
+SHARDED = ShardedNormKernels(stats, apply, grad_sums, grad_weights, grad_apply)

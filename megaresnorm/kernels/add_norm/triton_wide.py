@@ -1,0 +1,291 @@
+"""add_norm in Triton for rows that do not fit in registers: a block of columns at a time.
+
+Forward and the gradients of rows have one program a row, which reads its row once for each sum that it needs; the sums over rows
+are a second kernel, over blocks of columns, that reads the few numbers a row which the first one left.
+
+M rows   N columns
+"""
+
+import triton
+import triton.language as tl
+
+from megaresnorm.kernels.add_norm.triton_common import (
+    as_output,
+    columns_of,
+    gate_of,
+    largest_of,
+    load_statistics,
+    normalized,
+    store_statistics,
+    tile_of,
+)
+
+
+@triton.jit
+def _statistics(source, row, columns, eps, KIND: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Of one row [1] in memory, in two passes."""
+    mean = tl.zeros([1], tl.float32)
+    if KIND == 2:
+        total = tl.zeros([1, BLOCK_N], tl.float32)
+        for start in range(0, columns, BLOCK_N):
+            cols = start + tl.arange(0, BLOCK_N)
+            total += tile_of(source, row[:, None] * columns + cols[None, :], (cols < columns)[None, :])
+        mean = tl.sum(total, 1) / columns
+    squares = tl.zeros([1, BLOCK_N], tl.float32)
+    for start in range(0, columns, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        mask = (cols < columns)[None, :]
+        centred = tile_of(source, row[:, None] * columns + cols[None, :], mask) - mean[:, None]
+        squares += tl.where(mask, centred * centred, 0.0)
+    variance = tl.sum(squares, 1) / columns
+    return mean, tl.div_rn(variance * 0.0 + 1.0, tl.sqrt_rn(variance + eps))
+
+
+@triton.jit
+def forward_kernel(
+    x, delta, gate, z, trunk, branch, amax, fp8_scale,
+    branch_weight, branch_bias, branch_statistics, weight, bias, statistics, next_weight, next_bias, next_statistics,
+    rows, columns, alpha, scale, branch_eps, eps, next_eps,
+    BRANCH_NORM: tl.constexpr, NORM: tl.constexpr, NEXT_NORM: tl.constexpr, GATE: tl.constexpr, FP8: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """As triton_rows.forward_kernel; BLOCK_M is 1."""
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, BLOCK_M)
+    row_mask = row < rows
+    if BRANCH_NORM:
+        b_mean, b_reciprocal = _statistics(delta, row, columns, branch_eps, BRANCH_NORM, BLOCK_N)
+        store_statistics(branch_statistics, row, row_mask, b_mean, b_reciprocal)
+    if z is not None:
+        for start in range(0, columns, BLOCK_N):
+            cols = start + tl.arange(0, BLOCK_N)
+            col_mask = cols < columns
+            offsets, mask = row[:, None] * columns + cols[None, :], col_mask[None, :]
+            v = tile_of(x, offsets, mask)
+            if delta is not None:
+                d = tile_of(delta, offsets, mask)
+                if BRANCH_NORM:
+                    d = normalized(d, b_mean, b_reciprocal, branch_weight, branch_bias, cols, col_mask)
+                v = alpha * v + gate_of(gate, scale, cols, col_mask, GATE) * d
+            tl.store(z + offsets, v.to(z.dtype.element_ty), mask=mask)
+        tl.debug_barrier()  # other threads of the program read what was stored
+    stored = x if z is None else z
+    if NORM:
+        mean, reciprocal = _statistics(stored, row, columns, eps, NORM, BLOCK_N)
+        store_statistics(statistics, row, row_mask, mean, reciprocal)
+        for start in range(0, columns, BLOCK_N):
+            cols = start + tl.arange(0, BLOCK_N)
+            col_mask = cols < columns
+            offsets, mask = row[:, None] * columns + cols[None, :], col_mask[None, :]
+            v = normalized(tile_of(stored, offsets, mask), mean, reciprocal, weight, bias, cols, col_mask)
+            tl.store(trunk + offsets, v.to(trunk.dtype.element_ty), mask=mask)
+        tl.debug_barrier()
+    summed = trunk if NORM else stored
+    if NEXT_NORM:
+        mean, reciprocal = _statistics(summed, row, columns, next_eps, NEXT_NORM, BLOCK_N)
+        store_statistics(next_statistics, row, row_mask, mean, reciprocal)
+    largest = tl.zeros([BLOCK_M], tl.int32)
+    if (branch is not None) or (amax is not None):
+        for start in range(0, columns, BLOCK_N):
+            cols = start + tl.arange(0, BLOCK_N)
+            col_mask = cols < columns
+            offsets, mask = row[:, None] * columns + cols[None, :], col_mask[None, :]
+            v = tile_of(summed, offsets, mask)
+            if NEXT_NORM:
+                v = normalized(v, mean, reciprocal, next_weight, next_bias, cols, col_mask)
+            largest = tl.maximum(largest, largest_of(v, mask).to(tl.int32, bitcast=True))
+            if branch is not None:
+                tl.store(branch + offsets, as_output(v, fp8_scale, branch, FP8), mask=mask)
+    if amax is not None:
+        tl.store(amax + row, largest.to(tl.float32, bitcast=True), mask=row_mask)
+
+
+@triton.jit
+def _load_pair(coefficients, row, row_mask, PLACE: tl.constexpr):
+    at = coefficients + 6 * row + 2 * PLACE
+    return tl.load(at, mask=row_mask, other=0.0), tl.load(at + 1, mask=row_mask, other=0.0)
+
+
+@triton.jit
+def _norm_gradient(dy, unit, reciprocal, along, average, weight, cols, col_mask):
+    gy = dy * columns_of(weight, cols, col_mask)
+    return (gy - average[:, None] - unit * along[:, None]) * reciprocal[:, None]
+
+
+@triton.jit
+def _gradients(
+    d_trunk, d_branch, z, trunk, weight, statistics, next_weight, next_statistics, coefficients,
+    row, row_mask, offsets, mask, cols, col_mask, NORM: tl.constexpr, NEXT_NORM: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """(gradient of next_norm's output, of the trunk, of the sum; unit rows of next_norm and norm), as far as step LAST.
+
+    LAST: 0 the first alone, 1 also that of the trunk, 2 all.
+    """
+    d_next = tile_of(d_branch, offsets, mask) if d_branch is not None else tile_of(d_trunk, offsets, mask) * 0.0
+    next_unit, unit, d_sum = d_next, d_next, d_next
+    if NEXT_NORM and (d_branch is not None):
+        mean, reciprocal = load_statistics(next_statistics, row, row_mask)
+        v = tile_of(trunk if NORM else z, offsets, mask)
+        next_unit = (v - mean[:, None]) * reciprocal[:, None]
+        if LAST > 0:
+            along, average = _load_pair(coefficients, row, row_mask, 2)
+            d_sum = _norm_gradient(d_next, next_unit, reciprocal, along, average, next_weight, cols, col_mask)
+    if LAST > 0:
+        if d_trunk is not None:
+            d_sum += tile_of(d_trunk, offsets, mask)
+        d_sum = tl.where(mask, d_sum, 0.0)
+    d_norm = d_sum
+    if NORM and LAST > 0:
+        mean, reciprocal = load_statistics(statistics, row, row_mask)
+        unit = (tile_of(z, offsets, mask) - mean[:, None]) * reciprocal[:, None]
+        if LAST > 1:
+            along, average = _load_pair(coefficients, row, row_mask, 1)
+            d_sum = _norm_gradient(d_norm, unit, reciprocal, along, average, weight, cols, col_mask)
+            d_sum = tl.where(mask, d_sum, 0.0)
+    return d_next, d_norm, d_sum, next_unit, unit
+
+
+@triton.jit
+def _store_pair(coefficients, row, row_mask, along, average, columns, PLACE: tl.constexpr, KIND: tl.constexpr):
+    at = coefficients + 6 * row + 2 * PLACE
+    tl.store(at, tl.sum(along, 1) / columns, mask=row_mask)
+    tl.store(at + 1, tl.sum(average, 1) / columns if KIND == 2 else tl.sum(average, 1) * 0.0, mask=row_mask)
+    tl.debug_barrier()
+
+
+@triton.jit
+def rows_kernel(
+    d_trunk, d_branch, z, trunk, delta, gate, dx, d_delta, coefficients,
+    branch_weight, branch_statistics, weight, statistics, next_weight, next_statistics, rows, columns, alpha, scale,
+    BRANCH_NORM: tl.constexpr, NORM: tl.constexpr, NEXT_NORM: tl.constexpr, GATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dx and d_delta of a row; and coefficients [M, 6], two row means for each norm."""
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, BLOCK_M)
+    row_mask = row < rows
+    if NEXT_NORM and (d_branch is not None):
+        along, average = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, columns, BLOCK_N):
+            cols = start + tl.arange(0, BLOCK_N)
+            col_mask = cols < columns
+            offsets, mask = row[:, None] * columns + cols[None, :], col_mask[None, :]
+            dy, _, _, unit, _ = _gradients(
+                d_trunk, d_branch, z, trunk, weight, statistics, next_weight, next_statistics, coefficients,
+                row, row_mask, offsets, mask, cols, col_mask, NORM, NEXT_NORM, 0,
+            )  # fmt: skip
+            gy = dy * columns_of(next_weight, cols, col_mask)
+            along += gy * unit
+            average += gy
+        _store_pair(coefficients, row, row_mask, along, average, columns, 2, NEXT_NORM)
+    if NORM:
+        along, average = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, columns, BLOCK_N):
+            cols = start + tl.arange(0, BLOCK_N)
+            col_mask = cols < columns
+            offsets, mask = row[:, None] * columns + cols[None, :], col_mask[None, :]
+            _, dy, _, _, unit = _gradients(
+                d_trunk, d_branch, z, trunk, weight, statistics, next_weight, next_statistics, coefficients,
+                row, row_mask, offsets, mask, cols, col_mask, NORM, NEXT_NORM, 1,
+            )  # fmt: skip
+            gy = dy * columns_of(weight, cols, col_mask)
+            along += gy * unit
+            average += gy
+        _store_pair(coefficients, row, row_mask, along, average, columns, 1, NORM)
+    along, average = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, columns, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        col_mask = cols < columns
+        offsets, mask = row[:, None] * columns + cols[None, :], col_mask[None, :]
+        _, _, g, _, _ = _gradients(
+            d_trunk, d_branch, z, trunk, weight, statistics, next_weight, next_statistics, coefficients,
+            row, row_mask, offsets, mask, cols, col_mask, NORM, NEXT_NORM, 2,
+        )  # fmt: skip
+        tl.store(dx + offsets, (g * alpha).to(dx.dtype.element_ty), mask=mask)
+        if d_delta is not None:
+            gated = tl.where(mask, g * gate_of(gate, scale, cols, col_mask, GATE), 0.0)
+            if BRANCH_NORM:
+                mean, reciprocal = load_statistics(branch_statistics, row, row_mask)
+                gy = gated * columns_of(branch_weight, cols, col_mask)
+                along += gy * ((tile_of(delta, offsets, mask) - mean[:, None]) * reciprocal[:, None])
+                average += gy
+            else:
+                tl.store(d_delta + offsets, gated.to(d_delta.dtype.element_ty), mask=mask)
+    if BRANCH_NORM:
+        _store_pair(coefficients, row, row_mask, along, average, columns, 0, BRANCH_NORM)
+        along_mean, average_mean = _load_pair(coefficients, row, row_mask, 0)
+        for start in range(0, columns, BLOCK_N):
+            cols = start + tl.arange(0, BLOCK_N)
+            col_mask = cols < columns
+            offsets, mask = row[:, None] * columns + cols[None, :], col_mask[None, :]
+            _, _, g, _, _ = _gradients(
+                d_trunk, d_branch, z, trunk, weight, statistics, next_weight, next_statistics, coefficients,
+                row, row_mask, offsets, mask, cols, col_mask, NORM, NEXT_NORM, 2,
+            )  # fmt: skip
+            gated = g * gate_of(gate, scale, cols, col_mask, GATE)
+            mean, reciprocal = load_statistics(branch_statistics, row, row_mask)
+            unit = (tile_of(delta, offsets, mask) - mean[:, None]) * reciprocal[:, None]
+            gated = _norm_gradient(gated, unit, reciprocal, along_mean, average_mean, branch_weight, cols, col_mask)
+            tl.store(d_delta + offsets, gated.to(d_delta.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def columns_kernel(
+    d_trunk, d_branch, z, trunk, delta, gate, coefficients,
+    branch_weight, branch_bias, branch_statistics, weight, statistics, next_weight, next_statistics,
+    sum_branch_weight, sum_branch_bias, sum_weight, sum_bias, sum_next_weight, sum_next_bias, sum_gate,
+    rows, columns, rows_per_program, scale,
+    BRANCH_NORM: tl.constexpr, NORM: tl.constexpr, NEXT_NORM: tl.constexpr, GATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Column sums over ``rows_per_program`` rows of BLOCK_N columns; sum_*: [programs, N] each, or None."""
+    program = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_mask = cols < columns
+    a_branch_weight = tl.zeros([BLOCK_N], tl.float32)
+    a_branch_bias = tl.zeros([BLOCK_N], tl.float32)
+    a_weight = tl.zeros([BLOCK_N], tl.float32)
+    a_bias = tl.zeros([BLOCK_N], tl.float32)
+    a_next_weight = tl.zeros([BLOCK_N], tl.float32)
+    a_next_bias = tl.zeros([BLOCK_N], tl.float32)
+    a_gate = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, rows_per_program, BLOCK_M):
+        row = program * rows_per_program + start + tl.arange(0, BLOCK_M)
+        row_mask = (row < rows) & (start + tl.arange(0, BLOCK_M) < rows_per_program)
+        mask = row_mask[:, None] & col_mask[None, :]
+        offsets = row[:, None] * columns + cols[None, :]
+        d_next, d_norm, g, next_unit, unit = _gradients(
+            d_trunk, d_branch, z, trunk, weight, statistics, next_weight, next_statistics, coefficients,
+            row, row_mask, offsets, mask, cols, col_mask, NORM, NEXT_NORM, 2,
+        )  # fmt: skip
+        if sum_next_weight is not None:
+            a_next_weight += tl.sum(d_next * next_unit, 0)
+        if sum_next_bias is not None:
+            a_next_bias += tl.sum(d_next, 0)
+        if sum_weight is not None:
+            a_weight += tl.sum(d_norm * unit, 0)
+        if sum_bias is not None:
+            a_bias += tl.sum(d_norm, 0)
+        if delta is not None:
+            d = tile_of(delta, offsets, mask)
+            if BRANCH_NORM:
+                mean, reciprocal = load_statistics(branch_statistics, row, row_mask)
+                gated = g * gate_of(gate, scale, cols, col_mask, GATE)
+                a_branch_weight += tl.sum(gated * ((d - mean[:, None]) * reciprocal[:, None]), 0)
+                a_branch_bias += tl.sum(gated, 0)
+                d = normalized(d, mean, reciprocal, branch_weight, branch_bias, cols, col_mask)
+            if sum_gate is not None:
+                a_gate += tl.sum(tl.where(mask, g * d, 0.0), 0)
+    at = program * columns + cols
+    if sum_branch_weight is not None:
+        tl.store(sum_branch_weight + at, a_branch_weight, mask=col_mask)
+    if sum_branch_bias is not None:
+        tl.store(sum_branch_bias + at, a_branch_bias, mask=col_mask)
+    if sum_weight is not None:
+        tl.store(sum_weight + at, a_weight, mask=col_mask)
+    if sum_bias is not None:
+        tl.store(sum_bias + at, a_bias, mask=col_mask)
+    if sum_next_weight is not None:
+        tl.store(sum_next_weight + at, a_next_weight, mask=col_mask)
+    if sum_next_bias is not None:
+        tl.store(sum_next_bias + at, a_next_bias, mask=col_mask)
+    if sum_gate is not None:
+        tl.store(sum_gate + at, a_gate, mask=col_mask)

@@ -1,0 +1,115 @@
+"""Which kernels run on this machine, at which shapes, and why the others do not."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megaresnorm.kernels.add_norm.reference import NormWeights
+from megaresnorm.kernels.registry import Kernel, backends, choose_kernel
+
+OPS = ("add_norm", "norm_quant", "attention", "activation", "cross_entropy")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One backend of an op at one shape.
+
+    milliseconds: forward and backward, the best of five calls; None where it cannot run or failed.
+    """
+
+    op: str
+    shape: tuple[int, int]
+    backend: str
+    chosen: bool
+    milliseconds: float | None
+    reason: str  # why auto does not take it, or why it cannot run
+
+
+def examine(device: torch.device, dtype: torch.dtype, shapes: list[tuple[int, int]]) -> list[Finding]:
+    """Run every backend of every op a few times, for rows x columns of ``shapes``.
+
+    Rows are tokens; columns are the model dim, or the vocabulary for cross_entropy; attention has heads of 64 columns and
+    sequences of at most 256 tokens.
+    """
+    findings = []
+    for op in OPS:
+        taken = choose_kernel(op, "auto", device, dtype)[0]
+        for shape in shapes:
+            findings += [_try(kernel, kernel is taken, shape, device, dtype) for kernel in backends(op)]
+    return findings
+
+
+def _try(kernel: Kernel, chosen: bool, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Finding:
+    reason = kernel.requires(device, dtype)
+    if reason is not None:
+        return Finding(kernel.op, shape, kernel.backend, chosen, None, f"cannot run: {reason}")
+    try:
+        call = _CALLS[kernel.op](kernel.function, *shape, device, dtype)
+        call()
+        milliseconds = 1e3 * min(_seconds(call, device) for _ in range(5))
+    except Exception as e:  # noqa: BLE001  (what a kernel raises is what is asked for)
+        return Finding(
+            kernel.op,
+            shape,
+            kernel.backend,
+            chosen,
+            None,
+            f"failed: {(str(e) or type(e).__name__).splitlines()[0][:100]}",
+        )
+    reason = "" if chosen else kernel.avoid(device, dtype) or "auto takes a faster one"
+    return Finding(kernel.op, shape, kernel.backend, chosen, milliseconds, reason)
+
+
+def _seconds(call: Callable, device: torch.device) -> float:
+    start = _now(device)
+    call()
+    return _now(device) - start
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _random(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, device=device, dtype=dtype).requires_grad_()
+
+
+def _add_norm(function: Callable, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Callable:
+    x, delta = (_random((rows, columns), device, dtype) for _ in range(2))
+    norm = NormWeights("rmsnorm", _random((columns,), device, torch.float32), None, 1e-5)
+
+    def call() -> None:
+        out = function(x, delta, next_norm=norm, residual_dtype=dtype, out_dtype=dtype)
+        (out.trunk.sum() + out.branch_input.sum()).backward()
+
+    return call
+
+
+def _norm_quant(function: Callable, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Callable:
+    x, weight = _random((rows, columns), device, dtype), torch.ones(columns, device=device)
+    statistics = torch.ones(rows, 2, device=device)
+    return lambda: function(x, NormWeights("rmsnorm", weight, None, 1e-5), statistics)
+
+
+def _attention(function: Callable, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Callable:
+    seq, heads = min(rows, 256), max(1, columns // 64)
+    qkv = _random((max(1, rows // seq), seq, 3 * heads, 64), device, dtype)
+    return lambda: function(qkv, heads).sum().backward()
+
+
+def _activation(function: Callable, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Callable:
+    h = _random((rows, 2 * columns), device, dtype)
+    return lambda: function(h, None, "swiglu").sum().backward()
+
+
+def _cross_entropy(function: Callable, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Callable:
+    logits, labels = _random((rows, columns), device, dtype), torch.zeros(rows, dtype=torch.long, device=device)
+    return lambda: function(logits * 1.0, labels)[1].backward()
+
+
+_CALLS = dict(zip(OPS, (_add_norm, _norm_quant, _attention, _activation, _cross_entropy), strict=True))

@@ -1,0 +1,102 @@
+"""Kernels are chosen once, when the model is built, and the choice is said aloud.
+
+A backend registers itself for an op together with ``requires(device, dtype)``, which returns None or the reason why it
+cannot run there, and ``avoid(device, dtype)``, which returns None or the reason why it would be the slower one. Asking
+for a backend by name that cannot run is an error with that reason; only ``auto`` takes another one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megaresnorm.errors import ConfigError
+
+Refusal = Callable[[torch.device, torch.dtype], str | None]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of an op: its backend's name, the function, and what keeps it from running.
+
+    kinds: what it can compute of an op that has several forms (the activations; attention plain or with capped scores); None: all.
+    implementation: what the function is made of, where an op asks its backends for that (add_norm's ``AddNormBackend``).
+    """
+
+    op: str
+    backend: str
+    function: Callable
+    requires: Refusal
+    avoid: Refusal
+    kinds: tuple[str, ...] | None
+    implementation: Any = None
+
+
+# In which order ``auto`` tries backends, whatever the order of imports; others come before "reference", the specification.
+ORDER = ("triton", "cpu", "blocked", "sdpa", "chunked")
+_KERNELS: dict[str, dict[str, Kernel]] = {}
+
+
+def register_kernel(
+    op: str,
+    backend: str,
+    requires: Refusal = lambda device, dtype: None,
+    avoid: Refusal = lambda device, dtype: None,
+    kinds: tuple[str, ...] | None = None,
+    implementation: Any = None,
+) -> Callable[[Callable], Callable]:
+    """Decorator: make a function a backend of ``op``."""
+
+    def register(function: Callable) -> Callable:
+        kernels = _KERNELS.setdefault(op, {})
+        assert backend not in kernels, f"{op}/{backend} is registered twice"
+        kernels[backend] = Kernel(op, backend, function, requires, avoid, kinds, implementation)
+        return function
+
+    return register
+
+
+def backends(op: str) -> list[Kernel]:
+    """Its kernels, in the order in which ``auto`` tries them."""
+
+    def rank(kernel: Kernel) -> tuple[bool, int]:
+        known = ORDER.index(kernel.backend) if kernel.backend in ORDER else len(ORDER)
+        return kernel.backend == "reference", known
+
+    return sorted(_KERNELS[op].values(), key=rank)
+
+
+def kernel_named(op: str, backend: str) -> Kernel:
+    """The entry of a backend that is registered. Raises: KeyError for one that is not."""
+    return _KERNELS[op][backend]
+
+
+def choose_kernel(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, kind: str | None = None
+) -> tuple[Kernel, str]:
+    """The kernel that runs ``op`` on ``device`` for products in ``dtype``, and a line that says which and why.
+
+    kind: the form of the op that is wanted, where it has several.
+
+    Raises: ConfigError for a backend that does not exist, or was asked for by name and cannot run here.
+    """
+    kernels = backends(op)
+    refusals: list[str] = []
+    if backend != "auto" and backend not in {k.backend for k in kernels}:
+        raise ConfigError(f"kernels.{op}={backend!r}: wanted one of auto, {', '.join(k.backend for k in kernels)}")
+    for kernel in kernels:
+        if backend not in ("auto", kernel.backend):
+            continue
+        reason = kernel.requires(device, dtype)
+        if kind is not None and kernel.kinds is not None and kind not in kernel.kinds:
+            reason = f"has no {kind} {op}"
+        if reason is None and backend == "auto":
+            reason = kernel.avoid(device, dtype)
+        if reason is None:
+            why = "asked for" if backend != "auto" else "; ".join(["first that can run", *refusals])
+            return kernel, f"{op} on {device.type}: {kernel.backend} ({why})"
+        if backend != "auto":
+            raise ConfigError(f"kernels.{op}={backend} cannot run on {device.type}: {reason}")
+        refusals.append(f"not {kernel.backend}: {reason}")
+    raise AssertionError(f"no backend of {op} runs on {device.type}")

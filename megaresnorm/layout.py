@@ -1,0 +1,53 @@
+"""Which rank has which part of a model: what fits, and how it is split. Pure: nothing is allocated, no rank is asked."""
+
+from megaresnorm.errors import ConfigError
+from megaresnorm.model.cost import block_flops, embedding_flops, head_flops
+from megaresnorm.model.transformer import Stage
+from megaresnorm.parallel.mesh import Sizes, resolve_sizes
+from megaresnorm.parallel.pipeline import split_blocks, stage_ranges
+from megaresnorm.recipe import ModelRecipe, ParallelRecipe, PrecisionRecipe, Recipe, divisors
+
+
+def gathers_stream(parallel: ParallelRecipe, precision: PrecisionRecipe) -> bool:
+    """Under tensor_layout=columns: whether the stored stream is gathered, rather than its normalised columns."""
+    return parallel.columns_norm != "merge" and precision.stream == precision.compute
+
+
+def split_stages(recipe: ModelRecipe, parallel: ParallelRecipe) -> list[Stage]:
+    """What every pipeline stage has, as the recipe says or balanced by cost."""
+    if parallel.stage_blocks is not None:
+        ranges = stage_ranges(parallel.stage_blocks)
+    else:
+        ranges = split_blocks(
+            recipe.num_blocks,
+            parallel.num_stages,
+            block=block_flops(recipe),
+            first=embedding_flops(recipe),
+            last=head_flops(recipe),
+        )
+    last = len(ranges) - 1
+    return [Stage(blocks, embeds=i == 0, predicts=i == last) for i, blocks in enumerate(ranges)]
+
+
+def check_layout(recipe: Recipe, num_ranks: int) -> Sizes:
+    """The sizes of all axes for a recipe whose vocab_size is set; called before anything starts.
+
+    Raises: ConfigError for what does not fit, with what would.
+    """
+    model, parallel = recipe.model, recipe.parallel
+    sizes = resolve_sizes(
+        num_ranks, pp=parallel.pp, dp_replicate=parallel.dp_replicate, dp_shard=parallel.dp_shard, tp=parallel.tp
+    )
+    rows = model.padded_vocab_size
+    if rows % sizes.tp or (sizes.tp - 1) * (rows // sizes.tp) >= (model.vocab_size or 0):
+        raise ConfigError(
+            f"parallel.tp={sizes.tp} must divide the {rows} padded rows of model.vocab_size={model.vocab_size}, with a token for "
+            f"every rank; set model.vocab_multiple to a multiple of {sizes.tp}, or try parallel.tp in {divisors(rows)[:6]}"
+        )
+    micro = recipe.train.micro_batch_of(sizes.dp_replicate * sizes.dp_shard, sizes.pp)
+    if parallel.tensor_layout == "tokens" and micro * model.seq_len % sizes.tp:
+        raise ConfigError(
+            f"parallel.tp={sizes.tp} must divide the {micro * model.seq_len} tokens of a microbatch under tensor_layout=tokens; "
+            "change train.micro_batch or model.seq_len, or use tensor_layout=columns, which needs no such thing"
+        )
+    return sizes

@@ -1,0 +1,84 @@
+"""Causal grouped-query attention.
+
+T tokens (batch * seq)   B batch   S seq   N query heads   K key/value heads   H head width   D model dim
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from megaresnorm.kernels.attention import reference_attention, rotate, sdpa_attention
+from megaresnorm.model.norm import Norm, norm_of
+from megaresnorm.model.sequence import KeyValueCache, Rows
+from megaresnorm.model.stream import Kernels
+from megaresnorm.parallel.branch_input import BranchInput
+from megaresnorm.parallel.layouts import TensorLayout
+from megaresnorm.parallel.linear import ColumnLinear, RowLinear
+from megaresnorm.recipe import ModelRecipe
+
+
+class Attention(nn.Module):
+    """u [T, D] -> [T, D]. The fused ``qkv`` holds the logical matrices q [N*H, D], k [K*H, D] and v [K*H, D].
+
+    Under tensor parallelism N and K are this rank's heads, and a norm over all heads together merges its statistics.
+    norm_inner: normalise what ``out`` reads.
+    """
+
+    def __init__(
+        self, recipe: ModelRecipe, kernels: Kernels, layout: TensorLayout, norm_inner: Callable[[int], Norm] | None
+    ) -> None:
+        super().__init__()
+        self.attend, self.normalize_shared = kernels.attend, kernels.normalize_shared
+        axis, self.head_dim = layout.axis, recipe.head_width
+        self.scale, self.softcap = recipe.attention_multiplier, recipe.attention_softcap
+        self.num_heads, self.kv_heads = recipe.num_heads // axis.size, recipe.kv_heads // axis.size
+        q_dim, kv_dim = recipe.num_heads * self.head_dim, recipe.kv_heads * self.head_dim
+        self.qkv = ColumnLinear(recipe.dim, q_dim + 2 * kv_dim, axis, bias=recipe.has_bias("qkv"))
+        self.out = RowLinear(q_dim, recipe.dim, layout, bias=recipe.has_bias("out"))
+        self.norm_inner = None if norm_inner is None else norm_inner(q_dim // axis.size)
+        self.norm_per_head = recipe.qk_norm == "head"
+        self.normalize_qk = kernels.normalize if self.norm_per_head else kernels.normalize_shared
+        self.q_norm = self.k_norm = None
+        if recipe.qk_norm != "none":
+            per_head = (self.head_dim, self.head_dim)
+            widths = per_head if self.norm_per_head else (q_dim // axis.size, kv_dim // axis.size)
+            self.q_norm, self.k_norm = (norm_of(recipe)(width) for width in widths)
+
+    def forward(self, u_TD: BranchInput, rows: Rows) -> Tensor:
+        heads = self.num_heads, self.kv_heads, self.kv_heads
+        qkv_BSJH = self.qkv(u_TD).view(rows.batch, rows.seq, sum(heads), self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k, v = qkv_BSJH.split(heads, dim=2)
+            qkv_BSJH = torch.cat((self._normalize(q, self.q_norm), self._normalize(k, self.k_norm), v), dim=2)
+        if rows.cache is None:
+            y_BSNH = self.attend(
+                qkv_BSJH,
+                self.kv_heads,
+                cos=rows.cos,
+                sin=rows.sin,
+                mask_BSC=rows.mask,
+                scale=self.scale,
+                softcap=self.softcap,
+            )
+        else:
+            y_BSNH = self._attend_cached(qkv_BSJH.split(heads, dim=2), rows, rows.cache)
+        y = y_BSNH.reshape(rows.batch * rows.seq, -1)
+        return self.out(y if self.norm_inner is None else self.normalize_shared(y, self.norm_inner))
+
+    def _attend_cached(self, qkv: tuple[Tensor, ...], rows: Rows, cache: KeyValueCache) -> Tensor:
+        """Generation: new tokens, or all at first, see what was seen before them."""
+        q_BSNH, k_BSKH, v_BSKH = qkv
+        if rows.cos is not None and rows.sin is not None:
+            q_BSNH, k_BSKH = (rotate(x, rows.cos, rows.sin) for x in (q_BSNH, k_BSKH))
+        first = cache.num_tokens == 0  # afterwards a single new token sees all that is cached
+        k_BSKH, v_BSKH = cache.extend(self, k_BSKH, v_BSKH)
+        if self.softcap is None:
+            return sdpa_attention(q_BSNH, k_BSKH, v_BSKH, causal=first, mask_BSC=rows.mask, scale=self.scale)
+        return reference_attention(
+            q_BSNH, k_BSKH, v_BSKH, causal=first, mask_BSC=rows.mask, scale=self.scale, softcap=self.softcap
+        )
+
+    def _normalize(self, x_BSNH: Tensor, norm: Norm) -> Tensor:
+        x = x_BSNH if self.norm_per_head else x_BSNH.flatten(2)
+        return self.normalize_qk(x, norm).view_as(x_BSNH)

@@ -1,0 +1,40 @@
+"""What the rows of the flat stream are: sequences, positions, who sees whom, and what generation has seen before.
+
+B batch   S seq   C cached tokens   K key/value heads   H head width
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Rows(NamedTuple):
+    """What the rows of the flat stream are: ``batch`` sequences of ``seq`` tokens, each at a position of its document.
+
+    positions: [S], or [B, S] where documents are kept apart.   cos, sin: their rotary tables, [S, H] or [B, S, H].
+    mask: [B, S, S], True where a token sees another; None for all before it.   cache: keys and values of earlier tokens.
+    """
+
+    batch: int
+    seq: int
+    positions: Tensor
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    mask: Tensor | None = None
+    cache: "KeyValueCache | None" = None
+
+
+class KeyValueCache:
+    """Keys and values [B, C, K, H] of the tokens that every attention layer has seen, for generation."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def extend(self, layer: nn.Module, k_BSKH: Tensor, v_BSKH: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a layer's new keys and values; returns all of them, the oldest first."""
+        if layer in self._seen:
+            k_BSKH, v_BSKH = (torch.cat(both, dim=1) for both in zip(self._seen[layer], (k_BSKH, v_BSKH), strict=True))
+        self._seen[layer] = k_BSKH, v_BSKH
+        return k_BSKH, v_BSKH

@@ -1,0 +1,95 @@
+"""The residual stream with at most one add pending, and the add_norm of a run that closes it.
+
+T tokens (batch * seq)   D model dim
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megaresnorm.kernels.add_norm.reference import AddNormOut, NormWeights
+from megaresnorm.model.norm import Norm
+from megaresnorm.parallel.branch_input import BranchInput
+from megaresnorm.parallel.sharded_norm import StreamOut
+
+
+class Stream(NamedTuple):
+    """The residual stream with at most one add pending: alpha * x + gate * delta.
+
+    A pre-norm add belongs to the next norm's kernel, a post-norm add to its own: so the pending add travels with the
+    data, and whoever owns the next norm closes it. Only plain numbers travel; a learned gate is applied in its block.
+    """
+
+    x: Tensor
+    delta: Tensor | None = None
+    alpha: float = 1.0
+    gate: float | Tensor = 1.0
+
+
+@dataclass(frozen=True)
+class AddNorm:
+    """The add_norm kernel of this run, bound to the type the stream is stored in and the type branches compute in."""
+
+    kernel: Callable[..., AddNormOut | StreamOut]
+    residual_dtype: torch.dtype
+    compute_dtype: torch.dtype
+
+    def __call__(
+        self,
+        stream: Stream,
+        norm: Norm | None = None,
+        next_norm: NormWeights | None = None,
+        *,
+        branch_norm: Norm | None = None,
+    ) -> tuple[Tensor, BranchInput]:
+        """Close the stream's add and open the next branch: the trunk norm(alpha * x + gate * delta), and next_norm of it."""
+        out = self._run(stream, norm, next_norm, branch_norm, self.compute_dtype)
+        assert out.branch_input is not None
+        return out.trunk, out.branch_input
+
+    def trunk(self, stream: Stream, norm: Norm | None = None, *, branch_norm: Norm | None = None) -> Tensor:
+        """Close the stream's add where no branch reads it."""
+        return self._run(stream, norm, None, branch_norm, None).trunk
+
+    def normalize(self, x: Tensor, norm: Norm) -> Tensor:
+        """One norm by itself, over the last dim, computed in FP32 and returned in x's type (and layout)."""
+        flat = x.reshape(-1, x.shape[-1])
+        return self.kernel(flat, norm=norm.weights(), residual_dtype=x.dtype, out_dtype=None).trunk.view(x.shape)
+
+    def _run(
+        self,
+        stream: Stream,
+        norm: Norm | None,
+        next_norm: NormWeights | None,
+        branch_norm: Norm | None,
+        out_dtype: torch.dtype | None,
+    ) -> AddNormOut | StreamOut:
+        return self.kernel(
+            stream.x,
+            stream.delta,
+            alpha=stream.alpha,
+            gate=stream.gate,
+            branch_norm=None if branch_norm is None else branch_norm.weights(),
+            norm=None if norm is None else norm.weights(),
+            next_norm=next_norm,
+            residual_dtype=self.residual_dtype,
+            out_dtype=out_dtype,
+        )
+
+
+class Kernels(NamedTuple):
+    """What a model computes with beside matrix products: the chosen backends.
+
+    attend: as kernels/attention.py's ``split_attention`` describes.   activate: as kernels/add_norm/reference.py's ``activation``.
+    normalize: x, norm -> x normalised, of rows that this rank has whole.   normalize_shared: of rows of which every
+    tensor-parallel rank has its share of the columns.
+    """
+
+    add_norm: AddNorm
+    attend: Callable[..., Tensor]
+    activate: Callable[..., Tensor]
+    normalize: Callable[[Tensor, Norm], Tensor]
+    normalize_shared: Callable[[Tensor, Norm], Tensor]

@@ -1,0 +1,168 @@
+"""Small agreements of all ranks before they have a process group, over torch's store: no pickles, and no waiting in silence."""
+
+import json
+import logging
+import socket
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import timedelta
+from hashlib import sha256
+from itertools import count
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from megaresnorm.errors import LostRankError, UserError, error_of
+from megaresnorm.parallel.addresses import local_address_of
+from megaresnorm.parallel.environment import Environment
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=10)
+LOOK = 0.05  # seconds between two looks into the store
+LAST_WORDS = 10.0  # seconds that rank 0 waits at its end for others to have heard why
+SILENT = 10.0  # seconds of waiting before the first word about it, and between two
+LONGEST_FACT = 200  # characters of a value that are compared as they are; of longer ones, their digest
+_meetings = count()  # every rank holds the same meetings in the same order
+
+
+def open_store(environment: Environment) -> Store:
+    """The store through which the ranks of a job find each other. All of them must open it.
+
+    On one node under launch/torchrun.sh it is a file in a private folder, so that nothing listens on a port. Elsewhere
+    rank 0 listens on the address that torchrun gives, and on no other.
+    """
+    if dist.is_initialized():
+        return dist.distributed_c10d._get_default_store()
+    if environment.launcher is not None and environment.one_node:
+        round_of = f"{environment.attempt}-{environment.master_port}"  # torchrun takes another port for every start of the ranks
+        return FileStore(str(environment.launcher / f"ranks-{round_of}"), environment.world_size)
+    assert environment.master_addr is not None and environment.master_port is not None
+    listens = environment.rank == 0 and not environment.agent_store
+    host, port = environment.master_addr, environment.master_port
+    if listens and not environment.one_node:
+        host = local_address_of(host, port) or host
+    store = TCPStore(
+        host,
+        port,
+        environment.world_size,
+        is_master=listens,
+        timeout=TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=_listen(host, port) if listens else None,
+    )
+    # torchrun's own store outlives the ranks. That of rank 0 is another one for every start of theirs; and nodes may count their
+    # attempts differently, since torchrun does not count those that other nodes have brought about.
+    return PrefixStore(f"attempt-{environment.attempt}", store) if environment.agent_store else store
+
+
+def _listen(address: str, port: int) -> int:
+    """A listening socket on one address; torch's own would be on all.
+
+    Raises: LostRankError: started again by torchrun, it gets another port.
+    """
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(where)
+        listener.listen(1024)
+    except OSError as e:
+        raise LostRankError(
+            f"MASTER_ADDR={address} MASTER_PORT={port}: rank 0 cannot listen there ({e.strerror}); MASTER_ADDR must be an address "
+            "of the node of rank 0"
+        ) from None
+    return listener.detach()
+
+
+def agree(work: Callable[[], T], facts: Callable[[T], Mapping[str, str]], environment: Environment, store: Store) -> T:
+    """What ``work`` returned on this rank, if it failed on none and ``facts`` of it are the same on all.
+
+    facts: name -> value, of which all ranks must have the same.
+    Raises: the UserError of the first rank that has one, on all ranks; UserError naming the first fact that differs, and the rank.
+    """
+    meeting = PrefixStore(f"megaresnorm/{next(_meetings)}", store)
+    error: UserError | None = None
+    found: dict[str, str] = {}
+    try:
+        result = work()
+        found = {name: _short(value) for name, value in facts(result).items()}
+        said: dict[str, Any] = {"facts": found}
+    except UserError as e:
+        error, said = e, {"kind": type(e).__name__, "error": str(e), "exit_code": e.exit_code}
+    except Exception as e:
+        meeting.set(f"rank-{environment.rank}", json.dumps(_unexpected(e)))
+        raise
+    meeting.set(f"rank-{environment.rank}", json.dumps(said))
+    if environment.rank == 0:
+        meeting.set("verdict", json.dumps(_verdict(meeting, said, environment.world_size)))
+    _wait_for(meeting, ["verdict"], environment)
+    verdict = json.loads(meeting.get("verdict"))
+    if verdict is not None:
+        meeting.set(f"heard-{environment.rank}", "")
+        if environment.rank == 0:  # which may keep the store
+            wait_until_heard(meeting, [f"heard-{rank}" for rank in range(environment.world_size)])
+        rank = verdict.get("rank", 0)
+        line = f"rank {rank}: {verdict['error']}" if rank else verdict["error"]
+        raise error_of(verdict["kind"], line, verdict.get("exit_code")) from error
+    return result
+
+
+def _verdict(meeting: Store, mine: dict[str, Any], world_size: int) -> dict[str, Any] | None:
+    """Of rank 0, which reads what all have said. None: go on."""
+    _wait_for(meeting, [f"rank-{rank}" for rank in range(world_size)], None)
+    everyone = [json.loads(meeting.get(f"rank-{rank}")) for rank in range(world_size)]
+    for rank, said in enumerate(everyone):
+        if "error" in said:
+            return {"rank": rank, **said}
+    for rank, said in enumerate(everyone):
+        theirs, ours = said["facts"], mine["facts"]
+        for name in ours | theirs:
+            if theirs.get(name) != ours.get(name):
+                line = (
+                    f"{name} is {theirs.get(name, 'not set')} on rank {rank} and {ours.get(name, 'not set')} on rank 0; "
+                    "all ranks must start from the same recipe, program and data"
+                )
+                return {"kind": "ConfigError", "error": line}
+    return None
+
+
+def wait_until_heard(store: Store, names: list[str]) -> None:
+    """Until other ranks have set all of these, or for LAST_WORDS: what keeps the store may not end before they have read."""
+    end = time.monotonic() + LAST_WORDS
+    with suppress(dist.DistError):
+        while time.monotonic() < end and (names := [name for name in names if not store.check([name])]):
+            time.sleep(LOOK)
+
+
+def _wait_for(meeting: Store, names: list[str], environment: Environment | None) -> None:
+    """Until all are in the store. environment: of a rank that waits for rank 0; None for rank 0, which waits for all, and says so.
+
+    Raises: LostRankError after TIMEOUT, or where the store is gone.
+    """
+    started = said = time.monotonic()
+    missing = list(names)
+    try:
+        while missing := [name for name in missing if not meeting.check([name])]:
+            now = time.monotonic()
+            if now > started + TIMEOUT.total_seconds():
+                raise LostRankError(f"{', '.join(missing[:4])} did not come within {TIMEOUT}; start again to go on")
+            if environment is None and now > said + SILENT:
+                said = now
+                log.info("waiting for %d of %d ranks, the first is %s", len(missing), len(names), missing[0][5:])
+            time.sleep(LOOK)
+    except dist.DistError as e:
+        raise LostRankError(f"rank 0 is gone ({str(e).splitlines()[0]}); start again to go on") from None
+
+
+def _unexpected(error: Exception) -> dict[str, Any]:
+    return {"kind": LostRankError.__name__, "error": f"failed: {type(error).__name__}: {error}".splitlines()[0]}
+
+
+def _short(value: str) -> str:
+    return (
+        value if len(value) <= LONGEST_FACT else f"{value[:40]}... (SHA-256 {sha256(value.encode()).hexdigest()[:12]})"
+    )

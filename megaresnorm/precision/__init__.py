@@ -1,0 +1,1 @@
+"""Number formats, and products in another one than the weights are stored in."""

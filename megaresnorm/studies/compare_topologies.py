@@ -1,0 +1,312 @@
+"""Topologies trained beside each other: the same data, steps and seeds at several depths, and how much learning rate each bears."""
+
+import csv
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from io import BytesIO, StringIO
+from math import inf, isfinite
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from megaresnorm.data.dataset import json_digest
+from megaresnorm.data.samples import open_data, unigram_entropy
+from megaresnorm.errors import ConfigError, NonFiniteError
+from megaresnorm.files import replace_file
+from megaresnorm.model.topology import beside_others, topology
+from megaresnorm.recipe import Recipe
+from megaresnorm.recipe.load import apply_override, build_recipe, read_recipe
+from megaresnorm.resilience.signals import StopSignals
+from megaresnorm.studies.results import Outcome, Result, kept_result
+from megaresnorm.trainer import Run
+
+log = logging.getLogger(__name__)
+
+LEFT_UNIGRAM = (
+    0.2  # nats below the unigram entropy that a smoothed loss must reach to have learned more than frequencies
+)
+SMOOTHING = 0.9
+LAST = 10  # steps whose mean is the final loss
+HIGHEST_LR = 5e-2  # at the end of a ramp, unless the recipe says otherwise
+SET_BY_COMPARISON = ("model.topology=", "model.num_blocks=", "train.seed=", "train.output=")
+
+# A model that a CPU trains in a minute; what the figures in the README were made with.
+DEFAULTS: dict[str, Any] = {
+    "model": {"dim": 48, "num_heads": 2, "ffn_dim": 96, "seq_len": 64, "ffn": "gelu", "norm": "layernorm", "norm_bias": False,
+              "positions": "learned"},
+    "train": {"steps": 150, "global_batch": 8, "eval_every": 0, "sample_tokens": 0, "tensorboard": False,
+              "log_every": 50},
+    "checkpoint": {"every": 0},
+    "optim": {"lr": 1e-3},
+    "schedule": {"kind": "constant"},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared. depths: blocks.   base: sections of a recipe; topology, depth, seed and output are filled in.
+
+    ramp: raise the learning rate linearly from 0 to optim.lr over the run, to see where each topology stops learning.
+    """
+
+    out: Path
+    topologies: Sequence[str]
+    depths: Sequence[int]
+    seeds: Sequence[int]
+    base: dict[str, Any]
+    ramp: bool = False
+
+
+def base_recipe(path: str | None, data: str | None, overrides: Sequence[str], ramp: bool = False) -> dict[str, Any]:
+    """The sections that all runs share: of a recipe file or DEFAULTS, with ``section.key=value`` on top.
+
+    data: takes the place of data.path and data.blend.   Raises: ConfigError for what every run sets for itself.
+    """
+    values = json.loads(json.dumps(DEFAULTS)) if path is None else read_recipe(path)
+    values = {name: {} if section is None else section for name, section in values.items()}
+    _check_sections(values)
+    if ramp and (path is None or "lr" not in values.get("optim", {})):
+        values["optim"] = {**values.get("optim", {}), "lr": HIGHEST_LR}
+    for override in overrides:
+        for own in (*SET_BY_COMPARISON, *(["schedule."] if ramp else [])):
+            if override.startswith(own):
+                raise ConfigError(
+                    f"{override} has no effect here: every run of a comparison sets {own.rstrip('.=')} itself"
+                )
+        apply_override(values, override)
+        _check_sections(values)
+    section = values.setdefault("data", {})
+    if data is not None:
+        values["data"] = {**{k: v for k, v in section.items() if k != "blend"}, "path": data}
+    return values
+
+
+def _check_sections(values: dict[str, Any]) -> None:
+    for key, section in values.items():
+        if not isinstance(section, dict):
+            raise ConfigError(f"{key}: wanted a section with keys, got a {type(section).__name__}")
+
+
+def recipe_of(comparison: Comparison, name: str, num_blocks: int, seed: int) -> Recipe:
+    """The recipe of one run. What a topology needs beside others is added, unless the base says otherwise."""
+    values = json.loads(json.dumps(comparison.base))
+    sections = {key: values.get(key, {}) for key in ("model", "train")}
+    output = str(comparison.out / "runs" / f"{name}-{num_blocks}-seed{seed}")
+    values["model"] = {**beside_others(name), **sections["model"], "topology": name, "num_blocks": num_blocks}
+    values["train"] = {**sections["train"], "seed": seed, "output": output}
+    if comparison.ramp:
+        values["schedule"] = {"kind": "constant", "warmup_steps": sections["train"].get("steps", 1)}
+    return build_recipe(values)
+
+
+def compare(comparison: Comparison, stop: StopSignals, advance: Callable[[], None] = lambda: None) -> Iterator[Result]:
+    """Train what is not done yet; results come in the order of topologies, depths and seeds, until ``stop`` has been received.
+
+    A run that was interrupted goes on from its checkpoint. Raises: ConfigError if ``out`` holds runs with other settings or data.
+    """
+    for name in comparison.topologies:
+        topology(name)
+    runs = [(n, d, s) for n in comparison.topologies for d in comparison.depths for s in comparison.seeds]
+    recipes = [recipe_of(comparison, *run) for run in runs]
+    data = open_data(recipes[0].data).digest
+    for run, recipe in zip(runs, recipes, strict=True):
+        request = json_digest({"recipe": recipe.model_dump(exclude={"train": {"output", "device"}}), "data": data})
+        result = kept_result(Path(recipe.train.output), request, run)
+        if result is None:
+            result = _train(recipe, *run, comparison.ramp, request, stop)
+            if result is None:
+                return
+        advance()
+        yield result
+
+
+def judge(
+    losses: Sequence[float], rates: Sequence[float], unigram: float, ramp: bool
+) -> tuple[float, float, Outcome, float | None]:
+    """(least smoothed loss, learning rate there, outcome, max_lr) of a run, from the loss and rate of every step.
+
+    It has learned if the smoothed loss came LEFT_UNIGRAM below the unigram entropy, and lost it at the last step from which on the
+    loss stayed above half of the way back. Having learned nothing is a failure at a learning rate of 0: it never diverges.
+    A step with a non-finite loss was refused and changed nothing.
+    """
+    smoothed: list[float] = []
+    level = inf
+    for loss in losses:
+        if isfinite(loss):
+            level = SMOOTHING * level + (1 - SMOOTHING) * loss if isfinite(level) else loss
+        smoothed.append(level if isfinite(loss) else inf)
+    best = min(smoothed, default=inf)
+    if best > unigram - LEFT_UNIGRAM:
+        return best, rates[smoothed.index(best)] if smoothed else 0.0, "unigram level", 0.0 if ramp else None
+    lr_at_best, limit = rates[smoothed.index(best)], (best + unigram) / 2
+    last_good = max(i for i, value in enumerate(smoothed) if value <= limit)
+    if last_good == len(smoothed) - 1:
+        return best, lr_at_best, "trains", None
+    return best, lr_at_best, "lost", rates[last_good] if ramp else None
+
+
+def _train(
+    recipe: Recipe, name: str, depth: int, seed: int, ramp: bool, request: str, stop: StopSignals
+) -> Result | None:
+    """The result of one run, kept in its folder; None if it was stopped."""
+    with Run(recipe) as run:
+        replace_file(run.output / "request.json", json.dumps({"request": request}))
+        valid_loss, diverged = None, False
+        try:
+            summary = run.train(stop)
+            if summary.exit_code:
+                return None
+            valid_loss = summary.valid_loss
+        except NonFiniteError as e:  # refused steps in a row: that is a result
+            log.warning("%s, %d blocks, seed %d: %s", name, depth, seed, e)
+            diverged = True
+    records = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
+    losses = [inf if r["loss"] is None else r["loss"] for r in records]
+    unigram = unigram_entropy(run.samples.token_shares())
+    best, lr_at_best, outcome, max_lr = judge(losses, [r["lr"] for r in records], unigram, ramp)
+    if diverged and outcome == "trains":
+        finite = [r["lr"] for r in records if r["loss"] is not None]
+        outcome, max_lr = "lost", finite[-1] if ramp else None
+    result = Result(
+        topology=name,
+        num_blocks=depth,
+        seed=seed,
+        final_loss=inf if diverged else mean(losses[-LAST:]),
+        valid_loss=valid_loss,
+        unigram_entropy=unigram,
+        best=best,
+        lr_at_best=lr_at_best,
+        outcome=outcome,
+        max_lr=max_lr,
+        losses=losses,
+    )
+    replace_file(run.output / "result.json", json.dumps({"request": request, "result": asdict(result)}))
+    return result
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One topology at one depth: the mean over seeds and their spread (largest less smallest)."""
+
+    topology: str
+    num_blocks: int
+    seeds: int
+    final_loss: float
+    spread: float
+    valid_loss: float | None
+    outcome: str
+    max_lr: list[float | None]
+
+
+def summarize(results: Sequence[Result]) -> list[Summary]:
+    """A row for each topology and depth, in the order of the results."""
+    rows = []
+    for key in dict.fromkeys((r.topology, r.num_blocks) for r in results):
+        same = [r for r in results if (r.topology, r.num_blocks) == key]
+        finals, valids = [r.final_loss for r in same], [r.valid_loss for r in same if r.valid_loss is not None]
+        rows.append(
+            Summary(
+                *key,
+                seeds=len(same),
+                final_loss=mean(finals),
+                spread=max(finals) - min(finals) if all(map(isfinite, finals)) else inf,
+                valid_loss=mean(valids) if len(valids) == len(same) else None,
+                outcome=", ".join(dict.fromkeys(r.outcome for r in same)),
+                max_lr=[r.max_lr for r in same],
+            )
+        )
+    return rows
+
+
+def markdown(comparison: Comparison, results: Sequence[Result]) -> str:
+    """The table of the README."""
+    rows = summarize(results)
+    measure = (
+        "learning rate at which what was learned was lost, one a seed" if comparison.ramp else "mean loss (spread)"
+    )
+    lines = [
+        f"{measure.capitalize()}; {len(comparison.seeds)} seeds, {len(results[0].losses)} steps, unigram entropy "
+        f"{results[0].unigram_entropy:.3f} nats.",
+        "",
+    ]
+    depths = list(dict.fromkeys(row.num_blocks for row in rows))
+    lines += [
+        "| topology | " + " | ".join(f"{2 * depth} sub-layers" for depth in depths) + " |",
+        "| --- " * (1 + len(depths)) + "|",
+    ]
+    for name in dict.fromkeys(row.topology for row in rows):
+        cells = [
+            _cell(row, comparison)
+            for depth in depths
+            for row in rows
+            if (row.topology, row.num_blocks) == (name, depth)
+        ]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: Summary, comparison: Comparison) -> str:
+    if comparison.ramp:
+        highest = recipe_of(comparison, row.topology, row.num_blocks, 0).optim.lr
+        return ", ".join(
+            f"> {highest:g}" if lr is None else "never learned" if lr == 0 else f"{lr:.2g}" for lr in row.max_lr
+        )
+    note = "" if row.outcome == "trains" else f": {row.outcome}"
+    return f"{row.final_loss:.3f} ({row.spread:.3f}){note}"
+
+
+def write_report(comparison: Comparison, results: Sequence[Result]) -> list[Path]:
+    """comparison.md, comparison.csv (a line a step), and comparison.png where matplotlib is installed; the files written.
+
+    Raises: ConfigError if ``out`` cannot be written.
+    """
+    out = comparison.out
+    try:
+        replace_file(out / "comparison.md", markdown(comparison, results))
+        lines = StringIO()
+        table = csv.writer(lines)
+        table.writerow(["topology", "num_blocks", "seed", "step", "loss"])
+        for r in results:
+            table.writerows([r.topology, r.num_blocks, r.seed, step, loss] for step, loss in enumerate(r.losses))
+        replace_file(out / "comparison.csv", lines.getvalue())
+        written = [out / "comparison.md", out / "comparison.csv"]
+        return [*written, out / "comparison.png"] if _draw(results, out / "comparison.png") else written
+    except OSError as e:
+        raise ConfigError(f"{out}: cannot be written ({e.strerror})") from None
+
+
+def _draw(results: Sequence[Result], path: Path) -> bool:
+    """Loss curves, a panel a depth, a colour a topology, a line a seed. False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        log.warning("warning: no figure, since matplotlib is missing; pip install matplotlib")
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    depths = list(dict.fromkeys(r.num_blocks for r in results))
+    names = list(dict.fromkeys(r.topology for r in results))
+    figure, panels = pyplot.subplots(1, len(depths), figsize=(5 * len(depths), 3.8), sharey=True, squeeze=False)
+    for panel, depth in zip(panels[0], depths, strict=True):
+        for r in (r for r in results if r.num_blocks == depth):
+            label = r.topology if r.seed == results[0].seed else None
+            panel.plot(_running_mean(r.losses), color=f"C{names.index(r.topology)}", label=label, linewidth=1.2)
+        panel.axhline(results[0].unigram_entropy, color="grey", linestyle=":", linewidth=1)
+        panel.set(title=f"{2 * depth} sub-layers", xlabel="step")
+        panel.grid(alpha=0.3)
+    top = results[0].unigram_entropy
+    panels[0][0].set(ylabel="loss, nats (mean of 10 steps)", ylim=(min(r.best for r in results) - 0.1, top + 0.6))
+    panels[0][-1].legend(fontsize="small")
+    figure.tight_layout()
+    picture = BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    replace_file(path, picture.getvalue())
+    pyplot.close(figure)
+    return True
+
+
+def _running_mean(losses: Sequence[float]) -> list[float]:
+    return [mean(losses[max(0, i - LAST + 1) : i + 1]) for i in range(len(losses))]
