@@ -17,8 +17,8 @@ from megaresnorm.model.norm import Norm
 from megaresnorm.model.parameters import ParameterSpec, global_name, parameter_table
 from megaresnorm.model.stream import AddNorm, Kernels
 from megaresnorm.model.transformer import Transformer
-from megaresnorm.parallel.control import exchange
-from megaresnorm.parallel.data_parallel import replicate_model, settle_shards, shard_model
+from megaresnorm.parallel.control import all_gather_json
+from megaresnorm.parallel.data_parallel import pad_uneven_shards, replicate_model, shard_model
 from megaresnorm.parallel.layouts import TensorLayout, tensor_layout
 from megaresnorm.parallel.mesh import ParallelContext
 from megaresnorm.parallel.pipeline import stages_of_rank
@@ -67,7 +67,7 @@ class Assembled:
     @property
     def copies(self) -> set[str]:
         """Parameters of this rank that a rank before it has as well: a tied output matrix."""
-        tied = "embedding.weight" in self.parameters() and not any(m.stage.embeds for m in self.models.values())
+        tied = "embedding.weight" in self.parameters() and not any(m.stage.has_embedding for m in self.models.values())
         return {"embedding.weight"} if tied else set()
 
     def weights_changed(self) -> None:
@@ -126,13 +126,13 @@ def build_model(
         if compiled != "none":
             compile_blocks(model, cuda_graphs=compiled == "cuda_graphs", device=device)
         if context.dp_shard.size > 1:
-            frees = parallel.shard == "parameters" and len(stages) == 1
-            shard_model(model, model.parts(), context, parameters=frees)
+            reshards = parallel.reshard_after_forward and len(stages) == 1
+            shard_model(model, model.parts(), context, reshard_after_forward=reshards)
         materialize(model, table, context, seed=seed, dtype=weight_dtype(precision.compute), device=device)
-        settle_shards(model, context.dp_shard)
+        pad_uneven_shards(model, context.dp_shard)
         models[number] = model
         ddp = context.dp_replicate.size > 1 and context.dp_shard.size == 1
-        modules[number] = replicate_model(model, context.data) if ddp else model
+        modules[number] = replicate_model(model, context.dp) if ddp else model
     assembled = Assembled(
         models, modules, table, layout, context, device, backends, choices, cross_entropy, stored, tuple(copies)
     )  # fmt: skip
@@ -142,7 +142,7 @@ def build_model(
 
 def compare_kernels(assembled: Assembled) -> None:
     """Raises: ConfigError where ranks would compute with different kernels. All ranks must call it."""
-    everyone = exchange(assembled.backends, assembled.context.messages)
+    everyone = all_gather_json(assembled.backends, assembled.context.control)
     for rank, other in enumerate(everyone):
         for op, backend in other.items():
             if backend != everyone[0][op]:

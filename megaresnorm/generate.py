@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megaresnorm.assemble import build_model, choose_device
-from megaresnorm.checkpoint.format import Slices, checkpoints_of
+from megaresnorm.checkpoint.format import TensorSlices, checkpoints_of
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import fitting_table, recipe_of, state_of
 from megaresnorm.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer, restore_tokenizer
@@ -136,6 +136,6 @@ def load_model(
     assembled = build_model(
         recipe.model, recipe.precision, recipe.kernels, seed=recipe.train.seed, device=choose_device("auto")
     )
-    checkpoint.load("weights", {name: Slices.of_whole(p.data) for name, p in assembled.model.named_parameters()})
+    checkpoint.load("weights", {name: TensorSlices.of_whole(p.data) for name, p in assembled.model.named_parameters()})
     assembled.weights_changed()
     return assembled.model, tokenizer

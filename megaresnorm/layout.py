@@ -26,7 +26,7 @@ def split_stages(recipe: ModelRecipe, parallel: ParallelRecipe) -> list[Stage]:
             last=head_flops(recipe),
         )
     last = len(ranges) - 1
-    return [Stage(blocks, embeds=i == 0, predicts=i == last) for i, blocks in enumerate(ranges)]
+    return [Stage(blocks, has_embedding=i == 0, has_head=i == last) for i, blocks in enumerate(ranges)]
 
 
 def check_layout(recipe: Recipe, num_ranks: int) -> Sizes:

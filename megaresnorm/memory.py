@@ -151,19 +151,19 @@ class _Accounts:
         stages = {number: self.stages[number] for number in stages_of_rank(rank, self.sizes.pp, len(self.stages))}
         units = [unit for stage in stages.values() for unit in self._units(stage)]
         elements = self._sum(units, self._held)
-        predicts = any(stage.predicts for stage in stages.values())
+        has_head = any(stage.has_head for stage in stages.values())
         sharded = self.sizes.dp_shard > 1
         memory = MemoryPerRank(
             weights=self.word * elements,
             gradients=self.word * elements,
             packed=0 if sharded else self.word * self._sum(units, self._small),
             optimizer=len(MOMENTS) * self.word * elements,
-            copies=0 if sharded else self._copies(units, predicts),
+            copies=0 if sharded else self._copies(units, has_head),
             gathered=self._gathered(units) if sharded else 0,
             unsharded=self._unsharded(units) if sharded else 0,
             buckets=self.word * elements if self.sizes.dp_replicate > 1 and not sharded else 0,
             received=sum(self._received(number) for number in stages),
-            logits=self._logits() if predicts else 0,
+            logits=self._logits() if has_head else 0,
             checkpoint=self._checkpoint(units, stages) if self.recipe.checkpoint.asynchronous else 0,
             building=self._building(units),
             activations=sum(self._activations(number, stage) for number, stage in stages.items()),
@@ -197,10 +197,10 @@ class _Accounts:
         blocks = Counter(self.kinds[block] for block in stage.blocks)
         units = [_Unit(self._named(f"blocks.{self.examples[kind]}."), count) for kind, count in blocks.items()]
         tied = self.model.tied_embeddings
-        ends = self._named("embedding.") if stage.embeds or (tied and stage.predicts) else []
-        head = self._named("head.") if stage.predicts else []
-        rest = self._named("positions.", "embedding_norm.") if stage.embeds else []
-        rest += self._named("final_norm.") if stage.predicts else []
+        ends = self._named("embedding.") if stage.has_embedding or (tied and stage.has_head) else []
+        head = self._named("head.") if stage.has_head else []
+        rest = self._named("positions.", "embedding_norm.") if stage.has_embedding else []
+        rest += self._named("final_norm.") if stage.has_head else []
         groups = [ends + rest] if tied else [ends, head, rest]
         return units + [_Unit(group) for group in groups if group]
 
@@ -230,11 +230,11 @@ class _Accounts:
 
     # Kinds
 
-    def _copies(self, units: list[_Unit], predicts: bool) -> int:
+    def _copies(self, units: list[_Unit], has_head: bool) -> int:
         """precision.py's Bf16Weights: of every linear layer's matrix, a tied embedding included where it makes logits."""
         if self.recipe.precision.compute != "bf16":
             return 0
-        tied = self.model.tied_embeddings and predicts
+        tied = self.model.tied_embeddings and has_head
 
         def size(spec: ParameterSpec) -> int:
             linear = spec.parts[0].role in _LINEAR_ROLES or (tied and spec.name == "embedding.weight")
@@ -244,7 +244,7 @@ class _Accounts:
 
     @property
     def _keeps_gathered(self) -> bool:
-        return self.recipe.parallel.shard == "gradients" or len(self.stages) > 1
+        return not self.recipe.parallel.reshard_after_forward or len(self.stages) > 1
 
     @property
     def _keeps_unsharded(self) -> bool:
@@ -313,7 +313,7 @@ class _Accounts:
 
     def _checkpoint(self, units: list[_Unit], stages: dict[int, Stage]) -> int:
         """Weights and moments that this rank writes: what others have as well is shared out evenly (engines/state.py)."""
-        copy = self.model.tied_embeddings and not any(stage.embeds for stage in stages.values())
+        copy = self.model.tied_embeddings and not any(stage.has_embedding for stage in stages.values())
 
         def size(spec: ParameterSpec) -> int:
             held = 0 if copy and spec.name == "embedding.weight" else self._held(spec)

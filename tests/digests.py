@@ -11,7 +11,7 @@ from megaresnorm.engines.native import NativeEngine
 
 def engine_digest(engine: NativeEngine) -> str:
     """Of a run's weights as they are now. All ranks must call it."""
-    return _digest(dict(engine.weights().items()))
+    return _digest(dict(engine.full_state().items()))
 
 
 def checkpoint_digest(folder: Path) -> str:

@@ -13,6 +13,7 @@ from megaresnorm.errors import ConfigError, DataError
 from megaresnorm.resilience.signals import StopSignals
 from megaresnorm.studies.compare_topologies import Comparison, base_recipe, judge, markdown, summarize, write_report
 from megaresnorm.studies.compare_topologies import compare as compare_until
+from megaresnorm.trainer import Trainer
 
 UNIGRAM = 3.0
 
@@ -107,9 +108,8 @@ def test_an_interrupted_comparison_goes_on(small, monkeypatch):
     import shutil
 
     shutil.rmtree(small().out)
-    from megaresnorm.trainer import Run
 
-    real, steps = Run._step, []
+    real, steps = Trainer.step, []
 
     def step(self):
         steps.append(self)
@@ -117,10 +117,10 @@ def test_an_interrupted_comparison_goes_on(small, monkeypatch):
             raise KeyboardInterrupt
         return real(self)
 
-    monkeypatch.setattr(Run, "_step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     with pytest.raises(KeyboardInterrupt):
         list(compare(small("checkpoint.every=1")))
-    monkeypatch.setattr(Run, "_step", real)
+    monkeypatch.setattr(Trainer, "step", real)
     resumed = list(compare(small("checkpoint.every=1")))
     assert [r.losses for r in resumed] == [r.losses for r in whole]
 
@@ -204,9 +204,7 @@ def test_what_a_comparison_sets_itself_is_refused(override):
 
 
 def test_an_interrupted_run_does_not_go_on_with_other_settings_or_data(small, monkeypatch):
-    from megaresnorm.trainer import Run
-
-    real, steps = Run._step, []
+    real, steps = Trainer.step, []
 
     def step(self):
         steps.append(self)
@@ -215,10 +213,10 @@ def test_an_interrupted_run_does_not_go_on_with_other_settings_or_data(small, mo
         return real(self)
 
     one = {"topologies": ["pre"], "depths": [1], "seeds": [0]}
-    monkeypatch.setattr(Run, "_step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     with pytest.raises(KeyboardInterrupt):
         list(compare(small("checkpoint.every=1", **one)))
-    monkeypatch.setattr(Run, "_step", real)
+    monkeypatch.setattr(Trainer, "step", real)
     with pytest.raises(ConfigError, match="other settings or data"):
         list(compare(small("checkpoint.every=1", "optim.lr=0.5", **one)))
     (result,) = compare(small("checkpoint.every=1", **one))

@@ -1,6 +1,7 @@
 """Recipes: YAML that means what it says, and one line for everything that is wrong."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,7 @@ def test_unreadable_recipe_is_named(content, tmp_path, capsys):
 
 def test_unknown_topology_and_kernel_are_suggested(tiny):
     from megaresnorm.model.lint import check
-    from megaresnorm.trainer import Run
+    from megaresnorm.run import Run
 
     with pytest.raises(ConfigError, match=r"did you mean deepnorm\?"):
         check(tiny(model={"topology": "deepnom"}))
@@ -212,3 +213,30 @@ def test_aliases_cannot_make_an_error_endless(tmp_path, capsys):
     path.write_text("\n".join([*lines, "model: *a9", "data: *a9"]))
     assert main(["train", str(path)]) == 2
     assert len(capsys.readouterr().err) < 500
+
+
+def test_settings_of_older_versions_are_read_under_their_new_names(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(GOOD)
+    for old, new in (("parameters", True), ("gradients", False)):
+        recipe = load_recipe(path, ["parallel.dp_shard=2", f"parallel.shard={old}"])
+        assert recipe.parallel.reshard_after_forward is new
+        assert recipe == load_recipe(
+            path, ["parallel.dp_shard=2", f"parallel.reshard_after_forward={str(new).lower()}"]
+        )
+        assert "\n  shard:" not in dump_recipe(recipe)
+    assert "parallel.shard" not in set(recipe_keys())
+
+
+@pytest.mark.parametrize(
+    "overrides, says",
+    [
+        (["parallel.shard=gradients", "parallel.reshard_after_forward=true"], "both are given; remove parallel.shard"),
+        (["parallel.shard=optimizer"], "reshard_after_forward now; set that to true (parameters), false (gradients)"),
+        (["parallel.shard=[1]"], "it is called parallel.reshard_after_forward now"),
+    ],
+)
+def test_an_old_name_that_cannot_be_read_says_the_new_one(tmp_path, overrides, says):
+    (tmp_path / "recipe.yaml").write_text(GOOD)
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        load_recipe(tmp_path / "recipe.yaml", overrides)

@@ -11,7 +11,8 @@ from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.cli import main
 from megaresnorm.errors import CheckpointError
 from megaresnorm.recipe.load import load_recipe
-from megaresnorm.trainer import Run, train
+from megaresnorm.run import Run
+from megaresnorm.trainer import train
 
 
 def test_a_run_starts_from_the_weights_of_another_and_resumes_as_itself(tiny, tmp_path):

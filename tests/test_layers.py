@@ -18,7 +18,8 @@ LAYERS = [
     ["assemble", "layout"],
     ["checkpoint", "resilience", "telemetry", "optim", "schedule", "data", "generate", "memory"],
     ["engines", "opening"],
-    ["trainer", "run", "convert"],
+    ["run", "convert"],
+    ["trainer"],
     ["studies"],
     ["cli"],
 ]

@@ -47,7 +47,7 @@ def allocated(recipe: Recipe) -> dict[str, int]:
     """What one rank really has after a backward pass, before the optimizer takes its gradients over."""
     assembled, engine = build(recipe)
     parameters = assembled.parameters()
-    slices = [one for group in engine.slices.values() for one in group.values()]
+    slices = [one for group in engine.sharded_state.values() for one in group.values()]
     engine.gradients(batches(assembled.context, recipe))
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]
     optimizer = engine._optimizer
@@ -97,16 +97,16 @@ def test_one_block_of_each_kind_stands_for_all(name: str) -> None:
 
 def test_what_fsdp_gathers_is_a_unit_or_all() -> None:
     model = {"vocab_size": 4096, "dim": 64}
-    by_shard = {
-        shard: memory_per_rank(recipe_of(model, parallel={"dp_shard": 2, "shard": shard}), 2)
-        for shard in ("parameters", "gradients")
+    gathered = {
+        reshards: memory_per_rank(recipe_of(model, parallel={"dp_shard": 2, "reshard_after_forward": reshards}), 2)
+        for reshards in (True, False)
     }
     elements = sum(spec.num_elements for spec in parameter_table(recipe_of(model).model).values())
-    assert by_shard["parameters"].gathered == 4 * 4096 * 64  # the embedding
-    assert by_shard["gradients"].gathered == 4 * elements == 2 * by_shard["gradients"].weights
+    assert gathered[True].gathered == 4 * 4096 * 64  # the embedding
+    assert gathered[False].gathered == 4 * elements == 2 * gathered[False].weights
     whole = recipe_of(model, parallel={"dp_shard": 2, "accumulate": "unsharded"}, train={"micro_batch": 1})
     assert memory_per_rank(whole, 2).unsharded == 4 * elements
-    assert by_shard["parameters"].unsharded == 4 * 4096 * 64
+    assert gathered[True].unsharded == 4 * 4096 * 64
 
 
 def saved_bytes(recipe: Recipe) -> int:

@@ -88,5 +88,5 @@ def test_biases_get_their_gradient_and_token_gates_mix_in_fp32():
     model = build_model(recipe, PrecisionRecipe(compute="bf16", residual_dtype="fp32")).model
     tokens = torch.arange(8).unsqueeze(0)
     residual = model.blocks["0"].attention
-    x, u = residual.enter(model.embed(tokens, model.rows(tokens)))
+    x, u = residual.open(model.embed(tokens, model.rows(tokens)))
     assert u.dtype == torch.bfloat16 and residual.run(x, u, model.rows(tokens), None).dtype == torch.float32

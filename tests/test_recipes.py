@@ -7,7 +7,7 @@ import pytest
 from megaresnorm.cli import main
 from megaresnorm.model.lint import check
 from megaresnorm.recipe.load import load_recipe
-from megaresnorm.trainer import train
+from megaresnorm.trainer import Trainer, train
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -35,10 +35,10 @@ def test_recipe_can_be_used(path, byte_data, tmp_path, capsys):
         "train.tensorboard=false",
     ]
     recipe = load_recipe(path, [*data, *small])
-    from megaresnorm.trainer import Run
+    from megaresnorm.run import Run
 
     run = Run(recipe)
-    losses = [run._step()["loss"] for _ in range(2)]
+    losses = [Trainer(run).step()["loss"] for _ in range(2)]
     assert all(0 < loss < 10 for loss in losses)
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from megaresnorm.errors import TrainingError
 from megaresnorm.files import open_plain, replace_file
-from megaresnorm.trainer import Run, train
+from megaresnorm.run import Run
+from megaresnorm.trainer import train
 
 
 def test_a_file_is_replaced_and_a_link_in_its_place_is_not_followed(tmp_path):
@@ -70,5 +71,5 @@ def test_a_run_writes_through_no_link_that_waits_in_its_folder(tiny, tmp_path):
     (run / "metrics.jsonl").unlink()
     (run / "metrics.jsonl").symlink_to(tmp_path / "victim of recipe.yaml")
     with Run(tiny(train={"steps": 3})) as again, pytest.raises(TrainingError, match="a link stands in its place"):
-        again._open_metrics()
+        again.open_metrics()
     assert (tmp_path / "victim of recipe.yaml").read_text() == "precious"

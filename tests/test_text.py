@@ -155,7 +155,7 @@ def test_every_command_that_lists_shows_names_in_their_cells(hostile_run, byte_d
 def test_what_training_prints_names_its_folder_in_one_line(hostile_run, tiny, capsys, tmp_path):
     recipe = tiny(train={"output": str(hostile_run), "steps": 2})
     from megaresnorm.recipe.load import dump_recipe
-    from megaresnorm.trainer import Run
+    from megaresnorm.run import Run
 
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     with Run(tiny(train={"output": str(tmp_path / "b")})) as run:

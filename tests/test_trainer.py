@@ -26,7 +26,8 @@ from megaresnorm.model.topology import TOPOLOGIES
 from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import dump_recipe
 from megaresnorm.resilience.signals import StopSignals
-from megaresnorm.trainer import Run, train
+from megaresnorm.run import Run
+from megaresnorm.trainer import Trainer, train
 
 
 def opened(recipe: Recipe) -> Run:
@@ -84,7 +85,7 @@ def test_stopping_at_any_of_20_steps_resumes_bit_for_bit(stops, tiny, tmp_path):
     for stop in stops:
         interrupted = recipe(f"stop-{stop}")
         run = opened(interrupted)
-        run.train(StopAfter(run, stop))
+        Trainer(run).train(StopAfter(run, stop))
         resumed = train(interrupted)
         assert resumed.weights_digest == whole.weights_digest, f"stopped after step {stop}"
         assert losses(interrupted) == losses(recipe("whole")) and len(losses(interrupted)) == steps
@@ -94,7 +95,7 @@ def test_steps_after_a_checkpoint_that_were_lost_are_done_again(tiny):
     recipe = tiny(checkpoint={"every": 2})
     run = opened(recipe)
     for _ in range(5):  # the process dies at step 5 without a word; steps 0 to 3 are in the checkpoint of step 4
-        run._step()
+        Trainer(run).step()
         if run.steps_done in (2, 4):
             run.save_now()
     (Path(recipe.train.output) / "metrics.jsonl").write_text(
@@ -241,7 +242,7 @@ def one_step_gradients(recipe, count=16):
         grads.update({n: run.engine._optimizer.gradient(p).clone() for n, p in run.engine.model.named_parameters()})
         return Decision.SKIP
 
-    stats = run.engine.step(run._batches(run.samples, 0, count), 1e-3, keep)
+    stats = run.engine.step(run.batches(run.samples, 0, count), 1e-3, keep)
     return stats, grads
 
 
@@ -259,7 +260,7 @@ def test_microbatches_do_not_change_loss_gradients_or_dropout(tiny):
 def test_loss_is_the_mean_over_valid_tokens_of_unequal_microbatches(tiny):
     """One microbatch with 1 valid label and one with 31: a mean of their means would weigh the one label 31 times."""
     run = opened(tiny(precision={"compute": "fp64"}))
-    (first,), (second,) = (run._batches(run.samples, position, 4) for position in (0, 4))
+    (first,), (second,) = (run.batches(run.samples, position, 4) for position in (0, 4))
     labels = torch.full_like(first.labels, -1)
     labels[0, 3] = first.labels[0, 3]
     batches = [first._replace(labels=labels), second._replace(labels=second.labels.where(torch.arange(16) < 8, -1))]
@@ -283,7 +284,7 @@ def test_bf16_gradients_are_accumulated_in_fp32(tiny):
 def test_bf16_weights_are_refreshed_after_every_update(tiny):
     recipe = tiny(precision={"compute": "bf16"})
     run = opened(recipe)
-    run._step()
+    Trainer(run).step()
     head = run.engine.model.head
     assert torch.equal(run.assembled.bf16[0]._copies[head], head.weight.detach().bfloat16())
 
@@ -294,13 +295,13 @@ def test_a_bad_gradient_changes_nothing_and_goes_on_for_a_while_only(tiny, caplo
     with torch.no_grad():
         run.engine.model.embedding.weight[run.samples[0][0]] = float("nan")
     poisoned = engine_digest(run.engine)
-    run._step()
+    Trainer(run).step()
     assert engine_digest(run.engine) == poisoned != before and "step 1 refused" in caplog.text
-    assert all(not slices.local.any() for slices in run.engine.slices["optimizer"].values())
+    assert all(not slices.local.any() for slices in run.engine.sharded_state["optimizer"].values())
     with pytest.raises(TrainingError, match="3 steps in a row had a non-finite loss"):
         for _ in range(3):
             run.samples_done = 0
-            run._step()
+            Trainer(run).step()
 
 
 def test_evaluation_changes_nothing_and_repeats(tiny):
@@ -464,23 +465,26 @@ def test_the_data_may_move(tiny, byte_data, tmp_path):
 
 
 def test_skipped_steps_are_counted_across_a_resume_and_forgotten_after_a_good_one(tiny, monkeypatch):
-    from megaresnorm import trainer
+    from megaresnorm import run as run_module
     from megaresnorm.checkpoint.state import RunState
     from megaresnorm.engines.engine import GradientStats
 
     run = opened(tiny(train={"max_skipped_steps": 3}))
     good, bad = GradientStats(1.0, 1.0), GradientStats(float("inf"), 1.0)
-    assert run._accept(bad) is Decision.SKIP and run._accept(GradientStats(1.0, float("nan"))) is Decision.SKIP
+    assert (
+        Trainer(run).accept(bad) is Decision.SKIP
+        and Trainer(run).accept(GradientStats(1.0, float("nan"))) is Decision.SKIP
+    )
     run.save()
     assert run.saver.newest is None, "what is refused may be so for the weights"
     run.skipped_in_a_row, counted = 0, run.skipped_in_a_row
     with monkeypatch.context() as patch:  # a checkpoint of an older version, which saved all the same
-        patch.setattr(trainer, "RunState", lambda **state: RunState(**state | {"skipped_in_a_row": counted}))
+        patch.setattr(run_module, "RunState", lambda **state: RunState(**state | {"skipped_in_a_row": counted}))
         run.save_now()
     with pytest.raises(TrainingError, match="3 steps in a row"):
-        opened(tiny(train={"max_skipped_steps": 3}))._accept(bad)
+        Trainer(opened(tiny(train={"max_skipped_steps": 3}))).accept(bad)
     run.skipped_in_a_row = counted
-    assert run._accept(good) is Decision.APPLY and run.skipped_in_a_row == 0
+    assert Trainer(run).accept(good) is Decision.APPLY and run.skipped_in_a_row == 0
 
 
 def test_fewer_steps_than_were_made_are_refused(tiny):
@@ -495,7 +499,7 @@ def test_z_loss_is_in_the_gradient_and_not_in_the_reported_loss(tiny):
     reported, with_z = one_step_gradients(tiny(**settings, train={"global_batch": 16, "z_loss": 0.1}))
     assert reported.loss == pytest.approx(plain.loss, rel=1e-12)
     run = opened(tiny(**settings))
-    (batch,) = run._batches(run.samples, 0, 4)
+    (batch,) = run.batches(run.samples, 0, 4)
     assert not torch.allclose(with_z["head.weight"], without["head.weight"])
     logits = run.engine.model(batch.tokens)
     z = 0.1 * logits.logsumexp(-1).square().mean()

@@ -25,7 +25,7 @@ from torch import Tensor
 from megaresnorm.assemble import build_model
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.saver import Saver
-from megaresnorm.checkpoint.writer import Kept, bytes_of
+from megaresnorm.checkpoint.writer import Retention, bytes_of
 from megaresnorm.engines.native import NativeEngine
 from megaresnorm.parallel.mesh import Axis
 from megaresnorm.recipe.load import build_recipe
@@ -40,10 +40,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     engine = make_engine(arguments.dim, arguments.blocks)
-    tensors = {f"{g}.{n}": s.local for g, members in engine.slices.items() for n, s in members.items()}
-    parameters = sum(s.local.numel() for s in engine.slices["weights"].values())
+    tensors = {f"{g}.{n}": s.local for g, members in engine.sharded_state.items() for n, s in members.items()}
+    parameters = sum(s.local.numel() for s in engine.sharded_state["weights"].values())
     print(
-        f"{parameters:,} parameters, {len(tensors):,} tensors, {bytes_of(engine.slices) / 1e9:.2f} GB, one process of one thread"
+        f"{parameters:,} parameters, {len(tensors):,} tensors, {bytes_of(engine.sharded_state) / 1e9:.2f} GB, one process of one thread"
     )
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
@@ -107,14 +107,14 @@ def measure(engine: NativeEngine, tensors: dict[str, Tensor], folder: Path, roun
 
 def make_saver(engine: NativeEngine, root: Path, asynchronous: bool) -> Saver:
     return Saver(
-        root, engine.slices, Axis("messages"), lambda flag: flag,
-        kept=Kept(), asynchronous=asynchronous, skip_when_busy=False, max_failures=1,
+        root, engine.sharded_state, Axis("control"), lambda flag: flag,
+        retention=Retention(), asynchronous=asynchronous, skip_when_busy=False, max_failures=1,
     )  # fmt: skip
 
 
 def load(engine: NativeEngine, path: Path) -> None:
     checkpoint = Checkpoint(path)
-    for group, members in engine.slices.items():
+    for group, members in engine.sharded_state.items():
         checkpoint.load(group, members)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megaresnorm.checkpoint.format import Slices
+from megaresnorm.checkpoint.format import TensorSlices
 from megaresnorm.checkpoint.state import EngineState, RunState
 from megaresnorm.checkpoint.writer import save_checkpoint
 from megaresnorm.model.parameters import parameter_table
@@ -68,7 +68,7 @@ def save(root: Path, recipe: Recipe) -> Path:
     weights = {}
     for name, spec in parameter_table(recipe.model).items():
         box = tuple((0, size) for size in spec.shape)
-        weights[name] = Slices(spec.shape, torch.float32, None, (box,), True, lambda s=spec.shape: chunks(s))
+        weights[name] = TensorSlices(spec.shape, torch.float32, None, (box,), True, lambda s=spec.shape: chunks(s))
     state = RunState(
         samples=0, skipped_in_a_row=0, train_loss=None, engine=EngineState(updates=0, clipper_steps=0),
         recipe=recipe.model_dump(exclude_none=True), data="",

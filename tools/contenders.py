@@ -156,7 +156,7 @@ def serve(name: str, mode: str, shape: dict, folder: str, layout: str, rank: int
     if name.startswith(OURS):
         engine = build_ours(made, mode, {} if name == OURS else REFERENCE_KERNELS, parallel, num_ranks)
         if name == OURS and num_ranks == 1:
-            save_file({n: t.clone() for n, t in engine.weights().items()}, weights_file)
+            save_file({n: t.clone() for n, t in engine.full_state().items()}, weights_file)
         logits = engine.model if num_ranks == 1 else None
         step = lambda tokens, labels: ours_step(engine, made, tokens, labels)  # noqa: E731
     else:
@@ -205,7 +205,7 @@ def build_ours(shape: Shape, mode: str, kernels: dict[str, str], parallel: dict,
 
 
 def ours_step(engine: NativeEngine, shape: Shape, tokens: Tensor, labels: Tensor) -> float:
-    data = engine.context.data
+    data = engine.context.dp
     mine = torch.arange(data.rank, len(tokens), data.size)
     microbatches = [Batch(tokens[i], labels[i], i) for i in mine.split(shape.batch)]
     return engine.step(microbatches, 1e-3, lambda stats: Decision.APPLY).loss

@@ -43,7 +43,7 @@ FINITE = ("weights", "optimizer")  # groups without NaN and infinity; a clipper'
 
 
 @dataclass(frozen=True)
-class Slices:
+class TensorSlices:
     """One tensor of the whole model, and what this rank has of it.
 
     shape, dtype: of the whole.   local: live memory, None where the rank has nothing of it; its rows are, one after the other, the
@@ -59,7 +59,7 @@ class Slices:
     chunks: Callable[[], Iterable[Tensor]] | None = None
 
     @classmethod
-    def of_whole(cls, tensor: Tensor) -> "Slices":
+    def of_whole(cls, tensor: Tensor) -> "TensorSlices":
         """A tensor that one rank has whole."""
         box = tuple((0, size) for size in tensor.shape)
         return cls(tuple(tensor.shape), tensor.dtype, tensor, (box,), owned=True)
@@ -69,16 +69,16 @@ class Slices:
         """Of the whole tensor."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
-    def entry(self, name: str) -> "Entry":
+    def file_tensor(self, name: str) -> "FileTensor":
         """What this rank has, as a tensor of a file."""
         if self.chunks is not None:
-            return Entry(name, self.dtype, self.shape, self.chunks)
+            return FileTensor(name, self.dtype, self.shape, self.chunks)
         local = self.local
         assert local is not None and local.dtype == self.dtype
-        return Entry(name, self.dtype, tuple(local.shape), lambda: [local])
+        return FileTensor(name, self.dtype, tuple(local.shape), lambda: [local])
 
 
-class Entry(NamedTuple):
+class FileTensor(NamedTuple):
     """One tensor of a safetensors file. chunks: makes its consecutive rows, some at a time."""
 
     name: str
@@ -91,7 +91,7 @@ class Entry(NamedTuple):
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-Groups = Mapping[str, Mapping[str, Slices]]  # weights, optimizer -> global name -> its slices
+Groups = Mapping[str, Mapping[str, TensorSlices]]  # weights, optimizer -> global name -> its slices
 
 
 def folder_name(step: int) -> str:

@@ -22,16 +22,16 @@ from megaresnorm.checkpoint.format import (
 from megaresnorm.checkpoint.manifest import missing_files, read_manifest, unreadable
 from megaresnorm.checkpoint.reader import Checkpoint, verify_file
 from megaresnorm.checkpoint.state import state_of
-from megaresnorm.checkpoint.writer import Kept, superfluous
+from megaresnorm.checkpoint.writer import Retention, superfluous
 from megaresnorm.errors import CheckpointError
-from megaresnorm.parallel.control import ALONE, share_results
+from megaresnorm.parallel.control import ALONE, run_on_all_ranks
 from megaresnorm.parallel.mesh import Axis
 
 Progress = Callable[[int], None] | None
 
 
 @dataclass(frozen=True)
-class Entry:
+class FolderEntry:
     """One folder of checkpoints. problem: what is wrong with it, seen without reading its tensors; the figures are None then."""
 
     path: Path
@@ -75,28 +75,28 @@ def run_of(folder: Path) -> Path:
     return run
 
 
-def entries(folder: Path) -> Iterator[Entry]:
+def entries(folder: Path) -> Iterator[FolderEntry]:
     """Every checkpoint of a run, oldest first, and what is left of unfinished and damaged ones."""
     root = root_of(folder)
     for step, path in list_checkpoints(root):
         try:
             yield _entry(step, path)
         except CheckpointError as e:
-            yield Entry(path, step, problem=str(e).removeprefix(f"{path}/").removeprefix(f"{path}: "))
+            yield FolderEntry(path, step, problem=str(e).removeprefix(f"{path}/").removeprefix(f"{path}: "))
         except OSError as e:  # a run that goes on removes old ones
-            yield Entry(path, step, problem=f"cannot be read ({e.strerror})")
+            yield FolderEntry(path, step, problem=f"cannot be read ({e.strerror})")
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         if path.name.startswith(UNFINISHED):
-            yield Entry(path, problem="unfinished; removed by the next save")
+            yield FolderEntry(path, problem="unfinished; removed by the next save")
         elif path.name.startswith(DAMAGED):
-            yield Entry(path, problem="set aside; nothing reads it, remove it when you like")
+            yield FolderEntry(path, problem="set aside; nothing reads it, remove it when you like")
 
 
-def _entry(step: int, path: Path) -> Entry:
+def _entry(step: int, path: Path) -> FolderEntry:
     manifest = read_manifest(path)
     state, files = state_of(path, manifest["state"]), manifest["files"]
     missing = missing_files(path, manifest)
-    return Entry(
+    return FolderEntry(
         path,
         step,
         sum(entry["size"] for entry in files.values()),
@@ -122,11 +122,11 @@ def strangers(path: Path) -> list[str]:
 
 
 def non_finite(
-    checkpoint: Checkpoint, group: str = "weights", messages: Axis = ALONE, progress: Progress = None
+    checkpoint: Checkpoint, group: str = "weights", control: Axis = ALONE, progress: Progress = None
 ) -> list[str]:
     """The tensors of a group that hold NaN or infinity, looked at a chunk at a time.
 
-    messages: all ranks that look together, each at an equal number of tensors; every one must call it, and all get the same.
+    control: all ranks that look together, each at an equal number of tensors; every one must call it, and all get the same.
     progress: called with the bytes of every chunk that this rank has looked at.   Raises: CheckpointError.
     """
 
@@ -138,8 +138,8 @@ def non_finite(
                 progress(chunk.nbytes)
         return found
 
-    mine = checkpoint.names(group)[messages.rank :: messages.size]
-    everyone = share_results(lambda: [name for name in mine if not finite(name)], messages)
+    mine = checkpoint.names(group)[control.rank :: control.size]
+    everyone = run_on_all_ranks(lambda: [name for name in mine if not finite(name)], control)
     return sorted(name for found in everyone for name in found)
 
 
@@ -211,8 +211,8 @@ def first_refused(folder: Path) -> int | None:
     return None
 
 
-def prunable(folder: Path, kept: Kept, progress: Progress = None) -> tuple[list[Path], list[str]]:
-    """The checkpoints that need not stay once ``kept.newest`` have been verified, and what was found wrong on the way."""
+def prunable(folder: Path, retention: Retention, progress: Progress = None) -> tuple[list[Path], list[str]]:
+    """The checkpoints that need not stay once ``retention.newest`` have been verified, and what was found wrong on the way."""
     problems: list[str] = []
 
     def whole(path: Path) -> bool:
@@ -220,4 +220,4 @@ def prunable(folder: Path, kept: Kept, progress: Progress = None) -> tuple[list[
         problems.extend(found)
         return not found
 
-    return superfluous(root_of(folder), kept, whole), problems
+    return superfluous(root_of(folder), retention, whole), problems

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megaresnorm.checkpoint.format import DTYPES, MANIFEST, Slices, file_sha256
+from megaresnorm.checkpoint.format import DTYPES, MANIFEST, TensorSlices, file_sha256
 from megaresnorm.checkpoint.manifest import read_manifest, unreadable
 from megaresnorm.data.tokenizer import MAX_TOKENIZER_BYTES
 from megaresnorm.errors import CheckpointError, DamagedError
-from megaresnorm.parallel.control import ALONE, share_results, together
+from megaresnorm.parallel.control import ALONE, all_or_raise, run_on_all_ranks
 from megaresnorm.parallel.mesh import Axis
 from megaresnorm.parallel.sharding import Box
 from megaresnorm.reading import read_plain_file
@@ -28,7 +28,7 @@ CHUNK_ELEMENTS = 1 << 22  # of a tensor that is looked at and not kept: 16 MB in
 _TYPES = {code: name.removeprefix("torch.") for name, code in DTYPES.items()}
 
 
-class Held(NamedTuple):
+class FileSlice(NamedTuple):
     """Consecutive rows of a tensor in a file: which slice of the whole they are, and the first of them."""
 
     file: str
@@ -41,7 +41,7 @@ class Checkpoint:
 
     With several ranks each verifies an equal share of the files, and tells the others what it has found: all or none go on.
 
-    messages: all ranks that read together; every one must make this object.   progress: called with the bytes of every part that
+    control: all ranks that read together; every one must make this object.   progress: called with the bytes of every part that
     this rank has verified.   hashed: the files have been, by ``verify_file``.
     Raises: DamagedError naming the file that is missing, damaged, or not part of the checkpoint, CheckpointError where it cannot be
     read; on all ranks the same.
@@ -50,7 +50,7 @@ class Checkpoint:
     def __init__(
         self,
         folder: Path,
-        messages: Axis = ALONE,
+        control: Axis = ALONE,
         progress: Callable[[int], None] | None = None,
         *,
         hashed: bool = False,
@@ -61,14 +61,14 @@ class Checkpoint:
 
         def look() -> dict[str, Any]:
             self._manifest = read_manifest(folder)
-            files = _share(self._manifest["files"], messages)
+            files = _share(self._manifest["files"], control)
             if not hashed:
                 _verify_files(folder, files, progress)
             slices = {name: _slices(folder / name) for name in files if name.endswith(".safetensors")}
             return {"digest": self._manifest["digest"], "slices": slices}
 
-        everyone = share_results(look, messages)
-        together(lambda: self._index(everyone), messages)
+        everyone = run_on_all_ranks(look, control)
+        all_or_raise(lambda: self._index(everyone), control)
 
     @property
     def step(self) -> int:
@@ -108,13 +108,13 @@ class Checkpoint:
 
     def chunks(self, group: str, name: str) -> Iterator[Tensor]:
         """All elements of a tensor, at most CHUNK_ELEMENTS at a time, as the files hold them. Raises: CheckpointError."""
-        for held in self._held[group][name]:
-            rows, *others = ((0, b - a) for a, b in held.box)
-            for where in _parts([(held.row, held.row + rows[1]), *others]):
-                yield self._read(held.file, name, where)
+        for slices in self._file_slices[group][name]:
+            rows, *others = ((0, b - a) for a, b in slices.box)
+            for where in _parts([(slices.row, slices.row + rows[1]), *others]):
+                yield self._read(slices.file, name, where)
         self._open.clear()
 
-    def load(self, group: str, members: Mapping[str, Slices]) -> None:
+    def load(self, group: str, members: Mapping[str, TensorSlices]) -> None:
         """Copy what each rank has of every tensor of a group into place, reading its slices alone.
 
         Raises: CheckpointError if names or shapes differ from the checkpoint's.
@@ -145,7 +145,7 @@ class Checkpoint:
 
     def _index(self, everyone: list[dict[str, Any]]) -> None:
         """Note what every rank has found in its files. Raises: DamagedError where that is not all of every tensor, once."""
-        self._held: dict[str, dict[str, list[Held]]] = {group: {} for group in self.tensors}
+        self._file_slices: dict[str, dict[str, list[FileSlice]]] = {group: {} for group in self.tensors}
         for rank, said in enumerate(everyone):
             if said["digest"] != self._manifest["digest"]:
                 raise CheckpointError(f"{self.folder / MANIFEST}: rank {rank} reads another one")
@@ -170,34 +170,36 @@ class Checkpoint:
                 )
                 if not inside or [b - a for a, b in box[1:]] != shape[1:]:
                     raise DamagedError(f"{where} of shape {shape} has no slice {box} of {recorded['shape']}")
-                self._held[group].setdefault(name, []).append(Held(file, row, tuple((a, b) for a, b in box)))
+                self._file_slices[group].setdefault(name, []).append(
+                    FileSlice(file, row, tuple((a, b) for a, b in box))
+                )
                 row += box[0][1] - box[0][0]
             if [row] != shape[:1]:
                 raise DamagedError(f"{where} of shape {shape} has slices of {row} rows")
 
     def _check_complete(self) -> None:
-        """Every element of every tensor is held once. Raises: CheckpointError."""
+        """Every element of every tensor is in one slice. Raises: CheckpointError."""
         for group, members in self.tensors.items():
             for name, recorded in members.items():
-                held = sorted(self._held[group].get(name, []), key=lambda h: h.box)
-                for one, other in _beside_each_other(held):
+                slices = sorted(self._file_slices[group].get(name, []), key=lambda h: h.box)
+                for one, other in _beside_each_other(slices):
                     if _overlap(one.box, other.box) is not None:
                         where = f"{self.folder / other.file}: {name}"
                         raise DamagedError(f"{where} has the slice {other.box}, which overlaps {one.box} of {one.file}")
-                if sum(prod(b - a for a, b in h.box) for h in held) != prod(recorded["shape"]):
+                if sum(prod(b - a for a, b in h.box) for h in slices) != prod(recorded["shape"]):
                     raise DamagedError(f"{self.folder}: {name} is not complete in the {group} files")
 
     def _pieces(self, group: str, name: str, boxes: Sequence[Box]) -> Iterator[Tensor]:
         """The slices of a tensor, made up of what the files hold of them, one at a time."""
         for box in boxes:
             piece: Tensor | None = None
-            for held in self._held[group][name]:
-                common = _overlap(held.box, box)
+            for slices in self._file_slices[group][name]:
+                common = _overlap(slices.box, box)
                 if common is None:
                     continue
-                within = [slice(a - start, b - start) for (a, b), (start, _) in zip(common, held.box, strict=True)]
-                rows = slice(within[0].start + held.row, within[0].stop + held.row)
-                value = self._read(held.file, name, (rows, *within[1:]))
+                within = [slice(a - start, b - start) for (a, b), (start, _) in zip(common, slices.box, strict=True)]
+                rows = slice(within[0].start + slices.row, within[0].stop + slices.row)
+                value = self._read(slices.file, name, (rows, *within[1:]))
                 if common == box:
                     piece = value
                 else:
@@ -219,14 +221,14 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder / file}: cannot be read any more ({e})") from None
 
 
-def _share(files: dict[str, dict], messages: Axis) -> dict[str, dict]:
+def _share(files: dict[str, dict], control: Axis) -> dict[str, dict]:
     """The files that this rank verifies: of about as many bytes as every other rank's."""
-    loads = [0] * messages.size
+    loads = [0] * control.size
     mine = {}
     for name in sorted(files, key=lambda name: (-files[name]["size"], name)):
         rank = loads.index(min(loads))
         loads[rank] += files[name]["size"]
-        if rank == messages.rank:
+        if rank == control.rank:
             mine[name] = files[name]
     return mine
 
@@ -284,7 +286,7 @@ def check_header(path: Path) -> None:
 
 
 def _parts(sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[slice, ...]]:
-    """Slices that together are a box (first and end of each dimension), of at most CHUNK_ELEMENTS elements each."""
+    """TensorSlices that together are a box (first and end of each dimension), of at most CHUNK_ELEMENTS elements each."""
     (first, end), *others = sizes
     row = prod(b - a for a, b in others)
     if row > CHUNK_ELEMENTS:
@@ -325,10 +327,10 @@ def _slices(path: Path) -> dict[str, tuple[list[int], str, list]]:
         raise DamagedError(f"{path}: not a readable safetensors file of slices ({reason})") from None
 
 
-def _beside_each_other(held: Sequence[Held]) -> Iterator[tuple[Held, Held]]:
+def _beside_each_other(slices: Sequence[FileSlice]) -> Iterator[tuple[FileSlice, FileSlice]]:
     """Every two slices that have rows in common. Raises: CheckpointError where they are more than ranks could have made."""
-    for i, one in enumerate(held):
-        for beside, other in enumerate(held[i + 1 :]):
+    for i, one in enumerate(slices):
+        for beside, other in enumerate(slices[i + 1 :]):
             if other.box[0][0] >= one.box[0][1]:
                 break
             if beside == MAX_BESIDE:

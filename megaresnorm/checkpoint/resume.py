@@ -13,7 +13,7 @@ from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import RunState, recipe_of, state_of
 from megaresnorm.data.samples import TrainingData
 from megaresnorm.errors import CheckpointError, DamagedError
-from megaresnorm.parallel.control import share_results, together
+from megaresnorm.parallel.control import all_or_raise, run_on_all_ranks
 from megaresnorm.parallel.mesh import Axis
 from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import differences
@@ -34,7 +34,7 @@ SECONDS_TO_SEE = 30.0  # network file systems show a node what another has writt
 
 
 def open_newest(
-    root: Path, messages: Axis, *, fallback: bool, progress: Callable[[int], None] | None = None
+    root: Path, control: Axis, *, fallback: bool, progress: Callable[[int], None] | None = None
 ) -> Checkpoint | None:
     """The newest checkpoint under ``root`` that is whole, verified by all ranks together; None if there is none at all.
 
@@ -42,7 +42,7 @@ def open_newest(
     its step can be saved again. All ranks must call it; the first says what there is.
     Raises: DamagedError if none is whole, or the newest is not and ``fallback`` is False; CheckpointError if one cannot be read.
     """
-    seen = share_results(lambda: _folders(root) if messages.rank == 0 else [], messages)[0]
+    seen = run_on_all_ranks(lambda: _folders(root) if control.rank == 0 else [], control)[0]
     found = [root / name for name, _ in seen]
     for name, has_manifest in seen:
         if has_manifest:
@@ -50,7 +50,7 @@ def open_newest(
     damaged: list[Path] = []
     for path in reversed(found):
         try:
-            checkpoint = Checkpoint(path, messages, progress)
+            checkpoint = Checkpoint(path, control, progress)
         except DamagedError as e:
             older = found[: found.index(path)]
             if not older:
@@ -61,14 +61,14 @@ def open_newest(
             log.warning("warning: %s; going back to %s", e, older[-1].name)
             damaged.append(path)
         else:
-            if messages.rank == 0:
+            if control.rank == 0:
                 for bad in damaged:
                     _set_aside(bad)
             return checkpoint
     return None
 
 
-def open_weights(recipe: Recipe, tokenizer: dict[str, Any] | None, messages: Axis) -> Checkpoint:
+def open_weights(recipe: Recipe, tokenizer: dict[str, Any] | None, control: Axis) -> Checkpoint:
     """The checkpoint that train.initial_weights names, verified by all ranks together.
 
     What differs from this run in the model or the tokenizer is a warning: the parameters alone must be the same.
@@ -76,8 +76,8 @@ def open_weights(recipe: Recipe, tokenizer: dict[str, Any] | None, messages: Axi
     """
     assert recipe.train.initial_weights is not None
     given = Path(recipe.train.initial_weights)
-    newest = share_results(lambda: str(newest_of(given)) if messages.rank == 0 else "", messages)[0]
-    checkpoint = Checkpoint(Path(newest), messages)
+    newest = run_on_all_ranks(lambda: str(newest_of(given)) if control.rank == 0 else "", control)[0]
+    checkpoint = Checkpoint(Path(newest), control)
 
     def look() -> None:
         state = state_of(checkpoint.folder, checkpoint.state)
@@ -88,7 +88,7 @@ def open_weights(recipe: Recipe, tokenizer: dict[str, Any] | None, messages: Axi
         if state.tokenizer is not None and tokenizer is not None and state.tokenizer != tokenizer:
             log.warning("warning: train.initial_weights were trained with another tokenizer than the one of the data")
 
-    together(look, messages)
+    all_or_raise(look, control)
     return checkpoint
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaresnorm.checkpoint.format import Groups, Slices
-from megaresnorm.checkpoint.writer import Kept, save_checkpoint
+from megaresnorm.checkpoint.format import Groups, TensorSlices
+from megaresnorm.checkpoint.writer import Retention, save_checkpoint
 from megaresnorm.errors import CheckpointError, NonFiniteError, NonFiniteTensorError, TrainingError
 from megaresnorm.parallel.mesh import Axis
 
@@ -37,18 +37,18 @@ class Saver:
         self,
         root: Path,
         groups: Groups,
-        messages: Axis,
+        control: Axis,
         any_rank: Callable[[bool], bool],
         *,
         check: Callable[[], None] = lambda: None,
-        kept: Kept,
+        retention: Retention,
         asynchronous: bool,
         skip_when_busy: bool,
         max_failures: int,
         saved: Callable[[], None] = lambda: None,
     ) -> None:
-        self.root, self._groups, self._messages, self._any_rank = root, groups, messages, any_rank
-        self._kept, self._asynchronous, self._skip = kept, asynchronous, skip_when_busy
+        self.root, self._groups, self._control, self._any_rank = root, groups, control, any_rank
+        self._kept, self._asynchronous, self._skip = retention, asynchronous, skip_when_busy
         self._max_failures, self._check, self._saved = max_failures, check, saved
         self.protected: int | None = None  # checkpoints up to this step are not pruned
         self._copies: Groups | None = None
@@ -109,10 +109,10 @@ class Saver:
                 step,
                 groups,
                 state,
-                kept=self._kept,
+                retention=self._kept,
                 protected=lambda: self.protected,
                 attached=attached,
-                messages=self._messages,
+                control=self._control,
                 check=self._check,
             )
         except NonFiniteTensorError as e:
@@ -146,7 +146,7 @@ class Saver:
             torch.cuda.synchronize()
         return self._copies
 
-    def _with_memory(self, slices: Slices) -> Slices:
+    def _with_memory(self, slices: TensorSlices) -> TensorSlices:
         if not slices.owned or slices.local is None:
             return slices
         memory = torch.empty_like(slices.local, device="cpu", pin_memory=slices.local.device.type == "cuda")

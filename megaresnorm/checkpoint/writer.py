@@ -22,9 +22,9 @@ from megaresnorm.checkpoint.format import (
     FORMAT,
     MANIFEST,
     UNFINISHED,
-    Entry,
+    FileTensor,
     Groups,
-    Slices,
+    TensorSlices,
     file_sha256,
     folder_name,
     human_bytes,
@@ -33,7 +33,7 @@ from megaresnorm.checkpoint.format import (
 )
 from megaresnorm.checkpoint.manifest import encode_manifest, missing_files, plausible, read_manifest
 from megaresnorm.errors import CheckpointError, NonFiniteTensorError
-from megaresnorm.parallel.control import ALONE, share_results
+from megaresnorm.parallel.control import ALONE, run_on_all_ranks
 from megaresnorm.parallel.mesh import Axis
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ WRITE_BYTES = 1 << 24
 T = TypeVar("T")
 
 
-class Kept(NamedTuple):
+class Retention(NamedTuple):
     """Which checkpoints stay: the newest ``newest`` whole ones (at least 2), those of steps that ``every`` divides, and those up to
     step ``protected``, which may be the last good ones.
     """
@@ -54,7 +54,7 @@ class Kept(NamedTuple):
     protected: int | None = None
 
 
-KEPT = Kept()
+KEEP_ALL = Retention()
 
 
 def save_checkpoint(
@@ -63,49 +63,49 @@ def save_checkpoint(
     groups: Groups,
     state: Mapping[str, Any],
     *,
-    kept: Kept = KEPT,
+    retention: Retention = KEEP_ALL,
     attached: Mapping[str, bytes] | None = None,
-    messages: Axis = ALONE,
+    control: Axis = ALONE,
     check: Callable[[], None] = lambda: None,
     protected: Callable[[], int | None] = lambda: None,
 ) -> Path:
     """Write ``root/step-XXXXXXXX`` and remove old checkpoints. Every rank must call it, and all return or raise alike.
 
     groups: weights, optimizer -> global name -> slices.   state: whatever JSON can hold, the first rank's counts.
-    attached: name -> content of other files (the tokenizer), the first rank's count.   messages: all ranks that save together.
+    attached: name -> content of other files (the tokenizer), the first rank's count.   control: all ranks that save together.
     protected: asked before old ones are removed; those up to this step stay.
     check: called on each rank before anything is made, and before the commit; what it raises is raised on all.
     Raises: CheckpointError, one line, when it exists already or cannot be written, NonFiniteTensorError for weights or
     moments that hold NaN or infinity; earlier checkpoints stay as they are.
     """
-    assert kept.newest >= 2, "one checkpoint must be whole while the next is written"
+    assert retention.newest >= 2, "one checkpoint must be whole while the next is written"
     final = root / folder_name(step)
     temporary = root / f"{UNFINISHED}{final.name}"
-    first = messages.rank == 0
+    first = control.rank == 0
 
     def on_all(work: Callable[[], Any]) -> list[Any]:
         try:
-            return share_results(lambda: _explained(work, root, final, groups), messages)
+            return run_on_all_ranks(lambda: _explained(work, root, final, groups), control)
         except BaseException:
             if first:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
 
-    share_results(check, messages)
+    run_on_all_ranks(check, control)
     on_all(lambda: _make_folder(temporary, final, groups) if first else None)
-    written = on_all(lambda: _write_share(temporary, groups, messages.rank))
+    written = on_all(lambda: _write_share(temporary, groups, control.rank))
 
     def commit() -> None:
         files = {name: entry for share in written for name, entry in share.items()}
         content = {"format": FORMAT, "step": step, "files": files, "tensors": _shapes(groups), "state": dict(state)}
         _commit(temporary, final, content, attached or {})
 
-    share_results(
-        check, messages
+    run_on_all_ranks(
+        check, control
     )  # whoever has taken the folder over may be writing under the same name: nothing is removed
     on_all(lambda: commit() if first else None)
     if first:
-        _remove_old(root, kept._replace(protected=protected()))
+        _remove_old(root, retention._replace(protected=protected()))
     return final
 
 
@@ -121,12 +121,14 @@ def free_bytes(root: Path) -> int:
     return shutil.disk_usage(root).free
 
 
-def superfluous(root: Path, kept: Kept, whole: Callable[[Path], bool]) -> list[Path]:
+def superfluous(root: Path, retention: Retention, whole: Callable[[Path], bool]) -> list[Path]:
     """The checkpoints that need not stay, oldest first. One that is not ``whole`` does not count as one that stays."""
     found, staying = list[Path](), 0
     for step, path in reversed(list_checkpoints(root)):
-        stays = (kept.every and step % kept.every == 0) or (kept.protected is not None and step <= kept.protected)
-        if staying >= kept.newest and not stays:
+        stays = (retention.every and step % retention.every == 0) or (
+            retention.protected is not None and step <= retention.protected
+        )
+        if staying >= retention.newest and not stays:
             found.insert(0, path)
         else:
             staying += whole(path)
@@ -144,13 +146,13 @@ def remove_checkpoint(path: Path) -> None:
         log.warning("warning: %s: an old checkpoint cannot be removed (%s)", path, e.strerror)
 
 
-def write_tensors(path: Path, parts: Sequence[tuple[str, Slices]], *, finite: bool = False) -> dict[str, Any]:
+def write_tensors(path: Path, parts: Sequence[tuple[str, TensorSlices]], *, finite: bool = False) -> dict[str, Any]:
     """Write a safetensors file of what this rank has of some tensors; returns its size and SHA-256. finite: as of ``encoded``."""
     metadata = {"slices": json.dumps({name: slices.boxes for name, slices in parts})}
-    return _write_durably(path, encoded([slices.entry(name) for name, slices in parts], metadata, finite=finite))
+    return _write_durably(path, encoded([slices.file_tensor(name) for name, slices in parts], metadata, finite=finite))
 
 
-def encoded(entries: Sequence[Entry], metadata: Mapping[str, str], *, finite: bool) -> Iterator[Any]:
+def encoded(entries: Sequence[FileTensor], metadata: Mapping[str, str], *, finite: bool) -> Iterator[Any]:
     """The bytes of a safetensors file, in pieces.
 
     They are the tensors' own memory, or a chunk's of it, where the safetensors package would first copy all of them.
@@ -183,9 +185,9 @@ def sweep(root: Path) -> None:
         shutil.rmtree(left)
 
 
-def _remove_old(root: Path, kept: Kept) -> None:
+def _remove_old(root: Path, retention: Retention) -> None:
     try:
-        for old in superfluous(root, kept, has_its_files):
+        for old in superfluous(root, retention, has_its_files):
             remove_checkpoint(old)
     except CheckpointError as e:  # what was written is there all the same
         log.warning("warning: old checkpoints are not removed: %s", e)
@@ -255,12 +257,12 @@ def _shapes(groups: Groups) -> dict[str, dict[str, dict]]:
     }
 
 
-def _parts(owned: Sequence[tuple[str, Slices]]) -> Iterator[list[tuple[str, Slices]]]:
+def _parts(owned: Sequence[tuple[str, TensorSlices]]) -> Iterator[list[tuple[str, TensorSlices]]]:
     """Consecutive tensors of about FILE_BYTES together."""
-    part: list[tuple[str, Slices]] = []
+    part: list[tuple[str, TensorSlices]] = []
     size = 0
     for name, slices in owned:
-        num_bytes = slices.entry(name).num_bytes
+        num_bytes = slices.file_tensor(name).num_bytes
         if part and (size + num_bytes > FILE_BYTES or len(part) == FILE_TENSORS):
             yield part
             part, size = [], 0

@@ -221,7 +221,7 @@ def _diff(arguments: argparse.Namespace) -> int:
 def _prune(arguments: argparse.Namespace) -> int:
     from megaresnorm.checkpoint.format import checkpoints_of
     from megaresnorm.checkpoint.inspect import first_refused, num_bytes, prunable, run_of
-    from megaresnorm.checkpoint.writer import Kept, remove_checkpoint
+    from megaresnorm.checkpoint.writer import Retention, remove_checkpoint
     from megaresnorm.resilience.lock import FolderLock
     from megaresnorm.telemetry.log import Table, console, progress_bar
 
@@ -231,7 +231,7 @@ def _prune(arguments: argparse.Namespace) -> int:
         )
     folder = run_of(arguments.run_folder)
     protected = None if arguments.also_before_refused else first_refused(folder)
-    kept = Kept(arguments.keep, arguments.keep_every, protected)
+    kept = Retention(arguments.keep, arguments.keep_every, protected)
     lock = None if arguments.dry_run else FolderLock(folder, str(folder))
     try:
         total = 2 * sum(_size_or_nothing(path, num_bytes) for _, path in checkpoints_of(folder)[-kept.newest :])

@@ -54,7 +54,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     from megaresnorm.assemble import choose_device
     from megaresnorm.kernels import load_backends
-    from megaresnorm.kernels.benchmark import examine
+    from megaresnorm.kernels.benchmark import benchmark_backends
     from megaresnorm.kernels.cpu.build import levels
     from megaresnorm.telemetry.log import Console, Table
 
@@ -71,7 +71,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     table = Table(box=box.SIMPLE, pad_edge=False)
     for heading in ("op", "rows x columns", "backend", "ms", ""):
         table.add_column(heading, justify="right" if heading == "ms" else "left", no_wrap=heading != "")
-    findings = examine(device, dtype, arguments.shapes)
+    findings = benchmark_backends(device, dtype, arguments.shapes)
     seen: set[tuple] = set()
     for f in findings:
         group = (f.op, f.shape)

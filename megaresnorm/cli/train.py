@@ -76,8 +76,9 @@ def _train(arguments: argparse.Namespace) -> int:
 def _train_and_report(arguments: argparse.Namespace, environment: Environment, stop: StopSignals) -> int:
     from megaresnorm.opening import idle, open_recipe, tell_idle_ranks
     from megaresnorm.recipe.load import dump_recipe, load_recipe
+    from megaresnorm.run import Run
     from megaresnorm.telemetry.log import console
-    from megaresnorm.trainer import Run
+    from megaresnorm.trainer import Trainer
 
     opened = open_recipe(lambda: load_recipe(arguments.recipe, arguments.overrides), environment)
     if opened.idles:
@@ -87,7 +88,7 @@ def _train_and_report(arguments: argparse.Namespace, environment: Environment, s
             f"recipe    {shown(run.output / 'recipe.yaml')}\n{dump_recipe(run.recipe).rstrip()}", markup=False
         )
         console.print("\n".join(run.describe()), markup=False)
-        summary = run.train(stop)
+        summary = Trainer(run).train(stop)
         tell(summary.exit_code)
         text = None if summary.exit_code else run.sample_text()
     if text is not None:

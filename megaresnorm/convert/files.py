@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megaresnorm.checkpoint.format import UNFINISHED, Entry, human_bytes
+from megaresnorm.checkpoint.format import UNFINISHED, FileTensor, human_bytes
 from megaresnorm.checkpoint.reader import MAX_HEADER_BYTES, check_header
 from megaresnorm.checkpoint.writer import encoded, free_bytes
 from megaresnorm.errors import CheckpointError, ConfigError
@@ -107,9 +107,9 @@ def check_space(out: Path, wanted: int) -> None:
         raise ConfigError(f"{out}: no space: need {human_bytes(wanted)}, have {human_bytes(have)}")
 
 
-def write_weights(folder: Path, entries: Sequence[Entry], max_bytes: int, progress: Progress) -> None:
+def write_weights(folder: Path, entries: Sequence[FileTensor], max_bytes: int, progress: Progress) -> None:
     """model.safetensors, or numbered files of at most ``max_bytes`` (or one tensor) each and their index."""
-    shards: list[list[Entry]] = [[]]
+    shards: list[list[FileTensor]] = [[]]
     size = 0
     for entry in entries:
         if shards[-1] and size + entry.num_bytes > max_bytes:

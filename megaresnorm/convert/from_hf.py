@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import megaresnorm
-from megaresnorm.checkpoint.format import Slices
+from megaresnorm.checkpoint.format import TensorSlices
 from megaresnorm.checkpoint.state import EngineState, RunState
 from megaresnorm.checkpoint.writer import save_checkpoint
 from megaresnorm.convert.compare import TOLERANCE, Agreement, compare, kept_logits_on, logits_on
@@ -98,7 +98,7 @@ def from_hf(
 
 def sliced_weights(
     weights: Weights, chosen: Plan, table: dict[str, ParameterSpec], chunk_bytes: int
-) -> tuple[dict[str, Slices], torch.dtype]:
+) -> tuple[dict[str, TensorSlices], torch.dtype]:
     """Every parameter of ours, to be made from theirs a chunk of rows at a time, and the type of all."""
     found: dict[str, list[Link]] = {name: [] for name in table}
     for link in matched(weights, chosen, table):
@@ -173,7 +173,7 @@ def native_slices(
     remainder: Weights | None,
     dtype: torch.dtype,
     chunk_bytes: int,
-) -> Slices:
+) -> TensorSlices:
     """One parameter of ours, made a chunk of rows at a time; rows that theirs lack, the vocabulary's padding, are zeros."""
 
     def chunks() -> Iterator[Tensor]:
@@ -187,10 +187,10 @@ def native_slices(
                 value = restored(value, remainder.read(spec.name, ((start, stop), *rest)))
             yield value
 
-    return Slices(spec.shape, dtype, None, (tuple((0, size) for size in spec.shape),), owned=True, chunks=chunks)
+    return TensorSlices(spec.shape, dtype, None, (tuple((0, size) for size in spec.shape),), owned=True, chunks=chunks)
 
 
-def save(folder: Path, recipe: Recipe, tokenizer: Tokenizer | None, weights: dict[str, Slices]) -> None:
+def save(folder: Path, recipe: Recipe, tokenizer: Tokenizer | None, weights: dict[str, TensorSlices]) -> None:
     """The checkpoint of a run that has not taken a step, and its recipe."""
     described_as = None if tokenizer is None else tokenizer.describe()
     attached = {}
@@ -232,7 +232,7 @@ def verified(source: Path, folder: Path, tolerance: float) -> Agreement:
     return agreement
 
 
-def _counted(slices: Slices, tell: Progress) -> Slices:
+def _counted(slices: TensorSlices, tell: Progress) -> TensorSlices:
     """The same, telling of every chunk that was made."""
     made = slices.chunks
     assert made is not None
@@ -242,4 +242,4 @@ def _counted(slices: Slices, tell: Progress) -> Slices:
             yield chunk
             tell(chunk.nbytes)
 
-    return Slices(slices.shape, slices.dtype, None, slices.boxes, owned=True, chunks=chunks)
+    return TensorSlices(slices.shape, slices.dtype, None, slices.boxes, owned=True, chunks=chunks)

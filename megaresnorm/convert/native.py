@@ -9,7 +9,7 @@ from torch import Tensor
 
 import megaresnorm
 from megaresnorm.assemble import build_model
-from megaresnorm.checkpoint.format import Slices
+from megaresnorm.checkpoint.format import TensorSlices
 from megaresnorm.checkpoint.inspect import newest_of
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import RunState, fitting_table, recipe_of, state_of
@@ -66,7 +66,7 @@ class NativeModel:
     ) -> Transformer:
         """The model on this CPU in FP32. rounded_to: a type its weights are rounded to first, times their ``factor``."""
         model = build_model(self.recipe).model
-        self.checkpoint.load("weights", {name: Slices.of_whole(p.data) for name, p in model.named_parameters()})
+        self.checkpoint.load("weights", {name: TensorSlices.of_whole(p.data) for name, p in model.named_parameters()})
         if rounded_to is not None:
             for name, p in model.named_parameters():
                 p.data = scaled(scaled(p.data, factor(name)).to(rounded_to).to(p.dtype), 1 / factor(name))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megaresnorm.checkpoint.format import Entry, file_sha256
+from megaresnorm.checkpoint.format import FileTensor, file_sha256
 from megaresnorm.checkpoint.writer import encoded
 from megaresnorm.convert.files import Weights
 from megaresnorm.convert.links import Source, links, row_chunks, scaled
@@ -37,7 +37,7 @@ def write_remainder(folder: Path, native: NativeModel, chosen: Plan, chunk_bytes
         if link.factor != 1.0:
             shape = native.table[link.ours].shape
             chunks = functools.partial(_remainders, native, link.ours, shape, link.factor, chunk_bytes)
-            entries.append(Entry(link.ours, torch.int8, shape, chunks))
+            entries.append(FileTensor(link.ours, torch.int8, shape, chunks))
     with (folder / REMAINDER).open("xb") as file:
         for piece in encoded(entries, {"weights": _digest(folder)}, finite=False):
             file.write(piece)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaresnorm.checkpoint.format import Entry
+from megaresnorm.checkpoint.format import FileTensor
 from megaresnorm.convert.card import model_card
 from megaresnorm.convert.compare import TOLERANCE, Agreement, compare, kept_logits_on, logits_on
 from megaresnorm.convert.files import (
@@ -103,13 +103,13 @@ def write_beside(
         write_tokenizer(folder, tokenizer)
 
 
-def weight_entries(native: NativeModel, chosen: Plan, dtype: torch.dtype, chunk_bytes: int) -> Iterator[Entry]:
+def weight_entries(native: NativeModel, chosen: Plan, dtype: torch.dtype, chunk_bytes: int) -> Iterator[FileTensor]:
     """Every tensor of the architecture, made a chunk of rows at a time."""
     for link in links(chosen.family, chosen.recipe, native.table, chosen.factor):
         chunks = functools.partial(_chunks, link, native, dtype, chunk_bytes)
-        yield Entry(link.theirs, dtype, link.shape, chunks)
+        yield FileTensor(link.theirs, dtype, link.shape, chunks)
     for name, shape, _ in constants(chosen.family, chosen.recipe):
-        yield Entry(name, dtype, shape, functools.partial(_zeros, shape, dtype))
+        yield FileTensor(name, dtype, shape, functools.partial(_zeros, shape, dtype))
 
 
 def _chunks(link: Link, native: NativeModel, dtype: torch.dtype, chunk_bytes: int) -> Iterator[Tensor]:

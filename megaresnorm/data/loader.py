@@ -39,7 +39,7 @@ def microbatches(
     With several ranks all have as many microbatches of the same shape: where samples are missing, others stand in without labels.
     mask_documents: keep documents apart; the first token of the next one is then no label.
     """
-    data = context.data
+    data = context.dp
     mine = list(range(position + data.rank, position + count, data.size))
     wanted = len(mine)
     if context.world.size > 1:

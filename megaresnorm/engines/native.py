@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from megaresnorm.assemble import Assembled
-from megaresnorm.checkpoint.format import FINITE, Slices, is_finite
+from megaresnorm.checkpoint.format import FINITE, TensorSlices, is_finite
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import EngineState
 from megaresnorm.data.loader import Batch
 from megaresnorm.engines.engine import Decision, GradientStats, StepStats
-from megaresnorm.engines.state import WholeTensors, clipper_slices, places
+from megaresnorm.engines.state import FullState, clipper_slices, placements
 from megaresnorm.errors import CheckpointError
 from megaresnorm.model.dropout import DropoutKey
 from megaresnorm.optim import MOMENTS, GradientClipper, Optimizer, gradient_norms
 from megaresnorm.parallel.collectives import all_reduce
-from megaresnorm.parallel.data_parallel import local, synchronised
+from megaresnorm.parallel.data_parallel import grad_sync, local
 from megaresnorm.parallel.gradients import reduce_gradients, reductions
 from megaresnorm.parallel.pipeline import Pipeline
 from megaresnorm.recipe import Recipe
@@ -48,7 +48,7 @@ class NativeEngine:
         kinds = {name: _Kind(table[name].split is not None, name in copies) for name in self._parameters}
         self._optimizer = Optimizer(self._parameters, table, recipe.optim, kinds)
         partial = (p for name, p in self._parameters.items() if table[name].partial)
-        self.reductions = reductions(partial, tied, tp=tp, ends=self.context.ends)
+        self.reductions = reductions(partial, tied, tp=tp, embedding=self.context.embedding)
         self._clips_each = recipe.optim.clip == "adagc"
         self._clipper = GradientClipper(recipe.optim, len(self._parameters))
         self._updates = 0
@@ -133,20 +133,20 @@ class NativeEngine:
         """What of the engine's state is not tensors."""
         return EngineState(updates=self._updates, clipper_steps=self._clipper.steps)
 
-    def weights(self) -> WholeTensors:
+    def full_state(self) -> FullState:
         """Every weight, whole, by global name. With several ranks all must ask for the same ones in the same order."""
-        return WholeTensors(self.assembled, {name: local(p.detach()) for name, p in self._parameters.items()})
+        return FullState(self.assembled, {name: local(p.detach()) for name, p in self._parameters.items()})
 
     @cached_property
-    def slices(self) -> dict[str, dict[str, Slices]]:
+    def sharded_state(self) -> dict[str, dict[str, TensorSlices]]:
         """The engine's tensors by group and global name: all of the whole model's, with what this rank has of them, live.
 
         Groups: weights, optimizer, and clipper where each tensor is clipped against its own history.
         """
         mine = {name: local(p.detach()) for name, p in self._parameters.items()}
         moments = {name: self._optimizer.moments(p) for name, p in self._parameters.items()}
-        groups: dict[str, dict[str, Slices]] = {"weights": {}, "optimizer": {}}
-        for name, place in places(self.assembled).items():
+        groups: dict[str, dict[str, TensorSlices]] = {"weights": {}, "optimizer": {}}
+        for name, place in placements(self.assembled).items():
             groups["weights"][name] = place.of(mine.get(name))
             for key in MOMENTS:
                 groups["optimizer"][f"{key}.{name}"] = place.of(moments.get(name, {}).get(key))
@@ -157,23 +157,23 @@ class NativeEngine:
 
     def load(self, checkpoint: Checkpoint, state: EngineState) -> None:
         """Take over a checkpoint of the same model, saved in whatever layout, and the ``state()`` of the engine that saved it."""
-        for group, members in self.slices.items():
+        for group, members in self.sharded_state.items():
             if group != "clipper" or group in checkpoint.tensors:  # clipping may have been another until then
                 checkpoint.load(group, members)
         self._updates = state.updates
-        self._clipper.steps = state.clipper_steps if "clipper" in self.slices else 0
+        self._clipper.steps = state.clipper_steps if "clipper" in self.sharded_state else 0
         self._optimizer.set_updates(self._updates)
         self.assembled.weights_changed()
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Take over the weights alone of a checkpoint of a model with the same parameters, saved in whatever layout."""
-        checkpoint.load("weights", self.slices["weights"])
+        checkpoint.load("weights", self.sharded_state["weights"])
         self.assembled.weights_changed()
 
     def check_finite(self, where: str) -> None:
         """Raises: CheckpointError naming a weight or moment of this rank that is not finite; ``where`` begins the line."""
         for group in FINITE:
-            for name, slices in self.slices[group].items():
+            for name, slices in self.sharded_state[group].items():
                 if slices.local is not None and not is_finite(slices.local):
                     raise CheckpointError(f"{where}{group} {name} is not finite; use an older checkpoint")
 
@@ -181,7 +181,7 @@ class NativeEngine:
         (module,) = self.assembled.modules.values()
         loss = torch.zeros((), dtype=torch.float64)
         for i, batch in enumerate(batches):
-            with synchronised(module, last=i == len(batches) - 1, sharded=self._shards_gradients):
+            with grad_sync(module, last=i == len(batches) - 1, sharded=self._shards_gradients):
                 nll, objective = self._losses(module, batch, self._dropout(batch), scale)
                 objective.backward()
             loss += nll.detach().cpu()
@@ -215,7 +215,7 @@ class NativeEngine:
         labels_T = labels_BS.flatten()
         if self.context.tp.size == 1:
             return self.assembled.cross_entropy(logits_TV, labels_T, self._z_loss, scale)
-        first = next(m.first_logit for m in self.assembled.models.values() if m.stage.predicts)
+        first = next(m.first_logit for m in self.assembled.models.values() if m.stage.has_head)
         return self.assembled.cross_entropy(logits_TV, labels_T, self._z_loss, scale, first=first)
 
     def _dropout(self, batch: Batch) -> DropoutKey | None:
@@ -228,16 +228,16 @@ class NativeEngine:
     def _count(self, batches: Sequence[Batch]) -> int:
         """Valid labels of all data ranks."""
         mine = sum(int((batch.labels >= 0).sum()) for batch in batches)
-        if self.context.data.size == 1:
+        if self.context.dp.size == 1:
             return mine
-        return int(all_reduce(torch.tensor([mine], device=self.assembled.device), self.context.data).item())
+        return int(all_reduce(torch.tensor([mine], device=self.assembled.device), self.context.dp).item())
 
     def _sum(self, loss: float) -> float:
         """Over data ranks and stages; the tensor-parallel ranks of a stage have the same."""
-        if self.context.data.size == self.context.pp.size == 1:
+        if self.context.dp.size == self.context.pp.size == 1:
             return loss
         total = torch.tensor([loss], dtype=torch.float64, device=self.assembled.device)
-        return all_reduce(all_reduce(total, self.context.data), self.context.pp).item()
+        return all_reduce(all_reduce(total, self.context.dp), self.context.pp).item()
 
     def _norms(self, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Of every gradient, whole, and of all of them together, over all ranks."""
@@ -247,7 +247,7 @@ class NativeEngine:
         kinds: Any = self._optimizer.kinds(per_parameter=self._clips_each)
         # A rank of tp has its own share of what is divided, and the same as rank 0 of what is not.
         counted = norms.new_tensor([kind.divided or self.context.tp.rank == 0 for kind in kinds])
-        squares = all_reduce((norms * counted).square(), self.context.shards)
+        squares = all_reduce((norms * counted).square(), self.context.model_shards)
         owned = squares.new_tensor([not kind.copy for kind in kinds])
         total = all_reduce((squares * owned).sum().unsqueeze(0), self.context.pp).sqrt().squeeze(0)
         return squares.sqrt(), total

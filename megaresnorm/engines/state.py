@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from megaresnorm.assemble import Assembled
-from megaresnorm.checkpoint.format import Slices
+from megaresnorm.checkpoint.format import TensorSlices
 from megaresnorm.parallel.data_parallel import local
 from megaresnorm.parallel.sharding import Box, boxes, broadcast, from_row_chunks, unshard
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """Of one parameter and of everything laid out as it is: the whole's shape, this rank's slices, whether it writes them."""
 
     shape: tuple[int, ...]
@@ -22,11 +22,11 @@ class Place:
     boxes: tuple[Box, ...]
     owned: bool
 
-    def of(self, mine: Tensor | None) -> Slices:
-        return Slices(self.shape, self.dtype, mine, self.boxes, self.owned and mine is not None)
+    def of(self, mine: Tensor | None) -> TensorSlices:
+        return TensorSlices(self.shape, self.dtype, mine, self.boxes, self.owned and mine is not None)
 
 
-def places(assembled: Assembled) -> dict[str, Place]:
+def placements(assembled: Assembled) -> dict[str, Placement]:
     """Of every parameter of the whole model by global name; without slices where this rank has nothing of it."""
     context, mine, written = assembled.context, assembled.parameters(), _written(assembled)
     dtype = next(iter(mine.values())).dtype
@@ -34,11 +34,11 @@ def places(assembled: Assembled) -> dict[str, Place]:
     for name, spec in assembled.table.items():
         parts = [part.rows for part in spec.parts]
         held = boxes(spec.shape, spec.split, parts, context.tp, context.dp_shard) if name in mine else []
-        found[name] = Place(spec.shape, dtype, tuple(held), name in written)
+        found[name] = Placement(spec.shape, dtype, tuple(held), name in written)
     return found
 
 
-def clipper_slices(assembled: Assembled, numbers: Mapping[str, Tensor]) -> dict[str, Slices]:
+def clipper_slices(assembled: Assembled, numbers: Mapping[str, Tensor]) -> dict[str, TensorSlices]:
     """One number [1] for each of this rank's parameters, the same on all ranks of its stage, of which the first writes it."""
     context = assembled.context
     first = context.dp_replicate.rank == context.dp_shard.rank == context.tp.rank == 0
@@ -46,7 +46,7 @@ def clipper_slices(assembled: Assembled, numbers: Mapping[str, Tensor]) -> dict[
     for name in assembled.table:
         mine = numbers.get(name)
         held = () if mine is None else (((0, 1),),)
-        found[name] = Slices(
+        found[name] = TensorSlices(
             (1,), torch.float32, mine, held, first and mine is not None and name not in assembled.copies
         )
     return found
@@ -73,7 +73,7 @@ def _written(assembled: Assembled) -> set[str]:
     return written
 
 
-class WholeTensors(Mapping[str, Tensor]):
+class FullState(Mapping[str, Tensor]):
     """Global name -> whole tensor, in the order of the table, made up by all ranks together when it is asked for.
 
     local: this rank's parts by the name of their parameter. All ranks must ask for the same ones in the same order.

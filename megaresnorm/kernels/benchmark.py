@@ -14,7 +14,7 @@ OPS = ("add_norm", "norm_quant", "attention", "activation", "cross_entropy")
 
 
 @dataclass(frozen=True)
-class Finding:
+class BackendTiming:
     """One backend of an op at one shape.
 
     milliseconds: forward and backward, the best of five calls; None where it cannot run or failed.
@@ -28,7 +28,7 @@ class Finding:
     reason: str  # why auto does not take it, or why it cannot run
 
 
-def examine(device: torch.device, dtype: torch.dtype, shapes: list[tuple[int, int]]) -> list[Finding]:
+def benchmark_backends(device: torch.device, dtype: torch.dtype, shapes: list[tuple[int, int]]) -> list[BackendTiming]:
     """Run every backend of every op a few times, for rows x columns of ``shapes``.
 
     Rows are tokens; columns are the model dim, or the vocabulary for cross_entropy; attention has heads of 64 columns and
@@ -42,16 +42,18 @@ def examine(device: torch.device, dtype: torch.dtype, shapes: list[tuple[int, in
     return findings
 
 
-def _try(kernel: Kernel, chosen: bool, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Finding:
+def _try(
+    kernel: Kernel, chosen: bool, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
+) -> BackendTiming:
     reason = kernel.requires(device, dtype)
     if reason is not None:
-        return Finding(kernel.op, shape, kernel.backend, chosen, None, f"cannot run: {reason}")
+        return BackendTiming(kernel.op, shape, kernel.backend, chosen, None, f"cannot run: {reason}")
     try:
         call = _CALLS[kernel.op](kernel.function, *shape, device, dtype)
         call()
         milliseconds = 1e3 * min(_seconds(call, device) for _ in range(5))
     except Exception as e:  # noqa: BLE001  (what a kernel raises is what is asked for)
-        return Finding(
+        return BackendTiming(
             kernel.op,
             shape,
             kernel.backend,
@@ -60,7 +62,7 @@ def _try(kernel: Kernel, chosen: bool, shape: tuple[int, int], device: torch.dev
             f"failed: {(str(e) or type(e).__name__).splitlines()[0][:100]}",
         )
     reason = "" if chosen else kernel.avoid(device, dtype) or "auto takes a faster one"
-    return Finding(kernel.op, shape, kernel.backend, chosen, milliseconds, reason)
+    return BackendTiming(kernel.op, shape, kernel.backend, chosen, milliseconds, reason)
 
 
 def _seconds(call: Callable, device: torch.device) -> float:

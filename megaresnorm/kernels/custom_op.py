@@ -11,7 +11,7 @@ FLOATS = (torch.float32, torch.bfloat16)  # what kernels read and write
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-class Operator:
+class CustomOp:
     """A functional operator ``megaresnorm::NAME`` with its gradient.
 
     Its arguments are ``tensors``, the first of which is there, and then ``constants``: one object whose ``values()`` are the rest

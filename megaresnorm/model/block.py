@@ -9,7 +9,7 @@ from megaresnorm.model.branches.ffn import FeedForward
 from megaresnorm.model.dropout import DropoutMasks
 from megaresnorm.model.norm import Norm
 from megaresnorm.model.residual import Residual
-from megaresnorm.model.sequence import Rows
+from megaresnorm.model.sequence import SequenceInfo
 from megaresnorm.model.stream import Kernels, Stream
 from megaresnorm.model.topology import Position, Sublayer, topology
 from megaresnorm.parallel.layouts import TensorLayout
@@ -40,9 +40,9 @@ class Block(nn.Module):
         self.attention = residual("attention", Attention)
         self.ffn = residual("ffn", FeedForward)
 
-    def forward(self, stream: Stream, rows: Rows, masks: DropoutMasks | None) -> Stream:
-        x, u = self.attention.enter(stream)
+    def forward(self, stream: Stream, rows: SequenceInfo, masks: DropoutMasks | None) -> Stream:
+        x, u = self.attention.open(stream)
         y = self.attention.run(x, u, rows, masks)
-        x, u = self.attention.into(self.ffn, x, y, masks)
+        x, u = self.attention.close_and_open(self.ffn, x, y, masks)
         y = self.ffn.run(x, u, rows, masks)
-        return self.ffn.leave(x, y, masks)
+        return self.ffn.close(x, y, masks)

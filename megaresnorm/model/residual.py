@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megaresnorm.kernels.add_norm.reference import NormWeights
 from megaresnorm.model.dropout import DropoutMasks
 from megaresnorm.model.norm import Norm
-from megaresnorm.model.sequence import Rows
+from megaresnorm.model.sequence import SequenceInfo
 from megaresnorm.model.stream import AddNorm, Stream
 from megaresnorm.model.topology import Learned, ResidualSpec, TokenGate
 from megaresnorm.parallel.branch_input import BranchInput, whole_rows
@@ -54,10 +54,10 @@ class Residual(nn.Module):
         self.gate = nn.Parameter(torch.empty(gate_size(spec.gate, width))) if isinstance(spec.gate, Learned) else None
         self.token_gate = nn.Linear(dim, 1) if isinstance(spec.gate, TokenGate) else None
 
-    def enter(self, stream: Stream) -> tuple[Tensor, BranchInput]:
+    def open(self, stream: Stream) -> tuple[Tensor, BranchInput]:
         return self.add_norm(stream, next_norm=self._inner_norm())
 
-    def into(
+    def close_and_open(
         self, following: "Residual", x: Tensor, y: Tensor, masks: DropoutMasks | None
     ) -> tuple[Tensor, BranchInput]:
         return self.add_norm(
@@ -67,13 +67,13 @@ class Residual(nn.Module):
             branch_norm=self._fused_branch_norm(masks),
         )
 
-    def leave(self, x: Tensor, y: Tensor, masks: DropoutMasks | None) -> Stream:
+    def close(self, x: Tensor, y: Tensor, masks: DropoutMasks | None) -> Stream:
         stream, branch_norm = self._pending(x, y), self._fused_branch_norm(masks)
         if self.norm_out is None and self.gate is None and branch_norm is None:
             return stream
         return Stream(self.add_norm.trunk(stream, self.norm_out, branch_norm=branch_norm))
 
-    def run(self, x: Tensor, u: BranchInput, rows: Rows, masks: DropoutMasks | None) -> Tensor:
+    def run(self, x: Tensor, u: BranchInput, rows: SequenceInfo, masks: DropoutMasks | None) -> Tensor:
         """The branch's output y for its input u [T, D]; x is the trunk that a token gate mixes it with. y is laid out as x."""
         y = self.branch(u, rows)
         if self.norm_branch is not None and self._fused_branch_norm(masks) is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Rows(NamedTuple):
+class SequenceInfo(NamedTuple):
     """What the rows of the flat stream are: ``batch`` sequences of ``seq`` tokens, each at a position of its document.
 
     positions: [S], or [B, S] where documents are kept apart.   cos, sin: their rotary tables, [S, H] or [B, S, H].

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megaresnorm.kernels.add_norm.reference import AddNormOut, NormWeights
+from megaresnorm.kernels.add_norm.reference import AddNormOutput, NormWeights
 from megaresnorm.model.norm import Norm
 from megaresnorm.parallel.branch_input import BranchInput
-from megaresnorm.parallel.sharded_norm import StreamOut
+from megaresnorm.parallel.sharded_norm import StreamOutput
 
 
 class Stream(NamedTuple):
@@ -33,7 +33,7 @@ class Stream(NamedTuple):
 class AddNorm:
     """The add_norm kernel of this run, bound to the type the stream is stored in and the type branches compute in."""
 
-    kernel: Callable[..., AddNormOut | StreamOut]
+    kernel: Callable[..., AddNormOutput | StreamOutput]
     residual_dtype: torch.dtype
     compute_dtype: torch.dtype
 
@@ -66,7 +66,7 @@ class AddNorm:
         next_norm: NormWeights | None,
         branch_norm: Norm | None,
         out_dtype: torch.dtype | None,
-    ) -> AddNormOut | StreamOut:
+    ) -> AddNormOutput | StreamOutput:
         return self.kernel(
             stream.x,
             stream.delta,

@@ -14,7 +14,7 @@ from megaresnorm.model.block import Block
 from megaresnorm.model.dropout import DropoutKey, DropoutMasks
 from megaresnorm.model.norm import norm_of
 from megaresnorm.model.rotary import rotary_tables
-from megaresnorm.model.sequence import KeyValueCache, Rows
+from megaresnorm.model.sequence import KeyValueCache, SequenceInfo
 from megaresnorm.model.stream import Kernels, Stream
 from megaresnorm.model.topology import topology
 from megaresnorm.parallel.branch_input import BranchInput
@@ -30,8 +30,8 @@ class Stage:
     """What a pipeline stage has of the model: consecutive blocks, and the embedding or the output matrix."""
 
     blocks: range
-    embeds: bool = True
-    predicts: bool = True
+    has_embedding: bool = True
+    has_head: bool = True
 
 
 class Transformer(nn.Module):
@@ -57,14 +57,14 @@ class Transformer(nn.Module):
         norm = norm_of(recipe)
         width, rows = layout.width(recipe.dim), recipe.padded_vocab_size
 
-        self.embedding = VocabEmbedding(rows, recipe.dim, layout.axis) if stage.embeds else None
-        learned = stage.embeds and recipe.positions == "learned"
+        self.embedding = VocabEmbedding(rows, recipe.dim, layout.axis) if stage.has_embedding else None
+        learned = stage.has_embedding and recipe.positions == "learned"
         self.positions = Embedding(recipe.seq_len, width) if learned else None
-        self.embedding_norm = norm(width) if stage.embeds and has_embedding_norm(recipe) else None
+        self.embedding_norm = norm(width) if stage.has_embedding and has_embedding_norm(recipe) else None
         # Named by global block number, so that a pipeline stage has the same names as the whole model.
         self.blocks = nn.ModuleDict({str(i): Block(recipe, i, norm, kernels, layout) for i in stage.blocks})
-        self.final_norm = norm(width) if stage.predicts and wiring.final_norm else None
-        self.head = ColumnLinear(recipe.dim, rows, layout.axis) if stage.predicts else None
+        self.final_norm = norm(width) if stage.has_head and wiring.final_norm else None
+        self.head = ColumnLinear(recipe.dim, rows, layout.axis) if stage.has_head else None
         if recipe.tied_embeddings and self.embedding is not None and self.head is not None:
             self.head.weight = self.embedding.weight
 
@@ -91,13 +91,15 @@ class Transformer(nn.Module):
         masks = None
         if dropout is not None:
             masks = dropout.of_stream(self.layout, self.recipe.dim, self.recipe.num_blocks)
-        stream = self.embed(tokens_BS, rows, masks) if self.stage.embeds else Stream(received)
+        stream = self.embed(tokens_BS, rows, masks) if self.stage.has_embedding else Stream(received)
         stream = self.run_blocks(stream, rows, masks)
         if cache is not None:
             cache.num_tokens += rows.seq
-        return self.logits(self.finish(stream)) if self.stage.predicts else self.add_norm.trunk(stream)
+        return self.logits(self.finish(stream)) if self.stage.has_head else self.add_norm.trunk(stream)
 
-    def rows(self, tokens_BS: Tensor, documents_BS: Tensor | None = None, cache: KeyValueCache | None = None) -> Rows:
+    def rows(
+        self, tokens_BS: Tensor, documents_BS: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> SequenceInfo:
         """What the tokens' rows are: their positions, and who sees whom. Every block reads the same."""
         batch, seq = tokens_BS.shape
         start = 0 if cache is None else cache.num_tokens
@@ -109,14 +111,14 @@ class Transformer(nn.Module):
             positions = positions - torch.searchsorted(documents_BS, documents_BS)
             mask = (documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)).tril()
         if self.recipe.positions != "rope":
-            return Rows(batch, seq, positions, mask=mask, cache=cache)
+            return SequenceInfo(batch, seq, positions, mask=mask, cache=cache)
         wide = torch.promote_types(self.add_norm.compute_dtype, torch.float32)
         recipe, length = self.recipe, max(self.recipe.seq_len, start + seq)
         tables = _rotary_tables(recipe, length, wide, tokens_BS.device)
         cos, sin = (table[start : start + seq] if documents_BS is None else table[positions] for table in tables)
-        return Rows(batch, seq, positions, cos, sin, mask, cache)
+        return SequenceInfo(batch, seq, positions, cos, sin, mask, cache)
 
-    def embed(self, tokens_BS: Tensor, rows: Rows, masks: DropoutMasks | None = None) -> Stream:
+    def embed(self, tokens_BS: Tensor, rows: SequenceInfo, masks: DropoutMasks | None = None) -> Stream:
         """The stream before the first block: token and position embeddings, embedding norm, dropout."""
         assert self.embedding is not None
         x_TD = self.layout.reduce(self.embedding(tokens_BS.flatten()))
@@ -129,7 +131,7 @@ class Transformer(nn.Module):
             x_TD = masks.drop(x_TD, self.recipe.dropout, site=2 * self.recipe.num_blocks)
         return Stream(x_TD)
 
-    def run_blocks(self, stream: Stream, rows: Rows, masks: DropoutMasks | None = None) -> Stream:
+    def run_blocks(self, stream: Stream, rows: SequenceInfo, masks: DropoutMasks | None = None) -> Stream:
         """The stream after the last block."""
         for block in self.blocks.values():
             stream = block(stream, rows, masks)
@@ -164,7 +166,7 @@ class Transformer(nn.Module):
         """The token of this rank's first logit."""
         return self.layout.axis.rank * (self.recipe.padded_vocab_size // self.layout.axis.size)
 
-    def _add_positions(self, x_TD: Tensor, rows: Rows) -> Tensor:
+    def _add_positions(self, x_TD: Tensor, rows: SequenceInfo) -> Tensor:
         assert self.positions is not None
         start = 0 if rows.cache is None else rows.cache.num_tokens
         if start + rows.seq > self.recipe.seq_len:

@@ -11,10 +11,10 @@ from megaresnorm.parallel.collectives import all_gather_blocks
 from megaresnorm.parallel.mesh import Axis
 
 T = TypeVar("T")
-ALONE = Axis("messages")
+ALONE = Axis("control")
 
 
-def exchange(message: Any, axis: Axis) -> list[Any]:
+def all_gather_json(message: Any, axis: Axis) -> list[Any]:
     """Every rank's message, anything that JSON can hold, in the order of the ranks.
 
     All ranks of the axis, whose group is on CPUs, must call it.
@@ -29,7 +29,7 @@ def exchange(message: Any, axis: Axis) -> list[Any]:
     return [json.loads(row[:size].numpy().tobytes()) for row, size in zip(everyone, sizes, strict=True)]
 
 
-def share_results(work: Callable[[], Any], axis: Axis) -> list[Any]:
+def run_on_all_ranks(work: Callable[[], Any], axis: Axis) -> list[Any]:
     """What ``work`` returned on every rank, which JSON can hold. Where it fails on one, no rank goes on alone.
 
     Raises: on all ranks the same UserError, that of the first rank that had one; for any other exception LostRankError on the
@@ -45,7 +45,7 @@ def share_results(work: Callable[[], Any], axis: Axis) -> list[Any]:
     except Exception as e:  # noqa: BLE001 - a mistake of ours; raised below, when nobody waits for this rank any more
         error = e
         mine |= {"kind": LostRankError.__name__, "error": f"rank {axis.rank} failed: {type(e).__name__}: {e}"}
-    everyone = exchange(mine, axis)
+    everyone = all_gather_json(mine, axis)
     if error is not None and (axis.size == 1 or not isinstance(error, UserError)):
         raise error
     for said in everyone:
@@ -54,8 +54,8 @@ def share_results(work: Callable[[], Any], axis: Axis) -> list[Any]:
     return [said["done"] for said in everyone]
 
 
-def together(work: Callable[[], T], axis: Axis) -> T:
-    """What ``work`` returned on this rank, if it failed on none. Raises: as ``share_results``."""
+def all_or_raise(work: Callable[[], T], axis: Axis) -> T:
+    """What ``work`` returned on this rank, if it failed on none. Raises: as ``run_on_all_ranks``."""
     results: list[T] = []
-    share_results(lambda: results.append(work()), axis)
+    run_on_all_ranks(lambda: results.append(work()), axis)
     return results[0]

@@ -16,8 +16,10 @@ from megaresnorm.parallel.mesh import Axis, ParallelContext
 from megaresnorm.parallel.sharding import row_chunk
 
 
-def shard_model(model: nn.Module, parts: Iterable[nn.Module], context: ParallelContext, *, parameters: bool) -> None:
-    """FSDP2 (fully_shard) of each part and of the rest, on the meta device. parameters: free gathered weights after forward.
+def shard_model(
+    model: nn.Module, parts: Iterable[nn.Module], context: ParallelContext, *, reshard_after_forward: bool
+) -> None:
+    """FSDP2 (fully_shard) of each part and of the rest, on the meta device. reshard_after_forward: free gathered weights.
 
     Weights are gathered in their own type, FP32, and the stream is never cast: what a rank computes is what one process would.
     """
@@ -27,7 +29,7 @@ def shard_model(model: nn.Module, parts: Iterable[nn.Module], context: ParallelC
     names = ("dp_replicate", "dp_shard") if context.dp_replicate.size > 1 else ("dp_shard",)
     options: dict[str, Any] = {
         "mesh": context.mesh[names],
-        "reshard_after_forward": parameters,
+        "reshard_after_forward": reshard_after_forward,
         "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False),
     }
     for module in (*parts, model):
@@ -37,7 +39,7 @@ def shard_model(model: nn.Module, parts: Iterable[nn.Module], context: ParallelC
         sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
 
-def settle_shards(model: nn.Module, axis: Axis) -> None:
+def pad_uneven_shards(model: nn.Module, axis: Axis) -> None:
     """Let FSDP2 pad, now, what does not divide evenly over ``axis``: local tensors stay in place from then on."""
     for module in model.modules():
         if isinstance(module, FSDPModule) and any(p.dim() and p.shape[0] % axis.size for p in module.parameters()):
@@ -79,13 +81,13 @@ def _sum(
 
 
 def accumulate_in_shards(model: FSDPModule, last: bool, *, sharded: bool) -> None:
-    """Set what FSDP2 does with the gradients of the next backward pass; arguments as of ``synchronised``."""
+    """Set what FSDP2 does with the gradients of the next backward pass; arguments as of ``grad_sync``."""
     model.set_requires_gradient_sync(last or sharded)
     model.set_requires_all_reduce(last)
 
 
 @contextmanager
-def synchronised(model: nn.Module, last: bool, *, sharded: bool) -> Iterator[None]:
+def grad_sync(model: nn.Module, last: bool, *, sharded: bool) -> Iterator[None]:
     """Around the forward and backward pass of one microbatch: what is done with its gradients over the data ranks.
 
     DDP reduces them in the last microbatch of a step. FSDP2 does so too unless ``sharded``, and keeps whole gradients until then;

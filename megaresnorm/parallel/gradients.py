@@ -19,15 +19,17 @@ class Reduction(NamedTuple):
     parameters: tuple[nn.Parameter, ...]
 
 
-def reductions(partial: Iterable[nn.Parameter], tied: nn.Parameter | None, *, tp: Axis, ends: Axis) -> list[Reduction]:
+def reductions(
+    partial: Iterable[nn.Parameter], tied: nn.Parameter | None, *, tp: Axis, embedding: Axis
+) -> list[Reduction]:
     """partial: parameters of whose gradient every tensor-parallel rank has a part.   tied: this rank's copy of an embedding that
     is also the output matrix, on the first and last stage of a pipeline.
     """
     found = []
     if tp.size > 1 and (members := tuple(partial)):
         found.append(Reduction("partial sums over tp", tp, members))
-    if ends.size > 1 and tied is not None:
-        found.append(Reduction("tied embeddings of the first and last stage", ends, (tied,)))
+    if embedding.size > 1 and tied is not None:
+        found.append(Reduction("tied embeddings of the first and last stage", embedding, (tied,)))
     return found
 
 

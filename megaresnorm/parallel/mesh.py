@@ -52,9 +52,14 @@ class Sizes:
 class ParallelContext:
     """The axes of a run. An object, never a global.
 
-    data: dp_replicate and dp_shard together: ranks that read different samples.   shards: dp_shard and tp: ranks that hold parts
-    of the same tensors.   world: all.   ends: the first and the last rank of a pipeline; size 1 elsewhere.   messages: all, on CPUs
-    whatever the device, for the thread that writes checkpoints and for what ranks tell each other before a run.
+    Attributes:
+        pp, dp_replicate, dp_shard, cp, tp: the axes of the mesh.
+        dp: dp_replicate and dp_shard together, whose ranks read different samples.
+        model_shards: dp_shard and tp together, whose ranks hold parts of the same tensors.
+        world: all ranks.
+        embedding: the first and the last stage of a pipeline, which both have a tied embedding; size 1 elsewhere.
+        control: all ranks, on CPUs whatever the device, for small agreements and for the thread that writes checkpoints.
+        mesh: torch's own, for FSDP2.
     """
 
     pp: Axis
@@ -62,11 +67,11 @@ class ParallelContext:
     dp_shard: Axis
     cp: Axis
     tp: Axis
-    data: Axis
-    shards: Axis
+    dp: Axis
+    model_shards: Axis
     world: Axis
-    ends: Axis
-    messages: Axis
+    embedding: Axis
+    control: Axis
     mesh: DeviceMesh | None = None
 
     @classmethod
@@ -97,11 +102,11 @@ class ParallelContext:
         tp = axes["tp"]
         if device_type == "cpu" and tp.group is not None:
             axes["tp"] = replace(tp, memory=SharedMemory.open(tp.group, tp.rank, tp.size))
-        together = {"data": [1, 2], "shards": [2, 4], "world": [0, 1, 2, 3, 4]}
+        together = {"dp": [1, 2], "model_shards": [2, 4], "world": [0, 1, 2, 3, 4]}
         axes |= {name: _axis(name, ranks, dims) for name, dims in together.items()}
-        axes["ends"] = _axis("ends", ranks[[0, -1]], [0]) if sizes.pp > 1 else Axis("ends")
+        axes["embedding"] = _axis("embedding", ranks[[0, -1]], [0]) if sizes.pp > 1 else Axis("embedding")
         everyone = dist.new_group(backend="gloo", timeout=WRITING)
-        axes["messages"] = Axis("messages", sizes.num_ranks, dist.get_rank(), everyone)
+        axes["control"] = Axis("control", sizes.num_ranks, dist.get_rank(), everyone)
         return cls(**axes, mesh=mesh)
 
     @property

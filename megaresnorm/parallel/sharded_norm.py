@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megaresnorm.kernels.add_norm.reference import AddNormOut, NormWeights
+from megaresnorm.kernels.add_norm.reference import AddNormOutput, NormWeights
 from megaresnorm.kernels.add_norm.sharded import REFERENCE, ShardedNormKernels, merge_stats
 from megaresnorm.parallel.branch_input import GATHER_COLUMNS, BranchInput, Gathered
 from megaresnorm.parallel.collectives import (
@@ -141,16 +141,16 @@ def _own_columns(x_TD: Tensor, axis: Axis) -> Tensor:
     return x_TD.chunk(axis.size, dim=1)[axis.rank]
 
 
-class StreamOut(NamedTuple):
-    """``AddNormOut`` of a divided stream: this rank's part of the trunk, and what a branch reads."""
+class StreamOutput(NamedTuple):
+    """``AddNormOutput`` of a divided stream: this rank's part of the trunk, and what a branch reads."""
 
     trunk: Tensor
     branch_input: BranchInput | None
 
 
 def columns_add_norm(
-    add_norm: Callable[..., AddNormOut], axis: Axis, *, gather: bool, norm_kernels: ShardedNormKernels = REFERENCE
-) -> Callable[..., StreamOut]:
+    add_norm: Callable[..., AddNormOutput], axis: Axis, *, gather: bool, norm_kernels: ShardedNormKernels = REFERENCE
+) -> Callable[..., StreamOutput]:
     """``reference.add_norm`` for a stream that is divided by column: x, delta, the trunk and all weights are this rank's columns.
 
     The branch input is whole rows, gathered, and its gradient a partial sum. gather: by the second form where a norm makes the
@@ -168,7 +168,7 @@ def columns_add_norm(
         next_norm: NormWeights | None = None,
         residual_dtype: torch.dtype,
         out_dtype: torch.dtype | None,
-    ) -> StreamOut:
+    ) -> StreamOutput:
         if branch_norm is not None and delta is not None:
             delta = sharded_norm(
                 delta, branch_norm, axis, torch.promote_types(delta.dtype, torch.float32), norm_kernels
@@ -177,15 +177,15 @@ def columns_add_norm(
         if norm is not None and (next_norm is not None or out_dtype is None):
             z, norm = sharded_norm(z, norm, axis, residual_dtype, norm_kernels), None
         if out_dtype is None:
-            return StreamOut(z, None)
+            return StreamOutput(z, None)
         last = norm or next_norm
         if last is None:
-            return StreamOut(z, Gathered.of(z.to(out_dtype), GATHER_COLUMNS, axis))
+            return StreamOutput(z, Gathered.of(z.to(out_dtype), GATHER_COLUMNS, axis))
         if gather:
             u, mine = gathered_norm(z, last, axis, normalize_whole, norm_kernels)
-            return StreamOut(mine if norm is not None else z, u)
+            return StreamOutput(mine if norm is not None else z, u)
         y = sharded_norm(z, last, axis, residual_dtype if norm is not None else out_dtype, norm_kernels)
-        return StreamOut(y if norm is not None else z, Gathered.of(y.to(out_dtype), GATHER_COLUMNS, axis))
+        return StreamOutput(y if norm is not None else z, Gathered.of(y.to(out_dtype), GATHER_COLUMNS, axis))
 
     def normalize_whole(x: Tensor, norm: NormWeights) -> tuple[Tensor, Tensor]:
         with torch.no_grad():

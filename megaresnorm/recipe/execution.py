@@ -60,7 +60,7 @@ class ParallelRecipe(Section):
     """Blocks of every stage, first to last; unset: balanced by cost, embedding and output matrix counted."""
     dp_shard: Ranks = 1
     """Fully sharded data parallel (FSDP2): ranks among which weights, gradients and optimizer state are divided."""
-    shard: Literal["parameters", "gradients"] = "parameters"
+    reshard_after_forward: bool = True
     """dp_shard > 1: free gathered weights after each forward pass, or keep them until backward is done (pipelines always do)."""
     accumulate: Literal["sharded", "unsharded"] = "sharded"
     """dp_shard > 1: reduce-scatter gradients in every microbatch, or keep whole ones in FP32 until the last one of a step."""

@@ -37,6 +37,9 @@ _FOREIGN_NAMES = {
 }
 
 
+# Settings of older versions: what they are called now, and what each of their values is.
+_OLD_NAMES = {"parallel.shard": ("reshard_after_forward", {"parameters": True, "gradients": False})}
+
 MAX_RECIPE_BYTES = 1 << 18  # a blend of a thousand sources with long paths; PyYAML takes two seconds for so much
 MAX_VALUES = 8_000  # of a recipe, every alias counted as all that it stands for
 MAX_DEPTH = 16  # of lists and sections in each other
@@ -207,13 +210,33 @@ def apply_override(values: dict, override: str) -> None:
 
 
 def build_recipe(values: dict) -> Recipe:
-    """Validate plain values. Raises ConfigError for the first thing that is wrong."""
+    """Validate plain values, those of older versions' recipes under their new names.
+
+    Raises: ConfigError for the first thing that is wrong.
+    """
     try:
-        return Recipe.model_validate(values)
+        return Recipe.model_validate(_renamed(values))
     except ValidationError as e:
         # An unknown key explains a missing one better than the other way round.
         errors = sorted(e.errors(), key=lambda error: error["type"] != "extra_forbidden")
         raise ConfigError(_explain(errors[0])) from None
+
+
+def _renamed(values: dict) -> dict:
+    """Raises: ConfigError for a setting that is given under both of its names, or had no such value."""
+    for old, (new, meanings) in _OLD_NAMES.items():
+        section, _, key = old.partition(".")
+        given = values.get(section) if isinstance(values, dict) else None
+        if not isinstance(given, dict) or key not in given:
+            continue
+        if new in given:
+            raise ConfigError(f"{old} is called {section}.{new} now, and both are given; remove {old}")
+        if not isinstance(given[key], str) or given[key] not in meanings:
+            meant = ", ".join(f"{meaning} ({value})".lower() for value, meaning in meanings.items())
+            raise ConfigError(f"{old}={_short(given[key])}: it is called {section}.{new} now; set that to {meant}")
+        rest = {name: value for name, value in given.items() if name != key}
+        values = values | {section: rest | {new: meanings[given[key]]}}
+    return values
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -82,7 +82,7 @@ def _advice(ranks: _Ranks, certain: int, room: Room) -> str:
     settings = (
         ("checkpoint", "asynchronous", False),
         ("parallel", "accumulate", "sharded"),
-        ("parallel", "shard", "parameters"),
+        ("parallel", "reshard_after_forward", True),
         ("train", "micro_batch", 1),
     )
     for name, key, value in settings:

@@ -19,8 +19,9 @@ from megaresnorm.model.topology import beside_others, topology
 from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import apply_override, build_recipe, read_recipe
 from megaresnorm.resilience.signals import StopSignals
+from megaresnorm.run import Run
 from megaresnorm.studies.results import Outcome, Result, kept_result
-from megaresnorm.trainer import Run
+from megaresnorm.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ def _train(
         replace_file(run.output / "request.json", json.dumps({"request": request}))
         valid_loss, diverged = None, False
         try:
-            summary = run.train(stop)
+            summary = Trainer(run).train(stop)
             if summary.exit_code:
                 return None
             valid_loss = summary.valid_loss

@@ -8,7 +8,7 @@ import pytest
 from refused import NOT_FILES, refused
 
 from megaresnorm.assemble import build_model
-from megaresnorm.checkpoint.format import Slices
+from megaresnorm.checkpoint.format import TensorSlices
 from megaresnorm.checkpoint.manifest import encode_manifest
 from megaresnorm.checkpoint.state import EngineState, RunState
 from megaresnorm.checkpoint.writer import save_checkpoint
@@ -27,7 +27,7 @@ def good(tmp_path_factory) -> Path:
         samples=0, skipped_in_a_row=0, train_loss=None, engine=EngineState(updates=0, clipper_steps=0),
         recipe=recipe.model_dump(exclude_none=True), data="", tokenizer={"kind": "bytes"},
     )  # fmt: skip
-    weights = {name: Slices.of_whole(p.data) for name, p in model.named_parameters()}
+    weights = {name: TensorSlices.of_whole(p.data) for name, p in model.named_parameters()}
     return save_checkpoint(tmp_path_factory.mktemp("run") / "checkpoints", 1, {"weights": weights}, state.model_dump())
 
 

@@ -11,7 +11,7 @@ from refused import NOT_FILES, put, refused
 from safetensors.torch import load_file, save_file
 
 from megaresnorm.assemble import build_model
-from megaresnorm.checkpoint.format import Slices
+from megaresnorm.checkpoint.format import TensorSlices
 from megaresnorm.checkpoint.state import EngineState, RunState
 from megaresnorm.checkpoint.writer import save_checkpoint
 from megaresnorm.cli import main
@@ -40,7 +40,7 @@ def made(tmp_path_factory) -> Path:
             samples=0, skipped_in_a_row=0, train_loss=None, engine=EngineState(updates=0, clipper_steps=0),
             recipe=recipe.model_dump(exclude_none=True), data="", tokenizer={"kind": "bytes"},
         )  # fmt: skip
-        weights = {name: Slices.of_whole(p.data) for name, p in model.named_parameters()}
+        weights = {name: TensorSlices.of_whole(p.data) for name, p in model.named_parameters()}
         to_hf(
             save_checkpoint(folder / f"{name} run", 1, {"weights": weights}, state.model_dump()),
             folder / name,

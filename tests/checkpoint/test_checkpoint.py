@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megaresnorm.checkpoint.format import Slices, file_sha256, list_checkpoints
+from megaresnorm.checkpoint.format import TensorSlices, file_sha256, list_checkpoints
 from megaresnorm.checkpoint.manifest import encode_manifest
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.writer import save_checkpoint
@@ -24,7 +24,7 @@ def tensors(seed=0):
 
 
 def whole(groups):
-    return {group: {n: Slices.of_whole(t) for n, t in members.items()} for group, members in groups.items()}
+    return {group: {n: TensorSlices.of_whole(t) for n, t in members.items()} for group, members in groups.items()}
 
 
 def save(root, step, seed=0, state=None):
@@ -38,7 +38,7 @@ def saved(tmp_path):
 
 def load(path, group="weights"):
     destination = {n: torch.zeros_like(t) for n, t in tensors()[group].items()}
-    Checkpoint(path).load(group, {n: Slices.of_whole(t) for n, t in destination.items()})
+    Checkpoint(path).load(group, {n: TensorSlices.of_whole(t) for n, t in destination.items()})
     return destination
 
 
@@ -137,7 +137,7 @@ def test_another_model_is_refused_with_the_first_difference(saved):
         ({"a.weight": torch.zeros(6, 4)}, r"weights differ in 1 tensors, the first is b"),
     ]:
         with pytest.raises(CheckpointError, match=says):
-            Checkpoint(saved).load("weights", {n: Slices.of_whole(t) for n, t in other.items()})
+            Checkpoint(saved).load("weights", {n: TensorSlices.of_whole(t) for n, t in other.items()})
 
 
 def test_files_and_folders_are_on_disk_before_the_rename(tmp_path, monkeypatch):

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaresnorm.checkpoint.format import Slices, list_checkpoints
+from megaresnorm.checkpoint.format import TensorSlices, list_checkpoints
 from megaresnorm.checkpoint.inspect import compare_tensors, non_finite
 from megaresnorm.checkpoint.manifest import encode_manifest
 from megaresnorm.checkpoint.reader import Checkpoint
-from megaresnorm.checkpoint.writer import Kept, save_checkpoint
+from megaresnorm.checkpoint.writer import Retention, save_checkpoint
 from megaresnorm.cli import main
 from megaresnorm.resilience.lock import FolderLock
 from megaresnorm.trainer import train
@@ -98,8 +98,8 @@ def poison(run: Path, step: int, group: str, names: list[str], bad: float) -> No
         groups[group][name].view(-1)[-1] = bad
     state = checkpoint.state
     shutil.rmtree(folder)
-    slices = {g: {n: Slices.of_whole(t) for n, t in members.items()} for g, members in groups.items()}
-    save_checkpoint(folder.parent, step, slices, state, kept=Kept(9))
+    slices = {g: {n: TensorSlices.of_whole(t) for n, t in members.items()} for g, members in groups.items()}
+    save_checkpoint(folder.parent, step, slices, state, retention=Retention(9))
 
 
 def test_verify_names_tensors_that_are_not_finite_and_prune_does_not_count_them(run, capsys, monkeypatch, careless):
@@ -124,7 +124,7 @@ def test_non_finite_finds_one_element_in_chunks_of_bounded_size(tmp_path, monkey
     tensors |= {"bf16": torch.zeros(5, dtype=torch.bfloat16), "int8": torch.ones(5, dtype=torch.int8)}
     tensors["b"][2, 3, 6], tensors["c"][0, 0, 0], tensors["wide"][0, 94] = float("nan"), float("inf"), -float("inf")
     tensors["bf16"][4] = float("nan")
-    groups = {"weights": {name: Slices.of_whole(t) for name, t in tensors.items()}}
+    groups = {"weights": {name: TensorSlices.of_whole(t) for name, t in tensors.items()}}
     folder = save_checkpoint(tmp_path, 1, groups, {})
     checkpoint, seen = Checkpoint(folder), []
     assert non_finite(checkpoint, progress=seen.append) == ["b", "bf16", "c", "wide"]
@@ -185,7 +185,9 @@ def test_equal_means_every_bit(tmp_path, careless):
     """Zeros of two signs differ, and one NaN is as good as the other."""
     found = []
     for step, values in enumerate(([0.0, float("nan")], [-0.0, float("nan")], [0.0, float("nan")])):
-        save_checkpoint(tmp_path, step, {"weights": {"a": Slices.of_whole(torch.tensor(values))}}, {}, kept=Kept(3))
+        save_checkpoint(
+            tmp_path, step, {"weights": {"a": TensorSlices.of_whole(torch.tensor(values))}}, {}, retention=Retention(3)
+        )
         found.append(Checkpoint(tmp_path / f"step-0000000{step}"))
     assert len(list(compare_tensors(found[0], found[1], lambda: None))) == 1
     assert not list(compare_tensors(found[0], found[2], lambda: None))

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megaresnorm.checkpoint.format import Slices, file_sha256
+from megaresnorm.checkpoint.format import TensorSlices, file_sha256
 from megaresnorm.checkpoint.manifest import encode_manifest
-from megaresnorm.checkpoint.reader import Checkpoint, Held, _beside_each_other
+from megaresnorm.checkpoint.reader import Checkpoint, FileSlice, _beside_each_other
 from megaresnorm.checkpoint.state import state_of
 from megaresnorm.checkpoint.writer import save_checkpoint
 from megaresnorm.errors import UserError
@@ -142,7 +142,7 @@ RAW_MANIFESTS = {
 
 @pytest.fixture
 def folder(tmp_path):
-    groups = {group: {n: Slices.of_whole(t) for n, t in members.items()} for group, members in TENSORS.items()}
+    groups = {group: {n: TensorSlices.of_whole(t) for n, t in members.items()} for group, members in TENSORS.items()}
     return save_checkpoint(tmp_path / "checkpoints", 1, groups, STATE, attached={TOKENIZER: b"{}"})
 
 
@@ -241,7 +241,7 @@ def use(folder: Path) -> None:
     checkpoint = Checkpoint(folder)
     topology(build_recipe(state_of(folder, checkpoint.state).recipe).model.topology)
     for group, members in TENSORS.items():
-        checkpoint.load(group, {n: Slices.of_whole(torch.empty_like(t)) for n, t in members.items()})
+        checkpoint.load(group, {n: TensorSlices.of_whole(torch.empty_like(t)) for n, t in members.items()})
 
 
 def test_the_good_one_can_be_used(folder):
@@ -287,7 +287,7 @@ def test_over_fifty_hostile_checkpoints_are_refused_at_once(folder, tmp_path):
 
 def test_slices_beside_each_other_are_compared_up_to_a_bound():
     """Those of very many files: comparing each with each would take hours."""
-    held = [Held(f"weights-{i:05d}-00001.safetensors", 0, ((0, 1), (i, i + 1))) for i in range(100_000)]
+    held = [FileSlice(f"weights-{i:05d}-00001.safetensors", 0, ((0, 1), (i, i + 1))) for i in range(100_000)]
     start = time.process_time()
     with pytest.raises(UserError, match="over 1024 slices of the same rows"):
         list(_beside_each_other(held))

@@ -7,10 +7,10 @@ import time
 import pytest
 import torch
 
-from megaresnorm.checkpoint.format import Slices, list_checkpoints
+from megaresnorm.checkpoint.format import TensorSlices, list_checkpoints
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.saver import Saver
-from megaresnorm.checkpoint.writer import Kept
+from megaresnorm.checkpoint.writer import Retention
 from megaresnorm.parallel.mesh import Axis
 
 
@@ -22,9 +22,14 @@ def live():
 @pytest.fixture
 def make(tmp_path, live):
     def saver(**options) -> Saver:
-        settings = {"kept": Kept(9), "asynchronous": True, "skip_when_busy": False, "max_failures": 3} | options
-        groups = {"weights": {"a": Slices.of_whole(live)}}
-        return Saver(tmp_path, groups, Axis("messages"), lambda flag: flag, **settings)
+        settings = {
+            "retention": Retention(9),
+            "asynchronous": True,
+            "skip_when_busy": False,
+            "max_failures": 3,
+        } | options
+        groups = {"weights": {"a": TensorSlices.of_whole(live)}}
+        return Saver(tmp_path, groups, Axis("control"), lambda flag: flag, **settings)
 
     return saver
 
@@ -103,9 +108,9 @@ def test_host_memory_is_taken_once(make, live):
 
 
 def test_a_rank_that_writes_nothing_has_nothing_to_copy(tmp_path, live):
-    groups = {"weights": {"a": Slices(tuple(live.shape), live.dtype, live, (((0, 200), (0, 300)),), owned=False)}}
-    options = {"kept": Kept(), "asynchronous": True, "skip_when_busy": False, "max_failures": 1}
-    saver = Saver(tmp_path, groups, Axis("messages"), lambda flag: flag, **options)
+    groups = {"weights": {"a": TensorSlices(tuple(live.shape), live.dtype, live, (((0, 200), (0, 300)),), owned=False)}}
+    options = {"retention": Retention(), "asynchronous": True, "skip_when_busy": False, "max_failures": 1}
+    saver = Saver(tmp_path, groups, Axis("control"), lambda flag: flag, **options)
     saver.save(1, {}, {})
     saver.wait()
     assert saver.newest[0] == 1 and not list((tmp_path / "step-00000001").glob("*.safetensors"))

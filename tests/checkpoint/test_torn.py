@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megaresnorm.checkpoint import writer
-from megaresnorm.checkpoint.format import Slices, list_checkpoints
+from megaresnorm.checkpoint.format import TensorSlices, list_checkpoints
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.resume import open_newest
 from megaresnorm.checkpoint.writer import ALONE, save_checkpoint
@@ -28,7 +28,7 @@ def value(step: int) -> torch.Tensor:
 
 def save(root: Path, step: int) -> Path:
     groups = {
-        group: {"a": Slices.of_whole(value(sign * step)), "b": Slices.of_whole(value(-step)[0])}
+        group: {"a": TensorSlices.of_whole(value(sign * step)), "b": TensorSlices.of_whole(value(-step)[0])}
         for group, sign in SIGNS.items()
     }
     return save_checkpoint(root, step, groups, {"samples": step}, attached=ATTACHED)
@@ -203,7 +203,7 @@ def test_a_torn_one_among_the_newest_does_not_count_as_kept(two):
 
 
 def test_permanent_checkpoints_stay(tmp_path):
-    groups = {"weights": {"a": Slices.of_whole(value(1))}}
+    groups = {"weights": {"a": TensorSlices.of_whole(value(1))}}
     for step in range(1, 8):
-        save_checkpoint(tmp_path, step, groups, {}, kept=writer.Kept(2, every=3))
+        save_checkpoint(tmp_path, step, groups, {}, retention=writer.Retention(2, every=3))
     assert [step for step, _ in list_checkpoints(tmp_path)] == [3, 6, 7]

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from megaresnorm.assemble import build_model
-from megaresnorm.checkpoint.format import Slices
+from megaresnorm.checkpoint.format import TensorSlices
 from megaresnorm.checkpoint.state import EngineState, RunState
 from megaresnorm.checkpoint.writer import save_checkpoint
 from megaresnorm.data.tokenizer import Tokenizer
@@ -111,5 +111,5 @@ def save_random(root: Path, recipe: Recipe, tokenizer: Tokenizer | None = None, 
         samples=0, skipped_in_a_row=0, train_loss=None, engine=EngineState(updates=0, clipper_steps=0),
         recipe=recipe.model_dump(exclude_none=True), data="", tokenizer=None if tokenizer is None else tokenizer.describe(),
     )  # fmt: skip
-    weights = {name: Slices.of_whole(p.data) for name, p in model.named_parameters()}
+    weights = {name: TensorSlices.of_whole(p.data) for name, p in model.named_parameters()}
     return save_checkpoint(root, 7, {"weights": weights}, state.model_dump(), attached=attached)

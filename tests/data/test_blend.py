@@ -17,7 +17,8 @@ from megaresnorm.errors import ConfigError, DataError
 from megaresnorm.model.topology import TOPOLOGIES
 from megaresnorm.parallel.mesh import Axis, ParallelContext
 from megaresnorm.recipe import ModelRecipe, PrecisionRecipe
-from megaresnorm.trainer import Run, train
+from megaresnorm.run import Run
+from megaresnorm.trainer import train
 
 CPU = torch.device("cpu")
 WEIGHTS = [0.62, 0.3, 0.08]
@@ -89,7 +90,7 @@ def test_order_is_the_same_on_one_and_four_ranks(blended):
     samples, _ = samples_of(blended())
 
     def read(size, rank):
-        data = Axis("data", size, rank)
+        data = Axis("dp", size, rank)
         return list(microbatches(samples, 64, 64, 4, replace(ParallelContext.single(), data=data, world=data), CPU))
 
     one = {int(i): row for b in read(1, 0) for i, row in zip(b.samples, b.tokens, strict=True)}

@@ -77,10 +77,10 @@ def test_what_is_added_to_the_stream_keeps_its_mean(topology):
     model = build(topology, 0.3)
     residual = model.blocks["0"].attention
     rows = model.rows(TOKENS)
-    x, u = residual.enter(model.embed(TOKENS, rows))
+    x, u = residual.open(model.embed(TOKENS, rows))
 
     def added(key):
-        return model.add_norm.trunk(residual.leave(x, residual.run(x, u, rows, key), key)) - x
+        return model.add_norm.trunk(residual.close(x, residual.run(x, u, rows, key), key)) - x
 
     plain = added(None)
     total = sum(added(masks_of(seed, ROWS)) for seed in range(4000)) / 4000

@@ -11,7 +11,7 @@ from megaresnorm.assemble import Assembled, build_model
 from megaresnorm.data.loader import Batch
 from megaresnorm.engines.engine import Decision
 from megaresnorm.engines.native import NativeEngine
-from megaresnorm.engines.state import WholeTensors
+from megaresnorm.engines.state import FullState
 from megaresnorm.layout import check_layout
 from megaresnorm.model.topology import beside_others
 from megaresnorm.parallel.data_parallel import local
@@ -30,7 +30,7 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "pp2 gpipe": (2, {"pp": 2, "pipeline": "gpipe"}),
     "dp2 ddp": (2, {}),
     "fsdp2": (2, {"dp_shard": 2}),
-    "fsdp2 gradients": (2, {"dp_shard": 2, "shard": "gradients"}),
+    "fsdp2 gradients": (2, {"dp_shard": 2, "reshard_after_forward": False}),
     "fsdp2 unsharded": (2, {"dp_shard": 2, "accumulate": "unsharded"}),
     "pp4 interleaved": (4, {"pp": 4, "pipeline": "interleaved"}),
     "pp2 interleaved dp2": (4, {"pp": 2, "pipeline": "interleaved", "dp_replicate": 2}),
@@ -120,7 +120,7 @@ def batches(context: ParallelContext, recipe: Recipe, seed: int = 3) -> list[Bat
         if recipe.data.mask_documents
         else None
     )
-    mine = torch.arange(context.data.rank, SAMPLES, context.data.size)
+    mine = torch.arange(context.dp.rank, SAMPLES, context.dp.size)
     return [Batch(rows[i, :-1], labels[i], i, None if documents is None else documents[i]) for i in mine.split(MICRO)]
 
 
@@ -130,7 +130,7 @@ def gradients(assembled: Assembled) -> dict[str, Tensor]:
         name: torch.zeros_like(local(p.detach())) if p.grad is None else local(p.grad)
         for name, p in assembled.parameters().items()
     }
-    return {name: t.clone() for name, t in WholeTensors(assembled, parts).items()}
+    return {name: t.clone() for name, t in FullState(assembled, parts).items()}
 
 
 def descend(assembled: Assembled, lr: float) -> None:
@@ -159,7 +159,7 @@ def outcome(recipe: Recipe, *, steps: int = 2, optimizer: str = "sgd") -> Outcom
         else:
             stats = engine.step(batches(assembled.context, recipe, seed=step), 1e-3, lambda stats: Decision.APPLY)
             done.append((stats.loss, stats.gradient_norm))
-    weights = {name: t.clone() for name, t in engine.weights().items()}
+    weights = {name: t.clone() for name, t in engine.full_state().items()}
     return Outcome(loss, found, done, weights, engine_digest(engine))
 
 

@@ -60,7 +60,7 @@ def test_rows_with_a_mean_of_100_deviations(kind, form, num_ranks):
             assert error < tolerance, (dtype, error)
 
 
-def count_messages(rank: int, layout: str, norm: str, stream: str) -> dict[str, Counter]:
+def count_control(rank: int, layout: str, norm: str, stream: str) -> dict[str, Counter]:
     """Collectives and bytes (of what each rank gives) of one pre-norm block, forward and backward, without the model's ends."""
     precision = {"compute": "bf16", "residual_dtype": "bf16"} if stream == "bf16" else {"compute": "fp32"}
     recipe = make_recipe("pre", "llama", LAYOUTS[layout][1], num_blocks=2, precision=precision)
@@ -117,7 +117,7 @@ def test_messages_of_a_block(norm, stream):
         ],
     }
     for layout, (forward, backward) in expected.items():
-        for found in run_ranks(2, count_messages, layout, norm, stream):
+        for found in run_ranks(2, count_control, layout, norm, stream):
             assert dict(found["forward"]) == forward, (layout, "forward")
             assert dict(found["backward"]) == backward, (layout, "backward")
 

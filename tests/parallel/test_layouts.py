@@ -148,7 +148,7 @@ def test_stages_are_balanced_by_cost():
 def test_stages_by_hand_and_the_embeddings_place():
     stages = split_stages(*(lambda r: (r.model, r.parallel))(checked(3, pp=3, stage_blocks=[1, 5, 0])[0]))
     assert [list(s.blocks) for s in stages] == [[0], [1, 2, 3, 4, 5], []]
-    assert [(s.embeds, s.predicts) for s in stages] == [(True, False), (False, False), (False, True)]
+    assert [(s.has_embedding, s.has_head) for s in stages] == [(True, False), (False, False), (False, True)]
 
 
 def test_bubble_formula():

@@ -23,14 +23,14 @@ def hidden(assembled: Assembled, tokens: torch.Tensor) -> torch.Tensor | None:
     """What the output matrix reads, on the last stage; the stages one after the other."""
     model, pp = assembled.model, assembled.context.pp
     rows = model.rows(tokens)
-    if model.stage.embeds:
+    if model.stage.has_embedding:
         stream = model.embed(tokens, rows)
     else:
         x = torch.empty(tokens.numel(), assembled.layout.width(model.recipe.dim), dtype=torch.float64)
         dist.recv(x, group=pp.group, group_src=pp.rank - 1)
         stream = Stream(x)
     stream = model.run_blocks(stream, rows)
-    if model.stage.predicts:
+    if model.stage.has_head:
         return whole_rows(model.finish(stream))
     dist.send(model.add_norm.trunk(stream), group=pp.group, group_dst=pp.rank + 1)
     return None

@@ -43,18 +43,18 @@ def train_and_save(rank: int, layout: str, folder: Path) -> None:
     assembled, engine = build(recipe)
     for seed in (1, 2):
         step(engine, assembled, recipe, seed)
-    messages = assembled.context.messages
-    save_checkpoint(folder / layout, 2, engine.slices, {}, messages=messages)
+    control = assembled.context.control
+    save_checkpoint(folder / layout, 2, engine.sharded_state, {}, control=control)
 
 
 def load_each_and_save_again(rank: int, layout: str, folder: Path) -> dict[str, float]:
     recipe = recipe_of(layout)
     assembled, engine = build(recipe)
-    messages, losses = assembled.context.messages, {}
+    control, losses = assembled.context.control, {}
     for source in LAYOUTS:
-        engine.load(Checkpoint(folder / source / "step-00000002", messages), STATE)
+        engine.load(Checkpoint(folder / source / "step-00000002", control), STATE)
         root = folder / f"{source} in {layout}"
-        save_checkpoint(root, 2, engine.slices, {}, messages=messages)
+        save_checkpoint(root, 2, engine.sharded_state, {}, control=control)
         losses[source] = step(engine, assembled, recipe, seed=3)
     return losses
 
@@ -126,7 +126,7 @@ def refusal(rank: int, folder: Path) -> str:
 
     assembled, _ = build(recipe_of("dp2"))
     try:
-        Checkpoint(folder, assembled.context.messages)
+        Checkpoint(folder, assembled.context.control)
     except CheckpointError as e:
         return str(e)
     return "nothing"

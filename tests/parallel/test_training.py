@@ -152,7 +152,7 @@ def test_a_rank_sees_only_its_samples_and_all_have_as_many_microbatches():
 
     seen = []
     for rank in range(4):
-        context = replace(ParallelContext.single(), data=Axis("data", 4, rank), world=Axis("world", 4, rank))
+        context = replace(ParallelContext.single(), dp=Axis("dp", 4, rank), world=Axis("world", 4, rank))
         batches = list(microbatches(Numbered(), 10, 7, 2, context, torch.device("cpu")))
         assert [tuple(b.tokens.shape) for b in batches] == [(2, 4)]
         seen += [int(row[0]) for b in batches for row in b.labels if row[0] >= 0]

@@ -14,7 +14,8 @@ from megaresnorm.checkpoint import writer
 from megaresnorm.checkpoint.format import list_checkpoints
 from megaresnorm.checkpoint.inspect import verify
 from megaresnorm.errors import TrainingError
-from megaresnorm.trainer import Run, train
+from megaresnorm.run import Run
+from megaresnorm.trainer import Trainer, train
 
 SIZE = 3 * 2**20
 
@@ -51,15 +52,16 @@ def fill(folder: Path, leave: int) -> None:
 
 def at_steps(monkeypatch, actions: dict) -> None:
     """Do something before a step of the run."""
-    real = Run._step
+    real = Trainer.step
 
-    def step(run):
+    def step(trainer):
+        run = trainer.run
         if run.steps_done in actions:
             run.saver.wait()  # for a checkpoint that is still being written, which may make room when it is done
             actions[run.steps_done]()
-        return real(run)
+        return real(trainer)
 
-    monkeypatch.setattr(Run, "_step", step)
+    monkeypatch.setattr(Trainer, "step", step)
 
 
 @pytest.mark.parametrize("case", range(20))

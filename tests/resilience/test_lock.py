@@ -92,17 +92,18 @@ def test_the_heart_beats_while_it_is_held(tmp_path, monkeypatch):
 
 def test_an_owner_that_was_taken_for_dead_finds_out_and_ends_its_run(tiny, tmp_path, monkeypatch):
     """Its process was asleep, say; another host has its folder now."""
-    from megaresnorm.trainer import Run, train
+    from megaresnorm.trainer import Trainer, train
 
     monkeypatch.setattr(lock, "HEARTBEAT", 0.01)
-    real, recipe = Run._step, tiny(train={"steps": 10**6, "eval_every": 0})
+    real, recipe = Trainer.step, tiny(train={"steps": 10**6, "eval_every": 0})
 
-    def step(run):
+    def step(trainer):
+        run = trainer.run
         if run.steps_done == 5:
             on_another_host(run.output, 0)
-        return real(run)
+        return real(trainer)
 
-    monkeypatch.setattr(Run, "_step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     with pytest.raises(TrainingError, match="another job has taken it over; nothing more is written"):
         train(recipe)
     assert "elsewhere" in (tmp_path / "run" / ".lock").read_text()
@@ -158,16 +159,17 @@ def test_the_heart_notices_that_its_file_is_gone_and_beats_no_longer(tmp_path, m
 
 def test_a_run_whose_lock_was_removed_saves_nothing_more(tiny, tmp_path, monkeypatch):
     from megaresnorm.checkpoint.format import list_checkpoints
-    from megaresnorm.trainer import Run, train
+    from megaresnorm.trainer import Trainer, train
 
-    real, recipe = Run._step, tiny(checkpoint={"every": 2, "asynchronous": False})
+    real, recipe = Trainer.step, tiny(checkpoint={"every": 2, "asynchronous": False})
 
-    def step(run):
+    def step(trainer):
+        run = trainer.run
         if run.steps_done == 3:
             (run.output / ".lock").unlink()
-        return real(run)
+        return real(trainer)
 
-    monkeypatch.setattr(Run, "_step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     with pytest.raises(TrainingError, match="nothing more is written"):
         train(recipe)
     assert [step for step, _ in list_checkpoints(tmp_path / "run" / "checkpoints")] == [2]

@@ -16,8 +16,9 @@ from megaresnorm.data.samples import PackedSamples, Sample
 from megaresnorm.engines.native import NativeEngine
 from megaresnorm.errors import CheckpointError, NonFiniteError, TrainingError, UserError
 from megaresnorm.recipe.load import dump_recipe
+from megaresnorm.run import Run
 from megaresnorm.testing import run_ranks
-from megaresnorm.trainer import Run, train
+from megaresnorm.trainer import Trainer, train
 
 EVERY = {"every": 2, "keep": 2}
 
@@ -55,14 +56,14 @@ def test_a_rate_that_destroys_the_weights_leaves_the_good_checkpoints(tiny, tmp_
 
 
 def poisoned_at(monkeypatch, step: int, poison) -> None:
-    real = Run._step
+    real = Trainer.step
 
-    def one(run):
-        if run.steps_done == step:
-            poison(run)
-        return real(run)
+    def one(trainer):
+        if trainer.run.steps_done == step:
+            poison(trainer.run)
+        return real(trainer)
 
-    monkeypatch.setattr(Run, "_step", one)
+    monkeypatch.setattr(Trainer, "step", one)
 
 
 def used_weight(run) -> None:
@@ -77,7 +78,7 @@ def unused_row(run) -> None:
 
 
 def moment(run) -> None:
-    (slices, *_) = run.engine.slices["optimizer"].values()
+    (slices, *_) = run.engine.sharded_state["optimizer"].values()
     slices.local.view(-1)[0] = float("nan")
 
 
@@ -205,11 +206,11 @@ def test_a_batch_without_a_label_has_no_loss_and_changes_nothing(tiny, monkeypat
     monkeypatch.setattr(OneToken, "bare", (4, 5, 6, 7, 12, 13, 14, 15))
     recipe = tiny(data={"mask_documents": True, "valid_fraction": 0.0}, train={"steps": 4, "eval_every": 0})
     with Run(recipe) as run:
-        run._step()
-        before = {name: slices.local.clone() for name, slices in run.engine.slices["weights"].items()}
-        record = run._step()
+        Trainer(run).step()
+        before = {name: slices.local.clone() for name, slices in run.engine.sharded_state["weights"].items()}
+        record = Trainer(run).step()
         assert record["loss"] is None and run.steps_done == 2 and run.skipped_in_a_row == 0
-        assert all(torch.equal(before[n], s.local) for n, s in run.engine.slices["weights"].items())
+        assert all(torch.equal(before[n], s.local) for n, s in run.engine.sharded_state["weights"].items())
         assert run.engine.state().updates == 1
     summary = train(recipe)
     records = [json.loads(line) for line in (Path(recipe.train.output) / "metrics.jsonl").read_text().splitlines()]

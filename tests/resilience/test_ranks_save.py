@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaresnorm.checkpoint.format import Slices, list_checkpoints
+from megaresnorm.checkpoint.format import TensorSlices, list_checkpoints
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.saver import Saver
-from megaresnorm.checkpoint.writer import Kept
+from megaresnorm.checkpoint.writer import Retention
 from megaresnorm.errors import CheckpointError, ConfigError, LostRankError, UserError
 from megaresnorm.parallel.collectives import all_gather_blocks
-from megaresnorm.parallel.control import exchange, share_results, together
+from megaresnorm.parallel.control import all_gather_json, all_or_raise, run_on_all_ranks
 from megaresnorm.parallel.mesh import Axis, ParallelContext, Sizes
 from megaresnorm.testing import run_ranks
 
@@ -26,18 +26,18 @@ def make_saver(rank: int, root: Path, **options) -> tuple[Saver, torch.Tensor, A
     context = ParallelContext.create(Sizes(dp_replicate=RANKS), "cpu")
     half = torch.full((4, 3), float(rank))
     held = (((4 * rank, 4 * rank + 4), (0, 3)),) if rank < 2 else ()
-    groups = {"weights": {"a": Slices((8, 3), torch.float32, half if held else None, held, owned=bool(held))}}
-    settings = {"kept": Kept(9), "asynchronous": True, "skip_when_busy": False, "max_failures": 3} | options
+    groups = {"weights": {"a": TensorSlices((8, 3), torch.float32, half if held else None, held, owned=bool(held))}}
+    settings = {"retention": Retention(9), "asynchronous": True, "skip_when_busy": False, "max_failures": 3} | options
 
     def any_rank(flag: bool) -> bool:
         return bool(all_gather_blocks(torch.tensor([int(flag)]), context.world).max())
 
-    return Saver(root, groups, context.messages, any_rank, **settings), half, context.messages
+    return Saver(root, groups, context.control, any_rank, **settings), half, context.control
 
 
 def fail_on_one(rank: int, root: Path, culprit: int, asynchronous: bool) -> list[int]:
     """Failures in a row that this rank knows of, after each of five saves of which the second and third fail on one rank."""
-    saver, half, messages = make_saver(rank, root, asynchronous=asynchronous)
+    saver, half, control = make_saver(rank, root, asynchronous=asynchronous)
     real, counts = os.write, []
 
     def full(descriptor, content):
@@ -50,7 +50,7 @@ def fail_on_one(rank: int, root: Path, culprit: int, asynchronous: bool) -> list
         saver.wait()
         counts.append(saver.failures)
     os.write = real
-    checkpoint = Checkpoint(root / "step-00000004", messages)
+    checkpoint = Checkpoint(root / "step-00000004", control)
     assert torch.equal(checkpoint.read("weights", "a")[::4, 0], torch.tensor([40.0, 41.0]))
     return counts
 
@@ -106,9 +106,9 @@ def test_saving_never_comes_between_the_collectives_of_a_step(tmp_path):
 
 
 def errors_of_one(rank: int) -> list[str]:
-    messages = ParallelContext.create(Sizes(dp_replicate=RANKS), "cpu").messages
-    assert exchange({"rank": rank}, messages) == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
-    assert share_results(lambda: rank, messages) == [0, 1, 2] and together(lambda: messages, messages) is messages
+    control = ParallelContext.create(Sizes(dp_replicate=RANKS), "cpu").control
+    assert all_gather_json({"rank": rank}, control) == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
+    assert run_on_all_ranks(lambda: rank, control) == [0, 1, 2] and all_or_raise(lambda: control, control) is control
 
     def bad(error: Exception):
         def work() -> None:
@@ -120,7 +120,7 @@ def errors_of_one(rank: int) -> list[str]:
     said = []
     for error in (CheckpointError("torn"), ConfigError("misspelt"), ZeroDivisionError("ours")):
         try:
-            together(bad(error), messages)
+            all_or_raise(bad(error), control)
         except UserError as e:
             said.append(f"{type(e).__name__} {e.exit_code} {e.agreed} {e}")
         except ZeroDivisionError as e:

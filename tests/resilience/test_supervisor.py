@@ -28,7 +28,8 @@ from megaresnorm.resilience.supervisor import (
     plan_of,
     torchrun_arguments,
 )
-from megaresnorm.trainer import Run
+from megaresnorm.run import Run
+from megaresnorm.trainer import Trainer
 
 TWO_NODES = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
 
@@ -192,7 +193,7 @@ def test_a_saved_checkpoint_is_progress(tiny, tmp_path):
     opened = open_recipe(lambda: tiny(), Environment(launcher=launcher.folder, attempt=7))
     with Run(opened) as run:
         assert launcher.read("progress") is None
-        run._step()
+        Trainer(run).step()
         run.save_now()
     assert launcher.read("progress") == 7
 

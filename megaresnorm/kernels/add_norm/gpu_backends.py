@@ -16,9 +16,9 @@ from torch import Tensor
 
 from megaresnorm.kernels.add_norm import reference
 from megaresnorm.kernels.add_norm.op import register_add_norm
-from megaresnorm.kernels.add_norm.reference import AddNormOut, NormWeights
+from megaresnorm.kernels.add_norm.reference import AddNormOutput, NormWeights
 from megaresnorm.kernels.add_norm.sharded import ShardedNormKernels
-from megaresnorm.kernels.add_norm.spec import FP8, AddNormBackend, Call, Inputs, Outputs, Saved
+from megaresnorm.kernels.add_norm.spec import FP8, AddNormBackend, AddNormSpec, Inputs, Outputs, Saved
 from megaresnorm.kernels.registry import register_kernel
 
 
@@ -61,19 +61,19 @@ def _fp8_requires(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if capability >= (8, 9) else "FP8 needs compute capability 8.9"
 
 
-def _triton_forward(inputs: Inputs, call: Call, outputs: Outputs) -> None:
+def _triton_forward(inputs: Inputs, spec: AddNormSpec, outputs: Outputs) -> None:
     x = inputs.x
-    if call.out_dtype == FP8 and x.is_cuda and (reason := _fp8_requires(x.device, torch.float32)):
+    if spec.out_dtype == FP8 and x.is_cuda and (reason := _fp8_requires(x.device, torch.float32)):
         raise ValueError(f"add_norm/triton cannot write FP8: {reason}")
     with torch.cuda.device_of(x):
-        _module("triton_rows").forward(inputs, call, outputs)
+        _module("triton_rows").forward(inputs, spec, outputs)
 
 
 def _triton_backward(
-    d_trunk: Tensor | None, d_branch: Tensor | None, saved: Saved, call: Call, dx: Tensor, d_delta: Tensor | None
+    d_trunk: Tensor | None, d_branch: Tensor | None, saved: Saved, spec: AddNormSpec, dx: Tensor, d_delta: Tensor | None
 ) -> Tensor:
     with torch.cuda.device_of(saved.z):
-        return _module("triton_rows").backward(d_trunk, d_branch, saved, call, dx, d_delta)
+        return _module("triton_rows").backward(d_trunk, d_branch, saved, spec, dx, d_delta)
 
 
 def _triton_sharded(name: str) -> Callable:
@@ -106,7 +106,7 @@ def _compile_requires(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @functools.cache
-def _compiled() -> Callable[..., AddNormOut]:
+def _compiled() -> Callable[..., AddNormOutput]:
     return torch.compile(reference.add_norm, dynamic=True)
 
 
@@ -115,7 +115,7 @@ def _by_name(device: torch.device, dtype: torch.dtype) -> str:
 
 
 @register_kernel("add_norm", "compile", requires=_compile_requires, avoid=_by_name)
-def _compiled_add_norm(*arguments: Any, **options: Any) -> AddNormOut:
+def _compiled_add_norm(*arguments: Any, **options: Any) -> AddNormOutput:
     return _compiled()(*arguments, **options)
 
 
@@ -135,7 +135,7 @@ def _apex_requires(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if _found("fused_layer_norm_cuda") else "NVIDIA Apex is not installed (built with its CUDA extensions)"
 
 
-def add_then(normalize: Callable[[Tensor, NormWeights, torch.dtype], Tensor]) -> Callable[..., AddNormOut]:
+def add_then(normalize: Callable[[Tensor, NormWeights, torch.dtype], Tensor]) -> Callable[..., AddNormOutput]:
     """``reference.add_norm`` with another normalize(x, norm, out_dtype); it gives no FP8, statistics and amax."""
 
     def add_norm(
@@ -149,7 +149,7 @@ def add_then(normalize: Callable[[Tensor, NormWeights, torch.dtype], Tensor]) ->
         out_dtype: torch.dtype | None,
         fp8_scale: Tensor | None = None,
         **add: Any,
-    ) -> AddNormOut:
+    ) -> AddNormOutput:
         if out_dtype == torch.float8_e4m3fn or (out_dtype is None and next_norm is not None):
             raise ValueError("add_norm by te or apex writes no FP8, statistics or amax; choose triton or the reference")
         if delta_TD is not None and branch_norm is not None:
@@ -158,18 +158,18 @@ def add_then(normalize: Callable[[Tensor, NormWeights, torch.dtype], Tensor]) ->
         if norm is not None:
             trunk = normalize(trunk, norm, residual_dtype)
         if out_dtype is None:
-            return AddNormOut(trunk, None, None, None)
+            return AddNormOutput(trunk, None, None, None)
         branch = trunk if next_norm is None else normalize(trunk, next_norm, out_dtype)
-        return AddNormOut(trunk, branch.to(out_dtype), None, None)
+        return AddNormOutput(trunk, branch.to(out_dtype), None, None)
 
     return add_norm
 
 
 @register_kernel("add_norm", "te", requires=_te_requires, avoid=_by_name)
-def _te_add_norm(*arguments: Any, **options: Any) -> AddNormOut:
+def _te_add_norm(*arguments: Any, **options: Any) -> AddNormOutput:
     return add_then(_module("te").normalize)(*arguments, **options)
 
 
 @register_kernel("add_norm", "apex", requires=_apex_requires, avoid=_by_name)
-def _apex_add_norm(*arguments: Any, **options: Any) -> AddNormOut:
+def _apex_add_norm(*arguments: Any, **options: Any) -> AddNormOutput:
     return add_then(_module("apex").normalize)(*arguments, **options)

@@ -13,27 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaresnorm.kernels.add_norm.reference import AddNormOut, NormWeights
+from megaresnorm.kernels.add_norm.reference import AddNormOutput, NormWeights
 from megaresnorm.kernels.add_norm.spec import (
     FP8,
     SUMS,
     AddNormBackend,
-    Call,
-    GradientCall,
+    AddNormGradSpec,
+    AddNormSpec,
     Inputs,
     Outputs,
     Saved,
-    _one_call,
-    _one_gradient_call,
+    _one_grad_spec,
+    _one_spec,
     backend_named,
-    make_call,
-    make_gradient_call,
+    make_grad_spec,
+    make_spec,
 )
-from megaresnorm.kernels.custom_op import FLOATS, Operator
+from megaresnorm.kernels.custom_op import FLOATS, CustomOp
 from megaresnorm.kernels.registry import Refusal, register_kernel
 
 
-def fused_add_norm(backend: str) -> Callable[..., AddNormOut]:
+def fused_add_norm(backend: str) -> Callable[..., AddNormOutput]:
     """``reference.add_norm`` by a fused backend, for FP32 and BF16 tensors."""
 
     def add_norm(
@@ -48,33 +48,33 @@ def fused_add_norm(backend: str) -> Callable[..., AddNormOut]:
         residual_dtype: torch.dtype,
         out_dtype: torch.dtype | None,
         fp8_scale: Tensor | None = None,
-    ) -> AddNormOut:
+    ) -> AddNormOutput:
         if delta_TD is None:
             alpha, gate, branch_norm = 1.0, 1.0, None
             if norm is None and next_norm is None and out_dtype != FP8:  # nothing to fuse
                 trunk = x_TD.to(residual_dtype)
-                return AddNormOut(trunk, None if out_dtype is None else trunk.to(out_dtype), None, None)
+                return AddNormOutput(trunk, None if out_dtype is None else trunk.to(out_dtype), None, None)
         learned: Tensor | None = None
-        scale = 1.0
+        constant_gate = 1.0
         if isinstance(gate, float):
-            scale = gate
+            constant_gate = gate
         else:
             learned = gate.float().contiguous()
         kind_0, weight_0, bias_0, eps_0 = _NO_NORM if branch_norm is None else branch_norm
         kind_1, weight_1, bias_1, eps_1 = _NO_NORM if norm is None else norm
         kind_2, weight_2, bias_2, eps_2 = _NO_NORM if next_norm is None else next_norm
-        make = Call if torch.compiler.is_compiling() else _one_call
-        call = make(
-            (kind_0, kind_1, kind_2), (eps_0, eps_1, eps_2), alpha, scale, residual_dtype, out_dtype, backend
+        make = AddNormSpec if torch.compiler.is_compiling() else _one_spec
+        spec = make(
+            (kind_0, kind_1, kind_2), (eps_0, eps_1, eps_2), alpha, constant_gate, residual_dtype, out_dtype, backend
         )  # fmt: skip
         tensors = _add_norm(
-            x_TD, delta_TD, learned, fp8_scale, weight_0, bias_0, weight_1, bias_1, weight_2, bias_2, call
+            x_TD, delta_TD, learned, fp8_scale, weight_0, bias_0, weight_1, bias_1, weight_2, bias_2, spec
         )  # fmt: skip
-        outputs = _unflatten(tensors, call, call.stores_sum(x_TD, delta_TD))
+        outputs = _unflatten(tensors, spec, spec.stores_sum(x_TD, delta_TD))
         stored = x_TD if outputs.z is None else outputs.z
         trunk = stored if outputs.trunk is None else outputs.trunk
         branch = None if out_dtype is None else trunk if outputs.branch is None else outputs.branch
-        return AddNormOut(
+        return AddNormOutput(
             trunk, branch, outputs.next_statistics, None if outputs.amax is None else largest(outputs.amax)
         )
 
@@ -96,41 +96,41 @@ def largest(amax_T: Tensor) -> Tensor:
     return amax_T.amax() if amax_T.numel() else amax_T.new_zeros(())
 
 
-def _unflatten(tensors: Sequence, call: Call, stores_sum: bool) -> Outputs:
+def _unflatten(tensors: Sequence, spec: AddNormSpec, stores_sum: bool) -> Outputs:
     """Name what the operator returns: only what there is, in the order of ``Outputs``."""
     rest = iter(tensors)
     return Outputs(
         next(rest) if stores_sum else None,
-        next(rest) if call.norm else None,
-        next(rest) if call.writes_branch else None,
-        next(rest) if call.branch_norm else None,
-        next(rest) if call.norm else None,
-        next(rest) if call.next_norm else None,
-        next(rest) if call.wants_amax else None,
+        next(rest) if spec.norm else None,
+        next(rest) if spec.writes_branch else None,
+        next(rest) if spec.branch_norm else None,
+        next(rest) if spec.norm else None,
+        next(rest) if spec.next_norm else None,
+        next(rest) if spec.wants_amax else None,
     )
 
 
-def _allocate(x: Tensor, delta: Tensor | None, call: Call) -> Outputs:
+def _allocate(x: Tensor, delta: Tensor | None, spec: AddNormSpec) -> Outputs:
     empty, rows = functools.partial(torch.empty_like, memory_format=torch.contiguous_format), x.shape[0]
     return Outputs(
-        empty(x, dtype=call.residual_dtype) if call.stores_sum(x, delta) else None,
-        empty(x, dtype=call.residual_dtype) if call.norm else None,
-        empty(x, dtype=call.out_dtype) if call.writes_branch else None,
-        x.new_empty((rows, 2), dtype=torch.float32) if call.branch_norm else None,
-        x.new_empty((rows, 2), dtype=torch.float32) if call.norm else None,
-        x.new_empty((rows, 2), dtype=torch.float32) if call.next_norm else None,
-        x.new_empty((rows,), dtype=torch.float32) if call.wants_amax else None,
+        empty(x, dtype=spec.residual_dtype) if spec.stores_sum(x, delta) else None,
+        empty(x, dtype=spec.residual_dtype) if spec.norm else None,
+        empty(x, dtype=spec.out_dtype) if spec.writes_branch else None,
+        x.new_empty((rows, 2), dtype=torch.float32) if spec.branch_norm else None,
+        x.new_empty((rows, 2), dtype=torch.float32) if spec.norm else None,
+        x.new_empty((rows, 2), dtype=torch.float32) if spec.next_norm else None,
+        x.new_empty((rows,), dtype=torch.float32) if spec.wants_amax else None,
     )
 
 
 def _forward(
     x: Tensor, delta: Tensor | None, gate: Tensor | None, fp8_scale: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    *weights, call = rest
-    _check(x, delta, gate, fp8_scale, weights, call)
+    *weights, spec = rest
+    _check(x, delta, gate, fp8_scale, weights, spec)
     inputs = Inputs(x.contiguous(), None if delta is None else delta.contiguous(), gate, fp8_scale, weights)
-    outputs = _allocate(inputs.x, delta, call)
-    backend_named(call.backend).forward(inputs, call, outputs)
+    outputs = _allocate(inputs.x, delta, spec)
+    backend_named(spec.backend).forward(inputs, spec, outputs)
     return tuple([t for t in outputs if t is not None])
 
 
@@ -140,33 +140,33 @@ def _check(
     gate: Tensor | None,
     fp8_scale: Tensor | None,
     weights: Sequence[Tensor | None],
-    call: Call,
+    spec: AddNormSpec,
 ) -> None:
     if x.dtype not in FLOATS or (delta is not None and delta.dtype not in FLOATS):
         dtypes = [str(t.dtype) for t in (x, delta) if t is not None]
         raise TypeError(
-            f"add_norm/{call.backend}: {' and '.join(dtypes)}; wanted float32 or bfloat16, or the reference backend"
+            f"add_norm/{spec.backend}: {' and '.join(dtypes)}; wanted float32 or bfloat16, or the reference backend"
         )
     if x.dim() != 2 or (delta is not None and delta.shape != x.shape):
         shapes = [list(t.shape) for t in (x, delta) if t is not None]
-        raise ValueError(f"add_norm/{call.backend}: x and delta have shapes {shapes}; wanted two equal [rows, columns]")
+        raise ValueError(f"add_norm/{spec.backend}: x and delta have shapes {shapes}; wanted two equal [rows, columns]")
     for weight in weights:
         if weight is not None and (
             weight.dtype != torch.float32 or weight.shape != x.shape[1:] or not weight.is_contiguous()
         ):
             raise TypeError(
-                f"add_norm/{call.backend}: a norm's weight is {weight.dtype} {list(weight.shape)}; wanted float32 [{x.shape[1]}]"
+                f"add_norm/{spec.backend}: a norm's weight is {weight.dtype} {list(weight.shape)}; wanted float32 [{x.shape[1]}]"
             )
     if gate is not None and gate.shape not in ((1,), x.shape[1:]):
         raise ValueError(
-            f"add_norm/{call.backend}: the gate has shape {list(gate.shape)}; wanted [1] or [{x.shape[1]}]"
+            f"add_norm/{spec.backend}: the gate has shape {list(gate.shape)}; wanted [1] or [{x.shape[1]}]"
         )
-    if call.residual_dtype not in FLOATS or call.out_dtype not in (*FLOATS, FP8, None):
+    if spec.residual_dtype not in FLOATS or spec.out_dtype not in (*FLOATS, FP8, None):
         raise TypeError(
-            f"add_norm/{call.backend}: cannot write {call.residual_dtype} and {call.out_dtype}; take the reference"
+            f"add_norm/{spec.backend}: cannot write {spec.residual_dtype} and {spec.out_dtype}; take the reference"
         )
-    if call.out_dtype == FP8 and (fp8_scale is None or fp8_scale.numel() != 1 or fp8_scale.dtype != torch.float32):
-        raise ValueError(f"add_norm/{call.backend}: out_dtype={FP8} needs fp8_scale, one number in float32")
+    if spec.out_dtype == FP8 and (fp8_scale is None or fp8_scale.numel() != 1 or fp8_scale.dtype != torch.float32):
+        raise ValueError(f"add_norm/{spec.backend}: out_dtype={FP8} needs fp8_scale, one number in float32")
 
 
 def _fake(x: Tensor, delta: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
@@ -174,55 +174,55 @@ def _fake(x: Tensor, delta: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, arguments: tuple, results: tuple[Tensor, ...]) -> None:
-    x, delta, gate, _, *weights, call = arguments
-    stores_sum = call.stores_sum(x, delta)
-    z, trunk, _, *statistics, amax = _unflatten(results, call, stores_sum)
+    x, delta, gate, _, *weights, spec = arguments
+    stores_sum = spec.stores_sum(x, delta)
+    z, trunk, _, *statistics, amax = _unflatten(results, spec, stores_sum)
     ctx.mark_non_differentiable(*[t for t in (*statistics, amax) if t is not None])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         x if z is None else z,
-        trunk if call.next_norm else None,
-        delta if gate is not None or call.branch_norm else None,
+        trunk if spec.next_norm else None,
+        delta if gate is not None or spec.branch_norm else None,
         gate,
         *weights,
         *statistics,
     )
-    ctx.call, ctx.stores_sum = call, stores_sum
-    ctx.gradient_call = _one_gradient_call(call, x.dtype, None if delta is None else delta.dtype)
+    ctx.spec, ctx.stores_sum = spec, stores_sum
+    ctx.grad_spec = _one_grad_spec(spec, x.dtype, None if delta is None else delta.dtype)
 
 
 def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple:
     z, *saved = ctx.saved_tensors
-    d_z, d_trunk, d_branch = _unflatten(gradients, ctx.call, ctx.stores_sum)[:3]
+    d_z, d_trunk, d_branch = _unflatten(gradients, ctx.spec, ctx.stores_sum)[:3]
     # With a norm on the sum nobody outside sees the sum itself.
-    d_trunk = d_trunk if ctx.call.norm else d_z
-    dx, *d_delta, sums = _add_norm_backward(z, d_trunk, d_branch, *saved, ctx.gradient_call)
+    d_trunk = d_trunk if ctx.spec.norm else d_z
+    dx, *d_delta, sums = _add_norm_backward(z, d_trunk, d_branch, *saved, ctx.grad_spec)
     gate, weights = saved[2], saved[3:9]
     d_gate = None if gate is None else sums[6] if gate.numel() > 1 else sums[6].sum().view(1)
     d_weights = [None if w is None else sums[i] for i, w in enumerate(weights)]
-    delta_dtype = ctx.gradient_call.delta_dtype
+    delta_dtype = ctx.grad_spec.delta_dtype
     return dx, None if delta_dtype is None else d_delta[0] if d_delta else dx, d_gate, None, *d_weights
 
 
-def _allocate_gradients(z: Tensor, gate: Tensor | None, call: GradientCall) -> tuple[Tensor, Tensor | None]:
+def _allocate_gradients(z: Tensor, gate: Tensor | None, spec: AddNormGradSpec) -> tuple[Tensor, Tensor | None]:
     """dx and d_delta; None for d_delta where it is the very tensor of dx."""
-    own = call.delta_dtype is not None and not (call.shared and gate is None)
+    own = spec.delta_dtype is not None and not (spec.shared and gate is None)
     empty = functools.partial(torch.empty_like, z, memory_format=torch.contiguous_format)
-    return empty(dtype=call.x_dtype), empty(dtype=call.delta_dtype) if own else None
+    return empty(dtype=spec.x_dtype), empty(dtype=spec.delta_dtype) if own else None
 
 
 def _backward(
     z: Tensor, d_trunk: Tensor | None, d_branch: Tensor | None, trunk: Tensor | None, delta: Tensor | None, gate: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    *saved, call = rest
+    *saved, spec = rest
     z = z.contiguous()
-    dx, d_delta = _allocate_gradients(z, gate, call)
-    sums = backend_named(call.call.backend).backward(
+    dx, d_delta = _allocate_gradients(z, gate, spec)
+    sums = backend_named(spec.forward.backend).backward(
         None if d_trunk is None else _readable(d_trunk),
         None if d_branch is None else _readable(d_branch),
         Saved(z, trunk, None if delta is None else delta.contiguous(), gate, saved[:6], saved[6:]),
-        call.call,
+        spec.forward,
         dx,
         d_delta,
     )
@@ -250,15 +250,13 @@ _WEIGHTS = ", ".join(f"Tensor? {place}_weight, Tensor? {place}_bias" for place i
 _STATISTICS = ", ".join(f"Tensor? {place}_statistics" for place in _PLACES)
 
 
-_CALL = (
-    "str[] kinds, float[] eps, float alpha, float scale, ScalarType residual_dtype, ScalarType? out_dtype, str backend"
-)
+_SPEC = "str[] kinds, float[] eps, float alpha, float constant_gate, ScalarType residual_dtype, ScalarType? out_dtype, str backend"
 
 
-_add_norm = Operator(
-    f"add_norm(Tensor x, Tensor? delta, Tensor? gate, Tensor? fp8_scale, {_WEIGHTS}, {_CALL}) -> Tensor[]",
+_add_norm = CustomOp(
+    f"add_norm(Tensor x, Tensor? delta, Tensor? gate, Tensor? fp8_scale, {_WEIGHTS}, {_SPEC}) -> Tensor[]",
     10,
-    make_call,
+    make_spec,
     _forward,
     _fake,
     _save,
@@ -266,11 +264,11 @@ _add_norm = Operator(
 )
 
 
-_add_norm_backward = Operator(
+_add_norm_backward = CustomOp(
     "add_norm_backward(Tensor z, Tensor? d_trunk, Tensor? d_branch, Tensor? trunk, Tensor? delta, Tensor? gate, "
-    f"{_WEIGHTS}, {_STATISTICS}, {_CALL}, ScalarType x_dtype, ScalarType? delta_dtype) -> Tensor[]",
+    f"{_WEIGHTS}, {_STATISTICS}, {_SPEC}, ScalarType x_dtype, ScalarType? delta_dtype) -> Tensor[]",
     15,
-    make_gradient_call,
+    make_grad_spec,
     _backward,
     _fake_backward,
 )

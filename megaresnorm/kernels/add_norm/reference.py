@@ -20,7 +20,7 @@ class NormWeights(NamedTuple):
     eps: float
 
 
-class AddNormOut(NamedTuple):
+class AddNormOutput(NamedTuple):
     """trunk, branch_input: [T, D].   statistics: [T, 2] FP32 of next_norm, mean (0 for RMSNorm) and 1 / deviation of every row.
     amax: the largest |branch input| before the scale of FP8, a scalar FP32.
     """
@@ -44,7 +44,7 @@ def add_norm(
     residual_dtype: torch.dtype,
     out_dtype: torch.dtype | None,
     fp8_scale: Tensor | None = None,
-) -> AddNormOut:
+) -> AddNormOutput:
     """Close one residual connection and open the next: the one op that serves every topology.
 
         z      = alpha * x + gate * branch_norm(delta)   summed in FP32, rounded to ``residual_dtype``
@@ -77,17 +77,17 @@ def add_norm(
         stored = _stored(normalize(stored, norm), residual_dtype)
     trunk = in_type(stored, residual_dtype)
     if next_norm is None and out_dtype is None:
-        return AddNormOut(trunk, None, None, None)
+        return AddNormOutput(trunk, None, None, None)
     branch_input, statistics = stored, None
     if next_norm is not None:
         branch_input, statistics = normalize_with_statistics(stored, next_norm)
     if out_dtype is None:
-        return AddNormOut(trunk, None, statistics, largest(branch_input))
+        return AddNormOutput(trunk, None, statistics, largest(branch_input))
     if out_dtype == torch.float8_e4m3fn:
         if fp8_scale is None:
             raise ValueError("add_norm/reference: out_dtype=torch.float8_e4m3fn needs fp8_scale")
-        return AddNormOut(trunk, to_fp8(branch_input, fp8_scale), statistics, largest(branch_input))
-    return AddNormOut(trunk, in_type(branch_input, out_dtype), statistics, None)
+        return AddNormOutput(trunk, to_fp8(branch_input, fp8_scale), statistics, largest(branch_input))
+    return AddNormOutput(trunk, in_type(branch_input, out_dtype), statistics, None)
 
 
 def in_type(x: Tensor, dtype: torch.dtype) -> Tensor:

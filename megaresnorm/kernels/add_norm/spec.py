@@ -17,7 +17,7 @@ FP8 = torch.float8_e4m3fn
 SUMS = 7  # column sums of the backward pass: of weight and bias of the three norms, and of the gate
 
 
-class Call:
+class AddNormSpec:
     """All of a call that is no tensor; equal ones are one object. The norms are the branch's, the sum's and the next one's."""
 
     def __init__(
@@ -25,12 +25,12 @@ class Call:
         kinds: tuple[str, str, str],  # none, rmsnorm or layernorm
         eps: tuple[float, float, float],
         alpha: float,
-        scale: float,  # the gate where it is a number
+        constant_gate: float,  # 1 for a learned gate
         residual_dtype: torch.dtype,
         out_dtype: torch.dtype | None,
         backend: str,
     ) -> None:
-        self.kinds, self.eps, self.alpha, self.scale = kinds, eps, alpha, scale
+        self.kinds, self.eps, self.alpha, self.constant_gate = kinds, eps, alpha, constant_gate
         self.residual_dtype, self.out_dtype, self.backend = residual_dtype, out_dtype, backend
         self.branch_norm, self.norm, self.next_norm = (kind != "none" for kind in kinds)
         self.writes_branch = out_dtype is not None and (self.next_norm or out_dtype != residual_dtype)
@@ -38,26 +38,26 @@ class Call:
 
     def values(self) -> tuple:
         """As the operator's schema has them."""
-        return self.kinds, self.eps, self.alpha, self.scale, self.residual_dtype, self.out_dtype, self.backend
+        return self.kinds, self.eps, self.alpha, self.constant_gate, self.residual_dtype, self.out_dtype, self.backend
 
-    def without_next_norm(self) -> "Call":
+    def without_next_norm(self) -> "AddNormSpec":
         """For the backward pass where nothing came back for the branch input."""
-        return make_call((*self.kinds[:2], "none"), self.eps, *self.values()[2:])
+        return make_spec((*self.kinds[:2], "none"), self.eps, *self.values()[2:])
 
     def stores_sum(self, x: Tensor, delta: Tensor | None) -> bool:
         """Whether the stored sum is a tensor of its own: without an add it can be x."""
         return delta is not None or x.dtype != self.residual_dtype
 
 
-_one_call = functools.lru_cache(maxsize=4096)(Call)
+_one_spec = functools.lru_cache(maxsize=4096)(AddNormSpec)
 
 
-def make_call(kinds: Sequence[str], eps: Sequence[float], *rest: Any) -> Call:
-    return _one_call(tuple(kinds), tuple(eps), *rest)
+def make_spec(kinds: Sequence[str], eps: Sequence[float], *rest: Any) -> AddNormSpec:
+    return _one_spec(tuple(kinds), tuple(eps), *rest)
 
 
 class Inputs(NamedTuple):
-    """All tensors of a call. weights: weight and bias of each norm, FP32 [D]."""
+    """All tensors of a spec. weights: weight and bias of each norm, FP32 [D]."""
 
     x: Tensor
     delta: Tensor | None
@@ -97,8 +97,8 @@ class AddNormBackend(NamedTuple):
     sharded: its norm over a sharded hidden dimension.
     """
 
-    forward: Callable[[Inputs, Call, Outputs], None]
-    backward: Callable[[Tensor | None, Tensor | None, Saved, Call, Tensor, Tensor | None], Tensor]
+    forward: Callable[[Inputs, AddNormSpec, Outputs], None]
+    backward: Callable[[Tensor | None, Tensor | None, Saved, AddNormSpec, Tensor, Tensor | None], Tensor]
     sharded: ShardedNormKernels = REFERENCE
 
 
@@ -113,20 +113,20 @@ def sharded_norm_kernels(backend: str) -> ShardedNormKernels:
     return REFERENCE if implementation is None else implementation.sharded
 
 
-class GradientCall:
+class AddNormGradSpec:
     """All of the backward pass that is no tensor."""
 
-    def __init__(self, call: Call, x_dtype: torch.dtype, delta_dtype: torch.dtype | None) -> None:
-        self.call, self.x_dtype, self.delta_dtype = call, x_dtype, delta_dtype
+    def __init__(self, spec: AddNormSpec, x_dtype: torch.dtype, delta_dtype: torch.dtype | None) -> None:
+        self.forward, self.x_dtype, self.delta_dtype = spec, x_dtype, delta_dtype
         # With the same factor and type the gradient of delta is the very tensor of x's.
-        self.shared = not call.branch_norm and call.alpha == call.scale and x_dtype == delta_dtype
+        self.shared = not spec.branch_norm and spec.alpha == spec.constant_gate and x_dtype == delta_dtype
 
     def values(self) -> tuple:
-        return *self.call.values(), self.x_dtype, self.delta_dtype
+        return *self.forward.values(), self.x_dtype, self.delta_dtype
 
 
-_one_gradient_call = functools.lru_cache(maxsize=4096)(GradientCall)
+_one_grad_spec = functools.lru_cache(maxsize=4096)(AddNormGradSpec)
 
 
-def make_gradient_call(*values: Any) -> GradientCall:
-    return _one_gradient_call(make_call(*values[:7]), *values[7:])
+def make_grad_spec(*values: Any) -> AddNormGradSpec:
+    return _one_grad_spec(make_spec(*values[:7]), *values[7:])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megaresnorm.kernels.add_norm.fp8 import BLOCK
 from megaresnorm.kernels.add_norm.reference import NormWeights
-from megaresnorm.kernels.add_norm.spec import Call, Saved, make_call
+from megaresnorm.kernels.add_norm.spec import AddNormSpec, Saved, make_spec
 from megaresnorm.kernels.add_norm.triton_common import load_statistics, normalized, tile_of
 from megaresnorm.kernels.add_norm.triton_rows import backward
 
@@ -71,7 +71,7 @@ class _NormQuant(torch.autograd.Function):
                 trunk, weight, bias, statistics, scale, fp8, inverse, rows, columns, blocks, block_m, block_n, num_warps=4
             )  # fmt: skip
         ctx.save_for_backward(trunk, weight, bias, statistics)
-        ctx.call = make_call(("none", "none", kind), (0.0, 0.0, eps), 1.0, 1.0, trunk.dtype, None, "triton")
+        ctx.spec = make_spec(("none", "none", kind), (0.0, 0.0, eps), 1.0, 1.0, trunk.dtype, None, "triton")
         ctx.mark_non_differentiable(inverse)
         return fp8, inverse
 
@@ -79,7 +79,7 @@ class _NormQuant(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         trunk, weight, bias, statistics = ctx.saved_tensors
         saved = Saved(trunk, None, None, None, (None, None, None, None, weight, bias), (None, None, statistics))
-        call: Call = ctx.call
+        spec: AddNormSpec = ctx.spec
         dx = torch.empty_like(trunk)
-        sums = backward(None, grads[0].float().contiguous(), saved, call, dx, None)
+        sums = backward(None, grads[0].float().contiguous(), saved, spec, dx, None)
         return dx, sums[4], None if bias is None else sums[5], None, None, None, None

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megaresnorm.kernels.add_norm import triton_wide
-from megaresnorm.kernels.add_norm.spec import FP8, SUMS, Call, Inputs, Outputs, Saved
+from megaresnorm.kernels.add_norm.spec import FP8, SUMS, AddNormSpec, Inputs, Outputs, Saved
 from megaresnorm.kernels.add_norm.triton_common import (
     as_output,
     columns_of,
@@ -170,7 +170,7 @@ def backward_kernel(
         tl.store(sum_gate + at, a_gate, mask=col_mask)
 
 
-def forward(inputs: Inputs, call: Call, outputs: Outputs) -> None:
+def forward(inputs: Inputs, spec: AddNormSpec, outputs: Outputs) -> None:
     x, delta, gate, fp8_scale, w = inputs
     rows, columns = x.shape
     if rows == 0:
@@ -182,23 +182,23 @@ def forward(inputs: Inputs, call: Call, outputs: Outputs) -> None:
     kernel[(triton.cdiv(rows, shape.block_m),)](
         x, delta, gate, z, trunk, branch, amax, fp8_scale,
         w[0], w[1], branch_statistics, w[2], w[3], statistics, w[4], w[5], next_statistics,
-        rows, columns, call.alpha, call.scale, *call.eps, *_kinds(call), _kind_of_gate(gate), call.out_dtype == FP8,
+        rows, columns, spec.alpha, spec.constant_gate, *spec.eps, *_kinds(spec), _kind_of_gate(gate), spec.out_dtype == FP8,
         shape.block_m, shape.block_n, num_warps=shape.warps,
     )  # fmt: skip
 
 
 def backward(
-    d_trunk: Tensor | None, d_branch: Tensor | None, saved: Saved, call: Call, dx: Tensor, d_delta: Tensor | None
+    d_trunk: Tensor | None, d_branch: Tensor | None, saved: Saved, spec: AddNormSpec, dx: Tensor, d_delta: Tensor | None
 ) -> Tensor:
     z, trunk, delta, gate, w, (branch_statistics, statistics, next_statistics) = saved
     rows, columns = z.shape
     if d_branch is None:
-        call = call.without_next_norm()
-    used = [i for i, there in enumerate(_sums(saved, call)) if there]
+        spec = spec.without_next_norm()
+    used = [i for i, there in enumerate(_sums(saved, spec)) if there]
     sums = z.new_zeros((SUMS, columns), dtype=torch.float32)
     if rows == 0:
         return sums
-    norms = sum(kind != "none" for kind in call.kinds)
+    norms = sum(kind != "none" for kind in spec.kinds)
     wide = columns * max(1, norms) > MAX_COLUMNS
     shape = _shape(columns, max(1, norms)) if not wide else Shape(8, 128, 4)
     programs = max(
@@ -210,26 +210,26 @@ def backward(
     parts: list[Tensor | None] = [None] * SUMS
     for slot, i in enumerate(used):
         parts[i] = partial[slot]
-    kinds = *_kinds(call), _kind_of_gate(gate)
+    kinds = *_kinds(spec), _kind_of_gate(gate)
     if not wide:
         backward_kernel[(programs,)](
             d_trunk, d_branch, z, trunk, delta, gate, dx, d_delta,
             w[0], w[1], branch_statistics, w[2], statistics, w[4], next_statistics, *parts,
-            rows, columns, rows_per_program, call.alpha, call.scale, *kinds,
+            rows, columns, rows_per_program, spec.alpha, spec.constant_gate, *kinds,
             shape.block_m, shape.block_n, num_warps=shape.warps,
         )  # fmt: skip
     else:
         coefficients = z.new_zeros((rows, 6), dtype=torch.float32)
         triton_wide.rows_kernel[(rows,)](
             d_trunk, d_branch, z, trunk, delta, gate, dx, d_delta, coefficients,
-            w[0], branch_statistics, w[2], statistics, w[4], next_statistics, rows, columns, call.alpha, call.scale, *kinds,
+            w[0], branch_statistics, w[2], statistics, w[4], next_statistics, rows, columns, spec.alpha, spec.constant_gate, *kinds,
             1, min(WIDE_BLOCK, triton.next_power_of_2(columns)), num_warps=8,
         )  # fmt: skip
         if used:
             triton_wide.columns_kernel[(programs, triton.cdiv(columns, shape.block_n))](
                 d_trunk, d_branch, z, trunk, delta, gate, coefficients,
                 w[0], w[1], branch_statistics, w[2], statistics, w[4], next_statistics, *parts,
-                rows, columns, rows_per_program, call.scale, *kinds, shape.block_m, shape.block_n, num_warps=shape.warps,
+                rows, columns, rows_per_program, spec.constant_gate, *kinds, shape.block_m, shape.block_n, num_warps=shape.warps,
             )  # fmt: skip
     for slot, i in enumerate(used):
         torch.sum(partial[slot], 0, out=sums[i])
@@ -256,15 +256,15 @@ def _programs(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _kinds(call: Call) -> list[int]:
-    return [KINDS[kind] for kind in call.kinds]
+def _kinds(spec: AddNormSpec) -> list[int]:
+    return [KINDS[kind] for kind in spec.kinds]
 
 
 def _kind_of_gate(gate: Tensor | None) -> int:
     return NUMBER if gate is None else SCALAR if gate.numel() == 1 else VECTOR
 
 
-def _sums(saved: Saved, call: Call) -> Sequence[bool]:
+def _sums(saved: Saved, spec: AddNormSpec) -> Sequence[bool]:
     """Which of the SUMS there are."""
-    weights = [w is not None and call.kinds[i // 2] != "none" for i, w in enumerate(saved.weights)]
+    weights = [w is not None and spec.kinds[i // 2] != "none" for i, w in enumerate(saved.weights)]
     return *weights, saved.gate is not None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megaresnorm.kernels.cpu import build
-from megaresnorm.kernels.custom_op import FLOATS, Operator
+from megaresnorm.kernels.custom_op import FLOATS, CustomOp
 from megaresnorm.kernels.registry import register_kernel
 
 ROWS_PER_BLOCK = 256  # whose bias gradients are summed before those of blocks are added up
@@ -94,10 +94,10 @@ def _fake_backward(dy: Tensor, h: Tensor, bias: Tensor | None, constants: _Kind)
     return (dh,) if bias is None else (dh, torch.empty_like(bias))
 
 
-_activation = Operator(
+_activation = CustomOp(
     "activation(Tensor h, Tensor? bias, str kind) -> Tensor", 2, _Kind, _forward, _fake, _save, _differentiate
 )
-_activation_backward = Operator(
+_activation_backward = CustomOp(
     "activation_backward(Tensor dy, Tensor h, Tensor? bias, str kind) -> Tensor[]", 3, _Kind, _backward, _fake_backward
 )
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megaresnorm.kernels.add_norm.op import register_add_norm
-from megaresnorm.kernels.add_norm.spec import SUMS, AddNormBackend, Call, Inputs, Outputs, Saved
+from megaresnorm.kernels.add_norm.spec import SUMS, AddNormBackend, AddNormSpec, Inputs, Outputs, Saved
 from megaresnorm.kernels.cpu import build
 from megaresnorm.kernels.cpu.sharded import SHARDED
 
@@ -47,22 +47,22 @@ class _Backward(ctypes.Structure):
     )
 
 
-def _forward(inputs: Inputs, call: Call, outputs: Outputs) -> None:
+def _forward(inputs: Inputs, spec: AddNormSpec, outputs: Outputs) -> None:
     x, delta, gate, fp8_scale, weights = inputs
     z, trunk, branch, *statistics, amax = outputs
     rows, columns = x.shape
     at, type_of = build.address, build.type_of
     argument = _Forward(
         at(x), at(delta), at(gate), at(z), at(trunk), at(branch), at(amax), at(fp8_scale),
-        *_norms(call, weights, statistics), columns, 0 if gate is None else gate.numel(),
-        type_of(x), type_of(delta), build.TYPES[call.residual_dtype], type_of(branch), rows * columns > STREAM_ELEMENTS,
-        call.alpha, call.scale,
+        *_norms(spec, weights, statistics), columns, 0 if gate is None else gate.numel(),
+        type_of(x), type_of(delta), build.TYPES[spec.residual_dtype], type_of(branch), rows * columns > STREAM_ELEMENTS,
+        spec.alpha, spec.constant_gate,
     )  # fmt: skip
     build.call(build.load().add_norm_forward, argument, rows, rows * columns)
 
 
 def _backward(
-    d_trunk: Tensor | None, d_branch: Tensor | None, saved: Saved, call: Call, dx: Tensor, d_delta: Tensor | None
+    d_trunk: Tensor | None, d_branch: Tensor | None, saved: Saved, spec: AddNormSpec, dx: Tensor, d_delta: Tensor | None
 ) -> Tensor:
     z, trunk, delta, gate, weights, statistics = saved
     rows, columns = z.shape
@@ -71,19 +71,19 @@ def _backward(
     at, type_of = build.address, build.type_of
     argument = _Backward(
         at(d_trunk), at(d_branch), at(z), at(trunk), at(delta), at(gate), at(dx), at(d_delta), at(partial),
-        *_norms(call, weights, statistics), rows, ROWS_PER_BLOCK, columns, 0 if gate is None else gate.numel(),
+        *_norms(spec, weights, statistics), rows, ROWS_PER_BLOCK, columns, 0 if gate is None else gate.numel(),
         *map(type_of, (d_trunk, d_branch, z, delta, dx, d_delta)), rows * columns > STREAM_ELEMENTS,
-        call.alpha, call.scale,
+        spec.alpha, spec.constant_gate,
     )  # fmt: skip
     build.call(build.load().add_norm_backward, argument, blocks, rows * columns)
     return partial[0] if blocks == 1 else partial.sum(0)
 
 
-def _norms(call: Call, weights: Sequence[Tensor | None], statistics: Sequence[Tensor | None]) -> list[_Norm]:
+def _norms(spec: AddNormSpec, weights: Sequence[Tensor | None], statistics: Sequence[Tensor | None]) -> list[_Norm]:
     at = build.address
     return [
         _Norm(at(weights[2 * i]), at(weights[2 * i + 1]), at(statistics[i]), KINDS[kind], eps) if kind != "none" else _NO_NORM
-        for i, (kind, eps) in enumerate(zip(call.kinds, call.eps, strict=True))
+        for i, (kind, eps) in enumerate(zip(spec.kinds, spec.eps, strict=True))
     ]  # fmt: skip
 
 

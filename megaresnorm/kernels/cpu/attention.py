@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megaresnorm.kernels.cpu import build
-from megaresnorm.kernels.custom_op import FLOATS, Operator
+from megaresnorm.kernels.custom_op import FLOATS, CustomOp
 from megaresnorm.kernels.registry import register_kernel
 
 
@@ -116,7 +116,7 @@ def _backward(
 
 
 _TABLES = "Tensor? cos, Tensor? sin, Tensor? mask"
-_attention = Operator(
+_attention = CustomOp(
     f"attention(Tensor qkv, {_TABLES}, int kv_heads, float scale) -> Tensor[]",
     4,
     _Constants,
@@ -125,7 +125,7 @@ _attention = Operator(
     _save,
     _differentiate,
 )
-_attention_backward = Operator(
+_attention_backward = CustomOp(
     f"attention_backward(Tensor dy, Tensor qkv, {_TABLES}, Tensor log_sums, int kv_heads, float scale) -> Tensor",
     6,
     _Constants,

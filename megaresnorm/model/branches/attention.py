@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megaresnorm.kernels.attention import reference_attention, rotate, sdpa_attention
 from megaresnorm.model.norm import Norm, norm_of
-from megaresnorm.model.sequence import KeyValueCache, Rows
+from megaresnorm.model.sequence import KeyValueCache, SequenceInfo
 from megaresnorm.model.stream import Kernels
 from megaresnorm.parallel.branch_input import BranchInput
 from megaresnorm.parallel.layouts import TensorLayout
@@ -45,7 +45,7 @@ class Attention(nn.Module):
             widths = per_head if self.norm_per_head else (q_dim // axis.size, kv_dim // axis.size)
             self.q_norm, self.k_norm = (norm_of(recipe)(width) for width in widths)
 
-    def forward(self, u_TD: BranchInput, rows: Rows) -> Tensor:
+    def forward(self, u_TD: BranchInput, rows: SequenceInfo) -> Tensor:
         heads = self.num_heads, self.kv_heads, self.kv_heads
         qkv_BSJH = self.qkv(u_TD).view(rows.batch, rows.seq, sum(heads), self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         y = y_BSNH.reshape(rows.batch * rows.seq, -1)
         return self.out(y if self.norm_inner is None else self.normalize_shared(y, self.norm_inner))
 
-    def _attend_cached(self, qkv: tuple[Tensor, ...], rows: Rows, cache: KeyValueCache) -> Tensor:
+    def _attend_cached(self, qkv: tuple[Tensor, ...], rows: SequenceInfo, cache: KeyValueCache) -> Tensor:
         """Generation: new tokens, or all at first, see what was seen before them."""
         q_BSNH, k_BSKH, v_BSKH = qkv
         if rows.cos is not None and rows.sin is not None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from megaresnorm.model.norm import Norm
-from megaresnorm.model.sequence import Rows
+from megaresnorm.model.sequence import SequenceInfo
 from megaresnorm.model.stream import Kernels
 from megaresnorm.parallel.branch_input import BranchInput
 from megaresnorm.parallel.layouts import TensorLayout
@@ -36,7 +36,7 @@ class FeedForward(nn.Module):
         self.down = RowLinear(recipe.ffn_width, recipe.dim, layout, bias=recipe.has_bias("down"))
         self.norm_inner = None if norm_inner is None else norm_inner(recipe.ffn_width // axis.size)
 
-    def forward(self, u_TD: BranchInput, rows: Rows) -> Tensor:
+    def forward(self, u_TD: BranchInput, rows: SequenceInfo) -> Tensor:
         into = self.gate_up if self.gated else self.up
         # The bias belongs to the activation's kernel, which sums its gradient on the way.
         h = self.activate(into.without_bias(u_TD), into.bias, self.kind)

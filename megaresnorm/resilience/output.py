@@ -1,0 +1,94 @@
+"""The output folder of a run: held by one job at a time, seen by all of its ranks, and found writable before step 0."""
+
+from pathlib import Path
+
+from megaresnorm.checkpoint.format import Groups
+from megaresnorm.checkpoint.resume import wait_until_seen
+from megaresnorm.checkpoint.writer import bytes_of
+from megaresnorm.errors import TrainingError
+from megaresnorm.files import remove_unfinished, replace_file
+from megaresnorm.parallel.control import all_or_raise
+from megaresnorm.parallel.mesh import Axis
+from megaresnorm.resilience.lock import LOCK, FolderLock
+from megaresnorm.resilience.preflight import check_output
+from megaresnorm.telemetry.metrics import MetricsWriter
+
+
+class OutputFolder:
+    """``train.output`` as all ranks of a run hold it until it is released. The first rank alone writes.
+
+    Args:
+        path: the folder; it is made where it is missing.
+        control: all ranks of the run. Every one must make this object.
+        job: the launcher's name for the job, None where it has none.
+
+    Raises:
+        TrainingError: another job holds the folder, or a rank's node does not share it.
+    """
+
+    def __init__(self, path: Path, control: Axis, job: str | None) -> None:
+        self.path, self._control, self._job = path, control, job
+        self._lock: FolderLock | None = None
+        try:
+            all_or_raise(self._take, control)
+            all_or_raise(self._see, control)
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Leave the folder to others."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def check(self) -> None:
+        """Look whether the folder is still held.
+
+        Raises:
+            TrainingError: another job has taken it over.
+        """
+        if self._lock is not None and self._lock.lost:
+            raise TrainingError(f"train.output={self.path}: another job has taken it over; nothing more is written")
+
+    def prepare(self, recipe: str, groups: Groups, keep: int) -> None:
+        """Write the recipe, remove what killed runs have left half-written: what can fail of writing fails now.
+
+        Args:
+            recipe: as YAML.
+            groups: the tensors of a checkpoint, for whose size there must be space.
+            keep: how many checkpoints are kept.
+
+        Raises:
+            TrainingError: the folder cannot be written, or there is no space for a checkpoint.
+        """
+        if self._control.rank > 0:
+            return
+        check_output(self.path / "checkpoints", bytes_of(groups), keep)
+        try:
+            remove_unfinished(self.path)
+            replace_file(self.path / "recipe.yaml", recipe)
+        except OSError as e:
+            raise TrainingError(f"train.output={self.path}: cannot be written ({e.strerror})") from None
+
+    def open_metrics(self, first_step: int, *, tensorboard: bool) -> MetricsWriter | None:
+        """Where the first rank writes metrics; None on the others.
+
+        Raises:
+            TrainingError: the file cannot be written.
+        """
+        if self._control.rank > 0:
+            return None
+        try:
+            return MetricsWriter(self.path, first_step=first_step, tensorboard=tensorboard)
+        except OSError as e:
+            raise TrainingError(f"train.output={self.path}: cannot be written ({e.strerror})") from None
+
+    def _take(self) -> None:
+        if self._control.rank == 0:
+            self._lock = FolderLock(self.path, f"train.output={self.path}", job=self._job)
+
+    def _see(self) -> None:
+        if not wait_until_seen(self.path / LOCK):
+            raise TrainingError(
+                f"train.output={self.path}: rank {self._control.rank} does not see it; all nodes must share this folder"
+            )

@@ -1,0 +1,297 @@
+"""One run from its opening to its end: what it is made of, where it goes on, what it saves. trainer.py takes its steps."""
+
+import logging
+import platform
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+
+import megaresnorm
+from megaresnorm.assemble import Assembled, build_model, compare_kernels
+from megaresnorm.checkpoint.manifest import weights_digest
+from megaresnorm.checkpoint.reader import Checkpoint
+from megaresnorm.checkpoint.resume import check_same_run, open_newest, open_weights
+from megaresnorm.checkpoint.saver import Saver
+from megaresnorm.checkpoint.state import RunState, state_of
+from megaresnorm.checkpoint.writer import Retention
+from megaresnorm.data.loader import Batch, microbatches
+from megaresnorm.data.samples import Samples
+from megaresnorm.engines.native import NativeEngine
+from megaresnorm.errors import NonFiniteError, TrainingError, UserError
+from megaresnorm.generate import generate
+from megaresnorm.opening import Opened, note_progress, open_recipe
+from megaresnorm.parallel.collectives import all_gather_blocks
+from megaresnorm.parallel.control import all_or_raise, run_on_all_ranks
+from megaresnorm.parallel.mesh import ParallelContext, start_process_group
+from megaresnorm.recipe import Recipe
+from megaresnorm.recipe.load import dump_recipe
+from megaresnorm.resilience.output import OutputFolder
+from megaresnorm.telemetry.describe import data_name, describe_run
+from megaresnorm.telemetry.log import progress_bar
+from megaresnorm.telemetry.metrics import MetricsWriter
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Run:
+    """A run: its data, engine, position and output folder, which it holds until it is closed (``with Run(recipe) as run``).
+
+    Making it checks all that can be checked before step 0, and goes on from the newest checkpoint of its output folder.
+    Every rank makes one, and calls its methods alike.
+
+    Args:
+        recipe: or what ``open_recipe`` has made of one.
+        fallback: whether a damaged newest checkpoint may be passed over for an older one.
+
+    Attributes:
+        steps_done, samples_done: where the run stands.
+        skipped_in_a_row: refused steps up to here.
+        first_refused: the first step that was ever refused.
+        train_loss: of the last step that was applied, in nats a token.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, TrainingError: one line each, on all ranks.
+    """
+
+    def __init__(self, recipe: Recipe | Opened, *, fallback: bool = True) -> None:
+        opened = recipe if isinstance(recipe, Opened) else open_recipe(lambda: recipe)
+        assert opened.sizes is not None and not opened.idles
+        self.environment, self._store, self.data = opened.environment, opened.store, opened.data
+        self.recipe, self.samples, self.valid = opened.recipe, opened.samples, opened.valid
+        self.output, self.device = Path(self.recipe.train.output), opened.device
+        if opened.store is not None:
+            start_process_group(self.device, opened.store, opened.environment.rank, opened.sizes.num_ranks)
+        self.context = ParallelContext.create(opened.sizes, self.device.type)
+        self.folder = OutputFolder(self.output, self.context.control, self.environment.job)
+        self.steps_done = self.samples_done = self.skipped_in_a_row = 0
+        self.first_refused: int | None = None
+        self.train_loss: float | None = None
+        try:
+            self._build()
+            self._resume(fallback)
+            self._all_or_raise(self._prepare_output)
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self) -> None:
+        recipe = self.recipe
+        self.assembled: Assembled = build_model(
+            recipe.model,
+            recipe.precision,
+            recipe.kernels,
+            recipe.parallel,
+            self.context,
+            seed=recipe.train.seed,
+            device=self.device,
+            compiled=recipe.train.compile,
+        )
+        self.engine = NativeEngine(self.assembled, recipe)
+        settings = recipe.checkpoint
+        self.saver = Saver(
+            self.output / "checkpoints",
+            self.engine.sharded_state,
+            self.context.control,
+            lambda flag: bool(self.largest(int(flag))),
+            check=self.folder.check,
+            retention=Retention(settings.keep, settings.keep_every),
+            asynchronous=settings.asynchronous,
+            skip_when_busy=settings.when_busy == "skip",
+            max_failures=settings.max_failures,
+            saved=partial(note_progress, self.environment, self._store),
+        )
+        compare_kernels(self.assembled)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        # A UserError is raised on every rank. Anything else may have killed some, for whom the saver would wait.
+        all_ranks_raised = error is None or isinstance(error, UserError)
+        try:
+            if all_ranks_raised or self.context.world.size == 1:
+                if self.saver.busy:
+                    log.info("waiting   for the checkpoint that is being written")
+                self.saver.join()
+        finally:
+            if not self.saver.busy:  # whoever had the folder next would remove what is being written
+                self.close()
+
+    def close(self) -> None:
+        """Leave the output folder to others. The end of the process does so too."""
+        self.folder.release()
+
+    def describe(self) -> list[str]:
+        """What this run is, in lines for the console."""
+        return describe_run(self.recipe, self.assembled, self.samples)
+
+    def batches(self, samples: Samples, position: int, count: int) -> Iterator[Batch]:
+        """This rank's microbatches of ``count`` samples from ``position`` on."""
+        micro = self.recipe.train.micro_batch_of(self.context.dp.size, self.context.pp.size)
+        masked = self.recipe.data.mask_documents
+        return microbatches(samples, position, count, micro, self.context, self.device, mask_documents=masked)
+
+    def largest(self, number: int) -> int:
+        """Maximum over all ranks. Collective."""
+        return int(all_gather_blocks(torch.tensor([number], device=self.device), self.context.world).max())
+
+    def open_metrics(self) -> MetricsWriter | None:
+        """The first rank's metrics from this step on; None on the other ranks."""
+        tensorboard = self.recipe.train.tensorboard
+        return self._all_or_raise(lambda: self.folder.open_metrics(self.steps_done, tensorboard=tensorboard))
+
+    def evaluate(self) -> float | None:
+        """Loss, in nats a token, on the first ``train.eval_samples`` validation samples, always the same ones.
+
+        Returns:
+            None without a validation split.
+
+        Raises:
+            TrainingError: none of them has a label.
+        """
+        if self.valid is None:
+            return None
+        count = min(self.recipe.train.eval_samples, self.valid.per_epoch)
+        loss = self.engine.evaluate(self.batches(self.valid, 0, count))
+        if loss is None:
+            raise TrainingError(
+                f"none of the {count} validation samples has a label (data.mask_documents, documents of one token); "
+                "raise train.eval_samples, or set data.valid_fraction to 0"
+            )
+        return loss
+
+    def sample_text(self) -> str | None:
+        """A continuation of ``train.sample_prompt``; None without a tokenizer, when switched off, or with several ranks."""
+        train, tokenizer = self.recipe.train, self.data.tokenizer
+        if tokenizer is None or not train.sample_tokens or self.context.world.size > 1:
+            return None
+        return generate(self.engine.model, tokenizer, train.sample_prompt, train.sample_tokens, seed=train.seed)
+
+    def save(self) -> None:
+        """Begin a checkpoint of the present step, unless there is one. None while steps are refused: the weights may be why."""
+        if self.saver.newest is not None and self.saver.newest[0] == self.steps_done:
+            return
+        if self.skipped_in_a_row:
+            log.warning("warning: step %d is not saved while steps are being refused", self.steps_done)
+            return
+        tokenizer = None if self.data.tokenizer is None else self.data.tokenizer.describe()
+        attached = {}
+        if self.data.tokenizer is not None and tokenizer is not None and "file" in tokenizer:
+            attached[tokenizer["file"]] = self.data.tokenizer.model
+        self.saver.save(self.steps_done, self._state(tokenizer).model_dump(), attached)
+
+    def save_now(self) -> Path:
+        """The checkpoint of the present step, once it is on disk.
+
+        Raises:
+            TrainingError: it cannot be written.
+        """
+        self.saver.wait()
+        self.save()
+        self.saver.wait()
+        step, path = self.saver.newest or (-1, Path())
+        if step != self.steps_done:
+            raise TrainingError(
+                f"step {self.steps_done} could not be saved, see the warning above; start again to go on"
+            )
+        return path
+
+    def save_last(self, stopped: str | None) -> Path | None:
+        """The checkpoint with which this start of the run ends.
+
+        Args:
+            stopped: what ended it before its last step; None at its end.
+
+        Raises:
+            NonFiniteError: the last steps of a run that was not stopped were refused; nothing is saved.
+        """
+        steps = self.recipe.train.steps
+        if not self.skipped_in_a_row:
+            checkpoint = self.save_now()
+            if stopped is not None:
+                log.warning("%s: saved step %d of %d; start again to go on", stopped, self.steps_done, steps)
+            return checkpoint
+        self.saver.wait()
+        refused = (
+            f"the last {self.skipped_in_a_row} steps were refused, so nothing was saved; {self.saver.what_there_is()}"
+        )
+        if stopped is None:
+            raise NonFiniteError(f"step {self.steps_done} of {steps} is done, but {refused}")
+        log.warning("%s: %s", stopped, refused)
+        return None if self.saver.newest is None else self.saver.newest[1]
+
+    def protect_checkpoints(self, step: int) -> None:
+        """Keep those up to the first step that was ever refused, whatever comes after: they may be the last good ones."""
+        self.first_refused = self.saver.protected = step
+
+    def digest_of(self, checkpoint: Path | None) -> str:
+        """``weights_digest``, read by the first rank: a network file system shows a new checkpoint to the others later."""
+
+        def digest() -> str:
+            return "" if checkpoint is None or not self.context.is_first_rank else weights_digest(checkpoint)
+
+        return run_on_all_ranks(digest, self.context.control)[0]
+
+    def _state(self, tokenizer: dict[str, str] | None) -> RunState:
+        return RunState(
+            samples=self.samples_done,
+            skipped_in_a_row=self.skipped_in_a_row,
+            first_refused=self.first_refused,
+            train_loss=self.train_loss,
+            engine=self.engine.state(),
+            recipe=self.recipe.model_dump(exclude_none=True),
+            data=self.data.digest,
+            tokenizer=tokenizer,
+            kernels=self.assembled.kernel_choices,
+            versions={
+                "megaresnorm": megaresnorm.__version__,
+                "torch": str(torch.__version__),
+                "python": platform.python_version(),
+            },
+        )
+
+    def _resume(self, fallback: bool) -> None:
+        """Take over the newest whole checkpoint of the output folder, if there is one; else the initial weights."""
+        with progress_bar("verifying the checkpoint", None, of_bytes=True) as bar:
+            advance = partial(bar.advance, bar.task_ids[0])
+            root = self.output / "checkpoints"
+            checkpoint = open_newest(root, self.context.control, fallback=fallback, progress=advance)
+        if checkpoint is None:
+            self._start_from_weights()
+        else:
+            self._go_on_from(checkpoint)
+
+    def _go_on_from(self, checkpoint: Checkpoint) -> None:
+        state = self._all_or_raise(lambda: state_of(checkpoint.folder, checkpoint.state))
+        name = data_name(self.recipe)
+        self._all_or_raise(lambda: check_same_run(checkpoint, state, self.recipe, self.data, name))
+        self._all_or_raise(lambda: self.engine.load(checkpoint, state.engine))
+        self.steps_done, self.samples_done = checkpoint.step, state.samples
+        self.skipped_in_a_row, self.train_loss = state.skipped_in_a_row, state.train_loss
+        if state.first_refused is not None:
+            self.protect_checkpoints(state.first_refused)
+        self._all_or_raise(lambda: self.engine.check_finite(f"{checkpoint.folder}: "))
+        self.saver.newest = (checkpoint.step, checkpoint.folder)
+        log.info("resumed   %s: step %d of %d", checkpoint.folder, self.steps_done, self.recipe.train.steps)
+
+    def _start_from_weights(self) -> None:
+        """At step 0: those of train.initial_weights, if it is set."""
+        if self.recipe.train.initial_weights is None:
+            return
+        tokenizer = None if self.data.tokenizer is None else self.data.tokenizer.describe()
+        checkpoint = open_weights(self.recipe, tokenizer, self.context.control)
+        self._all_or_raise(lambda: self.engine.load_weights(checkpoint))
+        self._all_or_raise(lambda: self.engine.check_finite(f"train.initial_weights={checkpoint.folder}: "))
+        log.info("weights   %s", checkpoint.folder)
+
+    def _prepare_output(self) -> None:
+        self.folder.prepare(dump_recipe(self.recipe), self.engine.sharded_state, self.recipe.checkpoint.keep)
+
+    def _all_or_raise(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns, if it fails on no rank; between steps, when nothing is being saved."""
+        return all_or_raise(work, self.context.control)
