@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from megaresnorm.parallel.collectives import (
-    Pending,
     all_gather_blocks,
     all_reduce,
     blocks_to_columns,
@@ -22,6 +21,7 @@ from megaresnorm.parallel.collectives import (
     start_reduce_scatter,
 )
 from megaresnorm.parallel.mesh import Axis
+from megaresnorm.parallel.transport import Pending
 
 
 def _same(x: Tensor, axis: Axis) -> Tensor:
@@ -29,7 +29,7 @@ def _same(x: Tensor, axis: Axis) -> Tensor:
 
 
 def _summed(x: Tensor, axis: Axis) -> Tensor:
-    return all_reduce(x if axis.memory is not None and axis.memory.holds(x) else x.clone(), axis)
+    return all_reduce(x, axis, overwrite=False)
 
 
 def _rows_gathered(x: Tensor, axis: Axis) -> Tensor:

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megaresnorm.errors import ConfigError
 from megaresnorm.parallel.shared_memory import SharedMemory
+from megaresnorm.parallel.transport import Gloo, OneHost, Transport, transport_of
 
 MESH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outermost first: neighbours in tp are neighbouring ranks
 TIMEOUT = timedelta(minutes=10)
@@ -21,16 +22,25 @@ WRITING = timedelta(hours=1)  # ranks wait for the slowest to have written its p
 
 @dataclass(frozen=True)
 class Axis:
-    """One dimension of the mesh of ranks, or several taken together: its size, which of its ranks this is, and their group.
+    """One dimension of the mesh of ranks, or several taken together.
 
-    group: None where the axis has one rank, so that nothing is sent.   memory: where its ranks are on the CPUs of one host.
+    Attributes:
+        name: as in the recipe; of those taken together, as ``ParallelContext`` has it.
+        size: how many ranks it has.
+        rank: which of them this one is.
+        group: their process group; None where the axis has one rank, so that nothing is sent.
+        transport: how they send; unset, the group's own way.
     """
 
     name: str
     size: int = 1
     rank: int = 0
     group: dist.ProcessGroup | None = None
-    memory: SharedMemory | None = None
+    transport: Transport | None = None
+
+    def __post_init__(self) -> None:
+        if self.group is not None and self.transport is None:
+            object.__setattr__(self, "transport", transport_of(self.group, self.rank, self.size))
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,9 @@ class ParallelContext:
         }
         tp = axes["tp"]
         if device_type == "cpu" and tp.group is not None:
-            axes["tp"] = replace(tp, memory=SharedMemory.open(tp.group, tp.rank, tp.size))
+            memory = SharedMemory.open(tp.group, tp.rank, tp.size)
+            if memory is not None:
+                axes["tp"] = replace(tp, transport=OneHost(memory, Gloo(tp.group, tp.rank, tp.size)))
         together = {"dp": [1, 2], "model_shards": [2, 4], "world": [0, 1, 2, 3, 4]}
         axes |= {name: _axis(name, ranks, dims) for name, dims in together.items()}
         axes["embedding"] = _axis("embedding", ranks[[0, -1]], [0]) if sizes.pp > 1 else Axis("embedding")

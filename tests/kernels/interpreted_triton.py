@@ -13,7 +13,7 @@ import triton.runtime.interpreter as interpreter
 from add_norm_checks import BF16, DTYPES, F32, GATES, PATTERNS, check, check_fp8, make_norm
 
 from megaresnorm.kernels import load_backends
-from megaresnorm.kernels.add_norm import op as fused
+from megaresnorm.kernels.add_norm import op
 from megaresnorm.kernels.add_norm import triton_fp8 as triton_fp8
 from megaresnorm.kernels.add_norm import triton_rows as triton_rows
 from megaresnorm.kernels.add_norm import triton_sharded
@@ -21,7 +21,7 @@ from megaresnorm.kernels.add_norm.fp8 import norm_quant
 from megaresnorm.kernels.add_norm.reference import add_norm
 
 load_backends()
-triton_kernel = fused.fused_add_norm("triton")
+triton_kernel = op.fused_add_norm("triton")
 _original = interpreter._convert_float
 _CASTS = {"bf16": (torch.bfloat16, torch.int16, np.uint16), "fp8e4nv": (torch.float8_e4m3fn, torch.uint8, np.uint8)}
 

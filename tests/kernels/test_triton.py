@@ -11,7 +11,7 @@ import torch
 from add_norm_checks import BF16, DTYPES, GATES, PATTERNS, check, check_fp8, make_norm
 
 from megaresnorm.kernels import load_backends
-from megaresnorm.kernels.add_norm import op as fused
+from megaresnorm.kernels.add_norm import op
 from megaresnorm.kernels.add_norm.reference import add_norm
 from megaresnorm.kernels.registry import backends
 
@@ -64,7 +64,7 @@ def test_machine_code_for_sm_90():
 @pytest.mark.parametrize("rows", [1, 199, 8192])
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_on_a_gpu(rows, columns, dtypes):
-    kernel = fused.fused_add_norm("triton")
+    kernel = op.fused_add_norm("triton")
     for pattern in PATTERNS:
         for gate in GATES:
             check(kernel, rows, columns, pattern, gate, dtypes, device="cuda")
@@ -73,7 +73,7 @@ def test_on_a_gpu(rows, columns, dtypes):
 @pytest.mark.gpu
 def test_fp8_on_a_gpu():
     for columns in (192, 4096, 8192, 12288):
-        check_fp8(fused.fused_add_norm("triton"), 199, columns, "pre, rms", device="cuda")
+        check_fp8(op.fused_add_norm("triton"), 199, columns, "pre, rms", device="cuda")
 
 
 @pytest.mark.gpu
@@ -83,7 +83,7 @@ def test_more_elements_than_two_to_the_31_on_a_gpu():
     x[-1] = torch.linspace(-1, 1, columns, device="cuda").to(BF16)
     norm = make_norm("rmsnorm", columns, torch.Generator().manual_seed(0))
     norm = norm._replace(weight=norm.weight.detach().cuda())
-    out = fused.fused_add_norm("triton")(x, next_norm=norm, residual_dtype=BF16, out_dtype=BF16)
+    out = op.fused_add_norm("triton")(x, next_norm=norm, residual_dtype=BF16, out_dtype=BF16)
     want = add_norm(x[-1:], next_norm=norm, residual_dtype=BF16, out_dtype=BF16)
     assert not out.branch_input[0].any()
     torch.testing.assert_close(out.branch_input[-1:], want.branch_input, rtol=1e-2, atol=1e-2)

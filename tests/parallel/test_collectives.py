@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megaresnorm.parallel import collectives, shared_memory
 from megaresnorm.parallel.mesh import Axis, ParallelContext, Sizes
-from megaresnorm.parallel.shared_memory import SharedMemory
+from megaresnorm.parallel.transport import Gloo, OneHost
 from megaresnorm.testing import run_ranks
 
 SHAPES = [(1,), (3, 5), (4, 8, 6), (0, 4), ()]
@@ -30,7 +30,7 @@ def wrong_results(rank: int, capacity: int) -> list[str]:
     """Of a hundred turns of all kinds against what is computed here from every rank's numbers."""
     shared_memory.CAPACITY = capacity
     axis, wrong = tp_axis(), []
-    assert (axis.memory is not None) == (capacity > 0)
+    assert isinstance(axis.transport, OneHost) == (capacity > 0)
     for turn in range(100):
         dtype, shape = DTYPES[turn % 4], SHAPES[turn % 5]
         close = {"rtol": 0.02, "atol": 2.0} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-3}
@@ -69,7 +69,7 @@ def without_memory(rank: int, why: str) -> bool:
         os.posix_fallocate = no_space
     axis = tp_axis()
     total = collectives.all_reduce(torch.ones(3), axis)
-    return axis.memory is None and total.tolist() == [2.0] * 3
+    return isinstance(axis.transport, Gloo) and total.tolist() == [2.0] * 3
 
 
 @pytest.mark.parametrize("why", ["no folder", "no space"])
@@ -80,7 +80,7 @@ def test_without_common_memory_ranks_use_the_process_group(why):
 def leftovers(rank: int, folder: Path) -> list[str]:
     shared_memory.FOLDER = folder
     axis = tp_axis()
-    assert isinstance(axis.memory, SharedMemory)
+    assert isinstance(axis.transport, OneHost)
     return [path.name for path in folder.iterdir()]
 
 
@@ -90,8 +90,7 @@ def test_nothing_is_left_in_the_folder(tmp_path):
 
 def slot_after_the_next_turn_has_begun(rank: int) -> list[float]:
     """Rank 0 reads late, when rank 1 has long written for the next turn."""
-    memory = tp_axis().memory
-    assert memory is not None
+    memory = tp_axis().transport.memory
     seen = memory.start(torch.full((4,), 1.0 + rank))()
     if rank == 1:
         memory.start(torch.full((4,), 8.0))()
@@ -107,7 +106,7 @@ def test_a_slot_is_not_overwritten_before_it_is_read():
 
 
 def two_at_a_time(rank: int) -> str:
-    memory = tp_axis().memory
+    memory = tp_axis().transport.memory
     first = memory.start(torch.ones(3))
     try:
         memory.start(torch.ones(3))

@@ -1,4 +1,4 @@
-"""Norms over divided columns: exact for rows far from zero, few messages, nothing whole kept."""
+"""Norms over a sharded hidden dimension: exact for rows far from zero, few messages, nothing whole kept."""
 
 from collections import Counter
 
@@ -9,10 +9,10 @@ from cases import LAYOUTS, SEQ, build, make_recipe
 
 from megaresnorm.kernels.add_norm.reference import NormWeights, add_norm, normalize, normalize_with_statistics
 from megaresnorm.model.stream import Stream
-from megaresnorm.parallel import collectives
-from megaresnorm.parallel import sharded_norm as columns
+from megaresnorm.parallel import transport
 from megaresnorm.parallel.branch_input import GATHER_COLUMNS
 from megaresnorm.parallel.mesh import ParallelContext, Sizes
+from megaresnorm.parallel.sharded_norm import columns_add_norm, gathered_norm, sharded_norm
 from megaresnorm.parallel.shared_memory import SharedMemory
 from megaresnorm.testing import run_ranks
 
@@ -29,17 +29,17 @@ def rows_far_from_zero(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     return tuple(t.to(dtype) for t in (z, weight, bias, dy))
 
 
-def divided_norm(rank: int, kind: str, form: str, dtype: torch.dtype) -> list[torch.Tensor]:
+def whole_row_norm(rank: int, kind: str, form: str, dtype: torch.dtype) -> list[torch.Tensor]:
     """y and the gradients of z, weight and bias, whole."""
     axis = ParallelContext.create(Sizes(tp=dist.get_world_size()), "cpu").tp
     z, weight, bias, dy = (t.chunk(axis.size, dim=-1)[rank].clone() for t in rows_far_from_zero(dtype))
     leaves = [t.requires_grad_() for t in ((z, weight, bias) if kind == "layernorm" else (z, weight))]
     norm = NormWeights(kind, weight, bias if kind == "layernorm" else None, 1e-5)
     if form == "gather":
-        y, _ = columns.gathered_norm(z, norm, axis, normalize_with_statistics)
+        y, _ = gathered_norm(z, norm, axis, normalize_with_statistics)
         (y * rows_far_from_zero(dtype)[3] / axis.size).sum().backward()  # every rank's gradient is a part of it
     else:
-        y = columns.sharded_norm(z, norm, axis, dtype)
+        y = sharded_norm(z, norm, axis, dtype)
         (y * dy).sum().backward()
         y = GATHER_COLUMNS.apply(y, axis)
     return [y.detach(), *(GATHER_COLUMNS.apply(t.grad.reshape(-1, t.shape[-1]), axis) for t in leaves)]
@@ -55,18 +55,18 @@ def test_rows_with_a_mean_of_100_deviations(kind, form, num_ranks):
     (y * dy).sum().backward()
     wanted = [y.detach(), *(t.grad for t in leaves)]
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-13)):
-        for got, exact in zip(run_ranks(num_ranks, divided_norm, kind, form, dtype)[0], wanted, strict=True):
+        for got, exact in zip(run_ranks(num_ranks, whole_row_norm, kind, form, dtype)[0], wanted, strict=True):
             error = (got.view_as(exact).double() - exact).abs().max() / exact.abs().max()
             assert error < tolerance, (dtype, error)
 
 
-def count_control(rank: int, layout: str, norm: str, stream: str) -> dict[str, Counter]:
+def count_messages(rank: int, layout: str, norm: str, stream: str) -> dict[str, Counter]:
     """Collectives and bytes (of what each rank gives) of one pre-norm block, forward and backward, without the model's ends."""
     precision = {"compute": "bf16", "residual_dtype": "bf16"} if stream == "bf16" else {"compute": "fp32"}
     recipe = make_recipe("pre", "llama", LAYOUTS[layout][1], num_blocks=2, precision=precision)
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"norm": norm})})
     SharedMemory.holds = lambda self, x: False
-    collectives._SMALL = 0
+    transport._SMALL = 0
     assembled, _ = build(recipe)
     model, found = assembled.model, {"forward": Counter(), "backward": Counter()}
     now = "forward"
@@ -79,7 +79,7 @@ def count_control(rank: int, layout: str, norm: str, stream: str) -> dict[str, C
 
         return run
 
-    collectives.all_gather_single = counting("all_gather", collectives.all_gather_single, 1)
+    transport.all_gather_single = counting("all_gather", transport.all_gather_single, 1)
     dist.all_to_all_single = counting("reduce_scatter", dist.all_to_all_single, 1)
     dist.all_reduce = counting("all_reduce", dist.all_reduce, 0)
     tokens = torch.zeros((2, SEQ), dtype=torch.int64)
@@ -117,7 +117,7 @@ def test_messages_of_a_block(norm, stream):
         ],
     }
     for layout, (forward, backward) in expected.items():
-        for found in run_ranks(2, count_control, layout, norm, stream):
+        for found in run_ranks(2, count_messages, layout, norm, stream):
             assert dict(found["forward"]) == forward, (layout, "forward")
             assert dict(found["backward"]) == backward, (layout, "backward")
 
@@ -130,7 +130,7 @@ def gathered_without_statistics(rank: int, kind: str) -> float:
     found = []
     for kernel in (add_norm, lambda *a, **k: add_norm(*a, **k)._replace(statistics=None)):
         leaf = z.clone().requires_grad_()
-        run = columns.columns_add_norm(kernel, axis, gather=True)
+        run = columns_add_norm(kernel, axis, gather=True)
         out = run(leaf, next_norm=norm, residual_dtype=torch.float64, out_dtype=torch.float64)
         (out.branch_input * torch.linspace(0, 1, COLUMNS)).sum().backward()
         found.append(leaf.grad)
