@@ -1,10 +1,12 @@
-"""Errors that a user can cause, and the exit code of each. Their text is always one line."""
+"""Errors that a user can cause, and their exit codes. Their text is always one line."""
 
 
 class UserError(Exception):
     """Something outside the code is wrong: the command line prints the line and exits with ``exit_code``.
 
-    agreed: whether all ranks raise it alike, so that one of them is to print it.
+    Attributes:
+        exit_code: of the process.
+        agreed: whether all ranks raise it alike, so that only one of them prints it.
     """
 
     exit_code = 1
@@ -30,26 +32,31 @@ class CheckpointError(UserError):
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint whose files are not what was written: an older one may be whole."""
+    """A checkpoint whose files are not what was written. An older one may be whole."""
 
 
 class NonFiniteTensorError(CheckpointError):
-    """Weights or moments with NaN or infinity, which are neither saved nor converted."""
+    """Weights or moments with NaN or infinity. They are neither saved nor converted."""
 
 
 class TrainingError(UserError):
-    """The run itself cannot go on (a loss that stays non-finite, a folder that cannot be written), as all ranks know."""
+    """The run itself cannot go on, as all ranks know: a loss stays non-finite, a folder cannot be written."""
 
     exit_code = 5
     agreed = True
 
 
 class NonFiniteError(TrainingError):
-    """Step after step had a loss or gradient that is not finite."""
+    """Several steps in a row had a loss or gradient that is not finite."""
 
 
 class StoppedError(UserError):
-    """A signal came before the first step. exit_code: 128 and the signal, as shells have it."""
+    """A signal came before the first step.
+
+    Args:
+        line: text of the error.
+        exit_code: 128 and the number of the signal, as in shells.
+    """
 
     agreed = True
 
@@ -59,13 +66,13 @@ class StoppedError(UserError):
 
 
 class LostRankError(UserError):
-    """Another rank is gone, or has been silent for too long: started again, the run goes on from its newest checkpoint."""
+    """Another rank is gone, or was silent for too long. Started again, the run goes on from its newest checkpoint."""
 
     exit_code = 6
 
 
 class TooManyRestartsError(LostRankError):
-    """Ranks have died too often since the newest checkpoint: starting them once more would not help."""
+    """Ranks have died too often since the newest checkpoint. Starting them once more would not help."""
 
 
 class ConversionError(UserError):
@@ -75,7 +82,13 @@ class ConversionError(UserError):
 
 
 def error_of(kind: str, line: str, exit_code: int | None = None) -> UserError:
-    """The error that another rank has had, by the name of its class and the code with which it ends."""
+    """Make the error that another rank has raised.
+
+    Args:
+        kind: name of its class.
+        line: its text.
+        exit_code: None for that of the class.
+    """
     kinds = (
         *(ConfigError, DataError, CheckpointError, DamagedError, NonFiniteTensorError),
         *(TrainingError, NonFiniteError, StoppedError, LostRankError),

@@ -1,4 +1,4 @@
-"""Files that are written where somebody else may have put something: no link is followed, and nothing is left half written."""
+"""Writing files where somebody else may have put something: no link is followed, and nothing is left half written."""
 
 import errno
 import os
@@ -7,13 +7,20 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-UNFINISHED = ".new-"  # how the names of files begin that are being written
+UNFINISHED = ".new-"  # prefix of the names of files that are being written
 
 
 def open_plain(path: str | Path, flags: int, mode: int = 0o666, *, follow: bool = False) -> int:
-    """A descriptor of a plain file, as ``os.open``. A pipe is not waited for.
+    """Open a plain file as ``os.open`` does, without waiting for a pipe.
 
-    follow: whether a link in its place is followed.   Raises: OSError, also for anything that is not a plain file.
+    Args:
+        follow: whether a link in its place is followed.
+
+    Returns:
+        Its descriptor.
+
+    Raises:
+        OSError: it cannot be opened, or is not a plain file.
     """
     try:
         descriptor = os.open(path, flags | (0 if follow else os.O_NOFOLLOW) | os.O_NONBLOCK | os.O_CLOEXEC, mode)
@@ -32,9 +39,10 @@ def open_plain(path: str | Path, flags: int, mode: int = 0o666, *, follow: bool 
 
 
 def replace_file(path: Path, content: str | bytes | Iterable[bytes]) -> None:
-    """Put a file in the place of what stands at ``path``, whole or not at all; a link there is replaced, not followed.
+    """Write a file in the place of what stands at ``path``, whole or not at all. A link is replaced, not followed.
 
-    Raises: OSError; what stood there is untouched then.
+    Raises:
+        OSError: it cannot be written; what stood there is then untouched.
     """
     if isinstance(content, str):
         content = content.encode("utf-8")
@@ -53,7 +61,11 @@ def replace_file(path: Path, content: str | bytes | Iterable[bytes]) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """What processes killed inside of ``replace_file`` have left in a folder; for who has it to himself. Raises: OSError."""
+    """Remove what processes killed inside ``replace_file`` have left in a folder that nobody else is writing to.
+
+    Raises:
+        OSError: a file cannot be removed.
+    """
     for path in folder.glob(f"{UNFINISHED}*"):
         if path.is_symlink() or not path.is_dir():
             path.unlink()

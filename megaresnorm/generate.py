@@ -1,4 +1,4 @@
-"""Text from a model: greedy or sampled, with keys and values of earlier tokens kept."""
+"""Text generation, greedy or sampled, with a cache of the keys and values of earlier tokens."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,9 +29,14 @@ def generate(
     seed: int = 0,
     cache: bool = True,
 ) -> str:
-    """Continue ``prompt`` (or start a new document) by up to ``num_tokens`` tokens, and return prompt and continuation.
+    """Continue ``prompt``, or start a new document where it is empty. Ends early at the end of a document.
 
-    Ends early at the end of a document. The other arguments are those of ``generate_tokens``.
+    Args:
+        num_tokens: most tokens to generate.
+        temperature, top_k, top_p, seed, cache: as in ``generate_tokens``.
+
+    Returns:
+        Prompt and continuation.
     """
     start = start_tokens(tokenizer, prompt)
     tokens = generate_tokens(
@@ -42,7 +47,7 @@ def generate(
 
 
 def start_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """What the model reads first: the end of a document, then the prompt."""
+    """Tokens that the model reads first: an end-of-document token, then the prompt."""
     return [tokenizer.eod, *tokenizer.encode(prompt).tolist()]
 
 
@@ -60,13 +65,23 @@ def generate_tokens(
     seed: int = 0,
     cache: bool = True,
 ) -> Iterator[int]:
-    """Tokens that follow ``start``, one after the other, until ``end`` (which is not yielded) or ``num_tokens`` of them.
+    """Generate tokens one after the other.
 
-    vocab_size: tokens that may be chosen; a model may have more.   temperature: 0 is greedy; it divides the logits.
-    top_k: choose among the k likeliest.   top_p: among the likeliest that together have this probability (nucleus sampling,
-    arXiv:1904.09751).   cache: False computes every token from all before it, for comparison.
+    Once there are more than model.seq_len tokens, only the last model.seq_len // 2 are kept.
 
-    When there are more than model.seq_len tokens, all but the last half of it are forgotten.
+    Args:
+        start: tokens to continue.
+        num_tokens: most tokens to generate.
+        vocab_size: number of tokens that may be chosen; a model may have more.
+        end: token at which to stop, which is not yielded; None for no such token.
+        temperature: divides the logits; 0 is greedy.
+        top_k: choose among the k likeliest tokens; None for all.
+        top_p: choose among the likeliest that together have this probability (nucleus sampling); None for all.
+        seed: of the random choice.
+        cache: False computes every token from all before it, for comparison.
+
+    Source:
+        Nucleus sampling, arXiv:1904.09751.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -89,8 +104,8 @@ def generate_tokens(
 def choose(
     logits_V: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
 ) -> int:
-    """One token from its logits [V] in FP32. Ties at the border of top_k or top_p are resolved by the lower number."""
-    if temperature < FP32_TINY:  # by which nothing can be divided
+    """Choose one token by its logits, [V] FP32. Ties at the border of top_k or top_p go to the lower token id."""
+    if temperature < FP32_TINY:  # too small to divide by
         return int(logits_V.argmax())
     logits_V = logits_V - logits_V.max()  # so that no temperature makes infinities of them
     if top_k is None and top_p is None:
@@ -105,10 +120,15 @@ def choose(
 def load_model(
     folder: Path, tokenizer_file: Path | None = None, end_token: str | None = None
 ) -> tuple[Transformer, Tokenizer]:
-    """The model and tokenizer of a checkpoint, or of the newest one of a run's output folder.
+    """Load the model and tokenizer of a checkpoint.
 
-    tokenizer_file: for a checkpoint that has no tokenizer: a file, or ``bytes``.   end_token: of a tokenizer.json.
-    Raises: CheckpointError or DataError, one line each.
+    Args:
+        folder: a checkpoint, or the output folder of a run for its newest one.
+        tokenizer_file: for a checkpoint that has no tokenizer, a file or ``bytes``; otherwise None.
+        end_token: token of a tokenizer.json that ends documents; None for the usual one.
+
+    Raises:
+        CheckpointError, DataError: one line each.
     """
     newest = [path for _, path in checkpoints_of(folder)]
     checkpoint = Checkpoint(newest[-1] if newest else folder)
@@ -130,8 +150,8 @@ def load_model(
     assert recipe.model.vocab_size is not None
     if tokenizer.vocab_size > recipe.model.vocab_size:
         raise DataError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model of {checkpoint.folder} {recipe.model.vocab_size}; "
-            "it was trained with another one"
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model of {checkpoint.folder} "
+            f"{recipe.model.vocab_size}; it was trained with another one"
         )
     assembled = build_model(
         recipe.model, recipe.precision, recipe.kernels, seed=recipe.train.seed, device=choose_device("auto")

@@ -1,7 +1,7 @@
-"""How much memory a recipe takes on each rank, known before anything is built.
+"""Memory that a recipe takes on each rank, computed before anything is built.
 
-Everything here is arithmetic on the recipe and the ranks: no tensor is made. What is allocated for certain is counted as the code
-allocates it; activations are an estimate. Units are bytes.
+Everything here is arithmetic on the recipe and the ranks: no tensor is made. What is allocated for certain is counted
+as the code allocates it; activations are an estimate. Units are bytes.
 """
 
 from collections import Counter
@@ -23,21 +23,18 @@ from megaresnorm.precision.dtypes import DTYPES, weight_dtype
 from megaresnorm.recipe import Recipe
 from megaresnorm.schedule import batch_size
 
-PROCESS = (
-    250_000_000  # private memory of Python, torch and this package once a model is built; the libraries' code is shared
-)
-_LINEAR_ROLES = (
-    "q",
-    "gate",
-    "up",
-    "out",
-    "down",
-    "head",
-)  # the first parts of matrices that a linear layer multiplies by
+# Private memory of Python, torch and this package once a model is built; the libraries' code is shared.
+PROCESS = 250_000_000
+_LINEAR_ROLES = ("q", "gate", "up", "out", "down", "head")  # the first parts of matrices that linear layers multiply by
 
 
 class Need(NamedTuple):
-    """certain: allocated whatever happens.   likely: with the estimate of the activations."""
+    """Bytes of device or host memory.
+
+    Attributes:
+        certain: allocated in any case.
+        likely: with the estimate of the activations.
+    """
 
     certain: int = 0
     likely: int = 0
@@ -48,21 +45,25 @@ NOTHING = Need()
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPerRank:
-    """Bytes of one rank by kind, each at its own fullest moment, and what that comes to at the fullest moment of all.
+    """Bytes of one rank by kind, each at its own fullest moment, and their sum at the fullest moment of all.
 
-    weights, optimizer: what the rank has of the parameters, and two moments of each.
-    gradients: of the same.   packed: those of small parameters once more, side by side, as the optimizer takes them.
-    copies: BF16 copies of the matrices.
-    gathered: weights that FSDP2 has gathered; unsharded: gradients of whole units before they are reduced and scattered.
-    buckets: DistributedDataParallel's second copy of the gradients.
-    received: what pipeline stages receive into.
-    logits: of the microbatches whose loss is there at once, with what softcap and slicing keep beside them.
-    checkpoint: the copy in host memory that a thread writes.
-    building: a whole tensor, drawn in host memory before it is divided.
-    activations: kept for the backward passes of all microbatches under way. An estimate.
-    passing: a gradient before it is added to what earlier microbatches gave, and FSDP2's messages. An estimate.
-    process: the interpreter and its libraries, in host memory.
-    device, host: what the kinds add up to; on CPUs all is the host's.
+    Attributes:
+        weights: this rank's part of the parameters.
+        gradients: of the same.
+        packed: gradients of small parameters once more, side by side, as the optimizer takes them.
+        optimizer: two moments of each parameter.
+        copies: BF16 copies of the matrices.
+        gathered: weights that FSDP2 has gathered.
+        unsharded: gradients of whole FSDP2 units before they are reduced and scattered.
+        buckets: DistributedDataParallel's second copy of the gradients.
+        received: receive buffers of pipeline stages.
+        logits: of the microbatches whose loss exists at once, with what softcap and slicing keep beside them.
+        checkpoint: the copy in host memory that a thread writes.
+        building: a whole tensor, drawn in host memory before it is sharded.
+        activations: kept for the backward passes of all microbatches under way. An estimate.
+        passing: a gradient before it is added to that of earlier microbatches, and FSDP2's messages. An estimate.
+        process: the interpreter and its libraries, in host memory.
+        device, host: sums of the kinds; on CPUs all is in host memory.
     """
 
     weights: int = 0
@@ -85,7 +86,7 @@ class MemoryPerRank:
 
     @property
     def needed(self) -> int:
-        """What is allocated for certain, in device and host memory."""
+        """Bytes that are allocated for certain, in device and host memory."""
         return self.device.certain + self.host.certain
 
     @property
@@ -94,7 +95,7 @@ class MemoryPerRank:
         return self.device.likely + self.host.likely
 
     def describe(self) -> str:
-        """The kinds that there are, in one line, largest first."""
+        """The kinds that are not zero, in one line, largest first."""
         kinds = {name: size for name, size in asdict(self).items() if isinstance(size, int) and size}
         return ", ".join(
             f"{name} {human_bytes(size)}" for name, size in sorted(kinds.items(), key=lambda kind: -kind[1])
@@ -102,28 +103,29 @@ class MemoryPerRank:
 
 
 def memory_per_rank(recipe: Recipe, ranks: int | Sizes, *, device_type: str = "cpu") -> MemoryPerRank:
-    """Of the rank that needs most. ``recipe`` must be resolved: model.vocab_size is set.
+    """Memory of the rank that needs most. ``recipe`` must be resolved: model.vocab_size is set.
 
-    Raises: ConfigError for a number of ranks that the layout does not fit.
+    Raises:
+        ConfigError: the layout does not fit the number of ranks.
     """
     return max(memory_of_stages(recipe, ranks, device_type=device_type), key=lambda memory: memory.needed)
 
 
 def memory_of_stages(recipe: Recipe, ranks: int | Sizes, *, device_type: str = "cpu") -> list[MemoryPerRank]:
-    """By rank of the pipeline; the ranks of the other axes have as much as the first of their axis, which has most."""
+    """Memory by pp rank. Along the other axes it is that of the first rank, which needs most."""
     sizes = check_layout(recipe, ranks) if isinstance(ranks, int) else ranks
     return _Accounts(recipe, sizes, device_type).of_ranks()
 
 
 class _Unit(NamedTuple):
-    """``times`` equal groups of parameters that FSDP2 gathers and frees together."""
+    """``times`` equal groups of parameters, each of which FSDP2 gathers and frees as a whole."""
 
     specs: Sequence[ParameterSpec]
     times: int = 1
 
 
 class _Accounts:
-    """The sums of one recipe in one layout."""
+    """Sums for one recipe in one layout."""
 
     def __init__(self, recipe: Recipe, sizes: Sizes, device_type: str) -> None:
         self.recipe, self.sizes, self.model = recipe, sizes, recipe.model
@@ -145,6 +147,7 @@ class _Accounts:
             self.num_microbatches = smallest_batch(self.num_microbatches, sizes.pp, recipe.parallel.pipeline)
 
     def of_ranks(self) -> list[MemoryPerRank]:
+        """Memory by pp rank."""
         return [self._of_rank(rank) for rank in range(self.sizes.pp)]
 
     def _of_rank(self, rank: int) -> MemoryPerRank:
@@ -172,7 +175,7 @@ class _Accounts:
         return self._added_up(memory)
 
     def _added_up(self, memory: MemoryPerRank) -> MemoryPerRank:
-        """With what device and host need at the fullest of a few moments, at which all that is counted exists together."""
+        """Add what device and host need, as the largest sum over a few moments of what exists together then."""
         checkpoint, every = memory.checkpoint, self.recipe.checkpoint.every
         # A run that saves only at its end has its copy when gradients and activations are gone.
         early = checkpoint if 0 < every < self.recipe.train.steps else 0
@@ -193,7 +196,7 @@ class _Accounts:
     # Parameters
 
     def _units(self, stage: Stage) -> list[_Unit]:
-        """As Transformer.parts divides a stage: its blocks, embedding and output matrix unless they are one, and what is left."""
+        """FSDP2 units of a stage, as in Transformer.parts: its blocks, embedding and head (one if tied), the rest."""
         blocks = Counter(self.kinds[block] for block in stage.blocks)
         units = [_Unit(self._named(f"blocks.{self.examples[kind]}."), count) for kind, count in blocks.items()]
         tied = self.model.tied_embeddings
@@ -211,12 +214,12 @@ class _Accounts:
         return sum(unit.times * sum(map(size, unit.specs)) for unit in units)
 
     def _rows(self, spec: ParameterSpec) -> tuple[int, int]:
-        """Of a tensor-parallel rank: rows, and elements of one."""
+        """Rows that a tp rank has, and elements of each."""
         rows = spec.shape[0] // (self.sizes.tp if spec.split == 0 else 1)
         return rows, spec.num_elements // spec.shape[0] // (self.sizes.tp if spec.split else 1)
 
     def _held(self, spec: ParameterSpec) -> int:
-        """Elements that a rank has: FSDP2 divides rows, and pads all ranks to as many as the first has."""
+        """Elements that a rank has: FSDP2 shards rows, and pads every rank to as many as the first has."""
         rows, width = self._rows(spec)
         return ceil(rows / self.sizes.dp_shard) * width
 
@@ -231,7 +234,7 @@ class _Accounts:
     # Kinds
 
     def _copies(self, units: list[_Unit], has_head: bool) -> int:
-        """precision.py's Bf16Weights: of every linear layer's matrix, a tied embedding included where it makes logits."""
+        """Bf16Weights (precision/bf16.py) of every linear layer's matrix, and of a tied embedding that makes logits."""
         if self.recipe.precision.compute != "bf16":
             return 0
         tied = self.model.tied_embeddings and has_head
@@ -260,36 +263,39 @@ class _Accounts:
         return self.word * (self._sum(units, self._whole) if self._keeps_unsharded else self._largest(units))
 
     def _gradients_at_loss(self, memory: MemoryPerRank) -> int:
-        """Gradients and gathered weights beside the logits of the last microbatch: gpipe has not begun its backward passes."""
+        """Gradients and gathered weights that exist with the logits of the last microbatch.
+
+        With gpipe no backward pass has begun by then.
+        """
         gathered = memory.gathered if self._keeps_gathered else 0
         if self.num_microbatches == 1 or (self.sizes.pp > 1 and self.recipe.parallel.pipeline == "gpipe"):
             return gathered
         return gathered + (memory.unsharded if self._keeps_unsharded else memory.gradients)
 
     def _gradients_at_end(self, memory: MemoryPerRank) -> int:
-        """In the last backward pass: the sharded gradients of all earlier ones, and a unit of weights and of its gradients."""
+        """Gradients in the last backward pass: sharded ones of all earlier passes, and those of a gathered unit."""
         if self._keeps_unsharded or self.num_microbatches == 1:
             return max(memory.gradients, memory.unsharded)
         return memory.gradients + memory.unsharded
 
     def _passing(self, units: list[_Unit]) -> int:
-        """The largest of its kind: a new gradient; under FSDP2 also a unit as it was gathered and another as it is sent."""
+        """The largest new gradient; under FSDP2 also a unit as it was gathered and another as it is sent."""
         gradient = max(self._whole(spec) for unit in units for spec in unit.specs)
         return self.word * (gradient + (2 * self._largest(units) if self.sizes.dp_shard > 1 else 0))
 
     def _received(self, number: int) -> int:
-        """A stage receives activations for each microbatch under way, and the gradient of one (parallel/pipeline.py)."""
+        """Buffers for the activations of each microbatch under way and the gradient of one (parallel/pipeline.py)."""
         forward = self._under_way(number) if number > 0 else 0
         backward = 1 if number < len(self.stages) - 1 else 0
         return (forward + backward) * self._stream_width * self.tokens * self.stream
 
     @property
     def _stream_width(self) -> int:
-        """Columns of the stream that a rank has; under sequence parallelism of its share of the tokens, which is as much."""
+        """Columns of the stream on a rank; sequence parallelism shards the tokens instead, which takes as much."""
         return self.model.dim // (1 if self.recipe.parallel.tensor_layout == "full" else self.sizes.tp)
 
     def _under_way(self, number: int) -> int:
-        """Microbatches that a stage has begun and not ended, at most (arXiv:2104.04473, section 2.2)."""
+        """Most microbatches that a stage has begun and not ended (arXiv:2104.04473, section 2.2)."""
         pp, m, order = self.sizes.pp, self.num_microbatches, self.recipe.parallel.pipeline
         if pp == 1:
             return 1
@@ -300,19 +306,22 @@ class _Accounts:
         return m if order == "gpipe" else min(m, pp - number)
 
     def _logits(self) -> int:
-        """The loss writes its gradient in their place (kernels/cross_entropy.py): one tensor, unless something comes between."""
+        """One tensor of logits, in whose place the loss writes its gradient (kernels/cross_entropy.py), or a few.
+
+        More are needed where something comes between logits and loss.
+        """
         model, wide = self.model, max(4, self.compute)
         columns = model.padded_vocab_size // self.sizes.tp
         scale = topology(model.topology).logit_scale(model.dim, model.topology_options) / model.logits_scaling
         padded = model.padded_vocab_size != model.vocab_size  # the slice's gradient is another tensor
         most, kept = (2 if padded or scale != 1.0 else 1) * self.compute, self.compute
-        if model.logit_softcap is not None:  # what tanh gives is kept for its gradient
+        if model.logit_softcap is not None:  # the result of tanh is kept for its gradient
             most, kept = 3 * wide, 2 * wide
         waiting = self.num_microbatches - 1 if self.sizes.pp > 1 and self.recipe.parallel.pipeline == "gpipe" else 0
         return (most + waiting * kept) * self.tokens * columns
 
     def _checkpoint(self, units: list[_Unit], stages: dict[int, Stage]) -> int:
-        """Weights and moments that this rank writes: what others have as well is shared out evenly (engines/state.py)."""
+        """Weights and moments that this rank writes; replicated ones are shared out evenly (engines/state.py)."""
         copy = self.model.tied_embeddings and not any(stage.has_embedding for stage in stages.values())
 
         def size(spec: ParameterSpec) -> int:
@@ -323,12 +332,12 @@ class _Accounts:
         return (1 + len(MOMENTS)) * self.word * (self._sum(units, size) // shares)
 
     def _building(self, units: list[_Unit]) -> int:
-        """The buffer in which model/init.py draws whole FP32 values of what is divided, one after the other."""
+        """The buffer in which model/init.py draws whole FP32 tensors of what is sharded, one after the other."""
         specs = (spec for unit in units for spec in unit.specs)
         return 4 * max((spec.num_elements for spec in specs if self._held(spec) < spec.num_elements), default=0)
 
     def _activations(self, number: int, stage: Stage) -> int:
-        """What autograd keeps of a stage for all its microbatches under way, and the work of one block."""
+        """Bytes that autograd keeps of a stage for its microbatches under way, and the working memory of one block."""
         blocks = Counter(self.kinds[block] for block in stage.blocks)
         divides_stream = self.recipe.parallel.tensor_layout != "full"
         of = Activations(self.model, self.sizes.tp, divides_stream, self.compute, self.stream)

@@ -1,4 +1,4 @@
-"""What can be found out before the first collective: recipe, data, layout, device. Several ranks agree on all of it, or end."""
+"""Checks before the first collective: recipe, data, layout, device. Several ranks agree on all of them, or end."""
 
 import json
 import logging
@@ -34,13 +34,19 @@ log = logging.getLogger(__name__)
 
 PROGRESS = "megaresnorm/progress"  # in the store: a checkpoint has been written
 ENDED = "megaresnorm/ended"  # in the store: the exit code of the ranks that work, for those that idle
-LOOK = 0.5  # seconds between two looks at it
+LOOK = 0.5  # seconds between two looks at the store
 
 
 @dataclass(frozen=True)
 class Opened:
-    """recipe: resolved against the data.   sizes: of the ranks that work; None where an elastic job has too few for one model.
-    store: through which the ranks have met; None in one process.
+    """A recipe that has been checked, with what was opened for it.
+
+    Attributes:
+        recipe: resolved against the data.
+        valid: validation samples; None without a validation split.
+        sizes: mesh of the ranks that work; None where an elastic job has too few for one model.
+        environment: of this rank.
+        store: through which the ranks have met; None in one process.
     """
 
     recipe: Recipe
@@ -54,24 +60,29 @@ class Opened:
 
     @property
     def idles(self) -> bool:
-        """Whether this rank of an elastic job has no part of the layout."""
+        """Whether this rank of an elastic job has no place in the layout."""
         return self.sizes is None or self.environment.rank >= self.sizes.num_ranks
 
 
 def open_recipe(load: Callable[[], Recipe], environment: Environment | None = None) -> Opened:
-    """load: reads the recipe; with several ranks its errors are those of all.
+    """Read and check a recipe, and open its data. With several ranks, all agree on it. Nothing is allocated.
 
-    Raises: the first rank's UserError on all ranks; ConfigError naming the first setting, version, source file or data that differs
-    between two ranks. Nothing is allocated.
+    Args:
+        load: reads the recipe; an error in it becomes that of all ranks.
+        environment: of this rank; None to read it from the process.
+
+    Raises:
+        UserError: that of the first rank which had one, on all ranks.
+        ConfigError: a setting, version, source file or data set differs between two ranks; names the first.
+        TooManyRestartsError: ranks have died too often since the newest checkpoint was written.
     """
     environment = environment or read_environment()
     _check_restarts(environment)
     if environment.world_size == 1:
         return _look(load(), environment, None)
     store = open_store(environment)
-    recipe = agree(
-        load, facts_of_start, environment, store
-    )  # first: what does not fit may do so by a setting that differs
+    # This comes first: what fails below may fail because of a setting that differs.
+    recipe = agree(load, facts_of_start, environment, store)
     return agree(lambda: _look(recipe, environment, store), facts_of_data, environment, store)
 
 
@@ -93,7 +104,11 @@ def _look(recipe: Recipe, environment: Environment, store: Store | None) -> Open
 
 
 def _sizes(recipe: Recipe, environment: Environment) -> Sizes | None:
-    """Raises: ConfigError for a layout that cannot be: at all, or, unless nodes come and go, with this number of ranks."""
+    """Mesh of the ranks that work; None where an elastic job has too few.
+
+    Raises:
+        ConfigError: the layout is impossible, in general or, unless nodes come and go, with this number of ranks.
+    """
     num_ranks, parallel = environment.world_size, recipe.parallel
     if not environment.elastic:
         return check_layout(recipe, num_ranks)
@@ -110,7 +125,11 @@ def _sizes(recipe: Recipe, environment: Environment) -> Sizes | None:
 
 
 def _check_restarts(environment: Environment) -> None:
-    """Raises: TooManyRestartsError where ranks have died too often since the newest checkpoint was written."""
+    """Compare the number of restarts since the newest checkpoint with MAX_RESTARTS.
+
+    Raises:
+        TooManyRestartsError: ranks have died too often since it was written.
+    """
     if environment.launcher is None or environment.max_restarts is None:
         return
     launcher = Launcher(environment.launcher)
@@ -120,12 +139,15 @@ def _check_restarts(environment: Environment) -> None:
             f"ranks have died {restarts} times without a new checkpoint (MAX_RESTARTS={environment.max_restarts}); "
             "what ended the first of them stands above"
         )
-        error.agreed = environment.one_node  # others count for themselves
+        error.agreed = environment.one_node  # other nodes count for themselves
         raise error
 
 
 def note_progress(environment: Environment, store: Store | None) -> None:
-    """A checkpoint was written by this start of the ranks: a month-long run may lose more of them than MAX_RESTARTS."""
+    """Note that this start of the ranks has written a checkpoint, from which MAX_RESTARTS counts anew.
+
+    A month-long run may lose more ranks than that.
+    """
     if environment.launcher is not None and environment.local_rank == 0:
         with suppress(OSError):  # a full /tmp: MAX_RESTARTS is not renewed, which is all that is lost
             Launcher(environment.launcher).write("progress", environment.attempt)
@@ -135,7 +157,7 @@ def note_progress(environment: Environment, store: Store | None) -> None:
 
 
 def facts_of_start(recipe: Recipe) -> dict[str, str]:
-    """What all ranks must have alike: settings by their keys, versions, the package's files by their digests."""
+    """Facts that must be equal on all ranks: settings by key, versions, and digests of the package's files."""
     versions = {
         "the version of megaresnorm": megaresnorm.__version__,
         "the version of torch": str(torch.__version__),
@@ -146,7 +168,7 @@ def facts_of_start(recipe: Recipe) -> dict[str, str]:
 
 
 def facts_of_data(opened: Opened) -> dict[str, str]:
-    """As ``facts_of_start``, of what the recipe was resolved against."""
+    """Facts that must be equal on all ranks, of the data that the recipe was resolved against."""
     tokenizer = None if opened.data.tokenizer is None else opened.data.tokenizer.describe()
     return {"the content of the data": opened.data.digest, "the tokenizer of the data": json.dumps(tokenizer)}
 
@@ -160,7 +182,7 @@ def _flat(values: Mapping, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _package() -> dict[str, str]:
-    """Path -> digest of every source file of this package: one node may have an older one."""
+    """Digest of every source file of this package by path: one node may have an older file."""
     root = Path(megaresnorm.__file__).parent
     files = (path for path in sorted(root.rglob("*")) if path.suffix in (".py", ".c", ".h"))
     return {f"the file {path.relative_to(root.parent)}": sha256(path.read_bytes()).hexdigest()[:12] for path in files}
@@ -171,9 +193,15 @@ def _heard(rank: int) -> str:
 
 
 def idle(opened: Opened) -> int:
-    """Wait, on a rank without work, for the end of those that have some; their exit code.
+    """Wait, on a rank without work, for the end of the ranks that work.
 
-    Nodes that come or go end it by a signal. A checkpoint of the others is progress here, too.
+    When nodes come or go, a signal ends the wait. A checkpoint of the others is noted as progress here, too.
+
+    Returns:
+        Exit code of the ranks that work.
+
+    Raises:
+        LostRankError: rank 0 is gone.
     """
     noted = opened.environment.launcher is None or opened.environment.local_rank > 0
     try:
@@ -191,7 +219,11 @@ def idle(opened: Opened) -> int:
 
 @contextmanager
 def tell_idle_ranks(opened: Opened) -> Iterator[Callable[[int], None]]:
-    """A function that tells idle ranks with which exit code those that work have ended; those that an error ends tell its own."""
+    """Tell the idle ranks how the ranks that work have ended. If an error that all raise ends them, its code is told.
+
+    Yields:
+        A function that tells an exit code; only the first call counts.
+    """
     said: list[int] = []
 
     def tell(code: int) -> None:
@@ -205,6 +237,6 @@ def tell_idle_ranks(opened: Opened) -> Iterator[Callable[[int], None]]:
     try:
         yield tell
     except UserError as e:
-        if e.agreed:  # another one starts the ranks again, the idle ones too
+        if e.agreed:  # after another error the ranks are started again, the idle ones too
             tell(e.exit_code)
         raise

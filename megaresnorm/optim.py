@@ -1,4 +1,4 @@
-"""AdamW over groups from the table of parameters, and gradient clipping."""
+"""AdamW with groups from the table of parameters, and gradient clipping."""
 
 from collections.abc import Hashable, Mapping, Sequence
 
@@ -17,13 +17,23 @@ NORM_PIECE = 1 << 16  # elements whose squares may be added in FP32: the error i
 
 
 class Optimizer:
-    """AdamW (arXiv:1711.05101), with one group for each combination of decay and multipliers in the table.
+    """AdamW, with one group for each combination of decay and multipliers in the table.
 
-    A deep, narrow model has thousands of small parameters. Those of a group become slices of one tensor, and ``collect`` puts
-    their gradients into another, so that norm, clipping and update are one call for all of them. ``tensors`` is what remains to
-    be called for: those packed tensors and the large parameters. What FSDP2 has divided is updated where it lies, unpacked.
+    A deep, narrow model has thousands of small parameters. Those of a group become slices of one tensor, and
+    ``collect`` puts their gradients into another, so that norm, clipping and update are one call for all of them.
+    Parameters that FSDP2 has sharded are updated where they are, unpacked.
 
-    kinds: of parameters by name; only those of one kind are packed together.
+    Args:
+        parameters: by name.
+        table: the specification of each.
+        recipe: settings of the optimizer.
+        kinds: kind of each parameter, by name; only parameters of one kind are packed together. None for a single kind.
+
+    Attributes:
+        tensors: what AdamW updates: packed tensors, large parameters, and this rank's part of sharded ones.
+
+    Source:
+        AdamW, arXiv:1711.05101.
     """
 
     def __init__(
@@ -36,7 +46,7 @@ class Optimizer:
         self._parameters = list(parameters.values())
         kinds = kinds or dict.fromkeys(parameters)
         self._slices: dict[nn.Parameter, tuple[nn.Parameter, int]] = {}  # small -> (packed tensor, first element)
-        self._locals: dict[nn.Parameter, nn.Parameter] = {  # divided -> this rank's part of its memory
+        self._locals: dict[nn.Parameter, nn.Parameter] = {  # sharded -> this rank's part of its memory
             p: nn.Parameter(local(p.detach())) for p in self._parameters if local(p) is not p
         }
         self._members: dict[nn.Parameter, list[nn.Parameter]] = {}  # packed tensor -> its small ones, in order
@@ -68,15 +78,19 @@ class Optimizer:
         return self._adamw.param_groups
 
     def updated_as(self, parameter: nn.Parameter) -> nn.Parameter:
-        """The tensor that AdamW updates in the place of a parameter of the model."""
+        """The tensor that AdamW updates in place of a parameter of the model."""
         return self._slices.get(parameter, (self._locals.get(parameter, parameter), 0))[0]
 
     def kinds(self, *, per_parameter: bool = False) -> list[Hashable]:
-        """Of what ``collect`` returns."""
+        """Kinds of the gradients that ``collect`` returns."""
         return self._kinds_of_parameters if per_parameter else self._kinds
 
     def collect(self, *, per_parameter: bool = False) -> list[Tensor]:
-        """Take over the parameters' gradients; returns those of ``tensors``, or one (a slice) for each parameter of the model."""
+        """Take over the gradients of the parameters, which then have none.
+
+        Returns:
+            Gradients of ``tensors``, or with ``per_parameter`` one for each parameter of the model, as a slice.
+        """
         for packed, members in self._members.items():
             assert packed.grad is not None
             torch.cat([_gradient_of(p).flatten() for p in members], out=packed.grad)
@@ -89,30 +103,35 @@ class Optimizer:
         )
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
-        """The gradient of one of the model's parameters that was collected."""
+        """The collected gradient of a parameter of the model."""
         return self._slice_for(parameter, _gradient_of(self.updated_as(parameter)))
 
     def step(self, lr: float) -> None:
-        """Update with the gradients that were collected; ``lr`` is the schedule's, to which a group's multiplier is applied."""
+        """Update with the collected gradients.
+
+        Args:
+            lr: the schedule's learning rate, before the multiplier of a group.
+        """
         for group in self._adamw.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
         self._adamw.step()
 
     def zero_grad(self) -> None:
+        """Drop the gradients of the parameters; packed ones are overwritten by ``collect``."""
         for parameter in (*self._parameters, *self._locals.values()):
             parameter.grad = None
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """exp_avg and exp_avg_sq of one of the model's parameters: live, whether it is packed or not."""
+        """exp_avg and exp_avg_sq of a parameter of the model, packed or not: AdamW's own memory, not copies."""
         updated = self.updated_as(parameter)
         state = self._adamw.state[updated]
-        if not state:  # AdamW itself would only make it in its first step
+        if not state:  # AdamW itself makes it only in its first step
             state["step"] = torch.zeros((), dtype=torch.float32, device=updated.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(updated), torch.zeros_like(updated)
         return {key: self._slice_for(parameter, state[key]) for key in MOMENTS}
 
     def set_updates(self, updates: int) -> None:
-        """Tell AdamW's bias correction how many updates the moments have seen."""
+        """Set the number of updates that the moments have seen, for AdamW's bias correction."""
         for tensor in self.tensors:
             self._adamw.state[tensor]["step"].fill_(updates)
 
@@ -130,7 +149,7 @@ class Optimizer:
         return packed
 
     def _slice_for(self, parameter: nn.Parameter, tensor: Tensor) -> Tensor:
-        """What belongs to a parameter in a tensor that is laid out as the one it is updated with."""
+        """The slice of a parameter in a tensor that is laid out like the one it is updated in."""
         if parameter not in self._slices:
             return tensor
         start = self._slices[parameter][1]
@@ -138,25 +157,40 @@ class Optimizer:
 
 
 def _gradient_of(parameter: nn.Parameter) -> Tensor:
-    """The gradient, or this rank's part of it; zeros for a parameter that no loss depends on."""
+    """The gradient, or this rank's shard of it; zeros for a parameter that no loss depends on."""
     return torch.zeros_like(local(parameter.detach())) if parameter.grad is None else local(parameter.grad)
 
 
 class GradientClipper:
     """Clips gradients in place: all together by their global norm, or each tensor against its own history (AdaGC).
 
-    AdaGC (arXiv:2502.11034, algorithm 1): the gradient of tensor i may exceed the moving average gamma_i of its own
-    clipped norms by ``adagc_ratio``. During its warm-up clipping is global and gamma_i is the smallest norm seen.
+    With AdaGC the gradient of tensor i may exceed the moving average gamma_i of its own clipped norms by
+    ``adagc_ratio``. During its warm-up clipping is global, and gamma_i is the smallest norm seen.
+
+    Args:
+        recipe: the kind of clipping and its settings.
+        num_tensors: number of gradients.
+
+    Attributes:
+        steps: steps that the averages have seen.
+        averages: gamma, [num_tensors], on the CPU.
+
+    Source:
+        AdaGC, arXiv:2502.11034, algorithm 1.
     """
 
     def __init__(self, recipe: OptimRecipe, num_tensors: int) -> None:
         self.recipe = recipe
         self.steps = 0
-        self.averages = torch.full((num_tensors,), torch.inf)  # gamma, on the CPU: one number a tensor
+        self.averages = torch.full((num_tensors,), torch.inf)
 
     def clip(self, gradients: Sequence[Tensor], norms: Tensor, total: Tensor | None = None) -> None:
-        """gradients: every gradient, in a fixed order.   norms: [n] FP64, their L2 norms before clipping, of whole tensors
-        where they are divided among ranks.   total: norm of all gradients of all ranks; the default is that of these.
+        """Clip the gradients of one step in place.
+
+        Args:
+            gradients: every gradient, in a fixed order.
+            norms: [n] FP64, their L2 norms before clipping; of whole tensors where they are sharded over ranks.
+            total: norm of all gradients of all ranks; None for that of ``norms``.
         """
         recipe = self.recipe
         if recipe.clip == "none":
@@ -172,7 +206,10 @@ class GradientClipper:
             self._remember(norms * factors, warm)
 
     def _remember(self, clipped: Tensor, warm: bool) -> None:
-        """A norm of zero (behind a gate that starts at 0) says nothing of a tensor's scale, and would pin gamma to 0."""
+        """Update gamma with the norms after clipping.
+
+        A norm of zero (behind a gate that starts at 0) says nothing about a tensor's scale, and would pin gamma to 0.
+        """
         beta = self.recipe.adagc_beta
         average = beta * self.averages + (1 - beta) * clipped if warm else torch.minimum(self.averages, clipped)
         average = torch.where(self.averages.isinf(), clipped, average)
@@ -181,21 +218,26 @@ class GradientClipper:
 
 
 def check_eps(recipe: OptimRecipe, table: Mapping[str, ParameterSpec]) -> None:
-    """Raises: ConfigError where a topology's multiplier makes an eps with which AdamW would divide zero by zero."""
+    """Check that eps times the topology's multiplier is large enough for AdamW.
+
+    Raises:
+        ConfigError: it is so small for some parameter that AdamW would divide zero by zero.
+    """
     for name, spec in table.items():
         multiplier = spec.multipliers.eps
         if recipe.eps * multiplier < SMALLEST_EPS:
             raise ConfigError(
-                f"optim.eps={recipe.eps:g} times {multiplier:g}, the topology's multiplier for {name}, is no normal number in "
-                f"FP32; wanted at least {SMALLEST_EPS / multiplier:.1e}"
+                f"optim.eps={recipe.eps:g} times {multiplier:g}, the topology's multiplier for {name}, is no normal "
+                f"number in FP32; wanted at least {SMALLEST_EPS / multiplier:.1e}"
             )
 
 
 def gradient_norms(gradients: Sequence[Tensor]) -> Tensor:
-    """L2 norm of every gradient, [n] FP64; the norm of all of them together is the norm of this vector.
+    """L2 norm of every gradient, [n] FP64. The norm of all of them together is the norm of this vector.
 
-    On CPUs torch adds the squares of a whole tensor in FP32, which loses 4e-3 of the norm of 5e7 numbers. Pieces of NORM_PIECE
-    numbers keep seven digits; their squares are joined in FP64, so that the norm does not depend on how tensors are packed.
+    On CPUs torch adds the squares of a whole tensor in FP32, which loses 4e-3 of the norm of 5e7 numbers. Pieces of
+    NORM_PIECE numbers keep seven digits; their squares are added in FP64, so that the norm does not depend on how
+    tensors are packed.
     """
     pieces = [piece for g in gradients for piece in (g.flatten().split(NORM_PIECE) if g.is_cpu else (g,))]
     norms = torch.stack(torch._foreach_norm(pieces)).double()

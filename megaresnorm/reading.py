@@ -1,4 +1,4 @@
-"""Reading small files whole from paths that anybody may have given: a pipe, a device or a sparse terabyte is refused, not read."""
+"""Reading small files whole from paths of any origin: a pipe, a device or a sparse terabyte is refused, not read."""
 
 import errno
 import json
@@ -10,10 +10,13 @@ from megaresnorm.files import open_plain
 
 
 def read_plain_file(path: str | Path, max_bytes: int, *, follow: bool = True) -> bytes:
-    """The content of a plain file of at most ``max_bytes``.
+    """Read a plain file of at most ``max_bytes``.
 
-    follow: whether the path may be a link to such a file, as in the cache of Hugging Face.
-    Raises: OSError, whose ``strerror`` says in a few words why it cannot be read.
+    Args:
+        follow: whether the path may be a link to such a file, as in the cache of Hugging Face.
+
+    Raises:
+        OSError: it cannot be read; ``strerror`` says why in a few words.
     """
     descriptor = open_plain_file(path, follow=follow)
     with os.fdopen(descriptor, "rb") as file:
@@ -24,15 +27,24 @@ def read_plain_file(path: str | Path, max_bytes: int, *, follow: bool = True) ->
 
 
 def open_plain_file(path: str | Path, *, follow: bool = True) -> int:
-    """A descriptor for reading. Raises: OSError for what is not there or not a plain file."""
+    """Open a plain file for reading, and return its descriptor.
+
+    Raises:
+        OSError: it is not there, or not a plain file.
+    """
     return open_plain(path, os.O_RDONLY, follow=follow)
 
 
 def read_json_object(path: str | Path, max_bytes: int, max_values: int, *, follow: bool = True) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Read a file with a JSON object.
 
-    max_values: by its brackets and commas; in memory a value takes up to twenty times its bytes.
-    Raises: OSError as ``read_plain_file``, ValueError with the reason in one line for what is no such object.
+    Args:
+        max_values: limit on values, counted by brackets and commas: in memory one takes up to twenty times its bytes.
+        follow: as in ``read_plain_file``.
+
+    Raises:
+        OSError: as in ``read_plain_file``.
+        ValueError: it is no such object; says why in one line.
     """
     raw = read_plain_file(path, max_bytes, follow=follow)
     if sum(map(raw.count, (b"{", b"[", b","))) > max_values:
@@ -49,6 +61,6 @@ def read_json_object(path: str | Path, max_bytes: int, max_values: int, *, follo
 
 
 def first_line(error: BaseException, length: int = 200) -> str:
-    """What a library says, as far as it goes into a line of ours; its class where it says nothing."""
+    """First line of a library's error, cut to ``length`` characters; its class where it has no text."""
     text = str(error).strip()
     return text.splitlines()[0][:length] if text else type(error).__name__

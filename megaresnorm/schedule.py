@@ -7,7 +7,7 @@ from megaresnorm.recipe import Recipe, TrainRecipe
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """The learning rate of one step, before the multipliers of a parameter's role."""
+    """Learning rate of one step, before the multiplier of a parameter's role."""
     schedule, peak, steps = recipe.schedule, recipe.optim.lr, recipe.train.steps
     warmup = schedule.warmup_steps
     if step < warmup:
@@ -29,15 +29,15 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 def wsd_decay_steps(recipe: Recipe) -> int:
-    """Steps of the final decay: the recipe's, else a tenth of the run, within what the warm-up leaves."""
+    """Number of steps of the final decay: the recipe's, or a tenth of the run; at most what the warm-up leaves."""
     decay = recipe.schedule.decay_steps or max(1, recipe.train.steps // 10)
     return max(1, min(decay, recipe.train.steps - recipe.schedule.warmup_steps))
 
 
 def total_variation(recipe: Recipe) -> float:
-    """Sum over the run of |lr_t - lr_(t-1)|, from the rate of the first step on: how far from flat the schedule is.
+    """Sum of |lr_t - lr_(t-1)| over the run, from the rate of the first step on: how far from flat the schedule is.
 
-    Every schedule rises to its peak and falls from there on, so these few steps say it.
+    Every schedule rises to its peak and falls from there on, so the rates at the turning points are enough.
     """
     last, warmup = recipe.train.steps - 1, recipe.schedule.warmup_steps
     turns = sorted({0, min(max(warmup - 1, 0), last), min(warmup, last), last})
@@ -45,7 +45,7 @@ def total_variation(recipe: Recipe) -> float:
 
 
 def batch_size(step: int, train: TrainRecipe) -> int:
-    """Samples of one step: grows linearly from batch_ramp.start, in multiples of the microbatch."""
+    """Number of samples of one step. It grows linearly from batch_ramp.start, in multiples of the microbatch."""
     ramp = train.batch_ramp
     if ramp is None or step >= ramp.steps:
         return train.global_batch
@@ -55,7 +55,7 @@ def batch_size(step: int, train: TrainRecipe) -> int:
 
 
 def samples_before(step: int, train: TrainRecipe) -> int:
-    """Samples of all steps before this one: the sum of their ``batch_size``, in a time that does not depend on their number."""
+    """Number of samples of all steps before this one: the sum of their ``batch_size``, without a loop over steps."""
     ramp = train.batch_ramp
     if ramp is None:
         return step * train.global_batch
@@ -65,7 +65,7 @@ def samples_before(step: int, train: TrainRecipe) -> int:
 
 
 def _floor_sum(n: int, divisor: int, slope: int, offset: int) -> int:
-    """Sum over i from 0 to n - 1 of (slope * i + offset) // divisor, by Euclid's algorithm: counts points below a line.
+    """Sum of (slope * i + offset) // divisor over i from 0 to n - 1, by Euclid's algorithm: counts points below a line.
 
     >>> _floor_sum(5, 3, 2, 1), sum((2 * i + 1) // 3 for i in range(5))
     (7, 7)

@@ -1,6 +1,5 @@
 """Several ranks inside one program, for tests of layouts: fork, gloo, a file store. Two of them start in a fifth of a second.
 
-from megaresnorm.testing import run_ranks
 
 first, second = run_ranks(2, function, *arguments)      # function(rank, *arguments) on every rank
 """

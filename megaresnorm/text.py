@@ -1,23 +1,27 @@
-"""Strings that come from elsewhere, as they are shown: names, keys, paths, values of files, messages of other packages.
+"""Display of strings that come from elsewhere: names, keys, paths, values of files, messages of other packages.
 
-Whatever is in them, they stay within their line, do not move the cursor, and read in the order in which they are stored.
+Whatever is in them, they stay within their line, do not move the cursor, and read in the order in which they are
+stored.
 """
 
 import logging
 import re
 import sys
 
-# C0, DEL and C1 controls, line and paragraph separators, what turns the direction of writing around (embeddings, overrides,
-# isolates), and halves of surrogate pairs, which stand for bytes that are not UTF-8. Marks and joiners that scripts need stay.
+# C0, DEL and C1 controls, line and paragraph separators, characters that change the direction of writing (embeddings,
+# overrides, isolates), and halves of surrogate pairs, which stand for bytes that are not UTF-8. Marks and joiners that
+# scripts need stay.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _CONTROLS_WITHIN_LINES = re.compile(_CONTROLS.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))
 LONGEST = 2000  # characters of one line: more than any line of ours has, and few enough to be read
 
 
 def shown(text: object, *, lines: bool = False) -> str:
-    r"""A string with its control characters written out, in one line; the middle of a very long one is left out.
+    r"""A string with its control characters written out, in one line. The middle of a very long one is left out.
 
-    lines: keep line breaks and tabs, and all of it: for what is printed on several lines on purpose.
+    Args:
+        text: converted by ``str``.
+        lines: keep line breaks and tabs, and any length: for text that is printed on several lines on purpose.
 
     >>> shown("runs/a\nstep 99/100\x1b[2J")
     'runs/a\\nstep 99/100\\x1b[2J'
@@ -38,7 +42,7 @@ def say(line: object, *, error: bool = False) -> None:
 
 
 def write(text: str) -> None:
-    """Print text of several lines, such as what a model has written: as it is into a file or a pipe, as ``shown`` on a terminal."""
+    """Print text of several lines, such as a model's: as it is into a file or a pipe, as ``shown`` on a terminal."""
     sys.stdout.write(shown(text, lines=True) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
@@ -47,6 +51,7 @@ class OneLine(logging.Formatter):
     """A log record is one line, whatever its arguments hold."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """The record as one line, also with a traceback."""
         return shown(super().format(record))
 
 

@@ -43,7 +43,8 @@ def main() -> None:
     tensors = {f"{g}.{n}": s.local for g, members in engine.sharded_state.items() for n, s in members.items()}
     parameters = sum(s.local.numel() for s in engine.sharded_state["weights"].values())
     print(
-        f"{parameters:,} parameters, {len(tensors):,} tensors, {bytes_of(engine.sharded_state) / 1e9:.2f} GB, one process of one thread"
+        f"{parameters:,} parameters, {len(tensors):,} tensors, {bytes_of(engine.sharded_state) / 1e9:.2f} GB, one process "
+        "of one thread"
     )
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)

@@ -1,10 +1,10 @@
-"""What a checkpoint is on disk.
+"""The layout of a checkpoint on disk.
 
 step-00000500/
-  manifest.json                        everything but tensors: files with size and SHA-256, global shapes, training state,
-                                       recipe, versions, and a digest of itself
-  weights-00003-00001.safetensors      what rank 3 wrote: tensors under their global names; which slices of the whole tensors
-  optimizer-00003-00001.safetensors    their rows are stands in the file's own header
+  manifest.json                        everything but tensors: files with size and SHA-256, global shapes, training
+                                       state, recipe, versions, and a digest of itself
+  weights-00003-00001.safetensors      tensors that rank 3 wrote, under their global names; the file's own header says
+  optimizer-00003-00001.safetensors    which slices of the whole tensors their rows are
   tokenizer.model | .json              the tokenizer of the data, unless it is bytes
 """
 
@@ -28,7 +28,7 @@ MANIFEST = "manifest.json"
 FORMAT = 2
 FILE_NAME = re.compile(r"[a-z]+-[0-9]{5}-[0-9]{5}\.safetensors|tokenizer\.(model|json)")
 UNFINISHED = ".tmp-"  # a folder that is being written or removed
-DAMAGED = "damaged-"  # a folder that a run could not go on from, and went on from an older one
+DAMAGED = "damaged-"  # a folder that a run could not resume from; it resumed from an older one
 MAX_MANIFEST_BYTES = 1 << 24
 DTYPES = {
     "torch.float64": "F64",
@@ -36,19 +36,23 @@ DTYPES = {
     "torch.bfloat16": "BF16",
     "torch.float16": "F16",
     "torch.int8": "I8",
-}  # in safetensors
+}  # PyTorch name -> safetensors name
 _FOLDER_NAME = re.compile(r"step-([0-9]{8,})")
 _CHUNK = 1 << 22
-FINITE = ("weights", "optimizer")  # groups without NaN and infinity; a clipper's averages start as infinity
+FINITE = ("weights", "optimizer")  # groups that must be finite; the running averages of a clipper start as infinity
 
 
 @dataclass(frozen=True)
 class TensorSlices:
-    """One tensor of the whole model, and what this rank has of it.
+    """One tensor of the whole model, and the slices of it that this rank holds.
 
-    shape, dtype: of the whole.   local: live memory, None where the rank has nothing of it; its rows are, one after the other, the
-    slices ``boxes``.   owned: whether this is the one rank that writes them.   chunks: makes the rows of a whole tensor, some at a
-    time, in the place of ``local`` where they are not to be in memory together.
+    Attributes:
+        shape, dtype: of the whole tensor.
+        local: live memory; None where this rank holds nothing. Its rows are the slices ``boxes``, one after the other.
+        boxes: the bounds of those slices in the whole tensor.
+        owned: whether this is the one rank that writes them.
+        chunks: makes the rows of a whole tensor, some at a time. It takes the place of ``local`` where they are not to
+            be in memory together.
     """
 
     shape: tuple[int, ...]
@@ -60,17 +64,17 @@ class TensorSlices:
 
     @classmethod
     def of_whole(cls, tensor: Tensor) -> "TensorSlices":
-        """A tensor that one rank has whole."""
+        """A tensor that one rank holds whole."""
         box = tuple((0, size) for size in tensor.shape)
         return cls(tuple(tensor.shape), tensor.dtype, tensor, (box,), owned=True)
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole tensor."""
+        """Size of the whole tensor."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def file_tensor(self, name: str) -> "FileTensor":
-        """What this rank has, as a tensor of a file."""
+        """The slices that this rank holds, as one tensor of a file."""
         if self.chunks is not None:
             return FileTensor(name, self.dtype, self.shape, self.chunks)
         local = self.local
@@ -79,7 +83,11 @@ class TensorSlices:
 
 
 class FileTensor(NamedTuple):
-    """One tensor of a safetensors file. chunks: makes its consecutive rows, some at a time."""
+    """One tensor of a safetensors file.
+
+    Attributes:
+        chunks: makes its consecutive rows, some at a time.
+    """
 
     name: str
     dtype: torch.dtype
@@ -88,24 +96,30 @@ class FileTensor(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
+        """Size of the tensor's data in the file."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-Groups = Mapping[str, Mapping[str, TensorSlices]]  # weights, optimizer -> global name -> its slices
+Groups = Mapping[str, Mapping[str, TensorSlices]]  # group (weights, optimizer) -> global name -> slices
 
 
 def folder_name(step: int) -> str:
+    """Name of the folder of a complete checkpoint."""
     return f"step-{step:08d}"
 
 
 def step_of(folder: Path) -> int | None:
-    """By its name; None for a name that is not of a step."""
+    """The step that a folder is named after; None for any other name."""
     match = _FOLDER_NAME.fullmatch(folder.name)
     return None if match is None else int(match[1])
 
 
 def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every complete checkpoint under ``root``, oldest first. Unfinished ones have other names."""
+    """(step, folder) of every complete checkpoint under ``root``, oldest first. Unfinished ones have other names.
+
+    Raises:
+        CheckpointError: the folder cannot be read.
+    """
     try:
         if not root.is_dir():
             return []
@@ -116,21 +130,25 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
 
 
 def root_of(folder: Path) -> Path:
-    """Where the checkpoints are of a run's output folder; or the folder itself, if it is that already."""
+    """The folder of checkpoints in a run's output folder, or ``folder`` itself if it is that already."""
     return folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
 
 
 def checkpoints_of(folder: Path) -> list[tuple[int, Path]]:
-    """As ``list_checkpoints``, of a run's output folder or a folder of checkpoints."""
+    """As ``list_checkpoints``, for a run's output folder or a folder of checkpoints."""
     return list_checkpoints(root_of(folder))
 
 
 def file_sha256(path: Path, *, from_disk: bool = False, progress: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file.
+    """SHA-256 of a file, in hexadecimal.
 
-    from_disk: not what the operating system still remembers of writing it, where it can be made to forget.   progress: called with
-    the bytes of every part.
-    Raises: OSError for what is not a plain file.
+    Args:
+        from_disk: read the disk, not the page cache that writing the file has left, where the system can be made to
+            drop it.
+        progress: called with the number of bytes of every part.
+
+    Raises:
+        OSError: the path is not a plain file, or cannot be read.
     """
     digest = hashlib.sha256()
     with os.fdopen(open_plain_file(path), "rb", buffering=0) as file:
@@ -144,7 +162,8 @@ def file_sha256(path: Path, *, from_disk: bool = False, progress: Callable[[int]
 
 
 def human_bytes(count: float) -> str:
-    """
+    """A size in decimal units, for people.
+
     >>> human_bytes(512), human_bytes(3_200_000)
     ('512 B', '3.2 MB')
     """
@@ -156,7 +175,7 @@ def human_bytes(count: float) -> str:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite, in one pass that needs no memory."""
+    """Whether no element is NaN or infinite, in one pass without extra memory."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     least, most = torch.aminmax(tensor)

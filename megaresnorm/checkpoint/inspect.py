@@ -1,4 +1,4 @@
-"""What checkpoints there are, what is in them, and how two differ."""
+"""Listing, verifying and comparing checkpoints."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,7 +32,13 @@ Progress = Callable[[int], None] | None
 
 @dataclass(frozen=True)
 class FolderEntry:
-    """One folder of checkpoints. problem: what is wrong with it, seen without reading its tensors; the figures are None then."""
+    """One folder among the checkpoints of a run. Figures are None where its manifest cannot be read.
+
+    Attributes:
+        num_ranks: how many ranks wrote it.
+        saved: when its manifest was written.
+        problem: what is wrong with it, as far as that is seen without reading its tensors; None if nothing is.
+    """
 
     path: Path
     step: int | None = None
@@ -45,8 +51,14 @@ class FolderEntry:
 
 @dataclass(frozen=True)
 class Difference:
-    """One tensor of two checkpoints. largest: of the absolute differences, infinite where one is NaN, None where only one
-    checkpoint has the tensor or shapes differ; scale: the largest absolute value in the first.
+    """How one tensor differs between two checkpoints.
+
+    Attributes:
+        name: its group and its global name.
+        what: "values", or which checkpoint alone has it, or both dtypes and shapes.
+        largest: the largest absolute difference, infinite where one value is NaN; None where only one checkpoint has
+            the tensor, or dtypes or shapes differ.
+        scale: the largest absolute value in the first checkpoint; None as for ``largest``.
     """
 
     name: str
@@ -56,7 +68,11 @@ class Difference:
 
 
 def newest_of(folder: Path) -> Path:
-    """A checkpoint itself, or the newest of a run. Raises: CheckpointError if there is none."""
+    """``folder`` if it is a checkpoint itself, or else the newest checkpoint of a run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     if (folder / MANIFEST).exists():
         return folder
     found = checkpoints_of(folder)
@@ -68,7 +84,11 @@ def newest_of(folder: Path) -> Path:
 
 
 def run_of(folder: Path) -> Path:
-    """The output folder of a run, of whose checkpoints it may be the folder. Raises: CheckpointError if it is neither."""
+    """The output folder of a run, given that folder or its folder of checkpoints.
+
+    Raises:
+        CheckpointError: ``folder`` is neither.
+    """
     run = folder.resolve().parent if folder.name == "checkpoints" else folder
     if not list_checkpoints(run / "checkpoints"):
         raise CheckpointError(f"{folder}: has no checkpoint; wanted the output folder of a run")
@@ -76,7 +96,7 @@ def run_of(folder: Path) -> Path:
 
 
 def entries(folder: Path) -> Iterator[FolderEntry]:
-    """Every checkpoint of a run, oldest first, and what is left of unfinished and damaged ones."""
+    """Every checkpoint of a run, oldest first, then what is left of unfinished and damaged ones."""
     root = root_of(folder)
     for step, path in list_checkpoints(root):
         try:
@@ -108,12 +128,20 @@ def _entry(step: int, path: Path) -> FolderEntry:
 
 
 def num_bytes(path: Path) -> int:
-    """What its files hold."""
+    """Size of the files of a checkpoint, without its manifest.
+
+    Raises:
+        CheckpointError: the manifest cannot be used.
+    """
     return sum(entry["size"] for entry in read_manifest(path)["files"].values())
 
 
 def strangers(path: Path) -> list[str]:
-    """What lies in the folder of a checkpoint and is not part of it: nothing reads it. Raises: CheckpointError."""
+    """Names in the folder of a checkpoint that are not part of it: nothing reads them.
+
+    Raises:
+        CheckpointError: the manifest cannot be used, or the folder cannot be read.
+    """
     known = {MANIFEST, *read_manifest(path)["files"]}
     try:
         return sorted(found.name for found in path.iterdir() if found.name not in known)
@@ -124,10 +152,14 @@ def strangers(path: Path) -> list[str]:
 def non_finite(
     checkpoint: Checkpoint, group: str = "weights", control: Axis = ALONE, progress: Progress = None
 ) -> list[str]:
-    """The tensors of a group that hold NaN or infinity, looked at a chunk at a time.
+    """Names of the tensors of a group that hold NaN or infinity. Reads them a chunk at a time. Collective.
 
-    control: all ranks that look together, each at an equal number of tensors; every one must call it, and all get the same.
-    progress: called with the bytes of every chunk that this rank has looked at.   Raises: CheckpointError.
+    Args:
+        control: all ranks that share the work, an equal number of tensors each; all of them get the same result.
+        progress: called with the number of bytes of every chunk that this rank has read.
+
+    Raises:
+        CheckpointError: a file cannot be read.
     """
 
     def finite(name: str) -> bool:
@@ -144,8 +176,14 @@ def non_finite(
 
 
 def verify(path: Path, progress: Progress = None) -> list[str]:
-    """Everything that is wrong with a checkpoint: every file that is damaged, or else the first slice that does not fit, or else
-    the tensors that are not finite. Reads what ``num_bytes`` says twice, and calls ``progress`` with both.
+    """Find everything that is wrong with a checkpoint.
+
+    Args:
+        progress: called with the number of bytes of every part; all files are read twice, twice ``num_bytes`` in all.
+
+    Returns:
+        A line for every damaged file; or else one for the first slice that does not fit; or else one for each group
+        with tensors that are not finite. Empty for a checkpoint that is whole.
     """
     try:
         files = read_manifest(path)["files"]
@@ -166,7 +204,7 @@ def verify(path: Path, progress: Progress = None) -> list[str]:
 
 
 def _not_finite(checkpoint: Checkpoint, progress: Progress) -> list[str]:
-    """A line for each group that has such tensors."""
+    """A line for each group with tensors that are not finite."""
     groups = [group for group in FINITE if group in checkpoint.tensors]
     found = {group: non_finite(checkpoint, group, progress=progress) for group in groups}
     return [
@@ -178,7 +216,11 @@ def _not_finite(checkpoint: Checkpoint, progress: Progress) -> list[str]:
 
 
 def compare_tensors(one: Checkpoint, other: Checkpoint, advance: Callable[[], None]) -> Iterator[Difference]:
-    """Every tensor that is not the same in both, bit for bit. Two tensors are in memory at a time."""
+    """Every tensor that is not the same in both, bit for bit. Two tensors are in memory at a time.
+
+    Args:
+        advance: called before each tensor.
+    """
     for group in {**one.tensors, **other.tensors}:
         ours: Mapping = one.tensors.get(group, {})
         theirs: Mapping = other.tensors.get(group, {})
@@ -202,7 +244,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def first_refused(folder: Path) -> int | None:
-    """The first step of a run that was refused, as its newest checkpoint that can be read says; None where none was."""
+    """The first refused step of a run, according to its newest readable checkpoint; None where none was refused."""
     for _, path in reversed(checkpoints_of(folder)):
         try:
             return state_of(path, read_manifest(path)["state"]).first_refused
@@ -212,7 +254,11 @@ def first_refused(folder: Path) -> int | None:
 
 
 def prunable(folder: Path, retention: Retention, progress: Progress = None) -> tuple[list[Path], list[str]]:
-    """The checkpoints that need not stay once ``retention.newest`` have been verified, and what was found wrong on the way."""
+    """Find the checkpoints of a run that need not stay once ``retention.newest`` others have been verified.
+
+    Returns:
+        Their folders, and the problems that ``verify`` found on the way.
+    """
     problems: list[str] = []
 
     def whole(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The root manifest of a checkpoint, believed only where every byte is as it was written."""
+"""The root manifest of a checkpoint, trusted only if every byte is as it was written."""
 
 import errno
 import hashlib
@@ -14,17 +14,25 @@ from megaresnorm.reading import first_line, read_plain_file
 from megaresnorm.recipe.section import MAX_STEPS
 
 BLANK = "0" * 64
-LARGE, SPARSE = 1 << 20, 12  # from so many bytes on a value takes at least so many
+LARGE, SPARSE = 1 << 20, 12  # in a manifest of over LARGE bytes a value takes at least SPARSE bytes on average
 
 
 def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
-    """A manifest as it is written. Its digest is the SHA-256 of every byte, with zeros in its own place, which comes first."""
+    """The bytes of a manifest file.
+
+    Its digest, the first field, is the SHA-256 of all bytes with zeros in the digest's own place.
+    """
     text = json.dumps({**manifest, "digest": BLANK}, indent=1, sort_keys=True).encode()
     return text.replace(BLANK.encode(), hashlib.sha256(text).hexdigest().encode(), 1)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, without looking at its files. Raises: CheckpointError."""
+    """The manifest of a checkpoint, without looking at the files it names.
+
+    Raises:
+        DamagedError: it is missing, or not as it was written.
+        CheckpointError: it may not be read, or is of another format.
+    """
     path = folder / MANIFEST
     try:
         if not path.exists():
@@ -63,13 +71,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def plausible(raw: bytes) -> bool:
-    """Whether bytes may be a manifest. Python takes up to twenty times the memory for a value that it does in the file."""
+    """Whether bytes may be a manifest. Parsed, a value can take twenty times the memory that it takes in the file."""
     few = len(raw) <= LARGE or sum(map(raw.count, (b"{", b"[", b","))) <= len(raw) // SPARSE
     return few and len(raw) <= MAX_MANIFEST_BYTES
 
 
 def _check_entries(path: Path, manifest: dict[str, Any]) -> None:
-    """Raises: CheckpointError for a name or an entry that is not of a file or tensor of a checkpoint."""
+    """Check the names and entries of files and the entries of tensors.
+
+    Raises:
+        DamagedError: one is not that of a checkpoint's file or tensor.
+    """
     odd: list[Any] = [name for name in manifest["files"] if not FILE_NAME.fullmatch(name)]
     for entry in manifest["files"].values():
         match entry:
@@ -87,19 +99,23 @@ def _check_entries(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 of the names and digests of a checkpoint's weight files, hexadecimal. Raises: CheckpointError."""
+    """SHA-256 of the names and digests of a checkpoint's weight files, in hexadecimal.
+
+    Raises:
+        CheckpointError: the manifest cannot be used.
+    """
     files = read_manifest(folder)["files"]
     lines = (f"{name} {files[name]['sha256']}\n" for name in sorted(files) if name.startswith("weights-"))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _possible(shape: list[Any]) -> bool:
-    """Whether a tensor can have this shape, its bytes counted in 64 bits."""
+    """Whether a tensor can have this shape, with a size in bytes that 64 bits hold."""
     return 0 < len(shape) <= 8 and all(type(n) is int and n > 0 for n in shape) and prod(shape) < 1 << 60
 
 
 def missing_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """The files of a manifest that are not there, or of another size."""
+    """The files of a manifest that are missing or have another size."""
 
     def there(path: Path, size: int) -> bool:
         try:
@@ -111,6 +127,6 @@ def missing_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:
-    """A file that is gone or that the disk cannot give back is damage; one that may not be read is not."""
+    """DamagedError for a file that is gone or that the disk cannot give back, else (no permission) CheckpointError."""
     damaged = error.errno in (errno.ENOENT, errno.EIO, errno.EUCLEAN)
     return (DamagedError if damaged else CheckpointError)(f"{path}: cannot be read ({error.strerror})")

@@ -20,16 +20,16 @@ from megaresnorm.parallel.sharding import Box
 from megaresnorm.reading import read_plain_file
 
 MAX_HEADER_BYTES = 1 << 24
-MAX_SLICES = 64  # of a tensor in one file: a rank has one of every logical part
-MAX_BESIDE = 1024  # slices of the same rows: as many as tensor-parallel ranks
+MAX_SLICES = 64  # of one tensor in one file: a rank has one of every logical part
+MAX_BESIDE = 1024  # slices of the same rows: at most as many as tensor-parallel ranks
 OPEN_FILES = 64
 HASHING_THREADS = 4
-CHUNK_ELEMENTS = 1 << 22  # of a tensor that is looked at and not kept: 16 MB in FP32
+CHUNK_ELEMENTS = 1 << 22  # of a tensor that is read and not kept: 16 MB in FP32
 _TYPES = {code: name.removeprefix("torch.") for name, code in DTYPES.items()}
 
 
 class FileSlice(NamedTuple):
-    """Consecutive rows of a tensor in a file: which slice of the whole they are, and the first of them."""
+    """Rows of a tensor in a file, from ``row`` on, that are the slice ``box`` of the whole tensor."""
 
     file: str
     row: int
@@ -39,12 +39,17 @@ class FileSlice(NamedTuple):
 class Checkpoint:
     """A verified checkpoint folder.
 
-    With several ranks each verifies an equal share of the files, and tells the others what it has found: all or none go on.
+    Each of several ranks verifies an equal share of the files and tells the others what it found: all go on, or none.
+    Its methods raise CheckpointError for a file that cannot be read any more.
 
-    control: all ranks that read together; every one must make this object.   progress: called with the bytes of every part that
-    this rank has verified.   hashed: the files have been, by ``verify_file``.
-    Raises: DamagedError naming the file that is missing, damaged, or not part of the checkpoint, CheckpointError where it cannot be
-    read; on all ranks the same.
+    Args:
+        control: all ranks that read together; every one must make this object.
+        progress: called with the number of bytes of every part that this rank has verified.
+        hashed: whether ``verify_file`` has verified the files before.
+
+    Raises:
+        DamagedError: a file, which it names, is missing, damaged, or not part of the checkpoint; the same on all ranks.
+        CheckpointError: a file cannot be read; the same on all ranks.
     """
 
     def __init__(
@@ -72,19 +77,21 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
+        """Optimizer steps done."""
         return self._manifest["step"]
 
     @property
     def state(self) -> dict[str, Any]:
+        """State of the run as JSON, see ``RunState``."""
         return self._manifest["state"]
 
     @property
     def tensors(self) -> dict[str, dict[str, dict]]:
-        """group -> name -> shape and dtype"""
+        """Group -> global name -> shape and dtype of the whole tensor."""
         return self._manifest["tensors"]
 
     def attached(self, name: str) -> bytes:
-        """The content of a file that is not of tensors. Raises: CheckpointError if there is none of this name."""
+        """Content of a file that holds no tensors; CheckpointError if there is none of this name."""
         if name not in self._manifest["files"] or name.endswith(".safetensors"):
             raise CheckpointError(f"{self.folder}: has no file {name}")
         try:
@@ -93,21 +100,22 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder / name}: cannot be read ({e.strerror})") from None
 
     def names(self, group: str) -> list[str]:
+        """Global names of the tensors of a group."""
         return list(self.tensors.get(group, {}))
 
     def read(self, group: str, name: str) -> Tensor:
-        """One tensor, whole. Raises: CheckpointError if its file cannot be read any more."""
+        """One whole tensor."""
         (whole,) = self._pieces(group, name, [tuple((0, size) for size in self.tensors[group][name]["shape"])])
         return whole
 
     def read_box(self, group: str, name: str, box: Box) -> Tensor:
-        """One slice of a tensor; files are closed again, so that no more of them stays mapped. Raises: CheckpointError."""
+        """One slice of a tensor. Files are closed afterwards, so that nothing of them stays mapped."""
         (piece,) = self._pieces(group, name, [box])
         self._open.clear()
         return piece
 
     def chunks(self, group: str, name: str) -> Iterator[Tensor]:
-        """All elements of a tensor, at most CHUNK_ELEMENTS at a time, as the files hold them. Raises: CheckpointError."""
+        """All elements of a tensor, at most CHUNK_ELEMENTS at a time, in the order of the files."""
         for slices in self._file_slices[group][name]:
             rows, *others = ((0, b - a) for a, b in slices.box)
             for where in _parts([(slices.row, slices.row + rows[1]), *others]):
@@ -115,10 +123,7 @@ class Checkpoint:
         self._open.clear()
 
     def load(self, group: str, members: Mapping[str, TensorSlices]) -> None:
-        """Copy what each rank has of every tensor of a group into place, reading its slices alone.
-
-        Raises: CheckpointError if names or shapes differ from the checkpoint's.
-        """
+        """Copy this rank's slices of each tensor of a group into place, reading nothing else, after ``check_names``."""
         self.check_names(group, {name: slices.shape for name, slices in members.items()})
         for name, slices in members.items():
             if slices.local is None:
@@ -130,7 +135,7 @@ class Checkpoint:
         self._open.clear()
 
     def check_names(self, group: str, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Raises: CheckpointError if the group has other tensors, or others of the same names."""
+        """Check that the group has tensors of exactly these names and shapes; CheckpointError if it has not."""
         recorded = self.tensors.get(group, {})
         if recorded.keys() != shapes.keys():
             odd = sorted(recorded.keys() ^ shapes.keys())
@@ -144,7 +149,7 @@ class Checkpoint:
                 )
 
     def _index(self, everyone: list[dict[str, Any]]) -> None:
-        """Note what every rank has found in its files. Raises: DamagedError where that is not all of every tensor, once."""
+        """Note what every rank has found in its files; DamagedError unless that is all of every tensor, once."""
         self._file_slices: dict[str, dict[str, list[FileSlice]]] = {group: {} for group in self.tensors}
         for rank, said in enumerate(everyone):
             if said["digest"] != self._manifest["digest"]:
@@ -154,7 +159,7 @@ class Checkpoint:
         self._check_complete()
 
     def _enter(self, file: str, slices: dict[str, Any]) -> None:
-        """Note which slices a file holds. Raises: CheckpointError for one that is not of a tensor of the manifest."""
+        """Note which slices a file holds; DamagedError for one that is of no tensor of the manifest."""
         group = file.split("-")[0]
         for name, (shape, dtype, boxes) in slices.items():
             recorded = self.tensors.get(group, {}).get(name)
@@ -178,7 +183,7 @@ class Checkpoint:
                 raise DamagedError(f"{where} of shape {shape} has slices of {row} rows")
 
     def _check_complete(self) -> None:
-        """Every element of every tensor is in one slice. Raises: CheckpointError."""
+        """Check that every element of every tensor is in exactly one slice, or raise DamagedError."""
         for group, members in self.tensors.items():
             for name, recorded in members.items():
                 slices = sorted(self._file_slices[group].get(name, []), key=lambda h: h.box)
@@ -190,7 +195,7 @@ class Checkpoint:
                     raise DamagedError(f"{self.folder}: {name} is not complete in the {group} files")
 
     def _pieces(self, group: str, name: str, boxes: Sequence[Box]) -> Iterator[Tensor]:
-        """The slices of a tensor, made up of what the files hold of them, one at a time."""
+        """The slices ``boxes`` of a tensor, one at a time, each assembled from the slices in files that overlap it."""
         for box in boxes:
             piece: Tensor | None = None
             for slices in self._file_slices[group][name]:
@@ -222,7 +227,7 @@ class Checkpoint:
 
 
 def _share(files: dict[str, dict], control: Axis) -> dict[str, dict]:
-    """The files that this rank verifies: of about as many bytes as every other rank's."""
+    """The files that this rank verifies, about as many bytes as on every other rank."""
     loads = [0] * control.size
     mine = {}
     for name in sorted(files, key=lambda name: (-files[name]["size"], name)):
@@ -234,7 +239,7 @@ def _share(files: dict[str, dict], control: Axis) -> dict[str, dict]:
 
 
 def _verify_files(folder: Path, files: dict[str, dict], progress: Callable[[int], None] | None) -> None:
-    """Raises: CheckpointError for the first that is damaged."""
+    """Verify files in parallel; CheckpointError for the first, by name, that is damaged."""
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
         waiting = [pool.submit(verify_file, folder, name, files[name], progress) for name in sorted(files)]
         for future in waiting:
@@ -244,7 +249,7 @@ def _verify_files(folder: Path, files: dict[str, dict], progress: Callable[[int]
 
 
 def verify_file(folder: Path, name: str, recorded: dict, progress: Callable[[int], None] | None = None) -> None:
-    """Raises: CheckpointError where a file is not the one that the manifest names."""
+    """Check a file against its entry in the manifest, ``recorded``; CheckpointError where it is another."""
     path = folder / name
     try:
         if path.is_symlink() or (path.exists() and not path.is_file()):
@@ -268,9 +273,11 @@ def _check_header_size(path: Path, size: int) -> None:
 
 
 def check_header(path: Path) -> None:
-    """To be asked of a file that safetensors has opened, so that its header is of bounded size and of the form that it should have.
+    """Check the header of a file that safetensors has opened already, which bounds its size and proves its form.
 
-    Raises: ValueError where something is named twice: safetensors would take the last, another reader the first.   OSError.
+    Raises:
+        ValueError: a name stands there twice: safetensors would take the last, another reader the first.
+        OSError: the file cannot be read.
     """
 
     def names_of(pairs: list[tuple[str, Any]]) -> None:
@@ -286,7 +293,7 @@ def check_header(path: Path) -> None:
 
 
 def _parts(sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[slice, ...]]:
-    """TensorSlices that together are a box (first and end of each dimension), of at most CHUNK_ELEMENTS elements each."""
+    """Indices that together cover a box (first and end of each dimension), of at most CHUNK_ELEMENTS elements each."""
     (first, end), *others = sizes
     row = prod(b - a for a, b in others)
     if row > CHUNK_ELEMENTS:
@@ -300,7 +307,7 @@ def _parts(sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[slice, ...]]:
 
 
 def _slices(path: Path) -> dict[str, tuple[list[int], str, list]]:
-    """What a file holds: name -> shape, dtype, and the slices that its rows are."""
+    """Content of a file: name -> shape, dtype, and the slices of the whole tensor that its rows are."""
     try:
         with safe_open(path, framework="pt") as file:
             check_header(path)
@@ -328,7 +335,7 @@ def _slices(path: Path) -> dict[str, tuple[list[int], str, list]]:
 
 
 def _beside_each_other(slices: Sequence[FileSlice]) -> Iterator[tuple[FileSlice, FileSlice]]:
-    """Every two slices that have rows in common. Raises: CheckpointError where they are more than ranks could have made."""
+    """Pairs of slices with rows in common; DamagedError where they are more than ranks could have made."""
     for i, one in enumerate(slices):
         for beside, other in enumerate(slices[i + 1 :]):
             if other.box[0][0] >= one.box[0][1]:
@@ -339,6 +346,5 @@ def _beside_each_other(slices: Sequence[FileSlice]) -> Iterator[tuple[FileSlice,
 
 
 def _overlap(one: Box, other: Box) -> Box | None:
-    """The slice that two have in common."""
     common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
     return common if all(a < b for a, b in common) else None

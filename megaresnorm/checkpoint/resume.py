@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: the newest that is whole, if it is of this run."""
+"""Resuming from a checkpoint: the newest one that is whole, if it belongs to this run."""
 
 import logging
 import os
@@ -36,11 +36,21 @@ SECONDS_TO_SEE = 30.0  # network file systems show a node what another has writt
 def open_newest(
     root: Path, control: Axis, *, fallback: bool, progress: Callable[[int], None] | None = None
 ) -> Checkpoint | None:
-    """The newest checkpoint under ``root`` that is whole, verified by all ranks together; None if there is none at all.
+    """The newest checkpoint under ``root`` that is whole, verified by all ranks together. Collective.
 
-    A damaged one is named in a warning and set aside under another name once an older one has been verified: nothing is lost, and
-    its step can be saved again. All ranks must call it; the first says what there is.
-    Raises: DamagedError if none is whole, or the newest is not and ``fallback`` is False; CheckpointError if one cannot be read.
+    A damaged one is named in a warning and set aside under another name once an older one has been verified: nothing
+    is lost, and its step can be saved again. The first rank's view of the folder counts.
+
+    Args:
+        fallback: whether a damaged newest checkpoint may be passed over for an older one.
+        progress: called with the number of bytes of every part that this rank has verified.
+
+    Returns:
+        None if there is no checkpoint at all.
+
+    Raises:
+        DamagedError: none is whole, or the newest is not and ``fallback`` is False.
+        CheckpointError: one cannot be read.
     """
     seen = run_on_all_ranks(lambda: _folders(root) if control.rank == 0 else [], control)[0]
     found = [root / name for name, _ in seen]
@@ -69,10 +79,16 @@ def open_newest(
 
 
 def open_weights(recipe: Recipe, tokenizer: dict[str, Any] | None, control: Axis) -> Checkpoint:
-    """The checkpoint that train.initial_weights names, verified by all ranks together.
+    """The checkpoint that train.initial_weights names, verified by all ranks together. Collective.
 
-    What differs from this run in the model or the tokenizer is a warning: the parameters alone must be the same.
-    Raises: CheckpointError, on all ranks the same.
+    Differences from this run in the model's other settings or the tokenizer are warnings: only the parameters must be
+    the same.
+
+    Args:
+        tokenizer: the description of this run's tokenizer; None without one.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be used; the same on all ranks.
     """
     assert recipe.train.initial_weights is not None
     given = Path(recipe.train.initial_weights)
@@ -93,7 +109,7 @@ def open_weights(recipe: Recipe, tokenizer: dict[str, Any] | None, control: Axis
 
 
 def wait_until_seen(path: Path) -> bool:
-    """Whether a file is there that another node may have just written."""
+    """Whether a file is there; waits up to SECONDS_TO_SEE, as another node may have just written it."""
     end = time.monotonic() + SECONDS_TO_SEE
     while not path.exists():
         if time.monotonic() > end:
@@ -103,7 +119,7 @@ def wait_until_seen(path: Path) -> bool:
 
 
 def _folders(root: Path) -> list[tuple[str, bool]]:
-    """Of every step, oldest first, and whether it has a manifest, without which it is a damaged checkpoint."""
+    """Folder names of all steps, oldest first, and whether each has a manifest; one without is a damaged checkpoint."""
     try:
         steps = sorted((step_of(path) or 0, path) for path in root.iterdir() if step_of(path) is not None)
     except FileNotFoundError:
@@ -120,13 +136,22 @@ def _like(error: DamagedError, line: str) -> DamagedError:
 
 
 def check_same_run(checkpoint: Checkpoint, state: RunState, recipe: Recipe, data: TrainingData, data_name: str) -> None:
-    """Say which settings have changed since. Raises: CheckpointError where the run would not be the same one."""
+    """Warn of the settings that have changed since a checkpoint was saved.
+
+    Args:
+        data: this run's; compared by the digest of its token files and its tokenizer.
+        data_name: what errors call the data.
+
+    Raises:
+        CheckpointError: the run would not be the same one.
+    """
     before = recipe_of(checkpoint.folder, state)  # settings that are newer than the checkpoint have their defaults
     changed = differences(before.model_dump(exclude_none=True), recipe.model_dump(exclude_none=True))
     for key, (old, now) in changed.items():
         if key.startswith(FIXED_ON_RESUME):
             raise CheckpointError(
-                f"{checkpoint.folder}: made with {key}={old}, the recipe has {now}; use another train.output for another run"
+                f"{checkpoint.folder}: made with {key}={old}, the recipe has {now}; "
+                "use another train.output for another run"
             )
         log.warning("warning: %s was %s up to step %d and is %s from now on", key, old, checkpoint.step, now)
     if checkpoint.step > recipe.train.steps:
@@ -139,7 +164,8 @@ def check_same_run(checkpoint: Checkpoint, state: RunState, recipe: Recipe, data
     tokenizer = None if data.tokenizer is None else data.tokenizer.describe()
     if state.tokenizer is not None and state.tokenizer != tokenizer:
         raise CheckpointError(
-            f"{checkpoint.folder}: the tokenizer of {data_name} is another one than that of this run; use another train.output"
+            f"{checkpoint.folder}: the tokenizer of {data_name} is another one than that of this run; "
+            "use another train.output"
         )
 
 

@@ -1,7 +1,7 @@
 """Saving while training goes on: a copy in host memory, and a thread that writes it.
 
-At most one checkpoint is being written. Its thread and those of the other ranks speak over a process group of their own, so that
-they never come between the collectives of a step.
+At most one checkpoint is written at a time. The writing threads of all ranks communicate over a process group of their
+own, so that they never come between the collectives of a step.
 """
 
 import logging
@@ -26,11 +26,21 @@ log = logging.getLogger(__name__)
 class Saver:
     """Writes the checkpoints of one run, in order. Every rank makes one and calls it alike.
 
-    groups: this rank's slices of all tensors, live.   asynchronous: return when they are copied; otherwise when they are on disk.
-    skip_when_busy: leave a checkpoint out that is due while the one before is being written; otherwise wait for it.
-    max_failures: checkpoints in a row that could not be written before TrainingError is raised.
-    check: as of ``save_checkpoint``.   saved: called when one is on disk.
-    any_rank: whether something is true on any rank; asked by all of them together, from their main threads.
+    Args:
+        root: the folder of checkpoints.
+        groups: this rank's slices of all tensors, live.
+        control: all ranks, over the process group of the writing threads.
+        any_rank: whether something is true on any rank. Collective, called from the main threads.
+        check: as for ``save_checkpoint``.
+        asynchronous: return when the tensors are copied; otherwise when they are on disk.
+        skip_when_busy: leave a checkpoint out that is due while the one before is being written; otherwise wait for it.
+        max_failures: how many checkpoints in a row cannot be written before TrainingError is raised.
+        saved: called when a checkpoint is on disk, from the thread that wrote it.
+
+    Attributes:
+        protected: checkpoints up to this step are not pruned.
+        failures: how many checkpoints in a row could not be written.
+        newest: step and folder of the last checkpoint that was written, or that the run resumed from.
     """
 
     def __init__(
@@ -50,18 +60,23 @@ class Saver:
         self.root, self._groups, self._control, self._any_rank = root, groups, control, any_rank
         self._kept, self._asynchronous, self._skip = retention, asynchronous, skip_when_busy
         self._max_failures, self._check, self._saved = max_failures, check, saved
-        self.protected: int | None = None  # checkpoints up to this step are not pruned
+        self.protected: int | None = None
         self._copies: Groups | None = None
         self._sources, self._targets = list[Tensor](), list[Tensor]()
         self._thread: threading.Thread | None = None
         self._mistake: BaseException | None = None
-        self.failures = 0  # in a row
-        self.newest: tuple[int, Path] | None = None  # the last one that was written, or that the run went on from
+        self.failures = 0
+        self.newest: tuple[int, Path] | None = None
 
     def save(self, step: int, state: Mapping[str, Any], attached: Mapping[str, bytes]) -> None:
         """Begin a checkpoint, or write it; a failure is a warning unless it was one too many.
 
-        Raises: TrainingError after ``max_failures`` failures in a row, on all ranks at the same step.
+        Args:
+            state, attached: as for ``save_checkpoint``.
+
+        Raises:
+            TrainingError: ``max_failures`` checkpoints in a row could not be written; on all ranks at the same step.
+            NonFiniteError: weights or moments hold NaN or infinity.
         """
         if self._skip and self._any_rank(self.busy):
             log.warning("warning: step %d is not saved: the checkpoint before is still being written", step)
@@ -79,12 +94,16 @@ class Saver:
             self._settle()
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises: as ``save``."""
+        """Wait until nothing is being written.
+
+        Raises:
+            TrainingError, NonFiniteError: as for ``save``.
+        """
         self.join()
         self._settle()
 
     def join(self) -> None:
-        """As ``wait``, whatever came of it."""
+        """As ``wait``, but raise nothing, whatever came of the checkpoint."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -129,17 +148,17 @@ class Saver:
             log.info("saved     %s in %.1f s", path, time.perf_counter() - start)
 
     def what_there_is(self) -> str:
-        """Of checkpoints, in a few words."""
+        """The newest checkpoint in a few words, for messages."""
         return "there is no other" if self.newest is None else f"the newest is {self.newest[1].name}"
 
     def _copied(self) -> Groups:
-        """The groups with what this rank will write copied to host memory, which is kept for the next time."""
+        """The groups, with the slices that this rank writes copied to host memory, which is kept for the next time."""
         if self._copies is None:
             self._copies = {
                 group: {name: self._with_memory(slices) for name, slices in members.items()}
                 for group, members in self._groups.items()
             }
-        if self._targets:  # other ranks may write all that this one has
+        if self._targets:  # empty where other ranks write all that this one holds
             with torch.no_grad():
                 torch._foreach_copy_(self._targets, self._sources, non_blocking=True)
         if torch.cuda.is_available():

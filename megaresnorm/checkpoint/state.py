@@ -1,4 +1,4 @@
-"""What a manifest says of a run beside its tensors."""
+"""The state of a run that its manifest holds beside the tensors."""
 
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,29 @@ class _Typed(BaseModel):
 
 
 class EngineState(_Typed):
-    """updates: that the optimizer has made.   clipper_steps: those that per-tensor clipping has seen."""
+    """State of an engine.
+
+    Attributes:
+        updates: how many the optimizer has made.
+        clipper_steps: how many steps per-tensor clipping has seen.
+    """
 
     updates: int = Field(ge=0, le=MAX_STEPS)
     clipper_steps: int = Field(ge=0, le=MAX_STEPS)
 
 
 class RunState(_Typed):
-    """samples: read so far, which is the position in the data.   train_loss: of the last step that was applied.
-    first_refused: the first step whose update was refused; checkpoints up to it are never pruned.   recipe: resolved.
-    data: digest of the token files.   tokenizer: its description, None where token files have none.   kernels: op -> choice.
+    """State of a run.
+
+    Attributes:
+        samples: how many have been read, which is the position in the data.
+        skipped_in_a_row: refused steps up to here.
+        first_refused: the first step whose update was refused; checkpoints up to it are never pruned.
+        train_loss: of the last step that was applied, in nats a token.
+        recipe: the resolved recipe.
+        data: digest of the token files.
+        tokenizer: its description; None where token files have none.
+        kernels: op -> chosen kernel.
     """
 
     samples: int = Field(ge=0, lt=1 << 63)
@@ -43,7 +56,14 @@ class RunState(_Typed):
 
 
 def state_of(folder: Path, state: dict[str, Any]) -> RunState:
-    """Of a checkpoint's folder and its manifest's state. Raises: CheckpointError for one that is not of a run."""
+    """The state in the manifest of a checkpoint, validated.
+
+    Args:
+        folder: the checkpoint's, for errors.
+
+    Raises:
+        CheckpointError: it is not the state of a run.
+    """
     try:
         return RunState.model_validate(state)
     except ValidationError as e:
@@ -53,7 +73,14 @@ def state_of(folder: Path, state: dict[str, Any]) -> RunState:
 
 
 def recipe_of(folder: Path, state: RunState) -> Recipe:
-    """The recipe that a checkpoint was trained with. Raises: CheckpointError for one that no run can have had."""
+    """The recipe that a checkpoint was trained with.
+
+    Args:
+        folder: the checkpoint's, for errors.
+
+    Raises:
+        CheckpointError: no run can have had this recipe.
+    """
     try:
         recipe = build_recipe(state.recipe)
     except ConfigError as e:
@@ -64,12 +91,13 @@ def recipe_of(folder: Path, state: RunState) -> Recipe:
 
 
 def fitting_table(checkpoint: Checkpoint, model: ModelRecipe) -> dict[str, ParameterSpec]:
-    """The parameters of a model, by name, of which the checkpoint has the weights; to be asked for before one is made.
+    """The parameters of ``model`` by name, found to be the checkpoint's weights; call it before making the model.
 
-    Raises: CheckpointError if it has those of another.
+    Raises:
+        CheckpointError: the checkpoint has the weights of another model.
     """
     have = len(checkpoint.names("weights"))
-    if model.num_blocks > have:  # of which a table would take a while
+    if model.num_blocks > have:  # a table of so many would take a while
         raise CheckpointError(
             f"{checkpoint.folder}: its {have} weights are not of the {model.num_blocks} blocks of its recipe"
         )

@@ -39,14 +39,18 @@ from megaresnorm.parallel.mesh import Axis
 log = logging.getLogger(__name__)
 
 FILE_BYTES = 1 << 30  # tensors are gathered into files of about this size, which ranks verify in parallel
-FILE_TENSORS = 10_000  # whose header a reader still takes for one
+FILE_TENSORS = 10_000  # in a file; a reader still accepts a header of so many
 WRITE_BYTES = 1 << 24
 T = TypeVar("T")
 
 
 class Retention(NamedTuple):
-    """Which checkpoints stay: the newest ``newest`` whole ones (at least 2), those of steps that ``every`` divides, and those up to
-    step ``protected``, which may be the last good ones.
+    """Which checkpoints stay when old ones are removed.
+
+    Attributes:
+        newest: so many whole ones, at least 2.
+        every: those of steps that this divides.
+        protected: those up to this step, which may be the last good ones.
     """
 
     newest: int = 2
@@ -69,14 +73,22 @@ def save_checkpoint(
     check: Callable[[], None] = lambda: None,
     protected: Callable[[], int | None] = lambda: None,
 ) -> Path:
-    """Write ``root/step-XXXXXXXX`` and remove old checkpoints. Every rank must call it, and all return or raise alike.
+    """Write ``root/step-XXXXXXXX`` and remove old checkpoints. Collective: all ranks return or raise alike.
 
-    groups: weights, optimizer -> global name -> slices.   state: whatever JSON can hold, the first rank's counts.
-    attached: name -> content of other files (the tokenizer), the first rank's count.   control: all ranks that save together.
-    protected: asked before old ones are removed; those up to this step stay.
-    check: called on each rank before anything is made, and before the commit; what it raises is raised on all.
-    Raises: CheckpointError, one line, when it exists already or cannot be written, NonFiniteTensorError for weights or
-    moments that hold NaN or infinity; earlier checkpoints stay as they are.
+    Args:
+        groups: group (weights, optimizer) -> global name -> slices.
+        state: anything that JSON can hold; the first rank's counts.
+        attached: name -> content of other files (the tokenizer); the first rank's counts.
+        control: all ranks that save together.
+        check: called on each rank before anything is made, and before the commit. What it raises is raised on all.
+        protected: asked before old checkpoints are removed; those up to this step stay.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        CheckpointError: it exists already or cannot be written. Earlier checkpoints stay as they are.
+        NonFiniteTensorError: weights or moments hold NaN or infinity. Likewise.
     """
     assert retention.newest >= 2, "one checkpoint must be whole while the next is written"
     final = root / folder_name(step)
@@ -100,9 +112,8 @@ def save_checkpoint(
         content = {"format": FORMAT, "step": step, "files": files, "tensors": _shapes(groups), "state": dict(state)}
         _commit(temporary, final, content, attached or {})
 
-    run_on_all_ranks(
-        check, control
-    )  # whoever has taken the folder over may be writing under the same name: nothing is removed
+    # Not in on_all: whoever has taken the folder over may be writing under the same name, so nothing is removed.
+    run_on_all_ranks(check, control)
     on_all(lambda: commit() if first else None)
     if first:
         _remove_old(root, retention._replace(protected=protected()))
@@ -110,12 +121,12 @@ def save_checkpoint(
 
 
 def bytes_of(groups: Groups) -> int:
-    """Of the tensors of a whole checkpoint."""
+    """Size of the tensors of a whole checkpoint."""
     return sum(slices.num_bytes for members in groups.values() for slices in members.values())
 
 
 def free_bytes(root: Path) -> int:
-    """What can still be written into a folder, or the nearest one above it that exists."""
+    """Free space for a folder, or for the nearest one above it that exists."""
     while not root.exists():
         root = root.parent
     return shutil.disk_usage(root).free
@@ -136,7 +147,10 @@ def superfluous(root: Path, retention: Retention, whole: Callable[[Path], bool])
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Renamed first, so that one that is half gone is no checkpoint any more. A failure is a warning; links are left alone."""
+    """Remove a checkpoint. A failure is a warning; links are left alone.
+
+    It is renamed first, so that one that is half gone is no checkpoint any more.
+    """
     try:
         if not path.is_symlink():
             gone = path.with_name(f"{UNFINISHED}{path.name}")
@@ -147,7 +161,18 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def write_tensors(path: Path, parts: Sequence[tuple[str, TensorSlices]], *, finite: bool = False) -> dict[str, Any]:
-    """Write a safetensors file of what this rank has of some tensors; returns its size and SHA-256. finite: as of ``encoded``."""
+    """Write this rank's slices of some tensors into a safetensors file.
+
+    Args:
+        finite: as for ``encoded``.
+
+    Returns:
+        The entry of the file in a manifest: its size and SHA-256.
+
+    Raises:
+        NonFiniteTensorError: as for ``encoded``.
+        OSError: the file exists already or cannot be written.
+    """
     metadata = {"slices": json.dumps({name: slices.boxes for name, slices in parts})}
     return _write_durably(path, encoded([slices.file_tensor(name) for name, slices in parts], metadata, finite=finite))
 
@@ -155,8 +180,13 @@ def write_tensors(path: Path, parts: Sequence[tuple[str, TensorSlices]], *, fini
 def encoded(entries: Sequence[FileTensor], metadata: Mapping[str, str], *, finite: bool) -> Iterator[Any]:
     """The bytes of a safetensors file, in pieces.
 
-    They are the tensors' own memory, or a chunk's of it, where the safetensors package would first copy all of them.
-    finite: look at every element. Raises: NonFiniteTensorError naming the first tensor that holds NaN or infinity.
+    The pieces are the memory of the tensors or of their chunks; the safetensors package would first copy all of them.
+
+    Args:
+        finite: whether to check every element.
+
+    Raises:
+        NonFiniteTensorError: a tensor holds NaN or infinity; the first one is named.
     """
     header, offset = dict[str, Any]({"__metadata__": dict(metadata)}), 0
     for entry in entries:
@@ -179,7 +209,11 @@ def encoded(entries: Sequence[FileTensor], metadata: Mapping[str, str], *, finit
 
 
 def sweep(root: Path) -> None:
-    """Remove what killed saves have left. Raises: OSError."""
+    """Remove what killed saves have left.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
     for left in root.glob(f"{UNFINISHED}*"):
         log.info("removed   %s, which was never finished", left)
         shutil.rmtree(left)
@@ -189,12 +223,12 @@ def _remove_old(root: Path, retention: Retention) -> None:
     try:
         for old in superfluous(root, retention, has_its_files):
             remove_checkpoint(old)
-    except CheckpointError as e:  # what was written is there all the same
+    except CheckpointError as e:  # the new checkpoint is there all the same
         log.warning("warning: old checkpoints are not removed: %s", e)
 
 
 def _make_folder(temporary: Path, final: Path, groups: Groups) -> None:
-    """The temporary folder, where there is room and nothing is in the way."""
+    """Make the temporary folder, if there is room and nothing is in the way."""
     root = final.parent
     root.mkdir(parents=True, exist_ok=True)
     sweep(root)
@@ -206,7 +240,7 @@ def _make_folder(temporary: Path, final: Path, groups: Groups) -> None:
 
 
 def _write_share(temporary: Path, groups: Groups, rank: int) -> dict[str, Any]:
-    """This rank's files; name -> size and SHA-256."""
+    """Write this rank's files; returns name -> size and SHA-256."""
     files = {}
     for group, members in groups.items():
         owned = [(name, slices) for name, slices in members.items() if slices.owned and slices.boxes]
@@ -227,12 +261,12 @@ def _commit(temporary: Path, final: Path, manifest: dict[str, Any], attached: Ma
     os.rename(temporary, final)
     try:
         _sync_folder(final.parent)
-    except OSError as e:  # it is there, and may be gone again should the machine fail now
+    except OSError as e:  # the checkpoint is there, but may be gone should the machine fail now
         log.warning("warning: %s: the folder cannot be synced (%s)", final.parent, e.strerror)
 
 
 def _explained(work: Callable[[], T], root: Path, final: Path, groups: Groups) -> T:
-    """What ``work`` returns. Raises: CheckpointError that says what went wrong on the disk."""
+    """Return what ``work`` returns; turn its OSError into a CheckpointError that says what went wrong on the disk."""
     try:
         return work()
     except OSError as e:
@@ -273,12 +307,12 @@ def _parts(owned: Sequence[tuple[str, TensorSlices]]) -> Iterator[list[tuple[str
 
 
 def _memory(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor; of its own memory where it is on a CPU and contiguous."""
+    """The bytes of a tensor: its own memory if it is contiguous and on the CPU, otherwise a copy."""
     return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _write_durably(path: Path, chunks: Any) -> dict[str, Any]:
-    """A new file, synced and read back from the disk: what has been renamed into place has been verified. Its size and SHA-256."""
+    """Write a new file, sync it, and verify it as read back from the disk; returns its size and SHA-256."""
     digest, size = hashlib.sha256(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
@@ -308,7 +342,7 @@ def _sync_folder(path: Path) -> None:
 
 
 def has_its_files(folder: Path) -> bool:
-    """Whether all files are there, of the sizes that the manifest names; their content was verified when they were written."""
+    """Whether all files are there, with the sizes in the manifest. Their content was verified as they were written."""
     try:
         return not missing_files(folder, read_manifest(folder))
     except CheckpointError:

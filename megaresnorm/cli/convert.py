@@ -12,9 +12,12 @@ from megaresnorm.recipe.section import MAX_SEQ_LEN
 from megaresnorm.text import say, shown
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from megaresnorm.convert.compare import Agreement
+    from megaresnorm.convert.export import ExportSettings
     from megaresnorm.telemetry.log import Table
 
 _TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
@@ -50,7 +53,7 @@ def _add_to_hf(actions: Commands) -> None:
         "--arch",
         default="auto",
         help="architecture: llama, qwen2, qwen3, granite, glm4, olmo2, minimax, gpt2, gpt_neox, starcoder2, stablelm, "
-        "openai-gpt, opt, bert-generation, gemma2, gemma3_text, mistral, olmo3, or remote-code, which brings its own code "
+        "opt, bert-generation, gemma2, gemma3_text, mistral, olmo3, or remote-code, which brings its own code "
         "along for any topology; auto takes the first that holds the model exactly [auto]",
     )
     _add_writing(to_hf)
@@ -184,22 +187,16 @@ def _to_hf(arguments: argparse.Namespace) -> int:
             arguments.checkpoint,
             arguments.out,
             arch=arguments.arch,
-            dtype=_dtype(arguments.dtype),
-            max_shard_bytes=arguments.max_shard_size,
-            max_memory=arguments.max_memory,
             verify=arguments.verify == "on",
-            with_tokenizer=arguments.tokenizer == "auto",
             tolerance=_tolerance_of(arguments),
-            progress=progress,
+            settings=_export_settings(arguments, progress),
         )
     say(f"wrote     {report.folder}: {report.files} file(s), {human_bytes(report.num_bytes)}")
-    say(f"as        {report.plan.family.architecture} (model_type {report.plan.family.name})")
-    for note in report.plan.notes:
+    say(f"as        {report.match.family.architecture} (model_type {report.match.family.name})")
+    for note in report.match.notes:
         console.print(shown(f"note      {note}"), style="yellow")
-    if report.plan.fold is not None:
-        console.print(
-            "note      constants of the topology are folded into the weights; the way back is exact all the same"
-        )
+    if report.match.fold is not None:
+        console.print("note      constants of the topology are folded into the weights, which rounds them once more")
     _print_agreement(report.agreement)
     if report.rounding is not None:
         console.print(
@@ -243,7 +240,7 @@ def _from_hf(arguments: argparse.Namespace) -> int:
 
 def _to_megatron(arguments: argparse.Namespace) -> int:
     _needs_transformers()
-    from megaresnorm.convert.megatron import to_megatron
+    from megaresnorm.convert.export import to_megatron
     from megaresnorm.telemetry.log import progress_bars
 
     with progress_bars() as progress:
@@ -251,19 +248,38 @@ def _to_megatron(arguments: argparse.Namespace) -> int:
             arguments.checkpoint,
             arguments.out,
             implementation=arguments.transformer_impl,
-            dtype=_dtype(arguments.dtype),
-            max_shard_bytes=arguments.max_shard_size,
-            max_memory=arguments.max_memory,
-            with_tokenizer=arguments.tokenizer == "auto",
-            progress=progress,
+            settings=_export_settings(arguments, progress),
         )
     say(f"wrote     {folder}, for megatron-core's {arguments.transformer_impl} layers; the logits were not compared")
     return 0
 
 
+def _export_settings(
+    arguments: argparse.Namespace, progress: Callable[[str, int], Callable[[int], None]]
+) -> ExportSettings:
+    from megaresnorm.convert.export import ExportSettings
+
+    return ExportSettings(
+        dtype=_dtype(arguments.dtype),
+        max_shard_bytes=arguments.max_shard_size,
+        max_memory=arguments.max_memory,
+        with_tokenizer=arguments.tokenizer == "auto",
+        progress=progress,
+    )
+
+
 def _compare(arguments: argparse.Namespace) -> int:
-    from megaresnorm.convert.compare import TOLERANCE, compare, kept_logits_on, logits_on
-    from megaresnorm.convert.loading import PROMPTS, open_model, random_prompts, read_prompts, text_prompts
+    from megaresnorm.convert.compare import (
+        PROMPTS,
+        TOLERANCE,
+        compare,
+        kept_logits_on,
+        logits_on,
+        open_model,
+        random_prompts,
+        read_prompts,
+        text_prompts,
+    )
 
     texts = None if arguments.prompts is None else read_prompts(arguments.prompts)
     if any((folder / "config.json").exists() for folder in (arguments.one, arguments.other)):

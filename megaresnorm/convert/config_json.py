@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from megaresnorm.convert.families import FAMILIES
+from megaresnorm.convert.family import MEGATRON_NAME, OURS
 from megaresnorm.convert.files import CONFIG, check_plain_files, read_json
-from megaresnorm.convert.native import MEGATRON_NAME, OURS
 from megaresnorm.errors import CheckpointError
 from megaresnorm.reading import first_line
 from megaresnorm.recipe.section import MAX_BLOCKS, MAX_SEQ_LEN, MAX_VOCAB, MAX_WIDTH

@@ -6,11 +6,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from megaresnorm.convert.families import FAMILIES
-from megaresnorm.convert.families.family import Family
+from megaresnorm.convert.families.megatron import MEGATRON
+from megaresnorm.convert.family import OURS, Family
 from megaresnorm.convert.files import CONFIG
-from megaresnorm.convert.megatron import MEGATRON
-from megaresnorm.convert.native import OURS
-from megaresnorm.convert.plan import Plan, plan, problems
+from megaresnorm.convert.match import Match, match_family, mismatches
 from megaresnorm.convert.remote import recipe_in, remote_family
 from megaresnorm.convert.signature import different
 from megaresnorm.errors import CheckpointError, ConfigError
@@ -36,8 +35,8 @@ exponential_decay_length_penalty suppress_tokens begin_suppress_tokens return_di
 IGNORED = frozenset(_NAMES.split())
 
 
-def described(source: Path, config: dict[str, Any], seq_len: int | None) -> tuple[Plan, ModelRecipe, tuple[str, ...]]:
-    """The architecture of a config.json as a plan, our recipe of the model, and what is to be said about it.
+def described(source: Path, config: dict[str, Any], seq_len: int | None) -> tuple[Match, ModelRecipe, tuple[str, ...]]:
+    """The architecture of a config.json as a match_family, our recipe of the model, and what is to be said about it.
 
     A config.json that we have written brings the recipe that it was made from; where its fields still say the same, that counts.
     seq_len: the longest sequence, where it is to be shorter than the model's.
@@ -69,11 +68,11 @@ def described(source: Path, config: dict[str, Any], seq_len: int | None) -> tupl
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path}: a field is missing or has an odd value ({type(e).__name__}: {e})") from None
     if given is None:
-        return Plan(family, read), read, ()
+        return Match(family, read), read, ()
     before = _as_exported(family, given)
     if before is None or different(_read_back(before), read):
         told = "config.json was changed after the export: its fields count, the recipe in it does not"
-        return Plan(family, read), read, (told,)
+        return Match(family, read), read, (told,)
     return before, given, before.notes
 
 
@@ -112,18 +111,18 @@ def _shortened(
     return config, given
 
 
-def _as_exported(family: Family, given: ModelRecipe) -> Plan | None:
+def _as_exported(family: Family, given: ModelRecipe) -> Match | None:
     """The plan by which a model was exported to this family; None if it cannot have been."""
     try:
-        if not problems(family, given):
-            return Plan(family, given)
-        before = plan(given, family.name)
+        if not mismatches(family, given):
+            return Match(family, given)
+        before = match_family(given, family.name)
     except ConfigError:
         return None
     return before if before.family is family else None
 
 
-def _read_back(before: Plan) -> ModelRecipe:
+def _read_back(before: Match) -> ModelRecipe:
     """The model that the config.json of a plan describes."""
     if before.family is remote_family():
         return before.recipe

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from megaresnorm.convert.resolved import setting
 from megaresnorm.errors import CheckpointError
 from megaresnorm.recipe import ModelRecipe, RopeScaling
 
@@ -195,6 +194,8 @@ _SCALING: dict[str, dict[str, str]] = {
         "truncate": "truncate",
     },
 }
+
+
 assert all(set(names.values()) <= set(RopeScaling.model_fields) for names in _SCALING.values())
 
 
@@ -233,3 +234,12 @@ class Window:
                 "are the same",
             )
         return {}
+
+
+# Settings whose default depends on others.
+_RESOLVED = {"num_kv_heads": "kv_heads", "head_dim": "head_width", "ffn_dim": "ffn_width", "attention_bias": "biases"}
+
+
+def setting(recipe: ModelRecipe, name: str) -> Any:
+    """A setting of the model, its default resolved."""
+    return getattr(recipe, _RESOLVED.get(name, name))

@@ -29,7 +29,6 @@ MAX_VALUES = 1 << 20  # of a JSON file, by its brackets and commas
 MAX_FILES = 10_000  # of a folder
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
 # Buffers that old files hold, which their classes compute themselves; some are of bytes or truth values.
 BUFFERS = (
     "._extra_state",
@@ -40,7 +39,6 @@ BUFFERS = (
     ".attention.masked_bias",
     ".position_ids",
 )
-
 Progress = Callable[[int], None]
 
 
@@ -165,18 +163,13 @@ def check_plain_files(folder: Path) -> None:
 class Weights:
     """The tensors of a folder of safetensors, in one file or in several with an index. A Source of links.py.
 
-    file: read this one alone, of bytes rather than weights.
     Raises: CheckpointError naming what is missing, damaged or not what the index says.
     """
 
-    def __init__(self, folder: Path, file: str | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tensors: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = {}
         self.metadata: dict[str, str] = {}
-        self._types = _TYPES if file is None else {"I8": torch.int8}
-        if file is not None:
-            self._look(file, None)
-            return
         where = self._index()
         for file in dict.fromkeys(where.values()) if where is not None else [WEIGHTS]:
             self._look(file, where)
@@ -234,11 +227,11 @@ class Weights:
                     if where is not None and where.get(name) != file:
                         continue  # the index says which copy counts
                     view = tensors.get_slice(name)
-                    if view.get_dtype() not in self._types:
+                    if view.get_dtype() not in _TYPES:
                         if name.endswith(BUFFERS):
                             continue
-                        raise ValueError(f"{name} is {view.get_dtype()}; wanted one of {', '.join(self._types)}")
-                    self.tensors[name] = file, tuple(view.get_shape()), self._types[view.get_dtype()]
+                        raise ValueError(f"{name} is {view.get_dtype()}; wanted one of {', '.join(_TYPES)}")
+                    self.tensors[name] = file, tuple(view.get_shape()), _TYPES[view.get_dtype()]
         except FileNotFoundError:
             raise CheckpointError(f"{path}: is missing") from None
         except (SafetensorError, OSError, ValueError) as e:

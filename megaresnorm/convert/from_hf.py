@@ -12,16 +12,25 @@ import megaresnorm
 from megaresnorm.checkpoint.format import TensorSlices
 from megaresnorm.checkpoint.state import EngineState, RunState
 from megaresnorm.checkpoint.writer import save_checkpoint
-from megaresnorm.convert.compare import TOLERANCE, Agreement, compare, kept_logits_on, logits_on
+from megaresnorm.convert.compare import (
+    TOLERANCE,
+    Agreement,
+    check_memory,
+    compare,
+    kept_logits_on,
+    load_theirs,
+    logits_on,
+    of_ours,
+    of_theirs,
+    prompts_of,
+)
 from megaresnorm.convert.config_json import normalized
 from megaresnorm.convert.describe import described
-from megaresnorm.convert.families.family import Family
+from megaresnorm.convert.family import MEGATRON_NAME, Family
 from megaresnorm.convert.files import BUFFERS, CONFIG, Progress, Weights, check_space, new_folder, refuse_existing
 from megaresnorm.convert.links import Link, constants, links, row_chunks
-from megaresnorm.convert.loading import check_memory, load_theirs, of_ours, of_theirs, prompts_of
-from megaresnorm.convert.native import MEGATRON_NAME, NativeModel
-from megaresnorm.convert.plan import Plan
-from megaresnorm.convert.remainder import open_remainder, restored
+from megaresnorm.convert.match import Match
+from megaresnorm.convert.native import NativeModel
 from megaresnorm.convert.tokenizers import read_tokenizer_of
 from megaresnorm.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megaresnorm.errors import CheckpointError, ConfigError
@@ -97,7 +106,7 @@ def from_hf(
 
 
 def sliced_weights(
-    weights: Weights, chosen: Plan, table: dict[str, ParameterSpec], chunk_bytes: int
+    weights: Weights, chosen: Match, table: dict[str, ParameterSpec], chunk_bytes: int
 ) -> tuple[dict[str, TensorSlices], torch.dtype]:
     """Every parameter of ours, to be made from theirs a chunk of rows at a time, and the type of all."""
     found: dict[str, list[Link]] = {name: [] for name in table}
@@ -105,14 +114,11 @@ def sliced_weights(
         found[link.ours].append(link)
     wide = any(weights.tensors[link.theirs][2] is torch.float64 for ones in found.values() for link in ones)
     dtype = torch.float64 if wide else torch.float32
-    remainder = None if chosen.fold is None else open_remainder(weights, table, dtype)
-    slices = {
-        name: native_slices(spec, found[name], weights, remainder, dtype, chunk_bytes) for name, spec in table.items()
-    }
+    slices = {name: native_slices(spec, found[name], weights, dtype, chunk_bytes) for name, spec in table.items()}
     return slices, dtype
 
 
-def matched(weights: Weights, chosen: Plan, table: dict[str, ParameterSpec]) -> Iterator[Link]:
+def matched(weights: Weights, chosen: Match, table: dict[str, ParameterSpec]) -> Iterator[Link]:
     """Every link under the name that its tensor has in the files.
 
     Raises: CheckpointError for a tensor that is missing, has another shape, or that nothing of ours corresponds to.
@@ -170,21 +176,17 @@ def native_slices(
     spec: ParameterSpec,
     found: Sequence[Link],
     weights: Weights,
-    remainder: Weights | None,
     dtype: torch.dtype,
     chunk_bytes: int,
 ) -> TensorSlices:
     """One parameter of ours, made a chunk of rows at a time; rows that theirs lack, the vocabulary's padding, are zeros."""
 
     def chunks() -> Iterator[Tensor]:
-        rest = tuple((0, size) for size in spec.shape[1:])
         for start, stop in row_chunks(spec.shape, dtype.itemsize, chunk_bytes):
             value = torch.zeros(stop - start, *spec.shape[1:], dtype=dtype)
             for link in found:
                 rows, theirs = link.our_rows(weights, start, stop, dtype)
                 value[rows - start] = theirs
-            if remainder is not None and spec.name in remainder.tensors:
-                value = restored(value, remainder.read(spec.name, ((start, stop), *rest)))
             yield value
 
     return TensorSlices(spec.shape, dtype, None, (tuple((0, size) for size in spec.shape),), owned=True, chunks=chunks)

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megaresnorm.convert.families.family import Family
+from megaresnorm.convert.family import Family
 from megaresnorm.convert.rows import Selection
 from megaresnorm.model.parameters import ParameterSpec
 from megaresnorm.parallel.sharding import Box

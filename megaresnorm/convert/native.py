@@ -13,15 +13,13 @@ from megaresnorm.checkpoint.format import TensorSlices
 from megaresnorm.checkpoint.inspect import newest_of
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import RunState, fitting_table, recipe_of, state_of
+from megaresnorm.convert.family import OURS
 from megaresnorm.convert.links import scaled
 from megaresnorm.data.tokenizer import Tokenizer, restore_tokenizer
 from megaresnorm.model.parameters import ParameterSpec
 from megaresnorm.model.transformer import Transformer
 from megaresnorm.parallel.sharding import Box
 from megaresnorm.recipe import ModelRecipe
-
-MEGATRON_NAME = "megatron-core"  # model_type of our folders of Megatron-Core's weights
-OURS = "megaresnorm"  # our model_type, and the key of every config.json that we write under which the model's recipe is
 
 
 class NativeModel:

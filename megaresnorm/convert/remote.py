@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from megaresnorm.convert.families.family import Family, Of
+from megaresnorm.convert.family import OURS, Family, Of
 from megaresnorm.convert.fields import By, Config, Settings, refused
-from megaresnorm.convert.native import OURS
-from megaresnorm.convert.resolved import scale, whole_logits_scaling
-from megaresnorm.convert.signature import wiring
+from megaresnorm.convert.signature import scale, whole_logits_scaling, wiring
 from megaresnorm.model.rotary import stretched
 from megaresnorm.model.transformer import has_embedding_norm
 from megaresnorm.recipe import ModelRecipe

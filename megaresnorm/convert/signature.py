@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from megaresnorm.convert.resolved import residual_at, scale, whole_logits_scaling
-from megaresnorm.model.topology import SUBLAYERS, Learned, topology
+from megaresnorm.model.topology import SUBLAYERS, Learned, Position, ResidualSpec, Sublayer, topology
 from megaresnorm.model.transformer import has_embedding_norm
-from megaresnorm.recipe import ModelRecipe
+from megaresnorm.recipe import ModelRecipe, TopologyOptions
 
 PLAIN = "dim num_blocks num_heads kv_heads head_width ffn_width vocab_size seq_len norm norm_eps norm_zero_centered " \
     "positions qk_norm ffn bias biases tied_embeddings embedding_multiplier attention_softcap logit_softcap"  # fmt: skip
@@ -52,3 +51,39 @@ def different(one: ModelRecipe, other: ModelRecipe) -> dict[str, tuple[Any, Any]
     """The settings in which two models differ, with both values, the topology first."""
     a, b = signature(one), signature(other)
     return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
+
+
+def residual_at(recipe: ModelRecipe, block: int, sublayer: Sublayer) -> ResidualSpec:
+    """The residual connection of a sub-layer."""
+    at = Position(block=block, num_blocks=recipe.num_blocks, sublayer=sublayer, dim=recipe.dim)
+    return topology(recipe.topology).residual(at, recipe.topology_options)
+
+
+def trunk_alpha(recipe: ModelRecipe) -> float:
+    """The factor on the trunk of the first sub-layer."""
+    return residual_at(recipe, 0, "attention").alpha
+
+
+def branch_gate(recipe: ModelRecipe) -> float:
+    """The constant factor on the first branch; 1 where it is learned."""
+    gate = residual_at(recipe, 0, "attention").constant_gate
+    return 1.0 if gate is None else gate
+
+
+def whole_logits_scaling(recipe: ModelRecipe) -> float:
+    """The divisor of the logits, the topology's part in it included."""
+    return recipe.logits_scaling / topology(recipe.topology).logit_scale(recipe.dim, recipe.topology_options)
+
+
+def scale(recipe: ModelRecipe) -> float:
+    """The factor on products of queries and keys."""
+    return recipe.head_width**-0.5 if recipe.attention_multiplier is None else recipe.attention_multiplier
+
+
+def post_of(alpha: float, num_blocks: int) -> dict[str, Any]:
+    """Settings of the post-norm topology with this factor on the trunk, under the name of the formula that it follows."""
+    at = Position(block=0, num_blocks=num_blocks, sublayer="attention", dim=1)
+    for name in ("deepnorm", "deepnorm_glm", "post"):
+        if topology(name).residual(at, TopologyOptions()).alpha == alpha:
+            return {"topology": name}
+    return {"topology": "post", "topology_options": {"alpha": alpha}}

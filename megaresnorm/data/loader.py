@@ -13,9 +13,13 @@ from megaresnorm.parallel.mesh import ParallelContext
 
 
 class Batch(NamedTuple):
-    """B sequences: tokens [B, S] and the tokens that follow them [B, S], int64; samples [B], their global numbers.
+    """B sequences of S tokens.
 
-    documents: [B, S], the number of each token's document in its row, where documents are kept apart.
+    Attributes:
+        tokens: [B, S] int64.
+        labels: [B, S] int64, the token that follows each one; -1 where there is none to predict.
+        samples: [B], their global numbers.
+        documents: [B, S], the number of each token's document in its row; None where documents are not kept apart.
     """
 
     tokens: Tensor
@@ -34,10 +38,16 @@ def microbatches(
     *,
     mask_documents: bool = False,
 ) -> Iterator[Batch]:
-    """This rank's share of samples position .. position + count - 1, in microbatches of ``micro`` (the last may be smaller).
+    """This rank's share of samples ``position`` to ``position + count - 1``, in microbatches.
 
-    With several ranks all have as many microbatches of the same shape: where samples are missing, others stand in without labels.
-    mask_documents: keep documents apart; the first token of the next one is then no label.
+    With several ranks all have the same number of microbatches, all of the same shape: where samples are missing,
+    others stand in without labels.
+
+    Args:
+        position: number of samples consumed before.
+        count: samples on all dp ranks together.
+        micro: samples of a microbatch; on a single rank the last one may be smaller.
+        mask_documents: keep documents apart; the first token of the next document is then no label.
     """
     data = context.dp
     mine = list(range(position + data.rank, position + count, data.size))
@@ -51,9 +61,7 @@ def microbatches(
         tokens, documents = (
             torch.from_numpy(np.stack(column)).to(device) for column in zip(*(samples[i] for i in numbers), strict=True)
         )
-        labels = tokens[
-            :, 1:
-        ].clone()  # written below: .contiguous() of a single row would still be a view of the tokens
+        labels = tokens[:, 1:].clone()  # written below; .contiguous() of a single row would still be a view of tokens
         if mask_documents:
             labels = labels.masked_fill(documents[:, 1:] != documents[:, :-1], -1)
         empty = max(0, start + len(numbers) - (wanted - fillers))

@@ -1,4 +1,4 @@
-"""megaresnorm prepare: text to a folder with token files, tokenizer and description, made whole or not at all."""
+"""megaresnorm prepare: from text to a folder with token files, tokenizer and description, made whole or not at all."""
 
 import concurrent.futures
 import json
@@ -29,7 +29,7 @@ from megaresnorm.data.tokenizer import (
 from megaresnorm.errors import ConfigError, DataError
 
 WORK_CHARACTERS = 1 << 19  # text handed to a worker at a time
-TRAINING_CHARACTERS = 1 << 25  # text a SentencePiece model is trained on
+TRAINING_CHARACTERS = 1 << 25  # text that a SentencePiece model is trained on
 
 DEFAULT_VOCAB_SIZE = 8192  # of a trained SentencePiece model
 
@@ -38,7 +38,19 @@ Progress = Callable[[int], None]  # called with the number of source bytes done 
 
 @dataclass(frozen=True)
 class PrepareJob:
-    """What to prepare. ``tokenizer``: bytes, sentencepiece (trained on the corpus) or the path of a .model or tokenizer.json."""
+    """A request to prepare a data set.
+
+    Attributes:
+        out: folder to make.
+        corpus: name of a built-in corpus; None to read ``paths``.
+        paths: files, folders and hf:NAME.
+        tokenizer: bytes, sentencepiece (trained on the corpus), or the path of a .model or tokenizer.json.
+        vocab_size: of a trained SentencePiece model; None for DEFAULT_VOCAB_SIZE.
+        end_token: token of a tokenizer.json that ends documents; None for the usual one.
+        text_key: key or column that holds the text, where a source has rows.
+        workers: processes that tokenize.
+        overwrite: whether a data set in ``out`` may be replaced.
+    """
 
     out: Path
     corpus: str | None = None
@@ -52,11 +64,11 @@ class PrepareJob:
 
     @property
     def tokenizer_file(self) -> Path | None:
-        """The file to load, if the tokenizer is one."""
+        """File of the tokenizer; None where it is built in or trained."""
         return None if self.tokenizer in ("bytes", "sentencepiece") else Path(self.tokenizer)
 
     def digest(self, sources: list[Source]) -> str:
-        """Stands for what was asked for; recorded to tell whether a finished folder already is its result."""
+        """Digest of the request. It is recorded to tell whether a finished folder already is the result."""
         file = self.tokenizer_file
         return json_digest(
             {
@@ -70,7 +82,11 @@ class PrepareJob:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The finished folder. ``reused``: it was there already, made from the same files with the same settings."""
+    """The finished folder.
+
+    Attributes:
+        reused: it was there already, made from the same files with the same settings.
+    """
 
     folder: Path
     documents: int
@@ -82,10 +98,19 @@ class Prepared:
 def prepare(
     job: PrepareJob, sources: list[Source] | None = None, progress: Progress = lambda num_bytes: None
 ) -> Prepared:
-    """Tokenize a corpus into ``job.out``. A folder there is reused if it is the result of the same job, and never replaced
-    without ``overwrite``; what is there stays until its successor is complete.
+    """Tokenize a corpus into ``job.out``.
 
-    Raises: DataError, one line, for sources, tokenizer or output that cannot be used.
+    A folder there is reused if it is the result of the same job, and never replaced without ``job.overwrite``. It stays
+    until its successor is complete.
+
+    Args:
+        job: what to prepare.
+        sources: those of the job, where they are known already.
+        progress: called with the number of source bytes done since the last call.
+
+    Raises:
+        ConfigError: a setting has no effect with the job's tokenizer.
+        DataError: sources, tokenizer or output cannot be used; one line.
     """
     sources = find_sources(job.corpus, job.paths) if sources is None else sources
     if job.vocab_size is not None and job.tokenizer != "sentencepiece":
@@ -147,9 +172,9 @@ def _make_tokenizer(job: PrepareJob, sources: list[Source]) -> Tokenizer:
 
 
 def _training_text(sources: list[Source], text_key: str) -> Iterator[str]:
-    """All of a small corpus; of a large one about TRAINING_CHARACTERS, the same share of every file's text.
+    """Text to train a tokenizer on: all of a small corpus, of a large one the same share of every file.
 
-    Of a streamed data set, whose size is not known, the beginning.
+    The shares come to about TRAINING_CHARACTERS. Of a streamed data set, whose size is not known, it is the beginning.
     """
     share = min(1.0, TRAINING_CHARACTERS / max(1, sum(source.num_bytes for source in sources)))
     due = 0.0  # characters that should have been taken by now, less those that were
@@ -166,13 +191,16 @@ def _training_text(sources: list[Source], text_key: str) -> Iterator[str]:
                 break
 
 
-Encoded = tuple[
-    np.ndarray, list[int], bool
-]  # ids, length of each document's share of them, whether the last one ends there
+# Token ids, number of them that belong to each document, whether the last document ends with them.
+Encoded = tuple[np.ndarray, list[int], bool]
 
 
 def _tokenize(job: PrepareJob, sources: list[Source], tokenizer: Tokenizer) -> Iterator[tuple[Encoded, int]]:
-    """One piece of work after the other, in the order of the sources, each with the source bytes that it finishes."""
+    """Encode the corpus in the order of the sources.
+
+    Yields:
+        (encoded pieces, number of source bytes that they finish).
+    """
     work = _work(sources, job.text_key)
     if job.workers <= 1:
         for pieces, num_bytes in work:
@@ -198,7 +226,11 @@ def _tokenize(job: PrepareJob, sources: list[Source], tokenizer: Tokenizer) -> I
 
 
 def _work(sources: list[Source], text_key: str) -> Iterator[tuple[list[tuple[str, bool]], int]]:
-    """Pieces of documents, about WORK_CHARACTERS together, and the source bytes that they finish."""
+    """Divide the corpus into units of work.
+
+    Yields:
+        (pieces of documents, about WORK_CHARACTERS together; number of source bytes that they finish).
+    """
     pieces: list[tuple[str, bool]] = []
     size = done = 0
     for source in sources:
@@ -214,7 +246,7 @@ def _work(sources: list[Source], text_key: str) -> Iterator[tuple[list[tuple[str
 
 
 def _encode(tokenizer: Tokenizer, pieces: Iterable[tuple[str, bool]]) -> Encoded:
-    """The ids of all pieces back to back; a document's last piece is followed by eod."""
+    """Token ids of all pieces back to back; the last piece of a document is followed by ``tokenizer.eod``."""
     found, lengths, ends = [np.empty(0, np.int32)], [0], True
     for text, ends in pieces:
         ids = tokenizer.encode(text)
@@ -262,7 +294,7 @@ def _reuse(folder: Path, request: str) -> Prepared:
 
 
 def _replace(temporary: Path, out: Path, old: Path) -> None:
-    """Put the finished folder in place; the one that was there goes only afterwards."""
+    """Put the finished folder in place; the one that was there is removed only afterwards."""
     if out.exists():
         out.rename(old)
     temporary.rename(out)

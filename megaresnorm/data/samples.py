@@ -1,4 +1,4 @@
-"""Sample i as a pure function of (seed, i): of one data set's split, or of a blend of several."""
+"""Sample i as a pure function of (seed, i), from one data set's split or from a blend of several."""
 
 import functools
 from collections.abc import Sequence
@@ -13,31 +13,52 @@ from megaresnorm.data.tokenizer import Tokenizer
 from megaresnorm.errors import ConfigError, DataError
 from megaresnorm.recipe import DataRecipe, Recipe
 
-ENTROPY_TOKENS = 1 << 26
+ENTROPY_TOKENS = 1 << 26  # from which token frequencies are taken
 BLEND_WINDOW = 1024  # samples of a blend that are shuffled among each other
 
 
 class Sample(NamedTuple):
-    """tokens: [seq_len + 1] int64.   documents: [seq_len + 1] int64, numbered in the sample, from 0."""
+    """One sequence and the token that follows it.
+
+    Attributes:
+        tokens: [seq_len + 1] int64.
+        documents: [seq_len + 1] int64, the document of each token, numbered within the sample from 0.
+    """
 
     tokens: np.ndarray
     documents: np.ndarray
 
 
 class Samples(Protocol):
-    """A sequence of samples without end. Sample i depends on (seed, i) alone: resuming needs i, and ranks do not matter."""
+    """An endless sequence of samples. Sample i depends on (seed, i) alone: resuming needs i, and ranks do not matter.
+
+    Attributes:
+        per_epoch: samples of one pass through the data.
+        num_documents: documents that they are cut from.
+    """
 
     per_epoch: int
     num_documents: int
 
     def __getitem__(self, i: int) -> Sample: ...
     def token_shares(self) -> np.ndarray:
-        """[V] how frequent each token is."""
+        """Relative frequency of each token, [V]; estimated from about the first ENTROPY_TOKENS tokens of a source.
+
+        V may be smaller than the vocabulary: tokens that do not occur may be missing at the end.
+        """
         ...
 
 
 class PackedSamples:
-    """Sequences cut from one split's documents, laid end to end in a new order every epoch."""
+    """Sequences cut from one split's documents, laid end to end in a new order every epoch.
+
+    Args:
+        documents: numbers of the split's documents in ``files``.
+
+    Attributes:
+        num_tokens: tokens of the split.
+        longest: tokens of its longest document.
+    """
 
     def __init__(self, files: TokenFiles, documents: np.ndarray, seq_len: int, seed: int) -> None:
         self.files, self.documents, self.seq_len, self.seed = files, documents, seq_len, seed
@@ -66,7 +87,7 @@ class PackedSamples:
         return Sample(np.concatenate(pieces).astype(np.int64), numbers)
 
     def token_shares(self) -> np.ndarray:
-        """Of the first ENTROPY_TOKENS tokens, more or less."""
+        """Relative frequency of each token among about the first ENTROPY_TOKENS of the split."""
         counts = np.zeros(1, dtype=np.int64)
         seen = 0
         for document in self.documents:
@@ -85,10 +106,17 @@ class PackedSamples:
 
 
 class BlendedSamples:
-    """Samples of several sources, shared out by weight: of the first n samples every source has its share to within a few whole
-    samples wherever n is a multiple of BLEND_WINDOW, and so exactly in the long run. Each goes through its own samples in order.
+    """Samples of several sources, shared out by weight.
 
-    shuffle: in what order the sources come within a window is random, else as evenly as whole samples allow.
+    Wherever n is a multiple of BLEND_WINDOW, every source has its share of the first n samples to within a few whole
+    samples, and so exactly in the long run. Each source goes through its own samples in order.
+
+    Args:
+        weights: relative; need not add up to 1.
+        shuffle: whether the sources come in random order within a window; otherwise as evenly as whole samples allow.
+
+    Attributes:
+        weights: exact fractions that add up to 1.
     """
 
     def __init__(self, sources: Sequence[PackedSamples], weights: Sequence[float], seed: int, *, shuffle: bool) -> None:
@@ -105,28 +133,30 @@ class BlendedSamples:
         return self.sources[source][j]
 
     def place(self, i: int) -> tuple[int, int]:
-        """(source, its sample) of sample i."""
+        """(source, number of that source's sample) that sample i is."""
         window, at = divmod(i, BLEND_WINDOW)
         sources, samples = self._window(window)
         return int(sources[at]), int(samples[at])
 
     def counts(self, n: int) -> list[int]:
-        """How many of the first n samples every source has."""
+        """Number of samples that each source has among the first n."""
         whole = n - n % BLEND_WINDOW
         counts = np.array(self._shared_out(whole, 0, len(self.weights)))
         last, _ = self._window(n // BLEND_WINDOW)
         return (counts + np.bincount(last[: n - whole], minlength=len(counts))).tolist()
 
     def token_shares(self) -> np.ndarray:
+        """Relative frequency of each token: the weighted mean over the sources."""
         shares = np.zeros(1)
         for weight, source in zip(self.weights, self.sources, strict=True):
             shares = _added(shares, float(weight) * source.token_shares())
         return shares
 
     def _shared_out(self, n: int, first: int, last: int) -> list[int]:
-        """n samples among sources ``first`` to ``last``: the left half of them has its share, rounded, and so on in each half.
+        """Numbers of samples when n of them are shared out among sources ``first`` to ``last - 1``.
 
-        With one sample more, exactly one source has one more: that is whose it is.
+        The left half of the sources has its share, rounded, and so on within each half. With n + 1 samples exactly one
+        source has one more, and sample n is its.
         """
         if last - first == 1:
             return [n]
@@ -136,12 +166,12 @@ class BlendedSamples:
         return self._shared_out(left, first, middle) + self._shared_out(n - left, middle, last)
 
     def _make_left_share(self, first: int, last: int) -> tuple[int, int]:
-        """Of the weights of sources ``first`` to ``last``, how much the left half has: numerator and denominator."""
+        """Share of the left half in the weight of sources ``first`` to ``last - 1``, as (numerator, denominator)."""
         left = sum(self.weights[first : (first + last) // 2], Fraction(0)) / sum(self.weights[first:last], Fraction(0))
         return left.numerator, left.denominator
 
     def _make_window(self, window: int) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each sample of a window, and which of that source's samples it is."""
+        """The source of each sample of a window, and the number of that source's sample: two of [BLEND_WINDOW]."""
         start = window * BLEND_WINDOW
         counts = np.array(
             [self._shared_out(n, 0, len(self.weights)) for n in range(start, start + BLEND_WINDOW + 1)], dtype=np.int64
@@ -157,7 +187,13 @@ class BlendedSamples:
 
 
 class TrainingData(NamedTuple):
-    """The data sets of a recipe. tokenizer, vocab_size: None for bare Megatron files; digest: of all of them and their weights."""
+    """The data sets of a recipe.
+
+    Attributes:
+        sets: in the order of the recipe's sources.
+        tokenizer, vocab_size: shared by all sets; None for bare Megatron files.
+        digest: stands for the content of all sets and, in a blend, their weights.
+    """
 
     sets: list[DataSet]
     tokenizer: Tokenizer | None
@@ -166,7 +202,11 @@ class TrainingData(NamedTuple):
 
 
 def open_data(recipe: DataRecipe) -> TrainingData:
-    """Open data.path, or the sets of data.blend. Raises: DataError for damage, or for sets with different tokenizers."""
+    """Open data.path, or the sets of data.blend.
+
+    Raises:
+        DataError: a set is damaged, or sets have different tokenizers.
+    """
     sets = [open_dataset(source.path) for source in recipe.sources]
     described = [None if data.tokenizer is None else data.tokenizer.describe() for data in sets]
     for data, tokenizer in zip(sets, described, strict=True):
@@ -182,7 +222,12 @@ def open_data(recipe: DataRecipe) -> TrainingData:
 
 
 def resolve_vocab(recipe: Recipe, data: TrainingData) -> Recipe:
-    """The recipe with model.vocab_size set. Raises: ConfigError or DataError if tokens do not fit the model."""
+    """The recipe with model.vocab_size set, from the data where the recipe leaves it open.
+
+    Raises:
+        ConfigError: neither says the size, or it is smaller than that of the data.
+        DataError: bare Megatron files hold a token that is outside the vocabulary.
+    """
     vocab_size, path = recipe.model.vocab_size or data.vocab_size, data.sets[0].path
     if vocab_size is None:
         raise ConfigError(f"model.vocab_size is missing, and {path} does not say it; set model.vocab_size=...")
@@ -195,7 +240,11 @@ def resolve_vocab(recipe: Recipe, data: TrainingData) -> Recipe:
 
 
 def open_samples(data: TrainingData, recipe: Recipe) -> tuple[Samples, Samples | None]:
-    """Training and validation samples. Raises: DataError if a split is too small for one sequence."""
+    """Training and validation samples; None instead of the latter where data.valid_fraction is 0.
+
+    Raises:
+        DataError: a split is too small for one sequence, or with data.mask_documents has nothing to predict.
+    """
     train, valid = [], []
     for one in data.sets:
         splits = split_documents(one.files, recipe.data)
@@ -210,9 +259,12 @@ def open_samples(data: TrainingData, recipe: Recipe) -> tuple[Samples, Samples |
 
 
 def split_documents(files: TokenFiles, recipe: DataRecipe) -> dict[str, np.ndarray]:
-    """Document numbers of train, valid and test: a random assignment of whole documents, by share of the tokens.
+    """Assign whole documents to train, valid and test at random, by share of the tokens.
 
     A split that is asked for has at least one document, as long as one is left to train on.
+
+    Returns:
+        Document numbers of each split, by its name.
     """
     order = np.random.Generator(np.random.Philox(key=recipe.seed)).permutation(files.num_documents)
     lengths = files.boundaries[order + 1] - files.boundaries[order]
@@ -228,7 +280,7 @@ def split_documents(files: TokenFiles, recipe: DataRecipe) -> dict[str, np.ndarr
 
 
 def unigram_entropy(shares: np.ndarray) -> float:
-    """Entropy in nats of single tokens: the loss of a model that has learned their frequencies and nothing else.
+    """Entropy of single tokens in nats: the loss of a model that has learned their frequencies and nothing else.
 
     >>> round(unigram_entropy(np.array([0.5, 0.5, 0.0])), 6)
     0.693147
@@ -243,8 +295,8 @@ def _packed(data: DataSet, splits: dict[str, np.ndarray], split: str, recipe: Re
     if samples.per_epoch:
         if recipe.data.mask_documents and samples.longest < 2:
             raise DataError(
-                f"{data.path}: no document of the {split} split has two tokens, so with data.mask_documents there is nothing "
-                "to predict; join short documents, or set data.mask_documents to false"
+                f"{data.path}: no document of the {split} split has two tokens, so with data.mask_documents there is "
+                "nothing to predict; join short documents, or set data.mask_documents to false"
             )
         return samples
     if split == "train":
@@ -256,7 +308,7 @@ def _packed(data: DataSet, splits: dict[str, np.ndarray], split: str, recipe: Re
 
 
 def _added(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Sum of two counts whose shorter one is zero further on."""
+    """Sum of two vectors, the shorter one padded with zeros."""
     total = np.zeros(max(len(a), len(b)), dtype=np.result_type(a, b))
     total[: len(a)] += a
     total[: len(b)] += b

@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, Hugging Face's tokenizer.json, and SentencePiece with settings under which its Hugging Face form is equal."""
+"""Tokenizers: bytes, Hugging Face's, and SentencePiece with settings under which its Hugging Face form is equal."""
 
 import hashlib
 import io
@@ -23,16 +23,27 @@ END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back. ``eod`` ends every document."""
+    """Text to token ids and back.
+
+    Attributes:
+        eod: the token that ends every document.
+        model: content of the file that the tokenizer is made from; empty for bytes.
+    """
 
     vocab_size: int
     eod: int
-    model: bytes  # the file that it is made from; empty for bytes
+    model: bytes
 
-    def encode(self, text: str) -> np.ndarray: ...
-    def decode(self, ids: Iterable[int]) -> str: ...
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of a text, [n] int32, without an end-of-document token."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids."""
+        ...
+
     def describe(self) -> dict:
-        """What dataset.json records: enough to load it again and to tell two apart."""
+        """The entry of dataset.json: enough to load the tokenizer again and to tell two apart."""
         ...
 
 
@@ -48,12 +59,15 @@ class ByteTokenizer:
     model = b""
 
     def encode(self, text: str) -> np.ndarray:
+        """Bytes of UTF-8, [n] int32; what UTF-8 cannot express becomes a question mark."""
         return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8).astype(np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
+        """Text of bytes, without end-of-document tokens; what is not UTF-8 becomes U+FFFD."""
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
     def describe(self) -> dict:
+        """As in ``Tokenizer``."""
         return {"kind": "bytes"}
 
 
@@ -61,7 +75,14 @@ _Result = TypeVar("_Result")
 
 
 def guarded(call: Callable[[], _Result], what: str) -> _Result:
-    """What ``call`` returns. Raises: DataError, "what (reason)", for whatever a library raises, panics of Rust included."""
+    """Call a library that may raise anything, panics of Rust included.
+
+    Returns:
+        The result of ``call``.
+
+    Raises:
+        DataError: it raised; the line is "what (reason)".
+    """
     try:
         return call()
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
@@ -72,7 +93,7 @@ def guarded(call: Callable[[], _Result], what: str) -> _Result:
 
 @contextmanager
 def _without_stderr() -> Iterator[None]:
-    """What Rust and C++ print of an error that is ours to tell goes nowhere."""
+    """Discard stderr, where Rust and C++ print errors that we report ourselves."""
     try:
         before = os.dup(2)
     except OSError:  # there is none
@@ -89,7 +110,11 @@ def _without_stderr() -> Iterator[None]:
 
 
 class Piece(NamedTuple):
-    """One piece of a SentencePiece model. kind: normal, unknown, control or byte."""
+    """One piece of a SentencePiece model.
+
+    Attributes:
+        kind: normal, unknown, control or byte.
+    """
 
     text: str
     score: float
@@ -97,7 +122,15 @@ class Piece(NamedTuple):
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model. Raises: DataError for bytes that are not one, or one without an end-of-sentence piece."""
+    """A SentencePiece model. Its end-of-sentence piece ends documents.
+
+    Args:
+        model: content of a .model file.
+        where: its path, for errors.
+
+    Raises:
+        DataError: it is no such model, or has no end-of-sentence piece.
+    """
 
     def __init__(self, model: bytes, where: str) -> None:
         import sentencepiece
@@ -116,9 +149,13 @@ class SentencePieceTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "SentencePieceTokenizer":
-        """Byte-pair encoding (arXiv:1508.07909) with byte fallback that keeps every space, tab and newline.
+        """Train byte-pair encoding with byte fallback that keeps every space, tab and newline.
 
-        Raises: DataError if the text cannot fill ``vocab_size``.
+        Raises:
+            DataError: the text cannot fill ``vocab_size``.
+
+        Source:
+            Byte-pair encoding, arXiv:1508.07909.
         """
         import sentencepiece
 
@@ -126,7 +163,7 @@ class SentencePieceTokenizer:
         bad_text: list[DataError] = []
 
         def sentences() -> Iterator[str]:
-            """SentencePiece would replace an error of its source by a message of its own, so it is kept for later."""
+            """Sentences; an error of ``texts`` is kept for later, since SentencePiece would replace its message."""
             try:
                 yield from _pieces_of_text(texts)
             except DataError as e:
@@ -156,7 +193,7 @@ class SentencePieceTokenizer:
         return cls(model.getvalue(), "the trained model")
 
     def pieces(self) -> list["Piece"]:
-        """All of the vocabulary, by token."""
+        """The whole vocabulary, by token id."""
         model = self._processor
 
         def kind(i: int) -> str:
@@ -166,23 +203,32 @@ class SentencePieceTokenizer:
         return [Piece(model.IdToPiece(i), model.GetScore(i), kind(i)) for i in range(self.vocab_size)]
 
     def encode(self, text: str) -> np.ndarray:
+        """As in ``Tokenizer``."""
         return guarded(
             lambda: np.asarray(self._processor.EncodeAsIds(text), dtype=np.int32),
             f"{self._where}: cannot encode a text",
         )
 
     def decode(self, ids: Iterable[int]) -> str:
+        """As in ``Tokenizer``."""
         tokens = [int(i) for i in ids]
         return guarded(lambda: self._processor.DecodeIds(tokens), f"{self._where}: cannot decode tokens")
 
     def describe(self) -> dict:
+        """As in ``Tokenizer``."""
         return {"kind": "sentencepiece", "file": SENTENCEPIECE_FILE, "sha256": hashlib.sha256(self.model).hexdigest()}
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer.json of Hugging Face's tokenizers. ``end``: the token that ends documents; None: the first of END_TOKENS it has.
+    """A tokenizer.json of Hugging Face's tokenizers.
 
-    Raises: DataError for bytes that are not one, or one without such a token.
+    Args:
+        model: content of the file.
+        where: its path, for errors.
+        end: the token that ends documents; None for the first of END_TOKENS that it has.
+
+    Raises:
+        DataError: it is no such file, is too large, or has no such token; or the package tokenizers is missing.
     """
 
     def __init__(self, model: bytes, where: str, end: str | None = None) -> None:
@@ -211,24 +257,31 @@ class HuggingFaceTokenizer:
             self.decode(self.encode(_PROBE))
 
     def encode(self, text: str) -> np.ndarray:
+        """As in ``Tokenizer``; no special token is added."""
         return guarded(
             lambda: np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32),
             f"{self._where}: cannot encode a text",
         )
 
     def decode(self, ids: Iterable[int]) -> str:
+        """As in ``Tokenizer``; special tokens are written out."""
         tokens = [int(i) for i in ids]
         return guarded(
             lambda: self._tokenizer.decode(tokens, skip_special_tokens=False), f"{self._where}: cannot decode tokens"
         )
 
     def describe(self) -> dict:
+        """As in ``Tokenizer``."""
         digest = hashlib.sha256(self.model).hexdigest()
         return {"kind": "huggingface", "file": HUGGINGFACE_FILE, "sha256": digest, "end_token": self.end}
 
 
 def read_tokenizer(path: Path, end: str | None = None) -> Tokenizer:
-    """A SentencePiece .model or a Hugging Face .json. Raises: DataError if it is neither, or cannot be read."""
+    """Read a SentencePiece .model, or a Hugging Face .json with ``end`` as in ``HuggingFaceTokenizer``.
+
+    Raises:
+        DataError: it is neither, or cannot be read.
+    """
     try:
         model = read_plain_file(path, MAX_TOKENIZER_BYTES)
     except OSError as e:
@@ -239,7 +292,11 @@ def read_tokenizer(path: Path, end: str | None = None) -> Tokenizer:
 
 
 def restore_tokenizer(description: dict, model: bytes, where: str) -> Tokenizer:
-    """The tokenizer with this description and file. Raises: DataError if there is none."""
+    """Make a tokenizer from its description and its file's content; ``where`` is the file's path, for errors.
+
+    Raises:
+        DataError: there is no such tokenizer.
+    """
     match description:
         case {"kind": "bytes"}:
             return ByteTokenizer()
@@ -251,7 +308,11 @@ def restore_tokenizer(description: dict, model: bytes, where: str) -> Tokenizer:
 
 
 def load_tokenizer(description: dict, folder: Path) -> Tokenizer:
-    """The tokenizer that a dataset.json describes. Raises: DataError if its file is missing or another one."""
+    """Load the tokenizer that a dataset.json describes, from its folder.
+
+    Raises:
+        DataError: its file is missing or another one.
+    """
     kind = description.get("kind")
     file = {"sentencepiece": SENTENCEPIECE_FILE, "huggingface": HUGGINGFACE_FILE}.get(
         kind if isinstance(kind, str) else ""

@@ -1,4 +1,4 @@
-"""Pure tensor functions on plain values: no torch.distributed, no recipe. A folder or a file an op."""
+"""Pure tensor functions on plain values: no torch.distributed, no recipe. Every op has a folder or a file."""
 
 import importlib
 
@@ -17,6 +17,6 @@ MODULES = (
 
 
 def load_backends() -> None:
-    """Import every module that registers kernels; optional packages are not imported by this."""
+    """Import every module that registers kernels. Optional packages are not imported by this."""
     for name in MODULES:
         importlib.import_module(f"megaresnorm.kernels.{name}")

@@ -1,4 +1,4 @@
-"""The activation between the matrices of a feed-forward branch: the specification.
+"""The activation between the matrices of a feed-forward branch: the reference that other backends are held to.
 
 T rows (tokens)   F ffn dim
 """
@@ -12,14 +12,22 @@ from megaresnorm.kernels.registry import register_kernel
 
 @register_kernel("activation", "reference")
 def activation(h_TF: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    """gelu(h + bias), the exact one (arXiv:1606.08415), gelu_tanh, its approximation there, or relu; swiglu: silu(gate) * up of
-    gate, up = h + bias, geglu and geglu_tanh: the same with GELU for SiLU (arXiv:2002.05202).
+    """Activation of h + bias.
 
-    h_TF: [T, F], or [T, 2 F] with a gate, the gate first.   kind: one of recipe.Activation.
-    bias: as a row of h, in any type, or None.   returns: [T, F].
+    ``gelu`` is the exact one, ``gelu_tanh`` its tanh approximation. With gate, up = h + bias, ``swiglu`` is
+    silu(gate) * up; ``geglu`` and ``geglu_tanh`` have GELU in the place of SiLU.
+
+    Args:
+        h_TF: [T, F], or [T, 2 F] with a gate, the gate first.
+        bias: as a row of h, in any type, or None.
+        kind: one of recipe.Activation.
+    Returns:
+        [T, F].
+    Source:
+        GELU: arXiv:1606.08415. Gated activations: arXiv:2002.05202.
     """
     if bias is not None:
-        wide = torch.promote_types(h_TF.dtype, torch.float32)  # in which the bias's gradient is summed, too
+        wide = torch.promote_types(h_TF.dtype, torch.float32)  # the bias's gradient is summed in this type, too
         h_TF = (h_TF.to(wide) + bias.to(wide)).to(h_TF.dtype)
     approximate = "tanh" if kind.endswith("_tanh") else "none"
     match kind:

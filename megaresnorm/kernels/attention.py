@@ -1,6 +1,7 @@
-"""Attention over whole sequences: torch's fused kernel, and products over blocks of queries, which is faster on some CPUs.
+"""Attention over whole sequences: torch's fused kernel, and products over blocks of queries, faster on some CPUs.
 
-B batch   S queries   C keys (S, or more where earlier ones are cached)   N query heads   K key/value heads   H head width
+B batch   S queries   C keys (S, or more where earlier ones are cached)
+N query heads   K key/value heads   H head width
 """
 
 import functools
@@ -14,20 +15,22 @@ from torch import Tensor
 
 from megaresnorm.kernels.registry import register_kernel
 
-QUERIES = 128  # in one block; the keys after a block are never looked at
+QUERIES = 128  # in one block; the keys after a block are never read
 
 
 def rotate(x_BSNH: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
-    """Rotate every head by its position, with tables [S, H] or [B, S, H]; computed in the tables' type, returned in x's.
+    """Rotate every head by its position; computed in the tables' type, returned in x's.
 
-    The first half of ``sin`` is negative, as model/branches/attention.py makes it.
+    Args:
+        cos_SH, sin_SH: [S, H] or [B, S, H]. The first half of ``sin`` along H is negative, as
+            model/branches/attention.py makes it.
     """
     exchanged = x_BSNH.roll(x_BSNH.shape[-1] // 2, dims=-1)
     return torch.addcmul(x_BSNH * cos_SH.unsqueeze(-2), exchanged, sin_SH.unsqueeze(-2)).to(x_BSNH.dtype)
 
 
 def split_attention(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An ``attention`` kernel from one that wants q, k and v apart, after the rotary positions."""
+    """Make an ``attention`` kernel from a function of separate, already rotated q, k and v."""
 
     def attention(
         qkv_BSJH: Tensor,
@@ -41,9 +44,14 @@ def split_attention(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
     ) -> Tensor:
         """Causal self-attention of whole sequences.
 
-        qkv: [B, S, J, H], heads of q, then of k, then of v; J is N + 2 kv_heads.   cos, sin: as ``rotate`` takes them, or None.
-        mask: [B, S, S], True where a query sees a key, in the place of all keys before it.   scale: of the products, H^-0.5 when
-        None.   softcap: scores become softcap tanh(scores / softcap); None: they do not.   returns: [B, S, N, H].
+        Args:
+            qkv_BSJH: [B, S, J, H], heads of q, then of k, then of v; J is N + 2 kv_heads.
+            cos, sin: as ``rotate`` takes them; None for no rotation.
+            mask_BSC: [B, S, S], True where a query sees a key; replaces the causal mask.
+            scale: factor of the products q k; H^-0.5 when None.
+            softcap: scores become softcap tanh(scores / softcap); None leaves them.
+        Returns:
+            [B, S, N, H].
         """
         heads = qkv_BSJH.shape[2] - 2 * kv_heads
         qk_BSJH, v_BSKH = qkv_BSJH.split((heads + kv_heads, kv_heads), dim=2)
@@ -73,9 +81,10 @@ def blocked_attention(
     mask_BSC: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """As ``sdpa_attention``, by matrix products over blocks of queries; scores are rounded to the inputs' type.
+    """Attention as ``sdpa_attention``, by matrix products over blocks of queries.
 
-    Keeps the probabilities for the backward pass: B * N * S * C / 2 elements for causal attention.
+    Scores are rounded to the inputs' type. The probabilities are kept for the backward pass: B * N * S * C / 2 elements
+    for causal attention.
     """
     batch, seq, heads, width = q_BSNH.shape
     group = heads // k_BCKH.shape[2]
@@ -103,7 +112,13 @@ def reference_attention(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """As ``sdpa_attention``, written out, in FP32 (or FP64), and the one that caps scores (Gemma 2, arXiv:2408.00118, eq. 1)."""
+    """Attention as ``sdpa_attention``, written out, in FP32 (or FP64). It alone caps scores.
+
+    Args:
+        softcap: scores become softcap tanh(scores / softcap); None leaves them.
+    Source:
+        Gemma 2, arXiv:2408.00118, eq. 1 (the cap).
+    """
     wide = torch.promote_types(q_BSNH.dtype, torch.float32)
     group = q_BSNH.shape[2] // k_BCKH.shape[2]
     k_BCNH, v_BCNH = (t.repeat_interleave(group, dim=2).to(wide) for t in (k_BCKH, v_BCKH))
@@ -129,8 +144,13 @@ def sdpa_attention(
 ) -> Tensor:
     """softmax(scale q k^T) v by torch's scaled_dot_product_attention, which caps no scores.
 
-    causal: query i sees keys 0 .. i, and then C must be S.   mask: True where a query sees a key, instead of ``causal``.
-    scale: H^-0.5 when None.   returns: [B, S, N, H].
+    Args:
+        q_BSNH: N is a multiple of the K key/value heads, each of which serves N / K query heads.
+        causal: query i sees keys 0 .. i, and then C must be S.
+        mask_BSC: True where a query sees a key; replaces ``causal``.
+        scale: H^-0.5 when None.
+    Returns:
+        [B, S, N, H].
     """
     return F.scaled_dot_product_attention(
         q_BSNH.transpose(1, 2),
@@ -144,7 +164,11 @@ def sdpa_attention(
 
 
 def _bias(q_PSH: Tensor, keys: int, causal: bool, mask_BSC: Tensor | None, heads: int) -> Tensor:
-    """0 where a query sees a key and -inf where it does not: [S, C], or [P, S, C] for a mask; [1, 1] where all is seen."""
+    """Additive mask, 0 where a query sees a key and -inf elsewhere.
+
+    Returns:
+        [S, C], or [P, S, C] for a mask; [1, 1] where every key is seen.
+    """
     seq = q_PSH.shape[1]
     if mask_BSC is not None:
         hidden = ~mask_BSC.repeat_interleave(heads, dim=0)
@@ -157,7 +181,7 @@ def _bias(q_PSH: Tensor, keys: int, causal: bool, mask_BSC: Tensor | None, heads
 
 @functools.lru_cache(maxsize=4)
 def _causal_bias(seq: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Made once per shape; every layer and step reads the same."""
+    """Causal additive mask [S, S], made once per shape and shared by all layers and steps."""
     return torch.full((seq, seq), -inf, dtype=dtype, device=device).triu_(1)
 
 
@@ -194,7 +218,7 @@ class _Blocked(torch.autograd.Function):
 
 
 def _blocks(q: Tensor, k: Tensor, causal: bool) -> list[tuple[int, int, int]]:
-    """(first query, end, number of keys that they may see) of every block."""
+    """(first query, end, number of keys that these queries may see) of every block."""
     seq, keys = q.shape[1], k.shape[1]
     ends = [(start, min(start + QUERIES, seq)) for start in range(0, seq, QUERIES)]
     return [(start, stop, stop if causal else keys) for start, stop in ends]

@@ -1,4 +1,4 @@
-"""Which kernels run on this machine, at which shapes, and why the others do not."""
+"""Times the kernels that run on this machine, and says why the others do not."""
 
 import time
 from collections.abc import Callable
@@ -17,7 +17,11 @@ OPS = ("add_norm", "norm_quant", "attention", "activation", "cross_entropy")
 class BackendTiming:
     """One backend of an op at one shape.
 
-    milliseconds: forward and backward, the best of five calls; None where it cannot run or failed.
+    Attributes:
+        shape: rows and columns, as ``benchmark_backends`` takes them.
+        chosen: whether ``auto`` takes this backend.
+        milliseconds: forward and backward, the best of five calls; None where it cannot run or failed.
+        reason: why ``auto`` does not take it, or why it cannot run; empty for the chosen one.
     """
 
     op: str
@@ -25,14 +29,15 @@ class BackendTiming:
     backend: str
     chosen: bool
     milliseconds: float | None
-    reason: str  # why auto does not take it, or why it cannot run
+    reason: str
 
 
 def benchmark_backends(device: torch.device, dtype: torch.dtype, shapes: list[tuple[int, int]]) -> list[BackendTiming]:
-    """Run every backend of every op a few times, for rows x columns of ``shapes``.
+    """Run every backend of every op a few times.
 
-    Rows are tokens; columns are the model dim, or the vocabulary for cross_entropy; attention has heads of 64 columns and
-    sequences of at most 256 tokens.
+    Args:
+        shapes: pairs of rows and columns. Rows are tokens; columns are the model dim, or the vocabulary for
+            cross_entropy. Attention has heads of 64 columns and sequences of at most 256 tokens.
     """
     findings = []
     for op in OPS:

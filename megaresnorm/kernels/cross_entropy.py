@@ -11,24 +11,24 @@ from torch import Tensor
 
 from megaresnorm.kernels.registry import register_kernel
 
-CACHED_ELEMENTS = 1 << 19  # FP32 logits in work at a time on a CPU: 2 MiB, the size of a second-level cache
+CACHED_ELEMENTS = 1 << 19  # FP32 logits processed at a time on a CPU: 2 MiB, the size of a second-level cache
 
 
 @register_kernel("cross_entropy", "chunked")
 def chunked_cross_entropy(
     logits_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """As ``reference.cross_entropy_sums``, but the logits are **consumed**: where they need a gradient it takes their place, so
-    that nothing of their size is allocated.
+    """Cross entropy as ``cross_entropy_sums``, but the logits are **consumed**.
 
-    Only the objective can be differentiated, and once. ``scale`` goes into the gradient as it is written; a factor that comes
-    with the backward pass costs another pass over it.
+    Where the logits need a gradient it overwrites them, so that nothing of their size is allocated. Only the objective
+    can be differentiated, and once. ``scale`` is applied as the gradient is written; a factor that arrives with the
+    backward pass costs another pass over it.
     """
     return _ChunkedCrossEntropy.apply(logits_TV, labels_T, z_loss, scale)
 
 
 def row_chunks(logits_TV: Tensor) -> list[slice]:
-    """Rows to be in work together."""
+    """Rows to process together: on a GPU all, on a CPU as many as a cache holds."""
     rows, vocab = logits_TV.shape
     chunk = rows if logits_TV.is_cuda else max(1, CACHED_ELEMENTS // vocab)
     return [slice(start, start + chunk) for start in range(0, rows, chunk)]
@@ -39,13 +39,17 @@ class GradientInPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        """The gradient of the logits, scaled in place by that of the objective, the second output."""
         gradient, ctx.gradient = ctx.gradient, None
         assert gradient is not None, "the objective can be differentiated once"
         return scaled(gradient, grads[1]), None, None, None
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """In place; on a GPU, where looking at the factor would make the host wait, also by 1."""
+    """Multiply ``gradient`` by ``factor`` in place.
+
+    A factor of 1 is skipped on a CPU; on a GPU reading it would make the host wait.
+    """
     return gradient if not factor.is_cuda and factor.item() == 1.0 else gradient.mul_(factor)
 
 
@@ -66,7 +70,7 @@ class _ChunkedCrossEntropy(GradientInPlace):
             nll -= torch.where(valid, label_log_p, 0.0).sum()
             penalty += torch.where(valid, log_z.square(), 0.0).sum()
             if ctx.needs_input_grad[0]:
-                # p (1 + 2 z log Z) at every token, less 1 at the label; nothing where there is no label.
+                # p (1 + 2 z_loss log Z) everywhere, less 1 at the label; 0 in rows without a label.
                 gradient = log_p.exp_()
                 if z_loss:
                     gradient *= 1.0 + 2.0 * z_loss * log_z
@@ -86,11 +90,17 @@ class _ChunkedCrossEntropy(GradientInPlace):
 def cross_entropy_sums(
     logits_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Sums over the valid tokens of -log p(label), and ``scale`` times those of the same plus z_loss * log(Z)^2 (PaLM,
-    arXiv:2204.02311).
+    """Cross entropy and objective, summed over the valid tokens.
 
-    logits_TV: [T, V], computed on in FP32 or FP64.   labels_T: [T] int64, negative where there is nothing to predict.
-    returns: (cross entropy, objective), two scalars; the objective is the one to differentiate.
+    A token's cross entropy is -log p(label); its objective is ``scale`` (-log p(label) + z_loss log(Z)^2).
+
+    Args:
+        logits_TV: [T, V], computed on in FP32 or FP64.
+        labels_T: [T] int64, negative where there is nothing to predict.
+    Returns:
+        (cross entropy, objective), two scalars; the objective is the one to differentiate.
+    Source:
+        PaLM, arXiv:2204.02311 (z_loss).
     """
     logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
     if z_loss == 0.0:

@@ -13,9 +13,10 @@ def dropout(x_TD: Tensor, probability: float, key: int | Tensor, rows_T: Tensor,
     The mask is a hash of (key, row, column), not a draw from a generator: it is the same in every parallel layout, in
     every split into microbatches and after every resume.
 
-    key: 64 random bits for the run and the place in the model, a number or an int64.   rows_T: [T] int64, the global number of
-    every row.
-    first_column: the global number of the first column of x.
+    Args:
+        key: 64 random bits for the run and the place in the model, a number or an int64 tensor.
+        rows_T: [T] int64, the global number of every row.
+        first_column: the global number of the first column of x.
     """
     row_hash_T = _mix32(_mix32(rows_T ^ _mix32(rows_T >> 32)) ^ (key & _MASK))
     columns_D = torch.arange(first_column, first_column + x_TD.shape[-1], device=x_TD.device)

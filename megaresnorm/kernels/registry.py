@@ -1,4 +1,4 @@
-"""Kernels are chosen once, when the model is built, and the choice is said aloud.
+"""Kernels are chosen once, when the model is built, and the choice is reported with its reason.
 
 A backend registers itself for an op together with ``requires(device, dtype)``, which returns None or the reason why it
 cannot run there, and ``avoid(device, dtype)``, which returns None or the reason why it would be the slower one. Asking
@@ -18,10 +18,17 @@ Refusal = Callable[[torch.device, torch.dtype], str | None]
 
 @dataclass(frozen=True)
 class Kernel:
-    """One implementation of an op: its backend's name, the function, and what keeps it from running.
+    """One implementation of an op.
 
-    kinds: what it can compute of an op that has several forms (the activations; attention plain or with capped scores); None: all.
-    implementation: what the function is made of, where an op asks its backends for that (add_norm's ``AddNormBackend``).
+    Attributes:
+        op, backend: the names under which it is registered.
+        function: has the arguments of the op's reference.
+        requires: given (device, dtype), None or the reason why it cannot run there.
+        avoid: given (device, dtype), None or the reason why ``auto`` passes it over.
+        kinds: the forms it can compute of an op that has several (the activations; attention plain or with capped
+            scores); None for all of them.
+        implementation: what ``function`` is made of, where an op asks its backends for that (add_norm's
+            ``AddNormBackend``).
     """
 
     op: str
@@ -33,7 +40,8 @@ class Kernel:
     implementation: Any = None
 
 
-# In which order ``auto`` tries backends, whatever the order of imports; others come before "reference", the specification.
+# The order in which ``auto`` tries backends, whatever the order of imports. Backends that are not listed come after
+# these and before "reference", the specification.
 ORDER = ("triton", "cpu", "blocked", "sdpa", "chunked")
 _KERNELS: dict[str, dict[str, Kernel]] = {}
 
@@ -46,7 +54,7 @@ def register_kernel(
     kinds: tuple[str, ...] | None = None,
     implementation: Any = None,
 ) -> Callable[[Callable], Callable]:
-    """Decorator: make a function a backend of ``op``."""
+    """Decorator that makes a function a backend of ``op``; ``Kernel`` describes the arguments."""
 
     def register(function: Callable) -> Callable:
         kernels = _KERNELS.setdefault(op, {})
@@ -58,7 +66,7 @@ def register_kernel(
 
 
 def backends(op: str) -> list[Kernel]:
-    """Its kernels, in the order in which ``auto`` tries them."""
+    """All kernels of ``op``, in the order in which ``auto`` tries them."""
 
     def rank(kernel: Kernel) -> tuple[bool, int]:
         known = ORDER.index(kernel.backend) if kernel.backend in ORDER else len(ORDER)
@@ -68,18 +76,27 @@ def backends(op: str) -> list[Kernel]:
 
 
 def kernel_named(op: str, backend: str) -> Kernel:
-    """The entry of a backend that is registered. Raises: KeyError for one that is not."""
+    """The registry's entry of a backend.
+
+    Raises:
+        KeyError: no such backend is registered.
+    """
     return _KERNELS[op][backend]
 
 
 def choose_kernel(
     op: str, backend: str, device: torch.device, dtype: torch.dtype, kind: str | None = None
 ) -> tuple[Kernel, str]:
-    """The kernel that runs ``op`` on ``device`` for products in ``dtype``, and a line that says which and why.
+    """Choose the kernel that runs ``op``.
 
-    kind: the form of the op that is wanted, where it has several.
-
-    Raises: ConfigError for a backend that does not exist, or was asked for by name and cannot run here.
+    Args:
+        backend: a backend's name, or ``auto`` for the first that can run and has no reason to be avoided.
+        dtype: of the model's matrix products.
+        kind: the form of the op that is wanted, where it has several.
+    Returns:
+        The kernel, and a line that says which it is and why.
+    Raises:
+        ConfigError: the backend does not exist, or was asked for by name and cannot run here.
     """
     kernels = backends(op)
     refusals: list[str] = []

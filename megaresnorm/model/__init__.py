@@ -1,1 +1,1 @@
-"""Plain PyTorch to read: no torch.distributed, and no branch on the name of a topology."""
+"""The model in plain PyTorch, to be read: no torch.distributed, and no decision by the name of a topology."""

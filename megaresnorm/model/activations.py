@@ -1,7 +1,7 @@
-"""What autograd keeps of a block for its backward pass, in bytes a token: an estimate from the shapes of what is saved.
+"""Memory that autograd keeps for the backward pass of a block, in bytes per token: an estimate from tensor shapes.
 
-It follows what kernels and branches save: of a residual connection the sum and what is read from it, of a branch the inputs of its
-matrices and of its activation. Backends that save more or less than the fastest ones are not told apart.
+It follows what kernels and branches save: a residual connection saves the sum and what is read from it, a branch the
+inputs of its matrices and of its activation. Backends that save more or less than the fastest ones are not told apart.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,11 @@ from megaresnorm.recipe import ModelRecipe
 
 
 class ResidualKind(NamedTuple):
-    """What of a residual connection decides which tensors there are. gate: None where it is a number."""
+    """The parts of a residual connection that decide which tensors there are.
+
+    Attributes:
+        gate: None where it is a number.
+    """
 
     norm_in: bool
     norm_inner: bool
@@ -22,18 +26,20 @@ class ResidualKind(NamedTuple):
 
     @classmethod
     def of(cls, spec: ResidualSpec) -> "ResidualKind":
+        """The kind of one residual connection."""
         gate = spec.gate if spec.constant_gate is None else None
         return cls(spec.norm_in, spec.norm_inner, spec.norm_branch, spec.norm_out, gate)
 
 
 class BlockKind(NamedTuple):
-    """Blocks of one kind have parameters and activations of the same shapes."""
+    """The kind of a block: blocks of one kind have parameters and activations of the same shapes."""
 
     attention: ResidualKind
     ffn: ResidualKind
 
     @classmethod
     def of(cls, recipe: ModelRecipe, block: int) -> "BlockKind":
+        """The kind of the block of this global number."""
         residual, options = topology(recipe.topology).residual, recipe.topology_options
         at = (Position(block=block, num_blocks=recipe.num_blocks, sublayer=sub, dim=recipe.dim) for sub in SUBLAYERS)
         return cls(*(ResidualKind.of(residual(position, options)) for position in at))
@@ -41,9 +47,12 @@ class BlockKind(NamedTuple):
 
 @dataclass(frozen=True)
 class Activations:
-    """Of the blocks of one model on one tensor-parallel rank.
+    """Saved activations of the blocks of one model on one tensor-parallel rank.
 
-    tp: ranks.   divides_stream: whether they share the stream's tokens or columns.   compute, stream: bytes of an element.
+    Attributes:
+        tp: tensor-parallel ranks.
+        divides_stream: whether the stream is sharded over them, by token or by hidden dimension.
+        compute, stream: bytes of an element of the compute type and of the stream's type.
     """
 
     recipe: ModelRecipe
@@ -53,12 +62,12 @@ class Activations:
     stream: int
 
     def of_block(self, kind: BlockKind) -> int:
-        """Bytes a token."""
+        """Bytes per token that a block of this kind keeps."""
         attention, ffn = kind
         return self._of_residual(attention, ffn) + self._of_residual(ffn, attention) + self._of_branches(kind)
 
     def _of_residual(self, this: ResidualKind, following: ResidualKind) -> int:
-        """The sum, what is normalised twice, and what the next branch reads, which is gathered where the stream is divided."""
+        """The sum, what is normalised twice, and the next branch's input, which is gathered from a sharded stream."""
         dim, width = self.recipe.dim, self.recipe.dim // (self.tp if self.divides_stream else 1)
         kept = width * self.stream
         if this.norm_branch or (this.gate is not None and not isinstance(this.gate, TokenGate)):
@@ -76,9 +85,7 @@ class Activations:
         q, kv = recipe.num_heads * recipe.head_width, recipe.kv_heads * recipe.head_width
         attention = (q + 2 * kv) * (1 if recipe.qk_norm == "none" else 2) + q * (1 + kind.attention.norm_inner)
         feed_forward = recipe.ffn_width * (2 + recipe.gated_ffn + kind.ffn.norm_inner)
-        scores = 4 * recipe.num_heads  # a normaliser of every row
-        if (
-            recipe.attention_softcap is not None
-        ):  # written out in FP32: capped and normalised scores, and what lies between
+        scores = 4 * recipe.num_heads  # the softmax's normaliser of every row
+        if recipe.attention_softcap is not None:  # kept in FP32: capped and normalised scores, and what lies between
             scores = 3 * 4 * recipe.num_heads * recipe.seq_len
         return (self.compute * (attention + feed_forward) + scores) // self.tp

@@ -17,7 +17,12 @@ from megaresnorm.recipe import ModelRecipe
 
 
 class Block(nn.Module):
-    """Two sub-layers at a global position; the boundary between them is one kernel, whatever the topology."""
+    """Two sub-layers at a global position; the boundary between them is one kernel, whatever the topology.
+
+    Args:
+        block: its global number, from 0.
+        norm: makes a norm of a given width.
+    """
 
     def __init__(
         self,
@@ -41,6 +46,11 @@ class Block(nn.Module):
         self.ffn = residual("ffn", FeedForward)
 
     def forward(self, stream: Stream, rows: SequenceInfo, masks: DropoutMasks | None) -> Stream:
+        """The stream after both sub-layers."""
+        # One pre-norm sub-layer, as textbooks have it:
+        #     u = norm(x)
+        #     x = x + F(u)
+        # The code below is that for every topology, twice, with all that lies between the two branches in one kernel.
         x, u = self.attention.open(stream)
         y = self.attention.run(x, u, rows, masks)
         x, u = self.attention.close_and_open(self.ffn, x, y, masks)

@@ -1,4 +1,4 @@
-"""What parts of a model cost, in floating-point operations of a forward pass for one token."""
+"""Floating-point operations of the parts of a model, in a forward pass and for one token."""
 
 from megaresnorm.recipe import ModelRecipe
 
@@ -12,10 +12,10 @@ def block_flops(recipe: ModelRecipe) -> int:
 
 
 def head_flops(recipe: ModelRecipe) -> int:
-    """The output matrix and about five operations a logit for the loss."""
+    """The output matrix, and about five operations per logit for the loss."""
     return (2 * recipe.dim + 5) * recipe.padded_vocab_size
 
 
 def embedding_flops(recipe: ModelRecipe) -> int:
-    """Looking up and adding: no products, but a row is read, and its gradient written."""
+    """Lookup and add: there are no products, but a row is read and its gradient written."""
     return 4 * recipe.dim

@@ -15,22 +15,29 @@ from megaresnorm.parallel.layouts import TensorLayout
 
 
 class DropoutKey(NamedTuple):
-    """What the masks of a batch are a function of: the run's seed and the global number of every row [T]. A pipeline divides its
-    tensors as it divides the batch.
+    """All that the masks of a batch depend on. A pipeline splits its tensors into microbatches as it splits the batch.
+
+    Attributes:
+        seed: the run's.
+        rows: the global number of every row, [T].
     """
 
     seed: int
     rows: Tensor
 
     def of_stream(self, layout: TensorLayout, dim: int, num_blocks: int) -> "DropoutMasks":
-        """The masks of what this rank has of a stream of width ``dim``."""
+        """The masks of this rank's share of a stream of width ``dim``."""
         keys = _keys(self.seed, 2 * num_blocks + 1, self.rows.device)
         return DropoutMasks(keys, layout.tokens(self.rows), layout.first_column(layout.width(dim)))
 
 
 class DropoutMasks(NamedTuple):
-    """Of a stream. keys: 64 random bits for every place of the model.   rows, first_column: global numbers, of every row [T] and of
-    the first column.
+    """The dropout masks of a stream, or of a rank's share of it.
+
+    Attributes:
+        keys: 64 random bits for every place of the model.
+        rows: the global number of every row, [T].
+        first_column: the global number of the first column.
     """
 
     keys: Tensor
@@ -38,7 +45,11 @@ class DropoutMasks(NamedTuple):
     first_column: int
 
     def drop(self, x: Tensor, probability: float, site: int) -> Tensor:
-        """Dropout at one place of the model: site 2 i is the attention of block i, 2 i + 1 its FFN, and the embedding the last."""
+        """Dropout at one place of the model.
+
+        Args:
+            site: 2 i is the attention of block i, 2 i + 1 its FFN, and the last one the embedding.
+        """
         return dropout(x, probability, self.keys[site], self.rows, self.first_column)
 
 

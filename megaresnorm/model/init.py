@@ -23,14 +23,17 @@ def materialize(
     """Give a model that was built on the meta device its memory and initial values, one parameter at a time.
 
     Peak memory is this rank's share of the model plus its largest whole parameter. Tied parameters stay tied.
-    Raises: AssertionError if model and table do not name the same parameters and shapes.
+
+    Raises:
+        AssertionError: model and table do not name the same parameters and shapes.
     """
     places: dict[nn.Parameter, list[tuple[nn.Module, str, str]]] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             places.setdefault(parameter, []).append((module, name, f"{module_name}.{name}".lstrip(".")))
     specs = {parameter: table[global_name(owners[0][2], table)] for parameter, owners in places.items()}
-    # Whole values of what is divided are drawn into one buffer: between the parts of others they would leave gaps in the heap.
+    # Whole values of sharded parameters are drawn into one buffer: allocated between the shards of others they would
+    # leave gaps in the heap.
     divided = {p: spec for p, spec in specs.items() if list(spec.shape) != list(local(p).shape)}
     buffer = torch.empty(max((spec.num_elements for spec in divided.values()), default=0))
     for parameter, owners in places.items():
@@ -46,9 +49,10 @@ def materialize(
 def initial_value(
     spec: ParameterSpec, seed: int, dtype: torch.dtype, device: torch.device, buffer: Tensor | None = None
 ) -> Tensor:
-    """The initial value of a whole parameter. Drawn in FP32 on the CPU, so that every type starts from the same numbers.
+    """The initial value of a whole parameter, drawn in FP32 on the CPU: every type starts from the same numbers.
 
-    buffer: where to draw it; the result may lie there.
+    Args:
+        buffer: memory to draw it into, of at least as many elements, in which the result may lie; None: new memory.
     """
     value = torch.empty(spec.shape) if buffer is None else buffer[: spec.num_elements].view(spec.shape)
     generator = torch.Generator()

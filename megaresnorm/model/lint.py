@@ -1,7 +1,8 @@
-"""What is wrong with a topology, a depth and a precision, before an accelerator is spent on it.
+"""Checks of a topology, a depth and a precision, before an accelerator is spent on them.
 
-What cannot work is refused; what is likely to disappoint is a warning. The estimates assume Xavier-like matrices, for which
-a branch with unit input has an output of RMS v * w (v, w: gains of its two matrices relative to Xavier).
+A setting that cannot work is refused; one that is likely to disappoint is a warning. The estimates assume Xavier-like
+matrices, for which a branch with unit input has an output of RMS v * w (v, w: gains of its two matrices relative to
+Xavier).
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,12 @@ BF16_HALF_ULP = 2.0**-8  # an add smaller than this share of its BF16 sum can va
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong. ``refused``: it cannot work, and the run must not start."""
+    """One thing that is wrong.
+
+    Attributes:
+        rule: the name of the check that found it.
+        refused: whether it cannot work, so that the run must not start.
+    """
 
     rule: str
     message: str
@@ -28,7 +34,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class SublayerEstimate:
-    """One sub-layer at initialisation: its wiring, the gains of its two matrices, RMS of gate * y over alpha * x."""
+    """One sub-layer at initialisation.
+
+    Attributes:
+        v, w: gains of the branch's two matrices relative to Xavier.
+        branch_to_trunk: RMS of gate * y over RMS of alpha * x.
+    """
 
     spec: ResidualSpec
     v: float
@@ -37,7 +48,11 @@ class SublayerEstimate:
 
 
 def check(recipe: Recipe) -> list[Finding]:
-    """The warnings for a recipe. Raises: ConfigError with the first finding that cannot work."""
+    """The warnings for a recipe.
+
+    Raises:
+        ConfigError: a finding cannot work; the first of these.
+    """
     findings = lint(recipe.model, recipe.precision)
     for finding in findings:
         if finding.refused:
@@ -81,13 +96,16 @@ def update_bound(model: ModelRecipe) -> float | None:
 
 
 def swallowed_from(model: ModelRecipe) -> int | None:
-    """Blocks from which a BF16 stream loses branches of this topology to rounding; None: not at model.num_blocks or below."""
+    """The number of blocks from which a BF16 stream loses branches of this topology to rounding.
+
+    Returns:
+        None where it loses none at model.num_blocks or below.
+    """
 
     def swallowed(num_blocks: int) -> bool:
         deeper = model.model_copy(update={"num_blocks": num_blocks})
-        constant = (
-            e for e in estimates(deeper) if e.spec.constant_gate is not None
-        )  # a learned gate finds its own size
+        # A learned gate finds its own size.
+        constant = (e for e in estimates(deeper) if e.spec.constant_gate is not None)
         return any(e.branch_to_trunk < BF16_HALF_ULP for e in constant)
 
     low, high = 0, model.num_blocks
@@ -111,8 +129,8 @@ def _options_fit(model: ModelRecipe) -> Iterator[Finding]:
     if model.init.distribution == "normal" and options.base_dim not in (None, model.dim):
         yield Finding(
             "completep-init",
-            f"model.topology={model.topology} needs a variance that falls with width when base_dim={options.base_dim} is not "
-            f"model.dim={model.dim}; set model.init.distribution=xavier",
+            f"model.topology={model.topology} needs a variance that falls with width when base_dim={options.base_dim} "
+            f"is not model.dim={model.dim}; set model.init.distribution=xavier",
             refused=True,
         )
 
@@ -124,7 +142,8 @@ def _combinations(model: ModelRecipe) -> Iterator[Finding]:
     if wiring.requires_qk_norm and model.qk_norm == "none":
         yield Finding(
             "reordered-qk-norm",
-            f"model.topology={model.topology} without model.qk_norm explodes with depth; set model.qk_norm=head or full",
+            f"model.topology={model.topology} without model.qk_norm explodes with depth; "
+            "set model.qk_norm=head or full",
             refused=True,
         )
     if model.init.scale_residual and spec.norm_in_scale != 1.0:
@@ -143,8 +162,8 @@ def _combinations(model: ModelRecipe) -> Iterator[Finding]:
     if model.init.scale_residual and spec.norm_branch:
         yield Finding(
             "scaled-in-vain",
-            f"model.init.scale_residual=true has no effect with model.topology={model.topology}, which normalises its branches; "
-            "set model.init.scale_residual=false",
+            f"model.init.scale_residual=true has no effect with model.topology={model.topology}, which normalises its "
+            "branches; set model.init.scale_residual=false",
             refused=True,
         )
 
@@ -154,8 +173,8 @@ def _completep_base(model: ModelRecipe) -> Iterator[Finding]:
     if "base_num_blocks" in topology(model.topology).options and unset:
         yield Finding(
             "completep-base",
-            f"model.topology={model.topology} without model.topology_options.{' and '.join(unset)} scales nothing: it takes this "
-            "model as the base whose settings are transferred",
+            f"model.topology={model.topology} without model.topology_options.{' and '.join(unset)} scales nothing: "
+            "it takes this model as the base whose settings are transferred",
         )
 
 
@@ -170,8 +189,9 @@ def _tied_self_match(model: ModelRecipe) -> Iterator[Finding]:
     if std > largest * (1 + 1e-9) and cosine > 0.2:
         yield Finding(
             "tied-self-match",
-            f"model.init.embedding_std={std:g} with tied embeddings: {model.topology} passes the input almost unchanged at the "
-            f"start (cosine about {cosine:.2f}), so every token predicts itself; use at most dim^-0.5 = {largest:.4g}, or untie",
+            f"model.init.embedding_std={std:g} with tied embeddings: {model.topology} passes the input almost "
+            f"unchanged at the start (cosine about {cosine:.2f}), so every token predicts itself; use at most "
+            f"dim^-0.5 = {largest:.4g}, or untie",
             refused=True,
         )
 
@@ -198,8 +218,8 @@ def _swallowed_updates(model: ModelRecipe, precision: PrecisionRecipe) -> Iterat
     if depth is not None:
         yield Finding(
             "bf16-swallows",
-            f"precision.residual_dtype=bf16 loses branches of model.topology={model.topology} to rounding from {depth} blocks on "
-            f"(model.num_blocks={model.num_blocks}); use residual_dtype=fp32",
+            f"precision.residual_dtype=bf16 loses branches of model.topology={model.topology} to rounding "
+            f"from {depth} blocks on (model.num_blocks={model.num_blocks}); use residual_dtype=fp32",
         )
 
 

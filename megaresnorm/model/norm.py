@@ -11,7 +11,13 @@ from megaresnorm.recipe import ModelRecipe
 
 
 class Norm(nn.Module):
-    """Weights of a norm over the last dim, of width ``dim``.   zero_centered: it multiplies by 1 + weight."""
+    """Weights of a norm over the last dim.
+
+    Args:
+        kind: layernorm or rmsnorm.
+        bias: whether LayerNorm has a bias; RMSNorm never has one.
+        zero_centered: whether it multiplies by 1 + weight.
+    """
 
     def __init__(self, kind: str, dim: int, *, eps: float, bias: bool, zero_centered: bool = False) -> None:
         super().__init__()
@@ -20,7 +26,11 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim)) if bias and kind == "layernorm" else None
 
     def weights(self, scale: float = 1.0) -> NormWeights:
-        """Plain values for the kernel. ``scale`` multiplies the output and is folded into weight and bias."""
+        """Plain values for the kernel.
+
+        Args:
+            scale: factor on the norm's output, which is folded into weight and bias.
+        """
         weight = self.weight + 1.0 if self.zero_centered else self.weight
         if scale == 1.0:
             return NormWeights(self.kind, weight, self.bias, self.eps)
@@ -29,6 +39,6 @@ class Norm(nn.Module):
 
 
 def norm_of(recipe: ModelRecipe) -> Callable[[int], Norm]:
-    """The norms of a model, by their width."""
+    """The constructor of a model's norms, from their width."""
     centered = recipe.norm_zero_centered
     return functools.partial(Norm, recipe.norm, eps=recipe.norm_eps, bias=recipe.norm_bias, zero_centered=centered)

@@ -1,7 +1,7 @@
 """One table of the parameters by global name: shape, logical parts, initialisation, decay, optimizer multipliers.
 
-It is computed from the recipe alone, for the whole model. Initialisation, optimizer and checkpoint read it; nothing is
-stored on tensors.
+It is computed from the recipe alone, for the whole model. Initialisation, optimizer and checkpoints read it; no tensor
+carries settings of its own.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +21,9 @@ class Part:
     """Consecutive rows of a parameter that are one matrix or vector in the mathematics (the q of a fused qkv).
 
     Every element is drawn from N(mean, std^2). A tensor-parallel rank has its share of every part.
+
+    Attributes:
+        role: its role in the model, by which topologies name gains and multipliers and by which it is sharded.
     """
 
     role: str
@@ -33,8 +36,11 @@ class Part:
 class ParameterSpec:
     """One parameter of the whole model.
 
-    split: the dim in which tensor-parallel ranks have their shares of it; None: each has all.
-    partial: whether a rank's gradient is a partial sum, which parallel/gradients.py adds up.
+    Attributes:
+        shape: of the whole parameter, not of a rank's share.
+        decay: whether it has weight decay.
+        split: the dim in which it is sharded over the tensor-parallel ranks; None: each has all of it.
+        partial: whether a rank's gradient is a partial sum, which parallel/gradients.py adds up.
     """
 
     name: str
@@ -47,6 +53,7 @@ class ParameterSpec:
 
     @property
     def num_elements(self) -> int:
+        """Elements of the whole parameter."""
         product = 1
         for size in self.shape:
             product *= size
@@ -58,26 +65,28 @@ def parameter_table(
 ) -> dict[str, ParameterSpec]:
     """Every parameter of the model by global name, in the order of Transformer.named_parameters().
 
-    ``recipe`` must be resolved: model.vocab_size is set.   tensor_layout: of the stream, which ``split`` and ``partial`` depend on.
-    blocks: of these alone, and of what is outside blocks; all where unset.
+    Args:
+        recipe: resolved, so that model.vocab_size is set.
+        tensor_layout: the stream's layout, on which ``split`` and ``partial`` depend.
+        blocks: only these blocks, and what is outside blocks; None: all.
     """
     chosen = range(recipe.num_blocks) if blocks is None else blocks
     return {spec.name: _placed(spec, recipe, tensor_layout) for spec in _parameters(recipe, chosen)}
 
 
 def global_name(name: str, table: Mapping[str, ParameterSpec]) -> str:
-    """The name in the table of a parameter of a stage: a tied output matrix is the embedding, on whatever stage it is."""
+    """The table's name for a parameter of a stage: a tied output matrix is the embedding, on whatever stage it is."""
     return "embedding.weight" if name == "head.weight" and name not in table else name
 
 
 def _placed(spec: ParameterSpec, recipe: ModelRecipe, tensor_layout: str) -> ParameterSpec:
-    """How a parameter lies on the ranks of a tensor-parallel axis, which follows from what its role works on."""
+    """The parameter with its placement on a tensor-parallel axis, which follows from what its role works on."""
     match spec.parts[0].role:
         case "embedding" | "head" | "q" | "gate" | "up" | "inner":  # rows, or the share of an inner width
             return replace(spec, split=0)
         case "out" | "down":
             return replace(spec, split=1)
-        case "heads":  # each rank's gradient is of its own heads
+        case "heads":  # each rank's gradient is that of its own heads
             return replace(spec, partial=True)
         case "token_gate":
             return replace(spec, partial=True)
@@ -197,14 +206,14 @@ def _multipliers(spec: ResidualSpec, role: str) -> Multipliers:
 
 
 def default_embedding_std(recipe: ModelRecipe) -> float:
-    """The recipe's, else 1, or min(0.02, dim^-1/2) where the same matrix also makes the logits."""
+    """The recipe's standard deviation, else 1, or min(0.02, dim^-1/2) where the same matrix also makes the logits."""
     if recipe.init.embedding_std is not None:
         return recipe.init.embedding_std
     return min(0.02, recipe.dim**-0.5) if recipe.tied_embeddings else 1.0
 
 
 def default_position_std(recipe: ModelRecipe) -> float:
-    """The recipe's, else half of the token embedding's, as in GPT-2 (0.01 and 0.02).
+    """The recipe's standard deviation, else half of the token embedding's, as in GPT-2 (0.01 and 0.02).
 
     Near-identity topologies pass the sum on almost unchanged, so positions as large as the tokens drown them: at 100
     sub-layers KEEL and DeepNorm learn measurably slower.

@@ -21,14 +21,20 @@ from megaresnorm.parallel.layouts import TensorLayout
 class Residual(nn.Module):
     """One residual connection around one branch.
 
-    A block runs it in three parts, so that what lies between two branches is a single kernel:
+    A block runs it in three parts, so that everything between two branches is a single kernel:
 
-        enter    stream -> (x, u)            the pending add, then c * norm_in
-        run      (x, u) -> y                 F, dropout, the token gate
-        into     (x, y) -> (x', u')          norm_branch, this add and norm_out, then the next connection's c * norm_in
-        leave    (x, y) -> stream            norm_branch, this add and norm_out; a plain add is left pending
+        open            stream -> (x, u)      the pending add, then c * norm_in
+        run             (x, u) -> y           F, dropout, the token gate
+        close_and_open  (x, y) -> (x', u')    norm_branch, this add and norm_out, then the next connection's c * norm_in
+        close           (x, y) -> stream      norm_branch, this add and norm_out; a plain add is left pending
 
     Dropout and the token gate act after norm_branch: with one of them that norm is a kernel of its own, inside run.
+
+    Args:
+        norm: makes a norm of a given width.
+        dim: width of the whole stream, of which ``layout`` gives this rank its columns.
+        site: the branch's place in the model for dropout, see ``DropoutMasks.drop``.
+        dropout: the share of the branch's output that is dropped.
     """
 
     def __init__(
@@ -55,11 +61,13 @@ class Residual(nn.Module):
         self.token_gate = nn.Linear(dim, 1) if isinstance(spec.gate, TokenGate) else None
 
     def open(self, stream: Stream) -> tuple[Tensor, BranchInput]:
+        """The trunk x and the branch input u, from the stream."""
         return self.add_norm(stream, next_norm=self._inner_norm())
 
     def close_and_open(
         self, following: "Residual", x: Tensor, y: Tensor, masks: DropoutMasks | None
     ) -> tuple[Tensor, BranchInput]:
+        """The trunk x' after this connection and the branch input u' of ``following``, in one kernel."""
         return self.add_norm(
             self._pending(x, y),
             self.norm_out,
@@ -68,13 +76,22 @@ class Residual(nn.Module):
         )
 
     def close(self, x: Tensor, y: Tensor, masks: DropoutMasks | None) -> Stream:
+        """The stream after this connection; its add stays pending where no norm or learned gate of its own needs it."""
         stream, branch_norm = self._pending(x, y), self._fused_branch_norm(masks)
         if self.norm_out is None and self.gate is None and branch_norm is None:
             return stream
         return Stream(self.add_norm.trunk(stream, self.norm_out, branch_norm=branch_norm))
 
     def run(self, x: Tensor, u: BranchInput, rows: SequenceInfo, masks: DropoutMasks | None) -> Tensor:
-        """The branch's output y for its input u [T, D]; x is the trunk that a token gate mixes it with. y is laid out as x."""
+        """The branch's output y for its input u, whole rows [T, D].
+
+        Args:
+            x: the trunk, which a token gate mixes y with.
+            masks: None where nothing is dropped.
+
+        Returns:
+            y, laid out as x.
+        """
         y = self.branch(u, rows)
         if self.norm_branch is not None and self._fused_branch_norm(masks) is None:
             y = self.add_norm.normalize(y, self.norm_branch)
@@ -88,7 +105,7 @@ class Residual(nn.Module):
         return y
 
     def _fused_branch_norm(self, masks: DropoutMasks | None) -> Norm | None:
-        """norm_branch where nothing comes between it and the add."""
+        """norm_branch, if nothing comes between it and the add."""
         drops = masks is not None and self.dropout > 0.0
         return None if drops or self.token_gate is not None else self.norm_branch
 
@@ -101,5 +118,5 @@ class Residual(nn.Module):
 
 
 def gate_size(gate: Learned, dim: int) -> int:
-    """Numbers in a learned gate; a scalar is a vector of one, since sharding wants a dim."""
+    """Number of elements of a learned gate; a scalar is a vector of one, since sharding needs a dim."""
     return dim if gate.shape == "vector" else 1

@@ -1,4 +1,4 @@
-"""Rotary positions: frequencies, stretched ones, and the tables that the attention kernels read.
+"""Rotary positions: frequencies, as they are or stretched, and the tables that the attention kernels read.
 
 S seq   H head width   R rotated columns of a head
 """
@@ -12,10 +12,13 @@ from megaresnorm.recipe import ModelRecipe, RopeScaling
 
 
 def rotary_tables(recipe: ModelRecipe, seq: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [S, H] of RoFormer (arXiv:2104.09864, eq. 34), the two halves of a head rotated against each other.
+    """cos and sin [S, H] with which the two halves of a head are rotated against each other.
 
-    Of a head of which only R columns are rotated those are the first R / 2 of either half; the others have an angle of 0.
+    Where only R columns of a head are rotated, these are the first R / 2 of either half; the others have an angle of 0.
     The first half of sin is negative, as the attention kernels need it.
+
+    Source:
+        RoFormer, arXiv:2104.09864, eq. 34.
     """
     width, half = recipe.rotary_width, recipe.head_width // 2
     frequencies = recipe.rope_theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
@@ -34,7 +37,7 @@ def stretched(frequencies: Tensor, scaling: RopeScaling, theta: float) -> tuple[
         return frequencies / scaling.factor, 1.0
     assert scaling.original_seq_len is not None
     if scaling.kind == "llama3":
-        # Turns that a frequency makes in the original context; between the two factors the passage is linear in them.
+        # Turns of a frequency in the original context; the transition between the two factors is linear in them.
         turns = scaling.original_seq_len * frequencies / (2 * pi)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -47,12 +50,16 @@ def stretched(frequencies: Tensor, scaling: RopeScaling, theta: float) -> tuple[
 
 
 def _yarn_ramp(count: int, scaling: RopeScaling, theta: float) -> Tensor:
-    """0 for frequencies that stay, 1 for those that are divided; linear in their number (arXiv:2309.00071, section 3.2)."""
+    """0 for frequencies that stay, 1 for those that are divided, linear in their index between.
+
+    Source:
+        YaRN, arXiv:2309.00071, section 3.2.
+    """
     assert scaling.original_seq_len is not None
     width = 2 * count
 
     def number(turns: float) -> float:
-        """Of the frequency that turns so often in the original context."""
+        """Index of the frequency that turns so often in the original context."""
         return width * log(scaling.original_seq_len / (turns * 2 * pi)) / (2 * log(theta))  # type: ignore[operator]
 
     low, high = number(scaling.beta_fast), number(scaling.beta_slow)

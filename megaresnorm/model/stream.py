@@ -1,4 +1,4 @@
-"""The residual stream with at most one add pending, and the add_norm of a run that closes it.
+"""The residual stream with at most one add pending, and the kernel that closes it.
 
 T tokens (batch * seq)   D model dim
 """
@@ -31,7 +31,11 @@ class Stream(NamedTuple):
 
 @dataclass(frozen=True)
 class AddNorm:
-    """The add_norm kernel of this run, bound to the type the stream is stored in and the type branches compute in."""
+    """The add_norm kernel of this run, bound to the type the stream is stored in and the type branches compute in.
+
+    Attributes:
+        kernel: the chosen backend, as it is or wrapped for the stream's tensor layout.
+    """
 
     kernel: Callable[..., AddNormOutput | StreamOutput]
     residual_dtype: torch.dtype
@@ -45,7 +49,16 @@ class AddNorm:
         *,
         branch_norm: Norm | None = None,
     ) -> tuple[Tensor, BranchInput]:
-        """Close the stream's add and open the next branch: the trunk norm(alpha * x + gate * delta), and next_norm of it."""
+        """Close the stream's add and open the next branch.
+
+        Args:
+            norm: the norm after the add, norm_out of the equation.
+            next_norm: the norm_in of the next branch.
+            branch_norm: the norm of the pending branch output, before its gate.
+
+        Returns:
+            The trunk norm(alpha * x + gate * branch_norm(delta)), and the branch input next_norm(trunk).
+        """
         out = self._run(stream, norm, next_norm, branch_norm, self.compute_dtype)
         assert out.branch_input is not None
         return out.trunk, out.branch_input
@@ -55,7 +68,7 @@ class AddNorm:
         return self._run(stream, norm, None, branch_norm, None).trunk
 
     def normalize(self, x: Tensor, norm: Norm) -> Tensor:
-        """One norm by itself, over the last dim, computed in FP32 and returned in x's type (and layout)."""
+        """One norm by itself, over the last dim, computed in FP32 and returned in x's type and layout."""
         flat = x.reshape(-1, x.shape[-1])
         return self.kernel(flat, norm=norm.weights(), residual_dtype=x.dtype, out_dtype=None).trunk.view(x.shape)
 
@@ -81,11 +94,13 @@ class AddNorm:
 
 
 class Kernels(NamedTuple):
-    """What a model computes with beside matrix products: the chosen backends.
+    """The chosen backends for everything that is not a matrix product.
 
-    attend: as kernels/attention.py's ``split_attention`` describes.   activate: as kernels/add_norm/reference.py's ``activation``.
-    normalize: x, norm -> x normalised, of rows that this rank has whole.   normalize_shared: of rows of which every
-    tensor-parallel rank has its share of the columns.
+    Attributes:
+        attend: attention, as ``split_attention`` of kernels/attention.py describes it.
+        activate: the FFN's activation, as ``activation`` of kernels/activation.py describes it.
+        normalize: (x, norm) -> x normalised, for rows that this rank has whole.
+        normalize_shared: the same for rows whose columns are sharded over the tensor-parallel ranks.
     """
 
     add_norm: AddNorm

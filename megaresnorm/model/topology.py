@@ -1,4 +1,4 @@
-"""What a residual connection is, for every topology, as a pure function of a global position.
+"""The residual connection of every topology, as a pure function of a sub-layer's global position.
 
     x' = norm_out( alpha * x  +  gate * norm_branch( F( c * norm_in(x) ) ) )
 
@@ -24,7 +24,13 @@ SUBLAYERS: tuple[Sublayer, ...] = ("attention", "ffn")
 
 @dataclass(frozen=True)
 class Position:
-    """One sub-layer of the whole model, counted from 0."""
+    """The place of one sub-layer in the whole model.
+
+    Attributes:
+        block: global number of its block, from 0.
+        num_blocks: blocks of the whole model.
+        dim: width of the residual stream.
+    """
 
     block: int
     num_blocks: int
@@ -33,12 +39,13 @@ class Position:
 
     @property
     def num_sublayers(self) -> int:
+        """Sub-layers of the whole model, the L or 2N of the papers."""
         return 2 * self.num_blocks
 
 
 @dataclass(frozen=True)
 class Learned:
-    """A learned gate that starts at ``init``: one number, or one per column."""
+    """A learned gate that starts at ``init``: one number for the sub-layer, or one per column of the stream."""
 
     init: float
     shape: Literal["scalar", "vector"]
@@ -46,7 +53,7 @@ class Learned:
 
 @dataclass(frozen=True)
 class TokenGate:
-    """One gate a token, T = sigmoid(w . u + b) of the branch input u; w starts at 0 and b at ``bias``.
+    """One gate per token, T = sigmoid(w . u + b) of the branch input u; w starts at 0 and b at ``bias``.
 
     The trunk keeps the other share: x' = (1 - T) x + T F(u), a convex mixture.
     """
@@ -56,7 +63,7 @@ class TokenGate:
 
 @dataclass(frozen=True)
 class Multipliers:
-    """Factors on the optimizer's settings for one role of parameters."""
+    """Factors on the optimizer's settings for the parameters of one role."""
 
     lr: float = 1.0
     weight_decay: float = 1.0
@@ -67,9 +74,11 @@ class Multipliers:
 class ResidualSpec:
     """One residual connection: which norms, which constants, and what they ask of initialisation and optimizer.
 
-    norm_inner: a norm inside F, of what its last matrix (out, down) reads.
-    init_gain: factor on the standard deviation of a logical matrix: q, k, v, out; gate, up, down.
-    optim: optimizer multipliers by role; the role ``*`` stands for those not named.
+    Attributes:
+        norm_in_scale: c of the equation.
+        norm_inner: whether F has a norm of its own, on the input of its last matrix (out, down).
+        init_gain: factor on the standard deviation of a logical matrix: q, k, v, out; gate, up, down.
+        optim: optimizer multipliers by role; the role ``*`` stands for those not named.
     """
 
     norm_in: bool = False
@@ -92,10 +101,13 @@ class ResidualSpec:
 class Topology:
     """A residual connection for every position, and what the model around the blocks needs for it.
 
-    embedding_norm: the kinds of norm under which the embedding is normalised unless the recipe says otherwise.
-    options: the keys of model.topology_options that it reads.
-    logit_scale, head_std: factor on the logits and default standard deviation of the output matrix, from (dim, options).
-    outer_optim: optimizer multipliers of the embeddings and the output matrix.
+    Attributes:
+        final_norm: whether a norm stands between the last block and the output matrix.
+        embedding_norm: the kinds of norm under which the embedding is normalised unless the recipe says otherwise.
+        options: the keys of model.topology_options that it reads.
+        logit_scale: factor on the logits, from (dim, options).
+        head_std: default standard deviation of the output matrix, from (dim, options).
+        outer_optim: optimizer multipliers of the embeddings and the output matrix by role, from (dim, options).
     """
 
     residual: Callable[[Position, Options], ResidualSpec]
@@ -114,7 +126,11 @@ def gains(value: float, *roles: str) -> dict[str, float]:
 
 
 def pre(at: Position, options: Options) -> ResidualSpec:
-    """x + gate F(norm(x)). On Layer Normalization in the Transformer Architecture, arXiv:2002.04745, table 1; gate 1 unless set."""
+    """x + gate F(norm(x)), gate 1 unless set.
+
+    Source:
+        On Layer Normalization in the Transformer Architecture, arXiv:2002.04745, table 1.
+    """
     return ResidualSpec(norm_in=True, gate=options.gate or 1.0)
 
 
@@ -129,9 +145,12 @@ def post(at: Position, options: Options) -> ResidualSpec:
 
 
 def deepnorm(at: Position, options: Options) -> ResidualSpec:
-    """norm(alpha x + F(x)), alpha = (2N)^1/4, beta = (8N)^-1/4. DeepNet, arXiv:2203.00555, figure 2, decoder-only.
+    """norm(alpha x + F(x)), alpha = (2N)^1/4, beta = (8N)^-1/4.
 
     beta scales v, out, up and down and not q, k or gate: then 2N (v^2 + w^2) / alpha^2 = 1 (theorem 4.2).
+
+    Source:
+        DeepNet, arXiv:2203.00555, figure 2, decoder-only.
     """
     alpha = (2 * at.num_blocks) ** 0.25
     beta = (8 * at.num_blocks) ** -0.25
@@ -145,7 +164,11 @@ def deepnorm_glm(at: Position, options: Options) -> ResidualSpec:
 
 
 def keel(at: Position, options: Options) -> ResidualSpec:
-    """norm(L x + F(norm(x))), L = 2N; the first block has alpha 1 and its attention no outer norm. arXiv:2601.19895, eq. 8."""
+    """norm(L x + F(norm(x))), L = 2N; the first block has alpha 1 and its attention no outer norm.
+
+    Source:
+        KEEL, arXiv:2601.19895, eq. 8.
+    """
     if at.block == 0:
         return ResidualSpec(norm_in=True, norm_out=at.sublayer == "ffn")
     return ResidualSpec(norm_in=True, norm_out=True, alpha=float(at.num_sublayers))
@@ -162,7 +185,11 @@ def reordered(at: Position, options: Options) -> ResidualSpec:
 
 
 def subln(at: Position, options: Options) -> ResidualSpec:
-    """x + F(norm(x)), a second norm before out and down; v, out, up, down start (ln 2N)^1/2 larger. Magneto, arXiv:2210.06423."""
+    """x + F(norm(x)), a second norm before out and down; v, out, up, down start (ln 2N)^1/2 larger.
+
+    Source:
+        Magneto, arXiv:2210.06423.
+    """
     gain = sqrt(log(at.num_sublayers))
     return ResidualSpec(norm_in=True, norm_inner=True, init_gain=gains(gain, "v", "out", "up", "down"))
 
@@ -173,9 +200,12 @@ def lns(at: Position, options: Options) -> ResidualSpec:
 
 
 def completep(at: Position, options: Options) -> ResidualSpec:
-    """x + (N_base / N) F(norm(x)), with AdamW's rules for width and depth. CompleteP, arXiv:2505.01618, table 1, alpha = 1.
+    """x + (N_base / N) F(norm(x)), with AdamW's rules for width and depth.
 
     Head width is meant to stay fixed while the model grows.
+
+    Source:
+        CompleteP, arXiv:2505.01618, table 1, alpha = 1.
     """
     m_width, m_depth = _growth(at.dim, at.num_blocks, options)
     eps = 1 / (m_width * m_depth)
@@ -196,7 +226,7 @@ def layerscale(at: Position, options: Options) -> ResidualSpec:
 
 
 def gated(at: Position, options: Options) -> ResidualSpec:
-    """(1 - T) x + T F(norm(x)), one gate a token from bias -2. Highway Networks, arXiv:1505.00387, eq. 3."""
+    """(1 - T) x + T F(norm(x)), one gate per token from bias -2. Highway Networks, arXiv:1505.00387, eq. 3."""
     return ResidualSpec(norm_in=True, gate=TokenGate(bias=-2.0))
 
 
@@ -245,7 +275,11 @@ TOPOLOGIES: dict[str, Topology] = {
 
 
 def topology(name: str) -> Topology:
-    """Look a topology up. Raises: ConfigError naming the known ones."""
+    """Look a topology up.
+
+    Raises:
+        ConfigError: there is none of this name; the message lists the known ones.
+    """
     if name not in TOPOLOGIES:
         raise ConfigError(
             f"model.topology={name!r}: wanted one of {', '.join(TOPOLOGIES)}{suggest(name, list(TOPOLOGIES))}"
@@ -254,10 +288,10 @@ def topology(name: str) -> Topology:
 
 
 def beside_others(name: str) -> dict[str, Any]:
-    """Settings of the model under which a topology is measured beside others.
+    """Settings of the model under which a topology is compared with others.
 
-    Post-norm families and KEEL read a normalised embedding, whatever the kind of norm, since nothing before their first branch
-    scales it; QK-norm is on where the topology requires it.
+    Post-norm families and KEEL read a normalised embedding, whatever the kind of norm, since nothing before their first
+    branch scales it; QK-norm is on where the topology requires it.
     """
     settings: dict[str, Any] = {"embedding_norm": name in ("post", "deepnorm", "deepnorm_glm", "keel")}
     return settings | ({"qk_norm": "head"} if topology(name).requires_qk_norm else {})

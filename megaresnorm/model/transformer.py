@@ -27,7 +27,7 @@ from megaresnorm.recipe import ModelRecipe
 
 @dataclass(frozen=True)
 class Stage:
-    """What a pipeline stage has of the model: consecutive blocks, and the embedding or the output matrix."""
+    """The part of the model in one pipeline stage: consecutive blocks, and perhaps embedding and output matrix."""
 
     blocks: range
     has_embedding: bool = True
@@ -38,7 +38,11 @@ class Transformer(nn.Module):
     """Token ids [B, S] -> logits [B * S, V]; or a stage of it, and on a tensor-parallel axis this rank's share of it.
 
     Its parameters are left uninitialised: build it on the meta device and materialise it with model/init.py.
-    ``recipe`` must be resolved: model.vocab_size is set.   layout: of the stream; the default is that of one rank.
+
+    Args:
+        recipe: resolved, so that model.vocab_size is set.
+        layout: tensor layout of the stream; None: that of one rank.
+        stage: None: the whole model.
     """
 
     def __init__(
@@ -77,14 +81,21 @@ class Transformer(nn.Module):
         documents_BS: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """received: the tokens [B, S]; by a stage that does not embed: the stream, and the tokens as ``tokens_BS``.
-        dropout: given in training only; without it nothing is dropped.
-        documents: the number of every token's document, not falling along a row; a token then sees its own document alone,
-        and positions start anew with each. None: a row is one document.
-        cache: what earlier calls have seen; empty at first, then ``tokens`` is one token a row.
-        returns: logits, or the resolved stream of a stage that does not predict.
+        """Run the model, or this stage of it.
 
-        Raises: ValueError for positions past model.seq_len when they are learned.
+        Args:
+            received: the token ids [B, S]; for a stage without the embedding, the stream of the stage before it [T, D].
+            dropout: given in training only; without it nothing is dropped.
+            tokens_BS: the token ids, where ``received`` is the stream.
+            documents_BS: the number of every token's document, not falling along a row; a token then sees its own
+                document alone, and positions start anew with each. None: a row is one document.
+            cache: what earlier calls have seen; empty at first, afterwards every call has one token per row.
+
+        Returns:
+            Logits [T, V], or the resolved stream [T, D] of a stage without the output matrix.
+
+        Raises:
+            ValueError: positions are learned, and some lie past model.seq_len.
         """
         tokens_BS = received if tokens_BS is None else tokens_BS
         rows = self.rows(tokens_BS, documents_BS, cache)
@@ -100,7 +111,7 @@ class Transformer(nn.Module):
     def rows(
         self, tokens_BS: Tensor, documents_BS: Tensor | None = None, cache: KeyValueCache | None = None
     ) -> SequenceInfo:
-        """What the tokens' rows are: their positions, and who sees whom. Every block reads the same."""
+        """The tokens' positions, rotary tables and mask, which are the same for every block."""
         batch, seq = tokens_BS.shape
         start = 0 if cache is None else cache.num_tokens
         assert start == 0 or (seq == 1 and documents_BS is None), (
@@ -138,11 +149,15 @@ class Transformer(nn.Module):
         return stream
 
     def finish(self, stream: Stream) -> BranchInput:
-        """What the output matrix reads [T, D], in the compute type: the resolved stream after the final norm."""
+        """The input of the output matrix [T, D], in the compute type: the resolved stream after the final norm."""
         return self.add_norm(stream, next_norm=None if self.final_norm is None else self.final_norm.weights())[1]
 
     def logits(self, hidden_TD: BranchInput) -> Tensor:
-        """[T, V], without the padding of the vocabulary; of a tensor-parallel rank those of its share, from ``first_logit`` on."""
+        """Logits [T, V], without the padding of the vocabulary.
+
+        Returns:
+            On a tensor-parallel rank those of its share of the vocabulary, from ``first_logit`` on.
+        """
         assert self.head is not None and self.recipe.vocab_size is not None
         logits_TV = self.head(hidden_TD)
         if self.first_logit + logits_TV.shape[1] > self.recipe.vocab_size:
@@ -156,14 +171,14 @@ class Transformer(nn.Module):
         return logits_TV
 
     def parts(self) -> Iterator[nn.Module]:
-        """What can be sharded by itself: every block, and embedding and output matrix unless they are one."""
+        """The modules that can be sharded by themselves: every block, and embedding and output matrix unless tied."""
         yield from self.blocks.values()
         if not self.recipe.tied_embeddings:
             yield from (module for module in (self.embedding, self.head) if module is not None)
 
     @property
     def first_logit(self) -> int:
-        """The token of this rank's first logit."""
+        """The token id of this rank's first logit."""
         return self.layout.axis.rank * (self.recipe.padded_vocab_size // self.layout.axis.size)
 
     def _add_positions(self, x_TD: Tensor, rows: SequenceInfo) -> Tensor:
@@ -180,12 +195,13 @@ class Transformer(nn.Module):
         return x_TD + self.positions(self.layout.tokens(rows.positions.expand(rows.batch, -1).flatten()))
 
 
-# Computed once per shape and shared by every block and step; plain tensors, so nothing can be left uninitialised on meta.
+# Computed once per shape and shared by every block and step. They are no buffers of the model, which would be left
+# uninitialised where it is built on the meta device.
 _rotary_tables = functools.lru_cache(maxsize=8)(rotary_tables)
 
 
 def has_embedding_norm(recipe: ModelRecipe) -> bool:
-    """What the recipe says, else the topology's default for this kind of norm."""
+    """Whether the embedding is normalised: as the recipe says, else the topology's default for this kind of norm."""
     if recipe.embedding_norm is not None:
         return recipe.embedding_norm
     return recipe.norm in topology(recipe.topology).embedding_norm

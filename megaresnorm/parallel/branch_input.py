@@ -57,12 +57,8 @@ class Collective(NamedTuple):
 
 # x as it is, for a computation whose gradients are partial sums. Transpose: all-reduce.
 COPY = Collective(_same, start_all_reduce)
-
-
 # [T/p, D] -> [T, D]. Transpose: reduce-scatter by rows.
 GATHER_ROWS = Collective(_rows_gathered, _start_scattering_rows)
-
-
 # [T, D/p] -> [T, D]. Transpose: reduce-scatter by columns.
 GATHER_COLUMNS = Collective(_columns_gathered, _start_scattering_columns)
 

@@ -20,7 +20,6 @@ from megaresnorm.parallel.environment import Environment
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
 TIMEOUT = timedelta(minutes=10)
 LOOK = 0.05  # seconds between two looks into the store
 LAST_WORDS = 10.0  # seconds that rank 0 waits at its end for others to have heard why

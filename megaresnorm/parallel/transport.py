@@ -16,9 +16,7 @@ from megaresnorm.parallel.shared_memory import SharedMemory
 # Newer names of the same functions; torch 2.11 has the old ones alone.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
 Pending = Callable[[], Tensor]
-
 _SMALL = 2**17  # bytes received; up to there gloo gathers and adds faster than it reduces
 
 

@@ -97,17 +97,18 @@ class Recipe(Section):
         for key, size in shared.items():
             if size % parallel.tp:
                 raise ValueError(
-                    f"parallel.tp={parallel.tp} must divide {key}={size}; try parallel.tp in {divisors(size, parallel.tp)}"
+                    f"parallel.tp={parallel.tp} must divide {key}={size}; "
+                    f"try parallel.tp in {divisors(size, parallel.tp)}"
                 )
         if parallel.columns_norm == "gather" and self.precision.stream != self.precision.compute:
             raise ValueError(
-                f"parallel.columns_norm=gather needs precision.residual_dtype={self.precision.compute}, the type of compute, "
-                f"not {self.precision.stream}; set it, or use columns_norm auto or merge"
+                f"parallel.columns_norm=gather needs precision.residual_dtype={self.precision.compute}, the type of "
+                f"compute, not {self.precision.stream}; set it, or use columns_norm auto or merge"
             )
         if parallel.num_stages > model.num_blocks:
             raise ValueError(
-                f"parallel.pp={parallel.pp} makes {parallel.num_stages} pipeline stages of model.num_blocks={model.num_blocks}; "
-                f"wanted at most one a block"
+                f"parallel.pp={parallel.pp} makes {parallel.num_stages} pipeline stages of "
+                f"model.num_blocks={model.num_blocks}; wanted at most one a block"
             )
         blocks = parallel.stage_blocks
         if blocks is not None and sum(blocks) != model.num_blocks:

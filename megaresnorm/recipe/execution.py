@@ -1,4 +1,4 @@
-"""Settings of how it is computed: number formats, kernels, ranks."""
+"""Settings of how a run is computed: number formats, kernels, ranks."""
 
 from typing import Annotated, Literal
 
@@ -9,6 +9,8 @@ from megaresnorm.recipe.section import MAX_BLOCKS, BlocksOr0, Ranks, Section, Wo
 
 
 class PrecisionRecipe(Section):
+    """Number formats of the matrix products and of the residual stream."""
+
     compute: Literal["fp32", "bf16", "fp64"] = "fp32"
     """Type of the matrix products; weights, their gradients and the optimizer stay FP32 under bf16."""
     residual_dtype: Literal["fp32", "bf16", "fp64"] | None = None
@@ -25,6 +27,7 @@ class PrecisionRecipe(Section):
 
     @property
     def stream(self) -> str:
+        """Type the residual stream is stored in, whether it is set or not."""
         return self.residual_dtype or ("fp64" if self.compute == "fp64" else "fp32")
 
 
@@ -42,14 +45,19 @@ class KernelRecipe(Section):
 
 
 class ParallelRecipe(Section):
-    """Ranks are pp * dp_replicate * dp_shard * tp; ranks of one tp group are neighbours. The same recipe runs in every layout."""
+    """Ranks are pp * dp_replicate * dp_shard * tp; ranks of one tp group are neighbours.
+
+    The same recipe runs in every layout.
+    """
 
     tp: Ranks = 1
-    """Tensor parallel: ranks that share every matrix."""
+    """Tensor parallel: ranks over which every matrix is sharded."""
     tensor_layout: Literal["full", "tokens", "columns"] = "full"
-    """tp > 1: the residual stream whole on every rank, split by token (sequence parallel), or by column with merged statistics."""
+    """tp > 1: the residual stream is whole on every rank (full), sharded over the tokens (sequence parallel), or
+    sharded over the hidden dimension with merged statistics (columns)."""
     columns_norm: Literal["auto", "merge", "gather"] = "auto"
-    """columns: merge statistics and gather normalised columns, or gather the stored stream (auto: where its type is compute's)."""
+    """columns: merge statistics and gather normalised columns, or gather the stored stream; auto: gather where its type
+    is that of compute, else merge."""
     pp: Ranks = 1
     """Pipeline parallel: ranks that each hold consecutive blocks."""
     pipeline: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
@@ -59,11 +67,11 @@ class ParallelRecipe(Section):
     stage_blocks: Annotated[list[BlocksOr0], Field(max_length=MAX_BLOCKS)] | None = None
     """Blocks of every stage, first to last; unset: balanced by cost, embedding and output matrix counted."""
     dp_shard: Ranks = 1
-    """Fully sharded data parallel (FSDP2): ranks among which weights, gradients and optimizer state are divided."""
+    """Fully sharded data parallel (FSDP2): ranks over which weights, gradients and optimizer state are sharded."""
     reshard_after_forward: bool = True
-    """dp_shard > 1: free gathered weights after each forward pass, or keep them until backward is done (pipelines always do)."""
+    """dp_shard > 1: free gathered weights after each forward pass, or keep them for backward (pipelines always do)."""
     accumulate: Literal["sharded", "unsharded"] = "sharded"
-    """dp_shard > 1: reduce-scatter gradients in every microbatch, or keep whole ones in FP32 until the last one of a step."""
+    """dp_shard > 1: reduce-scatter gradients in every microbatch, or keep whole ones in FP32 until the step's last."""
     dp_replicate: Ranks | None = None
     """Data parallel with whole copies (DDP; with dp_shard, of the sharded group); unset: all ranks that are left."""
 
@@ -84,4 +92,5 @@ class ParallelRecipe(Section):
 
     @property
     def num_stages(self) -> int:
+        """Pipeline stages of the model over all ranks."""
         return self.pp * (self.stages_per_rank if self.pipeline == "interleaved" and self.pp > 1 else 1)

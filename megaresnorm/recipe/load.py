@@ -19,7 +19,7 @@ from megaresnorm.errors import ConfigError
 from megaresnorm.reading import first_line, read_plain_file
 from megaresnorm.recipe import Recipe
 
-# What other frameworks call our settings.
+# Names that other frameworks have for our settings.
 _FOREIGN_NAMES = {
     "model.num_blocks": ("num_layers", "n_layer", "n_layers", "num_hidden_layers", "depth"),
     "model.dim": ("hidden_size", "d_model", "n_embd", "embed_dim", "width"),
@@ -37,7 +37,7 @@ _FOREIGN_NAMES = {
 }
 
 
-# Settings of older versions: what they are called now, and what each of their values is.
+# Settings of older versions: their present names, and the present value for each of theirs.
 _OLD_NAMES = {"parallel.shard": ("reshard_after_forward", {"parameters": True, "gradients": False})}
 
 MAX_RECIPE_BYTES = 1 << 18  # a blend of a thousand sources with long paths; PyYAML takes two seconds for so much
@@ -49,13 +49,13 @@ _SCALARS = ("str", "int", "float", "bool", "null")
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 scalars and no duplicate keys, merge keys or types of YAML 1.1, that aliases cannot make large."""
+    """SafeLoader with YAML 1.2 scalars; refuses duplicate keys, merge keys, YAML 1.1 types, aliases that multiply."""
 
     yaml_implicit_resolvers: dict = {}
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
-        self._sizes: dict[int, int] = {}  # of every node that is complete: how many values it stands for
+        self._sizes: dict[int, int] = {}  # how many values every complete node stands for
         self._depth = self._values = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -85,11 +85,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def _meant(self, node: yaml.Node) -> str:
-        """What a scalar would be without an explicit tag."""
+        """The type of a scalar if it had no explicit tag."""
         return self.resolve(yaml.ScalarNode, node.value, (True, False)) if isinstance(node, yaml.ScalarNode) else ""
 
     def _size(self, node: yaml.Node) -> int:
-        """Raises: ConfigError for a node that stands for more values than a recipe has."""
+        """Count the values that a node stands for, and refuse more than a recipe has."""
         inner = list(node.value) if isinstance(node, yaml.CollectionNode) else []
         inner = [one for pair in inner for one in pair] if isinstance(node, yaml.MappingNode) else inner
         size = 1 + sum(self._sizes[id(one)] for one in inner)
@@ -99,7 +99,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _check_tag(node: yaml.Node, meant: str) -> None:
-    """Raises: ConfigError for an explicit tag that is of another kind than its value, or that a recipe has no use for."""
+    """Refuse an explicit tag that is of another kind than its value, or that a recipe has no use for."""
     prefix = "tag:yaml.org,2002:"
     tag = node.tag.removeprefix(prefix)
     if isinstance(node, yaml.ScalarNode):
@@ -144,7 +144,8 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply ``section.key=value`` overrides, each value read by the same YAML rules.
 
-    Raises: ConfigError, one line, for a file that cannot be read, a key or value that cannot be used.
+    Raises:
+        ConfigError: the file cannot be read, or a key or value cannot be used; one line.
     """
     try:
         values = read_recipe(path)
@@ -156,7 +157,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def read_recipe(path: str | Path) -> dict:
-    """The plain values of a recipe file, not checked yet. Raises: ConfigError for a file that cannot be read."""
+    """The plain values of a recipe file, not checked yet.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
     try:
         text = read_plain_file(path, MAX_RECIPE_BYTES).decode("utf-8")
     except OSError as e:
@@ -212,7 +217,8 @@ def apply_override(values: dict, override: str) -> None:
 def build_recipe(values: dict) -> Recipe:
     """Validate plain values, those of older versions' recipes under their new names.
 
-    Raises: ConfigError for the first thing that is wrong.
+    Raises:
+        ConfigError: something is wrong; the message is about the first such thing.
     """
     try:
         return Recipe.model_validate(_renamed(values))
@@ -223,7 +229,7 @@ def build_recipe(values: dict) -> Recipe:
 
 
 def _renamed(values: dict) -> dict:
-    """Raises: ConfigError for a setting that is given under both of its names, or had no such value."""
+    """The values under today's names; refuse a setting that has both of its names, or never had such a value."""
     for old, (new, meanings) in _OLD_NAMES.items():
         section, _, key = old.partition(".")
         given = values.get(section) if isinstance(values, dict) else None
@@ -259,7 +265,7 @@ def recipe_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[s
 
 
 def suggest(word: str, allowed: Sequence[str]) -> str:
-    """'; did you mean X?' or nothing.
+    """'; did you mean X?' for the allowed word that is nearest, or nothing.
 
     >>> suggest("deepnrom", ["deepnorm", "keel"])
     '; did you mean deepnorm?'

@@ -25,7 +25,7 @@ NormKind = Literal["layernorm", "rmsnorm"]
 
 
 class TopologyOptions(Section):
-    """What a few topologies need beside a block's position; refused by those that do not use it."""
+    """Options that a few topologies need beside a block's position; refused by those that do not use them."""
 
     base_dim: Width | None = None
     """completep: width of the model whose hyper-parameters are transferred."""
@@ -43,7 +43,7 @@ class RopeScaling(Section):
     """How the rotary frequencies are stretched for a context longer than the one that was trained on."""
 
     kind: Literal["linear", "llama3", "yarn"]
-    """linear: all divided by factor; llama3: the slow ones alone, with a smooth passage; yarn: arXiv:2309.00071."""
+    """linear: all are divided by factor; llama3: only slow ones, with a smooth transition; yarn: arXiv:2309.00071."""
     factor: AtLeast1
     """How much longer the context becomes."""
     original_seq_len: SequenceLength | None = None
@@ -59,7 +59,7 @@ class RopeScaling(Section):
     attention_factor: Positive | None = None
     """yarn: factor on rotated queries and keys each (0.1 ln(factor) + 1 when unset)."""
     truncate: bool = True
-    """yarn: take the bounds of the passage between frequencies as whole numbers."""
+    """yarn: round the bounds of the transition between frequencies outwards to whole numbers."""
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Self:
@@ -103,6 +103,8 @@ class InitRecipe(Section):
 
 
 class ModelRecipe(Section):
+    """The transformer: its shape, topology, norms, positions and initialisation."""
+
     dim: Width
     """Width of the residual stream."""
     num_blocks: Blocks
@@ -146,7 +148,8 @@ class ModelRecipe(Section):
     qk_norm: Literal["none", "head", "full"] = "none"
     """Normalise queries and keys before the positions: per head, or over all heads together."""
     ffn: Activation = "swiglu"
-    """swiglu: down(silu(gate(x)) * up(x)), geglu: GELU for SiLU; gelu: down(gelu(up(x))), exact; _tanh: GELU's approximation."""
+    """swiglu: down(silu(gate(x)) * up(x)); geglu: GELU for SiLU; gelu: down(gelu(up(x))), exact; relu: ReLU for GELU;
+    _tanh: GELU's approximation."""
     bias: bool = False
     """Biases in every linear layer of the blocks."""
     attention_bias: Literal["none", "qkv", "all"] | None = None
@@ -177,7 +180,8 @@ class ModelRecipe(Section):
             )
         if self.num_heads * self.head_width > MAX_WIDTH:
             raise ValueError(
-                f"model.num_heads={self.num_heads} of model.head_dim={self.head_width} are wider together than {MAX_WIDTH}"
+                f"model.num_heads={self.num_heads} of model.head_dim={self.head_width} "
+                f"are wider together than {MAX_WIDTH}"
             )
         if self.num_heads % self.kv_heads:
             raise ValueError(
@@ -190,8 +194,8 @@ class ModelRecipe(Section):
             refuse_ignored(self.init, "model.init", "model.positions=rope", "position_std")
             if self.rotary_width % 2 or not self.rotary_width:
                 raise ValueError(
-                    f"model.rope_fraction={self.rope_fraction} of model.head_dim={self.head_width} rotates {self.rotary_width} "
-                    "columns; wanted an even number"
+                    f"model.rope_fraction={self.rope_fraction} of model.head_dim={self.head_width} rotates "
+                    f"{self.rotary_width} columns; wanted an even number"
                 )
         else:
             keys = "rope_theta", "rope_fraction", "rope_scaling"
@@ -204,10 +208,12 @@ class ModelRecipe(Section):
 
     @property
     def kv_heads(self) -> int:
+        """Key and value heads, set or not."""
         return self.num_kv_heads or self.num_heads
 
     @property
     def head_width(self) -> int:
+        """Width of one head, set or not."""
         return self.head_dim or self.dim // self.num_heads
 
     @property
@@ -222,22 +228,28 @@ class ModelRecipe(Section):
 
     @property
     def ffn_width(self) -> int:
+        """Inner width of the ffn, set or not."""
         if self.ffn_dim:
             return self.ffn_dim
         return -(-8 * self.dim // 3 // 16) * 16 if self.gated_ffn else 4 * self.dim
 
     @property
     def biases(self) -> str:
-        """Of attention: none, qkv or all."""
+        """Attention's linear layers that have a bias: none, qkv or all."""
         return self.attention_bias or ("all" if self.bias else "none")
 
     def has_bias(self, linear: str) -> bool:
-        """Of qkv, out, gate_up, up or down."""
+        """Whether a linear layer has a bias.
+
+        Args:
+            linear: qkv, out, gate_up, up or down.
+        """
         if linear in ("qkv", "out"):
             return self.biases == "all" or (self.biases, linear) == ("qkv", "qkv")
         return self.bias
 
     @property
     def padded_vocab_size(self) -> int:
+        """Rows of the embedding and output matrices."""
         assert self.vocab_size is not None, "the recipe is resolved against the data before a model is built"
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple

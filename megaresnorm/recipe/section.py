@@ -6,19 +6,19 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-# How large counts can be: far above anything that has been trained, and small enough that nothing that is listed, summed or
-# multiplied before a tensor is made takes minutes, gigabytes, or more than 64 bits.
+# Upper bounds of counts: far above anything that has been trained, and small enough that nothing that is listed, summed
+# or multiplied before a tensor is made takes minutes, gigabytes, or more than 64 bits.
 MAX_BLOCKS = 10_000  # names, costs and settings of every block are listed
-MAX_WIDTH = 1 << 22  # columns; a product of two of these and of a vocabulary still is a size that torch can take
+MAX_WIDTH = 1 << 22  # columns; the product of two of these and a vocabulary is still a size that torch can take
 MAX_VOCAB = 1 << 24  # rows of the embedding; a count of each token is in memory where token shares are asked for
 MAX_SEQ_LEN = 1 << 27  # tokens
 MAX_STEPS = 10**10  # steps times samples is below 2^63
 MAX_BATCH = 10**8  # samples of one step
 MAX_SOURCES = 1_000  # data sets of a blend, each of which is opened
 MAX_RANKS = 1 << 20  # processes
-MAX_TOKENS = 10**6  # of one text that is generated, which is kept as a whole
-# Settings are used in FP32: a smaller positive number is 0 there, or loses digits and is 0 on hardware that flushes it; a larger
-# one is infinite.
+MAX_TOKENS = 10**6  # tokens of one generated text, which is kept as a whole
+# Settings are used in FP32: a smaller positive number is 0 there, or loses digits and is 0 on hardware that flushes
+# it; a larger one is infinite.
 FP32_TINY = 1.1754943508222875e-38
 FP32_MAX = 3.4028234663852886e38
 
@@ -54,22 +54,37 @@ Name = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_n
 
 
 class Section(BaseModel):
+    """One section of a recipe: frozen and strict, each field described by the string under it."""
+
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 
 def refuse_ignored(section: Section, name: str, why: str, *keys: str) -> None:
-    """Raise for a setting that differs from its default but would have no effect."""
+    """Refuse settings that differ from their defaults but would have no effect.
+
+    Args:
+        name: the section's, as in ``model.init``.
+        why: the setting under which they have none, as in ``model.norm=rmsnorm``.
+        *keys: the fields of the section to look at.
+
+    Raises:
+        ValueError: one of them is such a setting.
+    """
     for key in keys:
         if getattr(section, key) != type(section).model_fields[key].default:
             raise ValueError(f"{name}.{key}={getattr(section, key)} has no effect with {why}; remove it")
 
 
 def divisors(n: int, near: int | None = None, most: int = 12) -> list[int]:
-    """Divisors of n, in order, for error messages: all of a few, else the ``most`` that are nearest to ``near``, or the smallest.
+    """Divisors of n, in order, for error messages.
 
     Takes about the square root of n steps: no time for any number that a recipe can have.
+
+    Args:
+        near: the number to stay near to where there are too many; None: the smallest are taken.
+        most: how many divisors to return at most.
 
     >>> divisors(64), divisors(720720, near=100, most=4)
     ([1, 2, 4, 8, 16, 32, 64], [91, 99, 104, 105])

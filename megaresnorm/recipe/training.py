@@ -24,19 +24,23 @@ from megaresnorm.recipe.section import (
 
 
 class BlendSource(Section):
+    """One data set of a blend."""
+
     path: Name
-    """As data.path."""
+    """A data set, as in data.path."""
     weight: Positive
     """Share of the samples, relative to the other sources'."""
 
 
 class DataRecipe(Section):
+    """The tokens, and their split into training, validation and test."""
+
     path: Name | None = None
     """Folder made by ``megaresnorm prepare``, or PREFIX of Megatron's PREFIX.bin and PREFIX.idx."""
     blend: Annotated[list[BlendSource], Field(min_length=1, max_length=MAX_SOURCES)] | None = None
-    """Several data sets with weights, in the place of ``path``; each has its own split and goes through its own epochs."""
+    """Several weighted data sets in the place of ``path``; each has its own split and goes through its own epochs."""
     mask_documents: bool = False
-    """Tokens see their own document alone, positions start anew with each, and no loss is taken of a document's first token."""
+    """A token sees its own document alone, positions start anew with each, and a document's first token has no loss."""
     valid_fraction: Fraction = 0.02
     """Share of the documents kept for validation."""
     test_fraction: Fraction = 0.0
@@ -67,6 +71,8 @@ class DataRecipe(Section):
 
 
 class OptimRecipe(Section):
+    """Settings of AdamW and of gradient clipping."""
+
     lr: Positive = 1e-3
     """Peak learning rate of AdamW."""
     beta1: Fraction = 0.9
@@ -98,6 +104,8 @@ class OptimRecipe(Section):
 
 
 class ScheduleRecipe(Section):
+    """Warm-up and decay of the learning rate."""
+
     kind: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = "cosine"
     """Shape of the learning rate after the warm-up; wsd: constant, then linear over ``decay_steps``."""
     warmup_steps: CountOr0 = 0
@@ -117,6 +125,8 @@ class ScheduleRecipe(Section):
 
 
 class BatchRamp(Section):
+    """A global batch that grows at the start of the run."""
+
     start: Batch
     """Global batch of the first step, in samples."""
     steps: Count
@@ -124,6 +134,8 @@ class BatchRamp(Section):
 
 
 class TrainRecipe(Section):
+    """The run: its length, batches, seed, evaluation and output."""
+
     output: Name
     """Folder of the run: recipe, log, metrics, TensorBoard files and checkpoints."""
     steps: Count
@@ -141,9 +153,9 @@ class TrainRecipe(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
     compile: Literal["none", "blocks", "cuda_graphs"] = "none"
-    """torch.compile every block by itself; cuda_graphs: and replay it as a CUDA graph."""
+    """torch.compile every block by itself; cuda_graphs: also replay it as a CUDA graph."""
     z_loss: PositiveOr0 = 0.0
-    """Coefficient of log(Z)^2 a token, added to the loss (PaLM: 1e-4)."""
+    """Coefficient of log(Z)^2 per token, added to the loss (PaLM: 1e-4)."""
     eval_every: CountOr0 = 100
     """Steps between evaluations; 0: only at the end."""
     eval_samples: Count = 64
@@ -163,7 +175,7 @@ class TrainRecipe(Section):
 
     @property
     def batch_multiple(self) -> int:
-        """What every global batch is a multiple of, in whatever layout."""
+        """The number that divides every global batch, in whatever layout."""
         return self.micro_batch or self.global_batch
 
     def micro_batch_of(self, data_ranks: int, pp: int) -> int:
@@ -181,11 +193,11 @@ class CheckpointRecipe(Section):
     keep_every: Count | None = None
     """Checkpoints of steps that this divides are never removed."""
     asynchronous: bool = True
-    """Copy the tensors to host memory and train on while a thread writes them; needs host memory of the size of a rank's share."""
+    """Copy the tensors to host memory and train on while a thread writes them; needs host memory for a rank's share."""
     when_busy: Literal["wait", "skip"] = "wait"
-    """What a checkpoint does that is due while the one before is still being written."""
+    """What to do where a checkpoint is due while the one before is still being written."""
     max_failures: Count = 3
-    """Checkpoints in a row that cannot be written (a full disk) before the run ends; until then it warns and trains on."""
+    """Checkpoints in a row that may fail (a full disk) before the run ends; until then it warns and trains on."""
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> Self:

@@ -1,1 +1,1 @@
-"""What keeps a run alive, or ends it in order."""
+"""Signals, restarts, locks and checks that keep a run alive, or end it in order."""

@@ -1,8 +1,8 @@
-"""torchrun as launch/torchrun.sh starts it: signals are the supervisor's business, and it ends with its supervisor.
+"""torchrun as launch/torchrun.sh starts it: it leaves signals to the supervisor, and ends with its supervisor.
 
-torchrun of its own would kill ranks that have not saved thirty seconds after a SIGTERM. Here it never hears of one: signals are
-blocked, a thread passes them on to the supervisor, and the ranks inherit the mask, so that a signal that comes while a rank is only
-importing torch waits until somebody listens (resilience/signals.py).
+Thirty seconds after a SIGTERM torchrun by itself would kill ranks that have not saved yet. Here it never hears of one:
+signals are blocked, a thread passes them on to the supervisor, and the ranks inherit the mask, so that a signal that
+comes while a rank is still importing torch waits until somebody listens (resilience/signals.py).
 """
 
 import os
@@ -20,6 +20,7 @@ BLOCKED = (*SIGNALS, signal.SIGHUP)
 
 
 def main() -> None:
+    """Run torchrun with the arguments of this process; its parent is the supervisor."""
     supervisor = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
     launcher = Launcher(Path(os.environ[LAUNCHER]))

@@ -1,4 +1,4 @@
-"""How much memory this machine has, or the job's share of it."""
+"""How much memory this machine, or the job's share of it, has."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +10,19 @@ _V2 = ("memory.max", "memory.current", "inactive_file")
 
 
 class HostMemory(NamedTuple):
-    """Bytes. total: that can be used at all, with swap.   free: now, without swap; pages of files count, which are given back."""
+    """Host memory in bytes.
+
+    Attributes:
+        total: what can be used at all, with swap.
+        free: what can be used now, without swap. Cached pages of files count as free, since they are given back.
+    """
 
     total: int
     free: int
 
 
 def host_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> HostMemory | None:
-    """The least of the machine's and of what every control group above this process allows; None where neither is known."""
+    """The least of what the machine has and each control group above this process allows; None if all are unknown."""
     found = []
     try:
         lines = (line.split() for line in (proc / "meminfo").read_text().splitlines())
@@ -36,15 +41,15 @@ def host_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> HostMemory | None
 
 
 def available_memory() -> int | None:
-    """Bytes that are free for this job now; None where that is not known."""
+    """Bytes that are free for this job now; None if unknown."""
     memory = host_memory()
     return None if memory is None else memory.free
 
 
 def _groups(proc: Path, cgroups: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
-    """The control groups of this process that can limit memory, up to the root, of both versions.
+    """The control groups of this process, of both versions, that can limit memory, up to the root.
 
-    Inside a container the path may be one that only the host can see: then the folders that are there are looked at.
+    Inside a container the path may be one that only the host can see: then only the folders that exist count.
     """
     try:
         lines = (proc / "self" / "cgroup").read_text().splitlines()
@@ -66,7 +71,7 @@ def _groups(proc: Path, cgroups: Path) -> Iterator[tuple[Path, tuple[str, str, s
 
 
 def _limit(folder: Path, limit: str, used: str, files: str) -> HostMemory | None:
-    """None where a group has no limit, or is not to be seen."""
+    """Limit and free memory of a group; None where it has no limit, or is invisible."""
     try:
         total = int((folder / limit).read_text())  # "max" is no number: no limit
         pages = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())

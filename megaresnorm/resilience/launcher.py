@@ -1,13 +1,14 @@
-"""The word that a supervisor and the ranks of its node leave each other, in a private folder that lasts as long as the job, and is
-locked by the supervisor as long as it lives.
+"""Files by which a supervisor and the ranks of its node communicate.
 
-  begun        a rank is in its loop: from now on a signal saves a checkpoint
-  stop         exit code of a signal that the supervisor was sent; ranks that are only starting find it here
+They lie in a private folder that lasts as long as the job, and that the supervisor locks as long as it lives:
+
+  begun        a rank is in its training loop: from now on a signal saves a checkpoint
+  stop         exit code of a signal that the supervisor was sent; ranks that are still starting find it here
   end          exit code of ranks that ended on purpose, and would end so again
   progress     attempt in which the newest checkpoint was written
-  ranks-N-P    torch's store of attempt N, where all ranks are on this node: nothing listens on a port
+  ranks-N-P    torch's store of attempt N, if all ranks are on this node: nothing listens on a port
 
-torchrun starts again whatever does not end with 0. So a rank that ends on purpose leaves its exit code here and ends with 0.
+torchrun restarts what does not end with 0. So a rank that ends on purpose leaves its exit code here and ends with 0.
 """
 
 import errno
@@ -21,24 +22,33 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # that save a checkpoint and end the run
-PREFIX = "megaresnorm-"  # of the folder's name
-LOOK = 0.5  # seconds between two looks at whether parent and supervisor are alive
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # these save a checkpoint and end the run
+PREFIX = "megaresnorm-"  # of the name of the folder
+LOOK = 0.5  # seconds between two checks that parent and supervisor are alive
 
 
 class Launcher:
-    """Of a node; ``folder`` is the supervisor's temporary one."""
+    """The files of one node.
+
+    Args:
+        folder: the supervisor's temporary folder.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def write(self, name: str, number: int) -> None:
-        """Raises: OSError."""
+        """Write a number into a file, atomically.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
         temporary = self.folder / f".{name}.{os.getpid()}"
         temporary.write_text(str(number))
         temporary.replace(self.folder / name)
 
     def read(self, name: str) -> int | None:
+        """The number in a file; None where there is none."""
         try:
             text = (self.folder / name).read_text()
         except OSError:
@@ -46,24 +56,29 @@ class Launcher:
         return int(text) if text.isdecimal() else None
 
     def forget(self, name: str) -> None:
+        """Remove a file, if it is there."""
         (self.folder / name).unlink(missing_ok=True)
 
     def asked_to_stop(self) -> int:
-        """128 and the signal that the supervisor was sent, or that ended ranks of this node before; or 0."""
+        """128 + the signal that the supervisor was sent, or that has ended ranks of this node before; 0 without one."""
         codes = (self.read("stop"), self.read("end"))
         return next((code for code in codes if code is not None and code - 128 in list(SIGNALS)), 0)
 
     def lock(self) -> int:
-        """Held by the supervisor until the descriptor is closed, or its process ends however it ends. The folder itself is locked:
-        what cleans /tmp leaves such a folder alone.
+        """Lock the folder for the supervisor, until the descriptor is closed or the process ends, however it ends.
+
+        The folder itself is locked, because programs that clean /tmp leave such a folder alone.
+
+        Returns:
+            The descriptor.
         """
         descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        with suppress(OSError):  # a file system without flock: then processes look at their parent alone
+        with suppress(OSError):  # a file system without flock: then processes watch their parent alone
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         return descriptor
 
     def is_supervised(self) -> bool:
-        """Whether the supervisor lives; also where that cannot be known now."""
+        """Whether the supervisor is alive; True if that cannot be known now."""
         try:
             descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as e:
@@ -77,14 +92,20 @@ class Launcher:
         return False
 
     def remove(self) -> None:
-        """What a supervisor that was killed has left."""
+        """Remove the folder that a killed supervisor has left."""
         if self.folder.name.startswith(PREFIX):
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def end_with(parent: int, launcher: Launcher | None, first: Callable[[], None] = lambda: None) -> None:
-    """Start a thread that ends this process, after calling ``first``, as soon as ``parent`` is not its parent any more or the
-    supervisor is gone: nobody else would end it, and it would go on holding the run's folder.
+    """Start a thread that ends this process once its parent or the supervisor is gone.
+
+    Nobody else would end it, and it would go on holding the run's folder.
+
+    Args:
+        parent: process id; the parent is gone as soon as this process has another one.
+        launcher: tells whether the supervisor is alive; None without one.
+        first: called before this process ends.
     """
 
     def watch() -> None:
@@ -99,6 +120,7 @@ def end_with(parent: int, launcher: Launcher | None, first: Callable[[], None] =
 
 
 def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Send a process a signal, if it is still there."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:
@@ -106,7 +128,7 @@ def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
 
 
 def children(pid: int) -> list[int]:
-    """Process ids of a process's children, where the system tells (Linux)."""
+    """Process ids of a process's children; empty if the system does not tell (it does on Linux)."""
     try:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""One job per output folder."""
+"""One job at a time in an output folder."""
 
 import errno
 import fcntl
@@ -20,20 +20,26 @@ log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 HEARTBEAT = 10.0  # seconds
-STALE = 60.0  # seconds without a heartbeat after which the owner on another host is taken for dead
+STALE = 60.0  # seconds without a heartbeat after which an owner on another host is taken for dead
 
 
 class FolderLock:
     """Holds ``folder/.lock`` until ``release``, or the end of the process.
 
-    The file is locked by flock, which the operating system undoes when a process dies, however it dies. Some network file systems
-    keep flock to one host; so the file names its owner and is touched every HEARTBEAT seconds, and an owner on another host is
-    dead after STALE seconds of the file server's clock; where that clock has gone back, after STALE seconds in which the stamp of
-    the future has not moved. A job that torchrun has started again on another host takes over its own. An owner that was taken for
-    dead and is not, or whose file was removed or replaced, finds that out at its next heartbeat, or when ``lost`` is asked for.
+    The file is locked by flock, which the operating system undoes when a process dies, however it dies. Some network
+    file systems keep flock to one host. So the file names its owner and is touched every HEARTBEAT seconds, and an
+    owner on another host counts as dead after STALE seconds of the file server's clock without a heartbeat. If that
+    clock has gone back, so that the last heartbeat lies in the future, the owner counts as dead once the time stamp has
+    not moved for STALE seconds. A job that torchrun has restarted on another host takes over its own lock. An owner
+    that was taken for dead and is not, or whose file was removed or replaced, finds that out at its next heartbeat, or
+    when ``lost`` is read.
 
-    what: how the folder is called in errors.   job: what torchrun calls this job, the same after it has started its ranks again.
-    Raises: TrainingError naming the owner, or saying why the folder cannot be used.
+    Args:
+        what: what errors call the folder.
+        job: torchrun's name for this job, the same after a restart of its ranks; None where it has none.
+
+    Raises:
+        TrainingError: the folder is in use, by the owner that is named, or cannot be used for the reason given.
     """
 
     def __init__(self, folder: Path, what: str, job: str | None = None) -> None:
@@ -57,7 +63,7 @@ class FolderLock:
 
     @property
     def lost(self) -> bool:
-        """Whether the folder is no longer this job's: another has taken it over, or the file that says so is gone."""
+        """Whether the folder is no longer this job's: another job has taken it over, or the lock file is gone."""
         if not self._released.is_set():
             self._look(self._descriptor)
         return self._lost
@@ -71,7 +77,7 @@ class FolderLock:
         try:
             if not self._lost:
                 os.ftruncate(self._descriptor, 0)
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # closing is not enough: the beat has it open as well
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # closing is not enough: the heartbeat has it open as well
         except OSError as e:
             log.warning("warning: %s: cannot be released (%s)", self._path, e.strerror)
         finally:
@@ -90,16 +96,22 @@ class FolderLock:
             log.warning(
                 "warning: %s: this file system has no flock; its owner is known by its heartbeat alone", self._what
             )
-        if self._replaced(self._descriptor):  # between opening and locking it
+        if self._replaced(self._descriptor):  # between our opening and locking it
             raise self._held({}, 0.0)
         owner, silent = self._owner(), self._seconds_silent()
-        out_of_reach = bool(owner) and (not locked or owner.get("host") != socket.gethostname())  # of our flock
+        # An owner that our flock does not exclude.
+        out_of_reach = bool(owner) and (not locked or owner.get("host") != socket.gethostname())
         if out_of_reach and (self._job is None or owner.get("job") != self._job) and self._alive(silent):
             raise self._held(owner, silent)
         if owner:
             log.info("%s: taken over from pid %s on %s, which is dead", self._what, owner.get("pid"), owner.get("host"))
-        self._mine: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "user": _user(), "job": self._job,
-                      "since": time.strftime("%Y-%m-%d %H:%M:%S")}  # fmt: skip
+        self._mine: dict[str, Any] = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "user": _user(),
+            "job": self._job,
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
         os.ftruncate(self._descriptor, 0)
         try:
             os.pwrite(self._descriptor, json.dumps(self._mine).encode(), 0)
@@ -124,13 +136,13 @@ class FolderLock:
         return TrainingError(f"{self._what} is in use by {who}; wait for it, end it, or use another folder")
 
     def _seconds_silent(self) -> float:
-        """Since the last heartbeat, by the clock of whoever keeps the files."""
+        """Seconds since the last heartbeat, by the clock of the file server."""
         last = os.fstat(self._descriptor).st_mtime
         with tempfile.NamedTemporaryFile(dir=self._path.parent, prefix=".lock-") as probe:
             return os.fstat(probe.fileno()).st_mtime - last
 
     def _alive(self, silent: float) -> bool:
-        """Whether an owner that was last heard of so many seconds ago lives. One of the future is watched until it moves."""
+        """Whether an owner lives, ``silent`` seconds after its last heartbeat. If negative, wait for the next one."""
         if silent >= -HEARTBEAT:
             return silent < STALE
         log.info(
@@ -154,14 +166,14 @@ class FolderLock:
         os.close(self._beating)
 
     def _look(self, descriptor: int) -> None:
-        """Note whether the lock is another's by now."""
+        """Note whether the lock is another job's by now."""
         try:
             self._lost = self._lost or self._replaced(descriptor) or self._owner(descriptor) != self._mine
         except OSError as e:  # a lost disk says nothing of who has the folder
             log.debug("%s: %s", self._path, e.strerror)
 
     def _replaced(self, descriptor: int) -> bool:
-        """Whether another file, or none, stands in the place of the one that is locked. Raises: OSError."""
+        """Whether another file, or none, is in the place of the locked one."""
         try:
             there = os.lstat(self._path)
         except FileNotFoundError:

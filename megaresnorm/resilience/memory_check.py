@@ -1,4 +1,4 @@
-"""Whether a node can hold its ranks, asked before anything is built."""
+"""Whether a node can hold its ranks, checked before anything is built."""
 
 import logging
 from math import ceil
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class Room(NamedTuple):
-    """Memory of a kind: all there is, and what is free now."""
+    """Memory of one kind in bytes: all there is, and what is free now."""
 
     kind: str
     total: int
@@ -25,12 +25,18 @@ class Room(NamedTuple):
 
 
 def check_memory(recipe: Recipe, sizes: Sizes, ranks_here: int, device: torch.device, *, first_rank: int = 0) -> None:
-    """Whether this node can hold its ranks. ``recipe`` must be resolved: model.vocab_size is set.
+    """Check that this node can hold its ranks.
 
-    ranks_here: of this node, which share its memory.   first_rank: the global number of the first of them.   device: of this rank.
-    Warns where memory will do only if the activations turn out smaller than estimated, or other programs end.
+    Warns where memory suffices only if the activations turn out smaller than estimated, or other programs end.
 
-    Raises: ConfigError, with the figures, where what is allocated for certain is more than there is at all.
+    Args:
+        recipe: resolved, so that model.vocab_size is set.
+        ranks_here: how many ranks of this node share its memory.
+        device: this rank's.
+        first_rank: global number of the first of the node's ranks.
+
+    Raises:
+        ConfigError: what is allocated for certain is more than there is at all; the line has the figures.
     """
     if device.type == "cuda":
         own = first_rank + (device.index or 0)
@@ -43,7 +49,11 @@ def check_memory(recipe: Recipe, sizes: Sizes, ranks_here: int, device: torch.de
 
 
 class _Ranks(NamedTuple):
-    """Ranks that share a room. on_device: whether it is a GPU's or the host's."""
+    """Ranks that share memory.
+
+    Attributes:
+        on_device: whether it is a GPU's memory; otherwise the host's.
+    """
 
     recipe: Recipe
     sizes: Sizes
@@ -52,7 +62,7 @@ class _Ranks(NamedTuple):
     on_device: bool
 
     def need(self) -> tuple[Need, MemoryPerRank]:
-        """Of all of them together, and what the largest consists of."""
+        """Sum over these ranks, and the memory of the one that needs most."""
         stages = memory_of_stages(self.recipe, self.sizes, device_type=self.device_type)
         each = [stages[rank // (self.sizes.num_ranks // self.sizes.pp)] for rank in self.ranks]
         needs = [memory.device if self.on_device else memory.host for memory in each]
@@ -72,13 +82,14 @@ def _check_room(ranks: _Ranks, room: Room) -> None:
             f"{room.kind}, there are {human_bytes(room.total)} ({kinds}); {_advice(ranks, certain, room)}"
         )
     log.warning(
-        f"warning: memory may not suffice: {who} may need {human_bytes(likely)} of {room.kind}, at least {human_bytes(certain)}; "
-        f"{human_bytes(room.free)} of {human_bytes(room.total)} are free ({kinds}); a smaller train.micro_batch needs less"
+        f"warning: memory may not suffice: {who} may need {human_bytes(likely)} of {room.kind}, at least "
+        f"{human_bytes(certain)}; {human_bytes(room.free)} of {human_bytes(room.total)} are free ({kinds}); "
+        "a smaller train.micro_batch needs less"
     )
 
 
 def _advice(ranks: _Ranks, certain: int, room: Room) -> str:
-    """A setting that makes it fit by itself; otherwise how many times as much hardware."""
+    """A setting that makes the recipe fit by itself; otherwise how many times as much hardware it needs."""
     settings = (
         ("checkpoint", "asynchronous", False),
         ("parallel", "accumulate", "sharded"),
@@ -93,6 +104,6 @@ def _advice(ranks: _Ranks, certain: int, room: Room) -> str:
         if ranks._replace(recipe=changed).need()[0].certain <= room.total:
             return f"{name}.{key}={str(value).lower()} needs less, and can fit"
     return (
-        f"divide the model over {ceil(certain / room.total)} times as many machines or more by parallel.dp_shard, tp or pp, "
-        "or make it smaller"
+        f"divide the model over {ceil(certain / room.total)} times as many machines or more by parallel.dp_shard, "
+        "tp or pp, or make it smaller"
     )

@@ -42,7 +42,7 @@ class OutputFolder:
             self._lock.release()
 
     def check(self) -> None:
-        """Look whether the folder is still held.
+        """Check that the folder is still held.
 
         Raises:
             TrainingError: another job has taken it over.
@@ -51,12 +51,12 @@ class OutputFolder:
             raise TrainingError(f"train.output={self.path}: another job has taken it over; nothing more is written")
 
     def prepare(self, recipe: str, groups: Groups, keep: int) -> None:
-        """Write the recipe, remove what killed runs have left half-written: what can fail of writing fails now.
+        """Write the recipe and remove what killed runs have left half-written: writing that must fail fails now.
 
         Args:
             recipe: as YAML.
             groups: the tensors of a checkpoint, for whose size there must be space.
-            keep: how many checkpoints are kept.
+            keep: how many checkpoints stay.
 
         Raises:
             TrainingError: the folder cannot be written, or there is no space for a checkpoint.
@@ -71,7 +71,7 @@ class OutputFolder:
             raise TrainingError(f"train.output={self.path}: cannot be written ({e.strerror})") from None
 
     def open_metrics(self, first_step: int, *, tensorboard: bool) -> MetricsWriter | None:
-        """Where the first rank writes metrics; None on the others.
+        """The first rank's metrics file, written from ``first_step`` on; None on the other ranks.
 
         Raises:
             TrainingError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""What can be known before step 0 of whether a run will be able to write."""
+"""Checks before step 0 that a run will be able to write."""
 
 import logging
 import os
@@ -13,10 +13,15 @@ log = logging.getLogger(__name__)
 
 
 def check_output(root: Path, num_bytes: int, keep: int) -> None:
-    """root: the folder of checkpoints, which is made, and swept.   num_bytes: of a checkpoint's tensors.   keep: how many there
-    will be.
+    """Check that checkpoints can be written; warns where there is room for fewer than there will be at times.
 
-    Raises: TrainingError where nothing can be written, or not even one checkpoint has room.
+    Args:
+        root: the folder of checkpoints. It is made, and swept of unfinished ones.
+        num_bytes: size of a checkpoint's tensors.
+        keep: how many checkpoints stay; while a new one is written, there is one more.
+
+    Raises:
+        TrainingError: nothing can be written, or there is no room for even one checkpoint.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)

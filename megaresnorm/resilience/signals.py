@@ -16,23 +16,32 @@ from megaresnorm.resilience.launcher import SIGNALS, Launcher
 
 log = logging.getLogger(__name__)
 
-REPEATS = 0.5  # seconds in which a signal is the first one again
-RELAYED = 5.0  # the same where a supervisor passes signals on, which hears of a second one itself
-PATIENCE = 2.0  # seconds that a rank's main thread has to end by itself before the first step; it may be waiting for another rank
+REPEATS = 0.5  # seconds after the first signal in which another counts as the same one
+RELAYED = 5.0  # the same where a supervisor passes signals on; it hears of a second one itself
+# Seconds that a rank's main thread has to end by itself before the first step; it may be waiting for another rank.
+PATIENCE = 2.0
 TIME_IS_UP = 124  # exit code, as of timeout(1)
 START_AGAIN = 75  # exit code: torchrun wants to start the ranks again, with other nodes
 
 
 class StopSignals:
-    """Within ``with StopSignals() as stop``, and after ``stop.begin()``, the first SIGINT, SIGTERM or SIGUSR1 only sets
-    ``stop.exit_code``. The second ends the process at once, even where its main thread waits for other ranks. Checkpoints
-    are renamed into place when complete, so it tears nothing.
+    """Hears signals within ``with StopSignals() as stop``, so that they end a run in order.
 
-    Before ``begin`` there is nothing to save: the first signal raises StoppedError in the main thread, or ends a rank that
-    is waiting for others. Ranks that torchrun itself signals, because others have died or nodes have come, are to be
-    started again.
+    After ``stop.begin()`` the first SIGINT, SIGTERM or SIGUSR1 only sets ``stop.exit_code``. The second ends the
+    process at once, even where its main thread waits for other ranks. That tears no checkpoint, since each is renamed
+    into place when it is complete.
+
+    Before ``begin`` there is nothing to save: the first signal raises StoppedError in the main thread, or ends a rank
+    that is waiting for others. Ranks that torchrun itself signals, because others have died or nodes have come, are to
+    be started again.
 
     Outside of the main thread, where Python hears no signals, only the time limit counts, with a warning.
+
+    Args:
+        environment: None for that of this process.
+
+    Attributes:
+        received: the first signal; None before one.
     """
 
     def __init__(self, environment: Environment | None = None) -> None:
@@ -46,7 +55,11 @@ class StopSignals:
 
     @property
     def exit_code(self) -> int:
-        """128 + signal, as shells have it: 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1; 124 when time is up; or 0."""
+        """The exit code to end with after the step at hand, or 0 to go on.
+
+        It is 128 + signal, as in shells: 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1; 124 when time is up.
+        It is 75 where torchrun is to start the ranks again.
+        """
         if self.received is not None:
             return 128 + self.received
         if time.monotonic() >= self._end:
@@ -54,18 +67,22 @@ class StopSignals:
         return START_AGAIN if self._start_again else 0
 
     def begin(self, max_minutes: float | None = None) -> None:
-        """From now on a signal is obeyed between steps.   max_minutes: since this object was made; counts as a signal then."""
+        """Obey signals between steps from now on.
+
+        Args:
+            max_minutes: since this object was made; when they are over, that counts as a signal. None for no limit.
+        """
         self._begun = True
         self._end = float("inf") if max_minutes is None else self._started + 60 * max_minutes
         if self._launcher is not None and self._environment.local_rank == 0:
-            with suppress(OSError):  # a full /tmp: the supervisor would end a run that could be saved, no more
+            with suppress(OSError):  # a full /tmp: the supervisor would end a run that could be saved, nothing worse
                 self._launcher.write("begun", os.getpid())
         if self._launcher is not None and self.received is None and (code := self._launcher.asked_to_stop()):
             self.received, self._first = signal.Signals(code - 128), time.monotonic()
 
     def __enter__(self) -> "StopSignals":
         if self._launcher is not None and self._environment.local_rank == 0:
-            self._launcher.forget("begun")  # of ranks that have died since
+            self._launcher.forget("begun")  # written by ranks that have died since
         if self._launcher is not None and (code := self._launcher.asked_to_stop()):
             raise StoppedError(f"{exit_reason(code)} before the first step; nothing was to be saved", code)
         self._hears = threading.current_thread() is threading.main_thread()
@@ -74,8 +91,8 @@ class StopSignals:
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # as the agent has done for all threads of this process
             self._start(self._wait_for_signals)
         elif self._hears:
-            # Python runs its own handlers between two instructions of the main thread, which may be waiting in C for a rank that is
-            # gone. What the C handler writes here is read by a thread at once.
+            # Python runs its own handlers between two instructions of the main thread, which may be waiting in C for a
+            # rank that is gone. A thread reads at once what the C handler writes here.
             self._write.setblocking(False)
             self._previous_wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
             self._previous = {number: signal.signal(number, self._interrupt) for number in SIGNALS}
@@ -99,7 +116,7 @@ class StopSignals:
         self._thread.start()
 
     def _wait_for_signals(self) -> None:
-        """Of a rank under launch/torchrun.sh: signals are blocked, so that who sent one is known."""
+        """Hear signals in a rank under launch/torchrun.sh: they are blocked, so that the sender of one is known."""
         while True:
             info = signal.sigwaitinfo(SIGNALS)
             if info.si_pid == os.getppid():
@@ -141,7 +158,7 @@ class StopSignals:
             os._exit(code)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        """Python's own handler, in the main thread; the other thread hears of the signal by itself."""
+        """Python's own handler, in the main thread; the thread of ``_watch`` hears of the signal by itself."""
         if not self._begun:
             raise StoppedError(
                 f"{signal.Signals(number).name} before the first step; nothing was to be saved", 128 + number
@@ -149,8 +166,15 @@ class StopSignals:
 
 
 def end_on_purpose(code: int, environment: Environment | None = None) -> int:
-    """The exit code of a run that another start would not mend, or that is not to go on: 0 under launch/torchrun.sh, which is told
-    ``code``. torchrun itself would take any other for a failure, and start the ranks again.
+    """The exit code of a rank whose run a restart would not mend, or that is not to go on.
+
+    Args:
+        code: the exit code of the run.
+        environment: None for that of this process.
+
+    Returns:
+        0 under launch/torchrun.sh, whose supervisor is told ``code``: torchrun would take any other for a failure, and
+        start the ranks again. Otherwise ``code``.
     """
     folder = (environment or read_environment()).launcher
     if folder is None or code == START_AGAIN:
@@ -163,7 +187,8 @@ def end_on_purpose(code: int, environment: Environment | None = None) -> int:
 
 
 def exit_reason(code: int) -> str:
-    """
+    """What ended a run with this exit code.
+
     >>> exit_reason(143), exit_reason(124)
     ('SIGTERM', 'train.max_minutes')
     """

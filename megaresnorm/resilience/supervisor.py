@@ -1,6 +1,6 @@
-"""What launch/torchrun.sh starts: torchrun with the ranks of this node, and somebody who hears signals for all of them.
+"""The process of launch/torchrun.sh: it starts torchrun with the ranks of this node, and hears signals for all of them.
 
-A signal saves a checkpoint however long that takes; before the first step, when there is nothing to save, it ends the
+A signal saves a checkpoint, however long that takes; before the first step, when there is nothing to save, it ends the
 ranks at once. A second one ends them at once in any case. Whatever ends this process ends the job on this node.
 """
 
@@ -29,25 +29,31 @@ from megaresnorm.text import say
 
 LOOPBACK = "lo"
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
-REPEATS = 1.0  # seconds: what ends a whole job signals its processes one after the other, and each passes it on
-GRACE = 1.0  # seconds between asking torchrun to end and ending it
-BARRIER = (
-    20.0  # seconds that torchrun may wait for other nodes' after its ranks have ended on purpose; alone it waits 300
-)
-LAST_WORDS = 4.0  # seconds that the ranks have, once one has ended on purpose before the first step, to do so as well
-SILENT = 5.0  # seconds of waiting for other nodes before the first word about it
-EVERY = 60.0  # seconds between two such words
-ALWAYS = 1_000_000  # torchrun's own limit; ranks count by progress (resilience/signals.py)
+# Seconds after the first signal in which another counts as the same one: what ends a whole job signals its processes
+# one after the other, and each passes it on.
+REPEATS = 1.0
+GRACE = 1.0  # seconds between asking torchrun to end and killing it
+# Seconds that torchrun may wait for those of other nodes once its ranks have ended on purpose; by itself it waits 300.
+BARRIER = 20.0
+LAST_WORDS = 4.0  # seconds for the other ranks to end, once one has ended on purpose before the first step
+SILENT = 5.0  # seconds of waiting for other nodes before the first message about it
+EVERY = 60.0  # seconds between two such messages
+ALWAYS = 1_000_000  # torchrun's own limit of restarts; ranks count by progress (resilience/signals.py)
 JOIN = 30 * 24 * 3600  # seconds that a node waits for others; this process says so, and a signal ends it
-CONNECT = 900  # seconds that it waits for the node where they meet, which may be installing an environment first
+CONNECT = 900  # seconds that it waits for the rendezvous node, which may be installing an environment first
 
 
 @dataclass(frozen=True)
 class Plan:
     """How the ranks of this node are started.
 
-    ranks_here: their number.   nodes: least and most.   node_rank: None in an elastic job.   master: address and port where
-    torchrun's processes of all nodes meet; None on one node.   job: name of the job.   max_restarts: without a new checkpoint.
+    Attributes:
+        ranks_here: how many they are.
+        nodes: least and most number of nodes.
+        node_rank: None in an elastic job.
+        master: address and port where the torchrun processes of all nodes meet; None with one node.
+        job: name of the job, the same on all nodes.
+        max_restarts: how often ranks are restarted without a new checkpoint.
     """
 
     ranks_here: int
@@ -59,11 +65,16 @@ class Plan:
 
     @property
     def elastic(self) -> bool:
+        """Whether nodes may come and go."""
         return self.nodes[0] != self.nodes[1]
 
 
 def plan_of(variables: Mapping[str, str], default_ranks: int) -> Plan:
-    """From the variables that launch/torchrun.sh documents. Raises: ConfigError."""
+    """The plan that the variables of launch/torchrun.sh describe; its --help lists them.
+
+    Raises:
+        ConfigError: one is missing or cannot be used.
+    """
     ranks_here = _number(variables, "RANKS_PER_NODE", 1, 1024, default_ranks)
     max_restarts = _number(variables, "MAX_RESTARTS", 0, ALWAYS, 3)
     text = variables.get("NODES") or "1"
@@ -85,14 +96,17 @@ def plan_of(variables: Mapping[str, str], default_ranks: int) -> Plan:
 
 
 def torchrun_arguments(plan: Plan, folder: Path, local_address: str | None) -> list[str]:
-    """All that torchrun could also take from PET_... variables is said. One node meets in a file: nothing listens on a port."""
+    """Arguments for torchrun, with all that it could also take from PET_... variables.
+
+    The rendezvous of one node is a file: nothing listens on a port.
+    """
     if plan.master is None:
         conf, endpoint = "store_type=file", str(folder / "rendezvous")
     else:
         host = "" if plan.node_rank is None else f",is_host={int(plan.node_rank == 0)}"
         waits = f"join_timeout={JOIN},read_timeout={CONNECT}"
         conf, endpoint = f"store_type=tcp{host},{waits}", f"{plan.master[0]}:{plan.master[1]}"
-    # Not torchrun's static rendezvous, in which nodes would not hear that another starts its ranks again, or has ended.
+    # Not torchrun's static rendezvous, in which nodes would not hear that another restarts its ranks, or has ended.
     return [
         *("--nnodes", f"{plan.nodes[0]}:{plan.nodes[1]}", "--nproc-per-node", str(plan.ranks_here)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", plan.job, "--rdzv-conf", conf),
@@ -103,25 +117,28 @@ def torchrun_arguments(plan: Plan, folder: Path, local_address: str | None) -> l
 
 
 def environment_of(plan: Plan, variables: Mapping[str, str], folder: Path, local_address: str | None) -> dict[str, str]:
-    """Of torchrun and its ranks. Network libraries use the interface of ``local_address``, or none but loopback on one node."""
+    """Environment variables of torchrun and its ranks.
+
+    Network libraries use the interface of ``local_address``; with one node, none but loopback.
+    """
     ours = {name: value for name, value in variables.items() if not name.startswith(("PET_", "TORCHELASTIC_"))}
     for left in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", ELASTIC):
         ours.pop(left, None)
     ours |= {LAUNCHER: str(folder), MAX_RESTARTS: str(plan.max_restarts)}
     # Workers that share the launcher's store find dead addresses in it after a restart.
     ours["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    ours.setdefault("OMP_NUM_THREADS", "1")  # several ranks of several threads each would fight for the cores
+    ours.setdefault("OMP_NUM_THREADS", "1")  # several ranks with several threads each would compete for the cores
     if plan.elastic:
         ours[ELASTIC] = "1"
     interface = LOOPBACK if plan.master is None else interface_of(local_address)
     if interface is not None:
         ours.setdefault("GLOO_SOCKET_IFNAME", interface)
-        ours.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # the very one: without = every name that begins so
+        ours.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without = NCCL takes every name that begins so
     return ours
 
 
 def interface_of(address: str | None) -> str | None:
-    """The name of the network interface that has an IPv4 address, where the system tells (Linux)."""
+    """Name of the network interface with this IPv4 address; None if the system does not tell (it does on Linux)."""
     for _, name in socket.if_nameindex() if address else []:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
@@ -134,30 +151,36 @@ def interface_of(address: str | None) -> str | None:
 
 
 class Supervisor:
-    """Hears signals from when it is made, and runs one torchrun to its end."""
+    """Hears signals from its construction on, and runs one torchrun to its end."""
 
     def __init__(self) -> None:
         self._stop = 0  # exit code of the first signal
-        self._first, self._ended = 0.0, float("inf")  # when it came, and when a rank was seen to have ended on purpose
-        self._ranks_seen = float(
-            "inf"
-        )  # when ranks of this node were last there; never, where the system does not tell
+        self._first, self._ended = 0.0, float("inf")  # when it came; when a rank was seen to have ended on purpose
+        # When ranks of this node were last seen; inf before that, and always where the system does not tell.
+        self._ranks_seen = float("inf")
         self._again = False
-        self._wakeup, self._wakes = socket.socketpair()  # what a signal writes into the one ends a wait for the other
+        self._wakeup, self._wakes = socket.socketpair()  # a signal writes to _wakes, which ends a wait for _wakeup
         self._wakes.setblocking(False)
         signal.set_wakeup_fd(self._wakes.fileno(), warn_on_full_buffer=False)
-        # Also where this was started with signals ignored, as by cron and scripts; but nohup, which ignores SIGHUP, means it.
+        # Also if this was started with signals ignored, as by cron and scripts; but nohup ignores SIGHUP on purpose.
         heard = [*SIGNALS] + [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)
         for number in heard:
             signal.signal(number, self._hear)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
 
     def run(self, plan: Plan, arguments: Sequence[str]) -> int:
-        """The exit code of the job. Raises: OSError where the folder for temporary files cannot be written."""
+        """Run the job to its end, and return its exit code.
+
+        Args:
+            arguments: of ``megaresnorm train``.
+
+        Raises:
+            OSError: the folder for temporary files cannot be written.
+        """
         self._plan, self._arguments = plan, arguments
         with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as folder:
             self._launcher = Launcher(Path(folder))
-            if self._stop:  # while it was not yet there
+            if self._stop:  # the signal came when the folder was not there yet
                 return self._stop
             lock = self._launcher.lock()
             try:
@@ -184,7 +207,7 @@ class Supervisor:
         return self._stop or (self._torchrun.returncode if self._torchrun.returncode >= 0 else 1)
 
     def _wait(self) -> None:
-        """Until torchrun has ended, or is to be ended without waiting."""
+        """Wait until torchrun has ended, or is to be ended without waiting."""
         said = time.monotonic() + SILENT - EVERY
         while self._torchrun.poll() is None:
             self._sleep(0.1)
@@ -202,8 +225,10 @@ class Supervisor:
                 self._say(self._what_it_waits_for())
 
     def _is_to_end_at_once(self) -> bool:
-        """After a second signal. Or where nobody has anything to save, since no rank has begun, or all are gone without having
-        ended on purpose: after the first, and when one rank has ended on purpose, for which others may be waiting.
+        """Whether the ranks are to end without waiting for a checkpoint.
+
+        They are after a second signal. Where nothing is to be saved, since no rank has begun or all are gone without
+        having ended on purpose, they are after the first, and once one has ended on purpose: others may wait for it.
         """
         if self._again:
             self._say("a second signal: ended at once, without saving")
@@ -227,7 +252,8 @@ class Supervisor:
         )
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        """Pass a signal on to the ranks. The agent sends back what torchrun was sent: the same one, if it comes at once."""
+        """Pass a signal on to the ranks."""
+        # The agent sends here what torchrun was sent. It counts as the same signal if it comes within REPEATS.
         now = time.monotonic()
         if self._stop:
             self._again = self._again or now > self._first + REPEATS
@@ -249,7 +275,7 @@ class Supervisor:
         return [] if torchrun is None else children(torchrun.pid)
 
     def _end_all(self) -> None:
-        """Nothing of the job stays on this node: torchrun may be gone before its ranks."""
+        """End everything of the job on this node: torchrun may be gone before its ranks."""
         ranks = self._ranks()
         if self._torchrun.poll() is None:
             for rank in ranks:
@@ -264,7 +290,7 @@ class Supervisor:
             kill(pid)
 
     def _sleep(self, seconds: float) -> None:
-        """Less if a signal comes."""
+        """Sleep, for less if a signal comes."""
         self._wakeup.settimeout(seconds)
         try:
             self._wakeup.recv(64)
@@ -276,7 +302,7 @@ class Supervisor:
 
 
 def _processes_with(variable: str) -> list[int]:
-    """Process ids of this user's processes that were started with a variable, but for this one, where the system tells (Linux)."""
+    """Process ids of this user's other processes with this variable; empty if the system does not tell (Linux does)."""
     wanted, found = variable.encode() + b"\0", []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -296,13 +322,14 @@ def _number(variables: Mapping[str, str], name: str, least: int, most: int, defa
 
 
 def default_ranks() -> int:
-    """The number of GPUs, or 2 without one. In a process of its own: this one has no use for torch."""
+    """The number of GPUs, or 2 without one. Asked in another process, since this one has no use for torch."""
     count = "import torch; print(torch.cuda.device_count())"
     done = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=False)
     return int(done.stdout) if done.returncode == 0 and done.stdout.strip().isdecimal() and int(done.stdout) else 2
 
 
 def main() -> int:
+    """Run ``megaresnorm train`` on the ranks of this node, and return the exit code of the job."""
     supervisor = Supervisor()
     try:
         ranks = 0 if os.environ.get("RANKS_PER_NODE") else default_ranks()

@@ -1,1 +1,1 @@
-"""Studies made with the framework: topologies compared, depth probed."""
+"""Studies made with the framework: comparison of topologies, and a probe of the effects of depth."""

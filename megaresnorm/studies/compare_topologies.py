@@ -1,4 +1,4 @@
-"""Topologies trained beside each other: the same data, steps and seeds at several depths, and how much learning rate each bears."""
+"""Topologies trained side by side on equal data, steps and seeds, at several depths; the learning rate each bears."""
 
 import csv
 import json
@@ -25,18 +25,17 @@ from megaresnorm.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
-LEFT_UNIGRAM = (
-    0.2  # nats below the unigram entropy that a smoothed loss must reach to have learned more than frequencies
-)
+# Nats below the unigram entropy that a smoothed loss must reach to have learned more than token frequencies.
+LEFT_UNIGRAM = 0.2
 SMOOTHING = 0.9
 LAST = 10  # steps whose mean is the final loss
 HIGHEST_LR = 5e-2  # at the end of a ramp, unless the recipe says otherwise
 SET_BY_COMPARISON = ("model.topology=", "model.num_blocks=", "train.seed=", "train.output=")
 
-# A model that a CPU trains in a minute; what the figures in the README were made with.
+# A model that a CPU trains in a minute; the figures in the README were made with it.
 DEFAULTS: dict[str, Any] = {
-    "model": {"dim": 48, "num_heads": 2, "ffn_dim": 96, "seq_len": 64, "ffn": "gelu", "norm": "layernorm", "norm_bias": False,
-              "positions": "learned"},
+    "model": {"dim": 48, "num_heads": 2, "ffn_dim": 96, "seq_len": 64, "ffn": "gelu", "norm": "layernorm",
+              "norm_bias": False, "positions": "learned"},
     "train": {"steps": 150, "global_batch": 8, "eval_every": 0, "sample_tokens": 0, "tensorboard": False,
               "log_every": 50},
     "checkpoint": {"every": 0},
@@ -47,9 +46,13 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared. depths: blocks.   base: sections of a recipe; topology, depth, seed and output are filled in.
+    """The runs of a comparison: every topology at every depth with every seed.
 
-    ramp: raise the learning rate linearly from 0 to optim.lr over the run, to see where each topology stops learning.
+    Attributes:
+        out: folder of the runs and the report.
+        depths: numbers of blocks.
+        base: sections of a recipe; topology, depth, seed and output are filled in.
+        ramp: raise the learning rate linearly from 0 to optim.lr over the run, to see where a topology stops learning.
     """
 
     out: Path
@@ -61,9 +64,16 @@ class Comparison:
 
 
 def base_recipe(path: str | None, data: str | None, overrides: Sequence[str], ramp: bool = False) -> dict[str, Any]:
-    """The sections that all runs share: of a recipe file or DEFAULTS, with ``section.key=value`` on top.
+    """The sections of a recipe that all runs share.
 
-    data: takes the place of data.path and data.blend.   Raises: ConfigError for what every run sets for itself.
+    Args:
+        path: a recipe file; None for DEFAULTS.
+        data: takes the place of data.path and data.blend; None to leave them.
+        overrides: of the form section.key=value.
+        ramp: as in ``Comparison``; unless the file sets optim.lr, the ramp ends at HIGHEST_LR.
+
+    Raises:
+        ConfigError: an override is of something that every run sets for itself, or the recipe is malformed.
     """
     values = json.loads(json.dumps(DEFAULTS)) if path is None else read_recipe(path)
     values = {name: {} if section is None else section for name, section in values.items()}
@@ -91,7 +101,7 @@ def _check_sections(values: dict[str, Any]) -> None:
 
 
 def recipe_of(comparison: Comparison, name: str, num_blocks: int, seed: int) -> Recipe:
-    """The recipe of one run. What a topology needs beside others is added, unless the base says otherwise."""
+    """The recipe of one run. Settings that a topology needs beside others are added, unless the base says otherwise."""
     values = json.loads(json.dumps(comparison.base))
     sections = {key: values.get(key, {}) for key in ("model", "train")}
     output = str(comparison.out / "runs" / f"{name}-{num_blocks}-seed{seed}")
@@ -103,9 +113,13 @@ def recipe_of(comparison: Comparison, name: str, num_blocks: int, seed: int) -> 
 
 
 def compare(comparison: Comparison, stop: StopSignals, advance: Callable[[], None] = lambda: None) -> Iterator[Result]:
-    """Train what is not done yet; results come in the order of topologies, depths and seeds, until ``stop`` has been received.
+    """Train the runs that are not done yet. A run that was interrupted goes on from its checkpoint.
 
-    A run that was interrupted goes on from its checkpoint. Raises: ConfigError if ``out`` holds runs with other settings or data.
+    Yields:
+        Results in the order of topologies, depths and seeds, until ``stop`` has received a signal.
+
+    Raises:
+        ConfigError: ``comparison.out`` holds runs with other settings or data.
     """
     for name in comparison.topologies:
         topology(name)
@@ -126,11 +140,14 @@ def compare(comparison: Comparison, stop: StopSignals, advance: Callable[[], Non
 def judge(
     losses: Sequence[float], rates: Sequence[float], unigram: float, ramp: bool
 ) -> tuple[float, float, Outcome, float | None]:
-    """(least smoothed loss, learning rate there, outcome, max_lr) of a run, from the loss and rate of every step.
+    """Judge a run by the loss and learning rate of every step.
 
-    It has learned if the smoothed loss came LEFT_UNIGRAM below the unigram entropy, and lost it at the last step from which on the
-    loss stayed above half of the way back. Having learned nothing is a failure at a learning rate of 0: it never diverges.
-    A step with a non-finite loss was refused and changed nothing.
+    It has learned if the smoothed loss came LEFT_UNIGRAM below the unigram entropy, and lost it at the last step from
+    which on the smoothed loss stayed above half of the way back. Having learned nothing is a failure at a learning rate
+    of 0: such a run never diverges. A step with a non-finite loss was refused and changed nothing.
+
+    Returns:
+        (least smoothed loss, learning rate there, outcome, max_lr), as in ``Result``.
     """
     smoothed: list[float] = []
     level = inf
@@ -151,7 +168,7 @@ def judge(
 def _train(
     recipe: Recipe, name: str, depth: int, seed: int, ramp: bool, request: str, stop: StopSignals
 ) -> Result | None:
-    """The result of one run, kept in its folder; None if it was stopped."""
+    """Train one run, and keep its result in its folder; None if it was stopped."""
     with Run(recipe) as run:
         replace_file(run.output / "request.json", json.dumps({"request": request}))
         valid_loss, diverged = None, False
@@ -189,7 +206,15 @@ def _train(
 
 @dataclass(frozen=True)
 class Summary:
-    """One topology at one depth: the mean over seeds and their spread (largest less smallest)."""
+    """One topology at one depth.
+
+    Attributes:
+        seeds: number of runs.
+        final_loss, valid_loss: means over seeds, as in ``Result``.
+        spread: largest less smallest final loss.
+        outcome: the different outcomes, joined by commas.
+        max_lr: of each seed, as in ``Result``.
+    """
 
     topology: str
     num_blocks: int
@@ -222,7 +247,7 @@ def summarize(results: Sequence[Result]) -> list[Summary]:
 
 
 def markdown(comparison: Comparison, results: Sequence[Result]) -> str:
-    """The table of the README."""
+    """The table of the README: a row for each topology, a column for each depth."""
     rows = summarize(results)
     measure = (
         "learning rate at which what was learned was lost, one a seed" if comparison.ramp else "mean loss (spread)"
@@ -259,9 +284,13 @@ def _cell(row: Summary, comparison: Comparison) -> str:
 
 
 def write_report(comparison: Comparison, results: Sequence[Result]) -> list[Path]:
-    """comparison.md, comparison.csv (a line a step), and comparison.png where matplotlib is installed; the files written.
+    """Write comparison.md, comparison.csv (a line a step), and comparison.png where matplotlib is installed.
 
-    Raises: ConfigError if ``out`` cannot be written.
+    Returns:
+        The files written.
+
+    Raises:
+        ConfigError: ``comparison.out`` cannot be written.
     """
     out = comparison.out
     try:
@@ -279,7 +308,11 @@ def write_report(comparison: Comparison, results: Sequence[Result]) -> list[Path
 
 
 def _draw(results: Sequence[Result], path: Path) -> bool:
-    """Loss curves, a panel a depth, a colour a topology, a line a seed. False without matplotlib."""
+    """Draw loss curves: a panel for each depth, a colour for each topology, a line for each seed.
+
+    Returns:
+        False where matplotlib is missing.
+    """
     try:
         import matplotlib
     except ImportError:

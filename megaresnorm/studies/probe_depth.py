@@ -1,4 +1,4 @@
-"""What depth does to a topology before and in the first step: signal, gradient, and the model update ||dF||."""
+"""Effects of depth on a topology before and in the first step: signal, gradient, and the model update ||dF||."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -32,7 +32,7 @@ class ProbeSetting:
     base_num_blocks: int = 1
 
     def model(self, topology: str, num_blocks: int) -> ModelRecipe:
-        """A GELU model without biases, with learned positions; with what the topology needs beside others."""
+        """A GELU model without biases, with learned positions and what the topology needs beside others."""
         options = TopologyOptions(base_dim=self.base_dim, base_num_blocks=self.base_num_blocks)
         return ModelRecipe(
             dim=self.dim,
@@ -56,12 +56,17 @@ class ProbeSetting:
 class ProbeResult:
     """One model at initialisation and after one step of each optimizer on one batch of random tokens, in FP64.
 
-    stream_rms: RMS of the stream after the last block.
-    gradient_ratio: ||dL/dx_0|| / ||dL/dx_L||, of the stream before the first and after the last block.
-    sgd_update: RMS of dF / lr after one SGD step, F being the hidden state that the output matrix reads.
-    adam_update: RMS of dF after one AdamW step of lr 1e-3 without weight decay, with the topology's multipliers.
-    Both steps change the matrices of the blocks, which is what DeepNet's bound is about (arXiv:2203.00555, section 4.2). The
-    weights of post-norms are left alone: each of the 2N passes its own step on to the output, so theirs alone grows with N.
+    Both steps change only the matrices of the blocks, which DeepNet's bound is about. The weights of post-norms are
+    left alone, since each of the 2N passes its own step on to the output, so that theirs alone grows with N.
+
+    Attributes:
+        stream_rms: RMS of the residual stream after the last block.
+        gradient_ratio: ||dL/dx_0|| / ||dL/dx_L||, of the stream before the first and after the last block.
+        sgd_update: RMS of dF / lr after one SGD step, F being the hidden state that the output matrix reads.
+        adam_update: RMS of dF after one AdamW step of lr 1e-3 without weight decay, with the topology's multipliers.
+
+    Source:
+        DeepNet, arXiv:2203.00555, section 4.2.
     """
 
     topology: str
@@ -105,7 +110,7 @@ def probe(topology: str, num_blocks: int, seed: int, setting: ProbeSetting) -> P
 def probe_all(
     topologies: Sequence[str], depths: Sequence[int], seeds: Sequence[int], setting: ProbeSetting
 ) -> Iterator[ProbeResult]:
-    """Every combination, depths innermost."""
+    """Probe every combination, depths innermost."""
     for topology in topologies:
         for seed in seeds:
             for num_blocks in depths:
@@ -126,7 +131,7 @@ def summary_rows(results: Sequence[ProbeResult]) -> list[dict[str, float | str |
 
 @torch.no_grad()
 def _update(assembled: Assembled, tokens: Tensor, before: Tensor, optimizer: str) -> float:
-    """RMS of the change of the hidden state by one step with the gradients at hand; the weights are put back."""
+    """RMS of the change of the hidden state by one optimizer step with the present gradients; weights are restored."""
     matrices = {n: p for n, p in assembled.model.named_parameters() if n.startswith("blocks.") and p.dim() == 2}
     saved = {name: p.clone() for name, p in matrices.items()}
     if optimizer == "sgd":

@@ -1,4 +1,4 @@
-"""Results of a comparison's runs, as they are kept in their folders."""
+"""Results of the runs of a comparison, as they are kept in the runs' folders."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,16 @@ Outcome = Literal["trains", "unigram level", "lost"]
 
 @dataclass(frozen=True)
 class Result:
-    """One run. Losses are means a token in nats; final is the mean of the last steps, best the least smoothed loss.
+    """One run. Losses are means a token in nats.
 
-    max_lr: under a ramp, the learning rate at which what was learned was lost for good; 0 if nothing ever was ("unigram level"),
-    None if it was never lost. lr_at_best: where the smoothed loss was least.
+    Attributes:
+        final_loss: mean of the last steps.
+        valid_loss: None without a validation split, or where the run diverged.
+        best: least smoothed loss.
+        lr_at_best: learning rate at which the smoothed loss was least.
+        max_lr: under a ramp, the learning rate at which what was learned was lost for good; 0 if nothing was ever
+            learned ("unigram level"), None if it was never lost.
+        losses: one for each step; infinite where a step has none.
     """
 
     topology: str
@@ -38,7 +44,19 @@ _RESULT = TypeAdapter(Result)
 
 
 def kept_result(folder: Path, request: str, run: tuple[str, int, int]) -> Result | None:
-    """The result of a run that is done, None for one that is not. Raises: ConfigError if it was begun with other settings."""
+    """Read the result of a run.
+
+    Args:
+        request: digest of its recipe and data.
+        run: (topology, number of blocks, seed).
+
+    Returns:
+        None where the run is not done.
+
+    Raises:
+        ConfigError: it was begun with other settings or data.
+        DataError: a file in its folder is damaged, or of another run.
+    """
     for path in (folder / "request.json", folder / "result.json"):
         result: Result | None = None
         if not path.exists() and not path.is_symlink():

@@ -1,1 +1,1 @@
-"""What a run says of itself: console, metrics, depth probes."""
+"""Output of a run for people: its description, console log and metrics."""

@@ -21,25 +21,27 @@ from megaresnorm.text import OneLine, shown
 class Console(rich.console.Console):
     """Shows strings as they are: no markup, no emoji codes, no links, control characters written out.
 
-    Line breaks are kept, since some texts have them on purpose: of one line, print ``shown(line)``. The reader may go away
-    (``| head``, a closed terminal): the run goes on without it.
+    Line breaks are kept, since some texts have them on purpose; print ``shown(line)`` for a string of one line. The
+    reader may go away (``| head``, a closed terminal): the run goes on without it.
     """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(highlight=False, markup=False, emoji=False, **settings)
 
     def render_str(self, text: str, **settings: Any) -> Text:
-        """Every string passes through here: what is printed, cells and titles of tables."""
+        """Text of a string, without control characters. Printed strings, cells and titles of tables all pass here."""
         return super().render_str(shown(text, lines=True), **settings | {"markup": False, "emoji": False})
 
     def on_broken_pipe(self) -> None:
+        """Discard further output once the reader has gone away."""
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Table(rich.table.Table):
-    """Cells are strings of one line each, whose own line breaks are written out; a list is a cell of several lines."""
+    """A table whose string cells have one line each: line breaks in them are written out."""
 
     def add_row(self, *cells: RenderableType | list[str] | None, **settings: Any) -> None:
+        """Add a row; a list is a cell of several lines."""
         super().add_row(*map(_cell, cells), **settings)
 
 
@@ -60,7 +62,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 def configure_logging(rank: int = 0) -> None:
-    """Send the package's log to the console; of ranks but the first only errors. To be called once, by the command line."""
+    """Send the package's log to the console; only errors on ranks other than 0. The command line calls it once."""
     logger, handler = logging.getLogger("megaresnorm"), _ConsoleHandler()
     handler.setFormatter(OneLine())
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
@@ -69,7 +71,7 @@ def configure_logging(rank: int = 0) -> None:
 
 
 def log_to_console_by_default() -> None:
-    """As ``configure_logging``, where a program or notebook that trains has not configured any logging itself."""
+    """Call ``configure_logging``, unless the program or notebook that trains has configured logging itself."""
     if not logging.getLogger("megaresnorm").hasHandlers():
         configure_logging(read_environment().rank)
 
@@ -78,7 +80,10 @@ def log_to_console_by_default() -> None:
 def progress_bar(label: str, total: int | None, done: int = 0, *, of_bytes: bool = False) -> Iterator[Progress]:
     """A bar on a terminal, nothing elsewhere. ``progress.advance(progress.task_ids[0], n)`` moves it.
 
-    total: None where it is not known.
+    Args:
+        total: None where it is not known.
+        done: where the bar starts.
+        of_bytes: whether the unit is bytes.
     """
     amount = DownloadColumn() if of_bytes else MofNCompleteColumn()
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), amount, TimeRemainingColumn())
@@ -89,7 +94,11 @@ def progress_bar(label: str, total: int | None, done: int = 0, *, of_bytes: bool
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
-    """Bars of bytes, one after the other: a function from a label and a total (0: not known) to what moves the bar on."""
+    """Bars of bytes, one after the other.
+
+    Yields:
+        A function that starts a bar from its label and total (0: not known), and returns a function that moves it on.
+    """
     with ExitStack() as current:
 
         def start(label: str, total: int) -> Callable[[int], None]:
@@ -101,7 +110,9 @@ def progress_bars() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
 
 
 def step_line(step: int, steps: int, metrics: dict[str, float | None]) -> str:
-    """One aligned line: the columns stay in place from the first step of a run to the last. A step without labels has no loss.
+    """One aligned line: its columns stay in place from the first step of a run to the last.
+
+    A step without labels has no loss.
 
     >>> step_line(7, 1000, {"loss": 5.25, "gradient_norm": 1.5, "lr": 1e-3, "tokens_per_second": 10500.0})
     'step    7/1000 | loss  5.2500 | grad   1.500 | lr 1.000e-03 |    10,500 tok/s'

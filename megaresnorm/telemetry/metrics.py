@@ -17,14 +17,18 @@ from megaresnorm.files import open_plain, replace_file
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_WARNINGS = 60.0
-MAX_LINE_BYTES = 1 << 16  # of metrics.jsonl; one of ours has a few hundred, and what is longer is not looked at
+MAX_LINE_BYTES = 1 << 16  # of metrics.jsonl; ours have a few hundred, and a longer line counts as unreadable
 _EVENTS = re.compile(r"events\.out\.tfevents\.([0-9]+)")
 
 
 class Appended:
     """A file that grows by whole records. What cannot be written now is kept, and written when it can be.
 
-    new: there must be none yet.   Raises: OSError if it cannot be opened, or is not a plain file.
+    Args:
+        new: whether the file must not exist yet.
+
+    Raises:
+        OSError: it cannot be opened, or is not a plain file.
     """
 
     def __init__(self, path: Path, *, new: bool = False) -> None:
@@ -33,6 +37,7 @@ class Appended:
         self._size = os.lseek(self._descriptor, 0, os.SEEK_END)
 
     def write(self, record: bytes = b"") -> None:
+        """Append a record, after those that are still waiting. A failure is a warning, at most one a minute."""
         self._waiting += record
         done = 0
         try:
@@ -50,13 +55,13 @@ class Appended:
         self._waiting.clear()
 
     def close(self) -> None:
-        """What cannot be written even now is lost, with a warning."""
+        """Close the file. What cannot be written even now is lost, with a warning."""
         self._next_warning = 0.0
         self.write()
         os.close(self._descriptor)
 
     def _take_back(self) -> None:
-        """Nobody shall read half a record; should this fail as well, it is written over later."""
+        """Remove half a record, so that nobody reads it; should this fail as well, it is overwritten later."""
         try:
             os.ftruncate(self._descriptor, self._size)
         except OSError as e:
@@ -66,9 +71,13 @@ class Appended:
 class MetricsWriter:
     """Appends to ``folder/metrics.jsonl`` and, if asked, writes TensorBoard files to ``folder/tensorboard``.
 
-    ``first_step``: where the run starts or resumes; what an earlier process wrote from there on is dropped, since those steps
-    are about to be done again, and so is what cannot be read, with a warning.
-    Raises: OSError where they cannot be read or written; an earlier file stays as it was then.
+    Args:
+        first_step: where the run starts or resumes. What an earlier process wrote from there on is dropped, since those
+            steps are about to be done again, and so is what cannot be read, with a warning.
+        tensorboard: whether to write TensorBoard files too.
+
+    Raises:
+        OSError: the files cannot be read or written; an earlier file then stays as it was.
     """
 
     def __init__(self, folder: Path, *, first_step: int, tensorboard: bool) -> None:
@@ -79,7 +88,12 @@ class MetricsWriter:
         self._events = EventFile(folder / "tensorboard", first_step) if tensorboard else None
 
     def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Record the metrics of one step; the step itself is counted from 0. None: there is no such figure."""
+        """Record the metrics of one step.
+
+        Args:
+            step: counted from 0.
+            metrics: by name; None where a step has no such figure.
+        """
         # JSON has no NaN
         finite = {name: value if value is not None and isfinite(value) else None for name, value in metrics.items()}
         self._lines.write((json.dumps({"step": step, **finite}) + "\n").encode())
@@ -87,13 +101,19 @@ class MetricsWriter:
             self._events.write(step, {name: value for name, value in metrics.items() if value is not None})
 
     def close(self) -> None:
+        """Close the files, as ``Appended.close``."""
         self._lines.close()
         if self._events is not None:
             self._events.close()
 
 
 class EventFile:
-    """Scalars as TensorBoard reads them. Its own writer has a thread that a full disk ends for good, with a traceback."""
+    """Scalars as TensorBoard reads them. Its own writer has a thread that a full disk ends for good, with a traceback.
+
+    Args:
+        folder: made where it is missing.
+        first_step: from which on what earlier files hold is void.
+    """
 
     def __init__(self, folder: Path, first_step: int) -> None:
         folder.mkdir(exist_ok=True)
@@ -101,14 +121,15 @@ class EventFile:
         name = f"events.out.tfevents.{stamp}.{socket.gethostname()}.{os.getpid()}"
         self._file = Appended(folder / name, new=True)
         self._append(file_version="brain.Event:2")
-        self._append(
-            step=first_step, session_log={"status": 1}
-        )  # START: what an earlier process wrote from here on is void
+        # START: what an earlier process wrote from here on is void
+        self._append(step=first_step, session_log={"status": 1})
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Record the scalars of one step, counted from 0."""
         self._append(step=step, summary={"value": [{"tag": n, "simple_value": v} for n, v in metrics.items()]})
 
     def close(self) -> None:
+        """Close the file, as ``Appended.close``."""
         self._file.close()
 
     def _append(self, **fields: Any) -> None:
@@ -123,7 +144,7 @@ class EventFile:
 def stamp_after(names: list[str], now: int) -> str:
     """Digits by which an event file sorts after those of ``names``: the time, unless the clock has gone back since.
 
-    TensorBoard reads the files of a folder in the order of their names, and passes over what sorts before what it has read.
+    TensorBoard reads the files of a folder in the order of their names, and skips what sorts before what it has read.
 
     >>> stamp_after(["events.out.tfevents.150.host.7"], 200), stamp_after(["events.out.tfevents.250.host.7"], 200)
     ('200', '251')
@@ -137,7 +158,11 @@ def stamp_after(names: list[str], now: int) -> str:
 
 
 def _drop_from(path: Path, first_step: int) -> None:
-    """Leave the whole lines of the steps before ``first_step`` in a file of metrics. Raises: OSError."""
+    """Keep only the whole lines of steps before ``first_step`` in a file of metrics.
+
+    Raises:
+        OSError: it cannot be read or replaced.
+    """
     kept = lines = unreadable = 0
     for line, step in _lines_of(path):
         unreadable += step is None
@@ -151,7 +176,14 @@ def _drop_from(path: Path, first_step: int) -> None:
 
 
 def _lines_of(path: Path) -> Iterator[tuple[bytes, int | None]]:
-    """(line, its step) of a file of metrics; no step where a line is not of metrics. Raises: OSError."""
+    """Read a file of metrics.
+
+    Yields:
+        (line, its step); None where a line is not one of metrics.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
         while line := file.readline(MAX_LINE_BYTES):
             whole = line
@@ -161,7 +193,7 @@ def _lines_of(path: Path) -> Iterator[tuple[bytes, int | None]]:
 
 
 def _step_of(line: bytes) -> int | None:
-    """The step of a line; None for one that was torn by a crash, or is of something else."""
+    """The step of a line; None where the line was torn by a crash, or is not one of metrics."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):

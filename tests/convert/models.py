@@ -71,8 +71,6 @@ MODELS: dict[str, tuple[str, dict]] = {
     "starcoder2 without biases": ("starcoder2", {**DERIVED, **LN, "topology": "pre", "ffn": "gelu"}),
     "stablelm": ("stablelm", {**DERIVED, **LN, "topology": "pre", "attention_bias": "qkv", "rope_fraction": 0.5}),
     "stablelm whole heads": ("stablelm", {**DERIVED, **LN, "topology": "pre"}),
-    "openai-gpt deepnorm": ("openai-gpt", {**GPT, "topology": "deepnorm"}),
-    "openai-gpt post, relu, tied": ("openai-gpt", {**GPT, "topology": "post", "ffn": "relu", "tied_embeddings": True}),
     "opt post": ("opt", {**GPT, "topology": "post", "ffn": "gelu", "ffn_dim": 40}),
     "opt pre, tied": ("opt", {**GPT, "topology": "pre", "ffn": "relu", "tied_embeddings": True}),
     "opt without biases": ("opt", {**GPT, "topology": "post", "ffn": "relu", "bias": False}),

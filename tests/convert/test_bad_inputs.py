@@ -12,6 +12,7 @@ from models import GEMMA, GPT, recipe_of, save_random
 from safetensors.torch import load_file, save_file
 
 from megaresnorm.cli import main
+from megaresnorm.convert.export import ExportSettings
 from megaresnorm.convert.to_hf import to_hf
 from megaresnorm.data.tokenizer import ByteTokenizer
 
@@ -23,7 +24,7 @@ def made(tmp_path_factory) -> Path:
     tokenizer = ByteTokenizer()
     save_random(folder / "run" / "checkpoints", recipe_of({"topology": "pre", "vocab_size": 257}), tokenizer)
     to_hf(folder / "run", folder / "llama", verify=False)
-    to_hf(folder / "run", folder / "sharded", verify=False, max_shard_bytes=20_000)
+    to_hf(folder / "run", folder / "sharded", verify=False, settings=ExportSettings(max_shard_bytes=20_000))
     for name, settings in (
         ("minimax", {"topology": "deepnorm"}),
         ("keel", {"topology": "keel"}),
@@ -507,7 +508,7 @@ def test_what_a_killed_conversion_has_left_is_swept_up(made, tmp_path):
 
 
 def test_too_little_memory_to_verify_is_said_before(made, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("megaresnorm.convert.loading.available_memory", lambda: 10_000)
+    monkeypatch.setattr("megaresnorm.convert.compare.available_memory", lambda: 10_000)
     assert main(["convert", "to-hf", str(made / "run"), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert "verifying needs" in error and "--verify off" in error and list(tmp_path.iterdir()) == []

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from megaresnorm.checkpoint.inspect import compare_tensors
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.cli import main
+from megaresnorm.convert.compare import of_ours
+from megaresnorm.convert.export import ExportSettings, to_megatron
 from megaresnorm.convert.from_hf import from_hf
-from megaresnorm.convert.loading import of_ours
-from megaresnorm.convert.megatron import to_megatron
 from megaresnorm.convert.native import NativeModel
 from megaresnorm.convert.to_hf import to_hf
 from megaresnorm.data.tokenizer import ByteTokenizer
@@ -41,7 +41,7 @@ has_megatron = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, 
 def test_megatron_computes_the_same_and_comes_back(name, tmp_path):
     recipe = recipe_of({**MODELS[name], "vocab_multiple": 64})
     checkpoint = save_random(tmp_path / "run" / "checkpoints", recipe)
-    to_megatron(checkpoint, tmp_path / "megatron", implementation="local", max_memory=3000)
+    to_megatron(checkpoint, tmp_path / "megatron", implementation="local", settings=ExportSettings(max_memory=3000))
     tokens = torch.randint(37, (8, 32))
     save_file({"tokens": tokens}, tmp_path / "tokens")
     program = [sys.executable, str(Path(__file__).with_name("megatron_model.py"))]

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 from megaresnorm.checkpoint.inspect import compare_tensors
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.convert import modeling_megaresnorm
-from megaresnorm.convert.compare import compare, logits_on
+from megaresnorm.convert.compare import compare, logits_on, of_ours, of_theirs, random_prompts
+from megaresnorm.convert.export import ExportSettings
 from megaresnorm.convert.from_hf import from_hf
-from megaresnorm.convert.loading import of_ours, of_theirs, random_prompts
+from megaresnorm.convert.match import match_family
 from megaresnorm.convert.native import NativeModel
-from megaresnorm.convert.plan import plan
 from megaresnorm.convert.to_hf import to_hf
 from megaresnorm.model.topology import TOPOLOGIES, beside_others
 
@@ -41,7 +41,7 @@ def test_every_topology_loads_generates_and_comes_back(topology, variant, tmp_pa
     settings = {**beside_others(topology), **VARIANTS[variant], "topology_options": OPTIONS.get(topology, {})}
     recipe = recipe_of({**settings, "topology": topology})
     checkpoint = save_random(tmp_path / "run" / "checkpoints", recipe)
-    to_hf(checkpoint, tmp_path / "hf", arch="remote-code", max_memory=3000, tolerance=5e-6)
+    to_hf(checkpoint, tmp_path / "hf", arch="remote-code", tolerance=5e-6, settings=ExportSettings(max_memory=3000))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True, dtype=torch.float32)
     assert type(model).__module__ != modeling_megaresnorm.__name__
     prompts = random_prompts(37, 32, 300)
@@ -58,7 +58,7 @@ def test_every_topology_loads_generates_and_comes_back(topology, variant, tmp_pa
     with torch.no_grad():
         alone, beside = model(tokens).logits, model(padded, attention_mask=mask).logits[:, 3:]
     torch.testing.assert_close(beside, alone, rtol=0, atol=1e-5 * alone.abs().max().item())
-    back = from_hf(tmp_path / "hf", tmp_path / "back", max_memory=3000, tolerance=5e-6)
+    back = from_hf(tmp_path / "hf", tmp_path / "back", tolerance=5e-6, settings=ExportSettings(max_memory=3000))
     assert back.model == recipe.model
     assert list(compare_tensors(Checkpoint(checkpoint), Checkpoint(back.checkpoint), lambda: None)) == []
 
@@ -80,7 +80,7 @@ def test_every_topology_loads_generates_and_comes_back(topology, variant, tmp_pa
     ],
 )
 def test_auto_brings_its_own_code_where_no_class_is_exact(settings):
-    assert plan(recipe_of(settings).model).family.name == "megaresnorm"
+    assert match_family(recipe_of(settings).model).family.name == "megaresnorm"
 
 
 def test_its_file_needs_torch_and_transformers_alone():

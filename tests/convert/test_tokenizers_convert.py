@@ -6,6 +6,7 @@ import pytest
 from models import recipe_of, save_random
 from transformers import AutoTokenizer
 
+from megaresnorm.convert.export import ExportSettings
 from megaresnorm.convert.from_hf import from_hf
 from megaresnorm.convert.native import NativeModel
 from megaresnorm.convert.to_hf import to_hf
@@ -81,7 +82,7 @@ def test_a_tokenizer_that_differs_is_refused_and_nothing_is_kept(tmp_path, monke
     with pytest.raises(DataError, match=r"Transformers makes other tokens of \d+ of 2000 texts"):
         to_hf(checkpoint, tmp_path / "hf")
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
-    to_hf(checkpoint, tmp_path / "hf", with_tokenizer=False, verify=False)
+    to_hf(checkpoint, tmp_path / "hf", verify=False, settings=ExportSettings(with_tokenizer=False))
     assert not list((tmp_path / "hf").glob("tokenizer*"))
 
 

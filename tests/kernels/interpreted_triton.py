@@ -13,10 +13,9 @@ import triton.runtime.interpreter as interpreter
 from add_norm_checks import BF16, DTYPES, F32, GATES, PATTERNS, check, check_fp8, make_norm
 
 from megaresnorm.kernels import load_backends
-from megaresnorm.kernels.add_norm import op
+from megaresnorm.kernels.add_norm import op, triton_sharded
 from megaresnorm.kernels.add_norm import triton_fp8 as triton_fp8
 from megaresnorm.kernels.add_norm import triton_rows as triton_rows
-from megaresnorm.kernels.add_norm import triton_sharded
 from megaresnorm.kernels.add_norm.fp8 import norm_quant
 from megaresnorm.kernels.add_norm.reference import add_norm
 

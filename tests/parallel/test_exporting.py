@@ -8,6 +8,7 @@ from cases import batches, build, make_recipe
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import RunState
 from megaresnorm.checkpoint.writer import save_checkpoint
+from megaresnorm.convert.export import ExportSettings
 from megaresnorm.convert.from_hf import from_hf
 from megaresnorm.convert.to_hf import to_hf
 from megaresnorm.testing import run_ranks
@@ -48,7 +49,9 @@ def test_every_layout_is_exported_to_the_same_bytes_and_read_back_into_every_lay
     for layout, (num_ranks, _) in LAYOUTS.items():
         run_ranks(num_ranks, save, topology, variant, layout, tmp_path)
         to_hf(
-            tmp_path / layout / "step-00000002", tmp_path / f"{layout} hf", max_memory=8 * 500, max_shard_bytes=20_000
+            tmp_path / layout / "step-00000002",
+            tmp_path / f"{layout} hf",
+            settings=ExportSettings(max_memory=8 * 500, max_shard_bytes=20_000),
         )
     exported = {p.name: p.read_bytes() for p in (tmp_path / "one hf").iterdir()}
     assert sum(name.endswith(".safetensors") for name in exported) > 2

@@ -27,7 +27,7 @@ def test_a_deepnorm_model_trained_under_tp2_x_pp2_writes_the_same_text_in_transf
     )
     run_ranks(4, train_on_rank, 4, recipe)
     report = to_hf(newest_of(Path(recipe.train.output)), tmp_path / "hf", tolerance=5e-6)
-    assert report.plan.family.architecture == "MiniMaxForCausalLM" and report.agreement.passed
+    assert report.match.family.architecture == "MiniMaxForCausalLM" and report.agreement.passed
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     start = tokenizer(tokenizer.eos_token + "def ", return_tensors="pt")

@@ -5,7 +5,7 @@ same (``signature``). So a table says only what the architecture has.
 """
 
 from megaresnorm.convert.families import layernorm, rms
-from megaresnorm.convert.families.family import Family
+from megaresnorm.convert.family import Family
 
 # In the order in which ``auto`` tries them: of classes that hold the same model the one that most programs know.
 FAMILIES: tuple[Family, ...] = (
@@ -20,7 +20,6 @@ FAMILIES: tuple[Family, ...] = (
     layernorm.gpt_neox,
     layernorm.starcoder2,
     layernorm.stablelm,
-    layernorm.openai_gpt,
     layernorm.opt_post,
     layernorm.opt_pre,
     layernorm.bert,

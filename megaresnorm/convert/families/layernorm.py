@@ -1,7 +1,6 @@
 """Families with LayerNorm: pre-norm with rotary or learned positions, and post-norm."""
 
-from megaresnorm.convert.families.family import Constant, Family, Of
-from megaresnorm.convert.families.shared import (
+from megaresnorm.convert.family import (
     ATTENTION,
     ATTENTION_BIAS,
     BLOCK,
@@ -23,6 +22,9 @@ from megaresnorm.convert.families.shared import (
     UNGATED,
     UNGATED_ACT,
     UP,
+    Constant,
+    Family,
+    Of,
     written_dropout,
 )
 from megaresnorm.convert.fields import Always, By, Choice, Config, Fixed, Rope, Same, Settings, Window, refused
@@ -126,24 +128,6 @@ gpt2 = Family(
         H + "ln_2": Of(BLOCK + "ffn.norm_in"),
         **GPT_MODULES,
         "transformer.ln_f": Of("final_norm"),
-    },
-    prefix="transformer.",
-)  # fmt: skip
-POST = Always({"topology": "post", "embedding_norm": False})
-openai_gpt = Family(
-    name="openai-gpt",
-    unread=('n_special', 'predict_special_tokens'),
-    architecture="OpenAIGPTLMHeadModel",
-    fields=(
-        *GPT_SIZES, GPT_DROPOUT, POST, Choice("afn", (("gelu", {"ffn": "gelu_tanh"}), ("relu", {"ffn": "relu"}))),
-        By((), lambda recipe: {}, lambda config: {"ffn_dim": 4 * config["n_embd"]}),
-    ),
-    modules={
-        "transformer.tokens_embed": Of("embedding"),
-        "transformer.positions_embed": Of("positions"),
-        H + "ln_1": Of(BLOCK + "attention.norm_out"),
-        H + "ln_2": Of(BLOCK + "ffn.norm_out"),
-        **GPT_MODULES,
     },
     prefix="transformer.",
 )  # fmt: skip

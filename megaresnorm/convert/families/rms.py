@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from megaresnorm.convert.families.family import Constant, Family, Of
-from megaresnorm.convert.families.shared import (
+from megaresnorm.convert.family import (
     ATTENTION,
     ATTENTION_BIAS,
     BLOCK,
@@ -29,10 +28,13 @@ from megaresnorm.convert.families.shared import (
     QKV,
     RMS_NORM,
     SIZES,
+    Constant,
+    Family,
+    Of,
 )
 from megaresnorm.convert.fields import Always, By, Choice, Config, Fixed, Rope, Same, Settings, Window, refused
-from megaresnorm.convert.resolved import branch_gate, post_of, scale, trunk_alpha, whole_logits_scaling
 from megaresnorm.convert.rows import heads, pairs, part
+from megaresnorm.convert.signature import branch_gate, post_of, scale, trunk_alpha, whole_logits_scaling
 from megaresnorm.recipe import ModelRecipe
 
 

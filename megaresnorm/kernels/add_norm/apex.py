@@ -12,7 +12,10 @@ from megaresnorm.kernels.add_norm.reference import NormWeights
 
 
 def normalize(x_TD: Tensor, norm: NormWeights, out_dtype: torch.dtype) -> Tensor:
-    """As ``reference.normalize``; weights in FP32, also where x is BF16 (the mixed variants return the weight's type)."""
+    """``reference.normalize``, in ``out_dtype``.
+
+    Weights are in FP32 also where x is BF16; Apex's mixed variants return the weight's type.
+    """
     shape = x_TD.shape[-1:]
     if norm.kind == "rmsnorm":
         apply = fused_rms_norm_affine if x_TD.dtype == norm.weight.dtype else mixed_dtype_fused_rms_norm_affine

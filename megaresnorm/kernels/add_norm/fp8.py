@@ -1,8 +1,9 @@
-"""FP8 (E4M3) with scales: of a whole tensor or of blocks of 128 columns.
+"""FP8 (E4M3) with one scale for a whole tensor, or one for each block of 128 columns.
 
-``add_norm`` itself writes FP8 under a scale that is known before, from the amax of earlier steps (delayed scaling). Where the scale
-is to be that of the values themselves (current scaling), ``add_norm(out_dtype=None)`` leaves trunk, statistics and amax, and
-``norm_quant`` normalizes the stored trunk once more: 9 bytes an element instead of the 11 of writing BF16 and casting that.
+``add_norm`` itself writes FP8 under a scale that is known before, from the amax of earlier steps (delayed scaling).
+Where the scale is to be that of the values themselves (current scaling), ``add_norm(out_dtype=None)`` leaves trunk,
+statistics and amax, and ``norm_quant`` normalizes the stored trunk once more: 9 bytes an element instead of the 11 of
+writing BF16 and casting that.
 
 T rows   D columns
 """
@@ -20,7 +21,7 @@ LARGEST = 448.0  # of E4M3
 
 
 def scale_for(amax: Tensor) -> Tensor:
-    """The factor that takes ``amax`` to the largest number of E4M3; 1 where there is nothing to scale.
+    """The factor that takes ``amax`` to the largest number of E4M3; 1 where amax is 0 or not finite.
 
     >>> scale_for(torch.tensor([224.0, 0.0]))
     tensor([2., 1.])
@@ -32,12 +33,17 @@ def scale_for(amax: Tensor) -> Tensor:
 def norm_quant(
     trunk_TD: Tensor, norm: NormWeights, statistics_T2: Tensor, *, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """norm(trunk) in FP8, scaled as a whole by ``scale``, or by blocks of 1 x 128 when it is None.
+    """norm(trunk) in FP8.
 
-    statistics: [T, 2], as ``add_norm`` returned them for this norm.
-    returns: (FP8 [T, D], inverse scales: [] for a whole tensor, else [T, ceil(D / 128)]), value = FP8 * inverse scale.
-    A gradient of the FP8 tensor is taken to be that of the value; ``reference.add_norm`` says what autograd does to it. Here the
-    statistics are computed once more, by a fused backend they are read.
+    The gradient of the FP8 tensor is taken to be that of the value; ``reference.add_norm`` says what autograd does to
+    it. The statistics are computed again here; a fused backend reads them.
+
+    Args:
+        statistics_T2: as ``add_norm`` returned them for this norm.
+        scale: factor for the whole tensor; None for a scale of its own for each block of 1 x 128.
+    Returns:
+        FP8 [T, D] and the inverse scales: [] for a whole tensor, else [T, ceil(D / 128)]. A value is FP8 times its
+        inverse scale.
     """
     wide = torch.float64 if trunk_TD.dtype == torch.float64 else torch.float32
     y_TD, _ = normalize_with_statistics(trunk_TD.to(wide), norm)

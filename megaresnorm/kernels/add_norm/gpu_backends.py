@@ -1,7 +1,8 @@
 """Backends of add_norm that need a package of their own, which is imported when one of them is chosen and not before.
 
-triton: ours, for NVIDIA GPUs.   compile: torch.compile of the reference.   te, apex: the norms of Transformer Engine and NVIDIA
-Apex behind an add in PyTorch; they fuse no add and move 10 bytes an element where ours moves 8, so only their names choose them.
+``triton`` is ours, for NVIDIA GPUs. ``compile`` is torch.compile of the reference. ``te`` and ``apex`` are the norms of
+Transformer Engine and NVIDIA Apex behind an add in PyTorch; they fuse no add and move 10 bytes an element where ours
+moves 8. The last three run only when asked for by name.
 """
 
 import functools
@@ -27,7 +28,7 @@ def _module(name: str) -> Any:
 
 
 def _found(package: str) -> bool:
-    """Whether a package is installed; looking does not import it."""
+    """Whether a package is installed. Does not import it."""
     try:
         return importlib.util.find_spec(package) is not None
     except (ImportError, ValueError):
@@ -136,7 +137,13 @@ def _apex_requires(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def add_then(normalize: Callable[[Tensor, NormWeights, torch.dtype], Tensor]) -> Callable[..., AddNormOutput]:
-    """``reference.add_norm`` with another normalize(x, norm, out_dtype); it gives no FP8, statistics and amax."""
+    """Make an ``add_norm`` backend from a norm alone; the add is done in PyTorch.
+
+    Args:
+        normalize: called with (x, norm, out_dtype).
+    Returns:
+        A function as ``reference.add_norm``. It raises ValueError where FP8, statistics or amax are wanted.
+    """
 
     def add_norm(
         x_TD: Tensor,

@@ -1,7 +1,6 @@
 """``add_norm`` as one operator, whatever fused backend computes it.
 
-What is kept for the backward pass is the stored sum (which is the residual stream, and alive anyway) and two numbers a row and
-norm.
+The backward pass keeps the stored sum (which is the residual stream, and alive anyway) and two numbers a row and norm.
 
 T rows (tokens)   D columns (model dim)
 """
@@ -34,7 +33,7 @@ from megaresnorm.kernels.registry import Refusal, register_kernel
 
 
 def fused_add_norm(backend: str) -> Callable[..., AddNormOutput]:
-    """``reference.add_norm`` by a fused backend, for FP32 and BF16 tensors."""
+    """``reference.add_norm`` computed by the fused backend of that name, for FP32 and BF16 tensors."""
 
     def add_norm(
         x_TD: Tensor,
@@ -84,7 +83,7 @@ def fused_add_norm(backend: str) -> Callable[..., AddNormOutput]:
 def register_add_norm(
     name: str, backend: AddNormBackend, requires: Refusal, avoid: Refusal = lambda device, dtype: None
 ) -> None:
-    """Enter a fused backend under ``name``: the op and its norm over a sharded hidden dimension are one choice."""
+    """Register a fused backend: the op and its norm over a sharded hidden dimension are one choice."""
     register_kernel("add_norm", name, requires, avoid, implementation=backend)(fused_add_norm(name))
 
 
@@ -92,12 +91,12 @@ _NO_NORM = ("none", None, None, 0.0)
 
 
 def largest(amax_T: Tensor) -> Tensor:
-    """Over all rows; 0 of none."""
+    """The largest amax over all rows; 0 without rows."""
     return amax_T.amax() if amax_T.numel() else amax_T.new_zeros(())
 
 
 def _unflatten(tensors: Sequence, spec: AddNormSpec, stores_sum: bool) -> Outputs:
-    """Name what the operator returns: only what there is, in the order of ``Outputs``."""
+    """Name the operator's results, which are those of ``Outputs`` that exist, in its order."""
     rest = iter(tensors)
     return Outputs(
         next(rest) if stores_sum else None,
@@ -155,7 +154,8 @@ def _check(
             weight.dtype != torch.float32 or weight.shape != x.shape[1:] or not weight.is_contiguous()
         ):
             raise TypeError(
-                f"add_norm/{spec.backend}: a norm's weight is {weight.dtype} {list(weight.shape)}; wanted float32 [{x.shape[1]}]"
+                f"add_norm/{spec.backend}: a norm's weight is {weight.dtype} {list(weight.shape)}; "
+                f"wanted float32 [{x.shape[1]}]"
             )
     if gate is not None and gate.shape not in ((1,), x.shape[1:]):
         raise ValueError(
@@ -194,7 +194,7 @@ def _save(ctx: Any, arguments: tuple, results: tuple[Tensor, ...]) -> None:
 def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple:
     z, *saved = ctx.saved_tensors
     d_z, d_trunk, d_branch = _unflatten(gradients, ctx.spec, ctx.stores_sum)[:3]
-    # With a norm on the sum nobody outside sees the sum itself.
+    # With a norm on the sum, the sum itself is no output and has no gradient.
     d_trunk = d_trunk if ctx.spec.norm else d_z
     dx, *d_delta, sums = _add_norm_backward(z, d_trunk, d_branch, *saved, ctx.grad_spec)
     gate, weights = saved[2], saved[3:9]
@@ -205,15 +205,15 @@ def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple:
 
 
 def _allocate_gradients(z: Tensor, gate: Tensor | None, spec: AddNormGradSpec) -> tuple[Tensor, Tensor | None]:
-    """dx and d_delta; None for d_delta where it is the very tensor of dx."""
+    """dx and d_delta; d_delta is None where it is the very tensor of dx, or nothing was added."""
     own = spec.delta_dtype is not None and not (spec.shared and gate is None)
     empty = functools.partial(torch.empty_like, z, memory_format=torch.contiguous_format)
     return empty(dtype=spec.x_dtype), empty(dtype=spec.delta_dtype) if own else None
 
 
 def _backward(
-    z: Tensor, d_trunk: Tensor | None, d_branch: Tensor | None, trunk: Tensor | None, delta: Tensor | None, gate: Tensor | None,
-    *rest: Any,
+    z: Tensor, d_trunk: Tensor | None, d_branch: Tensor | None, trunk: Tensor | None, delta: Tensor | None,
+    gate: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     *saved, spec = rest
     z = z.contiguous()
@@ -234,8 +234,8 @@ def _readable(gradient: Tensor) -> Tensor:
 
 
 def _fake_backward(
-    z: Tensor, d_trunk: Tensor | None, d_branch: Tensor | None, trunk: Tensor | None, delta: Tensor | None, gate: Tensor | None,
-    *rest: Any,
+    z: Tensor, d_trunk: Tensor | None, d_branch: Tensor | None, trunk: Tensor | None, delta: Tensor | None,
+    gate: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     sums = z.new_empty((SUMS, z.shape[1]), dtype=torch.float32)
     return *(t for t in _allocate_gradients(z, gate, rest[-1]) if t is not None), sums
@@ -250,7 +250,10 @@ _WEIGHTS = ", ".join(f"Tensor? {place}_weight, Tensor? {place}_bias" for place i
 _STATISTICS = ", ".join(f"Tensor? {place}_statistics" for place in _PLACES)
 
 
-_SPEC = "str[] kinds, float[] eps, float alpha, float constant_gate, ScalarType residual_dtype, ScalarType? out_dtype, str backend"
+_SPEC = (
+    "str[] kinds, float[] eps, float alpha, float constant_gate, "
+    "ScalarType residual_dtype, ScalarType? out_dtype, str backend"
+)
 
 
 _add_norm = CustomOp(

@@ -12,7 +12,12 @@ from megaresnorm.kernels.registry import register_kernel
 
 
 class NormWeights(NamedTuple):
-    """A norm as plain values: kind (layernorm or rmsnorm), weight [D], bias [D] or None, eps."""
+    """A norm as plain values.
+
+    Attributes:
+        kind: layernorm or rmsnorm.
+        weight, bias: [D]; bias may be None.
+    """
 
     kind: str
     weight: Tensor
@@ -21,8 +26,13 @@ class NormWeights(NamedTuple):
 
 
 class AddNormOutput(NamedTuple):
-    """trunk, branch_input: [T, D].   statistics: [T, 2] FP32 of next_norm, mean (0 for RMSNorm) and 1 / deviation of every row.
-    amax: the largest |branch input| before the scale of FP8, a scalar FP32.
+    """Results of ``add_norm``.
+
+    Attributes:
+        trunk: [T, D], the residual stream.
+        branch_input: [T, D]; None where no out_dtype was asked for.
+        statistics: [T, 2] FP32 of ``next_norm``, mean (0 for RMSNorm) and 1 / deviation of every row.
+        amax: the largest |branch input| before the scale of FP8, a scalar FP32.
     """
 
     trunk: Tensor
@@ -54,12 +64,18 @@ def add_norm(
     The statistics of a norm are taken in FP32 from the *stored* tensor before it, and its output is rounded once:
     each result is a function of what is stored, so recomputing it is exact. FP64 input is computed in FP64.
 
-    x_TD, delta_TD: the stream and a branch's output, in any two floating types; delta may be None (no add).
-    gate: a number, or a learned scalar [1] or vector [D].
-    out_dtype: None where nobody reads the branch input; with float8_e4m3fn it is fp8_scale (a scalar FP32) times the value,
-    saturating at 448, and its gradient is taken to be that of the value. Autograd casts what comes back for an FP8 tensor to
-    E4M3, without a scale: gradients below 2^-10 would vanish, so whoever reads FP8 must see to that.
-    amax is computed for FP8, and for out_dtype None with a next_norm: then ``fp8.norm_quant`` can scale by it.
+    The amax is computed for FP8, and for out_dtype None with a next_norm: then ``fp8.norm_quant`` can scale by it.
+
+    Args:
+        x_TD, delta_TD: residual stream and branch output, in any two floating types; delta may be None (no add).
+        gate: a number, or a learned scalar [1] or vector [D].
+        out_dtype: None where nobody reads the branch input. With float8_e4m3fn the branch input is fp8_scale times the
+            value, saturating at 448, and its gradient is taken to be that of the value. Autograd casts the gradient of
+            an FP8 tensor to E4M3 without a scale, so gradients below 2^-10 would vanish; the consumer of FP8 must
+            prevent that.
+        fp8_scale: a scalar FP32.
+    Raises:
+        ValueError: out_dtype is float8_e4m3fn and fp8_scale is None.
     """
     wide = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
     z = x_TD
@@ -91,19 +107,21 @@ def add_norm(
 
 
 def in_type(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in ``dtype``. What an autograd Function returns must come neither from a ``to`` that does nothing nor from an operation in
-    place: torch.compile of 2.11 makes its gradients zero.
+    """x in ``dtype``, without a ``to`` that does nothing.
+
+    An autograd Function must return neither the result of such a ``to`` nor that of an in-place operation:
+    torch.compile of 2.11 makes its gradients zero.
     """
     return x if x.dtype == dtype else x.to(dtype)
 
 
 def _scaled_add(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """a + alpha b. torch.compile (2.11 to 2.13) fuses ``add`` with a matrix product before it, and forgets alpha."""
+    """a + alpha b. torch.compile (2.11 to 2.13) fuses ``add`` with a matrix product before it and drops alpha."""
     return a + alpha * b if torch.compiler.is_compiling() else torch.add(a, b, alpha=alpha)
 
 
 def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x rounded to ``dtype``, still in its own type, so that gradients on their way back are not rounded."""
+    """x rounded to ``dtype`` but kept in its own type, so that its gradient is not rounded."""
     return x if x.dtype == dtype else _Rounded.apply(x, dtype)
 
 
@@ -118,17 +136,25 @@ class _Rounded(torch.autograd.Function):
 
 
 def largest(x: Tensor) -> Tensor:
-    """The largest |x|, 0 of nothing."""
+    """The largest |x|; 0 for an empty tensor. No gradient."""
     return x.detach().abs().amax() if x.numel() else x.new_zeros(())
 
 
 def normalize(x_TD: Tensor, norm: NormWeights) -> Tensor:
-    """LayerNorm (arXiv:1607.06450, eq. 3) or RMSNorm (arXiv:1910.07467, eq. 4) of every row, in x's own type."""
+    """LayerNorm or RMSNorm of every row, in x's own type.
+
+    Source:
+        LayerNorm: arXiv:1607.06450, eq. 3. RMSNorm: arXiv:1910.07467, eq. 4.
+    """
     return normalize_with_statistics(x_TD, norm)[0]
 
 
 def normalize_with_statistics(x_TD: Tensor, norm: NormWeights) -> tuple[Tensor, Tensor]:
-    """``normalize``, and [T, 2]: the mean (0 for RMSNorm) and 1 / deviation of every row."""
+    """``normalize``, with the statistics of the rows.
+
+    Returns:
+        The output [T, D], and [T, 2]: the mean (0 for RMSNorm) and 1 / deviation of every row.
+    """
     weight = norm.weight.to(x_TD.dtype)
     if norm.kind == "layernorm":
         bias = None if norm.bias is None else norm.bias.to(x_TD.dtype)
@@ -139,7 +165,7 @@ def normalize_with_statistics(x_TD: Tensor, norm: NormWeights) -> tuple[Tensor, 
 
 
 class _RMSNorm(torch.autograd.Function):
-    """On CPUs F.rms_norm is composed of elementwise operations; this has fewer of them, and keeps one number a row."""
+    """RMSNorm with fewer elementwise operations than F.rms_norm is composed of on CPUs; keeps one number a row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -160,7 +186,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def to_fp8(x: Tensor, scale: Tensor) -> Tensor:
-    """Scaled, saturating E4M3; NaN stays NaN. The gradient that comes back is of x, and passes."""
+    """x times ``scale`` in saturating E4M3; NaN stays NaN. The output's gradient is passed on as the gradient of x."""
     return _ToFp8.apply(x, scale)
 
 

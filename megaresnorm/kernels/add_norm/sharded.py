@@ -1,9 +1,8 @@
 """A norm sharded over the hidden dimension, in kernels between which parallel/sharded_norm.py puts collectives.
 
-Statistics of the local columns, one small collective, the local columns' output; and the same on the way back. All is computed in
-FP32, or FP64 for FP64 tensors, from the stored tensor.
-
-A backend of add_norm brings its own along, or the ones here are taken (``spec.sharded_norm_kernels``).
+The forward pass takes statistics of the local columns, merges them in one small collective and normalizes the local
+columns; the backward pass does the same with two sums. All is computed in FP32, or FP64 for FP64 tensors, from the
+stored tensor. A backend of add_norm has kernels of its own, or those here are used (``spec.sharded_norm_kernels``).
 
 T rows (tokens)   d columns of this rank
 """
@@ -22,8 +21,12 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def shard_stats(z_Td: Tensor, kind: str) -> Tensor:
-    """What this rank knows of its rows: [T, 2] mean and M2 (the sum of squared deviations), or [T, 1] the sum of squares for
-    RMSNorm. Two passes: never the mean of squares less the square of the mean.
+    """Statistics of the local columns of every row.
+
+    Taken in two passes, never as the mean of squares less the square of the mean.
+
+    Returns:
+        [T, 2] mean and M2 (the sum of squared deviations) for LayerNorm; [T, 1] the sum of squares for RMSNorm.
     """
     z = _wide(z_Td)
     if kind == "rmsnorm":
@@ -33,9 +36,15 @@ def shard_stats(z_Td: Tensor, kind: str) -> Tensor:
 
 
 def merge_stats(stats_pTn: Tensor, kind: str, columns: int, eps: float) -> Tensor:
-    """Statistics of whole rows [T, 2], mean (0 for RMSNorm) and 1 / deviation, from those of equal shares of ``columns``.
+    """Statistics of whole rows, merged from those of each rank's columns.
 
-    stats_pTn: every rank's ``shard_stats``.   Source: Chan, Golub and LeVeque 1979, eq. 2.1.
+    Args:
+        stats_pTn: ``shard_stats`` of every rank; the ranks hold equal numbers of columns.
+        columns: of a whole row.
+    Returns:
+        [T, 2], mean (0 for RMSNorm) and 1 / deviation.
+    Source:
+        Chan, Golub and LeVeque 1979, eq. 2.1.
     """
     if kind == "rmsnorm":
         reciprocal = (stats_pTn.sum(0) / columns + eps).rsqrt_()
@@ -49,15 +58,23 @@ def merge_stats(stats_pTn: Tensor, kind: str, columns: int, eps: float) -> Tenso
 def shard_apply(
     z_Td: Tensor, statistics_T2: Tensor, weight: Tensor, bias: Tensor | None, kind: str, out_dtype: torch.dtype
 ) -> Tensor:
-    """(z - mean) / deviation * weight + bias of the local columns."""
+    """The norm's output for the local columns: (z - mean) / deviation * weight + bias.
+
+    Args:
+        statistics_T2: of whole rows, from ``merge_stats``.
+        weight, bias: [d], this rank's slices.
+    """
     unit = _unit(z_Td, statistics_T2, kind)
     y = unit * weight if bias is None else torch.addcmul(bias, unit, weight)
     return in_type(y, out_dtype)
 
 
 def shard_grad_sums(dy_Td: Tensor, z_Td: Tensor, statistics_T2: Tensor, weight: Tensor, kind: str) -> Tensor:
-    """What the gradient of z needs of whole rows, in part: sums over the local columns of g unit (and g, for LayerNorm), with
-    g = weight * dy; [T, 1] or [T, 2].
+    """Partial row sums for the gradient of z, over the local columns.
+
+    Returns:
+        With g = weight * dy and unit = (z - mean) / deviation: [T, 2] the sums of g unit and g for LayerNorm, [T, 1]
+        the sum of g unit for RMSNorm.
     """
     dy, unit = _wide(dy_Td), _unit(z_Td, statistics_T2, kind)
     sums = (unit.mul_(dy) @ weight).unsqueeze(-1)
@@ -65,7 +82,7 @@ def shard_grad_sums(dy_Td: Tensor, z_Td: Tensor, statistics_T2: Tensor, weight: 
 
 
 def shard_grad_weights(dy_Td: Tensor, z_Td: Tensor, statistics_T2: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """The gradients of weight and bias [d]; they are whole."""
+    """The gradients of weight and bias [d]. They are complete: no collective is needed."""
     dy = _wide(dy_Td)
     return _unit(z_Td, statistics_T2, kind).mul_(dy).sum(0), dy.sum(0)
 
@@ -73,7 +90,12 @@ def shard_grad_weights(dy_Td: Tensor, z_Td: Tensor, statistics_T2: Tensor, kind:
 def shard_grad_apply(
     dy_Td: Tensor, z_Td: Tensor, statistics_T2: Tensor, sums: Tensor, weight: Tensor, kind: str, columns: int
 ) -> Tensor:
-    """The gradient of z from ``shard_grad_sums`` added up over the ranks; ``columns`` of a whole row. In z's type."""
+    """The gradient of z, in z's type: (g - mean(g) - unit mean(g unit)) / deviation, without mean(g) for RMSNorm.
+
+    Args:
+        sums: ``shard_grad_sums`` summed over the ranks.
+        columns: of a whole row.
+    """
     means = sums / columns
     g = (_wide(dy_Td) * weight).addcmul_(_unit(z_Td, statistics_T2, kind), means[:, :1], value=-1.0)
     if kind == "layernorm":
@@ -87,12 +109,12 @@ def _unit(z_Td: Tensor, statistics_T2: Tensor, kind: str) -> Tensor:
 
 
 def empty_sums(z_Td: Tensor, kind: str) -> Tensor:
-    """Where a backend writes the numbers of every row."""
+    """Uninitialized FP32 result of ``shard_stats`` or ``shard_grad_sums``: [T, 2] for LayerNorm, [T, 1] for RMSNorm."""
     return z_Td.new_empty((z_Td.shape[0], 2 if kind == "layernorm" else 1), dtype=torch.float32)
 
 
 class ShardedNormKernels(NamedTuple):
-    """What a backend computes: as the functions of this file, in FP32 for FP32 and BF16 tensors."""
+    """The kernels of a backend, each as the function ``shard_*`` of this file, in FP32 for FP32 and BF16 tensors."""
 
     stats: Callable[[Tensor, str], Tensor]
     apply: Callable[[Tensor, Tensor, Tensor, Tensor | None, str, torch.dtype], Tensor]

@@ -1,4 +1,4 @@
-"""What one call of a fused ``add_norm`` is, beside its tensors, and what a backend must bring along.
+"""The specification of one fused ``add_norm`` call beside its tensors, and the interface of a backend.
 
 T rows (tokens)   D columns (model dim)
 """
@@ -14,18 +14,31 @@ from megaresnorm.kernels.add_norm.sharded import REFERENCE, ShardedNormKernels
 from megaresnorm.kernels.registry import kernel_named
 
 FP8 = torch.float8_e4m3fn
-SUMS = 7  # column sums of the backward pass: of weight and bias of the three norms, and of the gate
+SUMS = 7  # column sums of the backward pass: gradients of weight and bias of the three norms, and of the gate
 
 
 class AddNormSpec:
-    """All of a call that is no tensor; equal ones are one object. The norms are the branch's, the sum's and the next one's."""
+    """All arguments of a call that are not tensors. ``make_spec`` gives equal ones as one object.
+
+    Args:
+        kinds: none, rmsnorm or layernorm for the norm of the branch, of the sum and the next norm.
+        eps: of the same three norms.
+        constant_gate: the gate where it is a number; 1 for a learned gate.
+        out_dtype: of the branch input; None where nobody reads it.
+        backend: name of the fused backend.
+
+    Attributes:
+        branch_norm, norm, next_norm: whether there is that norm.
+        writes_branch: whether the branch input is a tensor of its own, not the trunk.
+        wants_amax: whether the call computes amax.
+    """
 
     def __init__(
         self,
-        kinds: tuple[str, str, str],  # none, rmsnorm or layernorm
+        kinds: tuple[str, str, str],
         eps: tuple[float, float, float],
         alpha: float,
-        constant_gate: float,  # 1 for a learned gate
+        constant_gate: float,
         residual_dtype: torch.dtype,
         out_dtype: torch.dtype | None,
         backend: str,
@@ -37,15 +50,15 @@ class AddNormSpec:
         self.wants_amax = out_dtype == FP8 or (out_dtype is None and self.next_norm)
 
     def values(self) -> tuple:
-        """As the operator's schema has them."""
+        """The constructor's arguments, in the order of the operator's schema."""
         return self.kinds, self.eps, self.alpha, self.constant_gate, self.residual_dtype, self.out_dtype, self.backend
 
     def without_next_norm(self) -> "AddNormSpec":
-        """For the backward pass where nothing came back for the branch input."""
+        """The same spec without ``next_norm``, for the backward pass when the branch input has no gradient."""
         return make_spec((*self.kinds[:2], "none"), self.eps, *self.values()[2:])
 
     def stores_sum(self, x: Tensor, delta: Tensor | None) -> bool:
-        """Whether the stored sum is a tensor of its own: without an add it can be x."""
+        """Whether the stored sum is a tensor of its own; without an add it can be x."""
         return delta is not None or x.dtype != self.residual_dtype
 
 
@@ -53,11 +66,19 @@ _one_spec = functools.lru_cache(maxsize=4096)(AddNormSpec)
 
 
 def make_spec(kinds: Sequence[str], eps: Sequence[float], *rest: Any) -> AddNormSpec:
+    """The one ``AddNormSpec`` with these arguments, from a cache; sequences may be lists, as operators give them."""
     return _one_spec(tuple(kinds), tuple(eps), *rest)
 
 
 class Inputs(NamedTuple):
-    """All tensors of a spec. weights: weight and bias of each norm, FP32 [D]."""
+    """All tensor arguments of a call.
+
+    Attributes:
+        x, delta: the residual stream and the branch's output [T, D]; delta is None where nothing is added.
+        gate: learned gate, FP32 [1] or [D].
+        fp8_scale: FP32, one number.
+        weights: weight and bias of the three norms, FP32 [D] or None, six in all.
+    """
 
     x: Tensor
     delta: Tensor | None
@@ -67,19 +88,35 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What forward returns; None for what the call has no use for. statistics: [T, 2] FP32, mean and 1 / deviation."""
+    """Results of the forward pass; None for those that a call does not have.
 
-    z: Tensor | None  # None too where x itself is the stored sum
+    Attributes:
+        z: the stored sum; None too where x itself is the stored sum.
+        trunk: the output of ``norm``.
+        branch: the branch input, where it is not the trunk.
+        branch_statistics, statistics, next_statistics: [T, 2] FP32 of each norm, mean and 1 / deviation.
+        amax: [T] FP32, the largest |branch input| of every row, before the scale of FP8.
+    """
+
+    z: Tensor | None
     trunk: Tensor | None
     branch: Tensor | None
     branch_statistics: Tensor | None
     statistics: Tensor | None
     next_statistics: Tensor | None
-    amax: Tensor | None  # [T]
+    amax: Tensor | None
 
 
 class Saved(NamedTuple):
-    """What backward reads: the stored sum; the trunk between two norms; delta for a learned gate or its own norm."""
+    """Tensors that the backward pass reads.
+
+    Attributes:
+        z: the stored sum.
+        trunk: the trunk between two norms, else None.
+        delta: the branch's output, for a learned gate or a norm of its own, else None.
+        gate, weights: as in ``Inputs``.
+        statistics: of the branch's norm, of ``norm`` and of ``next_norm``, as in ``Outputs``.
+    """
 
     z: Tensor
     trunk: Tensor | None
@@ -90,11 +127,13 @@ class Saved(NamedTuple):
 
 
 class AddNormBackend(NamedTuple):
-    """What one entry of the registry brings along for add_norm.
+    """The functions of a fused backend of add_norm.
 
-    forward(inputs, spec, outputs) fills ``outputs``.
-    backward(d_trunk, d_branch, saved, spec, dx, d_delta) fills dx and d_delta and returns the sums [SUMS, D], FP32.
-    sharded: its norm over a sharded hidden dimension.
+    Attributes:
+        forward: called with (inputs, spec, outputs); fills ``outputs``.
+        backward: called with (d_trunk, d_branch, saved, spec, dx, d_delta); fills dx and d_delta and returns the column
+            sums [SUMS, D] in FP32. d_delta is None where it equals dx or nothing was added.
+        sharded: kernels of its norm over a sharded hidden dimension.
     """
 
     forward: Callable[[Inputs, AddNormSpec, Outputs], None]
@@ -103,25 +142,34 @@ class AddNormBackend(NamedTuple):
 
 
 def backend_named(name: str) -> AddNormBackend:
-    """Of a fused backend that is registered."""
+    """The implementation of a registered fused backend."""
     return kernel_named("add_norm", name).implementation
 
 
 def sharded_norm_kernels(backend: str) -> ShardedNormKernels:
-    """Those of a backend of add_norm that has any; the reference's otherwise."""
+    """The sharded-norm kernels of a backend of add_norm; the reference's where it has none."""
     implementation = kernel_named("add_norm", backend).implementation
     return REFERENCE if implementation is None else implementation.sharded
 
 
 class AddNormGradSpec:
-    """All of the backward pass that is no tensor."""
+    """All arguments of a backward pass that are not tensors. ``make_grad_spec`` gives equal ones as one object.
+
+    Args:
+        spec: of the forward pass; kept as ``forward``.
+        delta_dtype: None where nothing was added.
+
+    Attributes:
+        shared: whether the gradient of delta is the very tensor of x's gradient, given a constant gate.
+    """
 
     def __init__(self, spec: AddNormSpec, x_dtype: torch.dtype, delta_dtype: torch.dtype | None) -> None:
         self.forward, self.x_dtype, self.delta_dtype = spec, x_dtype, delta_dtype
-        # With the same factor and type the gradient of delta is the very tensor of x's.
+        # The gradients of x and delta are then g times the same factor, in the same type.
         self.shared = not spec.branch_norm and spec.alpha == spec.constant_gate and x_dtype == delta_dtype
 
     def values(self) -> tuple:
+        """The operator's constants, in the order of its schema."""
         return *self.forward.values(), self.x_dtype, self.delta_dtype
 
 
@@ -129,4 +177,5 @@ _one_grad_spec = functools.lru_cache(maxsize=4096)(AddNormGradSpec)
 
 
 def make_grad_spec(*values: Any) -> AddNormGradSpec:
+    """The one ``AddNormGradSpec`` whose ``values()`` these are, from a cache."""
     return _one_grad_spec(make_spec(*values[:7]), *values[7:])

@@ -10,7 +10,7 @@ from megaresnorm.kernels.add_norm.reference import NormWeights
 
 
 def normalize(x_TD: Tensor, norm: NormWeights, out_dtype: torch.dtype) -> Tensor:
-    """As ``reference.normalize``; weights and statistics in FP32."""
+    """``reference.normalize``, in ``out_dtype``; weights and statistics are in FP32."""
     weights = {"weight": norm.weight} if norm.bias is None else {"weight": norm.weight, "bias": norm.bias}
     if norm.kind == "layernorm" and norm.bias is None:
         weights["bias"] = torch.zeros_like(norm.weight)

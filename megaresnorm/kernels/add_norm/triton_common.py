@@ -1,4 +1,4 @@
-"""What the add_norm kernels in Triton share, on tiles [m, n] in FP32 with masks."""
+"""Device functions that the Triton kernels of add_norm share, on masked tiles [m, n] in FP32."""
 
 import triton
 import triton.language as tl
@@ -6,17 +6,22 @@ import triton.language as tl
 
 @triton.jit
 def tile_of(ptr, offsets, mask):
+    """Load a tile in FP32, 0 where it is masked."""
     return tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def columns_of(ptr, cols, mask):
+    """Load a row of FP32 numbers, one a column, as [1, n]; 0 where it is masked."""
     return tl.load(ptr + cols, mask=mask, other=0.0)[None, :]
 
 
 @triton.jit
 def statistics_of(v, mask, columns, eps, KIND: tl.constexpr):
-    """Mean (0 for RMSNorm) and 1 / deviation of every row, in two passes over what is in registers."""
+    """Mean (0 for RMSNorm) and 1 / sqrt(variance + eps) of every row, in two passes over registers.
+
+    The variance of RMSNorm is the mean square. KIND is 1 for RMSNorm and 2 for LayerNorm.
+    """
     if KIND == 2:
         mean = tl.sum(v, 1) / columns
         centred = tl.where(mask, v - mean[:, None], 0.0)
@@ -29,6 +34,7 @@ def statistics_of(v, mask, columns, eps, KIND: tl.constexpr):
 
 @triton.jit
 def normalized(v, mean, reciprocal, weight, bias, cols, col_mask):
+    """(v - mean) * reciprocal * weight + bias."""
     y = (v - mean[:, None]) * reciprocal[:, None] * columns_of(weight, cols, col_mask)
     if bias is not None:
         y += columns_of(bias, cols, col_mask)
@@ -37,18 +43,20 @@ def normalized(v, mean, reciprocal, weight, bias, cols, col_mask):
 
 @triton.jit
 def store_statistics(ptr, row, row_mask, mean, reciprocal):
+    """Store mean and 1 / deviation of every row into [M, 2]."""
     tl.store(ptr + 2 * row, mean, mask=row_mask)
     tl.store(ptr + 2 * row + 1, reciprocal, mask=row_mask)
 
 
 @triton.jit
 def load_statistics(ptr, row, row_mask):
+    """Load mean and 1 / deviation of every row from [M, 2]."""
     return tl.load(ptr + 2 * row, mask=row_mask, other=0.0), tl.load(ptr + 2 * row + 1, mask=row_mask, other=0.0)
 
 
 @triton.jit
 def gate_of(gate, scale, cols, col_mask, GATE: tl.constexpr):
-    """The gate as what a tile [m, n] is multiplied with."""
+    """The gate as a factor [1, n] of tiles: a number (GATE 0, ``scale``), a learned number (1) or vector (2)."""
     if GATE == 2:
         factor = columns_of(gate, cols, col_mask)
     elif GATE == 1:
@@ -67,6 +75,7 @@ def largest_of(v, mask):
 
 @triton.jit
 def as_output(y, fp8_scale, branch, FP8: tl.constexpr):
+    """y in the type of ``branch``; for FP8 scaled and saturated at 448, the largest number of E4M3."""
     if FP8:
         y = y * tl.load(fp8_scale)
         y = tl.where(y > 448.0, 448.0, y)

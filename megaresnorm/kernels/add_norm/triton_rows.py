@@ -1,7 +1,16 @@
 """add_norm in Triton: one pass over the rows forward, one backward.
 
-A program holds whole rows in registers, up to MAX_COLUMNS; wider rows are read a block of columns at a time, with one more
-kernel for the column sums. Sums over rows go to one row of FP32 a program, and those are added in a fixed order: no atomics.
+A program holds whole rows in registers, up to MAX_COLUMNS; wider rows are read a block of columns at a time, with one
+more kernel for the column sums. Every program writes its sums over rows as one row of FP32, and these rows are added in
+a fixed order: no atomics.
+
+In the equations, norm(v) = (v - mean) / sqrt(variance + eps) * weight + bias (RMSNorm: mean 0, variance the mean
+square), and ' is a norm's gradient: with unit = (v - mean) / sqrt(variance + eps) and g = weight dy,
+
+    norm'(dy) = (g - mean(g) - unit mean(g unit)) / sqrt(variance + eps)    (RMSNorm: without mean(g))
+    d_weight  = sum over rows of dy unit          d_bias = sum over rows of dy
+
+Bytes an element leave out statistics, weights and column sums, which are one number a row or column.
 
 M rows   N columns
 """
@@ -28,10 +37,10 @@ from megaresnorm.kernels.add_norm.triton_common import (
     tile_of,
 )
 
-MAX_COLUMNS = 8192  # above, the gradients' sums would no longer fit in registers
+MAX_COLUMNS = 8192  # above, the column sums of the gradients would no longer fit in registers
 WIDE_BLOCK = 4096
 KINDS = {"none": 0, "rmsnorm": 1, "layernorm": 2}
-NUMBER, SCALAR, VECTOR = 0, 1, 2  # what a gate is
+NUMBER, SCALAR, VECTOR = 0, 1, 2  # forms of a gate: constant, learned [1], learned [N]
 
 
 @triton.jit
@@ -42,6 +51,14 @@ def forward_kernel(
     BRANCH_NORM: tl.constexpr, NORM: tl.constexpr, NEXT_NORM: tl.constexpr, GATE: tl.constexpr, FP8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """z = alpha x + gate branch_norm(delta), trunk = norm(z), branch = next_norm(trunk); a program has BLOCK_M rows.
+
+    Tensors are [M, N], statistics [M, 2], amax [M], weights and biases [N]; None where a call has none. Each norm reads
+    the rounded tensor before it. amax is the largest |branch| of a row before ``fp8_scale``.
+
+    Reads x and delta, writes z, trunk (with NORM) and branch, each once. With next_norm alone that is 8 bytes an
+    element in BF16, 12 with an FP32 stream, 7 with branch in FP8, 4 without delta; NORM adds the trunk.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
     row_mask, col_mask = row < rows, cols < columns
@@ -77,7 +94,7 @@ def forward_kernel(
 
 @triton.jit
 def _norm_gradient(dy, v, mean, reciprocal, weight, cols, col_mask, columns, KIND: tl.constexpr):
-    """(gradient of the norm's input, its unit rows)."""
+    """norm'(dy), the gradient of the norm's input, and the unit rows."""
     unit = (v - mean[:, None]) * reciprocal[:, None]
     gy = dy * columns_of(weight, cols, col_mask)
     inner = gy - unit * (tl.sum(gy * unit, 1) / columns)[:, None]
@@ -95,7 +112,16 @@ def backward_kernel(
     BRANCH_NORM: tl.constexpr, NORM: tl.constexpr, NEXT_NORM: tl.constexpr, GATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program goes over ``rows_per_program`` rows and stores its share of the column sums [programs, N] at each sum_*."""
+    """g = norm'(d_trunk + next_norm'(d_branch)), dx = alpha g, d_delta = branch_norm'(gate g), and the column sums.
+
+    The column sums are d_weight and d_bias of the norms and d_gate, the sum of g branch_norm(delta). A program goes
+    over ``rows_per_program`` rows and stores its share of them, [programs, N], at each sum_*; None where there is none.
+    d_delta is None without delta, or where it is the very tensor of dx.
+
+    Reads d_trunk, d_branch and z, the trunk with two norms, and delta for a learned gate or a branch norm; writes dx
+    and d_delta; each once. With next_norm alone that is 8 bytes an element in BF16 where d_delta is dx and 10 where it
+    is not; 16 with an FP32 stream.
+    """
     program = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_N)
     col_mask = cols < columns
@@ -171,6 +197,7 @@ def backward_kernel(
 
 
 def forward(inputs: Inputs, spec: AddNormSpec, outputs: Outputs) -> None:
+    """Fill ``outputs``, as ``AddNormBackend.forward``."""
     x, delta, gate, fp8_scale, w = inputs
     rows, columns = x.shape
     if rows == 0:
@@ -182,7 +209,8 @@ def forward(inputs: Inputs, spec: AddNormSpec, outputs: Outputs) -> None:
     kernel[(triton.cdiv(rows, shape.block_m),)](
         x, delta, gate, z, trunk, branch, amax, fp8_scale,
         w[0], w[1], branch_statistics, w[2], w[3], statistics, w[4], w[5], next_statistics,
-        rows, columns, spec.alpha, spec.constant_gate, *spec.eps, *_kinds(spec), _kind_of_gate(gate), spec.out_dtype == FP8,
+        rows, columns, spec.alpha, spec.constant_gate, *spec.eps,
+        *_kinds(spec), _kind_of_gate(gate), spec.out_dtype == FP8,
         shape.block_m, shape.block_n, num_warps=shape.warps,
     )  # fmt: skip
 
@@ -190,6 +218,7 @@ def forward(inputs: Inputs, spec: AddNormSpec, outputs: Outputs) -> None:
 def backward(
     d_trunk: Tensor | None, d_branch: Tensor | None, saved: Saved, spec: AddNormSpec, dx: Tensor, d_delta: Tensor | None
 ) -> Tensor:
+    """Fill dx and d_delta and return the column sums, as ``AddNormBackend.backward``."""
     z, trunk, delta, gate, w, (branch_statistics, statistics, next_statistics) = saved
     rows, columns = z.shape
     if d_branch is None:
@@ -222,14 +251,16 @@ def backward(
         coefficients = z.new_zeros((rows, 6), dtype=torch.float32)
         triton_wide.rows_kernel[(rows,)](
             d_trunk, d_branch, z, trunk, delta, gate, dx, d_delta, coefficients,
-            w[0], branch_statistics, w[2], statistics, w[4], next_statistics, rows, columns, spec.alpha, spec.constant_gate, *kinds,
+            w[0], branch_statistics, w[2], statistics, w[4], next_statistics,
+            rows, columns, spec.alpha, spec.constant_gate, *kinds,
             1, min(WIDE_BLOCK, triton.next_power_of_2(columns)), num_warps=8,
         )  # fmt: skip
         if used:
             triton_wide.columns_kernel[(programs, triton.cdiv(columns, shape.block_n))](
                 d_trunk, d_branch, z, trunk, delta, gate, coefficients,
                 w[0], w[1], branch_statistics, w[2], statistics, w[4], next_statistics, *parts,
-                rows, columns, rows_per_program, spec.constant_gate, *kinds, shape.block_m, shape.block_n, num_warps=shape.warps,
+                rows, columns, rows_per_program, spec.constant_gate, *kinds,
+                shape.block_m, shape.block_n, num_warps=shape.warps,
             )  # fmt: skip
     for slot, i in enumerate(used):
         torch.sum(partial[slot], 0, out=sums[i])
@@ -237,7 +268,7 @@ def backward(
 
 
 class Shape(NamedTuple):
-    """Rows and columns of a program's tile, and its warps of 32 threads."""
+    """A program's tile of block_m rows and block_n columns, and its warps of 32 threads."""
 
     block_m: int
     block_n: int
@@ -245,14 +276,17 @@ class Shape(NamedTuple):
 
 
 def _shape(columns: int, norms: int) -> Shape:
-    """Tiles of 2048 numbers or one row, at 16 a thread and norm: 128-bit accesses, and no spills (tests/kernels/registers.json)."""
+    """Tiles of 2048 numbers or one row, 16 numbers a thread: 128-bit accesses and no register spills.
+
+    tests/kernels/registers.json has the registers that each kernel may use.
+    """
     block_n = triton.next_power_of_2(columns)
     block_m = max(1, 2048 // block_n)
     return Shape(block_m, block_n, min(16, max(4, block_m * block_n // 512)))
 
 
 def _programs(device: torch.device) -> int:
-    """Two for each multiprocessor: their partial sums are then about two percent of what a kernel moves."""
+    """Two programs a multiprocessor: their partial sums are then about two percent of the bytes that a kernel moves."""
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
@@ -265,6 +299,6 @@ def _kind_of_gate(gate: Tensor | None) -> int:
 
 
 def _sums(saved: Saved, spec: AddNormSpec) -> Sequence[bool]:
-    """Which of the SUMS there are."""
+    """Which of the SUMS column sums exist."""
     weights = [w is not None and spec.kinds[i // 2] != "none" for i, w in enumerate(saved.weights)]
     return *weights, saved.gate is not None

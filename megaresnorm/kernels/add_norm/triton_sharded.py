@@ -1,7 +1,10 @@
-"""The pieces of a norm over divided columns in Triton: kernels/add_norm/sharded.py says what is computed.
+"""The kernels of a norm sharded over the hidden dimension in Triton; kernels/add_norm/sharded.py is their reference.
 
-A program takes one row, a block of columns at a time; for the gradients of weight and bias one block of columns, and some of the
-rows. Their partial sums are added in a fixed order: no atomics.
+A program takes one row, a block of columns at a time; for the gradients of weight and bias it takes one block of
+columns and some of the rows. Their partial sums are added in a fixed order: no atomics.
+
+In the equations unit = (z - mean) / deviation with the statistics of whole rows [T, 2]. Bytes an element count every
+load and store of the code for BF16 tensors; a row that is read again may come from a cache.
 
 T rows   d columns of this rank
 """
@@ -15,12 +18,16 @@ from megaresnorm.kernels.add_norm.sharded import ShardedNormKernels, empty_sums
 from megaresnorm.kernels.add_norm.triton_common import columns_of, load_statistics, tile_of
 
 BLOCK_N = 4096
-ROWS_PER_PROGRAM = 256  # of the kernel for weight and bias, in tiles of WEIGHTS_M x WEIGHTS_N
+ROWS_PER_PROGRAM = 256  # in grad_weights_kernel, in tiles of WEIGHTS_M x WEIGHTS_N
 WEIGHTS_M, WEIGHTS_N = 8, 128
 
 
 @triton.jit
 def stats_kernel(z, sums, columns, LAYERNORM: tl.constexpr, BLOCK_N: tl.constexpr):
+    """sums = (mean, sum of (z - mean)^2) of the local columns for LayerNorm, the sum of z^2 for RMSNorm.
+
+    Moves 4 bytes an element for LayerNorm, which reads z twice, and 2 for RMSNorm.
+    """
     row = tl.program_id(0).to(tl.int64)
     mean = 0.0
     if LAYERNORM:
@@ -44,6 +51,7 @@ def stats_kernel(z, sums, columns, LAYERNORM: tl.constexpr, BLOCK_N: tl.constexp
 
 @triton.jit
 def apply_kernel(z, statistics, weight, bias, out, columns, BLOCK_N: tl.constexpr):
+    """out = unit weight + bias. Moves 4 bytes an element: z and out."""
     row = tl.program_id(0).to(tl.int64)
     mean, reciprocal = load_statistics(statistics, row, True)
     for start in range(0, columns, BLOCK_N):
@@ -58,6 +66,7 @@ def apply_kernel(z, statistics, weight, bias, out, columns, BLOCK_N: tl.constexp
 
 @triton.jit
 def grad_sums_kernel(dy, z, statistics, weight, sums, columns, LAYERNORM: tl.constexpr, BLOCK_N: tl.constexpr):
+    """sums = (sum of g unit, sum of g) with g = weight dy; RMSNorm has only the first. 4 bytes an element: dy and z."""
     row = tl.program_id(0).to(tl.int64)
     mean, reciprocal = load_statistics(statistics, row, True)
     along = tl.zeros([1, BLOCK_N], tl.float32)
@@ -80,6 +89,10 @@ def grad_sums_kernel(dy, z, statistics, weight, sums, columns, LAYERNORM: tl.con
 def grad_apply_kernel(
     dy, z, statistics, sums, weight, out, columns, whole_columns, LAYERNORM: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
+    """out = (g - mean(g) - unit mean(g unit)) / deviation with g = weight dy; RMSNorm without mean(g).
+
+    The means are ``sums`` over all ranks, divided by ``whole_columns``. Moves 6 bytes an element: dy, z and out.
+    """
     row = tl.program_id(0).to(tl.int64)
     mean, reciprocal = load_statistics(statistics, row, True)
     if LAYERNORM:
@@ -98,8 +111,10 @@ def grad_apply_kernel(
 
 @triton.jit
 def grad_weights_kernel(
-    dy, z, statistics, sum_weight, sum_bias, rows, columns, rows_per_program, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    dy, z, statistics, sum_weight, sum_bias, rows, columns, rows_per_program,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Sums of dy unit and of dy over ``rows_per_program`` rows, [programs, d] each. 4 bytes an element: dy and z."""
     program = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     col_mask = cols < columns
@@ -123,6 +138,7 @@ def _shape(columns: int) -> dict[str, int]:
 
 
 def stats(z: Tensor, kind: str) -> Tensor:
+    """``sharded.shard_stats``."""
     found = empty_sums(z, kind)
     stats_kernel[(z.shape[0],)](z.contiguous(), found, z.shape[1], kind == "layernorm", **_shape(z.shape[1]))
     return found
@@ -131,20 +147,24 @@ def stats(z: Tensor, kind: str) -> Tensor:
 def apply(
     z: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor | None, kind: str, out_dtype: torch.dtype
 ) -> Tensor:
+    """``sharded.shard_apply``."""
     out = torch.empty(z.shape, dtype=out_dtype, device=z.device)
     apply_kernel[(z.shape[0],)](z.contiguous(), statistics, weight, bias, out, z.shape[1], **_shape(z.shape[1]))
     return out
 
 
 def grad_sums(dy: Tensor, z: Tensor, statistics: Tensor, weight: Tensor, kind: str) -> Tensor:
+    """``sharded.shard_grad_sums``."""
     found = empty_sums(z, kind)
     grad_sums_kernel[(z.shape[0],)](
-        dy.contiguous(), z.contiguous(), statistics, weight, found, z.shape[1], kind == "layernorm", **_shape(z.shape[1])
+        dy.contiguous(), z.contiguous(), statistics, weight, found, z.shape[1], kind == "layernorm",
+        **_shape(z.shape[1]),
     )  # fmt: skip
     return found
 
 
 def grad_weights(dy: Tensor, z: Tensor, statistics: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """``sharded.shard_grad_weights``."""
     rows, columns = z.shape
     programs = triton.cdiv(rows, ROWS_PER_PROGRAM)
     partial = z.new_empty((2, programs, columns), dtype=torch.float32)
@@ -159,6 +179,7 @@ def grad_weights(dy: Tensor, z: Tensor, statistics: Tensor, kind: str) -> tuple[
 def grad_apply(
     dy: Tensor, z: Tensor, statistics: Tensor, sums: Tensor, weight: Tensor, kind: str, columns: int
 ) -> Tensor:
+    """``sharded.shard_grad_apply``."""
     out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     grad_apply_kernel[(z.shape[0],)](
         dy.contiguous(), z.contiguous(), statistics, sums.contiguous(), weight, out, z.shape[1], columns,

@@ -1,4 +1,4 @@
-"""GELU and SwiGLU by the C kernel: tensors to pointers."""
+"""GELU and SwiGLU by the C kernel: hands it the tensors' addresses."""
 
 import ctypes
 from typing import Any, NamedTuple
@@ -10,11 +10,11 @@ from megaresnorm.kernels.cpu import build
 from megaresnorm.kernels.custom_op import FLOATS, CustomOp
 from megaresnorm.kernels.registry import register_kernel
 
-ROWS_PER_BLOCK = 256  # whose bias gradients are summed before those of blocks are added up
+ROWS_PER_BLOCK = 256  # bias gradients are summed within a block of rows, then over the blocks
 
 
 class _Activation(ctypes.Structure):
-    """As activation.c has it."""
+    """The structure of activation.c."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("h", "bias", "y", "dy", "dh", "partial")),
@@ -30,7 +30,7 @@ class _Kind(NamedTuple):
 
 
 def cpu_activation(h_TF: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    """As ``reference.activation``."""
+    """``kernels.activation.activation`` for FP32 and BF16 and the kinds gelu and swiglu; bias in FP32, contiguous."""
     return _activation(h_TF, bias, _Kind(kind))
 
 

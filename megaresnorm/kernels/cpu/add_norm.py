@@ -1,4 +1,4 @@
-"""add_norm by the C kernel: tensors to pointers."""
+"""add_norm by the C kernel: hands it the tensors' addresses."""
 
 import ctypes
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from megaresnorm.kernels.cpu.sharded import SHARDED
 
 KINDS = {"none": 0, "rmsnorm": 1, "layernorm": 2}
 STREAM_ELEMENTS = 1 << 21  # above this, what is written has left the second-level cache before it is read
-ROWS_PER_BLOCK = 256  # whose gradients of weights are summed before those of blocks are added up
+ROWS_PER_BLOCK = 256  # weight gradients are summed within a block of rows, then over the blocks
 
 _pointer, _long, _double = ctypes.c_void_p, ctypes.c_long, ctypes.c_double
 
@@ -23,7 +23,7 @@ class _Norm(ctypes.Structure):
 
 
 def _fields(pointers: str, numbers: str) -> list[tuple]:
-    """As the structures of add_norm.c have them."""
+    """The fields that both structures of add_norm.c have, in their order."""
     return [
         *((name, _pointer) for name in pointers.split()),
         *((name, _Norm) for name in ("branch_norm", "norm", "next_norm")),
@@ -43,7 +43,8 @@ class _Forward(ctypes.Structure):
 class _Backward(ctypes.Structure):
     _fields_ = _fields(
         "d_trunk d_branch z trunk delta gate dx d_delta partial",
-        "rows rows_per_block columns gate_size d_trunk_type d_branch_type residual_type delta_type dx_type d_delta_type stream",
+        "rows rows_per_block columns gate_size "
+        "d_trunk_type d_branch_type residual_type delta_type dx_type d_delta_type stream",
     )
 
 
@@ -82,7 +83,8 @@ def _backward(
 def _norms(spec: AddNormSpec, weights: Sequence[Tensor | None], statistics: Sequence[Tensor | None]) -> list[_Norm]:
     at = build.address
     return [
-        _Norm(at(weights[2 * i]), at(weights[2 * i + 1]), at(statistics[i]), KINDS[kind], eps) if kind != "none" else _NO_NORM
+        _Norm(at(weights[2 * i]), at(weights[2 * i + 1]), at(statistics[i]), KINDS[kind], eps)
+        if kind != "none" else _NO_NORM
         for i, (kind, eps) in enumerate(zip(spec.kinds, spec.eps, strict=True))
     ]  # fmt: skip
 

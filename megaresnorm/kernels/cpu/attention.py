@@ -1,4 +1,4 @@
-"""Attention by the C kernel: tensors to pointers."""
+"""Attention by the C kernel: hands it the tensors' addresses."""
 
 import ctypes
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from megaresnorm.kernels.registry import register_kernel
 
 
 class _Attention(ctypes.Structure):
-    """As attention.c has it."""
+    """The structure of attention.c."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("qkv", "cos", "sin", "mask", "y", "log_sums", "dy", "d_qkv")),
@@ -42,7 +42,11 @@ def cpu_attention(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """As ``attention.split_attention``, without softcap; computed in FP32, and nothing of size S x S is kept."""
+    """Attention as from ``attention.split_attention``; computed in FP32, and nothing of size S x S is kept.
+
+    Raises:
+        ValueError: softcap is given, which this kernel does not have.
+    """
     if softcap is not None:
         raise ValueError(f"attention/cpu: softcap={softcap} is not among what it can; take the reference")
     cos, sin = (None if t is None else t.contiguous() for t in (cos, sin))

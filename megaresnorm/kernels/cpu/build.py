@@ -1,9 +1,9 @@
-"""Compiles the C files beside this one, once for each machine's instructions, and calls them.
+"""Compiles the C files beside this one, once for each level of processor instructions, and calls them.
 
-The library lies in a folder of the user's own (``MEGARESNORM_CACHE``, else ``~/.cache/megaresnorm``) under a name that is a hash
-of the sources, the flags and the compiler, so that a new version never meets an old file. Its own digest lies beside it: a library
-that was torn or changed is compiled again. It is built under a temporary name and renamed: any number of processes may start at
-once, and on one machine only the first of them compiles.
+The library lies in a folder of the user's own (``MEGARESNORM_CACHE``, else ``~/.cache/megaresnorm``) under a name that
+is a hash of the sources, the flags and the compiler, so that a new version never loads an old file. Its own digest lies
+beside it: a library that is incomplete or was changed is compiled again. It is built under a temporary name and then
+renamed, so any number of processes may start at once, and on one machine only the first of them compiles.
 """
 
 import contextlib
@@ -40,7 +40,8 @@ FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
 ]
-# Name, what /proc/cpuinfo must list, and the flags; the best first. The last one is what every compiler makes by default.
+# Name, what /proc/cpuinfo must list, and the compiler's flags; the best first. The last one is what every compiler
+# makes by default.
 LEVELS: dict[str, tuple[set[str], list[str]]] = {
     "avx512": (
         {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"},
@@ -50,7 +51,7 @@ LEVELS: dict[str, tuple[set[str], list[str]]] = {
     "scalar": (set(), []),
 }
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}  # as common.h numbers them
-THREAD_ELEMENTS = 1 << 18  # a thread is worth starting for this many
+THREAD_ELEMENTS = 1 << 18  # elements of work for which a thread is worth starting
 VERSION_SECONDS = (
     60.0  # for ``cc --version``: milliseconds, but a cold network file system under a cluster's start takes its time
 )
@@ -69,7 +70,13 @@ def levels() -> list[str]:
 
 @functools.cache
 def load(level: str | None = None) -> ctypes.CDLL:
-    """The compiled library for a level, the processor's best when None. Raises: BuildError."""
+    """The compiled library for a level of instructions, compiled first where it is missing.
+
+    Args:
+        level: the processor's best when None.
+    Raises:
+        BuildError: there is no compiler, it failed, or the folder cannot be used.
+    """
     level = level or levels()[0]
     compiler, flags, deadline = _compiler(), [*FLAGS, *LEVELS[level][1]], time.monotonic() + BUILD_SECONDS
     name = f"{level}-{_identity(compiler, flags)[:24]}.so"
@@ -79,7 +86,7 @@ def load(level: str | None = None) -> ctypes.CDLL:
         try:
             content = trusted.read(folder, name)
             if content is None:
-                with trusted.locked(folder, deadline):  # processes that start together wait for the first one's work
+                with trusted.locked(folder, deadline):  # processes that start together wait for the first to compile
                     content = trusted.read(folder, name)
                     if content is None:
                         content = _compile(compiler, flags, folder, path, deadline)
@@ -103,7 +110,7 @@ def unavailable() -> str | None:
 
 
 def requires(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Of every kernel here, as dispatch.py wants it."""
+    """The ``requires`` of every kernel here, as registry.py takes it."""
     if device.type != "cpu":
         return "made for CPUs"
     if dtype not in (torch.float32, torch.bfloat16):
@@ -112,7 +119,13 @@ def requires(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def call(function: "ctypes._NamedFuncPointer", argument: ctypes.Structure, count: int, elements: int) -> None:
-    """Run ``function(argument, first, last)`` over 0 .. count, on as many of torch's threads as ``elements`` of work are worth."""
+    """Run ``function(argument, first, last)`` over ranges that make up 0 .. count, on several threads.
+
+    Args:
+        count: of rows, blocks or heads, which may be computed independently.
+        elements: of work in all; each thread gets at least THREAD_ELEMENTS. There are at most as many threads as torch
+            uses.
+    """
     threads = max(1, min(torch.get_num_threads(), count, elements // THREAD_ELEMENTS))
     pointer = ctypes.byref(argument)
     if threads == 1:
@@ -127,7 +140,11 @@ def call(function: "ctypes._NamedFuncPointer", argument: ctypes.Structure, count
 
 
 def address(tensor: Tensor | None) -> int | None:
-    """What a C structure holds of a tensor."""
+    """The address that a C structure holds for a tensor; None, a null pointer, for None.
+
+    Raises:
+        ValueError: the tensor is not on a CPU.
+    """
     if tensor is None:
         return None
     if not tensor.is_cpu:
@@ -136,7 +153,11 @@ def address(tensor: Tensor | None) -> int | None:
 
 
 def check_fp32(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
-    """Raise TypeError unless it is None, or FP32 in one of the shapes, contiguous: C reads it as it lies."""
+    """Check that a tensor is one that C can read in place: FP32, contiguous and of one of the shapes, or None.
+
+    Raises:
+        TypeError: it is not; the message begins with ``name``.
+    """
     if tensor is None:
         return
     if tensor.dtype != torch.float32 or tuple(tensor.shape) not in shapes or not tensor.is_contiguous():
@@ -145,18 +166,18 @@ def check_fp32(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> No
 
 
 def type_of(tensor: Tensor | None) -> int:
-    """How common.h numbers its type; any number does for one that is not there."""
+    """The number of a tensor's type in common.h; 0, which is not read, for None."""
     return 0 if tensor is None else TYPES[tensor.dtype]
 
 
 @functools.lru_cache(maxsize=1)
 def _pool(process: int) -> ThreadPoolExecutor:
-    """Of this process: threads do not survive a fork."""
+    """The thread pool of this process, whose id is the argument: threads do not survive a fork."""
     return ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="megaresnorm")
 
 
 def _compiler() -> list[str]:
-    """The command of CC, which may have words (``ccache gcc``), or the first compiler that there is."""
+    """The command in CC, which may have several words (``ccache gcc``), or the first compiler that is installed."""
     try:
         asked = shlex.split(os.environ.get("CC", ""))
     except ValueError as e:
@@ -172,7 +193,7 @@ def _compiler() -> list[str]:
 
 
 def _identity(compiler: list[str], flags: list[str]) -> str:
-    """Digest of all that decides what the library is."""
+    """Digest of all that determines the library: the sources, the flags and the compiler."""
     version = _run([*compiler, "--version"], VERSION_SECONDS).stdout + " ".join(compiler).encode()
     digest = hashlib.sha256()
     for part in (*(file.read_bytes() for file in _sources("[ch]")), " ".join(flags).encode(), version):
@@ -185,7 +206,7 @@ def _sources(suffix: str) -> list[Path]:
 
 
 def _folder() -> Path:
-    """Where the libraries lie, absolute."""
+    """Absolute path of the folder of the libraries."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = Path(os.environ.get("MEGARESNORM_CACHE") or os.path.join(cache, "megaresnorm")) / "kernels"
     try:
@@ -195,7 +216,7 @@ def _folder() -> Path:
 
 
 def _compile(compiler: list[str], flags: list[str], folder: int, path: Path, deadline: float) -> bytes:
-    """The library, made in a folder of its own below, where the compiler also puts what it makes on the way."""
+    """Compile the library in a scratch folder, where the compiler also puts its temporary files; return its bytes."""
     with trusted.scratch(folder, path) as (descriptor, there):
         if os.path.isdir("/proc/self/fd"):
             there = f"/proc/self/fd/{descriptor}"  # the compiler inherits it: no path that could change meanwhile
@@ -209,7 +230,10 @@ def _compile(compiler: list[str], flags: list[str], folder: int, path: Path, dea
 
 
 def _open(content: bytes, folder: int, path: Path, deadline: float) -> ctypes.CDLL:
-    """Load a library that was read: from memory, or where that cannot be, from a folder of its own that is then removed."""
+    """Load a library from the bytes that were verified.
+
+    It is loaded from memory, or where that is impossible from a scratch folder that is then removed.
+    """
     memory = trusted.in_memory(content)
     if memory is not None:
         with contextlib.suppress(OSError):  # a policy of the system may forbid code from memory
@@ -222,9 +246,11 @@ def _open(content: bytes, folder: int, path: Path, deadline: float) -> ctypes.CD
 def _run(
     command: list[str], seconds: float, *descriptors: int, **variables: str
 ) -> "subprocess.CompletedProcess[bytes]":
-    """Run a program of the compiler's, which inherits the descriptors; all that it started ends with it.
+    """Run the compiler, which inherits the descriptors; all processes that it started end with it.
 
-    Raises: BuildError if it cannot be started or does not end in time."""
+    Raises:
+        BuildError: it cannot be started or does not end in time.
+    """
     try:
         process = subprocess.Popen(
             command,

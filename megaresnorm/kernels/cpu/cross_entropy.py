@@ -1,4 +1,4 @@
-"""Cross entropy by the C kernel: tensors to pointers."""
+"""Cross entropy by the C kernel: hands it the tensors' addresses."""
 
 import ctypes
 from typing import Any
@@ -13,7 +13,7 @@ from megaresnorm.kernels.registry import register_kernel
 
 
 class _Structure(ctypes.Structure):
-    """As cross_entropy.c has it."""
+    """The structure of cross_entropy.c."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("logits", "labels", "losses")),
@@ -27,7 +27,7 @@ class _Structure(ctypes.Structure):
 def cpu_cross_entropy(
     logits_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """As ``cross_entropy.chunked_cross_entropy``: the logits are **consumed** where they need a gradient."""
+    """``cross_entropy.chunked_cross_entropy`` in C: the logits are **consumed** where they need a gradient."""
     return _CrossEntropy.apply(logits_TV, labels_T, z_loss, scale)
 
 

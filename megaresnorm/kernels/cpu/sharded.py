@@ -1,4 +1,4 @@
-"""A norm sharded over the hidden dimension by the C kernels: tensors to pointers."""
+"""A norm sharded over the hidden dimension by the C kernels: hands them the tensors' addresses."""
 
 import ctypes
 
@@ -9,17 +9,19 @@ from megaresnorm.kernels.add_norm.sharded import ShardedNormKernels, empty_sums
 from megaresnorm.kernels.cpu import build
 from megaresnorm.kernels.custom_op import FLOATS
 
-ROWS_PER_BLOCK = 256  # whose gradients of weights are summed before those of blocks are added up
+ROWS_PER_BLOCK = 256  # weight gradients are summed within a block of rows, then over the blocks
 
 
 class _Shard(ctypes.Structure):
-    """As sharded.c has it."""
+    """The structure of sharded.c."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("z", "dy", "weight", "bias", "statistics", "sums", "out", "partial")),
         *(
             (name, ctypes.c_long)
-            for name in ("rows", "rows_per_block", "columns", "whole_columns", "layernorm", "z_type", "dy_type", "out_type")
+            for name in (
+                "rows", "rows_per_block", "columns", "whole_columns", "layernorm", "z_type", "dy_type", "out_type",
+            )
         ),
     ]  # fmt: skip
 
@@ -46,6 +48,7 @@ def _run(
 
 
 def stats(z: Tensor, kind: str) -> Tensor:
+    """``sharded.shard_stats``."""
     found = empty_sums(z, kind)
     _run("shard_stats", z.contiguous(), kind, sums=found)
     return found
@@ -54,23 +57,27 @@ def stats(z: Tensor, kind: str) -> Tensor:
 def apply(
     z: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor | None, kind: str, out_dtype: torch.dtype
 ) -> Tensor:
+    """``sharded.shard_apply``."""
     out = torch.empty(z.shape, dtype=out_dtype)
     _run("shard_apply", z.contiguous(), kind, weight=weight, bias=bias, statistics=statistics, out=out)
     return out
 
 
 def grad_sums(dy: Tensor, z: Tensor, statistics: Tensor, weight: Tensor, kind: str) -> Tensor:
+    """``sharded.shard_grad_sums``."""
     found = empty_sums(z, kind)
     _run("shard_grad_sums", z.contiguous(), kind, dy=dy.contiguous(), weight=weight, statistics=statistics, sums=found)
     return found
 
 
 def grad_weights(dy: Tensor, z: Tensor, statistics: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """``sharded.shard_grad_weights``."""
     rows, columns = z.shape
     blocks = -(-rows // ROWS_PER_BLOCK)
     partial = torch.empty((blocks, 2, columns), dtype=torch.float32)
     _run(
-        "shard_grad_weights", z.contiguous(), kind, count=blocks, dy=dy.contiguous(), statistics=statistics, partial=partial
+        "shard_grad_weights", z.contiguous(), kind, count=blocks, dy=dy.contiguous(), statistics=statistics,
+        partial=partial,
     )  # fmt: skip
     d_weight, d_bias = (partial[0] if blocks == 1 else partial.sum(0)).unbind(0)
     return d_weight, d_bias
@@ -79,6 +86,7 @@ def grad_weights(dy: Tensor, z: Tensor, statistics: Tensor, kind: str) -> tuple[
 def grad_apply(
     dy: Tensor, z: Tensor, statistics: Tensor, sums: Tensor, weight: Tensor, kind: str, columns: int
 ) -> Tensor:
+    """``sharded.shard_grad_apply``."""
     out = torch.empty(z.shape, dtype=z.dtype)
     _run(
         "shard_grad_apply", z.contiguous(), kind, whole_columns=columns, dy=dy.contiguous(), weight=weight,

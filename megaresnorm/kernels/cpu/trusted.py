@@ -1,8 +1,8 @@
-"""Files that are loaded as code: kept where nobody else can write, taken only when they are whole, and looked at once.
+"""Files that are loaded as code: kept where nobody else can write, used only when complete, and read once.
 
-The folder is opened from / downwards, each folder looked at through the descriptor by which the next one is opened, and all that
-lies in it is reached through its own descriptor: another folder that is put under the same path later is never seen. What is
-loaded are the very bytes whose digest was right (``in_memory``), not a second look at a file.
+The folder is opened from / downwards, each folder checked through the descriptor by which the next one is opened, and
+its content is reached through its own descriptor: another folder that is put under the same path later is never seen.
+The bytes that are loaded are the very ones whose digest was right (``in_memory``), not those of a second read.
 """
 
 import contextlib
@@ -25,20 +25,32 @@ _SEARCH = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | 
 
 
 class BuildError(Exception):
-    """Why there is no library."""
+    """There is no library; the message says why."""
 
 
 class Scratch(NamedTuple):
-    """An empty folder of one process. descriptor: open; path: absolute, used by nobody before."""
+    """An empty folder of one process.
+
+    Attributes:
+        descriptor: open on the folder.
+        path: absolute, never used before.
+    """
 
     descriptor: int
     path: str
 
 
 def open_folder(path: Path) -> int:
-    """Descriptor of a folder, made where it is missing, that neither it nor a folder above lets others change; links are resolved.
+    """Open a folder that other users cannot change, nor any folder above it. It is made where it is missing.
 
-    Raises: BuildError for a folder that another user owns or may write to, OSError for one that cannot be made or opened."""
+    Symbolic links in ``path`` are resolved first.
+
+    Returns:
+        The folder's descriptor, which the caller closes.
+    Raises:
+        BuildError: another user owns the folder or one above, or may write to it.
+        OSError: it cannot be made or opened.
+    """
     at = "/"
     descriptor = os.open(at, _SEARCH)
     try:
@@ -57,25 +69,38 @@ def open_folder(path: Path) -> int:
 
 
 def read(folder: int, name: str) -> bytes | None:
-    """What ``write`` put there; None if it is missing, torn, changed, or could be another user's."""
+    """Read a file that ``write`` has written.
+
+    Returns:
+        None if it is missing, incomplete, changed, or could be another user's.
+    """
     content = _content(folder, name)
     return content if content is not None and _content(folder, _digest_name(name)) == _digest(content) else None
 
 
 def write(folder: int, name: str, content: bytes) -> None:
-    """Put a file and its digest there, on the disk before they get their names. The caller holds the lock. Raises: OSError."""
+    """Write a file and its digest, synced to the disk before they get their names. The caller holds the lock.
+
+    Raises:
+        OSError: the file system refuses.
+    """
     with scratch(folder, "") as (temporary, _):
         files = {name: content, _digest_name(name): _digest(content)}
         for file, data in files.items():
             write_new(temporary, file, data)
         for file in files:
             os.rename(file, file, src_dir_fd=temporary, dst_dir_fd=folder)
-    with contextlib.suppress(OSError):  # some file systems cannot sync folders; then the digest tells after a power cut
+    # Some file systems cannot sync folders. There the digest shows after a power cut whether the file is complete.
+    with contextlib.suppress(OSError):
         os.fsync(folder)
 
 
 def write_new(folder: int, name: str, content: bytes) -> None:
-    """A file that was not there, on the disk. Raises: OSError."""
+    """Write a new file and sync it to the disk.
+
+    Raises:
+        OSError: the file exists, or the file system refuses.
+    """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with open(os.open(name, flags, 0o600, dir_fd=folder), "wb") as file:
         file.write(content)
@@ -84,7 +109,11 @@ def write_new(folder: int, name: str, content: bytes) -> None:
 
 
 def take(folder: int, name: str) -> bytes:
-    """What a program of ours has just left in a scratch folder. Raises: BuildError."""
+    """Read what a program that we ran has just left in a scratch folder.
+
+    Raises:
+        BuildError: there is no such file, or another user could have written it.
+    """
     content = _content(folder, name)
     if content is None:
         raise BuildError(f"{name} was not written")
@@ -93,16 +122,21 @@ def take(folder: int, name: str) -> bytes:
 
 @contextlib.contextmanager
 def locked(folder: int, deadline: float) -> Iterator[None]:
-    """Alone among the processes that use the folder; ``deadline``, of time.monotonic(), ends the wait.
+    """Hold the folder's lock, so that no other process works in it, and remove what killed processes left.
 
-    Raises: BuildError when it does, OSError."""
+    Args:
+        deadline: of time.monotonic(); ends the wait for the lock.
+    Raises:
+        BuildError: another process held the lock until the deadline.
+        OSError: the lock cannot be opened, or leftovers cannot be removed.
+    """
     lock = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
     try:
         while not _try_lock(lock):
             if time.monotonic() > deadline:
                 raise BuildError("another process is compiling the C kernels and does not end; end it and start again")
             time.sleep(POLL_SECONDS)
-        for name in os.listdir(folder):  # of processes that were killed at their work, for they had the lock
+        for name in os.listdir(folder):  # left by processes that were killed: who works here holds the lock
             if name.endswith(_TEMPORARY):
                 _remove(folder, name)
         yield
@@ -112,7 +146,13 @@ def locked(folder: int, deadline: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def scratch(folder: int, path: str | Path) -> Iterator[Scratch]:
-    """An empty folder below, removed at the end. ``path``: the folder's own. The caller holds the lock. Raises: OSError."""
+    """Make an empty folder inside ``folder`` and remove it at the end. The caller holds the lock.
+
+    Args:
+        path: of ``folder`` itself.
+    Raises:
+        OSError: it cannot be made or removed.
+    """
     name = secrets.token_hex(8) + _TEMPORARY
     os.mkdir(name, 0o700, dir_fd=folder)
     descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
@@ -124,9 +164,14 @@ def scratch(folder: int, path: str | Path) -> Iterator[Scratch]:
 
 
 def in_memory(content: bytes) -> str | None:
-    """Path of a file that exists in memory alone, holds these bytes and can never be changed; None where there are no such files.
+    """Put bytes into a file that exists in memory alone and can never be changed.
 
-    Its descriptor stays open: the loader takes a path that it has seen before for what was there then, so none may come twice."""
+    Its descriptor stays open: the loader takes a path that it has seen before for the library that was there then, so
+    no path may be used twice.
+
+    Returns:
+        The file's path; None where the system has no such files.
+    """
     if not hasattr(os, "memfd_create"):
         return None
     try:
@@ -160,7 +205,10 @@ def _open_or_make(name: str, folder: int) -> int:
 
 
 def _content(folder: int, name: str) -> bytes | None:
-    """Of a plain file of this user's that nobody else can write to; None of anything else. A fifo is not waited for."""
+    """Content of a plain file of this user's that nobody else can write to; None for anything else.
+
+    A fifo is not waited for.
+    """
     try:
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     except OSError:
@@ -176,17 +224,21 @@ def _content(folder: int, name: str) -> bytes | None:
 
 
 def _is_mine(status: os.stat_result) -> bool:
-    """This user's, and nobody else can write to it."""
+    """Whether it belongs to this user, and nobody else can write to it."""
     return status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
 def _check_above(descriptor: int, path: str) -> None:
-    """Raise BuildError for a folder in which others could put something else in the place of what lies in it."""
+    """Check that other users cannot replace what lies in a folder.
+
+    Raises:
+        BuildError: they can.
+    """
     status = os.fstat(descriptor)
     if status.st_uid not in _owners():
         raise BuildError(f"{path} belongs to another user (number {status.st_uid}); {ADVICE}")
-    # In a folder with the sticky bit (/tmp) others can make names, but take away only their own. A group of this user alone, which
-    # many systems give to each user, with folders that it can write to (umask 002), is nobody else.
+    # In a folder with the sticky bit (/tmp) others can make names, but remove only their own. Many systems give each
+    # user a group without other members, and make folders that this group can write to (umask 002): it is nobody else.
     others = 0o002 if _is_own_group(status.st_gid) else 0o022
     if status.st_mode & others and not status.st_mode & stat.S_ISVTX:
         raise BuildError(
@@ -206,8 +258,10 @@ def _is_own_group(number: int) -> bool:
 def _owners() -> set[int]:
     """Users who may own folders above: this one and root, under the number that root has here.
 
-    In a container of an ordinary user the host's root has none, and its folders (/, /home) are shown as the overflow user's. So are
-    another user's; that all below the folder goes through its descriptor, and its own owner is asked, is what is left there."""
+    In a container of an ordinary user the host's root has no number, and its folders (/, /home) are shown as the
+    overflow user's. So are another user's; the protection that remains there is that everything below the folder is
+    reached through its descriptor, and that the folder's own owner is checked.
+    """
     owners = {os.geteuid(), 0}
     try:
         lines = Path("/proc/self/uid_map").read_text().splitlines()
@@ -228,7 +282,7 @@ def _try_lock(lock: int) -> bool:
 
 
 def _remove(folder: int, name: str) -> None:
-    """A scratch folder, which holds files only, or a file."""
+    """Remove a file, or a scratch folder, which holds files only."""
     if not stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
         os.unlink(name, dir_fd=folder)
         return

@@ -1,1 +1,1 @@
-"""What a residual connection goes around."""
+"""The branches F that a residual connection goes around."""

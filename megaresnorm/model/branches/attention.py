@@ -22,7 +22,9 @@ class Attention(nn.Module):
     """u [T, D] -> [T, D]. The fused ``qkv`` holds the logical matrices q [N*H, D], k [K*H, D] and v [K*H, D].
 
     Under tensor parallelism N and K are this rank's heads, and a norm over all heads together merges its statistics.
-    norm_inner: normalise what ``out`` reads.
+
+    Args:
+        norm_inner: makes the norm of the input of ``out``, of a given width; None: there is none.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (norm_of(recipe)(width) for width in widths)
 
     def forward(self, u_TD: BranchInput, rows: SequenceInfo) -> Tensor:
+        """The branch's output [T, D], laid out as the stream."""
         heads = self.num_heads, self.kv_heads, self.kv_heads
         qkv_BSJH = self.qkv(u_TD).view(rows.batch, rows.seq, sum(heads), self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
@@ -67,7 +70,7 @@ class Attention(nn.Module):
         return self.out(y if self.norm_inner is None else self.normalize_shared(y, self.norm_inner))
 
     def _attend_cached(self, qkv: tuple[Tensor, ...], rows: SequenceInfo, cache: KeyValueCache) -> Tensor:
-        """Generation: new tokens, or all at first, see what was seen before them."""
+        """Attention in generation: a new token, or in the first call the whole prompt, sees itself and all before."""
         q_BSNH, k_BSKH, v_BSKH = qkv
         if rows.cos is not None and rows.sin is not None:
             q_BSNH, k_BSKH = (rotate(x, rows.cos, rows.sin) for x in (q_BSNH, k_BSKH))

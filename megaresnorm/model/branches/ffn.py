@@ -19,7 +19,10 @@ from megaresnorm.recipe import ModelRecipe
 class FeedForward(nn.Module):
     """down(activate(in(u))). With a gate the fused ``gate_up`` holds the logical matrices gate [F, D] and up [F, D].
 
-    Under tensor parallelism F is this rank's share.   norm_inner: normalise what ``down`` reads.
+    Under tensor parallelism F is this rank's share.
+
+    Args:
+        norm_inner: makes the norm of the input of ``down``, of a given width; None: there is none.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class FeedForward(nn.Module):
         self.norm_inner = None if norm_inner is None else norm_inner(recipe.ffn_width // axis.size)
 
     def forward(self, u_TD: BranchInput, rows: SequenceInfo) -> Tensor:
+        """The branch's output [T, D], laid out as the stream."""
         into = self.gate_up if self.gated else self.up
         # The bias belongs to the activation's kernel, which sums its gradient on the way.
         h = self.activate(into.without_bias(u_TD), into.bias, self.kind)

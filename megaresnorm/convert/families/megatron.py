@@ -6,29 +6,11 @@ of its implementations of a layer. Megatron's own checkpoints are pickles, which
 that write such a folder in a Megatron job, and those that load one.
 """
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from megaresnorm.convert.families.family import Family, Of
+from megaresnorm.convert.family import MEGATRON_NAME, Family, Of
 from megaresnorm.convert.fields import Always, By, Choice, Config, Field, Fixed, Same, Settings, refused
-from megaresnorm.convert.files import (
-    CONFIG,
-    Progress,
-    check_space,
-    new_folder,
-    refuse_existing,
-    write_json,
-    write_weights,
-)
-from megaresnorm.convert.native import MEGATRON_NAME, NativeModel
-from megaresnorm.convert.plan import Plan, problems
 from megaresnorm.convert.rows import groups, halves, one_head
-from megaresnorm.convert.to_hf import weight_entries
-from megaresnorm.convert.tokenizers import write_tokenizer
-from megaresnorm.errors import ConfigError
 from megaresnorm.recipe import ModelRecipe
 
 # (gated_linear_unit, activation_func) -> ours. Megatron's fused bias and GELU computes the approximation by tanh.
@@ -140,43 +122,3 @@ MEGATRON = {
         Same(_CENTERED, "norm_zero_centered"),
     ),
 }
-
-
-def to_megatron(
-    checkpoint: Path,
-    out: Path,
-    *,
-    implementation: str = "transformer_engine",
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 5_000_000_000,
-    max_memory: int = 4_000_000_000,
-    with_tokenizer: bool = True,
-    progress: Callable[[str, int], Progress] = lambda label, total: lambda count: None,
-) -> Path:
-    """Write ``out`` for Megatron-Core. implementation: TransformerConfig's transformer_impl.
-
-    Raises: ConfigError for a model that Megatron-Core does not hold, CheckpointError for a checkpoint that cannot be read.
-    """
-    refuse_existing(out)
-    native = NativeModel(checkpoint, progress("verifying the checkpoint", 0))
-    family, dtype = MEGATRON[implementation], dtype or native.dtype
-    found = problems(family, native.recipe)
-    if found:
-        key, (ours, theirs) = next(iter(found.items()))
-        said = native.recipe.topology if key == "topology" else f"{ours!r} (wanted {theirs!r})"
-        raise ConfigError(f"megatron-core does not hold this model exactly: model.{key} is {said}")
-    entries = list(weight_entries(native, Plan(family, native.recipe), dtype, max_memory // 8))
-    num_bytes = sum(entry.num_bytes for entry in entries)
-    check_space(out, num_bytes)
-    with new_folder(out) as folder:
-        write_weights(folder, entries, max_shard_bytes, progress("writing", num_bytes))
-        tokenizer = native.tokenizer() if with_tokenizer else None
-        config: Mapping[str, Any] = {
-            "model_type": MEGATRON_NAME,
-            **family.config(native.recipe),
-            **native.origin(tokenizer),
-        }
-        write_json(folder / CONFIG, config)
-        if tokenizer is not None:
-            write_tokenizer(folder, tokenizer)
-    return out

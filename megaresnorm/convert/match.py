@@ -1,23 +1,61 @@
-"""Which architecture a model is exported to: the first that holds it exactly."""
+"""Which architecture a model is exported to: the first that holds it exactly.
+
+Constants of a topology move into its weights for architectures that have no place for them:
+norm(alpha x + F) = norm(x + F / alpha) if eps is divided by alpha^2 as well, and c * norm(x) is a norm with c times its weights.
+"""
 
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import ValidationError
 
 from megaresnorm.convert.families import FAMILIES
-from megaresnorm.convert.families.family import Family
-from megaresnorm.convert.fold import Fold, fold
-from megaresnorm.convert.native import OURS
+from megaresnorm.convert.family import OURS, Family
 from megaresnorm.convert.remote import remote_family
-from megaresnorm.convert.signature import different
+from megaresnorm.convert.signature import different, residual_at, trunk_alpha, wiring
 from megaresnorm.errors import CheckpointError, ConfigError
 from megaresnorm.model.topology import topology
-from megaresnorm.recipe import ModelRecipe
+from megaresnorm.model.transformer import has_embedding_norm
+from megaresnorm.recipe import ModelRecipe, TopologyOptions
 from megaresnorm.recipe.load import suggest
 
 
 @dataclass(frozen=True)
-class Plan:
+class Fold:
+    """before, recipe: of the model as it is, and with folded weights.   notes: in what the two differ beside rounding."""
+
+    before: ModelRecipe
+    recipe: ModelRecipe
+    notes: tuple[str, ...] = ()
+
+    def factor(self, name: str) -> float:
+        """What a parameter is multiplied by."""
+        match name.split("."):
+            case ["blocks", block, "attention" | "ffn" as sublayer, "branch", "out" | "down", _]:
+                return 1 / residual_at(self.before, int(block), sublayer).alpha
+            case ["blocks", block, "attention" | "ffn" as sublayer, "norm_in", _]:
+                return residual_at(self.before, int(block), sublayer).norm_in_scale
+        return 1.0
+
+
+def fold(recipe: ModelRecipe) -> Fold | None:
+    """None where nothing can be folded."""
+    plain: dict[str, Any] = {"topology_options": TopologyOptions()}
+    if recipe.topology == "lns" and not recipe.norm_zero_centered:
+        return Fold(recipe, recipe.model_copy(update=plain | {"topology": "pre"}))
+    alpha = trunk_alpha(recipe)
+    same_but_alpha = recipe.model_copy(update={"topology": "post", "topology_options": TopologyOptions(alpha=alpha)})
+    # Norms of queries and keys would have the eps of the others.
+    if alpha == 1.0 or recipe.qk_norm != "none" or wiring(recipe) != wiring(same_but_alpha):
+        return None
+    eps, embedding_norm = recipe.norm_eps / alpha**2, has_embedding_norm(recipe)
+    note = f"eps of the embedding's norm is {eps:.3g} instead of {recipe.norm_eps:.3g}"
+    folded = plain | {"topology": "post", "norm_eps": eps, "embedding_norm": embedding_norm}
+    return Fold(recipe, recipe.model_copy(update=folded), (note,) if embedding_norm else ())
+
+
+@dataclass(frozen=True)
+class Match:
     """recipe: of what is written, with a topology's constants folded into the weights where ``fold`` says so.   notes: in what
     the written model differs, beside rounding.
     """
@@ -32,13 +70,13 @@ class Plan:
         return 1.0 if self.fold is None else self.fold.factor(name)
 
 
-def plan(recipe: ModelRecipe, arch: str = "auto") -> Plan:
+def match_family(recipe: ModelRecipe, arch: str = "auto") -> Match:
     """arch: auto takes the first architecture that holds the model exactly, our own code where none of Transformers' does.
 
     Raises: ConfigError for one that does not exist or does not hold the model, with the setting that it lacks.
     """
     if arch in (OURS, "remote-code"):
-        return Plan(remote_family(), recipe)
+        return Match(remote_family(), recipe)
     folded = fold(recipe)
     ways: list[tuple[ModelRecipe, Fold | None]] = [
         (recipe, None),
@@ -49,13 +87,13 @@ def plan(recipe: ModelRecipe, arch: str = "auto") -> Plan:
             if fold_of_it is not None and fold_of_it.notes:
                 continue
             for family in FAMILIES:
-                if not problems(family, fitting):
-                    return Plan(family, fitting, fold_of_it)
-        return Plan(remote_family(), recipe)
+                if not mismatches(family, fitting):
+                    return Match(family, fitting, fold_of_it)
+        return Match(remote_family(), recipe)
     return _asked_for(arch, ways)
 
 
-def _asked_for(arch: str, ways: list[tuple[ModelRecipe, Fold | None]]) -> Plan:
+def _asked_for(arch: str, ways: list[tuple[ModelRecipe, Fold | None]]) -> Match:
     """The first way in which an architecture holds a model, but for the eps of its norms. Raises: ConfigError."""
     known = [family for family in FAMILIES if family.name == arch]
     if not known:
@@ -64,13 +102,13 @@ def _asked_for(arch: str, ways: list[tuple[ModelRecipe, Fold | None]]) -> Plan:
     lacking = None
     for family in known:
         for fitting, folded in ways:
-            found = problems(family, fitting)
+            found = mismatches(family, fitting)
             notes = () if folded is None else folded.notes
             if "norm_eps" in found:
                 ours, theirs = found.pop("norm_eps")
                 notes = (*notes, f"eps of all norms is {theirs:.3g} instead of {ours:.3g}")
             if not found:
-                return Plan(family, fitting, folded, notes)
+                return Match(family, fitting, folded, notes)
             if lacking is None or lacking[0] == "topology":  # of two wirings of a class the reason of the one that fits
                 lacking = next(iter(found.items()))
     assert lacking is not None
@@ -79,7 +117,7 @@ def _asked_for(arch: str, ways: list[tuple[ModelRecipe, Fold | None]]) -> Plan:
     raise ConfigError(f"--arch {arch} does not hold this model exactly: model.{key} {what}; try --arch auto")
 
 
-def problems(family: Family, recipe: ModelRecipe) -> dict[str, tuple]:
+def mismatches(family: Family, recipe: ModelRecipe) -> dict[str, tuple]:
     """The settings in which the model that a family's config.json describes would differ, with ours and theirs."""
     if family.divided_dim and recipe.dim % recipe.num_heads:
         return {"num_heads": (recipe.num_heads, f"a divisor of {recipe.dim}")}
