@@ -10,6 +10,7 @@ from megaresnorm.errors import ConfigError
 from megaresnorm.kernels import load_backends
 from megaresnorm.kernels.add_norm.sharded import ShardedNormKernels
 from megaresnorm.kernels.add_norm.spec import sharded_norm_kernels
+from megaresnorm.kernels.cross_entropy import CrossEntropyKernel
 from megaresnorm.kernels.registry import choose_kernel
 from megaresnorm.layout import gathers_stream, split_stages
 from megaresnorm.model.init import materialize
@@ -46,7 +47,7 @@ class Assembled:
     device: torch.device
     backends: dict[str, str]
     kernel_choices: dict[str, str]
-    cross_entropy: Callable[..., tuple[Tensor, Tensor]]
+    cross_entropy: CrossEntropyKernel
     residual_dtype: torch.dtype
     bf16: tuple[Bf16Weights, ...]
 
@@ -109,7 +110,9 @@ def build_model(
             raise ConfigError(
                 f"kernels.cross_entropy={kernels.cross_entropy} has no effect under parallel.tp; use auto"
             )
-        cross_entropy = vocab_parallel_cross_entropy(context.tp)
+        cross_entropy = vocab_parallel_cross_entropy(
+            context.tp, context.tp.rank * (recipe.padded_vocab_size // context.tp.size)
+        )
         choices["cross_entropy"] = f"cross_entropy on {device.type}: vocabulary divided over {context.tp.size} ranks"
     functions = {op: kernel.function for op, (kernel, _) in chosen.items()}
     model_kernels = _model_kernels(functions, layout, norm_kernels, stored, compute)

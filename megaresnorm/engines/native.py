@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megaresnorm.assemble import Assembled
 from megaresnorm.checkpoint.format import FINITE, TensorSlices, is_finite
@@ -18,6 +18,7 @@ from megaresnorm.engines.engine import Decision, GradientStats, StepStats
 from megaresnorm.engines.state import FullState, clipper_slices, placements
 from megaresnorm.errors import CheckpointError
 from megaresnorm.model.dropout import DropoutKey
+from megaresnorm.model.transformer import Transformer
 from megaresnorm.optim import MOMENTS, GradientClipper, Optimizer, gradient_norms
 from megaresnorm.parallel.collectives import all_reduce
 from megaresnorm.parallel.data_parallel import grad_sync, local
@@ -72,7 +73,7 @@ class NativeEngine:
         )
 
     @property
-    def model(self) -> Any:
+    def model(self) -> Transformer:
         return self.assembled.model
 
     def step(self, microbatches: Iterable[Batch], lr: float, accept: Callable[[GradientStats], Decision]) -> StepStats:
@@ -207,16 +208,14 @@ class NativeEngine:
         self._pipeline.run(whole.tokens, whole.labels, len(batches), loss, backward=scale is not None, **arguments)
         return sum(nll.item() for nll in losses)
 
-    def _losses(self, module: Any, batch: Batch, dropout: DropoutKey | None, scale: float) -> tuple[Tensor, Tensor]:
+    def _losses(
+        self, module: nn.Module, batch: Batch, dropout: DropoutKey | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
         logits_TV = module(batch.tokens, dropout, documents_BS=batch.documents)
         return self._loss(logits_TV, batch.labels, scale)
 
     def _loss(self, logits_TV: Tensor, labels_BS: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        labels_T = labels_BS.flatten()
-        if self.context.tp.size == 1:
-            return self.assembled.cross_entropy(logits_TV, labels_T, self._z_loss, scale)
-        first = next(m.first_logit for m in self.assembled.models.values() if m.stage.has_head)
-        return self.assembled.cross_entropy(logits_TV, labels_T, self._z_loss, scale, first=first)
+        return self.assembled.cross_entropy(logits_TV, labels_BS.flatten(), self._z_loss, scale)
 
     def _dropout(self, batch: Batch) -> DropoutKey | None:
         if not self._drops:

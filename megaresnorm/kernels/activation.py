@@ -3,11 +3,20 @@
 T rows (tokens)   F ffn dim
 """
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megaresnorm.kernels.registry import register_kernel
+
+
+class ActivationKernel(Protocol):
+    """A backend of the activation, called as the reference below."""
+
+    def __call__(self, h_TF: Tensor, bias: Tensor | None, kind: str, /) -> Tensor:
+        """See ``activation``."""
 
 
 @register_kernel("activation", "reference")

@@ -7,7 +7,7 @@ N query heads   K key/value heads   H head width
 import functools
 from collections.abc import Callable
 from math import inf
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +23,31 @@ def rotate(x_BSNH: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
 
     Args:
         cos_SH, sin_SH: [S, H] or [B, S, H]. The first half of ``sin`` along H is negative, as
-            model/branches/attention.py makes it.
+            model/rotary.py makes it.
     """
     exchanged = x_BSNH.roll(x_BSNH.shape[-1] // 2, dims=-1)
     return torch.addcmul(x_BSNH * cos_SH.unsqueeze(-2), exchanged, sin_SH.unsqueeze(-2)).to(x_BSNH.dtype)
 
 
-def split_attention(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+class AttentionKernel(Protocol):
+    """A backend of attention; ``split_attention`` says what its arguments are."""
+
+    def __call__(
+        self,
+        qkv_BSJH: Tensor,
+        kv_heads: int,
+        /,
+        *,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+        mask_BSC: Tensor | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Causal self-attention of whole sequences, [B, S, N, H]."""
+
+
+def split_attention(attend: Callable[..., Tensor]) -> AttentionKernel:
     """Make an ``attention`` kernel from a function of separate, already rotated q, k and v."""
 
     def attention(

@@ -3,7 +3,7 @@
 T rows (tokens)   V vocabulary
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,15 @@ from torch import Tensor
 from megaresnorm.kernels.registry import register_kernel
 
 CACHED_ELEMENTS = 1 << 19  # FP32 logits processed at a time on a CPU: 2 MiB, the size of a second-level cache
+
+
+class CrossEntropyKernel(Protocol):
+    """A backend of the loss, called as ``cross_entropy_sums``; it may consume the logits."""
+
+    def __call__(
+        self, logits_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0, scale: float = 1.0, /
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of the losses, without a gradient, and the objective to be differentiated."""
 
 
 @register_kernel("cross_entropy", "chunked")

@@ -10,10 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megaresnorm.kernels.activation import ActivationKernel
 from megaresnorm.kernels.add_norm.reference import AddNormOutput, NormWeights
+from megaresnorm.kernels.attention import AttentionKernel
 from megaresnorm.model.norm import Norm
 from megaresnorm.parallel.branch_input import BranchInput
-from megaresnorm.parallel.sharded_norm import StreamOutput
+from megaresnorm.parallel.sharded_norm import StreamAddNorm, StreamOutput
 
 
 class Stream(NamedTuple):
@@ -37,7 +39,7 @@ class AddNorm:
         kernel: the chosen backend, as it is or wrapped for the stream's tensor layout.
     """
 
-    kernel: Callable[..., AddNormOutput | StreamOutput]
+    kernel: StreamAddNorm
     residual_dtype: torch.dtype
     compute_dtype: torch.dtype
 
@@ -104,7 +106,7 @@ class Kernels(NamedTuple):
     """
 
     add_norm: AddNorm
-    attend: Callable[..., Tensor]
-    activate: Callable[..., Tensor]
+    attend: AttentionKernel
+    activate: ActivationKernel
     normalize: Callable[[Tensor, Norm], Tensor]
     normalize_shared: Callable[[Tensor, Norm], Tensor]

@@ -8,16 +8,15 @@ T tokens   D model dim   p ranks
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 from torch import Tensor
 
-from megaresnorm.kernels.add_norm.reference import AddNormOutput
+from megaresnorm.kernels.add_norm.reference import AddNormKernel
 from megaresnorm.kernels.add_norm.sharded import REFERENCE, ShardedNormKernels
 from megaresnorm.parallel import branch_input
 from megaresnorm.parallel.branch_input import COPY, GATHER_ROWS, Collective, Gathered
 from megaresnorm.parallel.mesh import Axis
-from megaresnorm.parallel.sharded_norm import StreamOutput, columns_add_norm
+from megaresnorm.parallel.sharded_norm import StreamAddNorm, StreamOutput, columns_add_norm
 
 
 class TensorLayout(ABC):
@@ -29,7 +28,7 @@ class TensorLayout(ABC):
         self.axis = axis
 
     @abstractmethod
-    def add_norm(self, kernel: Callable[..., AddNormOutput]) -> Callable[..., AddNormOutput | StreamOutput]:
+    def add_norm(self, kernel: AddNormKernel) -> StreamAddNorm:
         """``kernel`` for a stream in this layout, whose branch input is what a branch reads."""
 
     @abstractmethod
@@ -58,7 +57,7 @@ class FullLayout(TensorLayout):
 
     name = "full"
 
-    def add_norm(self, kernel: Callable[..., AddNormOutput]) -> Callable[..., AddNormOutput | StreamOutput]:
+    def add_norm(self, kernel: AddNormKernel) -> StreamAddNorm:
         return _gathering(kernel, COPY, self.axis)
 
     def reduce(self, y_TD: Tensor) -> Tensor:
@@ -73,7 +72,7 @@ class TokensLayout(TensorLayout):
 
     name = "tokens"
 
-    def add_norm(self, kernel: Callable[..., AddNormOutput]) -> Callable[..., AddNormOutput | StreamOutput]:
+    def add_norm(self, kernel: AddNormKernel) -> StreamAddNorm:
         return _gathering(kernel, GATHER_ROWS, self.axis)
 
     def reduce(self, y_TD: Tensor) -> Tensor:
@@ -95,7 +94,7 @@ class ColumnsLayout(TensorLayout):
         super().__init__(axis)
         self.gather, self.norm_kernels = gather, norm_kernels
 
-    def add_norm(self, kernel: Callable[..., AddNormOutput]) -> Callable[..., AddNormOutput | StreamOutput]:
+    def add_norm(self, kernel: AddNormKernel) -> StreamAddNorm:
         if self.axis.size == 1:
             return kernel
         return columns_add_norm(kernel, self.axis, gather=self.gather, norm_kernels=self.norm_kernels)
@@ -124,14 +123,12 @@ def tensor_layout(
     return {"full": FullLayout, "tokens": TokensLayout}[name](axis)
 
 
-def _gathering(
-    kernel: Callable[..., AddNormOutput], collective: Collective, axis: Axis
-) -> Callable[..., AddNormOutput | StreamOutput]:
+def _gathering(kernel: AddNormKernel, collective: Collective, axis: Axis) -> StreamAddNorm:
     """``kernel`` whose branch input goes through a collective."""
     if axis.size == 1:
         return kernel
 
-    def run(*arguments: Tensor | None, **options: object) -> StreamOutput:
+    def run(*arguments: Any, **options: Any) -> StreamOutput:
         trunk, u, *_ = kernel(*arguments, **options)
         return StreamOutput(trunk, None if u is None else Gathered.of(u, collective, axis))
 

@@ -4,12 +4,12 @@ T tokens   D columns of a whole row   d = D/p columns of this rank
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from megaresnorm.kernels.add_norm.reference import AddNormOutput, NormWeights
+from megaresnorm.kernels.add_norm.reference import AddNormKernel, AddNormOutput, NormWeights
 from megaresnorm.kernels.add_norm.sharded import REFERENCE, ShardedNormKernels, merge_stats
 from megaresnorm.parallel.branch_input import GATHER_COLUMNS, BranchInput, Gathered
 from megaresnorm.parallel.collectives import (
@@ -148,9 +148,29 @@ class StreamOutput(NamedTuple):
     branch_input: BranchInput | None
 
 
+class StreamAddNorm(Protocol):
+    """``add_norm`` for a stream in a tensor layout: tensors and weights are this rank's part of it."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        delta: Tensor | None = None,
+        /,
+        *,
+        alpha: float = 1.0,
+        gate: float | Tensor = 1.0,
+        branch_norm: NormWeights | None = None,
+        norm: NormWeights | None = None,
+        next_norm: NormWeights | None = None,
+        residual_dtype: torch.dtype,
+        out_dtype: torch.dtype | None,
+    ) -> AddNormOutput | StreamOutput:
+        """The trunk, in the stream's layout, and what a branch reads."""
+
+
 def columns_add_norm(
-    add_norm: Callable[..., AddNormOutput], axis: Axis, *, gather: bool, norm_kernels: ShardedNormKernels = REFERENCE
-) -> Callable[..., StreamOutput]:
+    add_norm: AddNormKernel, axis: Axis, *, gather: bool, norm_kernels: ShardedNormKernels = REFERENCE
+) -> StreamAddNorm:
     """``reference.add_norm`` for a stream that is divided by column: x, delta, the trunk and all weights are this rank's columns.
 
     The branch input is whole rows, gathered, and its gradient a partial sum. gather: by the second form where a norm makes the

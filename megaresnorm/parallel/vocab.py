@@ -3,14 +3,13 @@
 T tokens   V vocabulary
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megaresnorm.kernels.cross_entropy import GradientInPlace, row_chunks
+from megaresnorm.kernels.cross_entropy import CrossEntropyKernel, GradientInPlace, row_chunks
 from megaresnorm.parallel.collectives import all_gather_blocks
 from megaresnorm.parallel.mesh import Axis
 
@@ -47,15 +46,21 @@ class VocabEmbedding(Embedding):
         return super().forward(local.masked_fill(absent, 0)).masked_fill(absent.unsqueeze(-1), 0.0)
 
 
-def vocab_parallel_cross_entropy(axis: Axis) -> Callable[..., tuple[Tensor, Tensor]]:
-    """``reference.cross_entropy_sums`` of logits whose vocabulary is divided over the axis; they are consumed.
+def vocab_parallel_cross_entropy(axis: Axis, first: int) -> CrossEntropyKernel:
+    """``cross_entropy_sums`` of logits whose vocabulary is sharded over the axis.
 
-    logits: [T, V_local], those of the tokens from V_before on, where V_before are on the ranks before.   labels: of the whole
-    vocabulary. Communication: one all-gather of 3 floats a token; nothing in backward.
+    The kernel takes [T, V / p] logits, those of the tokens from ``first`` on, and consumes them; labels are of the whole
+    vocabulary.
+
+    Args:
+        first: the token of this rank's first logit.
+
+    Communication:
+        One all-gather of 3 floats a token; nothing in backward.
     """
 
     def cross_entropy(
-        logits_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0, scale: float = 1.0, *, first: int
+        logits_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0, scale: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         return _VocabParallelCrossEntropy.apply(logits_TV, labels_T, z_loss, scale, first, axis)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megaresnorm.kernels.add_norm import reference
 from megaresnorm.kernels.add_norm.op import register_add_norm
-from megaresnorm.kernels.add_norm.reference import AddNormOutput, NormWeights
+from megaresnorm.kernels.add_norm.reference import AddNormKernel, AddNormOutput, NormWeights
 from megaresnorm.kernels.add_norm.sharded import ShardedNormKernels
 from megaresnorm.kernels.add_norm.spec import FP8, AddNormBackend, AddNormSpec, Inputs, Outputs, Saved
 from megaresnorm.kernels.registry import register_kernel
@@ -107,7 +107,7 @@ def _compile_requires(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @functools.cache
-def _compiled() -> Callable[..., AddNormOutput]:
+def _compiled() -> AddNormKernel:
     return torch.compile(reference.add_norm, dynamic=True)
 
 
@@ -136,7 +136,7 @@ def _apex_requires(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if _found("fused_layer_norm_cuda") else "NVIDIA Apex is not installed (built with its CUDA extensions)"
 
 
-def add_then(normalize: Callable[[Tensor, NormWeights, torch.dtype], Tensor]) -> Callable[..., AddNormOutput]:
+def add_then(normalize: Callable[[Tensor, NormWeights, torch.dtype], Tensor]) -> AddNormKernel:
     """Make an ``add_norm`` backend from a norm alone; the add is done in PyTorch.
 
     Args:

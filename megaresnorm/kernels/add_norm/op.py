@@ -6,13 +6,13 @@ T rows (tokens)   D columns (model dim)
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megaresnorm.kernels.add_norm.reference import AddNormOutput, NormWeights
+from megaresnorm.kernels.add_norm.reference import AddNormKernel, AddNormOutput, NormWeights
 from megaresnorm.kernels.add_norm.spec import (
     FP8,
     SUMS,
@@ -32,7 +32,7 @@ from megaresnorm.kernels.custom_op import FLOATS, CustomOp
 from megaresnorm.kernels.registry import Refusal, register_kernel
 
 
-def fused_add_norm(backend: str) -> Callable[..., AddNormOutput]:
+def fused_add_norm(backend: str) -> AddNormKernel:
     """``reference.add_norm`` computed by the fused backend of that name, for FP32 and BF16 tensors."""
 
     def add_norm(

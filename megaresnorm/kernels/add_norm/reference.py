@@ -3,7 +3,7 @@
 T rows (tokens)   D columns (model dim)
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +39,27 @@ class AddNormOutput(NamedTuple):
     branch_input: Tensor | None
     statistics: Tensor | None
     amax: Tensor | None
+
+
+class AddNormKernel(Protocol):
+    """A backend of ``add_norm``; it is called as the reference below, and computes the same."""
+
+    def __call__(
+        self,
+        x_TD: Tensor,
+        delta_TD: Tensor | None = None,
+        /,
+        *,
+        alpha: float = 1.0,
+        gate: float | Tensor = 1.0,
+        branch_norm: NormWeights | None = None,
+        norm: NormWeights | None = None,
+        next_norm: NormWeights | None = None,
+        residual_dtype: torch.dtype,
+        out_dtype: torch.dtype | None,
+        fp8_scale: Tensor | None = None,
+    ) -> AddNormOutput:
+        """See ``add_norm``."""
 
 
 @register_kernel("add_norm", "reference")
