@@ -8,6 +8,7 @@ T tokens   D model dim   p ranks
 """
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor
 
