@@ -1,6 +1,6 @@
 """Says which Python and torch an environment has, or in one line on stderr what is missing there. Run by its own Python:
 
-python launch/check_environment.py [EXTRA]    # EXTRA of setup.py, as dev; exit code 1 where something is missing
+python launch/check_environment.py [EXTRA]    # EXTRA of pyproject.toml, as dev; exit code 1 where something is missing
 """
 
 import ast
@@ -11,27 +11,29 @@ import shlex
 import sys
 from pathlib import Path
 
-SETUP = Path(__file__).parents[1] / "setup.py"
+PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 MODULES = {"pyyaml": "yaml"}  # where the module has another name than its package
 
 
 def requirements(extra: str) -> list[str]:
-    """As setup.py has them. Those with a condition (``; python_version < ...``) are left out: the tests do without."""
-    call = next(
-        node.value
-        for node in ast.parse(SETUP.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "setup"
-    )
-    given = {keyword.arg: keyword.value for keyword in call.keywords}
-    wanted = ast.literal_eval(given["install_requires"])
-    if extra:
-        wanted += ast.literal_eval(given["extras_require"])[extra]
+    """As pyproject.toml has them. Those with a condition (``; python_version < ...``) are left out: the tests do without.
+
+    Python has a reader of TOML from 3.11 on; lists of strings are written in TOML as they are in Python.
+    """
+    text = PROJECT.read_text(encoding="utf-8")
+    wanted: list[str] = []
+    for name in ("dependencies", *([extra] if extra else [])):
+        found = re.search(rf"^{name} = (\[.*?\])$", text, re.MULTILINE | re.DOTALL)
+        if found is None:
+            raise SystemExit(f"{PROJECT}: has no extra {name}")
+        wanted += ast.literal_eval(found[1])
     return [requirement for requirement in wanted if ";" not in requirement]
 
 
 def problem(requirement: str) -> str | None:
     """Why a requirement (``name>=1.2``, or a name) is not met here, in a few words."""
     name, _, oldest = requirement.partition(">=")
+    name = name.partition("[")[0]  # of the extras in brackets nothing is recorded
     version = version_of(name)
     if version is None:  # some are there without a package's records
         return None if place_of(MODULES.get(name.lower(), name)) else f"{name} is missing"

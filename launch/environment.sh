@@ -16,7 +16,7 @@ help_if_asked() { # the script's arguments; prints the comment at its top
   esac
 }
 
-make_environment() { # $1: extras of setup.py, may be empty. Sets VENV, and MEGARESNORM, the words of the command
+make_environment() { # $1: extras of pyproject.toml, may be empty. Sets VENV, and MEGARESNORM, the words of the command
   choose_environment "${1:-}"
   if is_ours "${1:-}"; then
     install_what_is_missing "${1:-}"
@@ -79,7 +79,7 @@ PYTHON
 
 install_what_is_missing() { # $1: extras. Of an environment of our own; what dev has is enough for all
   local stamp wanted
-  wanted=$(cat setup.py constraints.txt requirements.lock | cksum)
+  wanted=$(cat pyproject.toml constraints.txt requirements.lock | cksum)
   for stamp in "$VENV/.megaresnorm-${1:-run}" "$VENV/.megaresnorm-dev"; do
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && contents "$1" >/dev/null 2>&1; then return 0; fi
   done
@@ -102,7 +102,7 @@ install_what_is_missing() { # $1: extras. Of an environment of our own; what dev
 }
 
 cannot_install() {
-  fail "pip could not install (see above); without network set VENV=/an/environment/that/has/what/setup.py/names"
+  fail "pip could not install (see above); without network set VENV=/an/environment/that/has/what/pyproject.toml/names"
 }
 
 make_venv() { # a virtual environment with pip in $VENV; one of ours that was not finished is made again

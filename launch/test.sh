@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is missing and runs all checks: ruff, mypy, pytest. Arguments go to pytest:
+# Installs what is missing and runs all checks: ruff, codespell, mypy, pytest. Arguments go to pytest:
 #   bash launch/test.sh -m slow
 #   bash launch/test.sh tests/model -x
 set -euo pipefail
@@ -11,6 +11,8 @@ make_environment dev
 say "ruff"
 "$VENV/bin/python" -m ruff check .
 "$VENV/bin/python" -m ruff format --check --quiet . || fail "files are not formatted; run: $VENV/bin/python -m ruff format ."
+say "codespell"
+"$VENV/bin/codespell"
 say "mypy"
 "$VENV/bin/python" -m mypy
 say "pytest"

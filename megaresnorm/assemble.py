@@ -1,4 +1,7 @@
-"""The one order of putting a model together: meta model in its tensor layout, precision, compile, FSDP, materialise, initialise."""
+"""The one place and order in which a model is put together.
+
+Meta model in its tensor layout, precision, compile, FSDP, materialise, initialise, DDP.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,9 +37,15 @@ from megaresnorm.recipe import KernelRecipe, ModelRecipe, ParallelRecipe, Precis
 class Assembled:
     """A model, or this rank's stages of one, ready to train, and what was decided on the way.
 
-    models: by number of the stage; one process has stage 0 alone.   modules: the same as data parallelism has wrapped them, to be
-    called in training.   backends: by op.   kernel_choices: the same with their reasons, to be read.   cross_entropy: logits of the
-    last stage, labels, z_loss, scale -> (nll, objective).
+    Attributes:
+        models: this rank's stages by number; one process has stage 0 alone.
+        modules: the same as data parallelism has wrapped them, to be called in training.
+        table: parameters of the whole model by global name.
+        backends: chosen kernel backend by op.
+        kernel_choices: the same with their reasons, for people to read.
+        cross_entropy: logits of the last stage, labels, z_loss, scale -> (nll, objective).
+        residual_dtype: in which the residual stream is stored.
+        bf16: copies of the weights, by stage; empty unless products are BF16 and weights are not sharded over dp_shard.
     """
 
     models: dict[int, Transformer]
@@ -67,12 +76,12 @@ class Assembled:
 
     @property
     def copies(self) -> set[str]:
-        """Parameters of this rank that a rank before it has as well: a tied output matrix."""
+        """Parameters of this rank that an earlier rank of the pipeline has as well: a tied output matrix."""
         tied = "embedding.weight" in self.parameters() and not any(m.stage.has_embedding for m in self.models.values())
         return {"embedding.weight"} if tied else set()
 
     def weights_changed(self) -> None:
-        """To be called after the optimizer or a checkpoint has changed the weights."""
+        """Renew what is derived from the weights, after the optimizer or a checkpoint has changed them."""
         for copies in self.bf16:
             copies.refresh()
 
@@ -88,10 +97,18 @@ def build_model(
     device: str | torch.device = "cpu",
     compiled: str = "none",
 ) -> Assembled:
-    """Build, materialise and initialise the model of a recipe whose vocab_size is set, or a rank's part of it.
+    """Build, materialise and initialise the model of a recipe, or a rank's part of it. Collective.
 
-    compiled: train.compile.
-    Raises: ConfigError for a topology, kernel or device that cannot be used.
+    Args:
+        recipe: with a vocab_size.
+        context: None for one process.
+        compiled: train.compile.
+
+    Communication:
+        That of ``pad_uneven_shards`` with dp_shard, otherwise none: initial weights are not sent.
+
+    Raises:
+        ConfigError: a topology, kernel or device cannot be used.
     """
     load_backends()
     precision, kernels = precision or PrecisionRecipe(), kernels or KernelRecipe()
@@ -113,7 +130,7 @@ def build_model(
         cross_entropy = vocab_parallel_cross_entropy(
             context.tp, context.tp.rank * (recipe.padded_vocab_size // context.tp.size)
         )
-        choices["cross_entropy"] = f"cross_entropy on {device.type}: vocabulary divided over {context.tp.size} ranks"
+        choices["cross_entropy"] = f"cross_entropy on {device.type}: vocabulary sharded over {context.tp.size} ranks"
     functions = {op: kernel.function for op, (kernel, _) in chosen.items()}
     model_kernels = _model_kernels(functions, layout, norm_kernels, stored, compute)
     stages = split_stages(recipe, parallel)
@@ -144,14 +161,21 @@ def build_model(
 
 
 def compare_kernels(assembled: Assembled) -> None:
-    """Raises: ConfigError where ranks would compute with different kernels. All ranks must call it."""
+    """Check that all ranks have chosen the same kernels. Collective.
+
+    Communication:
+        One ``all_gather_json`` over control, of the backend of each op.
+
+    Raises:
+        ConfigError: ranks would compute with different kernels.
+    """
     everyone = all_gather_json(assembled.backends, assembled.context.control)
     for rank, other in enumerate(everyone):
         for op, backend in other.items():
             if backend != everyone[0][op]:
                 raise ConfigError(
-                    f"ranks have chosen different kernels: {op} is {everyone[0][op]} on the first, {backend} on rank {rank}; "
-                    f"name it in the recipe, kernels.{op}"
+                    f"ranks have chosen different kernels: {op} is {everyone[0][op]} on the first, {backend} on rank "
+                    f"{rank}; name it in the recipe, kernels.{op}"
                 )
 
 
@@ -162,7 +186,7 @@ def _model_kernels(
     stored: torch.dtype,
     compute: torch.dtype,
 ) -> Kernels:
-    """The chosen kernels as the model calls them, the stream's in its layout."""
+    """The chosen kernels as the model calls them; those of the stream work in its layout."""
     whole, axis = AddNorm(functions["add_norm"], stored, compute), layout.axis
 
     def normalize_shared(x: Tensor, norm: Norm) -> Tensor:
@@ -178,10 +202,15 @@ def _model_kernels(
 
 
 def compile_blocks(model: Transformer, *, cuda_graphs: bool, device: torch.device) -> None:
-    """torch.compile every block by itself, so that equal blocks share their code."""
+    """torch.compile every block by itself, so that equal blocks share their code.
+
+    Raises:
+        ConfigError: CUDA graphs without a GPU.
+    """
     if cuda_graphs and device.type != "cuda":
         raise ConfigError(f"train.compile=cuda_graphs needs a GPU, this is {device.type}; try train.compile=blocks")
-    # Blocks differ in plain numbers (a topology's constants): each may need code of its own, and none may fall back silently.
+    # Blocks differ in plain numbers (a topology's constants): each may need code of its own, and none may fall back
+    # silently.
     limits, wanted = torch._dynamo.config, 8 + 2 * model.recipe.num_blocks
     limits.recompile_limit = max(limits.recompile_limit, wanted)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * wanted)
@@ -190,7 +219,14 @@ def compile_blocks(model: Transformer, *, cuda_graphs: bool, device: torch.devic
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of a recipe's train.device, of a rank of this node. Raises: ConfigError for cuda where there is none."""
+    """The device of a rank of this node.
+
+    Args:
+        name: train.device.
+
+    Raises:
+        ConfigError: cuda where there is none, or more ranks than GPUs.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device=cuda: torch sees no GPU here; use train.device=auto or cpu")
     if name == "auto":

@@ -1,4 +1,4 @@
-"""Which rank has which part of a model: what fits, and how it is split. Pure: nothing is allocated, no rank is asked."""
+"""How a model is split over ranks, and whether it fits. Pure: nothing is allocated, no rank is asked."""
 
 from megaresnorm.errors import ConfigError
 from megaresnorm.model.cost import block_flops, embedding_flops, head_flops
@@ -9,12 +9,12 @@ from megaresnorm.recipe import ModelRecipe, ParallelRecipe, PrecisionRecipe, Rec
 
 
 def gathers_stream(parallel: ParallelRecipe, precision: PrecisionRecipe) -> bool:
-    """Under tensor_layout=columns: whether the stored stream is gathered, rather than its normalised columns."""
+    """Whether tensor_layout=columns gathers the stored stream, rather than its normalised columns."""
     return parallel.columns_norm != "merge" and precision.stream == precision.compute
 
 
 def split_stages(recipe: ModelRecipe, parallel: ParallelRecipe) -> list[Stage]:
-    """What every pipeline stage has, as the recipe says or balanced by cost."""
+    """The pipeline's stages, as the recipe says or balanced by cost."""
     if parallel.stage_blocks is not None:
         ranges = stage_ranges(parallel.stage_blocks)
     else:
@@ -32,7 +32,8 @@ def split_stages(recipe: ModelRecipe, parallel: ParallelRecipe) -> list[Stage]:
 def check_layout(recipe: Recipe, num_ranks: int) -> Sizes:
     """The sizes of all axes for a recipe whose vocab_size is set; called before anything starts.
 
-    Raises: ConfigError for what does not fit, with what would.
+    Raises:
+        ConfigError: something does not fit; the line says what would.
     """
     model, parallel = recipe.model, recipe.parallel
     sizes = resolve_sizes(
@@ -41,13 +42,15 @@ def check_layout(recipe: Recipe, num_ranks: int) -> Sizes:
     rows = model.padded_vocab_size
     if rows % sizes.tp or (sizes.tp - 1) * (rows // sizes.tp) >= (model.vocab_size or 0):
         raise ConfigError(
-            f"parallel.tp={sizes.tp} must divide the {rows} padded rows of model.vocab_size={model.vocab_size}, with a token for "
-            f"every rank; set model.vocab_multiple to a multiple of {sizes.tp}, or try parallel.tp in {divisors(rows)[:6]}"
+            f"parallel.tp={sizes.tp} must divide the {rows} padded rows of model.vocab_size={model.vocab_size}, with a "
+            f"token for every rank; set model.vocab_multiple to a multiple of {sizes.tp}, or try parallel.tp in "
+            f"{divisors(rows)[:6]}"
         )
     micro = recipe.train.micro_batch_of(sizes.dp_replicate * sizes.dp_shard, sizes.pp)
     if parallel.tensor_layout == "tokens" and micro * model.seq_len % sizes.tp:
         raise ConfigError(
-            f"parallel.tp={sizes.tp} must divide the {micro * model.seq_len} tokens of a microbatch under tensor_layout=tokens; "
-            "change train.micro_batch or model.seq_len, or use tensor_layout=columns, which needs no such thing"
+            f"parallel.tp={sizes.tp} must divide the {micro * model.seq_len} tokens of a microbatch under "
+            "tensor_layout=tokens; change train.micro_batch or model.seq_len, or use tensor_layout=columns, which "
+            "needs no such thing"
         )
     return sizes

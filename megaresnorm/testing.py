@@ -1,7 +1,8 @@
-"""Several ranks inside one program, for tests of layouts: fork, gloo, a file store. Two of them start in a fifth of a second.
+"""Several ranks inside one program, for tests of layouts: fork, gloo, a file store.
 
+Two ranks start in a fifth of a second. This calls function(rank, *arguments) on each:
 
-first, second = run_ranks(2, function, *arguments)      # function(rank, *arguments) on every rank
+    first, second = run_ranks(2, function, *arguments)
 """
 
 import json
@@ -95,7 +96,7 @@ def _read(folder: Path, rank: int) -> Any:
 
 
 def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """JSON's own values as they are, anything else as [kind, content]; tensors are put into ``tensors``.
+    """JSON's own values as they are, anything else as [kind, content]; tensors go into ``tensors``.
 
     >>> _unpacked(_packed((1, [{"a": None, 2: 0.5}]), {}), {})
     (1, [{'a': None, 2: 0.5}])

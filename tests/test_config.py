@@ -85,7 +85,8 @@ BAD = [
     (["schedule.warmup_steps=11"], ["schedule.warmup_steps=11", "train.steps=10"]),
     (["data.valid_fraction=0.6", "data.test_fraction=0.5"], ["must leave something to train on"]),
     (["precision.compute=fp64", "precision.residual_dtype=bf16"], ["fp64 is for both or neither"]),
-    (["train.batch_ramp.start=16", "train.batch_ramp.steps=2"], ["train.batch_ramp.start=16", "at most train.global_batch=8"]),
+    (["train.batch_ramp.start=16", "train.batch_ramp.steps=2"],
+     ["train.batch_ramp.start=16", "at most train.global_batch=8"]),
     # settings without effect
     (["model.positions=learned", "model.rope_theta=500.0"], ["model.rope_theta=500.0 has no effect"]),
     (["model.init.position_std=0.1"], ["model.init.position_std=0.1 has no effect with model.positions=rope"]),
@@ -106,7 +107,8 @@ BAD = [
     ("model: !!python/object/apply:os.system ['true']\n", ["not valid YAML"]),
     ("a: &a [*a]\n", ["an anchor contains itself"]),
     ("model: {dim: 64, num_blocks: 4, num_heads: 4, seq_len: 32}\ndata: {path: d}\n", ["train is missing"]),
-    ("model: {num_blocks: 4, num_heads: 4, seq_len: 32}\ndata: {path: d}\ntrain: {}\n", ["model.dim is missing", "model.dim="]),
+    ("model: {num_blocks: 4, num_heads: 4, seq_len: 32}\ndata: {path: d}\ntrain: {}\n",
+     ["model.dim is missing", "model.dim="]),
     ("\tmodel: 1\n", ["line 1", "not valid YAML"]),
 ]  # fmt: skip
 
@@ -149,7 +151,8 @@ def test_unknown_topology_and_kernel_are_suggested(tiny):
 def test_yaml_scalars_mean_what_they_look_like():
     text = "[3e-4, 1e5, 1., .5, no, on, yes, 010, 1_000, 0x1f, 12:30:00, 2024-01-01, ~, null, true, -3, +2.5e-1, '3']"
     assert read_yaml(text) == [
-        3e-4, 1e5, 1.0, 0.5, "no", "on", "yes", 10, "1_000", "0x1f", "12:30:00", "2024-01-01", None, None, True, -3, 0.25, "3",
+        3e-4, 1e5, 1.0, 0.5, "no", "on", "yes", 10, "1_000", "0x1f", "12:30:00", "2024-01-01", None, None, True, -3,
+        0.25, "3",
     ]  # fmt: skip
 
 

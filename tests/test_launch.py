@@ -61,7 +61,8 @@ def test_what_is_missing_there_is_named_with_the_command_that_installs_it(tmp_pa
         f"error: {venv} was not made here and is used as it is, but torch is missing, numpy is missing, "
     )
     command = shlex.split(line.split("install it there: ")[1])
-    assert command[-8:] == ["torch>=2.11", "numpy>=1.26", "pydantic>=2.7", "pyyaml>=6.0", "rich>=14.1", "safetensors>=0.5",
+    assert command[-8:] == ["torch>=2.11", "numpy>=1.26", "pydantic>=2.7", "pyyaml>=6.0", "rich>=14.1",
+                            "safetensors>=0.5",
                             "sentencepiece>=0.2", "tensorboard>=2.16"]  # fmt: skip
 
 
@@ -96,7 +97,7 @@ def test_the_usual_folder_is_taken_over_unless_another_torch_is_there(torch, ans
     (pinned,) = re.findall(r"^torch==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     torch = pinned + torch if torch == "+cpu" else torch
     venv = fake_environment(tmp_path / ".venv", packages=False, torch=torch)
-    code = f"cp -r launch setup.py constraints.txt {tmp_path}; cd {tmp_path}; VENV=.venv; is_ours ''"
+    code = f"cp -r launch pyproject.toml constraints.txt {tmp_path}; cd {tmp_path}; VENV=.venv; is_ours ''"
     got = shell(f"{code} && echo ours || echo theirs")
     assert got.stdout == f"{answer}\n", got
     assert (venv / ".megaresnorm").exists() == (answer == "ours")

@@ -77,7 +77,8 @@ FORBIDDEN_CALLS = {
     "yaml.full_load_all", "logging.config.dictConfig",
 }  # fmt: skip
 FORBIDDEN_METHODS = {  # of whatever module: they pickle what ranks tell each other
-    "broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list", "send_object_list", "recv_object_list",
+    "broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list", "send_object_list",
+    "recv_object_list",
 }  # fmt: skip
 FORBIDDEN_OPTIONS = {"shell", "weights_only", "trust_remote_code", "allow_pickle"}
 FILES = sorted(ROOT.rglob("*.py"))

@@ -413,7 +413,8 @@ def test_command_line_trains_shows_and_resumes(tiny, tmp_path, capsys):
     first = capsys.readouterr().out
     kernel = f"add_norm on cpu: {'cpu' if unavailable() is None else 'reference'}"
     for part in ("vocab_size: 257", "3 blocks = 6 sub-layers", kernel, "step 3/3",
-                 "total variation of the lr 0.0009", "--- sample ---\ndef ", "unigram entropy", "step-00000003"):  # fmt: skip
+                 "total variation of the lr 0.0009", "--- sample ---\ndef ", "unigram entropy",
+                 "step-00000003"):  # fmt: skip
         assert part in first, part
     assert main(["train", str(path), "train.steps=5"]) == 0
     second = capsys.readouterr().out

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes constraints.txt and requirements.lock again from setup.py. Needs network; leaves nothing else behind.
-#   bash tools/lock.sh                           # keeps every version that setup.py still allows
+# Makes constraints.txt and requirements.lock again from pyproject.toml. Needs network; leaves nothing else behind.
+#   bash tools/lock.sh                           # keeps every version that pyproject.toml still allows
 #   bash tools/lock.sh --upgrade-package numpy   # arguments go to uv pip compile; --upgrade takes all that is new
 #   TORCH=2.13.0 bash tools/lock.sh              # another torch, which otherwise stays, and is one for all
 set -euo pipefail
@@ -12,7 +12,7 @@ trap 'rm -rf "$work"' EXIT
 "$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check uv
 torch=torch==${TORCH:-$(sed -nE 's/^torch==([0-9.]+).*/\1/p' constraints.txt)}
 compile() { # for every platform and every Python from 3.10 on; $1: file to write; setuptools builds the package
-  printf '%s\n' "$torch" "setuptools>=77" | "$work/venv/bin/uv" pip compile setup.py - --quiet --universal --python-version 3.10 \
+  printf '%s\n' "$torch" "setuptools>=77" | "$work/venv/bin/uv" pip compile pyproject.toml - --quiet --universal --python-version 3.10 \
     --no-header --no-annotate --output-file "$@" >/dev/null
 }
 without() { awk -v names="^($1)" '/^[^ ]/ { wanted = $0 !~ names } wanted' "$2"; } # entries may have several lines
@@ -23,7 +23,7 @@ compile "$work/requirements.lock" --constraint "$work/constraints.txt" --generat
 
 {
   cat <<'TEXT'
-# Versions that the tests ran with, of all that setup.py names with the extra dev and of what that needs in turn.
+# Versions that the tests ran with, of all that pyproject.toml names with the extra dev and of what that needs in turn.
 # Not here: triton and the CUDA packages. A build of torch names its own exactly, and each build has others; where it names
 # none (one for CPUs only), the tests take the newest triton.
 # Made by tools/lock.sh; change a version with: bash tools/lock.sh --upgrade-package NAME
@@ -37,7 +37,7 @@ cp "$work/new" constraints.txt
 # Not here: torch, with triton and the CUDA packages that it brings. Which build fits depends on the machine (for CPUs only, for
 # one CUDA or another), each has its own file and other packages, and most come from an index of PyTorch's. So torch has its
 # version from constraints.txt, and no digest; all other packages that it needs are here.
-# Made by tools/lock.sh from setup.py and constraints.txt; make it again with: bash tools/lock.sh
+# Made by tools/lock.sh from pyproject.toml and constraints.txt; make it again with: bash tools/lock.sh
 TEXT
   without 'torch==|triton==|nvidia-|cuda-' "$work/requirements.lock"
 } >"$work/new"

@@ -1,4 +1,4 @@
-"""The megaresnorm command: parse, call the library, print."""
+"""The megaresnorm command: parses arguments, calls the library, prints."""
 
 from __future__ import annotations
 
@@ -22,13 +22,24 @@ from megaresnorm.parallel.environment import Environment, read_environment
 from megaresnorm.resilience.signals import end_on_purpose
 from megaresnorm.text import OneLine, say, shown
 
-EPILOG = """exit codes: 0 done, 1 unexpected, 2 bad recipe or arguments, 3 bad data, 4 bad checkpoint, 5 the run cannot go on,
-6 another rank is gone, 7 a converted model differs, 124 train.max_minutes are over, 130 stopped by Ctrl-C, 138 by SIGUSR1
-and 143 by SIGTERM, with a checkpoint saved"""
+EPILOG = (
+    "exit codes: 0 done, 1 unexpected, 2 bad recipe or arguments, 3 bad data, 4 bad checkpoint, "
+    "5 the run cannot go on,\n"
+    "6 another rank is gone, 7 a converted model differs, 124 train.max_minutes are over, "
+    "130 stopped by Ctrl-C, 138 by SIGUSR1\n"
+    "and 143 by SIGTERM, with a checkpoint saved"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; errors that the user can cause are one line on stderr."""
+    """Run the command line. Errors that the user can cause are one line on stderr.
+
+    Args:
+        argv: arguments without the program's name; None for those of this process.
+
+    Returns:
+        The exit code.
+    """
     _prepare_streams()
     arguments = _parser().parse_args(argv)
     try:
@@ -49,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _environment() -> Environment:
-    """Of this process; that of one process where the variables of several are wrong, which is then the error to be printed."""
+    """This process's environment; that of one rank if its variables are wrong, which is then the error printed."""
     try:
         return read_environment()
     except ConfigError:
@@ -57,7 +68,7 @@ def _environment() -> Environment:
 
 
 def _code_of(error: UserError, environment: Environment) -> int:
-    """With which this process ends. An error that other ranks may not have is to end them, too: they may wait for this one."""
+    """The exit code for an error. One that other ranks may not have must end them too: they may wait for this rank."""
     if isinstance(error, LostRankError) and not isinstance(error, TooManyRestartsError):
         return error.exit_code
     code = end_on_purpose(error.exit_code, environment)
@@ -70,14 +81,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _WarningsOnStderr(logging.Handler):
-    """Of commands that do not configure logging."""
+    """Prints the warnings of commands that do not configure logging."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(self.format(record), error=True)
 
 
 def _prepare_streams() -> None:
-    """A character that the terminal's encoding lacks is written out, and warnings are lines of their own on stderr."""
+    """Escape characters that the terminal's encoding lacks, and print each warning as a line on stderr."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""Types of arguments that several commands share."""
+"""Argument types that several commands share."""
 
 import argparse
 import json
@@ -11,14 +11,14 @@ from megaresnorm.errors import ConfigError
 from megaresnorm.recipe.section import MAX_BLOCKS, MAX_STEPS
 
 Commands = Any  # argparse keeps the type of add_subparsers() private
-MAX_SHOWN = 60  # characters of an argument in an error
-MAX_NAME, MAX_PATH = 255, 4095  # bytes that Linux takes
+MAX_SHOWN = 60  # characters of an argument that an error shows
+MAX_NAME, MAX_PATH = 255, 4095  # bytes, the limits of Linux
 _UNITS = {"": 1} | {f"{prefix}B": 1000**n for n, prefix in enumerate(["", "K", "M", "G", "T"])}
 _UNITS |= {f"{prefix}IB": 1024**n for n, prefix in enumerate(["K", "M", "G", "T"], start=1)}
 
 
 def path(text: str) -> Path:
-    """Of a file or folder."""
+    """A path of a file or folder, which need not exist."""
     if "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} has a NUL character, which no path has")
     encoded = os.fsencode(text)
@@ -28,7 +28,7 @@ def path(text: str) -> Path:
 
 
 def count_up_to(most: int) -> Callable[[str], int]:
-    """A whole number of at least 1 and at most so many."""
+    """The type of whole numbers from 1 to ``most``."""
 
     def count(text: str) -> int:
         digits = text.lstrip("0")
@@ -50,12 +50,12 @@ blocks = count_up_to(MAX_BLOCKS)
 
 
 def depths(text: str) -> list[int]:
-    """Numbers of blocks with commas between them."""
+    """Numbers of blocks, separated by commas."""
     return [blocks(part) for part in text.split(",")]
 
 
 def names(text: str) -> list[str]:
-    """Words with commas between them."""
+    """Words, separated by commas."""
     return [part.strip() for part in text.split(",")]
 
 
@@ -88,7 +88,11 @@ def share(text: str) -> float:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """What --json asks for. Raises: ConfigError if it cannot be written."""
+    """Write the file that --json names.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     try:
         path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     except OSError as e:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def add_checkpoint(commands: Commands) -> None:
+    """Add the checkpoint command with its five verbs."""
     checkpoint = commands.add_parser(
         "checkpoint",
         help="list, show, verify, compare and remove checkpoints",
@@ -53,7 +54,8 @@ def add_checkpoint(commands: Commands) -> None:
     prune.add_argument(
         "--also-before-refused",
         action="store_true",
-        help="remove also those up to the run's first step with a non-finite loss or gradient, which are kept otherwise",
+        help="remove also those up to the run's first step with a non-finite loss or gradient, "
+        "which are kept otherwise",
     )
     prune.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
     prune.set_defaults(run=_prune)
@@ -169,12 +171,12 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _beside(folder: Path) -> list[str]:
-    """A line for what lies in a checkpoint's folder and is not part of it, if there is any."""
+    """A line about files in a checkpoint's folder that are not part of it, if there are any."""
     from megaresnorm.checkpoint.inspect import strangers
 
     try:
         names = strangers(folder)
-    except CheckpointError:  # which verifying has said
+    except CheckpointError:  # verify has reported it
         return []
     more = f" and {len(names) - 5} others" if len(names) > 5 else ""
     return [f"not part of it, and not read by anything: {', '.join(map(shown, names[:5]))}{more}"] if names else []

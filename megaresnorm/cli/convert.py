@@ -25,6 +25,7 @@ _CHECKPOINT = "a checkpoint, or the output folder of a run: its newest one"
 
 
 def add_convert(commands: Commands) -> None:
+    """Add the convert command with its five actions."""
     convert = commands.add_parser(
         "convert",
         help="to and from Hugging Face Transformers and Megatron-Core",
@@ -43,8 +44,8 @@ def _add_to_hf(actions: Commands) -> None:
         "to-hf",
         help="a checkpoint as a model of Hugging Face Transformers",
         description="Write a checkpoint as a model of Hugging Face Transformers: safetensors, config, tokenizer, model "
-        "card. The result is loaded by Transformers and its logits are compared with the checkpoint's; exit code 7 if they "
-        "differ.",
+        "card. The result is loaded by Transformers and its logits are compared with the checkpoint's; exit code 7 if "
+        "they differ.",
         epilog="example: megaresnorm convert to-hf runs/quickstart/deepnorm-50 runs/quickstart/hf",
     )
     to_hf.add_argument("checkpoint", type=path, metavar="CHECKPOINT", help=_CHECKPOINT)
@@ -66,8 +67,8 @@ def _add_from_hf(actions: Commands) -> None:
         "from-hf",
         help="a model of Hugging Face Transformers as a checkpoint, to train it on",
         description="Read a downloaded model of Hugging Face Transformers (safetensors alone, never a pickle) and "
-        "write a checkpoint that any layout can train on, with a recipe that does. A field or a tensor that our model has "
-        "nothing for is refused by name.",
+        "write a checkpoint that any layout can train on, with a recipe that does. A field or a tensor that our model "
+        "has nothing for is refused by name.",
         epilog="example: megaresnorm convert from-hf models/Qwen3-0.6B runs/qwen3 --seq-len 4096",
     )
     from_hf.add_argument(
@@ -118,8 +119,8 @@ def _add_compare(actions: Commands) -> None:
         "--prompts",
         type=path,
         metavar="FILE",
-        help="a text in every line, where A or B is a checkpoint with a tokenizer; of more than 3,072 tokens both models are "
-        "in memory together, otherwise one after the other [2,000 random tokens]",
+        help="a text in every line, where A or B is a checkpoint with a tokenizer; of more than 3,072 tokens both "
+        "models are in memory together, otherwise one after the other [2,000 random tokens]",
     )
     _add_tolerance(compare)
     compare.set_defaults(run=_compare)
@@ -164,8 +165,8 @@ def _add_verifying(command: argparse.ArgumentParser) -> None:
         "--verify",
         choices=["on", "off"],
         default="on",
-        help="compare logits of both models, which takes one after the other whole, in FP32; off where memory forbids it "
-        "[on]",
+        help="compare logits of both models, which takes one after the other whole, in FP32; "
+        "off where memory forbids it [on]",
     )
     _add_tolerance(command)
 
@@ -207,7 +208,7 @@ def _to_hf(arguments: argparse.Namespace) -> int:
 
 
 def _from_hf(arguments: argparse.Namespace) -> int:
-    _needs_transformers()  # Megatron's weights need its tokenizers alone
+    _needs_transformers()  # Megatron-Core's weights need it for their tokenizer alone
     from megaresnorm.convert.config_json import is_megatron
     from megaresnorm.convert.from_hf import from_hf
     from megaresnorm.telemetry.log import console, progress_bars
@@ -309,7 +310,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _tolerance_of(arguments: argparse.Namespace) -> float:
-    """Raises: ConfigError for one that nothing is held to."""
+    """The value of --tolerance or its default. Refused with --verify off, where it has no effect."""
     from megaresnorm.convert.compare import TOLERANCE
 
     if arguments.tolerance is not None and arguments.verify == "off":
@@ -345,7 +346,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _needs_transformers() -> None:
-    """Raises: ConfigError where it is not installed. Says nothing to the internet: what is converted is here."""
+    """Refuse a missing or old Transformers, and keep it offline: everything that is converted is local."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:

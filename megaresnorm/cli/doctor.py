@@ -1,4 +1,4 @@
-"""megaresnorm doctor: what this machine can run."""
+"""megaresnorm doctor: checks which kernels this machine can run."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ if TYPE_CHECKING:  # commands import what they need, so that --help is instant
 
 
 MAX_SIZE = 1 << 27  # rows or columns
-ELEMENT_BYTES = 64  # that kernels take for an element of a shape: sixteen FP32 tensors
+ELEMENT_BYTES = 64  # of memory that kernels take for an element of a shape: sixteen FP32 tensors
 
 
 def add_doctor(commands: Commands) -> None:
+    """Add the doctor command."""
     doctor = commands.add_parser(
         "doctor",
         help="what this machine can run",
-        description="""--kernels runs every backend of every kernel at every shape, forward and backward, and says which one
+        description="""\
+--kernels runs every backend of every kernel at every shape, forward and backward, and says which one
 auto takes and why it does not take the others. Times are the best of five calls: tools/bench_kernels.py measures.""",
         epilog="""examples: megaresnorm doctor --kernels
           megaresnorm doctor --kernels --dtype bf16 --shapes 1024x256,8192x4096 --json kernels.json""",
@@ -86,7 +88,11 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _check_memory(device: torch.device, elements: int) -> None:
-    """Raises: ConfigError where kernels would take more memory than there is."""
+    """Check that kernels on tensors of ``elements`` elements fit in memory.
+
+    Raises:
+        ConfigError: they do not.
+    """
     import torch
 
     from megaresnorm.checkpoint.format import human_bytes

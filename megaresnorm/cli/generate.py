@@ -10,10 +10,11 @@ from megaresnorm.errors import ConfigError
 from megaresnorm.recipe.section import FP32_MAX, FP32_TINY, MAX_TOKENS, MAX_VOCAB
 from megaresnorm.text import write
 
-MAX_PROMPT_BYTES = 1 << 24  # that are read from standard input
+MAX_PROMPT_BYTES = 1 << 24  # read from standard input at most
 
 
 def add_generate(commands: Commands) -> None:
+    """Add the generate command."""
     generate = commands.add_parser(
         "generate",
         help="continue a text with a trained model",
@@ -75,7 +76,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _show_more(shown: str, text: str) -> str:
-    """Print what is new in ``text``, but no character whose last bytes are still to come."""
+    """Print what ``text`` adds to ``shown``, but no character whose last bytes are still to come."""
     whole = text.rstrip("\ufffd")
     if whole.startswith(shown):
         write(whole[len(shown) :])
@@ -84,7 +85,11 @@ def _show_more(shown: str, text: str) -> str:
 
 
 def _prompt(text: str) -> str:
-    """The argument, or what standard input holds. Raises: ConfigError for what is not text."""
+    """The argument, or standard input where it is ``-``.
+
+    Raises:
+        ConfigError: it is not UTF-8 text, or too long.
+    """
     stream = getattr(sys.stdin, "buffer", sys.stdin)  # bytes, whatever the locale
     if text == "-" and stream is None:
         raise ConfigError("--prompt -: standard input is closed")

@@ -15,10 +15,12 @@ from megaresnorm.text import say, shown, write
 
 
 def add_train(commands: Commands) -> None:
+    """Add the train command."""
     train = commands.add_parser(
         "train",
         help="train a recipe, or go on training it",
-        description="Train the run of a recipe. If its output folder has a checkpoint, the run goes on from the newest one.",
+        description="Train the run of a recipe. If its output folder has a checkpoint, the run goes on from the newest "
+        "one.",
         epilog="example: megaresnorm train configs/quickstart.yaml model.topology=keel train.steps=100",
     )
     train.add_argument("recipe", help="YAML file, as in configs/")
@@ -43,6 +45,7 @@ def add_train(commands: Commands) -> None:
 
 
 def add_schema(commands: Commands) -> None:
+    """Add the schema command."""
     schema = commands.add_parser("schema", help="print the JSON schema of a recipe, for editors")
     schema.set_defaults(run=_schema)
 
@@ -143,7 +146,7 @@ def _schema(arguments: argparse.Namespace) -> int:
 
 
 def recipe_schema() -> dict:
-    """JSON schema of a recipe; the names of the topologies are added to it."""
+    """JSON schema of a recipe, with the names of the topologies."""
     from megaresnorm.model.topology import TOPOLOGIES
     from megaresnorm.recipe import Recipe
 

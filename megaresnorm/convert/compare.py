@@ -1,4 +1,4 @@
-"""Two models' logits on the same tokens: whether they compute the same, and how their models are loaded for that."""
+"""Comparison of two models by their logits on the same tokens, and the loading of the models for it."""
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,18 +21,24 @@ from megaresnorm.errors import CheckpointError, ConfigError, ConversionError
 from megaresnorm.reading import first_line, read_plain_file
 from megaresnorm.resilience.host import available_memory
 
-TOLERANCE = 2e-5  # of the largest logit; what is converted wrongly is further off by orders of magnitude
-LOGITS = 1 << 22  # that are compared at a time, in FP64
-MARGIN = 1e-4  # by which the first token must lead the second to count in the agreement
+TOLERANCE = 2e-5  # share of the largest logit; a wrong conversion is off by orders of magnitude more
+LOGITS = 1 << 22  # compared at a time, in FP64
+MARGIN = 1e-4  # of logits, by which the likeliest token must lead the second to count in clear_top1
 Logits = Callable[[Tensor], Tensor]  # tokens [B, S] -> [B, S, V], FP32 or FP64
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How the logits of two models differ over ``tokens`` positions.
+    """How the logits of two models differ.
 
-    largest, mean: of the absolute differences.   scale: the largest absolute logit of the first.   top1: share of positions with
-    the same likeliest token; clear_top1: of those where it leads by MARGIN.   kl: mean of KL(first || second) in nats.
+    Attributes:
+        tokens: number of positions that were compared.
+        largest, mean: of the absolute differences.
+        scale: the largest absolute logit of the first model.
+        top1: share of positions with the same likeliest token.
+        clear_top1: the same share of the positions where the first model's likeliest token leads by MARGIN.
+        kl: mean of KL(first || second) in nats.
+        tolerance: the largest ``relative`` that is allowed.
     """
 
     tokens: int
@@ -46,23 +52,30 @@ class Agreement:
 
     @property
     def relative(self) -> float:
+        """The largest difference as a share of the largest logit."""
         return self.largest / self.scale if self.scale else inf if self.largest else 0.0
 
     @property
     def passed(self) -> bool:
-        return self.relative <= self.tolerance and self.clear_top1 == 1.0  # infinite logits make it NaN, which is not
+        """Whether the models compute the same: within the tolerance, and with the same clear likeliest tokens."""
+        return self.relative <= self.tolerance and self.clear_top1 == 1.0  # False for infinite logits: relative is NaN
 
     def judge(self, made: str) -> None:
-        """Raises: ConversionError for a model that was made and does not agree."""
+        """Refuse a conversion whose result, which the error calls ``made``, does not agree with the original.
+
+        Raises:
+            ConversionError: the models do not compute the same.
+        """
         if self.passed:
             return
         raise ConversionError(
-            f"FAIL: {made} does not compute the same: logits differ by up to {self.largest:.3g} of {self.scale:.3g} (allowed "
-            f"{self.tolerance:.2g} of that), {self.clear_top1:.2%} have the same likeliest token; nothing was kept"
+            f"FAIL: {made} does not compute the same: logits differ by up to {self.largest:.3g} of {self.scale:.3g} "
+            f"(allowed {self.tolerance:.2g} of that), {self.clear_top1:.2%} have the same likeliest token; nothing was "
+            "kept"
         )
 
     def rows(self) -> dict[str, str]:
-        """What is printed."""
+        """The figures to print, by their names."""
         return {
             "positions compared": f"{self.tokens:,}",
             "largest difference": f"{self.largest:.3g} of logits up to {self.scale:.3g} ({self.relative:.2g} of that, "
@@ -74,26 +87,29 @@ class Agreement:
 
 
 def logits_on(prompts: Sequence[Tensor], logits: Logits) -> Iterator[Tensor]:
-    """Of batches of tokens [B, S], one after the other: [B, S, V] each."""
+    """Logits [B, S, V] of batches of tokens [B, S], one after the other."""
     for prompt_BS in prompts:
-        with torch.no_grad():  # not around yield, which may be the last that is heard of it
+        with torch.no_grad():  # not around yield: a generator that is never resumed would leave it set
             found = logits(prompt_BS)
         yield found
 
 
 def kept_logits_on(prompts: Sequence[Tensor], load: Callable[[], Logits]) -> list[Tensor]:
-    """The same of a model that is gone afterwards, so that there is memory for another."""
+    """``logits_on`` of a model that is freed afterwards, so that there is memory for another."""
     kept = list(logits_on(prompts, load()))
-    gc.collect()  # models of Transformers refer to themselves
+    gc.collect()  # models of Transformers hold reference cycles
     return kept
 
 
 @torch.no_grad()
 def compare(one: Iterable[Tensor], other: Iterable[Tensor], tolerance: float = TOLERANCE) -> Agreement:
-    """Compare two models' logits [B, S, V] on the same batches. Raises: CheckpointError where the vocabularies differ."""
-    sums = torch.zeros(
-        5, dtype=torch.float64
-    )  # of mean differences, equal first tokens, leads, equal ones that lead, KL
+    """Compare two models' logits [B, S, V] on the same batches.
+
+    Raises:
+        CheckpointError: the vocabularies differ.
+    """
+    # Sums over positions: mean differences, equal first tokens, clear leads, equal first tokens with a clear lead, KL.
+    sums = torch.zeros(5, dtype=torch.float64)
     tokens, largest, scale = 0, 0.0, 0.0
     for both in zip(one, other, strict=True):
         whole = [logits_BSV.flatten(0, 1) for logits_BSV in both]
@@ -114,7 +130,7 @@ def compare(one: Iterable[Tensor], other: Iterable[Tensor], tolerance: float = T
 
 
 def _sums(a_TV: Tensor, b_TV: Tensor, difference_TV: Tensor) -> Tensor:
-    """Over the rows, what ``compare`` adds up."""
+    """The sums of ``compare`` over these positions."""
     top = a_TV.topk(min(2, a_TV.shape[1]), dim=1).values
     leads = top[:, 0] - top[:, -1] > MARGIN
     same = a_TV.argmax(1) == b_TV.argmax(1)
@@ -130,14 +146,14 @@ TEXTS = (
     "In the beginning God created the heaven and the earth.\n\nAnd the earth was without form, and void;",
     "你好，世界。 Привет, мир! 😀 3.14159 = π",
 )  # fmt: skip
-SHORT = 128  # tokens of most sequences
-LONG = 512  # tokens of the one long sequence of a comparison, and of a batch of short ones
+SHORT = 128  # tokens of most sequences of a comparison
+LONG = 512  # tokens of its one long sequence, and of a batch of short ones
 MAX_PROMPTS_BYTES = 1 << 24
 PROMPTS = 3072  # tokens that a conversion is verified on, at most: all logits of one model are kept
 
 
 def of_ours(model: Any) -> Logits:
-    """Of our Transformer."""
+    """Logits of our Transformer."""
 
     def logits(tokens_BS: Tensor) -> Tensor:
         return model(tokens_BS).view(*tokens_BS.shape, -1)
@@ -146,7 +162,7 @@ def of_ours(model: Any) -> Logits:
 
 
 def of_theirs(model: Any) -> Logits:
-    """Of a model of Transformers."""
+    """Logits of a model of Transformers."""
 
     def logits(tokens_BS: Tensor) -> Tensor:
         return model(tokens_BS, use_cache=False).logits
@@ -155,7 +171,11 @@ def of_theirs(model: Any) -> Logits:
 
 
 def checked_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a folder of Transformers whose weights are safetensors. Raises: CheckpointError."""
+    """The config.json of a folder of Transformers whose weights are safetensors.
+
+    Raises:
+        CheckpointError: it is none, or its config.json has more layers than there are tensors.
+    """
     config = normalized(folder)
     if config["model_type"] == MEGATRON_NAME:
         raise CheckpointError(
@@ -169,7 +189,14 @@ def checked_config(folder: Path) -> dict[str, Any]:
 
 
 def check_size(folder: Path, loaded: Any) -> None:
-    """Raises: CheckpointError for a config.json of a much larger model than there are weights of: missing ones would be made."""
+    """Check that a model is not much larger than its files, since Transformers would make up the missing weights.
+
+    Args:
+        loaded: the model's class in Transformers.
+
+    Raises:
+        CheckpointError: config.json describes over twice as many parameters, or tables that do not fit in memory.
+    """
     have = sum(prod(shape) for _, shape, _ in Weights(folder).tensors.values())
     with torch.device("meta"):
         skeleton = loaded(loaded.config_class.from_pretrained(folder, local_files_only=True))
@@ -179,15 +206,18 @@ def check_size(folder: Path, loaded: Any) -> None:
     tables, free = sum(buffer.nbytes for buffer in skeleton.buffers()), available_memory()
     if free is not None and tables > free:
         raise CheckpointError(
-            f"{folder}: Transformers would make tables of {human_bytes(tables)}, {human_bytes(free)} are free; is its longest "
-            "sequence right?"
+            f"{folder}: Transformers would make tables of {human_bytes(tables)}, {human_bytes(free)} are free; is its "
+            "longest sequence right?"
         )
 
 
 def load_theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of Transformers from a folder, by the class of its architecture; by ours, where it brings a file of ours along.
+    """Load a model of Transformers by the class of its architecture, or by ours where the folder brings our code along.
 
-    No code of the folder is run, and no pickle is read. Raises: CheckpointError.
+    No code of the folder is run, and no pickle is read.
+
+    Raises:
+        CheckpointError: Transformers cannot load it, or tensors are missing, unexpected or of another shape.
     """
     import transformers
 
@@ -196,7 +226,7 @@ def load_theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     classes = {family.name: family.architecture for family in FAMILIES}
     if kind in classes:
         loaded: Any = getattr(transformers, classes[kind])
-        options["attn_implementation"] = "eager"  # which every class has, capped scores included
+        options["attn_implementation"] = "eager"  # every class has it, capped scores included
     else:
         from megaresnorm.convert.modeling_megaresnorm import MegaResNormForCausalLM as loaded
 
@@ -209,7 +239,7 @@ def load_theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
         model, info = loaded.from_pretrained(folder, output_loading_info=True, **options)
     except CheckpointError:
         raise
-    except Exception as e:  # noqa: BLE001 - whatever a class of theirs makes of bad values
+    except Exception as e:  # noqa: BLE001 - any error that a class of theirs makes of bad values
         raise CheckpointError(f"{folder}: Transformers cannot load it ({first_line(e)})") from None
     finally:
         transformers.logging.set_verbosity(before)
@@ -223,7 +253,13 @@ def load_theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 class Opened(NamedTuple):
-    """A model whose logits can be compared. load: makes it.   seq_len: longest sequence.   tokenizer: of a checkpoint of ours."""
+    """A model whose logits can be compared.
+
+    Attributes:
+        load: makes the model and returns its logits.
+        seq_len: longest sequence.
+        tokenizer: of a checkpoint of ours that has one, else None.
+    """
 
     load: Callable[[], Logits]
     vocab_size: int
@@ -232,7 +268,11 @@ class Opened(NamedTuple):
 
 
 def open_model(folder: Path) -> Opened:
-    """A checkpoint of ours, or a folder of Transformers. Raises: CheckpointError."""
+    """A checkpoint of ours, or a folder of Transformers, whose weights are not loaded yet.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     if (folder / CONFIG).exists():
         config = checked_config(folder)
         vocab_size, seq_len = config.get("vocab_size"), config.get("max_position_embeddings", config.get("n_positions"))
@@ -247,7 +287,7 @@ def open_model(folder: Path) -> Opened:
 
 
 def random_prompts(vocab_size: int, seq_len: int, tokens: int = 2000, seed: int = 0) -> list[Tensor]:
-    """At least ``tokens`` tokens drawn uniformly, in sequences of up to SHORT, some to a batch, and one of up to LONG."""
+    """Batches [B, S]: at least ``tokens`` uniform random tokens in sequences of up to SHORT, and one of up to LONG."""
     generator = torch.Generator().manual_seed(seed)
     length = min(seq_len, SHORT)
     rows = torch.randint(vocab_size, (-(-tokens // length), length), generator=generator)
@@ -256,7 +296,11 @@ def random_prompts(vocab_size: int, seq_len: int, tokens: int = 2000, seed: int 
 
 
 def text_prompts(texts: Sequence[str], tokenizer: Tokenizer, vocab_size: int, seq_len: int) -> list[Tensor]:
-    """Each a document of its own, cut to the longest sequence. Raises: CheckpointError for a tokenizer of another vocabulary."""
+    """Batches [1, S] of one text each, a document of its own, cut to the longest sequence.
+
+    Raises:
+        CheckpointError: the tokenizer makes a token that the vocabulary lacks.
+    """
     rows = [[tokenizer.eod, *tokenizer.encode(text).tolist()][:seq_len] for text in texts]
     if max(map(max, rows)) >= vocab_size:
         raise CheckpointError(f"the tokenizer makes token {max(map(max, rows))}, the vocabulary has {vocab_size}")
@@ -264,7 +308,7 @@ def text_prompts(texts: Sequence[str], tokenizer: Tokenizer, vocab_size: int, se
 
 
 def prompts_of(native: NativeModel, tokenizer: Tokenizer | None) -> list[Tensor]:
-    """What a conversion is verified on: random tokens, and texts where there is a tokenizer."""
+    """The batches that a conversion is verified on: random tokens, and texts where there is a tokenizer."""
     vocab_size, seq_len = native.recipe.vocab_size, native.recipe.seq_len
     assert vocab_size is not None
     texts = [] if tokenizer is None else text_prompts(TEXTS, tokenizer, vocab_size, min(seq_len, SHORT))
@@ -274,7 +318,11 @@ def prompts_of(native: NativeModel, tokenizer: Tokenizer | None) -> list[Tensor]
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a file that are not empty. Raises: ConfigError."""
+    """The lines of a file that are not blank.
+
+    Raises:
+        ConfigError: the file has none, or is not readable UTF-8 text.
+    """
     try:
         text = read_plain_file(path, MAX_PROMPTS_BYTES).decode("utf-8")
     except OSError as e:
@@ -288,9 +336,14 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def check_memory(num_bytes: int, vocab_size: int) -> None:
-    """Raises: ConfigError where a model of so many bytes does not fit, with the logits of the other one beside it."""
+    """Check that a model of ``num_bytes`` fits in memory, with the logits of the other one beside it.
+
+    Raises:
+        ConfigError: it does not.
+    """
     have, need = available_memory(), num_bytes + 4 * (PROMPTS + 2 * LONG) * vocab_size
     if have is not None and need > have:
         raise ConfigError(
-            f"verifying needs {human_bytes(need)} of memory, {human_bytes(have)} are free; switch it off by --verify off"
+            f"verifying needs {human_bytes(need)} of memory, {human_bytes(have)} are free; "
+            "switch it off by --verify off"
         )

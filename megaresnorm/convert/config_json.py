@@ -1,4 +1,4 @@
-"""The config.json of a downloaded model, in the form of today's Transformers."""
+"""The config.json of a downloaded model, in the form of the installed Transformers."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +11,8 @@ from megaresnorm.errors import CheckpointError
 from megaresnorm.reading import first_line
 from megaresnorm.recipe.section import MAX_BLOCKS, MAX_SEQ_LEN, MAX_VOCAB, MAX_WIDTH
 
-MAX_CONFIG_VALUES = 100_000  # of which Transformers makes tables while it reads them
-# What the classes of Transformers list, or make a table or a tensor of, before a weight is looked at.
+MAX_CONFIG_VALUES = 100_000  # Transformers makes tables of them while it reads them
+# Limits of the numbers that classes of Transformers make a list, a table or a tensor of before a weight is looked at.
 _LARGEST = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "num_blocks", "max_window_layers"), MAX_BLOCKS),
     **dict.fromkeys(
@@ -25,7 +25,7 @@ _LARGEST = {
     "vocab_size": MAX_VOCAB,
     "num_labels": 100_000,
 }
-MAX_NUMBER = 1 << 53  # of all other fields
+MAX_NUMBER = 1 << 53  # limit of all other fields
 _OTHER_WEIGHTS = {
     "quantization_config": "quantized weights are not read",
     "transformers_weights": "weights of another name are not read; call them model.safetensors",
@@ -33,7 +33,11 @@ _OTHER_WEIGHTS = {
 
 
 def normalized(source: Path) -> dict[str, Any]:
-    """The config.json with every field of its class, in the form of today's Transformers. Raises: CheckpointError."""
+    """The config.json of a folder with every field of its class; that of our or Megatron-Core's weights as it is.
+
+    Raises:
+        CheckpointError: it cannot be read, or describes an architecture or weights that are not supported.
+    """
     path, raw = source / CONFIG, _raw(source)
     kind = raw.get("model_type")
     for name, why in _OTHER_WEIGHTS.items():
@@ -51,12 +55,16 @@ def normalized(source: Path) -> dict[str, Any]:
 
     try:
         return CONFIG_MAPPING[kind].from_dict(dict(raw)).to_dict()
-    except Exception as e:  # noqa: BLE001 - whatever a class of theirs makes of bad values
+    except Exception as e:  # noqa: BLE001 - any error that a class of theirs makes of bad values
         raise CheckpointError(f"{path}: not a configuration of {kind} ({first_line(e)})") from None
 
 
 def is_megatron(source: Path) -> bool:
-    """Whether a folder holds weights of Megatron-Core. Raises: CheckpointError."""
+    """Whether a folder holds weights of Megatron-Core.
+
+    Raises:
+        CheckpointError: its config.json cannot be read.
+    """
     return _raw(source).get("model_type") == MEGATRON_NAME
 
 
@@ -70,7 +78,11 @@ def _raw(source: Path) -> dict[str, Any]:
 
 
 def _check_numbers(path: Path, fields: Mapping[str, Any]) -> None:
-    """Raises: CheckpointError for a number, here or in a table within, that no model has."""
+    """Check all numbers of a config.json, nested ones included.
+
+    Raises:
+        CheckpointError: one is larger than any model's.
+    """
     waiting: list[tuple[str, Any]] = list(fields.items())
     while waiting:
         name, value = waiting.pop()

@@ -1,4 +1,4 @@
-"""What a config.json describes, as a recipe of ours and the plan by which its tensors are read."""
+"""The model that a config.json describes, as a recipe of ours and the match by which its tensors are read."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from megaresnorm.convert.signature import different
 from megaresnorm.errors import CheckpointError, ConfigError
 from megaresnorm.recipe import ModelRecipe
 
-# Fields of a config.json that the logits of a model do not depend on: how it was made, trained and is to be sampled from.
+# Fields of a config.json that the logits of a model do not depend on: how it was made, trained and is to be sampled.
 _NAMES = """
 _name_or_path architectures auto_map dtype torch_dtype transformers_version model_type id2label label2id problem_type
 bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id decoder_start_token_id
@@ -36,11 +36,21 @@ IGNORED = frozenset(_NAMES.split())
 
 
 def described(source: Path, config: dict[str, Any], seq_len: int | None) -> tuple[Match, ModelRecipe, tuple[str, ...]]:
-    """The architecture of a config.json as a match_family, our recipe of the model, and what is to be said about it.
+    """The model of a config.json.
 
-    A config.json that we have written brings the recipe that it was made from; where its fields still say the same, that counts.
-    seq_len: the longest sequence, where it is to be shorter than the model's.
-    Raises: CheckpointError naming the field that has no counterpart, ConfigError for a seq_len that cannot be.
+    A config.json that we have written brings the recipe that it was made from, which counts while the other fields
+    still say the same.
+
+    Args:
+        config: as ``normalized`` returns it.
+        seq_len: longest sequence, where it is to be shorter than the model's.
+
+    Returns:
+        The architecture as a match, our recipe of the model, and notes for the user.
+
+    Raises:
+        CheckpointError: a field has no counterpart in our model, or is missing; it is named.
+        ConfigError: the model cannot have this ``seq_len``.
     """
     path = source / CONFIG
     try:
@@ -77,7 +87,7 @@ def described(source: Path, config: dict[str, Any], seq_len: int | None) -> tupl
 
 
 def _family_of(config: dict[str, Any]) -> Family:
-    """Of several by the name of its model_type the one whose first field fits."""
+    """The family of a config.json's model_type; where several have that name, the one whose first field fits."""
     named = [one for one in (*FAMILIES, remote_family(), *MEGATRON.values()) if one.name == config["model_type"]]
     errors = []
     for family in named:
@@ -87,7 +97,7 @@ def _family_of(config: dict[str, Any]) -> Family:
             errors.append(str(e))
         else:
             return family
-    if len(named) == 1:  # whose other fields are then looked at, too
+    if len(named) == 1:  # its other fields are then looked at, too
         return named[0]
     raise CheckpointError("; or ".join(errors))
 
@@ -95,7 +105,11 @@ def _family_of(config: dict[str, Any]) -> Family:
 def _shortened(
     family: Family, config: dict[str, Any], given: ModelRecipe | None, seq_len: int
 ) -> tuple[dict[str, Any], ModelRecipe | None]:
-    """The config.json, and the recipe in it, of the same model for shorter sequences. Raises: ConfigError for another model."""
+    """The config.json, and the recipe in it, of the same model for shorter sequences.
+
+    Raises:
+        ConfigError: it would be another model.
+    """
     length = config.get("max_position_embeddings")
     learned = "rope_parameters" not in family.keys and config.get("positions") != "rope"
     if learned or not isinstance(length, int):
@@ -112,7 +126,7 @@ def _shortened(
 
 
 def _as_exported(family: Family, given: ModelRecipe) -> Match | None:
-    """The plan by which a model was exported to this family; None if it cannot have been."""
+    """The match by which a model was exported to this family; None if it cannot have been."""
     try:
         if not mismatches(family, given):
             return Match(family, given)
@@ -123,7 +137,7 @@ def _as_exported(family: Family, given: ModelRecipe) -> Match | None:
 
 
 def _read_back(before: Match) -> ModelRecipe:
-    """The model that the config.json of a plan describes."""
+    """The model that the config.json of an exported match describes."""
     if before.family is remote_family():
         return before.recipe
     return ModelRecipe.model_validate(before.family.settings(before.family.config(before.recipe)))

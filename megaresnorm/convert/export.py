@@ -1,4 +1,4 @@
-"""Writing a checkpoint with the names of others: one folder that appears when it is complete. Megatron-Core's whole, too."""
+"""Export of a checkpoint to another framework: a folder that appears when it is complete. Includes ``to_megatron``."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -31,14 +31,14 @@ from megaresnorm.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """How a checkpoint is written for others.
+    """How a checkpoint is written for another framework.
 
     Attributes:
         dtype: of the written weights; None: the checkpoint's.
         max_shard_bytes: of the largest file.
         max_memory: bytes for tensors while writing.
         with_tokenizer: write the tokenizer, too.
-        progress: makes, from a label and a number of bytes, what is called with those that are done.
+        progress: is called with a label and a number of bytes; its result is then called with the bytes done.
     """
 
     dtype: torch.dtype | None = None
@@ -72,6 +72,9 @@ class Export:
 @contextmanager
 def export(native: NativeModel, match: Match, out: Path, settings: ExportSettings) -> Iterator[Export]:
     """Write weights and tokenizer; the caller adds what else the folder needs, and ``out`` appears when the block ends.
+
+    Yields:
+        The folder that is being written.
 
     Raises:
         ConfigError: there is no space.

@@ -1,4 +1,4 @@
-"""What a family of models is: the fields of its config.json and the names of its tensors; and what many families share."""
+"""A family of models: the fields of its config.json, the names of its tensors, and tables that many families share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +13,13 @@ OURS = "megaresnorm"  # our model_type, and the key of every config.json that we
 
 
 class Of(NamedTuple):
-    """Which rows of which of our modules a module of theirs has. {} in a name is the block; of ``a|b`` the one that there is."""
+    """The module of ours that a module of theirs corresponds to.
+
+    Attributes:
+        name: of our module; {} is the block, and of ``a|b`` the one that exists is meant.
+        rows: which of our rows theirs has, and in which order.
+        transposed: whether their matrix is the transpose of ours.
+    """
 
     name: str
     rows: Rows = every
@@ -21,23 +27,35 @@ class Of(NamedTuple):
 
 
 class Constant(NamedTuple):
-    """A tensor of theirs that ours has no place for, of zeros. must_be_zero: whether it is read only where it is; else it has
-    no effect whatever it holds.   untied: only where the output matrix is not the embedding.
+    """A tensor of theirs, written as zeros, that our model has no place for.
+
+    Attributes:
+        must_be_zero: whether a model is refused where it is not zero; if False, it has no effect whatever it holds.
+        untied: whether it exists only where the output matrix is not the embedding.
     """
 
-    shape: tuple[str, ...]  # settings
+    shape: tuple[str, ...]  # names of settings, or numbers
     must_be_zero: bool = False
     untied: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """name: model_type of config.json.   modules: theirs -> ours; {next} is the number of the block after.   renamed: names that
-    follow the modules' pattern, and what they are called instead.   prefix: may be missing in files.   divided_dim: the class
-    refuses heads whose number does not divide the width, even where head_dim says how wide they are.   padded: files may have
-    more rows for the vocabulary than it has tokens.   unread: keys that published files have and the class does not look at.
+    """An architecture of another framework.
 
-    Of several families of one name the first field says which a config.json is of.
+    Where several families have one name, the first field says which of them a config.json belongs to.
+
+    Attributes:
+        name: model_type of config.json.
+        architecture: the class.
+        modules: theirs -> ours; {next} in a name is the number of the following block.
+        renamed: exceptions to the name pattern of ``modules``, pattern -> actual name.
+        constants: tensors that our model has no place for.
+        prefix: of tensor names, which may be missing in files.
+        divided_dim: whether the class refuses heads whose number does not divide the width, even where head_dim says
+            how wide they are.
+        padded: whether files may have more rows for the vocabulary than it has tokens.
+        unread: keys that published files have and the class does not look at.
     """
 
     name: str
@@ -52,14 +70,18 @@ class Family:
     unread: tuple[str, ...] = ()
 
     def config(self, recipe: ModelRecipe) -> dict[str, Any]:
-        """What config.json says of the model."""
+        """The keys of config.json that describe the model."""
         values: dict[str, Any] = {}
         for one in self.fields:
             values |= one.write(recipe)
         return values
 
     def settings(self, config: Config) -> Settings:
-        """The settings of the model that a config.json describes. Raises: CheckpointError naming a key that has no counterpart."""
+        """The settings of the model that a config.json describes.
+
+        Raises:
+            CheckpointError: a key has no counterpart in our model; it is named.
+        """
         found: Settings = {}
         for one in self.fields:
             found |= one.read(config)
@@ -67,7 +89,7 @@ class Family:
 
     @property
     def keys(self) -> set[str]:
-        """Those of a config.json that it understands."""
+        """The keys of a config.json that this family understands."""
         return {key for one in self.fields for key in one.keys} | set(self.unread)
 
 
@@ -149,7 +171,12 @@ FOUR_NORMS = BRANCH_NORMS | {
 
 
 def written_dropout(*stream: str, attention: str) -> By:
-    """Fields for training alone, which have other defaults than ours: written and not read."""
+    """Fields for training alone, whose defaults differ from ours: written and not read.
+
+    Args:
+        *stream: keys that get the recipe's dropout.
+        attention: the key of dropout in attention, which we do not have.
+    """
     return By(
         (*stream, attention), lambda recipe: dict.fromkeys(stream, recipe.dropout) | {attention: 0.0}, lambda config: {}
     )

@@ -1,4 +1,4 @@
-"""Fields of a config.json and the settings of a model that they stand for, each written down once and used in both directions."""
+"""Fields of a config.json and the settings of a model that they stand for, each defined once for both directions."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,25 +12,39 @@ Settings = dict[str, Any]
 
 
 class Field(Protocol):
-    """Some keys of a config.json, and how they are written and read.
-
-    read: raises CheckpointError for a value that our model has nothing for, naming the key; what Python raises for one that is
-    missing or of an odd type is made one line of by ``describe``.
-    """
+    """Some keys of a config.json, and how they are written and read."""
 
     @property
-    def keys(self) -> tuple[str, ...]: ...
-    def write(self, recipe: ModelRecipe) -> dict[str, Any]: ...
-    def read(self, config: Config) -> Settings: ...
+    def keys(self) -> tuple[str, ...]:
+        """The keys of config.json that it reads or writes."""
+        ...
+
+    def write(self, recipe: ModelRecipe) -> dict[str, Any]:
+        """These keys with their values for a model."""
+        ...
+
+    def read(self, config: Config) -> Settings:
+        """The settings that these keys stand for. Other errors, of missing values or odd types, ``describe`` reports.
+
+        Raises:
+            CheckpointError: a value has no counterpart in our model; the key is named.
+        """
+        ...
 
 
 def refused(key: str, value: Any, why: str) -> CheckpointError:
+    """The error for a key whose value has no counterpart in our model."""
     return CheckpointError(f"{key}={value!r} {why}")
 
 
 @dataclass(frozen=True)
 class Same:
-    """One key that is one setting. fallback: the key whose value counts where this one is null."""
+    """One key that is one setting.
+
+    Attributes:
+        name: of the setting.
+        fallback: the key whose value counts where this one is null.
+    """
 
     key: str
     name: str
@@ -38,19 +52,26 @@ class Same:
 
     @property
     def keys(self) -> tuple[str, ...]:
+        """The key; the fallback is a field of its own."""
         return (self.key,)
 
     def write(self, recipe: ModelRecipe) -> dict[str, Any]:
+        """The key with the setting, its default resolved."""
         return {self.key: setting(recipe, self.name)}
 
     def read(self, config: Config) -> Settings:
+        """The setting, from the fallback where the key is null or missing."""
         value = config.get(self.key)
         return {self.name: config.get(self.fallback) if value is None and self.fallback else value}
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """A key whose one value is what our model has. others: values that mean the same."""
+    """A key of which our model has one value alone, and no setting.
+
+    Attributes:
+        others: values that mean the same.
+    """
 
     key: str
     value: Any
@@ -58,12 +79,15 @@ class Fixed:
 
     @property
     def keys(self) -> tuple[str, ...]:
+        """The one key."""
         return (self.key,)
 
     def write(self, recipe: ModelRecipe) -> dict[str, Any]:
+        """The key with its one value."""
         return {self.key: self.value}
 
     def read(self, config: Config) -> Settings:
+        """No settings; a missing key has the one value."""
         found = config.get(self.key, self.value)
         if found != self.value and found not in self.others:
             raise refused(self.key, found, f"has no counterpart in our model; wanted {self.value!r}")
@@ -79,13 +103,16 @@ class Choice:
 
     @property
     def keys(self) -> tuple[str, ...]:
+        """The one key."""
         return (self.key,)
 
     def write(self, recipe: ModelRecipe) -> dict[str, Any]:
+        """The first value whose settings are the model's, or the first of all where none is."""
         fitting = (v for v, settings in self.values if all(setting(recipe, k) == s for k, s in settings.items()))
         return {self.key: next(fitting, self.values[0][0])}
 
     def read(self, config: Config) -> Settings:
+        """The settings of the value, which must have the same type as in the table."""
         found = config.get(self.key)
         for value, settings in self.values:
             if found == value and type(found) is type(value):
@@ -102,9 +129,11 @@ class Always:
     keys: tuple[str, ...] = ()
 
     def write(self, recipe: ModelRecipe) -> dict[str, Any]:
+        """No keys."""
         return {}
 
     def read(self, config: Config) -> Settings:
+        """The settings, whatever the config."""
         return dict(self.settings)
 
 
@@ -119,8 +148,11 @@ class By:
 
 @dataclass(frozen=True)
 class Rope:
-    """rope_parameters of Transformers 5. partial: the class has partial_rotary_factor.   by_layer_type: one set for each kind of
-    attention, of which full attention's counts.
+    """rope_parameters of Transformers 5.
+
+    Attributes:
+        partial: whether the class has partial_rotary_factor.
+        by_layer_type: whether there is one set for each kind of attention; those of the layers must be equal.
     """
 
     partial: bool = False
@@ -128,6 +160,7 @@ class Rope:
     keys: tuple[str, ...] = field(default=("rope_parameters",), init=False)
 
     def write(self, recipe: ModelRecipe) -> dict[str, Any]:
+        """The key, where asked for with equal sets for both kinds of attention."""
         found: dict[str, Any] = {"rope_theta": recipe.rope_theta, "rope_type": "default"}
         if self.partial:
             found["partial_rotary_factor"] = recipe.rope_fraction
@@ -141,6 +174,7 @@ class Rope:
         return {"rope_parameters": found}
 
     def read(self, config: Config) -> Settings:
+        """Settings of rotary positions; any key that has no counterpart in them is refused, unless it is neutral."""
         given = config.get("rope_parameters")
         if self.by_layer_type and isinstance(given, Mapping) and "full_attention" in given:
             used = [given.get(kind) for kind in dict.fromkeys(config.get("layer_types") or ("full_attention",))]
@@ -176,7 +210,7 @@ class Rope:
 
 _FLOATS = {"factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"}
 _NEUTRAL = [("partial_rotary_factor", 1.0)]
-# rope_type -> their keys -> ours, of RopeScaling
+# rope_type -> their keys -> fields of our RopeScaling
 _SCALING: dict[str, dict[str, str]] = {
     "linear": {"factor": "factor"},
     "llama3": {
@@ -201,10 +235,11 @@ assert all(set(names.values()) <= set(RopeScaling.model_fields) for names in _SC
 
 @dataclass(frozen=True)
 class Window:
-    """Sliding windows, which our model has none of: right where no sequence is longer than the window.
+    """Sliding windows, which our model does not have; it computes the same where no sequence is longer than the window.
 
-    layers: whether layer_types says which layers have one; else all have, if sliding_window is set.   unless: a key that
-    switches all windows off where it is false.
+    Attributes:
+        layers: whether layer_types says which layers have a window; if False, all have where sliding_window is set.
+        unless: a key that switches all windows off where it is false; empty for none.
     """
 
     layers: bool = True
@@ -212,15 +247,18 @@ class Window:
 
     @property
     def keys(self) -> tuple[str, ...]:
+        """sliding_window, and the keys that decide where it applies."""
         return ("sliding_window", *(["layer_types"] if self.layers else []), *([self.unless] if self.unless else []))
 
     def write(self, recipe: ModelRecipe) -> dict[str, Any]:
+        """Keys that switch all windows off."""
         found: dict[str, Any] = {} if self.layers and not self.unless else {"sliding_window": None}
         if self.layers:
             found["layer_types"] = ["full_attention"] * recipe.num_blocks
         return found | ({self.unless: False} if self.unless else {})
 
     def read(self, config: Config) -> Settings:
+        """No settings; a window that is shorter than the longest sequence is refused."""
         kinds = set(config.get("layer_types") or ()) if self.layers else {"sliding_attention"}
         for kind in sorted(kinds - {"full_attention", "sliding_attention"}):
             raise refused("layer_types", kind, "is no attention that our model has")
@@ -230,13 +268,13 @@ class Window:
             raise refused(
                 "sliding_window",
                 window,
-                f"is shorter than max_position_embeddings={longest}, and our model has no windows; with --seq-len {window} the two "
-                "are the same",
+                f"is shorter than max_position_embeddings={longest}, and our model has no windows; "
+                f"with --seq-len {window} the two are the same",
             )
         return {}
 
 
-# Settings whose default depends on others.
+# Settings whose default depends on others, and the properties that resolve it.
 _RESOLVED = {"num_kv_heads": "kv_heads", "head_dim": "head_width", "ffn_dim": "ffn_width", "attention_bias": "biases"}
 
 

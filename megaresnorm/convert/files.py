@@ -25,11 +25,11 @@ from megaresnorm.reading import first_line, open_plain_file, read_json_object
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 MAX_JSON_BYTES = 1 << 26
-MAX_VALUES = 1 << 20  # of a JSON file, by its brackets and commas
+MAX_VALUES = 1 << 20  # of a JSON file, counted by its brackets and commas
 MAX_FILES = 10_000  # of a folder
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# Buffers that old files hold, which their classes compute themselves; some are of bytes or truth values.
+# Ends of the names of buffers in old files, which the classes compute themselves; some hold bytes or booleans.
 BUFFERS = (
     "._extra_state",
     ".rotary_emb.inv_freq",
@@ -43,7 +43,11 @@ Progress = Callable[[int], None]
 
 
 def refuse_existing(out: Path) -> None:
-    """Raises: ConfigError."""
+    """Check that nothing would be written over.
+
+    Raises:
+        ConfigError: ``out`` exists.
+    """
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out}: exists already, and nothing is written over; give another folder")
 
@@ -52,7 +56,8 @@ def refuse_existing(out: Path) -> None:
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to write into that becomes ``out`` when all has gone well, and vanishes when it has not.
 
-    Raises: ConfigError if ``out`` exists or cannot be written.
+    Raises:
+        ConfigError: ``out`` exists or cannot be written.
     """
     refuse_existing(out)
     temporary = out.with_name(f"{_unfinished(out)}{os.getpid()}")
@@ -64,7 +69,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         for path in temporary.iterdir():
             _sync(path)
         _sync(temporary)
-        refuse_existing(out)  # rename would take the place of an empty folder
+        refuse_existing(out)  # rename would replace an empty folder
         os.rename(temporary, out)
         _sync(out.parent)
     except OSError as e:
@@ -76,7 +81,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def _sweep(out: Path) -> None:
-    """Remove what conversions to ``out`` have left that were killed."""
+    """Remove the unfinished folders of conversions to ``out`` that were killed."""
     for left in out.parent.iterdir():
         process = left.name.removeprefix(_unfinished(out))
         if process != left.name and process.isdecimal() and not _alive(int(process)):
@@ -84,7 +89,7 @@ def _sweep(out: Path) -> None:
 
 
 def _unfinished(out: Path) -> str:
-    """How the names of unfinished folders begin that are to become ``out``; their processes are of this host."""
+    """Start of the name of an unfinished ``out``, before the id of its process, which runs on this host."""
     return f"{UNFINISHED}{out.name}-{socket.gethostname()}-"
 
 
@@ -99,14 +104,23 @@ def _alive(process: int) -> bool:
 
 
 def check_space(out: Path, wanted: int) -> None:
-    """Raises: ConfigError where so many bytes do not fit."""
+    """Check that ``wanted`` bytes fit on the disk.
+
+    Raises:
+        ConfigError: they do not.
+    """
     have = free_bytes(out.absolute().parent)
     if have < wanted:
         raise ConfigError(f"{out}: no space: need {human_bytes(wanted)}, have {human_bytes(have)}")
 
 
 def write_weights(folder: Path, entries: Sequence[FileTensor], max_bytes: int, progress: Progress) -> None:
-    """model.safetensors, or numbered files of at most ``max_bytes`` (or one tensor) each and their index."""
+    """Write model.safetensors, or numbered files and their index.
+
+    Args:
+        max_bytes: of the tensors of a file, unless one tensor alone has more.
+        progress: is called with the bytes of every part that was written.
+    """
     shards: list[list[FileTensor]] = [[]]
     size = 0
     for entry in entries:
@@ -130,11 +144,16 @@ def write_weights(folder: Path, entries: Sequence[FileTensor], max_bytes: int, p
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file in UTF-8, indented."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path, max_values: int = MAX_VALUES) -> dict[str, Any]:
-    """Raises: CheckpointError if it is not there, or not an object of a plausible size."""
+    """Read the object of a JSON file.
+
+    Raises:
+        CheckpointError: the file is not there, or not an object of a plausible size.
+    """
     try:
         return read_json_object(path, MAX_JSON_BYTES, max_values)
     except OSError as e:
@@ -144,7 +163,11 @@ def read_json(path: Path, max_values: int = MAX_VALUES) -> dict[str, Any]:
 
 
 def check_plain_files(folder: Path) -> None:
-    """Look at whatever a library may open by itself. Raises: CheckpointError for a pipe or device in a folder, or a link to one."""
+    """Check the files of a folder, any of which a library may open by itself.
+
+    Raises:
+        CheckpointError: one is a pipe or a device, or a link to one.
+    """
     try:
         entries = list(itertools.islice(os.scandir(folder), MAX_FILES + 1))
     except OSError as e:
@@ -154,7 +177,7 @@ def check_plain_files(folder: Path) -> None:
     for entry in entries:
         try:
             mode = entry.stat().st_mode
-        except OSError:  # a link to nothing, which nobody can open
+        except OSError:  # a broken link, which nobody can open
             continue
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise CheckpointError(f"{entry.path}: not a plain file")
@@ -163,7 +186,12 @@ def check_plain_files(folder: Path) -> None:
 class Weights:
     """The tensors of a folder of safetensors, in one file or in several with an index. A Source of links.py.
 
-    Raises: CheckpointError naming what is missing, damaged or not what the index says.
+    Attributes:
+        tensors: name -> file, shape, type.
+        metadata: of all files.
+
+    Raises:
+        CheckpointError: something is missing, damaged or not what the index says; it is named.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -178,10 +206,11 @@ class Weights:
                 raise CheckpointError(f"{folder / file}: has no tensor {name}, which the index has there")
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
         return self.tensors[name][1]
 
     def read(self, name: str, box: Box) -> Tensor:
-        """One slice of a tensor; its file is closed again, so that no more of it stays mapped."""
+        """One slice of a tensor. Its file is closed again, so that no more of it stays mapped."""
         file = self.folder / self.tensors[name][0]
         try:
             with safe_open(file, framework="pt") as opened:

@@ -41,7 +41,15 @@ from megaresnorm.recipe.load import build_recipe, dump_recipe
 
 @dataclass(frozen=True)
 class Imported:
-    """checkpoint: ours.   recipe: a file to train on with.   agreement: with the original, None where it was not verified."""
+    """Result of a conversion to a checkpoint of ours.
+
+    Attributes:
+        checkpoint: its folder.
+        recipe: a file to train on with.
+        family: of the original.
+        notes: for the user.
+        agreement: with the original; None where it was not verified.
+    """
 
     checkpoint: Path
     recipe: Path
@@ -64,17 +72,29 @@ def from_hf(
     tolerance: float = TOLERANCE,
     progress: Callable[[str, int], Progress] = lambda label, total: lambda count: None,
 ) -> Imported:
-    """Write ``out/checkpoints/step-00000000`` and ``out/recipe.yaml``. A folder of Megatron-Core's weights is read as well.
+    """Write ``out/checkpoints/step-00000000`` and ``out/recipe.yaml``. After an error ``out`` is not there.
 
-    seq_len: longest sequence, where it is to be shorter than the model's.   data: data.path of the recipe.   end_token: of the
-    tokenizer, where its files do not say which ends a document.   The rest: as ``to_hf``.
-    Raises: CheckpointError naming what is missing, damaged or has no counterpart in our model; ConfigError for what was asked for;
-    DataError for a tokenizer that cannot be used; ConversionError where the two do not compute the same. ``out`` is not there then.
+    Args:
+        source: a folder of Transformers, or of Megatron-Core's weights.
+        out: a folder that is not there yet.
+        seq_len: longest sequence, where it is to be shorter than the model's.
+        data: data.path of the recipe.
+        max_memory: bytes for tensors while reading and writing.
+        verify: load both models, one after the other, in FP32 and compare logits; has no effect for Megatron-Core.
+        end_token: token of a tokenizer.json that ends a document, where its files do not say.
+        tolerance: largest difference, as a share of the largest logit.
+        progress: is called with a label and a number of bytes; its result is then called with the bytes done.
+
+    Raises:
+        CheckpointError: something is missing, damaged or has no counterpart in our model; it is named.
+        ConfigError: what was asked for cannot be.
+        DataError: the tokenizer cannot be used.
+        ConversionError: the two do not compute the same.
     """
     refuse_existing(out)
     config = normalized(source)
     chosen, model, notes = described(source, config, seq_len)
-    verify = verify and config["model_type"] != MEGATRON_NAME  # whose model runs in a process group of its own
+    verify = verify and config["model_type"] != MEGATRON_NAME  # its model needs a process group
     tokenizer = read_tokenizer_of(source, config, end_token) if with_tokenizer else None
     if end_token is not None and not isinstance(tokenizer, HuggingFaceTokenizer):
         raise ConfigError(
@@ -90,7 +110,7 @@ def from_hf(
             "without a tokenizer" if not with_tokenizer else f"{source} has no tokenizer.json and no tokenizer.model",
         )
     weights = Weights(source)
-    if model.num_blocks > len(weights.tensors):  # of which lists would take a while
+    if model.num_blocks > len(weights.tensors):  # listing the tensors of so many would take a while
         raise CheckpointError(f"{source}: its {len(weights.tensors)} tensors are not of {model.num_blocks} layers")
     sliced, dtype = sliced_weights(weights, chosen, parameter_table(model), max_memory // 8)
     num_bytes = sum(slices.num_bytes for slices in sliced.values())
@@ -108,7 +128,11 @@ def from_hf(
 def sliced_weights(
     weights: Weights, chosen: Match, table: dict[str, ParameterSpec], chunk_bytes: int
 ) -> tuple[dict[str, TensorSlices], torch.dtype]:
-    """Every parameter of ours, to be made from theirs a chunk of rows at a time, and the type of all."""
+    """Every parameter of ours, to be made from theirs a chunk of rows at a time, and the type of all.
+
+    Raises:
+        CheckpointError: as of ``matched``.
+    """
     found: dict[str, list[Link]] = {name: [] for name in table}
     for link in matched(weights, chosen, table):
         found[link.ours].append(link)
@@ -119,9 +143,10 @@ def sliced_weights(
 
 
 def matched(weights: Weights, chosen: Match, table: dict[str, ParameterSpec]) -> Iterator[Link]:
-    """Every link under the name that its tensor has in the files.
+    """Every link, under the name that its tensor has in the files.
 
-    Raises: CheckpointError for a tensor that is missing, has another shape, or that nothing of ours corresponds to.
+    Raises:
+        CheckpointError: a tensor is missing, has another shape, or has no counterpart in our model.
     """
     used = set[str]()
 
@@ -157,7 +182,11 @@ def matched(weights: Weights, chosen: Match, table: dict[str, ParameterSpec]) ->
 
 
 def _same_again(weights: Weights, family: Family, embedding: str) -> Iterator[str]:
-    """The output matrix of a tied model that was saved a second time. Raises: CheckpointError if it is not the embedding."""
+    """The name of a tied model's output matrix, where it was saved beside the embedding.
+
+    Raises:
+        CheckpointError: the two differ.
+    """
     for theirs, of in family.modules.items():
         name = f"{theirs}.weight"
         if of.name != "head" or name not in weights.tensors:
@@ -179,7 +208,7 @@ def native_slices(
     dtype: torch.dtype,
     chunk_bytes: int,
 ) -> TensorSlices:
-    """One parameter of ours, made a chunk of rows at a time; rows that theirs lack, the vocabulary's padding, are zeros."""
+    """One parameter of ours, made a chunk of rows at a time. Rows that theirs lack (vocabulary padding) are zeros."""
 
     def chunks() -> Iterator[Tensor]:
         for start, stop in row_chunks(spec.shape, dtype.itemsize, chunk_bytes):
@@ -193,7 +222,7 @@ def native_slices(
 
 
 def save(folder: Path, recipe: Recipe, tokenizer: Tokenizer | None, weights: dict[str, TensorSlices]) -> None:
-    """The checkpoint of a run that has not taken a step, and its recipe."""
+    """Write the checkpoint of a run that has not taken a step, and its recipe."""
     described_as = None if tokenizer is None else tokenizer.describe()
     attached = {}
     if tokenizer is not None and described_as is not None and "file" in described_as:
@@ -213,7 +242,7 @@ def save(folder: Path, recipe: Recipe, tokenizer: Tokenizer | None, weights: dic
 
 
 def training_recipe(model: ModelRecipe, out: Path, data: str, dtype: torch.dtype) -> Recipe:
-    """A recipe that goes on from the converted weights; its data and length are to be set."""
+    """A recipe that goes on from the converted weights; the user sets its data and number of steps."""
     values: dict[str, Any] = {
         "model": model.model_dump(exclude_none=True),
         "data": {"path": data},
@@ -225,7 +254,11 @@ def training_recipe(model: ModelRecipe, out: Path, data: str, dtype: torch.dtype
 
 
 def verified(source: Path, folder: Path, tolerance: float) -> Agreement:
-    """Raises: ConversionError where the checkpoint does not compute the same."""
+    """The written checkpoint beside the original.
+
+    Raises:
+        ConversionError: the two do not compute the same.
+    """
     native = NativeModel(folder)
     prompts = prompts_of(native, native.tokenizer())
     theirs = kept_logits_on(prompts, lambda: of_theirs(load_theirs(source)))
@@ -235,7 +268,7 @@ def verified(source: Path, folder: Path, tolerance: float) -> Agreement:
 
 
 def _counted(slices: TensorSlices, tell: Progress) -> TensorSlices:
-    """The same, telling of every chunk that was made."""
+    """The same slices; ``tell`` is called with the bytes of every chunk that was made."""
     made = slices.chunks
     assert made is not None
 

@@ -1,4 +1,4 @@
-"""Tensors of a family and parameters of ours, row by row, read a few rows at a time in either direction."""
+"""Correspondence of a family's tensors and our parameters by rows, which are read in chunks in either direction."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,35 +13,43 @@ from megaresnorm.model.parameters import ParameterSpec
 from megaresnorm.parallel.sharding import Box
 from megaresnorm.recipe import ModelRecipe
 
-BAND_BYTES = 1 << 26  # of rows of which some columns are read
+BAND_BYTES = 1 << 26  # of the rows that are read together where some of their columns are wanted
 
 
 class Source(Protocol):
     """Tensors that are read in parts."""
 
-    def read(self, name: str, box: Box) -> Tensor: ...
+    def read(self, name: str, box: Box) -> Tensor:
+        """One slice of a tensor."""
+        ...
 
 
 @dataclass(frozen=True)
 class Link:
-    """Row i of their tensor (column i, if it is transposed) is row ``rows[i]`` of ours times ``factor``, or zeros for -1."""
+    """Correspondence of one of their tensors and one of our parameters.
+
+    Row i of theirs (column i, if it is transposed) is row ``rows[i]`` of ours times ``factor``, or zeros for -1.
+
+    Attributes:
+        shape: of theirs.
+    """
 
     theirs: str
     ours: str
     rows: Selection
-    shape: tuple[int, ...]  # of theirs
+    shape: tuple[int, ...]
     transposed: bool
     factor: float = 1.0
 
     def their_rows(self, source: Source, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of their tensor, from our parameters."""
+        """Rows ``start`` to ``stop`` of their tensor, computed from our parameters."""
         if self.transposed:
             assert isinstance(self.rows, range)
             return scaled(columns(source, self.ours, self.rows, start, stop, self.shape[0]).t(), self.factor)
         return scaled(gather(source, self.ours, self.rows[start:stop], self.shape[1:]), self.factor)
 
     def our_rows(self, source: Source, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Those of our rows ``start`` to ``stop`` that their tensor has: their numbers, and their values in ``dtype``."""
+        """Numbers, and values in ``dtype``, of the rows ``start`` to ``stop`` of ours that their tensor has."""
         rows = torch.arange(self.rows.start, self.rows.stop) if isinstance(self.rows, range) else self.rows
         theirs = ((rows >= start) & (rows < stop)).nonzero().flatten()
         if len(theirs) == 0:
@@ -57,7 +65,7 @@ class Link:
 def columns(source: Source, name: str, rows: range, start: int, stop: int, width: int) -> Tensor:
     """Columns ``start`` to ``stop`` of some rows of a tensor of ``width`` columns.
 
-    All of a row's memory is mapped where a part of it is read, so only some rows are read at a time.
+    A file's rows are mapped whole even where a part of each is read, so only a band of rows is read at a time.
     """
     step = max(1, BAND_BYTES // (8 * width))
     bands = [(first, min(first + step, rows.stop)) for first in range(rows.start, rows.stop, step)]
@@ -65,12 +73,12 @@ def columns(source: Source, name: str, rows: range, start: int, stop: int, width
 
 
 def scaled(value: Tensor, factor: float) -> Tensor:
-    """Rounded once."""
+    """``value`` times ``factor``, rounded once."""
     return value if factor == 1.0 else (value.double() * factor).to(value.dtype)
 
 
 def gather(source: Source, name: str, rows: Selection, rest: tuple[int, ...]) -> Tensor:
-    """Rows of a tensor in this order, of which consecutive ones are read together; zeros for -1."""
+    """Rows of a tensor in the order of ``rows``, zeros for -1. Consecutive ones are read together."""
     whole = tuple((0, size) for size in rest)
     if isinstance(rows, range):
         return source.read(name, ((rows.start, rows.stop), *whole))
@@ -91,9 +99,13 @@ def links(
     table: Mapping[str, ParameterSpec],
     factor: Callable[[str], float] = lambda name: 1.0,
 ) -> Iterator[Link]:
-    """Of every tensor of the family that our model has something for.
+    """The links of all tensors of the family that have a counterpart in our model.
 
-    Raises: AssertionError if a parameter of ours has none.
+    Args:
+        factor: of a parameter of ours by its name, as ``Match.factor``.
+
+    Raises:
+        AssertionError: a parameter of ours has no counterpart.
     """
     done, others = set(), renamed(family, recipe)
     for block in (None, *range(recipe.num_blocks)):
@@ -120,7 +132,7 @@ def links(
 
 
 def constants(family: Family, recipe: ModelRecipe) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-    """Name, shape, and whether only zeros are ours, of every tensor that ours has no place for."""
+    """Name, shape and ``must_be_zero`` of every tensor that our model has no place for."""
     for name, constant in family.constants.items():
         if constant.untied and recipe.tied_embeddings:
             continue
@@ -130,17 +142,17 @@ def constants(family: Family, recipe: ModelRecipe) -> Iterator[tuple[str, tuple[
 
 
 def renamed(family: Family, recipe: ModelRecipe) -> dict[str, str]:
-    """What the names that follow the modules' pattern but are others are called instead."""
+    """Exceptions to the name pattern of the modules: name by the pattern -> actual name."""
     return {before.format(num_blocks=recipe.num_blocks): after for before, after in family.renamed.items()}
 
 
 def theirs_of(name: str, block: int | None) -> str:
-    """A name of a family's table for a block."""
+    """A name of a family's table, with the number of the block filled in."""
     return name if block is None else name.format(block, next=block + 1)
 
 
 def row_chunks(shape: tuple[int, ...], itemsize: int, chunk_bytes: int) -> Iterator[tuple[int, int]]:
-    """First row and end of stretches of about so many bytes."""
+    """First row and end of consecutive chunks of about ``chunk_bytes`` each."""
     row = torch.Size(shape[1:]).numel() * itemsize
     step = max(1, chunk_bytes // row)
     for start in range(0, shape[0], step):

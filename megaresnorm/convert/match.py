@@ -1,7 +1,8 @@
-"""Which architecture a model is exported to: the first that holds it exactly.
+"""The choice of the architecture that a model is exported to: the first that holds it exactly.
 
-Constants of a topology move into its weights for architectures that have no place for them:
-norm(alpha x + F) = norm(x + F / alpha) if eps is divided by alpha^2 as well, and c * norm(x) is a norm with c times its weights.
+Constants of a topology are folded into the weights for architectures that have no place for them:
+norm(alpha x + F) = norm(x + F / alpha) if eps is divided by alpha^2 as well, and c * norm(x) is a norm with c times its
+weights.
 """
 
 from dataclasses import dataclass
@@ -22,14 +23,20 @@ from megaresnorm.recipe.load import suggest
 
 @dataclass(frozen=True)
 class Fold:
-    """before, recipe: of the model as it is, and with folded weights.   notes: in what the two differ beside rounding."""
+    """A model whose topology's constants are folded into its weights.
+
+    Attributes:
+        before: the model as it is.
+        recipe: the model with folded weights.
+        notes: how the two differ beside rounding.
+    """
 
     before: ModelRecipe
     recipe: ModelRecipe
     notes: tuple[str, ...] = ()
 
     def factor(self, name: str) -> float:
-        """What a parameter is multiplied by."""
+        """The factor on a parameter, by its name."""
         match name.split("."):
             case ["blocks", block, "attention" | "ffn" as sublayer, "branch", "out" | "down", _]:
                 return 1 / residual_at(self.before, int(block), sublayer).alpha
@@ -39,7 +46,7 @@ class Fold:
 
 
 def fold(recipe: ModelRecipe) -> Fold | None:
-    """None where nothing can be folded."""
+    """The model with its constants folded into the weights; None where nothing can be folded."""
     plain: dict[str, Any] = {"topology_options": TopologyOptions()}
     if recipe.topology == "lns" and not recipe.norm_zero_centered:
         return Fold(recipe, recipe.model_copy(update=plain | {"topology": "pre"}))
@@ -56,8 +63,12 @@ def fold(recipe: ModelRecipe) -> Fold | None:
 
 @dataclass(frozen=True)
 class Match:
-    """recipe: of what is written, with a topology's constants folded into the weights where ``fold`` says so.   notes: in what
-    the written model differs, beside rounding.
+    """An architecture and the model that is written as it.
+
+    Attributes:
+        recipe: of the written model.
+        fold: how it comes from the original; None where that is written as it is.
+        notes: how the written model differs beside rounding.
     """
 
     family: Family
@@ -66,14 +77,19 @@ class Match:
     notes: tuple[str, ...] = ()
 
     def factor(self, name: str) -> float:
-        """What a parameter of ours is multiplied by."""
+        """The factor on a parameter of ours, by its name."""
         return 1.0 if self.fold is None else self.fold.factor(name)
 
 
 def match_family(recipe: ModelRecipe, arch: str = "auto") -> Match:
-    """arch: auto takes the first architecture that holds the model exactly, our own code where none of Transformers' does.
+    """Choose the architecture that a model is exported to.
 
-    Raises: ConfigError for one that does not exist or does not hold the model, with the setting that it lacks.
+    Args:
+        arch: a model_type, or remote-code for our own; auto takes the first that holds the model exactly, and our own
+            where none of Transformers' does.
+
+    Raises:
+        ConfigError: the architecture does not exist or does not hold the model; the setting that it lacks is named.
     """
     if arch in (OURS, "remote-code"):
         return Match(remote_family(), recipe)
@@ -94,7 +110,11 @@ def match_family(recipe: ModelRecipe, arch: str = "auto") -> Match:
 
 
 def _asked_for(arch: str, ways: list[tuple[ModelRecipe, Fold | None]]) -> Match:
-    """The first way in which an architecture holds a model, but for the eps of its norms. Raises: ConfigError."""
+    """The first way in which an architecture holds a model, but for the eps of its norms.
+
+    Raises:
+        ConfigError: there is none.
+    """
     known = [family for family in FAMILIES if family.name == arch]
     if not known:
         names = list(dict.fromkeys(["auto", *(family.name for family in FAMILIES), "remote-code"]))
@@ -109,7 +129,9 @@ def _asked_for(arch: str, ways: list[tuple[ModelRecipe, Fold | None]]) -> Match:
                 notes = (*notes, f"eps of all norms is {theirs:.3g} instead of {ours:.3g}")
             if not found:
                 return Match(family, fitting, folded, notes)
-            if lacking is None or lacking[0] == "topology":  # of two wirings of a class the reason of the one that fits
+            if (
+                lacking is None or lacking[0] == "topology"
+            ):  # where a class has two wirings, the reason of the one that fits
                 lacking = next(iter(found.items()))
     assert lacking is not None
     key, (ours, theirs) = lacking
@@ -118,11 +140,11 @@ def _asked_for(arch: str, ways: list[tuple[ModelRecipe, Fold | None]]) -> Match:
 
 
 def mismatches(family: Family, recipe: ModelRecipe) -> dict[str, tuple]:
-    """The settings in which the model that a family's config.json describes would differ, with ours and theirs."""
+    """Settings in which the model would differ when read back from the family's config.json, as (ours, theirs)."""
     if family.divided_dim and recipe.dim % recipe.num_heads:
         return {"num_heads": (recipe.num_heads, f"a divisor of {recipe.dim}")}
     try:
-        topology(recipe.topology)  # which a config.json may name that a newer version has written
+        topology(recipe.topology)  # refuses one that a config.json of a newer version may name
         return different(recipe, ModelRecipe(**family.settings(family.config(recipe))))
     except (CheckpointError, ConfigError, ValidationError, ArithmeticError, TypeError, ValueError) as e:
         return {"topology": (str(e), None)}

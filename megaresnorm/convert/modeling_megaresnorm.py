@@ -2,8 +2,8 @@
 
     x' = norm_out( alpha * x  +  gate * norm_branch( F( c * norm_in(x) ) ) )
 
-``config.residual`` says for every sub-layer, attention and ffn of the first block and so on, which norms there are and what the
-constants are. Norms and rotary positions are computed in FP32.
+``config.residual`` says for every sub-layer, attention and ffn of the first block and so on, which norms there are and
+what the constants are. Norms and rotary positions are computed in FP32.
 
 T tokens (batch * seq)   B batch   S queries   C keys   N query heads   K key/value heads   H head width   D model dim
 """
@@ -19,8 +19,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 class MegaResNormConfig(PretrainedConfig):
-    """residual: a row for every sub-layer: norm_in, norm_in_scale, norm_inner, norm_branch, norm_out (booleans, the scale a
-    number), alpha, gate (a number, "scalar", "vector" or "token").
+    """Settings of a model.
+
+    Args:
+        residual: a row for every sub-layer: norm_in, norm_in_scale, norm_inner, norm_branch, norm_out (booleans, the
+            scale a number), alpha, gate (a number, "scalar", "vector" or "token").
+        rope_frequencies: those of a stretched context, and the factor on cos and sin; None for the usual ones.
     """
 
     model_type = "megaresnorm"
@@ -212,7 +216,7 @@ class MegaResNormPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Of parameters that a checkpoint lacks; a model is trained from scratch with MegaResNorm itself."""
+        """Initialize parameters that a checkpoint lacks; a model is trained from scratch with MegaResNorm itself."""
         if isinstance(module, nn.Linear | nn.Embedding):
             module.weight.data.normal_(0.0, 0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
@@ -247,7 +251,7 @@ class MegaResNormModel(MegaResNormPreTrainedModel):
         mask_BSC = (number[seen:].unsqueeze(1) >= number).expand(batch, -1, -1)
         if attention_mask is not None:
             there = attention_mask[:, : seen + seq].bool()
-            itself = number[seen:].unsqueeze(1) == number  # so that padding sees something, too
+            itself = number[seen:].unsqueeze(1) == number  # so that no row of the mask is empty, not even at padding
             mask_BSC = (mask_BSC & there.unsqueeze(1)) | itself
             if position_ids is None:
                 position_ids = (there.long().cumsum(1) - 1).clamp(min=0)[:, seen:]
@@ -301,7 +305,11 @@ class MegaResNormForCausalLM(MegaResNormPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """labels: [B, S], -100 where nothing is to be predicted; shifted by one here, and the loss is their mean in nats."""
+        """Logits, and the mean loss in nats where there are labels.
+
+        Args:
+            labels: [B, S], -100 where nothing is to be predicted. They are shifted by one here.
+        """
         embeds = self.model.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         cache = DynamicCache() if use_cache and past_key_values is None else past_key_values
         hidden = self.model(embeds, attention_mask, position_ids, cache)
@@ -318,16 +326,13 @@ class MegaResNormForCausalLM(MegaResNormPreTrainedModel, GenerationMixin):
 
 
 def rotate(x_BSNH: Tensor, cos_BSH: Tensor, sin_BSH: Tensor) -> Tensor:
-    """The two halves of a head against each other; the first half of ``sin`` is negative."""
+    """Rotate the two halves of every head against each other; the first half of ``sin`` is negative."""
     exchanged = x_BSNH.roll(x_BSNH.shape[-1] // 2, dims=-1)
     return (x_BSNH * cos_BSH.unsqueeze(2) + exchanged * sin_BSH.unsqueeze(2)).to(x_BSNH.dtype)
 
 
 def rotary_tables(config: MegaResNormConfig, positions_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, S, H], in FP32 (or FP64); columns that are not rotated have an angle of 0.
-
-    rope_frequencies: the ones of a stretched context, and the factor on cos and sin.
-    """
+    """cos and sin [B, S, H], in FP32 (or FP64); columns that are not rotated have an angle of 0."""
     width, half, factor = config.rotary_width, config.head_dim // 2, 1.0
     i = torch.arange(0, width, 2, dtype=torch.float64, device=positions_BS.device)
     frequencies = config.rope_theta ** (-i / width)

@@ -25,8 +25,15 @@ from megaresnorm.recipe import ModelRecipe
 class NativeModel:
     """The weights of a checkpoint, whatever layout it was saved in. A Source of links.py.
 
-    folder: a checkpoint, or a run: its newest one.   progress: called with the bytes of every part that has been verified.
-    Raises: CheckpointError.
+    Args:
+        folder: a checkpoint, or a run: its newest one.
+        progress: is called with the bytes of every part that has been verified.
+
+    Attributes:
+        recipe: the model's section alone.
+
+    Raises:
+        CheckpointError: it cannot be read, is damaged, or does not fit its recipe.
     """
 
     def __init__(self, folder: Path, progress: Callable[[int], None] | None = None) -> None:
@@ -38,14 +45,15 @@ class NativeModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all weights."""
+        """The type of all weights."""
         return getattr(torch, next(iter(self.checkpoint.tensors["weights"].values()))["dtype"])
 
     def read(self, name: str, box: Box) -> Tensor:
+        """One slice of a parameter."""
         return self.checkpoint.read_box("weights", name, box)
 
     def tokenizer(self) -> Tokenizer | None:
-        """None for one that was trained on bare token files."""
+        """The tokenizer; None for a model that was trained on bare token files."""
         description = self.state.tokenizer
         if description is None:
             return None
@@ -54,7 +62,7 @@ class NativeModel:
         return restore_tokenizer(description, content, str(self.folder))
 
     def origin(self, tokenizer: Tokenizer | None) -> dict[str, Any]:
-        """What a config.json keeps of where it comes from, for the way back."""
+        """The section of a config.json that says which model of ours it comes from, for the way back."""
         described = None if tokenizer is None else tokenizer.describe()
         model = self.recipe.model_dump(exclude_none=True)
         return {OURS: {"version": megaresnorm.__version__, "model": model, "tokenizer": described}}
@@ -62,7 +70,11 @@ class NativeModel:
     def model(
         self, rounded_to: torch.dtype | None = None, factor: Callable[[str], float] = lambda name: 1.0
     ) -> Transformer:
-        """The model on this CPU in FP32. rounded_to: a type its weights are rounded to first, times their ``factor``."""
+        """The model on this CPU in FP32.
+
+        Args:
+            rounded_to: a type that the weights, times their ``factor``, are rounded to first; None leaves them.
+        """
         model = build_model(self.recipe).model
         self.checkpoint.load("weights", {name: TensorSlices.of_whole(p.data) for name, p in model.named_parameters()})
         if rounded_to is not None:

@@ -1,4 +1,4 @@
-"""Our own architecture for Transformers, for topologies that none of its classes has: modeling_megaresnorm.py and its config."""
+"""Our own architecture for Transformers (modeling_megaresnorm.py), for topologies that none of its classes has."""
 
 import functools
 from math import isclose
@@ -72,7 +72,7 @@ def _frequencies(recipe: ModelRecipe) -> dict[str, Any] | None:
 
 
 def _read(config: Config) -> Settings:
-    """What our own key says, which must be what the others say."""
+    """The settings in our own key, with which all other keys must agree."""
     given = recipe_in(config)
     if given is None:
         raise refused(OURS, None, "is missing; this config.json was not written by MegaResNorm")
@@ -83,7 +83,7 @@ def _read(config: Config) -> Settings:
 
 
 def _same(found: Any, value: Any) -> bool:
-    """Frequencies may be of another machine, whose powers are rounded otherwise."""
+    """Equality, but for the rounding of frequencies: another machine may have rounded powers otherwise."""
     if (
         isinstance(value, dict)
         and "values" in value
@@ -109,7 +109,7 @@ _EXAMPLE = ModelRecipe(dim=2, num_blocks=1, num_heads=1, seq_len=1, vocab_size=1
 
 @functools.cache
 def remote_family() -> Family:
-    """Parameters have our names, after ``model.``."""
+    """The family of our own architecture, whose parameters have our names after ``model.``."""
     of_block = ("norm_in", "norm_branch", "norm_out", "gate", "token_gate")
     attention = (*of_block, *(f"branch.{name}" for name in ("qkv", "out", "norm_inner", "q_norm", "k_norm")))
     ffn = (*of_block, *(f"branch.{name}" for name in ("gate_up", "up", "down", "norm_inner")))

@@ -1,7 +1,7 @@
-"""Which rows of our parameters a tensor of another framework has, and in which order.
+"""Rows of our parameters that a tensor of another framework has, and their order.
 
-Our fused qkv holds the heads of q, then of k, then of v; a head's two halves are rotated against each other, and of a head of
-which only R columns are rotated those are the first R / 2 of either half.
+Our fused qkv holds the heads of q, then of k, then of v. A head's two halves are rotated against each other; where only
+R columns of a head are rotated, they are the first R / 2 of either half.
 
 N query heads   K key/value heads   H head width   R rotated columns of a head
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from megaresnorm.model.parameters import ParameterSpec
 from megaresnorm.recipe import ModelRecipe
 
-# For every row of the other framework's tensor the row of ours; -1: it has none of ours, and is zero.
+# For every row of the other framework's tensor the row of ours, or -1 where it has none of ours and is zero.
 Selection = range | Tensor
 Rows = Callable[[ModelRecipe, ParameterSpec], Selection]
 Within = Callable[[ModelRecipe], Tensor]
@@ -37,7 +37,7 @@ def part(role: str) -> Rows:
 
 
 def halves(recipe: ModelRecipe) -> Tensor:
-    """A head whose rotated columns come first: their first halves, their second halves, then what is not rotated."""
+    """Columns of a head, rotated ones first: their first halves, their second halves, then what is not rotated."""
     if recipe.positions != "rope":
         return torch.arange(recipe.head_width)
     first, second, rest = _columns(recipe)
@@ -45,7 +45,7 @@ def halves(recipe: ModelRecipe) -> Tensor:
 
 
 def pairs(recipe: ModelRecipe) -> Tensor:
-    """The same, with the two columns of every rotated pair beside each other (GLM, GPT-J)."""
+    """As ``halves``, with the two columns of every rotated pair beside each other (GLM, GPT-J)."""
     first, second, rest = _columns(recipe)
     return torch.cat((torch.stack((first, second), dim=1).flatten(), rest))
 
@@ -60,7 +60,7 @@ def heads(role: str, within: Within = halves) -> Rows:
 
 
 def one_head(within: Within) -> Rows:
-    """A norm of queries or keys: of one head, or of all of them together."""
+    """The weights of a norm of queries or keys, over one head or over all of them together."""
 
     def rows(recipe: ModelRecipe, spec: ParameterSpec) -> Selection:
         start = torch.arange(0, spec.shape[0], recipe.head_width).unsqueeze(1)
@@ -70,7 +70,7 @@ def one_head(within: Within) -> Rows:
 
 
 def groups(recipe: ModelRecipe, spec: ParameterSpec) -> Selection:
-    """Megatron's qkv: for every group of query heads these heads, then its key and its value. With N = K: GPT-NeoX's."""
+    """Megatron's qkv: for every group of query heads, these heads, its key and its value. With N = K: GPT-NeoX's."""
     q_NH, k_KH, v_KH = (_heads(recipe, spec, role, halves) for role in ("q", "k", "v"))
     q_KG = q_NH.reshape(recipe.kv_heads, -1)
     return _flat(torch.cat((q_KG, k_KH, v_KH), dim=1))
@@ -83,7 +83,7 @@ def _heads(recipe: ModelRecipe, spec: ParameterSpec, role: str, within: Within) 
 
 
 def _columns(recipe: ModelRecipe) -> tuple[Tensor, Tensor, Tensor]:
-    """Our columns of a head: the first and the second of every rotated pair, and those that are not rotated."""
+    """Columns of our heads: the first and the second of every rotated pair, and those that are not rotated."""
     half, rotated = recipe.head_width // 2, recipe.rotary_width // 2
     column = torch.arange(recipe.head_width)
     first = column[:rotated]
@@ -101,7 +101,7 @@ def _range_of(spec: ParameterSpec, role: str) -> range:
 
 
 def _flat(rows: Tensor) -> Selection:
-    """As a range where the rows are consecutive, which are read in one piece."""
+    """Rows as a range, which is read in one piece, where they are consecutive."""
     flat = rows.flatten()
     consecutive = torch.equal(flat, torch.arange(int(flat[0]), int(flat[0]) + len(flat)))
     return range(int(flat[0]), int(flat[0]) + len(flat)) if consecutive else flat

@@ -1,4 +1,4 @@
-"""What a model computes: everything of a recipe that its logits depend on, whatever it is called."""
+"""The signature of a model: everything in a recipe that its logits depend on, whatever it is called."""
 
 from typing import Any
 
@@ -6,13 +6,15 @@ from megaresnorm.model.topology import SUBLAYERS, Learned, Position, ResidualSpe
 from megaresnorm.model.transformer import has_embedding_norm
 from megaresnorm.recipe import ModelRecipe, TopologyOptions
 
-PLAIN = "dim num_blocks num_heads kv_heads head_width ffn_width vocab_size seq_len norm norm_eps norm_zero_centered " \
-    "positions qk_norm ffn bias biases tied_embeddings embedding_multiplier attention_softcap logit_softcap"  # fmt: skip
+PLAIN = (
+    "dim num_blocks num_heads kv_heads head_width ffn_width vocab_size seq_len norm norm_eps norm_zero_centered "
+    "positions qk_norm ffn bias biases tied_embeddings embedding_multiplier attention_softcap logit_softcap"
+)
 _NAMES = {"kv_heads": "num_kv_heads", "head_width": "head_dim", "ffn_width": "ffn_dim", "biases": "attention_bias"}
 
 
 def signature(recipe: ModelRecipe) -> dict[str, Any]:
-    """Setting -> value. Two models with equal signatures have the same parameters by the same names and compute the same."""
+    """Setting -> value. Models with equal signatures have the same parameters and names, and compute the same."""
     found: dict[str, Any] = {"topology": wiring(recipe)}
     found |= {_NAMES.get(key, key): getattr(recipe, key) for key in PLAIN.split()}
     found["attention_multiplier"] = scale(recipe)
@@ -27,7 +29,7 @@ def signature(recipe: ModelRecipe) -> dict[str, Any]:
 
 
 def wiring(recipe: ModelRecipe) -> tuple:
-    """Norms and constants of every sub-layer, and whether there is a final norm."""
+    """Whether there is a final norm, and the norms and constants of every sub-layer."""
     entry = topology(recipe.topology)
     rows: list[Any] = [entry.final_norm]
     for block in range(recipe.num_blocks):
@@ -71,7 +73,7 @@ def branch_gate(recipe: ModelRecipe) -> float:
 
 
 def whole_logits_scaling(recipe: ModelRecipe) -> float:
-    """The divisor of the logits, the topology's part in it included."""
+    """The divisor of the logits, including the topology's factor."""
     return recipe.logits_scaling / topology(recipe.topology).logit_scale(recipe.dim, recipe.topology_options)
 
 
@@ -81,7 +83,7 @@ def scale(recipe: ModelRecipe) -> float:
 
 
 def post_of(alpha: float, num_blocks: int) -> dict[str, Any]:
-    """Settings of the post-norm topology with this factor on the trunk, under the name of the formula that it follows."""
+    """Settings of the post-norm topology with this factor on the trunk, named by the formula that it follows."""
     at = Position(block=0, num_blocks=num_blocks, sublayer="attention", dim=1)
     for name in ("deepnorm", "deepnorm_glm", "post"):
         if topology(name).residual(at, TopologyOptions()).alpha == alpha:

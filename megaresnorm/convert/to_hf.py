@@ -1,4 +1,4 @@
-"""A checkpoint of ours as a model of Hugging Face Transformers, with a README.md that says how exactly it was converted."""
+"""A checkpoint of ours as a model of Hugging Face Transformers, with a README.md that says how exact it is."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from megaresnorm.convert.remote import FILE, code
 
 @dataclass(frozen=True)
 class Report:
-    """What was written.
+    """Result of a conversion to Transformers.
 
     Attributes:
         folder: where.
@@ -59,7 +59,7 @@ def to_hf(
     Args:
         checkpoint: one of ours, or a run: its newest.
         out: a folder that is not there yet.
-        arch: as of ``match_family``.
+        arch: as ``match_family`` takes it.
         verify: load the result by Transformers and compare its logits, which takes the whole model in FP32.
         tolerance: largest difference, as a share of the largest logit.
         settings: how it is written.
@@ -84,7 +84,7 @@ def to_hf(
 
 
 def write_config(made: Export) -> None:
-    """What Transformers reads beside weights and tokenizer, and our modeling code where the model needs it."""
+    """Write what Transformers reads beside weights and tokenizer, and our modeling code where the model needs it."""
     config = config_of(made)
     write_json(made.folder / CONFIG, config)
     ends = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -118,8 +118,8 @@ def verified(made: Export, tolerance: float) -> tuple[Agreement, Agreement | Non
     native, prompts = made.native, prompts_of(made.native, made.tokenizer)
     rounded_to = made.dtype if made.dtype.itemsize < native.dtype.itemsize else None
     theirs = kept_logits_on(prompts, lambda: of_theirs(load_theirs(made.folder)))
-    ours = of_ours(native.model(rounded_to, made.match.factor))
-    agreement = compare(logits_on(prompts, ours), theirs, tolerance)
+    # No name for our model: it must be gone before the next one is made.
+    agreement = compare(logits_on(prompts, of_ours(native.model(rounded_to, made.match.factor))), theirs, tolerance)
     agreement.judge("the written model")
     return agreement, None if rounded_to is None else compare(logits_on(prompts, of_ours(native.model())), theirs)
 
@@ -134,7 +134,8 @@ tags:
 
 # {topology}, {blocks} blocks
 
-A decoder-only language model of {sublayers} sub-layers, trained with MegaResNorm and exported as `{architecture}` in {dtype}.
+A decoder-only language model of {sublayers} sub-layers, trained with MegaResNorm and \
+exported as `{architecture}` in {dtype}.
 
 | | |
 | --- | --- |

@@ -39,9 +39,10 @@ def sample_texts(count: int = 2000, seed: int = 0) -> Iterator[str]:
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """Files from which AutoTokenizer makes an equal one: name -> content. ``check_equal`` says whether it is.
+    """Files, name -> content, from which AutoTokenizer makes an equal tokenizer; ``check_equal`` says whether it is.
 
-    tokenizer.json alone is read, so neither sentencepiece nor protobuf is needed; a SentencePiece model comes along for others.
+    tokenizer.json alone is read, so neither sentencepiece nor protobuf is needed; a SentencePiece model comes along for
+    other programs.
     """
     files: dict[str, bytes] = {}
     if isinstance(tokenizer, HuggingFaceTokenizer):
@@ -64,19 +65,27 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """Its files, which are then found to make the same tokens. Raises: DataError."""
+    """Write a tokenizer's files and check that Transformers makes the same tokens from them.
+
+    Raises:
+        DataError: it does not.
+    """
     for name, content in tokenizer_files(tokenizer).items():
         (folder / name).write_bytes(content)
     check_equal(tokenizer, folder, list(sample_texts()))
 
 
 def check_equal(tokenizer: Tokenizer, folder: Path, texts: Sequence[str]) -> None:
-    """Raises: DataError if AutoTokenizer makes other tokens of a text from the files in ``folder``."""
+    """Compare a tokenizer with the one that AutoTokenizer makes from the files in ``folder``.
+
+    Raises:
+        DataError: the files cannot be read, or the two make other tokens of a text or end a document otherwise.
+    """
     from transformers import AutoTokenizer
 
     try:
         theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as e:  # noqa: BLE001 - of whatever class
+    except Exception as e:  # noqa: BLE001 - theirs are of any class
         detail = first_line(e)
         raise DataError(
             f"Transformers cannot read the tokenizer ({detail}); export without it by --tokenizer none"
@@ -84,8 +93,8 @@ def check_equal(tokenizer: Tokenizer, folder: Path, texts: Sequence[str]) -> Non
     wrong = [t for t in texts if theirs.encode(t, add_special_tokens=False) != tokenizer.encode(t).tolist()]
     if wrong:
         raise DataError(
-            f"the tokenizer cannot be exported exactly: Transformers makes other tokens of {len(wrong)} of {len(texts)} texts, "
-            f"such as {wrong[0][:60]!r}; export without it by --tokenizer none"
+            f"the tokenizer cannot be exported exactly: Transformers makes other tokens of {len(wrong)} of "
+            f"{len(texts)} texts, such as {wrong[0][:60]!r}; export without it by --tokenizer none"
         )
     if theirs.eos_token_id != tokenizer.eod:
         raise DataError(
@@ -94,11 +103,16 @@ def check_equal(tokenizer: Tokenizer, folder: Path, texts: Sequence[str]) -> Non
 
 
 def read_tokenizer_of(folder: Path, config: dict[str, Any], end_token: str | None = None) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face folder, in our form; None if it has none.
+    """The tokenizer of a Hugging Face folder; None if it has none.
 
-    One that we have written, and nobody has changed, is the one that it was made from.   end_token: that ends a document; None: the
-    one its files name.
-    Raises: DataError or CheckpointError for one that cannot be used.
+    Files that we have written and nobody has changed are read back as the tokenizer that they were made from.
+
+    Args:
+        config: of the folder.
+        end_token: token that ends a document; None for the one that the files name.
+
+    Raises:
+        DataError, CheckpointError: the tokenizer cannot be used.
     """
     ours = config.get(OURS)
     description = ours.get("tokenizer") if isinstance(ours, dict) else None
@@ -124,7 +138,7 @@ def _content(path: Path) -> bytes:
 
 
 def _end_token(folder: Path) -> str | None:
-    """The token that ends a document, as its files have it."""
+    """The token that ends a document according to the files."""
     if not (folder / TOKENIZER_CONFIG).exists():
         return None
     end = read_json(folder / TOKENIZER_CONFIG).get("eos_token")
@@ -148,7 +162,7 @@ def _of_bytes() -> bytes:
 
 
 def byte_letters() -> list[str]:
-    """The letter by which byte-level tokenizers write each byte: printable ones stay, the others follow from U+0100 on."""
+    """The letter that byte-level tokenizers write for each byte: printable ones stay, the others are from U+0100 on."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
@@ -180,7 +194,7 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[bytes, str]:
 
 
 def _merges(ids: dict[str, int]) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, in the order in which SentencePiece prefers the pieces."""
+    """All pairs of pieces that make another piece, in the order in which SentencePiece prefers the results."""
     found = []
     for piece, rank in ids.items():
         splits = ((piece[:i], piece[i:]) for i in range(1, len(piece)))

@@ -1,1 +1,1 @@
-"""Engines do exactly one optimizer step, behind one small interface."""
+"""Engines: each does exactly one optimizer step, behind one small interface."""

@@ -1,4 +1,4 @@
-"""What an engine does: one optimizer step, and what it tells of it."""
+"""The interface between an engine and the training loop: statistics of a step, and the decision about it."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -6,7 +6,7 @@ from math import isfinite
 
 
 class Decision(Enum):
-    """What to do with a step once its gradients are known."""
+    """The training loop's decision about a step once its gradients are known."""
 
     APPLY = "apply"
     SKIP = "skip"
@@ -14,8 +14,11 @@ class Decision(Enum):
 
 @dataclass(frozen=True)
 class GradientStats:
-    """After every reduction and before the update, the same on all ranks. loss: mean cross entropy in nats; norm: of all gradients,
-    unclipped.
+    """A step after every reduction and before the update, the same on all ranks.
+
+    Attributes:
+        loss: mean cross entropy a token, in nats.
+        norm: of all gradients together, unclipped.
     """
 
     loss: float
@@ -23,6 +26,7 @@ class GradientStats:
 
     @property
     def finite(self) -> bool:
+        """Whether neither is NaN or infinite."""
         return isfinite(self.loss) and isfinite(self.norm)
 
 
@@ -30,7 +34,11 @@ class GradientStats:
 class StepStats:
     """One optimizer step.
 
-    loss: mean cross entropy a token in nats, None without labels.   tokens: valid labels of the global batch.
+    Attributes:
+        loss: mean cross entropy a token, in nats; None without labels.
+        gradient_norm: as in ``GradientStats``; 0 without labels.
+        tokens: valid labels of the global batch.
+        applied: whether the weights were updated.
     """
 
     loss: float | None

@@ -28,14 +28,23 @@ from megaresnorm.recipe import Recipe
 
 
 class _Kind(NamedTuple):
-    """divided: over the ranks of tp.   copy: of an embedding that the first stage has as well."""
+    """How a parameter's gradient counts in the norm of all.
+
+    Attributes:
+        divided: sharded over tp.
+        copy: an embedding that the first stage has as well.
+    """
 
     divided: bool
     copy: bool
 
 
 class NativeEngine:
-    """Owns this rank's part of the model, its optimizer and its clipper."""
+    """Owns this rank's part of the model, its optimizer and its clipper.
+
+    Attributes:
+        reductions: of gradients, beside those of data parallelism.
+    """
 
     def __init__(self, assembled: Assembled, recipe: Recipe) -> None:
         self.assembled, self.context = assembled, assembled.context
@@ -74,20 +83,35 @@ class NativeEngine:
 
     @property
     def model(self) -> Transformer:
+        """This rank's part of the model, where it has a single stage of it."""
         return self.assembled.model
 
     def step(self, microbatches: Iterable[Batch], lr: float, accept: Callable[[GradientStats], Decision]) -> StepStats:
-        """Accumulate the gradients of one global batch in FP32, ask ``accept``, clip and update.
+        """Accumulate the gradients of one global batch in FP32, ask ``accept``, clip and update. Collective.
 
         The loss is the sum over valid tokens divided by their number in the whole batch, however unequal its parts.
+
+        Args:
+            microbatches: this rank's share of the batch.
+            lr: the schedule's learning rate.
+            accept: asked once the gradients are known, and before anything has changed.
+
+        Communication:
+            That of ``gradients``. For the norms one all-reduce over model_shards, of a number for each gradient tensor
+            that the optimizer collects, and one of a single number over pp.
         """
         with _no_garbage_collection():
             return self._step(microbatches, lr, accept)
 
     def gradients(self, microbatches: Iterable[Batch]) -> tuple[float, int]:
-        """Put the gradients of one global batch, reduced, into the parameters' ``grad``; returns mean loss and tokens.
+        """Put the reduced gradients of one global batch into the parameters' ``grad``. Collective.
 
-        A batch without labels has no gradients, and its loss is 0.
+        Returns:
+            Mean loss a token and number of tokens. A batch without labels has no gradients, and its loss is 0.
+
+        Communication:
+            All-reduces of 8 bytes: one over dp for the number of tokens, one over dp and one over pp for the loss.
+            Beside these what the model, ``Pipeline.run``, ``grad_sync`` and ``reduce_gradients`` send.
         """
         batches = list(microbatches)
         tokens = self._count(batches)
@@ -117,7 +141,15 @@ class NativeEngine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float | None:
-        """Mean cross entropy a token, in nats, without dropout and z-loss; None without labels."""
+        """Mean cross entropy a token, in nats, without dropout and z-loss. Collective.
+
+        Returns:
+            None without labels.
+
+        Communication:
+            All-reduces of 8 bytes: one over dp for the number of tokens, one over dp and one over pp for the loss.
+            Beside these what forward passes send.
+        """
         batches = list(batches)
         tokens = self._count(batches)
         if not tokens:
@@ -131,18 +163,18 @@ class NativeEngine:
         return self._sum(total) / tokens
 
     def state(self) -> EngineState:
-        """What of the engine's state is not tensors."""
+        """The part of the engine's state that is not tensors."""
         return EngineState(updates=self._updates, clipper_steps=self._clipper.steps)
 
     def full_state(self) -> FullState:
-        """Every weight, whole, by global name. With several ranks all must ask for the same ones in the same order."""
+        """Every weight, whole, by global name; ``FullState`` has what ranks must observe."""
         return FullState(self.assembled, {name: local(p.detach()) for name, p in self._parameters.items()})
 
     @cached_property
     def sharded_state(self) -> dict[str, dict[str, TensorSlices]]:
-        """The engine's tensors by group and global name: all of the whole model's, with what this rank has of them, live.
+        """The whole model's tensors by group and global name, with this rank's live slices of them.
 
-        Groups: weights, optimizer, and clipper where each tensor is clipped against its own history.
+        The groups are weights, optimizer, and clipper where each tensor is clipped against its own history.
         """
         mine = {name: local(p.detach()) for name, p in self._parameters.items()}
         moments = {name: self._optimizer.moments(p) for name, p in self._parameters.items()}
@@ -157,7 +189,11 @@ class NativeEngine:
         return groups
 
     def load(self, checkpoint: Checkpoint, state: EngineState) -> None:
-        """Take over a checkpoint of the same model, saved in whatever layout, and the ``state()`` of the engine that saved it."""
+        """Take over a checkpoint of the same model, saved in whatever layout.
+
+        Args:
+            state: the ``state()`` of the engine that saved it.
+        """
         for group, members in self.sharded_state.items():
             if group != "clipper" or group in checkpoint.tensors:  # clipping may have been another until then
                 checkpoint.load(group, members)
@@ -172,7 +208,14 @@ class NativeEngine:
         self.assembled.weights_changed()
 
     def check_finite(self, where: str) -> None:
-        """Raises: CheckpointError naming a weight or moment of this rank that is not finite; ``where`` begins the line."""
+        """Check that all weights and moments of this rank are finite.
+
+        Args:
+            where: begins the line of the error.
+
+        Raises:
+            CheckpointError: one is not; the line names it.
+        """
         for group in FINITE:
             for name, slices in self.sharded_state[group].items():
                 if slices.local is not None and not is_finite(slices.local):
@@ -189,7 +232,7 @@ class NativeEngine:
         return loss.item()
 
     def _run_pipeline(self, batches: Sequence[Batch], scale: float | None) -> float:
-        """Sum of the losses on the last stage, 0 on the others; ``scale`` None: forward alone."""
+        """Sum of the losses on the last stage, 0 on the others. A ``scale`` of None means forward alone."""
         assert self._pipeline is not None
         missing = self._pipeline.num_microbatches(len(batches)) - len(batches)
         filler = batches[0]._replace(labels=torch.full_like(batches[0].labels, -1))
@@ -225,26 +268,26 @@ class NativeEngine:
         return DropoutKey(self._seed, rows.flatten())
 
     def _count(self, batches: Sequence[Batch]) -> int:
-        """Valid labels of all data ranks."""
+        """Number of valid labels on all ranks of dp."""
         mine = sum(int((batch.labels >= 0).sum()) for batch in batches)
         if self.context.dp.size == 1:
             return mine
         return int(all_reduce(torch.tensor([mine], device=self.assembled.device), self.context.dp).item())
 
     def _sum(self, loss: float) -> float:
-        """Over data ranks and stages; the tensor-parallel ranks of a stage have the same."""
+        """Sum over dp and pp. It is already equal on tp."""
         if self.context.dp.size == self.context.pp.size == 1:
             return loss
         total = torch.tensor([loss], dtype=torch.float64, device=self.assembled.device)
         return all_reduce(all_reduce(total, self.context.dp), self.context.pp).item()
 
     def _norms(self, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Of every gradient, whole, and of all of them together, over all ranks."""
+        """Norms of every whole gradient, and of all of them together. Collective."""
         norms = gradient_norms(gradients)
         if self.context.world.size == 1:
             return norms, torch.linalg.vector_norm(norms)
         kinds: Any = self._optimizer.kinds(per_parameter=self._clips_each)
-        # A rank of tp has its own share of what is divided, and the same as rank 0 of what is not.
+        # A rank of tp has its own share of a sharded gradient, and the same as rank 0 of any other.
         counted = norms.new_tensor([kind.divided or self.context.tp.rank == 0 for kind in kinds])
         squares = all_reduce((norms * counted).square(), self.context.model_shards)
         owned = squares.new_tensor([not kind.copy for kind in kinds])
@@ -253,15 +296,17 @@ class NativeEngine:
 
 
 def _joined(column: Sequence[Tensor | None]) -> Any:
-    """One tensor of several microbatches'; None where they have none."""
+    """The tensors of several microbatches as one; None where they have none."""
     tensors = [t for t in column if t is not None]
     return torch.cat(tensors) if tensors else None
 
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """A step of a deep model makes thousands of small objects, none of them in a cycle; looking for cycles among them, and among
-    all that was imported, took 30 of 450 ms at 200 blocks.
+    """Switch Python's search for cycles off during a step.
+
+    A step of a deep model makes thousands of small objects, none of them in a cycle. Looking for cycles among them, and
+    among all that was imported, took 30 of 450 ms at 200 blocks.
     """
     was_enabled = gc.isenabled()
     gc.disable()

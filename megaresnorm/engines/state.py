@@ -1,4 +1,4 @@
-"""The engine's tensors as a checkpoint sees them: this rank's slices of each, and whole ones made up by all ranks."""
+"""The engine's tensors as a checkpoint sees them: sharded state (this rank's slices of each) and full state."""
 
 import heapq
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,13 @@ from megaresnorm.parallel.sharding import Box, boxes, broadcast, from_row_chunks
 
 @dataclass(frozen=True)
 class Placement:
-    """Of one parameter and of everything laid out as it is: the whole's shape, this rank's slices, whether it writes them."""
+    """Placement of one parameter and of everything that is laid out as it is.
+
+    Attributes:
+        shape, dtype: of the whole tensor.
+        boxes: bounds of this rank's slices in the whole tensor.
+        owned: whether this is the one rank that writes them.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -23,11 +29,15 @@ class Placement:
     owned: bool
 
     def of(self, mine: Tensor | None) -> TensorSlices:
+        """The slices of a tensor so placed, of which this rank has ``mine``; None where it has nothing."""
         return TensorSlices(self.shape, self.dtype, mine, self.boxes, self.owned and mine is not None)
 
 
 def placements(assembled: Assembled) -> dict[str, Placement]:
-    """Of every parameter of the whole model by global name; without slices where this rank has nothing of it."""
+    """The placement of every parameter of the whole model, by global name.
+
+    It has no slices where this rank has nothing of the parameter.
+    """
     context, mine, written = assembled.context, assembled.parameters(), _written(assembled)
     dtype = next(iter(mine.values())).dtype
     found = {}
@@ -39,7 +49,12 @@ def placements(assembled: Assembled) -> dict[str, Placement]:
 
 
 def clipper_slices(assembled: Assembled, numbers: Mapping[str, Tensor]) -> dict[str, TensorSlices]:
-    """One number [1] for each of this rank's parameters, the same on all ranks of its stage, of which the first writes it."""
+    """Slices of tensors [1], one for every parameter of the whole model by global name.
+
+    Args:
+        numbers: those of this rank's parameters. They are the same on all ranks of its stage, of which the first writes
+            them.
+    """
     context = assembled.context
     first = context.dp_replicate.rank == context.dp_shard.rank == context.tp.rank == 0
     found = {}
@@ -55,8 +70,8 @@ def clipper_slices(assembled: Assembled, numbers: Mapping[str, Tensor]) -> dict[
 def _written(assembled: Assembled) -> set[str]:
     """The parameters of which this rank writes its part, so that no part is written twice and all write about as much.
 
-    What the ranks of dp_replicate have alike goes to the one that has the least to write; what the ranks of tp have alike, to each
-    of them in turn. Every rank works out what all of them do.
+    What all ranks of dp_replicate have goes to the one that has the least to write; what all ranks of tp have goes to
+    each of them in turn. Every rank works out what all of them do.
     """
     context, table = assembled.context, assembled.table
     loads = [[(0, rank) for rank in range(context.dp_replicate.size)] for _ in range(context.tp.size)]
@@ -76,7 +91,15 @@ def _written(assembled: Assembled) -> set[str]:
 class FullState(Mapping[str, Tensor]):
     """Global name -> whole tensor, in the order of the table, made up by all ranks together when it is asked for.
 
-    local: this rank's parts by the name of their parameter. All ranks must ask for the same ones in the same order.
+    All ranks must ask for the same ones in the same order.
+
+    Args:
+        local: this rank's parts by the name of their parameter.
+
+    Communication:
+        For each tensor that is asked for one all-gather of this rank's rows over dp_shard and one of its share over tp,
+        where the tensor is sharded. In a pipeline also one all-reduce of 8 bytes and one broadcast of the whole tensor
+        over pp.
     """
 
     def __init__(self, assembled: Assembled, local: Mapping[str, Tensor]) -> None:
@@ -105,7 +128,7 @@ class FullState(Mapping[str, Tensor]):
         return whole if context.pp.size == 1 and whole is not None else self._from_stage(name, whole)
 
     def _from_stage(self, name: str, whole: Tensor | None) -> Tensor:
-        """From the first rank of the pipeline that has it to the others."""
+        """Send it from the first rank of the pipeline that has it to the others."""
         pp, device = self._assembled.context.pp, self._assembled.device
         ranks = torch.tensor([pp.size if whole is None else pp.rank], device=device)
         if pp.group is not None:

@@ -1,1 +1,1 @@
-"""Everything that knows that there is more than one rank. Takes plain values, never a recipe."""
+"""Parallelism: all code that knows of more than one rank. It takes plain values, never a recipe."""

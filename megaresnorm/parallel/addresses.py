@@ -1,4 +1,4 @@
-"""By which of its addresses a node is reached."""
+"""The address by which other nodes reach this one."""
 
 import socket
 
@@ -6,8 +6,13 @@ ELSEWHERE = "192.0.2.1"  # an address that no host has (RFC 5737)
 
 
 def local_address_of(host: str, port: int) -> str | None:
-    """The address by which other nodes reach this one. A name that /etc/hosts of this node gives to loopback, as Debian does
-    with the node's own, says nothing: then it is the address of the default route.
+    """The address by which other nodes reach this one: the local end of its route to ``host``.
+
+    Where /etc/hosts of this node maps the name to loopback, as Debian does with the node's own name, that route says
+    nothing; then it is the address of the default route.
+
+    Returns:
+        None where the name cannot be resolved yet.
     """
     address = address_towards(host, port)
     named = host != "localhost" and not _is_loopback(host)
@@ -19,7 +24,10 @@ def _is_loopback(address: str) -> bool:
 
 
 def address_towards(host: str, port: int) -> str | None:
-    """The address of this node from which it reaches another; nothing is sent. None where the name is not known yet."""
+    """The address of this node from which it reaches another; None where the name cannot be resolved yet.
+
+    Nothing is sent: connecting a datagram socket only looks up the route.
+    """
     try:
         family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:

@@ -1,4 +1,4 @@
-"""What ranks tell each other beside tensors: JSON, never pickles."""
+"""Messages between ranks beside tensors: JSON, never pickles."""
 
 import json
 from collections.abc import Callable
@@ -15,9 +15,14 @@ ALONE = Axis("control")
 
 
 def all_gather_json(message: Any, axis: Axis) -> list[Any]:
-    """Every rank's message, anything that JSON can hold, in the order of the ranks.
+    """Every rank's message, in the order of the ranks. Collective.
 
-    All ranks of the axis, whose group is on CPUs, must call it.
+    Args:
+        message: anything that JSON can hold.
+        axis: its group is on CPUs.
+
+    Communication:
+        Two all-gathers: of 8 bytes, the message's length, and of as many bytes as the longest message has.
     """
     if axis.group is None:
         return [message]
@@ -30,10 +35,20 @@ def all_gather_json(message: Any, axis: Axis) -> list[Any]:
 
 
 def run_on_all_ranks(work: Callable[[], Any], axis: Axis) -> list[Any]:
-    """What ``work`` returned on every rank, which JSON can hold. Where it fails on one, no rank goes on alone.
+    """Run ``work`` on every rank. Where it fails on one, no rank goes on alone. Collective.
 
-    Raises: on all ranks the same UserError, that of the first rank that had one; for any other exception LostRankError on the
-    ranks that did not have it, so that they end as well.
+    Args:
+        work: returns what JSON can hold.
+
+    Returns:
+        What it returned on every rank, in the order of the ranks.
+
+    Communication:
+        One ``all_gather_json``.
+
+    Raises:
+        UserError: the same on all ranks, that of the first rank that had one.
+        LostRankError: another rank had any other exception, which it raises itself; this rank ends as well.
     """
     mine: dict[str, Any] = {}
     error: Exception | None = None
@@ -55,7 +70,17 @@ def run_on_all_ranks(work: Callable[[], Any], axis: Axis) -> list[Any]:
 
 
 def all_or_raise(work: Callable[[], T], axis: Axis) -> T:
-    """What ``work`` returned on this rank, if it failed on none. Raises: as ``run_on_all_ranks``."""
+    """Run ``work`` on every rank. Where it fails on one, no rank goes on alone. Collective.
+
+    Returns:
+        What it returned on this rank, be it JSON or not.
+
+    Communication:
+        One ``all_gather_json``.
+
+    Raises:
+        UserError, LostRankError: as ``run_on_all_ranks``.
+    """
     results: list[T] = []
     run_on_all_ranks(lambda: results.append(work()), axis)
     return results[0]

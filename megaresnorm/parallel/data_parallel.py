@@ -1,4 +1,4 @@
-"""Data parallelism: DistributedDataParallel and FSDP2 around a model. Gradients are sums over the data ranks, not means."""
+"""Data parallelism: DistributedDataParallel and FSDP2 around a model. Gradients are sums over dp, not means."""
 
 import warnings
 from collections.abc import Iterable, Iterator
@@ -19,12 +19,21 @@ from megaresnorm.parallel.sharding import row_chunk
 def shard_model(
     model: nn.Module, parts: Iterable[nn.Module], context: ParallelContext, *, reshard_after_forward: bool
 ) -> None:
-    """FSDP2 (fully_shard) of each part and of the rest, on the meta device. reshard_after_forward: free gathered weights.
+    """Apply FSDP2 (fully_shard) to each part of a model and to the rest, on the meta device.
 
-    Weights are gathered in their own type, FP32, and the stream is never cast: what a rank computes is what one process would.
+    Weights are gathered in their own type, FP32, and the stream is never cast: a rank computes what one process would.
+
+    Args:
+        parts: modules whose weights are gathered together.
+        reshard_after_forward: free gathered weights after forward, and gather them again for backward.
+
+    Communication:
+        Nothing yet. In training each part and the rest make one all-gather of their weights over dp_shard in forward,
+        and with ``reshard_after_forward`` another in backward; ``grad_sync`` has their gradients.
     """
     assert context.mesh is not None
-    # The logits are a view where the vocabulary is padded; the loss writes its gradient there, which no hook needs to see.
+    # The logits are a view where the vocabulary is padded. The loss writes its gradient there, which no hook needs to
+    # see.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     names = ("dp_replicate", "dp_shard") if context.dp_replicate.size > 1 else ("dp_shard",)
     options: dict[str, Any] = {
@@ -40,7 +49,13 @@ def shard_model(
 
 
 def pad_uneven_shards(model: nn.Module, axis: Axis) -> None:
-    """Let FSDP2 pad, now, what does not divide evenly over ``axis``: local tensors stay in place from then on."""
+    """Let FSDP2 pad, now, the parameters that do not divide evenly over ``axis``. Collective.
+
+    From then on local tensors stay in place.
+
+    Communication:
+        One all-gather of the weights of each module with such a parameter.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule) and any(p.dim() and p.shape[0] % axis.size for p in module.parameters()):
             module.unshard()
@@ -48,7 +63,7 @@ def pad_uneven_shards(model: nn.Module, axis: Axis) -> None:
 
 
 def placed_like(value: Tensor, parameter: nn.Parameter, axis: Axis) -> nn.Parameter:
-    """A parameter of this value, divided as ``parameter`` (on the meta device) is: over ``axis``, or not at all."""
+    """A parameter of this value, sharded as ``parameter`` (on the meta device) is: over ``axis``, or not at all."""
     if not isinstance(parameter, DTensor):
         return nn.Parameter(value)
     mine = row_chunk(value, axis).clone()
@@ -60,12 +75,17 @@ def placed_like(value: Tensor, parameter: nn.Parameter, axis: Axis) -> nn.Parame
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank has of a tensor that FSDP2 may have divided."""
+    """This rank's shard of a tensor that FSDP2 has sharded; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def replicate_model(model: nn.Module, data: Axis) -> DistributedDataParallel:
-    """DistributedDataParallel that adds gradients up."""
+    """Wrap a model in DistributedDataParallel that sums gradients.
+
+    Communication:
+        In the backward pass of a step's last microbatch (``grad_sync``) one all-reduce of each of DDP's buckets, which
+        together are all gradients.
+    """
     ddp = DistributedDataParallel(model, process_group=data.group, init_sync=False)
     ddp.register_comm_hook(data.group, _sum)
     return ddp
@@ -81,18 +101,24 @@ def _sum(
 
 
 def accumulate_in_shards(model: FSDPModule, last: bool, *, sharded: bool) -> None:
-    """Set what FSDP2 does with the gradients of the next backward pass; arguments as of ``grad_sync``."""
+    """Set what FSDP2 does with the gradients of the next backward pass. The arguments are those of ``grad_sync``."""
     model.set_requires_gradient_sync(last or sharded)
     model.set_requires_all_reduce(last)
 
 
 @contextmanager
 def grad_sync(model: nn.Module, last: bool, *, sharded: bool) -> Iterator[None]:
-    """Around the forward and backward pass of one microbatch: what is done with its gradients over the data ranks.
+    """Reduce the gradients of one microbatch over dp, or not yet. Goes around its forward and backward pass.
 
-    DDP reduces them in the last microbatch of a step. FSDP2 does so too unless ``sharded``, and keeps whole gradients until then;
-    with it, it reduces and scatters those of every microbatch, so that a rank never keeps more than its shard of them. The replicas
-    of a sharded group are added up in the last microbatch in either case.
+    Args:
+        last: whether it is the last microbatch of the step.
+        sharded: with FSDP2, whether the gradients of every microbatch are reduced and scattered, so that a rank never
+            keeps more than its shard of them. Otherwise it keeps whole gradients until the last microbatch.
+
+    Communication:
+        DDP makes all-reduces of all gradients over dp in the last microbatch. FSDP2 makes one reduce-scatter over
+        dp_shard for each part of ``shard_model``, in every microbatch if ``sharded``, else in the last. The replicas of
+        a sharded group are summed over dp_replicate in the last microbatch in either case.
     """
     if isinstance(model, FSDPModule):
         accumulate_in_shards(model, last, sharded=sharded)

@@ -1,6 +1,7 @@
-"""Who this process is among the ranks of a job: the variables that torchrun and launch/torchrun.sh set, read here and nowhere else.
+"""The place of this process among the ranks of a job.
 
-A variable alone does not make a rank: without WORLD_SIZE this is one process, whatever RANK an old shell still holds.
+The variables that torchrun and launch/torchrun.sh set are read here and nowhere else. One variable alone does not make
+this a rank. Without WORLD_SIZE it is one process, whatever RANK an old shell still holds.
 """
 
 import os
@@ -19,17 +20,18 @@ MAX_PORT = 65535
 
 @dataclass(frozen=True)
 class Environment:
-    """Of one process unless torchrun started it.
+    """The place of this process in its job. The defaults are one process that torchrun has not started.
 
-    rank, local_rank, world_size: as torchrun has them.
-    ranks_here: of this node; None where nobody says.
-    master_addr, master_port: where rank 0 can be reached; None in one process.
-    agent_store: torchrun itself keeps the store there.
-    attempt: how often torchrun has started the ranks again because one died.
-    max_restarts: how often it may without a new checkpoint.
-    job: torchrun's name for the job; None where it has none of its own.
-    launcher: folder of launch/torchrun.sh.
-    elastic: whether nodes may come and go.
+    Attributes:
+        rank, local_rank, world_size: as torchrun has them.
+        ranks_here: number of ranks on this node; None where no variable says.
+        master_addr, master_port: where rank 0 can be reached; None in one process.
+        agent_store: whether torchrun itself keeps the store there.
+        attempt: how often torchrun has started the ranks again because one died.
+        max_restarts: how often it may do so without a new checkpoint; None where no variable says.
+        job: torchrun's name for the job; None where it has none of its own.
+        launcher: private folder of launch/torchrun.sh; None without it.
+        elastic: whether nodes may come and go.
     """
 
     rank: int = 0
@@ -47,11 +49,19 @@ class Environment:
 
     @property
     def one_node(self) -> bool:
+        """Whether all ranks are known to be on this node."""
         return self.ranks_here == self.world_size
 
 
 def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
-    """Of these variables, or of this process. Raises: ConfigError for variables that are torchrun's only in part, or no numbers."""
+    """The environment of this process.
+
+    Args:
+        variables: to be read in place of the process's own.
+
+    Raises:
+        ConfigError: only some of torchrun's variables are set, or one is not a number in its range.
+    """
     found = os.environ if variables is None else variables
     job = found.get("TORCHELASTIC_RUN_ID", "none")
     common = {
@@ -66,8 +76,8 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         missing = [n for n in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not found.get(n)]
         if missing:
             raise ConfigError(
-                f"the environment is not torchrun's: WORLD_SIZE={world_size}, but {', '.join(missing)} missing; start with "
-                "bash launch/torchrun.sh, or unset WORLD_SIZE"
+                f"the environment is not torchrun's: WORLD_SIZE={world_size}, but {', '.join(missing)} missing; "
+                "start with bash launch/torchrun.sh, or unset WORLD_SIZE"
             )
     return Environment(
         rank=_number(found, "RANK", 0, world_size - 1, 0),
@@ -89,7 +99,7 @@ def _number(found: Mapping[str, str], name: str, least: int, most: int, default:
         return default
     if text is None or not (text.isascii() and text.isdecimal()) or len(text) > 9 or not least <= int(text) <= most:
         raise ConfigError(
-            f"the environment is not torchrun's: {name}={text!r}, wanted a whole number from {least} to {most}; start with "
-            "bash launch/torchrun.sh, or unset WORLD_SIZE"
+            f"the environment is not torchrun's: {name}={text!r}, wanted a whole number from {least} to {most}; "
+            "start with bash launch/torchrun.sh, or unset WORLD_SIZE"
         )
     return int(text)

@@ -12,7 +12,7 @@ from megaresnorm.parallel.mesh import Axis
 
 
 class Reduction(NamedTuple):
-    """Gradients to be added up over an axis once a step, after all microbatches and after data parallelism."""
+    """Gradients to be summed over an axis once a step, after all microbatches and after data parallelism."""
 
     why: str
     axis: Axis
@@ -22,8 +22,12 @@ class Reduction(NamedTuple):
 def reductions(
     partial: Iterable[nn.Parameter], tied: nn.Parameter | None, *, tp: Axis, embedding: Axis
 ) -> list[Reduction]:
-    """partial: parameters of whose gradient every tensor-parallel rank has a part.   tied: this rank's copy of an embedding that
-    is also the output matrix, on the first and last stage of a pipeline.
+    """The reductions that a rank's stages need.
+
+    Args:
+        partial: parameters for which every tensor-parallel rank has a partial sum of the gradient.
+        tied: this rank's copy of an embedding that is also the output matrix, on the first and last stage of a
+            pipeline; None where it has none.
     """
     found = []
     if tp.size > 1 and (members := tuple(partial)):
@@ -34,7 +38,11 @@ def reductions(
 
 
 def reduce_gradients(found: Sequence[Reduction]) -> None:
-    """Add the gradients up in place, those of a list in one message for each type. No gradient counts as zeros."""
+    """Sum the gradients in place. A parameter without a gradient counts as zeros. Collective.
+
+    Communication:
+        For each reduction one all-reduce of all its gradients together, or one for each dtype among them.
+    """
     for reduction in found:
         for p in reduction.parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad

@@ -1,10 +1,11 @@
-"""Where the residual stream lives on the ranks of a tensor-parallel axis: whole, divided by token, or divided by column.
+"""Tensor layouts: the residual stream whole on every rank of tp, or sharded over tokens or the hidden dimension.
 
-A branch always reads whole rows of all tokens, and the gradient that it sends back is this rank's partial sum; what it returns is a
-partial sum, too. A layout is how the stream turns into the one and the other into the stream: a branch names no collective. Its
-first linear starts the one that its input's gradient goes through (``Gathered``) before it computes its weight's gradient.
+A branch always reads whole rows of all tokens, and the gradient that it sends back is this rank's partial sum; what it
+returns is a partial sum, too. A layout turns the stream into a branch's input and a branch's output into the stream, so
+that no branch names a collective. The first linear of a branch starts the collective that its input's gradient goes
+through (``Gathered``) before it computes its weight's gradient.
 
-T tokens   D model dim   p ranks
+T tokens   D model dim   p ranks   d = D/p columns of a rank
 """
 
 from abc import ABC, abstractmethod
@@ -21,7 +22,12 @@ from megaresnorm.parallel.sharded_norm import StreamAddNorm, StreamOutput, colum
 
 
 class TensorLayout(ABC):
-    """One of the three; on an axis of one rank they are all the same."""
+    """One of the three layouts; on an axis of one rank they are all the same.
+
+    Attributes:
+        name: as in the recipe.
+        axis: the tensor-parallel axis.
+    """
 
     name: str
 
@@ -30,64 +36,126 @@ class TensorLayout(ABC):
 
     @abstractmethod
     def add_norm(self, kernel: AddNormKernel) -> StreamAddNorm:
-        """``kernel`` for a stream in this layout, whose branch input is what a branch reads."""
+        """``kernel`` for a stream in this layout. Its branch input is what a branch reads: whole rows of all tokens."""
 
     @abstractmethod
     def reduce(self, y_TD: Tensor) -> Tensor:
-        """The stream's share of the sum of all ranks' partial sums y [T, D]."""
+        """The sum of all ranks' partial sums y [T, D], in the stream's layout."""
 
     @abstractmethod
     def token_weights(self, t_T1: Tensor) -> Tensor:
-        """Of one number a token, computed by every rank from whole rows: those of the stream's tokens."""
+        """The weights of the stream's tokens.
+
+        Args:
+            t_T1: one number for each of all tokens, which every rank has computed from whole rows.
+        """
 
     def tokens(self, x_T: Tensor) -> Tensor:
-        """Of something that every token has, what belongs to this rank's tokens."""
+        """The entries of this rank's tokens in x, which has one for every token."""
         return x_T
 
     def width(self, dim: int) -> int:
-        """Columns of the stream on this rank."""
+        """Number of the stream's columns on this rank."""
         return dim
 
     def first_column(self, width: int) -> int:
-        """The global number of this rank's first column, of ``width``."""
+        """Global index of this rank's first column, where it has ``width`` columns."""
         return 0
 
 
 class FullLayout(TensorLayout):
-    """Every rank has the whole stream, and computes its norms anew."""
+    """Every rank has the whole stream, and computes all of its norms."""
 
     name = "full"
 
     def add_norm(self, kernel: AddNormKernel) -> StreamAddNorm:
+        """``kernel`` itself; only the gradient of its branch input is sent.
+
+        Communication:
+            Nothing in forward; in backward one all-reduce of [T, D].
+        """
         return _gathering(kernel, COPY, self.axis)
 
     def reduce(self, y_TD: Tensor) -> Tensor:
+        """The sum [T, D].
+
+        Communication:
+            One all-reduce of [T, D]; nothing in backward.
+        """
         return branch_input.reduce(y_TD, self.axis)
 
     def token_weights(self, t_T1: Tensor) -> Tensor:
+        """All of them. The gradient is the same on every rank, and each sends back its p-th part."""
         return branch_input.share(t_T1, self.axis)
 
 
 class TokensLayout(TensorLayout):
-    """Every rank has its share of the tokens (sequence parallel, arXiv:2205.05198, section 4.2.2)."""
+    """Every rank has its share of the tokens: sequence parallelism.
+
+    Source:
+        Korthikanti et al., arXiv:2205.05198, section 4.2.2.
+    """
 
     name = "tokens"
 
     def add_norm(self, kernel: AddNormKernel) -> StreamAddNorm:
+        """``kernel`` on this rank's rows, whose branch input is then gathered.
+
+        Communication:
+            One all-gather of [T/p, D]; in backward one reduce-scatter of [T, D].
+        """
         return _gathering(kernel, GATHER_ROWS, self.axis)
 
     def reduce(self, y_TD: Tensor) -> Tensor:
+        """This rank's rows [T/p, D] of the sum.
+
+        Communication:
+            One reduce-scatter of [T, D]; in backward one all-gather of [T/p, D].
+        """
         return branch_input.scatter_rows(y_TD, self.axis)
 
     def token_weights(self, t_T1: Tensor) -> Tensor:
+        """Those of this rank's tokens."""
         return self.tokens(t_T1)
 
     def tokens(self, x_T: Tensor) -> Tensor:
+        """The ``rank``-th of p equal chunks."""
         return x_T.chunk(self.axis.size)[self.axis.rank]
 
 
 class ColumnsLayout(TensorLayout):
-    """Every rank has its share of the columns of all tokens; norms merge their statistics or gather their input."""
+    """Sharded over the hidden dimension: every rank has d columns of all tokens.
+
+    A norm needs statistics of whole rows, and a branch reads whole rows. So for each branch a rank sends something of
+    its columns to the others, in one of two forms (parallel/sharded_norm.py):
+
+    * ``merge``: it sends the statistics of its columns, normalizes its columns with the merged ones, and then sends the
+      normalized columns.
+    * ``gather``: it sends its columns as they are stored, and with them its slices of the norm's weight and bias; then
+      every rank normalizes whole rows. There is no message for the norm alone.
+
+    Args:
+        axis: the tensor-parallel axis.
+        gather: whether the form is ``gather``, which needs a stream stored in the type of the branch input.
+        norm_kernels: kernels of the norms.
+
+    Communication:
+        What a rank gives to the others for one branch of a pre-norm block. Statistics and row sums are n = 2 numbers a
+        row for LayerNorm and n = 1 for RMSNorm, in FP32 (FP64 in an FP64 model). All else is in the type of the branch
+        input. Weight and bias fill k rows: one each, or two each where the stream is BF16.
+
+                              merge                        gather
+        forward   all-gather  [T, n] statistics
+                  all-gather  [T, d] normalized columns    [T + k, d] stored columns, weight, bias
+              reduce-scatter  [T, D] branch output         [T, D] branch output
+        backward  all-gather  [T, d] output's gradient     [T, d] output's gradient
+              reduce-scatter  [T, D] input's gradient      [T, D + p n] input's gradient, row sums
+                  all-reduce  [T, n] row sums
+
+        Under ``gather`` the row sums of a BF16 stream travel apart, to stay FP32: a reduce-scatter of [T, D] and an
+        all-reduce of [T, n]. With T = 4096, D = 8192, p = 8, LayerNorm and BF16 the columns [T, d] are 8 MiB, the
+        statistics 32 KiB and the k = 4 rows 8 KiB.
+    """
 
     name = "columns"
 
@@ -96,28 +164,44 @@ class ColumnsLayout(TensorLayout):
         self.gather, self.norm_kernels = gather, norm_kernels
 
     def add_norm(self, kernel: AddNormKernel) -> StreamAddNorm:
+        """``columns_add_norm`` in the chosen form.
+
+        Communication:
+            That of the class without the branch output and its gradient.
+        """
         if self.axis.size == 1:
             return kernel
         return columns_add_norm(kernel, self.axis, gather=self.gather, norm_kernels=self.norm_kernels)
 
     def reduce(self, y_TD: Tensor) -> Tensor:
+        """This rank's columns [T, d] of the sum.
+
+        Communication:
+            One reduce-scatter of [T, D]; in backward one all-gather of [T, d].
+        """
         return branch_input.scatter_columns(y_TD, self.axis)
 
     def token_weights(self, t_T1: Tensor) -> Tensor:
+        """All of them. Each rank's gradient is a partial sum over its columns already."""
         return t_T1
 
     def width(self, dim: int) -> int:
+        """The p-th part of ``dim``."""
         return dim // self.axis.size
 
     def first_column(self, width: int) -> int:
+        """That of the ``rank``-th shard."""
         return width * self.axis.rank
 
 
 def tensor_layout(
     name: str, axis: Axis, *, gather: bool = True, norm_kernels: ShardedNormKernels = REFERENCE
 ) -> TensorLayout:
-    """full, tokens or columns. gather: of columns, where the stored type allows it.
-    norm_kernels: of norms over a sharded hidden dimension.
+    """The layout of a name.
+
+    Args:
+        name: full, tokens or columns.
+        gather, norm_kernels: those of ``ColumnsLayout``; the other layouts do not need them.
     """
     if name == "columns":
         return ColumnsLayout(axis, gather=gather, norm_kernels=norm_kernels)

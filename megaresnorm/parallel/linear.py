@@ -18,9 +18,14 @@ MatMul = Callable[[BranchInput, Tensor, Tensor | None], Tensor]
 
 
 def linear(x: BranchInput, weight: Tensor, bias: Tensor | None, operand: Tensor | None = None) -> Tensor:
-    """x W^T + b. Gradients of weight and bias arrive in their own type; that of a gathered x travels as the weight's is computed.
+    """x W^T + b. Gradients of weight and bias arrive in their own types.
 
-    operand: a copy of the weight in the type of x; without one, a weight of another type is cast for each product.
+    Args:
+        x: whole rows [T, in_dim]. If they are ``Gathered``, their gradient travels as the weight's is computed.
+        operand: a copy of the weight in the type of x. Without one, a weight of another type is cast for each product.
+
+    Communication:
+        Nothing in forward; in backward, for a ``Gathered`` x, one reduce-scatter or all-reduce of [T, in_dim].
     """
     if isinstance(x, Gathered):
         return _Linear.apply(x.mine, x, weight, bias, operand)
@@ -55,9 +60,10 @@ class _Linear(torch.autograd.Function):
 class ColumnLinear(nn.Module):
     """y = x W^T + b with weight [out_dim / p, in_dim]: every rank computes its share of the outputs.
 
-    x: whole rows on every rank; of what a layout has gathered the gradient's partial sums are reduced.
-    The parameters are left uninitialised (see model/init.py). ``matmul`` is replaced by precision.py when products are computed in
-    another type.
+    The parameters are left uninitialised (see model/init.py).
+
+    Attributes:
+        matmul: ``linear``. precision/bf16.py replaces it where products are computed in another type.
     """
 
     matmul: MatMul
@@ -70,17 +76,29 @@ class ColumnLinear(nn.Module):
         self.matmul = linear
 
     def forward(self, x: BranchInput) -> Tensor:
+        """This rank's outputs [T, out_dim / p] for whole rows x, which every rank has.
+
+        Communication:
+            Nothing in forward; in backward the partial sums of x's gradient are reduced if a layout has gathered x, as
+            in ``linear``.
+        """
         return self.matmul(x, self.weight, self.bias)
 
     def without_bias(self, x: BranchInput) -> Tensor:
-        """x W^T, for a kernel that adds the bias itself."""
+        """x W^T, for a kernel that adds the bias itself.
+
+        Communication:
+            As ``forward``.
+        """
         return self.matmul(x, self.weight, None)
 
 
 class RowLinear(nn.Module):
     """y = x W^T + b with weight [out_dim, in_dim / p]: every rank computes a partial sum, which ``layout`` adds up.
 
-    x: this rank's share of the columns.   returns: y in the stream's layout.   bias: in the stream's layout as well.
+    Attributes:
+        bias: in the stream's layout, [out_dim] or this rank's columns of it.
+        matmul: as in ``ColumnLinear``.
     """
 
     matmul: MatMul
@@ -93,6 +111,14 @@ class RowLinear(nn.Module):
         self.matmul, self.layout = linear, layout
 
     def forward(self, x: Tensor) -> Tensor:
+        """y in the stream's layout.
+
+        Args:
+            x: [T, in_dim / p], this rank's columns.
+
+        Communication:
+            One ``layout.reduce`` of [T, out_dim].
+        """
         if self.layout.axis.size == 1:
             return self.matmul(x, self.weight, self.bias)
         y = self.layout.reduce(self.matmul(x, self.weight, None))

@@ -25,11 +25,11 @@ class Axis:
     """One dimension of the mesh of ranks, or several taken together.
 
     Attributes:
-        name: as in the recipe; of those taken together, as ``ParallelContext`` has it.
-        size: how many ranks it has.
-        rank: which of them this one is.
+        name: as in the recipe, or as in ``ParallelContext`` where several are taken together.
+        size: number of its ranks.
+        rank: index of this rank among them.
         group: their process group; None where the axis has one rank, so that nothing is sent.
-        transport: how they send; unset, the group's own way.
+        transport: how they send. Left None with a group, it becomes the one of the group's backend.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many ranks each axis has."""
+    """Number of ranks on each axis."""
 
     pp: int = 1
     dp_replicate: int = 1
@@ -55,6 +55,7 @@ class Sizes:
 
     @property
     def num_ranks(self) -> int:
+        """Number of ranks of the whole mesh."""
         return prod(getattr(self, name) for name in MESH_AXES)
 
 
@@ -68,8 +69,9 @@ class ParallelContext:
         model_shards: dp_shard and tp together, whose ranks hold parts of the same tensors.
         world: all ranks.
         embedding: the first and the last stage of a pipeline, which both have a tied embedding; size 1 elsewhere.
-        control: all ranks, on CPUs whatever the device, for small agreements and for the thread that writes checkpoints.
-        mesh: torch's own, for FSDP2.
+        control: all ranks, on CPUs whatever the device, for small agreements and for the thread that writes
+            checkpoints.
+        mesh: torch's own, for FSDP2; None in one process.
     """
 
     pp: Axis
@@ -96,9 +98,13 @@ class ParallelContext:
 
     @classmethod
     def create(cls, sizes: Sizes, device_type: str) -> "ParallelContext":
-        """The context of this rank of the process group, which ``start_process_group`` has made.
+        """The context of this rank in the process group that ``start_process_group`` has made. Collective.
 
-        Every rank must call it. Raises: ConfigError if the sizes do not make up the number of ranks.
+        Args:
+            sizes: of the axes; they make up the number of ranks (``resolve_sizes``).
+
+        Communication:
+            Making the process groups of the axes; on CPUs also ``SharedMemory.open`` over tp.
         """
         if sizes.num_ranks == 1:
             return cls.single()
@@ -128,7 +134,10 @@ class ParallelContext:
 
 
 def _axis(name: str, ranks: torch.Tensor, dims: Sequence[int]) -> Axis:
-    """The axis made of some dims of the mesh, and this rank's group on it; every group is made by all ranks, in the same order."""
+    """The axis made of some dims of the mesh, with this rank's group on it. Collective.
+
+    Every group is made by all ranks, in the same order.
+    """
     others = [d for d in range(ranks.dim()) if d not in dims]
     groups = ranks.permute(*others, *dims).reshape(-1, prod(ranks.shape[d] for d in dims))
     mine, found = dist.get_rank(), Axis(name)
@@ -142,9 +151,13 @@ def _axis(name: str, ranks: torch.Tensor, dims: Sequence[int]) -> Axis:
 
 
 def resolve_sizes(num_ranks: int, *, pp: int, dp_replicate: int | None, dp_shard: int, tp: int) -> Sizes:
-    """Sizes of all axes; dp_replicate None takes the ranks that are left.
+    """Sizes of all axes.
 
-    Raises: ConfigError that spells the product out and says what would fit.
+    Args:
+        dp_replicate: None takes the ranks that are left.
+
+    Raises:
+        ConfigError: the product is not ``num_ranks``. The line spells it out and says what would fit.
     """
     chosen = dp_replicate is not None
     if dp_replicate is None:
@@ -164,17 +177,25 @@ def resolve_sizes(num_ranks: int, *, pp: int, dp_replicate: int | None, dp_shard
 
 
 def usable_ranks(num_ranks: int, *, pp: int, dp_replicate: int | None, dp_shard: int, tp: int) -> int:
-    """How many of an elastic job's ranks can work: the largest multiple of a whole model, 0 where there are too few for one.
+    """Number of an elastic job's ranks that can work: the largest multiple of a whole model.
 
-    >>> usable_ranks(56, pp=4, dp_replicate=None, dp_shard=1, tp=8), usable_ranks(3, pp=4, dp_replicate=None, dp_shard=1, tp=1)
-    (32, 0)
+    It is 0 where there are too few for one.
+
+    >>> usable_ranks(56, pp=4, dp_replicate=None, dp_shard=1, tp=8)
+    32
+    >>> usable_ranks(3, pp=4, dp_replicate=None, dp_shard=1, tp=1)
+    0
     """
     least = pp * (dp_replicate or 1) * dp_shard * tp
     return least * min(num_ranks // least, 1) if dp_replicate is not None else num_ranks // least * least
 
 
 def start_process_group(device: torch.device, store: Store, rank: int, num_ranks: int) -> None:
-    """Join the ranks that have met in ``store``: nccl on GPUs, gloo on CPUs."""
+    """Join the ranks that have met in ``store``: nccl on GPUs, gloo on CPUs. Collective.
+
+    Communication:
+        The ranks find each other's addresses through the store.
+    """
     if dist.is_initialized():
         return
     options: dict[str, Any] = {"store": PrefixStore("group", store), "rank": rank, "world_size": num_ranks}
@@ -186,13 +207,18 @@ def start_process_group(device: torch.device, store: Store, rank: int, num_ranks
 
 
 def end_process_group() -> None:
+    """Leave the process group, if this process is in one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def lost_contact(error: BaseException) -> str | None:
-    """Why the process group cannot reach another rank, where that is the error, or what caused it: torch's pipelines put errors
-    into others. gloo has no type of its own for it.
+    """Why the process group cannot reach another rank, where that is the error or has caused it.
+
+    Causes are looked through because torch's pipelines wrap errors into others. gloo has no type of its own for it.
+
+    Returns:
+        The reason in words; None for any other error.
     """
     cause: BaseException | None = error
     while cause is not None:

@@ -1,4 +1,4 @@
-"""Pipeline parallelism: which blocks a stage has, and one batch through torch.distributed.pipelining."""
+"""Pipeline parallelism: the blocks of each stage, and one batch through torch.distributed.pipelining."""
 
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -22,10 +22,14 @@ SCHEDULES: dict[str, Callable[..., Any]] = {
 
 
 def split_blocks(num_blocks: int, num_stages: int, *, block: float, first: float, last: float) -> list[range]:
-    """Consecutive blocks for every stage, so that the dearest stage is as cheap as can be; no block is dropped.
+    """Consecutive blocks for every stage, such that the most expensive stage is as cheap as can be.
 
-    block: cost of one.   first, last: what the first and the last stage have beside blocks. A stage without blocks is possible at
-    the ends only where these outweigh one.
+    No block is dropped.
+
+    Args:
+        block: cost of one block.
+        first, last: costs of what the first and the last stage have beside blocks. A stage without blocks is possible
+            at the ends only where these outweigh one block.
 
     >>> split_blocks(10, 4, block=1.0, first=0.0, last=2.0)
     [range(0, 3), range(3, 6), range(6, 9), range(9, 10)]
@@ -46,19 +50,23 @@ def stage_ranges(counts: Sequence[int]) -> list[range]:
 
 
 def stages_of_rank(rank: int, pp: int, num_stages: int) -> list[int]:
-    """The stages that a rank of the pipeline has: every pp-th."""
+    """The numbers of the stages that a rank of the pipeline has: every pp-th."""
     return list(range(rank, num_stages, pp))
 
 
 def bubble(pp: int, num_microbatches: int, stages_per_rank: int = 1) -> float:
-    """The share of a step in which a rank waits, if all stages cost the same and sending is free:
-    (p - 1) / (v m + p - 1). Source: Narayanan et al., arXiv:2104.04473, section 2.2.
+    """The share of a step in which a rank waits, if all stages cost the same and sending is free.
+
+    It is (p - 1) / (v m + p - 1) for p ranks with v stages each and m microbatches.
+
+    Source:
+        Narayanan et al., arXiv:2104.04473, section 2.2.
     """
     return (pp - 1) / (stages_per_rank * num_microbatches + pp - 1)
 
 
 def smallest_batch(count: int, pp: int, schedule: str) -> int:
-    """The least number of microbatches, of at least ``count``, that torch's schedule takes.
+    """The least number of microbatches, at least ``count``, that torch's schedule accepts.
 
     >>> smallest_batch(1, 4, "gpipe"), smallest_batch(1, 4, "1f1b"), smallest_batch(4, 4, "interleaved")
     (1, 4, 4)
@@ -74,12 +82,22 @@ def smallest_batch(count: int, pp: int, schedule: str) -> int:
 
 
 class Pipeline:
-    """The stages of this rank and their schedule. One schedule object serves one number of microbatches of one shape; the last
-    one is kept.
+    """The stages of this rank and their schedule.
 
-    modules: this rank's stages by number; called as module(received, **arguments).   wire: shape of what goes from one stage to
-    the next for a microbatch of so many samples.   dtype: of the wire.   shards_gradients: FSDP2 reduces and scatters the gradients
-    of every microbatch; otherwise whole ones are kept until the last.
+    One schedule object serves one number of microbatches of one shape; the last one is kept.
+
+    Args:
+        modules: this rank's stages by number, called as module(received, **arguments).
+        num_stages: number of stages on all ranks.
+        axis: the pipeline axis.
+        schedule: one of ``SCHEDULES``.
+        wire: number of samples of a microbatch -> shape of what goes from one stage to the next.
+        dtype: type of what goes from one stage to the next.
+        shards_gradients: whether FSDP2 reduces and scatters the gradients of every microbatch. Otherwise whole ones are
+            kept until the last.
+
+    Attributes:
+        is_first, is_last: whether this rank has the first stage, or the last.
     """
 
     def __init__(
@@ -101,9 +119,9 @@ class Pipeline:
         self.is_first, self.is_last = 0 in modules, num_stages - 1 in modules
 
     def num_microbatches(self, count: int) -> int:
-        """How many microbatches a schedule takes where a batch has ``count``.
+        """Number of microbatches that the schedule needs for a batch of ``count``.
 
-        The others stand in without labels, so that small batches are possible, if not fast.
+        Those beyond ``count`` are fillers without labels, so that small batches are possible, if not fast.
         """
         return smallest_batch(count, self._axis.size, self._schedule)
 
@@ -119,13 +137,24 @@ class Pipeline:
     ) -> None:
         """One batch through all stages, forward and (for gradients) backward, in equal microbatches.
 
-        tokens, labels: [M * B, S].   arguments: what every stage is told, tensors divided along dim 0 as the tokens are.
-        loss: (logits, labels) of a microbatch -> the objective; called on the last stage alone.
-        Raises: ValueError for a batch that does not divide, before anything is sent (gloo would abort the process).
+        Args:
+            tokens, labels: [M * B, S] for M microbatches.
+            loss: (logits, labels) of a microbatch -> the objective; called on the last stage alone.
+            backward: False for evaluation.
+            **arguments: given to every stage; tensors are split along dim 0 as the tokens are.
+
+        Communication:
+            For each microbatch one message of shape ``wire(B)`` from every stage to the next; in backward one of the
+            same size from every stage to the one before it.
+
+        Raises:
+            ValueError: the batch does not divide into equal microbatches. It is raised before anything is sent, since
+                gloo would abort the process.
         """
         if tokens.shape != labels.shape or tokens.shape[0] % num_microbatches:
             raise ValueError(
-                f"tokens {list(tokens.shape)} and labels {list(labels.shape)} are not {num_microbatches} equal microbatches"
+                f"tokens {list(tokens.shape)} and labels {list(labels.shape)} are not {num_microbatches} equal "
+                "microbatches"
             )
         schedule = self._made_for(num_microbatches, tokens.shape[0] // num_microbatches, tokens.shape[1])
         schedule._loss_fn = loss
@@ -164,10 +193,16 @@ class Pipeline:
 
 
 class _Buffers:
-    """Memory for what a stage receives of one kind: as many tensors as are in use at once, taken and given back by microbatch."""
+    """Receive buffers of a stage, for activations or for gradients: only as many as are in use at once.
+
+    A microbatch takes its buffers and gives them back.
+
+    Args:
+        infos: torch's receive infos by microbatch, of which only the first is made. The others are copied from it, and
+            all of them are left without memory.
+    """
 
     def __init__(self, infos: dict[int, tuple[Any, ...]], num_microbatches: int, device: torch.device) -> None:
-        """infos: torch's receive infos by microbatch, of which the first is made; the others follow from it, all without memory."""
         self._infos, self._device = infos, device
         self._free: list[list[Tensor]] = []
         self._taken: dict[int, list[Tensor]] = {}
@@ -178,7 +213,7 @@ class _Buffers:
             infos[microbatch] = tuple(copy(info) for info in infos[0])
 
     def take(self, microbatch: int, *, requires_grad: bool) -> None:
-        """Give a microbatch memory to receive into, as tensors that no earlier one has had: their ``grad`` is its own."""
+        """Give a microbatch memory to receive into, as new tensors on it, so that their ``grad`` is its own."""
         received = [info for info in self._infos[microbatch] if getattr(info, "buffer", None) is not None]
         if not received or microbatch in self._taken:
             return
@@ -197,9 +232,9 @@ class _Buffers:
 
 
 class _Stage(PipelineStage):
-    """A stage that keeps as many receive buffers as it has microbatches under way. torch's own keeps one for every microbatch and
-    direction: 69 GB for 256 microbatches of 4,096 tokens of width 8,192.
+    """A stage that keeps as many receive buffers as it has microbatches under way.
 
+    torch's own keeps one for every microbatch and direction: 69 GB for 256 microbatches of 4,096 tokens of width 8,192.
     Under 1F1B stage s of pp needs pp - s for activations and one for gradients.
     """
 
@@ -217,7 +252,7 @@ class _Stage(PipelineStage):
         return result
 
     def clear_runtime_states(self) -> None:
-        """Before a batch. What an error has left of the one before is not its own any more."""
+        """Called before a batch. It also drops what an error has left of the batch before."""
         self.fwd_cache.clear()
         self.output_chunks.clear()
         for kind in ("_activations", "_gradients"):
@@ -230,7 +265,7 @@ class _Stage(PipelineStage):
 
     def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
         output = super().forward_one_chunk(fwd_chunk_id, *arguments, **options)
-        if self.is_last:  # the logits of every microbatch would stay
+        if self.is_last:  # else the logits of every microbatch would stay
             self._forget_in_evaluation(fwd_chunk_id)
         return output
 
@@ -240,7 +275,7 @@ class _Stage(PipelineStage):
         return operations
 
     def _forget_in_evaluation(self, microbatch: int) -> None:
-        """Where nothing of a microbatch that is through is used again."""
+        """In evaluation nothing of a microbatch that is through is used again: drop it."""
         if not self.has_backward:
             self.fwd_cache.pop(microbatch, None)
             self._activations.give_back(microbatch)
@@ -260,7 +295,7 @@ class _Stage(PipelineStage):
     def backward_maybe_with_nosync(
         self, backward_type: str, bwd_kwargs: dict, last_backward: bool = False
     ) -> tuple[tuple[Tensor | None, ...], list[dict[str, Any]] | None]:
-        """torch's own has FSDP2 keep whole gradients until the last microbatch; sharded ones are reduced and scattered in each."""
+        """Reduce and scatter gradients in each microbatch; torch's own has FSDP2 keep whole ones until the last."""
         if not (self.shards_gradients and isinstance(self.submod, FSDPModule)):
             return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
         assert backward_type == "full"
@@ -272,7 +307,10 @@ class _Stage(PipelineStage):
 
 
 class _LastStage(_Stage):
-    """What it returns is never sent: its shape does not matter. torch 2.11 would compare it with what is sent all the same."""
+    """The last stage, whose output is never sent, so that its shape does not matter.
+
+    torch 2.11 would compare it with what is sent all the same.
+    """
 
     def _validate_fwd_outputs(self, outputs: tuple[Tensor, ...]) -> None:
         pass

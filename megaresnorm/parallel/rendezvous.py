@@ -1,4 +1,7 @@
-"""Small agreements of all ranks before they have a process group, over torch's store: no pickles, and no waiting in silence."""
+"""Small agreements of all ranks before they have a process group, over torch's store.
+
+Nothing is pickled, and no rank waits in silence.
+"""
 
 import json
 import logging
@@ -22,9 +25,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)
 LOOK = 0.05  # seconds between two looks into the store
-LAST_WORDS = 10.0  # seconds that rank 0 waits at its end for others to have heard why
-SILENT = 10.0  # seconds of waiting before the first word about it, and between two
-LONGEST_FACT = 200  # characters of a value that are compared as they are; of longer ones, their digest
+LAST_WORDS = 10.0  # seconds that rank 0 waits at its end for others to have read why
+SILENT = 10.0  # seconds of waiting before the first log line about it, and between two
+LONGEST_FACT = 200  # characters; values up to there are compared as they are, longer ones by their digest
 _meetings = count()  # every rank holds the same meetings in the same order
 
 
@@ -33,11 +36,18 @@ def open_store(environment: Environment) -> Store:
 
     On one node under launch/torchrun.sh it is a file in a private folder, so that nothing listens on a port. Elsewhere
     rank 0 listens on the address that torchrun gives, and on no other.
+
+    Communication:
+        One TCP connection to rank 0, or to torchrun's own store; none with a file.
+
+    Raises:
+        LostRankError: rank 0 cannot listen on its address.
     """
     if dist.is_initialized():
         return dist.distributed_c10d._get_default_store()
     if environment.launcher is not None and environment.one_node:
-        round_of = f"{environment.attempt}-{environment.master_port}"  # torchrun takes another port for every start of the ranks
+        # torchrun takes another port for every start of the ranks.
+        round_of = f"{environment.attempt}-{environment.master_port}"
         return FileStore(str(environment.launcher / f"ranks-{round_of}"), environment.world_size)
     assert environment.master_addr is not None and environment.master_port is not None
     listens = environment.rank == 0 and not environment.agent_store
@@ -53,15 +63,17 @@ def open_store(environment: Environment) -> Store:
         wait_for_workers=False,
         master_listen_fd=_listen(host, port) if listens else None,
     )
-    # torchrun's own store outlives the ranks. That of rank 0 is another one for every start of theirs; and nodes may count their
-    # attempts differently, since torchrun does not count those that other nodes have brought about.
+    # torchrun's own store outlives the ranks, so each attempt has names of its own there. Rank 0's store is a new one
+    # for every start of the ranks and gets no prefix: nodes may count their attempts differently, since torchrun does
+    # not count those that other nodes have brought about.
     return PrefixStore(f"attempt-{environment.attempt}", store) if environment.agent_store else store
 
 
 def _listen(address: str, port: int) -> int:
     """A listening socket on one address; torch's own would be on all.
 
-    Raises: LostRankError: started again by torchrun, it gets another port.
+    Raises:
+        LostRankError: it cannot listen there. Started again by torchrun, the ranks get another port.
     """
     try:
         family, kind, _, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
@@ -71,17 +83,28 @@ def _listen(address: str, port: int) -> int:
         listener.listen(1024)
     except OSError as e:
         raise LostRankError(
-            f"MASTER_ADDR={address} MASTER_PORT={port}: rank 0 cannot listen there ({e.strerror}); MASTER_ADDR must be an address "
-            "of the node of rank 0"
+            f"MASTER_ADDR={address} MASTER_PORT={port}: rank 0 cannot listen there ({e.strerror}); "
+            "MASTER_ADDR must be an address of the node of rank 0"
         ) from None
     return listener.detach()
 
 
 def agree(work: Callable[[], T], facts: Callable[[T], Mapping[str, str]], environment: Environment, store: Store) -> T:
-    """What ``work`` returned on this rank, if it failed on none and ``facts`` of it are the same on all.
+    """Run ``work`` on every rank, which must fail on none and give the same facts on all. Collective.
 
-    facts: name -> value, of which all ranks must have the same.
-    Raises: the UserError of the first rank that has one, on all ranks; UserError naming the first fact that differs, and the rank.
+    Args:
+        facts: result of ``work`` -> values by name, in which all ranks must agree.
+
+    Returns:
+        What ``work`` returned on this rank.
+
+    Communication:
+        Through the store: each rank writes one message of JSON, rank 0 reads them all, and all read its verdict.
+
+    Raises:
+        UserError: on all ranks, that of the first rank that has one.
+        ConfigError: on all ranks; it names the first fact that differs, and the rank.
+        LostRankError: another rank had any other exception, which it raises itself, or did not answer.
     """
     meeting = PrefixStore(f"megaresnorm/{next(_meetings)}", store)
     error: UserError | None = None
@@ -111,7 +134,7 @@ def agree(work: Callable[[], T], facts: Callable[[T], Mapping[str, str]], enviro
 
 
 def _verdict(meeting: Store, mine: dict[str, Any], world_size: int) -> dict[str, Any] | None:
-    """Of rank 0, which reads what all have said. None: go on."""
+    """Read what all ranks have said, on rank 0: the error that all shall raise, or None to go on."""
     _wait_for(meeting, [f"rank-{rank}" for rank in range(world_size)], None)
     everyone = [json.loads(meeting.get(f"rank-{rank}")) for rank in range(world_size)]
     for rank, said in enumerate(everyone):
@@ -122,15 +145,21 @@ def _verdict(meeting: Store, mine: dict[str, Any], world_size: int) -> dict[str,
         for name in ours | theirs:
             if theirs.get(name) != ours.get(name):
                 line = (
-                    f"{name} is {theirs.get(name, 'not set')} on rank {rank} and {ours.get(name, 'not set')} on rank 0; "
-                    "all ranks must start from the same recipe, program and data"
+                    f"{name} is {theirs.get(name, 'not set')} on rank {rank} and {ours.get(name, 'not set')} on rank "
+                    "0; all ranks must start from the same recipe, program and data"
                 )
                 return {"kind": "ConfigError", "error": line}
     return None
 
 
 def wait_until_heard(store: Store, names: list[str]) -> None:
-    """Until other ranks have set all of these, or for LAST_WORDS: what keeps the store may not end before they have read."""
+    """Wait until other ranks have set all of these names, at most for ``LAST_WORDS``.
+
+    The process that keeps the store may not end before they have read.
+
+    Communication:
+        One look into the store for each missing name every ``LOOK`` seconds.
+    """
     end = time.monotonic() + LAST_WORDS
     with suppress(dist.DistError):
         while time.monotonic() < end and (names := [name for name in names if not store.check([name])]):
@@ -138,9 +167,13 @@ def wait_until_heard(store: Store, names: list[str]) -> None:
 
 
 def _wait_for(meeting: Store, names: list[str], environment: Environment | None) -> None:
-    """Until all are in the store. environment: of a rank that waits for rank 0; None for rank 0, which waits for all, and says so.
+    """Wait until all names are in the store.
 
-    Raises: LostRankError after TIMEOUT, or where the store is gone.
+    Args:
+        environment: that of a rank that waits for rank 0; None on rank 0, which waits for all, and says so.
+
+    Raises:
+        LostRankError: ``TIMEOUT`` is over, or the store is gone.
     """
     started = said = time.monotonic()
     missing = list(names)

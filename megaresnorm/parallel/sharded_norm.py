@@ -1,6 +1,9 @@
-"""Norms over a dimension that is divided among ranks: merge the statistics, or gather the stored columns.
+"""Norms over a hidden dimension that is sharded over tp: merge the statistics, or gather the stored columns.
 
-T tokens   D columns of a whole row   d = D/p columns of this rank
+``ColumnsLayout`` in parallel/layouts.py has a table of what a rank sends in either form.
+
+T tokens   D columns of a whole row   d = D/p columns of this rank   p ranks
+n numbers a row: 2 for LayerNorm, 1 for RMSNorm
 """
 
 from collections.abc import Callable
@@ -26,10 +29,18 @@ from megaresnorm.parallel.mesh import Axis
 def sharded_norm(
     z_Td: Tensor, norm: NormWeights, axis: Axis, out_dtype: torch.dtype, norm_kernels: ShardedNormKernels = REFERENCE
 ) -> Tensor:
-    """A norm over whole rows of which every rank holds its columns, and its slice of weight and bias.
+    """A norm over whole rows whose statistics are merged: a rank normalizes its own columns and sends none of them.
 
-    Communication: LayerNorm 2 and RMSNorm 1 floats a row, forward and backward; there the gradients of weight and bias, which are
-    whole, are computed meanwhile.
+    Args:
+        z_Td: this rank's columns.
+        norm: its weight and bias are this rank's slices [d].
+
+    Returns:
+        [T, d] in ``out_dtype``.
+
+    Communication:
+        One all-gather of [T, n] statistics, FP32 (FP64 for FP64 z). In backward one all-reduce of [T, n] row sums, and
+        the gradients of weight and bias, which are complete on each rank, are computed meanwhile.
     """
     return _ShardedNorm.apply(z_Td, norm.weight, norm.bias, norm.kind, norm.eps, axis, out_dtype, norm_kernels)
 
@@ -57,7 +68,7 @@ class _ShardedNorm(torch.autograd.Function):
 
 
 def _traceable(norm_kernels: ShardedNormKernels) -> ShardedNormKernels:
-    """torch.compile makes kernels of its own from the reference."""
+    """The reference while torch.compile traces, which makes kernels of its own from it."""
     return REFERENCE if torch.compiler.is_compiling() else norm_kernels
 
 
@@ -68,11 +79,22 @@ def gathered_norm(
     normalize: Callable[[Tensor, NormWeights], tuple[Tensor, Tensor]],
     norm_kernels: ShardedNormKernels = REFERENCE,
 ) -> tuple[Tensor, Tensor]:
-    """The same norm by gathering z: whole rows of its output [T, D], whose gradient is a partial sum, and this rank's columns.
+    """The same norm by gathering z and normalizing whole rows on every rank.
 
-    Weight and bias travel with z as further rows, in its type's bits. Communication: the all-gather that a branch needs anyway, and
-    in backward its reduce-scatter, in which the row sums travel (a BF16 stream sends them apart, in FP32).
-    normalize: x, norm -> (y, statistics [T, 2]) of whole rows.
+    Args:
+        z_Td: this rank's columns, stored in the type of the branch input.
+        norm: its weight and bias are this rank's slices [d].
+        normalize: x, norm -> (y, statistics [T, 2]) of whole rows.
+
+    Returns:
+        Whole rows of the output [T, D], whose gradient is a partial sum, and this rank's columns of them [T, d].
+
+    Communication:
+        A rank sends its z, and its slices of weight and bias as k further rows in the bits of z's dtype: one all-gather
+        of [T + k, d], which the branch needs anyway. Each slice is one row, or two where z is BF16 and the slice FP32.
+        In backward one reduce-scatter of [p, T, d + n], the partial gradient of whole rows with the row sums as n
+        further columns. With a BF16 z the row sums travel apart, so as to stay FP32: one reduce-scatter of [p, T, d]
+        and one all-reduce of [T, n].
     """
     return _GatheredNorm.apply(z_Td, norm.weight, norm.bias, norm.kind, norm.eps, axis, normalize, norm_kernels)
 
@@ -91,6 +113,21 @@ class _GatheredNorm(torch.autograd.Function):
         norm_kernels: ShardedNormKernels,
     ) -> tuple[Tensor, Tensor]:
         ctx.norm_kernels = _traceable(norm_kernels)
+        # Weight and bias travel below z, so that they cost no message of their own: as further rows (``lines``) of d
+        # numbers of z's dtype, bit for bit. An FP32 slice is one row where z is FP32, and two rows where z is BF16,
+        # whose numbers are half as long. With a BF16 z and a LayerNorm a rank sends:
+        #
+        #                 d numbers of BF16
+        #              +---------------------+
+        #              | z                   |  T rows
+        #              |                     |
+        #              +---------------------+
+        #              | weight [0 : d/2]    |  2 rows (``height``): each FP32 number of the slice as two of BF16
+        #              | weight [d/2 : d]    |
+        #              +---------------------+
+        #              | bias [0 : d/2]      |  2 rows
+        #              | bias [d/2 : d]      |
+        #              +---------------------+
         vectors = [weight] if bias is None else [weight, bias]
         lines = [v.view(z.dtype).view(-1, z.shape[1]) if v.dtype != z.dtype else v.unsqueeze(0) for v in vectors]
         packed = all_gather_blocks(torch.cat((z, *lines)), axis)
@@ -127,6 +164,7 @@ class _GatheredNorm(torch.autograd.Function):
             sums = torch.cat((sums, (wide @ whole[0]).unsqueeze(-1)), dim=-1)
         blocks = columns_to_blocks(du, axis.size)
         if blocks.dtype == sums.dtype:
+            # The sums go to every rank alike, beside its block of du, [T, d | n]: the reduction adds them up as well.
             packed = torch.cat((blocks, sums.expand(axis.size, *sums.shape)), dim=-1)
             reduced = reduce_scatter_blocks(packed, axis)
             dy, sums = reduced[:, : z.shape[1]].contiguous(), reduced[:, z.shape[1] :].contiguous()
@@ -142,14 +180,19 @@ def _own_columns(x_TD: Tensor, axis: Axis) -> Tensor:
 
 
 class StreamOutput(NamedTuple):
-    """``AddNormOutput`` of a divided stream: this rank's part of the trunk, and what a branch reads."""
+    """``AddNormOutput`` of a sharded stream.
+
+    Attributes:
+        trunk: this rank's part of the residual stream.
+        branch_input: what a branch reads; None where none does.
+    """
 
     trunk: Tensor
     branch_input: BranchInput | None
 
 
 class StreamAddNorm(Protocol):
-    """``add_norm`` for a stream in a tensor layout: tensors and weights are this rank's part of it."""
+    """``add_norm`` for a stream in a tensor layout: all tensors and weights are this rank's part of them."""
 
     def __call__(
         self,
@@ -171,10 +214,19 @@ class StreamAddNorm(Protocol):
 def columns_add_norm(
     add_norm: AddNormKernel, axis: Axis, *, gather: bool, norm_kernels: ShardedNormKernels = REFERENCE
 ) -> StreamAddNorm:
-    """``reference.add_norm`` for a stream that is divided by column: x, delta, the trunk and all weights are this rank's columns.
+    """``reference.add_norm`` for a stream sharded over the hidden dimension.
 
-    The branch input is whole rows, gathered, and its gradient a partial sum. gather: by the second form where a norm makes the
-    branch input, which needs a stream stored in the branch's type; else, and for every other norm, statistics are merged.
+    x, delta, the trunk and all weights are this rank's columns. The branch input is whole rows, gathered, and its
+    gradient a partial sum.
+
+    Args:
+        gather: whether the norm that makes the branch input is a ``gathered_norm``, which needs a stream stored in the
+            branch's type. Otherwise, and for every other norm, statistics are merged.
+
+    Communication:
+        That of ``sharded_norm`` for each norm whose statistics are merged. For a branch input also one all-gather of
+        [T, d] and in backward one reduce-scatter of [T, D], or with ``gather`` what ``gathered_norm`` sends in their
+        place.
     """
 
     def run(

@@ -1,7 +1,7 @@
 """Which part of a whole tensor a rank has, and how parts make up the whole again.
 
-A tensor-parallel rank has its share of every part of a fused matrix (of q, of k and of v), or of the columns; of that a rank of
-dp_shard has consecutive rows, as FSDP2 divides them.
+A tensor-parallel rank has its share of every part of a fused matrix (of q, of k and of v), or of the columns. Of that
+share a rank of dp_shard has consecutive rows, as FSDP2 shards them.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,11 @@ Box = tuple[tuple[int, int], ...]  # a slice of a whole tensor: (start, stop) in
 
 
 def shard(whole: Tensor, split: int | None, part_sizes: Sequence[int], axis: Axis) -> Tensor:
-    """This rank's share, a copy where the tensor is divided.
+    """This rank's share, a copy where the tensor is sharded.
 
-    split: the dim that is divided, None for no dim.   part_sizes: of the parts along dim 0.
+    Args:
+        split: the dim in which it is sharded; None: each rank has all of it.
+        part_sizes: rows of the parts along dim 0, of each of which a rank has its share.
     """
     if split is None or axis.size == 1:
         return whole
@@ -30,7 +32,11 @@ def shard(whole: Tensor, split: int | None, part_sizes: Sequence[int], axis: Axi
 
 
 def unshard(share: Tensor, split: int | None, part_sizes: Sequence[int], axis: Axis) -> Tensor:
-    """The whole tensor from every rank's share; all ranks of the axis must call it."""
+    """The whole tensor from every rank's ``shard``, whose arguments these are. Collective.
+
+    Communication:
+        One all-gather of the share; none where the tensor is not sharded.
+    """
     if split is None or axis.size == 1:
         return share
     shares = all_gather_blocks(share, axis)
@@ -42,13 +48,16 @@ def unshard(share: Tensor, split: int | None, part_sizes: Sequence[int], axis: A
 
 
 def row_chunk(tensor: Tensor, axis: Axis) -> Tensor:
-    """This rank's rows of a tensor that FSDP2 divides over ``axis``: as torch.chunk does, so that the last ranks may have none."""
+    """This rank's rows of a tensor that FSDP2 shards over ``axis``.
+
+    They are split as by torch.chunk, so that the last ranks may have none.
+    """
     chunks = tensor.chunk(axis.size)
     return chunks[axis.rank] if axis.rank < len(chunks) else tensor[:0]
 
 
 def boxes(shape: Sequence[int], split: int | None, part_sizes: Sequence[int], tp: Axis, dp_shard: Axis) -> list[Box]:
-    """Where in the whole tensor the rows lie that a rank has after ``shard`` and ``row_chunk``, in their order.
+    """Bounds in the whole tensor of the rows that a rank has after ``shard`` and ``row_chunk``, in their order.
 
     >>> rank_1_of_2 = Axis("tp", 2, 1)
     >>> boxes((8, 4), 0, [4, 2, 2], rank_1_of_2, Axis("dp_shard"))
@@ -75,7 +84,14 @@ def boxes(shape: Sequence[int], split: int | None, part_sizes: Sequence[int], tp
 
 
 def from_row_chunks(chunk: Tensor, shape: Sequence[int], axis: Axis) -> Tensor:
-    """The whole tensor from every rank's ``row_chunk``; all ranks of the axis must call it."""
+    """The whole tensor from every rank's ``row_chunk``. Collective.
+
+    Args:
+        shape: of the whole tensor.
+
+    Communication:
+        One all-gather of the rows of a rank, padded to those of the first.
+    """
     if axis.size == 1:
         return chunk
     rows = -(-shape[0] // axis.size)
@@ -85,7 +101,11 @@ def from_row_chunks(chunk: Tensor, shape: Sequence[int], axis: Axis) -> Tensor:
 
 
 def broadcast(tensor: Tensor, source: int, axis: Axis) -> Tensor:
-    """Of the rank ``source`` of the axis; written into ``tensor``."""
+    """Write the tensor of the rank ``source`` of the axis into ``tensor``, and return it. Collective.
+
+    Communication:
+        One broadcast of the tensor.
+    """
     if axis.group is not None:
         dist.broadcast(tensor, group=axis.group, group_src=source)
     return tensor

@@ -1,7 +1,8 @@
-"""Tensors handed over in the memory of one host: what ranks on CPUs do in place of sending through sockets.
+"""Tensors handed over in the memory of one host, by ranks on CPUs, in place of sending them through sockets.
 
-A rank writes into its own part of a slot, tells the others by one byte of the process group, and reads theirs. Two slots take
-turns: whoever has heard all others begin a turn knows that they have read what was written two turns before.
+A rank writes into its own part of a slot, tells the others by one byte through the process group, and reads theirs. Two
+slots take turns. A rank that has heard all others begin a turn knows that they have read what was written two turns
+before.
 """
 
 import logging
@@ -21,7 +22,13 @@ CAPACITY = 4 * 2**20  # bytes a rank can hand over at once; beyond that the proc
 
 
 class SharedMemory:
-    """Two slots of CAPACITY bytes for every rank of a group. One handover at a time: start, wait and read before the next."""
+    """Two slots of ``CAPACITY`` bytes for every rank of a group.
+
+    There is one handover at a time: start, wait and read before the next.
+
+    Args:
+        descriptor: a file of 2 * size * ``CAPACITY`` bytes that all ranks of the group have open.
+    """
 
     def __init__(self, descriptor: int, group: dist.ProcessGroup, rank: int, size: int) -> None:
         memory = mmap.mmap(descriptor, 2 * size * CAPACITY)
@@ -31,7 +38,14 @@ class SharedMemory:
 
     @classmethod
     def open(cls, group: dist.ProcessGroup, rank: int, size: int) -> "SharedMemory | None":
-        """All ranks of the group must call it. None where they do not share a host, or it has no memory to spare."""
+        """Memory in common to all ranks of the group. Collective.
+
+        Returns:
+            None where they do not share a host, or it has no memory to spare.
+
+        Communication:
+            One broadcast of 64 bytes, the file's name, and one all-reduce of 8 bytes.
+        """
         descriptor, path = _create(2 * size * CAPACITY) if rank == 0 else (-1, None)
         try:
             name = torch.zeros(64, dtype=torch.uint8)
@@ -54,10 +68,19 @@ class SharedMemory:
                 os.close(descriptor)
 
     def holds(self, x: Tensor) -> bool:
+        """Whether x can be handed over: on a CPU, within ``CAPACITY``, and not while torch.compile traces."""
         return not torch.compiler.is_compiling() and x.device.type == "cpu" and x.nbytes <= CAPACITY
 
     def start(self, x: Tensor) -> Callable[[], Tensor]:
-        """Hand x over; what it returns waits for the others and gives everybody's, [p, *x.shape], to be read at once."""
+        """Hand x over.
+
+        Returns:
+            A function that waits for the others and gives every rank's x, [p, *x.shape]. It is a view of the slot, to
+            be read at once.
+
+        Communication:
+            One all-to-all of a byte for each rank. x itself goes through memory.
+        """
         assert not self._under_way, "one handover at a time: start, wait and read before the next"
         self._under_way = True
         slot, self._turn = self._slots[self._turn, :, : x.nbytes], 1 - self._turn

@@ -26,11 +26,16 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_rows, dim))
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Rows [*ids.shape, dim]."""
         return F.embedding(ids, self.weight)
 
 
 class VocabEmbedding(Embedding):
-    """An embedding whose rows are divided: each rank looks up those it has, and the others are zeros of its partial sum."""
+    """An embedding whose rows are sharded over the axis.
+
+    Args:
+        num_rows: rows of the whole table.
+    """
 
     def __init__(self, num_rows: int, dim: int, axis: Axis) -> None:
         assert num_rows % axis.size == 0, "checked with the recipe"
@@ -38,6 +43,7 @@ class VocabEmbedding(Embedding):
         self.axis = axis
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Rows [*ids.shape, dim] as a partial sum, which is zero where another rank has the row. Nothing is sent."""
         if self.axis.size == 1:
             return super().forward(ids)
         rows = self.weight.shape[0]
@@ -49,8 +55,8 @@ class VocabEmbedding(Embedding):
 def vocab_parallel_cross_entropy(axis: Axis, first: int) -> CrossEntropyKernel:
     """``cross_entropy_sums`` of logits whose vocabulary is sharded over the axis.
 
-    The kernel takes [T, V / p] logits, those of the tokens from ``first`` on, and consumes them; labels are of the whole
-    vocabulary.
+    The kernel takes [T, V / p] logits, those of the tokens from ``first`` on, and consumes them; labels are of the
+    whole vocabulary.
 
     Args:
         first: the token of this rank's first logit.

@@ -1,1 +1,1 @@
-"""Number formats, and products in another one than the weights are stored in."""
+"""Number formats, and products in a format other than the one that weights are stored in."""

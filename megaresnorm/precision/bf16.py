@@ -11,11 +11,15 @@ Linear = ColumnLinear | RowLinear
 class Bf16Weights:
     """BF16 copies of the weights of every linear layer, and the matmul that reads them.
 
-    The model's parameters stay FP32: a microbatch's gradient is a BF16 product, and from there on it is accumulated over
-    microbatches, clipped and applied in FP32; a checkpoint holds the FP32 weights. ``refresh`` renews all copies in one
+    The model's parameters stay FP32. A microbatch's gradient is a BF16 product; from there on it is accumulated over
+    microbatches, clipped and applied in FP32. A checkpoint holds the FP32 weights. ``refresh`` renews all copies in one
     call after the weights have changed; autocast would cast every weight in every microbatch.
-    Not for weights that FSDP2 gathers for the time of their use: copies of all would undo the sharding. A linear without a copy
-    casts its weight for each product.
+
+    Not for weights that FSDP2 gathers for the time of their use: copies of all would undo the sharding. A linear
+    without a copy casts its weight for each product.
+
+    Args:
+        model: its linear layers get another ``matmul``.
     """
 
     def __init__(self, model: nn.Module) -> None:

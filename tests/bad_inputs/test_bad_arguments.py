@@ -74,7 +74,8 @@ ARGUMENTS = [
     (["prepare", "--out", "OUT", "TEXT", "--tokenizer", "x" * 5000], "cannot be read"),
     (["prepare", "--out", "OUT", "TEXT", "--tokenizer", "/dev/zero"], "cannot be read"),
     (["prepare", "--out", "OUT", "TEXT", "--tokenizer", ""], "cannot be read"),
-    (["prepare", "TEXT", "--out", "OUT", "--tokenizer=sentencepiece", "--workers=1", "--vocab-size=16777216"], "SentencePiece"),
+    (["prepare", "TEXT", "--out", "OUT", "--tokenizer=sentencepiece", "--workers=1", "--vocab-size=16777216"],
+     "SentencePiece"),
     (["convert", "to-hf", "RUN", "a\0b"], "NUL"),
     (["convert", "to-hf", "RUN", "/dev/null/x"], "cannot be written"),
     (["convert", "to-hf", "RUN", "OUT", "--arch", "x" * 5000], "xxx"),
@@ -141,8 +142,8 @@ def test_an_argument_that_cannot_be_costs_one_line(argv, wanted, given, tmp_path
 
 
 @pytest.mark.parametrize(("content", "wanted"), [
-    (b"caf\xe9", "not UTF-8 text (byte 3)"), (b"\xff" * 100, "not UTF-8 text (byte 0)"), (b"\xed\xa0\x80", "not UTF-8 text"),
-    (b"x" * ((1 << 24) + 1), "over 16,777,216 bytes"),
+    (b"caf\xe9", "not UTF-8 text (byte 3)"), (b"\xff" * 100, "not UTF-8 text (byte 0)"),
+    (b"\xed\xa0\x80", "not UTF-8 text"), (b"x" * ((1 << 24) + 1), "over 16,777,216 bytes"),
 ])  # fmt: skip
 def test_a_prompt_on_standard_input_that_is_no_text_costs_one_line(
     content, wanted, given, tmp_path, capfd, monkeypatch

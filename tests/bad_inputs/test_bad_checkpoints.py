@@ -70,14 +70,16 @@ MANIFESTS = {
     "a topology that is code": (model(topology="__import__('os')"), "__import__('os')"),
     "10^15 steps": (section("train", steps=10**15), "train.steps="),
     "an output of NUL": (section("train", output="\0"), "a name without NUL"),
-    "a tokenizer of lists": (state(tokenizer={"kind": "huggingface", "file": [], "end_token": "x"}), "state.tokenizer.file"),
+    "a tokenizer of lists": (state(tokenizer={"kind": "huggingface", "file": [], "end_token": "x"}),
+                             "state.tokenizer.file"),
     "a tokenizer whose kind is a list": (state(tokenizer={"kind": []}), "state.tokenizer.kind"),
     "a tokenizer that is a list": (state(tokenizer=[]), "state.tokenizer"),
     "a tokenizer of another kind": (state(tokenizer={"kind": "words"}), "unknown tokenizer"),
     "a tokenizer of weights": (
         state(tokenizer={"kind": "sentencepiece", "file": "weights-00000-00001.safetensors"}), "has no file weights"
     ),
-    "a tokenizer of another folder": (state(tokenizer={"kind": "sentencepiece", "file": "../../x"}), "has no file ../../x"),
+    "a tokenizer of another folder": (state(tokenizer={"kind": "sentencepiece", "file": "../../x"}),
+                                      "has no file ../../x"),
     "a tokenizer without a file": (state(tokenizer={"kind": "sentencepiece"}), "not a SentencePiece model"),
     "samples of 10^30": (state(samples=10**30), "state.samples"),
     "samples below 0": (state(samples=-1), "state.samples"),
@@ -92,11 +94,13 @@ MANIFESTS = {
     "a step of 10^30": (lambda m: m.update(step=10**30), "its step is not"),
     "a step below 0": (lambda m: m.update(step=-1), "its step is not"),
     "a format of 10^400": (lambda m: m.update(format=10**400), "this version reads 2"),
-    "a shape of 10^400": (lambda m: m["tensors"]["weights"]["embedding.weight"].update(shape=[10**400]), "is not the name or"),
+    "a shape of 10^400": (lambda m: m["tensors"]["weights"]["embedding.weight"].update(shape=[10**400]),
+                          "is not the name or"),
     "a shape of 2^64 elements": (
         lambda m: m["tensors"]["weights"]["embedding.weight"].update(shape=[2**32, 2**32]), "is not the name or"
     ),
-    "a shape of true": (lambda m: m["tensors"]["weights"]["embedding.weight"].update(shape=[True]), "is not the name or"),
+    "a shape of true": (lambda m: m["tensors"]["weights"]["embedding.weight"].update(shape=[True]),
+                        "is not the name or"),
     "a tensor with a long name": (lambda m: m["tensors"]["weights"].update({"x" * 10**5: 1}), "is not the name or"),
     "weights of a list": (lambda m: m["tensors"].update(weights=[]), "is not the name or"),
 }  # fmt: skip
@@ -200,10 +204,11 @@ def test_a_kept_result_that_is_none_costs_one_line(case, name, byte_data, tmp_pa
 
 
 @pytest.mark.parametrize(("override", "wanted"), [
-    ("data=5", "data: wanted a section"), ("train=[]", "train: wanted a section"), ("optim=x", "optim: wanted a section"),
-    ("train.max_minutes=soon", "train.max_minutes='soon'"), ("model=1", "model: wanted a section"),
-    ("train.steps=many", "train.steps="),
-    ("train.steps=1000000000000000", "train.steps="), ("data.blend=5", "data.blend=5"), ("model.dim=5", "must divide model.dim=5"),
+    ("data=5", "data: wanted a section"), ("train=[]", "train: wanted a section"),
+    ("optim=x", "optim: wanted a section"), ("train.max_minutes=soon", "train.max_minutes='soon'"),
+    ("model=1", "model: wanted a section"), ("train.steps=many", "train.steps="),
+    ("train.steps=1000000000000000", "train.steps="), ("data.blend=5", "data.blend=5"),
+    ("model.dim=5", "must divide model.dim=5"),
 ])  # fmt: skip
 def test_settings_that_no_comparison_can_have_cost_one_line(override, wanted, byte_data, tmp_path, capfd):
     argv = ["depth", "--train", "--topologies", "pre", "--depths", 1, "--seeds", 1, "--out", tmp_path / "out"]

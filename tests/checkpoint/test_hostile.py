@@ -26,7 +26,8 @@ WEIGHTS, OPTIMIZER, TOKENIZER = "weights-00000-00001.safetensors", "optimizer-00
 TENSORS = {group: {"a": torch.arange(24.0).view(6, 4), "b": torch.ones(3)} for group in ("weights", "optimizer")}
 STATE = {
     "samples": 1, "skipped_in_a_row": 0, "train_loss": 1.0, "engine": {"updates": 1, "clipper_steps": 0},
-    "recipe": {"model": {"dim": 8, "num_blocks": 1, "num_heads": 1, "seq_len": 8, "vocab_size": 8}, "data": {"path": "x"},
+    "recipe": {"model": {"dim": 8, "num_blocks": 1, "num_heads": 1, "seq_len": 8, "vocab_size": 8},
+               "data": {"path": "x"},
                "train": {"output": "x", "steps": 1}}, "data": "x", "tokenizer": None, "kernels": {}, "versions": {},
 }  # fmt: skip
 
@@ -66,13 +67,18 @@ FILES = {  # what stands in the place of the weights, with a manifest that agree
     "empty file": b"",
     "seven bytes": b"1234567",
     "a header alone": header({}),
-    "10^12 elements": header({"a": entry([10**6, 10**6], 4 * 10**12), "__metadata__": slices(a=[[[0, 10**6], [0, 10**6]]])}),
-    "10^12 elements of few bytes": header({"a": entry([10**6, 10**6], 96), "__metadata__": slices(**BOXES)}, data=bytes(96)),
-    "a product of sizes that overflows": header({"a": entry([2**62, 4, 6], 96), "__metadata__": slices(**BOXES)}, data=bytes(96)),
+    "10^12 elements": header({"a": entry([10**6, 10**6], 4 * 10**12),
+                              "__metadata__": slices(a=[[[0, 10**6], [0, 10**6]]])}),
+    "10^12 elements of few bytes": header({"a": entry([10**6, 10**6], 96), "__metadata__": slices(**BOXES)},
+                                          data=bytes(96)),
+    "a product of sizes that overflows": header({"a": entry([2**62, 4, 6], 96), "__metadata__": slices(**BOXES)},
+                                                data=bytes(96)),
     "negative offsets": header({"a": entry([6, 4], 96, start=-96), "__metadata__": slices(**BOXES)}, data=bytes(96)),
     "overlapping tensors": header({**GOOD, "b": entry([3], 12), "__metadata__": slices(**BOXES)}, data=bytes(108)),
-    "an unknown type": header({**GOOD, "a": entry([6, 4], 96, "PICKLE"), "__metadata__": slices(**BOXES)}, data=bytes(108)),
-    "a type we do not write": header({"a": entry([6, 4], 24, "U8"), "__metadata__": slices(a=BOXES["a"])}, data=bytes(24)),
+    "an unknown type": header({**GOOD, "a": entry([6, 4], 96, "PICKLE"), "__metadata__": slices(**BOXES)},
+                              data=bytes(108)),
+    "a type we do not write": header({"a": entry([6, 4], 24, "U8"), "__metadata__": slices(a=BOXES["a"])},
+                                     data=bytes(24)),
     "no slices": header(GOOD, data=bytes(108)),
     "slices that are no JSON": header({**GOOD, "__metadata__": {"slices": "__import__('os')"}}, data=bytes(108)),
     "slices that are a list": header({**GOOD, "__metadata__": {"slices": "[1]"}}, data=bytes(108)),
@@ -81,17 +87,21 @@ FILES = {  # what stands in the place of the weights, with a manifest that agree
     "slices beyond the tensor": header({**GOOD, "__metadata__": slices(**{**BOXES, "b": [[[1, 4]]]})}, data=bytes(108)),
     "negative slices": header({**GOOD, "__metadata__": slices(**{**BOXES, "b": [[[-3, 0]]]})}, data=bytes(108)),
     "infinite slices": header({**GOOD, "__metadata__": {"slices": '{"a": [[[0, 1e999], [0, 4]]]}'}}, data=bytes(108)),
-    "slices of 10^30 rows": header({**GOOD, "__metadata__": slices(**{**BOXES, "b": [[[0, 10**30]]]})}, data=bytes(108)),
-    "slices that overlap": header({**GOOD, "__metadata__": slices(**{**BOXES, "b": [[[0, 2]], [[1, 2]]]})}, data=bytes(108)),
+    "slices of 10^30 rows": header({**GOOD, "__metadata__": slices(**{**BOXES, "b": [[[0, 10**30]]]})},
+                                   data=bytes(108)),
+    "slices that overlap": header({**GOOD, "__metadata__": slices(**{**BOXES, "b": [[[0, 2]], [[1, 2]]]})},
+                                  data=bytes(108)),
     "another tensor": header(
         {**GOOD, "c": entry([1], 112, start=108), "__metadata__": slices(**BOXES, c=[[[0, 1]]])}, data=bytes(112)
     ),
     "a tensor named twice": header(
-        (json.dumps({"a": entry([6, 4], 96)})[:-1] + ", " + json.dumps({**GOOD, "__metadata__": slices(**BOXES)})[1:]).encode(),
+        (json.dumps({"a": entry([6, 4], 96)})[:-1] + ", " + json.dumps({**GOOD,
+                                                                        "__metadata__": slices(**BOXES)})[1:]).encode(),
         data=bytes(108),
     ),
     "slices named twice": header(
-        json.dumps({**GOOD, "__metadata__": slices(**BOXES)}).replace('{"slices"', '{"slices": "{}", "slices"').encode(),
+        json.dumps({**GOOD, "__metadata__": slices(**BOXES)}).replace('{"slices"',
+                                                                      '{"slices": "{}", "slices"').encode(),
         data=bytes(108),
     ),
     "a tensor less": header({"a": GOOD["a"], "__metadata__": slices(**BOXES)}, data=bytes(96)),
@@ -103,9 +113,9 @@ def nested(depth: int) -> dict:
 
 
 NAMES = [  # of a file in the manifest
-    "../outside-00000-00001.safetensors", "/etc/passwd", "a/weights-00000-00001.safetensors", ".", "..", "", "weights-00000-1.pt",
-    "weights-00000-00001.safetensors\n", "weights-00000-00001.safetensors\x00.txt", "manifest.json", "x" * 10_000,
-    "weights-0000\u0660-00001.safetensors",
+    "../outside-00000-00001.safetensors", "/etc/passwd", "a/weights-00000-00001.safetensors", ".", "..", "",
+    "weights-00000-1.pt", "weights-00000-00001.safetensors\n", "weights-00000-00001.safetensors\x00.txt",
+    "manifest.json", "x" * 10_000, "weights-0000\u0660-00001.safetensors",
 ]  # fmt: skip
 MANIFESTS = {
     "a shape of 10^12 elements": lambda m: m["tensors"]["weights"]["a"].update(shape=[10**6, 10**6]),

@@ -14,8 +14,8 @@ from megaresnorm.recipe.load import build_recipe
 
 # Awkward on purpose: grouped heads that are not dim / heads wide, an odd vocabulary, an ffn of no round width.
 SIZES = {
-    "dim": 24, "num_blocks": 3, "num_heads": 6, "num_kv_heads": 2, "head_dim": 8, "ffn_dim": 36, "vocab_size": 37, "seq_len": 32,
-    "vocab_multiple": 8,
+    "dim": 24, "num_blocks": 3, "num_heads": 6, "num_kv_heads": 2, "head_dim": 8, "ffn_dim": 36, "vocab_size": 37,
+    "seq_len": 32, "vocab_multiple": 8,
 }  # fmt: skip
 DERIVED = {"head_dim": 4}  # of classes whose heads are dim / heads wide
 LLAMA3 = {"kind": "llama3", "factor": 8.0, "original_seq_len": 16, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -29,9 +29,11 @@ MODELS: dict[str, tuple[str, dict]] = {
     "llama": ("llama", {"topology": "pre"}),
     "llama tied, biases, linear": (
         "llama",
-        {"topology": "pre_scaled", "tied_embeddings": True, "bias": True, "rope_scaling": {"kind": "linear", "factor": 2.0}},
+        {"topology": "pre_scaled", "tied_embeddings": True, "bias": True,
+         "rope_scaling": {"kind": "linear", "factor": 2.0}},
     ),
-    "llama mlp biases, llama3": ("llama", {"topology": "pre", "bias": True, "attention_bias": "none", "rope_scaling": LLAMA3}),
+    "llama mlp biases, llama3": ("llama",
+                                 {"topology": "pre", "bias": True, "attention_bias": "none", "rope_scaling": LLAMA3}),
     "llama attention biases, yarn, geglu": (
         "llama",
         {"topology": "pre", "attention_bias": "all", "rope_scaling": YARN, "ffn": "geglu", "rope_theta": 500.0},
@@ -61,13 +63,15 @@ MODELS: dict[str, tuple[str, dict]] = {
     "gpt2 untied, exact gelu, wide": ("gpt2", {**GPT, "topology": "pre_scaled", "ffn": "gelu", "ffn_dim": 40}),
     "gpt_neox": (
         "gpt_neox",
-        {**DERIVED, **LN, "num_kv_heads": 6, "topology": "pre", "ffn": "gelu", "bias": True, "head_dim": 4, "rope_fraction": 0.5},
+        {**DERIVED, **LN, "num_kv_heads": 6, "topology": "pre", "ffn": "gelu", "bias": True, "head_dim": 4,
+         "rope_fraction": 0.5},
     ),
     "gpt_neox without attention's biases": (
         "gpt_neox",
         {**DERIVED, **LN, "num_kv_heads": 6, "topology": "pre", "ffn": "gelu", "bias": True, "attention_bias": "none"},
     ),
-    "starcoder2": ("starcoder2", {**DERIVED, **LN, "topology": "pre", "ffn": "gelu_tanh", "bias": True, "tied_embeddings": True}),
+    "starcoder2": ("starcoder2",
+                   {**DERIVED, **LN, "topology": "pre", "ffn": "gelu_tanh", "bias": True, "tied_embeddings": True}),
     "starcoder2 without biases": ("starcoder2", {**DERIVED, **LN, "topology": "pre", "ffn": "gelu"}),
     "stablelm": ("stablelm", {**DERIVED, **LN, "topology": "pre", "attention_bias": "qkv", "rope_fraction": 0.5}),
     "stablelm whole heads": ("stablelm", {**DERIVED, **LN, "topology": "pre"}),
@@ -75,7 +79,8 @@ MODELS: dict[str, tuple[str, dict]] = {
     "opt pre, tied": ("opt", {**GPT, "topology": "pre", "ffn": "relu", "tied_embeddings": True}),
     "opt without biases": ("opt", {**GPT, "topology": "post", "ffn": "relu", "bias": False}),
     "bert-generation": ("bert-generation", {**GPT, "topology": "post", "embedding_norm": True, "norm_eps": 1e-12}),
-    "bert-generation tied": ("bert-generation", {**GPT, "topology": "post", "embedding_norm": True, "tied_embeddings": True}),
+    "bert-generation tied": ("bert-generation",
+                             {**GPT, "topology": "post", "embedding_norm": True, "tied_embeddings": True}),
     "gemma2": ("gemma2", {**GEMMA, "attention_softcap": 2.0, "logit_softcap": 3.0, "tied_embeddings": True}),
     "gemma2 plain": ("gemma2", {**GEMMA, "attention_multiplier": 0.25, "attention_bias": "all"}),
     "gemma3": ("gemma3_text", {**GEMMA, "qk_norm": "head", "tied_embeddings": True}),
@@ -107,7 +112,8 @@ def save_random(root: Path, recipe: Recipe, tokenizer: Tokenizer | None = None, 
         attached[tokenizer.describe()["file"]] = tokenizer.model
     state = RunState(
         samples=0, skipped_in_a_row=0, train_loss=None, engine=EngineState(updates=0, clipper_steps=0),
-        recipe=recipe.model_dump(exclude_none=True), data="", tokenizer=None if tokenizer is None else tokenizer.describe(),
+        recipe=recipe.model_dump(exclude_none=True), data="",
+        tokenizer=None if tokenizer is None else tokenizer.describe(),
     )  # fmt: skip
     weights = {name: TensorSlices.of_whole(p.data) for name, p in model.named_parameters()}
     return save_checkpoint(root, 7, {"weights": weights}, state.model_dump(), attached=attached)

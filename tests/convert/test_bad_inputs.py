@@ -31,10 +31,12 @@ def made(tmp_path_factory) -> Path:
         ("gemma2", {**GEMMA}),
         ("tied", {"topology": "pre", "tied_embeddings": True}),
         ("opt", {**GPT, "topology": "post", "ffn": "relu", "ffn_dim": 40}),
-        ("gpt_neox", {"topology": "pre", "norm": "layernorm", "ffn": "gelu", "bias": True, "head_dim": 4, "num_kv_heads": 6}),
+        ("gpt_neox",
+         {"topology": "pre", "norm": "layernorm", "ffn": "gelu", "bias": True, "head_dim": 4, "num_kv_heads": 6}),
         ("gpt2", {"topology": "pre", "norm": "layernorm", "ffn": "gelu", "bias": True, "head_dim": 4, "num_kv_heads": 6,
                   "positions": "learned"}),
-        ("bert", {"topology": "post", "norm": "layernorm", "ffn": "gelu", "bias": True, "head_dim": 4, "num_kv_heads": 6,
+        ("bert",
+         {"topology": "post", "norm": "layernorm", "ffn": "gelu", "bias": True, "head_dim": 4, "num_kv_heads": 6,
                   "positions": "learned", "embedding_norm": True}),
     ):  # fmt: skip
         checkpoint = save_random(folder / f"{name} run" / "checkpoints", recipe_of(settings))
@@ -489,7 +491,7 @@ def test_a_disk_that_fills_up_leaves_nothing(made, tmp_path, capsys, monkeypatch
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("megaresnorm.convert.to_hf.write_weights", full)
+    monkeypatch.setattr("megaresnorm.convert.export.write_weights", full)
     assert main(["convert", "to-hf", str(made / "run"), str(tmp_path / "out")]) == 2
     assert "cannot be written (No space left on device)" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 

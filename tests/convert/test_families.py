@@ -196,7 +196,7 @@ def test_models_that_are_compared_are_in_memory_one_after_the_other(tmp_path, mo
         return made
 
     monkeypatch.setattr(NativeModel, "model", one_at_a_time(NativeModel.model))
-    for module in ("loading", "to_hf", "from_hf"):
+    for module in ("compare", "to_hf", "from_hf"):
         monkeypatch.setattr(f"megaresnorm.convert.{module}.load_theirs", one_at_a_time(load_theirs))
     to_hf(
         checkpoint, tmp_path / "rounded", settings=ExportSettings(dtype=torch.bfloat16)

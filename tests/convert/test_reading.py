@@ -35,7 +35,8 @@ def change(folder: Path, **values) -> dict:
 @pytest.mark.parametrize(
     ("settings", "arch", "old", "found"),
     [
-        ({"topology": "pre"}, "llama", {"rope_theta": 500.0, "torch_dtype": "float32", "dtype": ...}, {"rope_theta": 500.0}),
+        ({"topology": "pre"}, "llama", {"rope_theta": 500.0, "torch_dtype": "float32", "dtype": ...},
+         {"rope_theta": 500.0}),
         (
             {"topology": "pre"},
             "llama",
@@ -48,7 +49,8 @@ def change(folder: Path, **values) -> dict:
             {"rotary_pct": 0.5, "rotary_emb_base": 700},
             {"rope_theta": 700.0, "rope_fraction": 0.5},
         ),
-        ({"topology": "sandwich", "rope_fraction": 0.5}, "glm4", {"partial_rotary_factor": 0.5}, {"rope_fraction": 0.5}),
+        ({"topology": "sandwich", "rope_fraction": 0.5}, "glm4", {"partial_rotary_factor": 0.5},
+         {"rope_fraction": 0.5}),
     ],
 )  # fmt: skip
 def test_configurations_of_older_versions(settings, arch, old, found, tmp_path):
@@ -64,8 +66,9 @@ PUBLISHED = {
         "llama",
         {"topology": "pre"},
         {
-            "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": [2, 3], "hidden_act": "silu",
-            "initializer_range": 0.02, "mlp_bias": False, "pretraining_tp": 1, "rope_theta": 500000.0, "torch_dtype": "bfloat16",
+            "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": [2, 3],
+            "hidden_act": "silu", "initializer_range": 0.02, "mlp_bias": False, "pretraining_tp": 1,
+            "rope_theta": 500000.0, "torch_dtype": "bfloat16",
             "rope_scaling": {
                 "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
                 "rope_type": "llama3",
@@ -76,24 +79,28 @@ PUBLISHED = {
     "SmolLM2": (
         "llama",
         {"topology": "pre", "tied_embeddings": True},
-        {"is_llama_config": True, "rope_interleaved": False, "rope_scaling": None, "transformers.js_config": {"dtype": "q4"}},
+        {"is_llama_config": True, "rope_interleaved": False, "rope_scaling": None,
+         "transformers.js_config": {"dtype": "q4"}},
     ),
     "Qwen2.5": (
         "qwen2",
         {"topology": "pre", "attention_bias": "qkv", "head_dim": 4},
-        {"max_window_layers": 21, "sliding_window": 32, "use_mrope": False, "use_sliding_window": False, "rope_theta": 1000000.0},
+        {"max_window_layers": 21, "sliding_window": 32, "use_mrope": False, "use_sliding_window": False,
+         "rope_theta": 1000000.0},
     ),
     "Qwen3": (
         "qwen3",
         {"topology": "pre", "qk_norm": "head"},
-        {"max_window_layers": 28, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "use_sliding_window": False},
+        {"max_window_layers": 28, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
+         "use_sliding_window": False},
     ),
     "Gemma-2": (
         "gemma2",
         {**GEMMA, "attention_softcap": 50.0, "logit_softcap": 30.0, "tied_embeddings": True},
         {
-            "cache_implementation": "hybrid", "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
-            "sliding_window_size": 32, "sliding_window": 32, "rope_theta": 10000.0, "layer_types": ...,
+            "cache_implementation": "hybrid", "hidden_act": "gelu_pytorch_tanh",
+            "hidden_activation": "gelu_pytorch_tanh", "sliding_window_size": 32, "sliding_window": 32,
+            "rope_theta": 10000.0, "layer_types": ...,
         },
     ),
     "GPT-2": (
@@ -109,9 +116,10 @@ PUBLISHED = {
         "starcoder2",
         {**GPT, "topology": "pre", "positions": "rope", "tied_embeddings": True},
         {
-            "activation_function": "gelu", "attention_softmax_in_fp32": True, "layer_norm_epsilon": 1e-05, "mlp_type": "default",
-            "norm_type": "layer_norm", "scale_attention_softmax_in_fp32": True, "scale_attn_weights": True, "sliding_window": 32,
-            "rope_theta": 999999.0, "embedding_dropout": 0.1, "residual_dropout": 0.1,
+            "activation_function": "gelu", "attention_softmax_in_fp32": True, "layer_norm_epsilon": 1e-05,
+            "mlp_type": "default", "norm_type": "layer_norm", "scale_attention_softmax_in_fp32": True,
+            "scale_attn_weights": True, "sliding_window": 32, "rope_theta": 999999.0, "embedding_dropout": 0.1,
+            "residual_dropout": 0.1,
         },
     ),
     "OPT": (
@@ -121,7 +129,8 @@ PUBLISHED = {
     ),
     "Granite-3": (
         "granite",
-        {"topology": "pre", "topology_options": {"gate": 0.22}, "head_dim": 4, "embedding_multiplier": 12.0, "logits_scaling": 8.0},
+        {"topology": "pre", "topology_options": {"gate": 0.22}, "head_dim": 4, "embedding_multiplier": 12.0,
+         "logits_scaling": 8.0},
         {"attention_dropout": 0.1, "mlp_bias": False, "rope_scaling": None, "rope_theta": 5000000.0},
     ),
 }  # fmt: skip
@@ -219,7 +228,8 @@ def test_the_longest_sequence_can_be_shorter_but_not_longer(seq_len, tmp_path, c
     ("kind", "theirs"),
     [
         ("linear", {"factor": 4.0}),
-        ("llama3", {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}),
+        ("llama3",
+         {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}),
         ("yarn", {"factor": 4.0, "original_max_position_embeddings": 32768}),
         ("yarn", {"factor": 16.0, "original_max_position_embeddings": 4096, "beta_fast": 20.0, "truncate": False}),
         ("yarn", {"factor": 40.0, "original_max_position_embeddings": 4096, "attention_factor": 1.5}),

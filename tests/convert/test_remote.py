@@ -24,12 +24,13 @@ from megaresnorm.model.topology import TOPOLOGIES, beside_others
 VARIANTS: dict[str, dict] = {
     "llama": {},
     "gpt": {
-        "norm": "layernorm", "positions": "learned", "ffn": "gelu", "bias": True, "tied_embeddings": True, "qk_norm": "full",
+        "norm": "layernorm", "positions": "learned", "ffn": "gelu", "bias": True, "tied_embeddings": True,
+        "qk_norm": "full",
     },
     "gemma": {
-        "norm_zero_centered": True, "ffn": "geglu_tanh", "attention_bias": "qkv", "rope_fraction": 0.5, "rope_scaling": YARN,
-        "embedding_multiplier": 2.0, "attention_multiplier": 0.3, "attention_softcap": 2.0, "logit_softcap": 3.0,
-        "logits_scaling": 2.0, "qk_norm": "head",
+        "norm_zero_centered": True, "ffn": "geglu_tanh", "attention_bias": "qkv", "rope_fraction": 0.5,
+        "rope_scaling": YARN, "embedding_multiplier": 2.0, "attention_multiplier": 0.3, "attention_softcap": 2.0,
+        "logit_softcap": 3.0, "logits_scaling": 2.0, "qk_norm": "head",
     },
 }  # fmt: skip
 OPTIONS = {"mix_ln": {"mix_ratio": 0.4}, "completep": {"base_dim": 12, "base_num_blocks": 1}}
@@ -58,7 +59,7 @@ def test_every_topology_loads_generates_and_comes_back(topology, variant, tmp_pa
     with torch.no_grad():
         alone, beside = model(tokens).logits, model(padded, attention_mask=mask).logits[:, 3:]
     torch.testing.assert_close(beside, alone, rtol=0, atol=1e-5 * alone.abs().max().item())
-    back = from_hf(tmp_path / "hf", tmp_path / "back", tolerance=5e-6, settings=ExportSettings(max_memory=3000))
+    back = from_hf(tmp_path / "hf", tmp_path / "back", max_memory=3000, tolerance=5e-6)
     assert back.model == recipe.model
     assert list(compare_tensors(Checkpoint(checkpoint), Checkpoint(back.checkpoint), lambda: None)) == []
 

@@ -187,7 +187,8 @@ def test_torch_compile_of_the_reference():
     [
         ({"x_TD": torch.ones(2, 4, dtype=torch.float64)}, TypeError, "float64"),
         ({"delta_TD": torch.ones(3, 4)}, ValueError, r"\[\[2, 4\], \[3, 4\]\]"),
-        ({"next_norm": NormWeights("rmsnorm", torch.ones(5), None, 1e-5)}, TypeError, r"float32 \[5\]; wanted float32 \[4\]"),
+        ({"next_norm": NormWeights("rmsnorm", torch.ones(5), None, 1e-5)}, TypeError,
+         r"float32 \[5\]; wanted float32 \[4\]"),
         ({"next_norm": NormWeights("rmsnorm", torch.ones(4).bfloat16(), None, 1e-5)}, TypeError, "bfloat16"),
         ({"out_dtype": FP8}, ValueError, "needs fp8_scale"),
         ({"out_dtype": torch.float16}, TypeError, "cannot write"),

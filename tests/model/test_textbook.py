@@ -152,13 +152,14 @@ class Textbook:
 VARIANTS = {
     "rms-rope-swiglu": {"norm": "rmsnorm", "positions": "rope", "ffn": "swiglu", "qk_norm": "head"},
     "ln-learned-gelu-bias-tied": {
-        "norm": "layernorm", "positions": "learned", "ffn": "gelu", "qk_norm": "full", "bias": True, "tied_embeddings": True,
-        "embedding_norm": True,
+        "norm": "layernorm", "positions": "learned", "ffn": "gelu", "qk_norm": "full", "bias": True,
+        "tied_embeddings": True, "embedding_norm": True,
     },
     "ln-without-bias": {"norm": "layernorm", "norm_bias": False, "qk_norm": "none"},
     "multipliers-softcap-partial-geglu": {
-        "qk_norm": "head", "norm_zero_centered": True, "ffn": "geglu_tanh", "attention_bias": "qkv", "rope_fraction": 0.7,
-        "embedding_multiplier": 1.5, "attention_multiplier": 0.3, "attention_softcap": 0.8, "logits_scaling": 4.0,
+        "qk_norm": "head", "norm_zero_centered": True, "ffn": "geglu_tanh", "attention_bias": "qkv",
+        "rope_fraction": 0.7, "embedding_multiplier": 1.5, "attention_multiplier": 0.3, "attention_softcap": 0.8,
+        "logits_scaling": 4.0,
     },
 }  # fmt: skip
 

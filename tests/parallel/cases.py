@@ -46,18 +46,20 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
 VARIANTS: dict[str, dict] = {
     "llama": {"norm": "rmsnorm"},
     "gpt": {
-        "norm": "layernorm", "bias": True, "positions": "learned", "ffn": "gelu", "tied_embeddings": True, "dropout": 0.1,
-        "qk_norm": "full", "logit_softcap": 5.0,
+        "norm": "layernorm", "bias": True, "positions": "learned", "ffn": "gelu", "tied_embeddings": True,
+        "dropout": 0.1, "qk_norm": "full", "logit_softcap": 5.0,
     },
 }  # fmt: skip
 # What published models need beside: partial and stretched rotary positions, multipliers, caps, GEGLU, zero-centred norms.
 PUBLISHED: dict[str, dict] = {
     "gemma": {
-        "norm_zero_centered": True, "ffn": "geglu_tanh", "attention_bias": "qkv", "rope_fraction": 0.5, "qk_norm": "head",
-        "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_seq_len": 4}, "embedding_multiplier": 2.0,
-        "attention_multiplier": 0.3, "attention_softcap": 2.0, "logits_scaling": 2.0, "tied_embeddings": True,
+        "norm_zero_centered": True, "ffn": "geglu_tanh", "attention_bias": "qkv", "rope_fraction": 0.5,
+        "qk_norm": "head", "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_seq_len": 4},
+        "embedding_multiplier": 2.0, "attention_multiplier": 0.3, "attention_softcap": 2.0, "logits_scaling": 2.0,
+        "tied_embeddings": True,
     },
-    "granite": {"topology_options": {"gate": 0.3}, "logits_scaling": 4.0, "bias": True, "attention_bias": "none", "ffn": "relu"},
+    "granite": {"topology_options": {"gate": 0.3}, "logits_scaling": 4.0, "bias": True, "attention_bias": "none",
+                "ffn": "relu"},
     "own alpha": {"topology_options": {"alpha": 1.7}, "norm": "layernorm", "ffn": "gelu_tanh", "attention_bias": "all"},
 }  # fmt: skip
 # As a recipe says it, and with the stream in the type of compute, which the gathering form needs.
@@ -79,7 +81,8 @@ def make_recipe(
 ) -> Recipe:
     model = {
         "dim": 16, "num_blocks": num_blocks, "num_heads": 4, "num_kv_heads": 2, "seq_len": SEQ, "vocab_size": VOCAB,
-        "vocab_multiple": 8, "ffn_dim": 24, "topology": topology, **beside_others(topology), **(VARIANTS | PUBLISHED)[variant],
+        "vocab_multiple": 8, "ffn_dim": 24, "topology": topology, **beside_others(topology),
+        **(VARIANTS | PUBLISHED)[variant],
     }  # fmt: skip
     gpt = variant == "gpt"
     train = {

@@ -14,12 +14,13 @@ from megaresnorm.testing import run_ranks
 
 LAYOUTS = {"dp2": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}}
 CHANGED = [  # key, value on rank 1
-    ("optim.lr", 2e-3), ("optim.clip_norm", 0.5), ("optim.weight_decay", 0.2), ("optim.beta2", 0.99), ("optim.eps", 1e-6),
-    ("schedule.kind", "linear"), ("schedule.warmup_steps", 1), ("train.seed", 7), ("train.steps", 7), ("train.global_batch", 8),
-    ("train.z_loss", 1e-4), ("train.eval_every", 3), ("train.eval_samples", 5), ("train.max_skipped_steps", 3),
-    ("data.seed", 5), ("data.valid_fraction", 0.2), ("model.dropout", 0.1), ("model.norm", "layernorm"), ("model.num_blocks", 4),
-    ("model.topology", "keel"), ("precision.compute", "bf16"), ("checkpoint.every", 2), ("kernels.add_norm", "reference"),
-    ("parallel.tp", None), ("parallel.pp", None),
+    ("optim.lr", 2e-3), ("optim.clip_norm", 0.5), ("optim.weight_decay", 0.2), ("optim.beta2", 0.99),
+    ("optim.eps", 1e-6), ("schedule.kind", "linear"), ("schedule.warmup_steps", 1), ("train.seed", 7),
+    ("train.steps", 7), ("train.global_batch", 8), ("train.z_loss", 1e-4), ("train.eval_every", 3),
+    ("train.eval_samples", 5), ("train.max_skipped_steps", 3), ("data.seed", 5), ("data.valid_fraction", 0.2),
+    ("model.dropout", 0.1), ("model.norm", "layernorm"), ("model.num_blocks", 4), ("model.topology", "keel"),
+    ("precision.compute", "bf16"), ("checkpoint.every", 2), ("kernels.add_norm", "reference"), ("parallel.tp", None),
+    ("parallel.pp", None),
 ]  # fmt: skip
 
 

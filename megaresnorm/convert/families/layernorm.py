@@ -66,7 +66,10 @@ starcoder2 = Family(
     architecture="Starcoder2ForCausalLM",
     fields=(
         *SIZES, KV_HEADS, DERIVED_HEAD_DIM, Same("norm_epsilon", "norm_eps"), LAYER_NORM, Rope(), UNGATED_ACT,
-        Choice("use_bias", ((True, {"bias": True, "attention_bias": "all"}), (False, {"bias": False, "attention_bias": "none"}))),
+        Choice(
+            "use_bias",
+            ((True, {"bias": True, "attention_bias": "all"}), (False, {"bias": False, "attention_bias": "none"})),
+        ),
         PRE, PLAIN_ATTENTION, Window(layers=False),
     ),
     modules=ENDS | PRE_NORMS | ATTENTION | {LAYER + "mlp.c_fc": Of(UP), LAYER + "mlp.c_proj": Of(DOWN)},
@@ -75,9 +78,10 @@ stablelm = Family(
     name="stablelm",
     architecture="StableLmForCausalLM",
     fields=(
-        *SIZES, KV_HEADS, DERIVED_HEAD_DIM, Same("layer_norm_eps", "norm_eps"), LAYER_NORM, Rope(partial=True), GATED_ACT,
-        Choice("use_qkv_bias", ((False, {"attention_bias": "none"}), (True, {"attention_bias": "qkv"}))), Always({"bias": False}),
-        PRE, PLAIN_ATTENTION, Fixed("qk_layernorm", False), Fixed("use_parallel_residual", False),
+        *SIZES, KV_HEADS, DERIVED_HEAD_DIM, Same("layer_norm_eps", "norm_eps"), LAYER_NORM, Rope(partial=True),
+        GATED_ACT, Choice("use_qkv_bias", ((False, {"attention_bias": "none"}), (True, {"attention_bias": "qkv"}))),
+        Always({"bias": False}), PRE, PLAIN_ATTENTION, Fixed("qk_layernorm", False),
+        Fixed("use_parallel_residual", False),
     ),
     modules=LLAMA,
 )  # fmt: skip
@@ -118,8 +122,8 @@ gpt2 = Family(
             lambda recipe: {"n_inner": recipe.ffn_width},
             lambda config: {"ffn_dim": config.get("n_inner") or 4 * config["n_embd"]},
         ),
-        Fixed("scale_attn_weights", True), Fixed("scale_attn_by_inverse_layer_idx", False), Fixed("add_cross_attention", False),
-        Fixed("reorder_and_upcast_attn", False, others=(True,)),
+        Fixed("scale_attn_weights", True), Fixed("scale_attn_by_inverse_layer_idx", False),
+        Fixed("add_cross_attention", False), Fixed("reorder_and_upcast_attn", False, others=(True,)),
     ),
     modules={
         "transformer.wte": Of("embedding"),
@@ -207,7 +211,8 @@ bert = Family(
     architecture="BertGenerationDecoder",
     fields=(
         *SIZES, DERIVED_HEAD_DIM, Same("layer_norm_eps", "norm_eps"), LAYER_NORM, LEARNED, UNGATED_ACT, PLAIN_ATTENTION,
-        Always({"topology": "post", "embedding_norm": True}), Fixed("is_decoder", True), Fixed("add_cross_attention", False),
+        Always({"topology": "post", "embedding_norm": True}), Fixed("is_decoder", True),
+        Fixed("add_cross_attention", False),
         DERIVED_KV_HEADS, written_dropout("hidden_dropout_prob", attention="attention_probs_dropout_prob"),
     ),
     modules={

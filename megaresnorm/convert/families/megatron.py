@@ -1,9 +1,9 @@
 """Weights of Megatron-Core's GPT model: its names, its qkv by query group, its fused gate and up.
 
-A folder has model.safetensors with the names of GPTModel.state_dict() on one rank, and config.json with the arguments of
-TransformerConfig and GPTModel that the weights depend on, under their own names. Names are those of megatron-core 0.16.1, for both
-of its implementations of a layer. Megatron's own checkpoints are pickles, which are never read: docs/conversion.md has the lines
-that write such a folder in a Megatron job, and those that load one.
+A folder has model.safetensors with the names of GPTModel.state_dict() on one rank, and config.json with the arguments
+of TransformerConfig and GPTModel that the weights depend on, under their own names. Names are those of megatron-core
+0.16.1, for both of its implementations of a layer. Megatron's own checkpoints are pickles, which are never read:
+docs/conversion.md has the lines that write such a folder in a Megatron job, and those that load one.
 """
 
 from typing import Any
@@ -59,11 +59,17 @@ _FIELDS: tuple[Field, ...] = (
     Same("ffn_hidden_size", "ffn_dim"),
     Same("num_attention_heads", "num_heads"),
     Same("num_query_groups", "num_kv_heads", fallback="num_attention_heads"),
-    By(("kv_channels",), lambda recipe: {"kv_channels": recipe.head_width}, lambda config: {"head_dim": config["kv_channels"]}),
+    By(
+        ("kv_channels",),
+        lambda recipe: {"kv_channels": recipe.head_width},
+        lambda config: {"head_dim": config["kv_channels"]},
+    ),
     Same("layernorm_epsilon", "norm_eps"),
     Choice("normalization", (("RMSNorm", {"norm": "rmsnorm"}), ("LayerNorm", {"norm": "layernorm"}))),
     Choice("qk_layernorm", ((False, {"qk_norm": "none"}), (True, {"qk_norm": "head"}))),
-    Choice("position_embedding_type", (("rope", {"positions": "rope"}), ("learned_absolute", {"positions": "learned"}))),
+    Choice(
+        "position_embedding_type", (("rope", {"positions": "rope"}), ("learned_absolute", {"positions": "learned"}))
+    ),
     By(
         ("rotary_base", "rotary_percent"),
         lambda recipe: {"rotary_base": recipe.rope_theta, "rotary_percent": recipe.rope_fraction},

@@ -62,7 +62,7 @@ def _all_full(config: Config) -> Settings:
 
 
 def _gemma_scale(recipe: ModelRecipe) -> dict[str, Any]:
-    """The number whose -1/2nd power is the factor on scores, whole where that is exact."""
+    """The number whose power of -1/2 is the factor on scores, an integer where that is exact."""
     number = scale(recipe) ** -2
     whole = round(number)
     return {"query_pre_attn_scalar": whole if whole > 0 and whole**-0.5 == scale(recipe) else number}
@@ -91,8 +91,8 @@ qwen2 = Family(
     unread=('use_mrope',),
     architecture="Qwen2ForCausalLM",
     fields=(
-        *SIZES, KV_HEADS, DERIVED_HEAD_DIM, *RMS_NORM, Rope(), GATED_ACT, Always({"bias": False, "attention_bias": "qkv"}),
-        PRE, PLAIN_ATTENTION, Window(unless="use_sliding_window"),
+        *SIZES, KV_HEADS, DERIVED_HEAD_DIM, *RMS_NORM, Rope(), GATED_ACT,
+        Always({"bias": False, "attention_bias": "qkv"}), PRE, PLAIN_ATTENTION, Window(unless="use_sliding_window"),
     ),
     modules=LLAMA,
 )  # fmt: skip
@@ -100,8 +100,8 @@ qwen3 = Family(
     name="qwen3",
     architecture="Qwen3ForCausalLM",
     fields=(
-        *SIZES, KV_HEADS, HEAD_DIM, *RMS_NORM, Rope(), GATED_ACT, ATTENTION_BIAS, Always({"bias": False, "qk_norm": "head"}),
-        PRE, Window(unless="use_sliding_window"),
+        *SIZES, KV_HEADS, HEAD_DIM, *RMS_NORM, Rope(), GATED_ACT, ATTENTION_BIAS,
+        Always({"bias": False, "qk_norm": "head"}), PRE, Window(unless="use_sliding_window"),
     ),
     modules=LLAMA | QK_NORMS,
 )  # fmt: skip
@@ -160,7 +160,9 @@ GEMMA = (
     Same("final_logit_softcapping", "logit_softcap"),
     Fixed("use_bidirectional_attention", None, others=(False,)),
     Window(),
-    Always({"norm": "rmsnorm", "norm_zero_centered": True, "bias": False, "topology": "sandwich", "embedding_norm": False}),
+    Always({
+        "norm": "rmsnorm", "norm_zero_centered": True, "bias": False, "topology": "sandwich", "embedding_norm": False,
+    }),
 )  # fmt: skip
 gemma2 = Family(
     name="gemma2",
