@@ -1,4 +1,6 @@
-"""Says which Python and torch an environment has, or in one line on stderr what is missing there. Run by its own Python:
+"""Says which Python and torch an environment has, or in one line on stderr what is missing there.
+
+Run by the environment's own Python:
 
 python launch/check_environment.py [EXTRA]    # EXTRA of pyproject.toml, as dev; exit code 1 where something is missing
 """
@@ -16,8 +18,9 @@ MODULES = {"pyyaml": "yaml"}  # where the module has another name than its packa
 
 
 def requirements(extra: str) -> list[str]:
-    """As pyproject.toml has them. Those with a condition (``; python_version < ...``) are left out: the tests do without.
+    """The requirements in pyproject.toml.
 
+    Those with a condition (``; python_version < ...``) are left out: the tests do without them.
     Python has a reader of TOML from 3.11 on; lists of strings are written in TOML as they are in Python.
     """
     text = PROJECT.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""One run from its opening to its end: what it is made of, where it goes on, what it saves. trainer.py takes its steps."""
+"""One run from its opening to its end: its parts, where it goes on, what it saves. trainer.py takes its steps."""
 
 import logging
 import platform
@@ -39,7 +39,10 @@ T = TypeVar("T")
 
 
 class Run:
-    """A run: its data, engine, position and output folder, which it holds until it is closed (``with Run(recipe) as run``).
+    """A run: its data, engine, position and output folder (``with Run(recipe) as run``).
+
+    It holds the folder until it is closed; or until the process ends, where an error that other ranks may not have
+    closes it in the middle of a checkpoint.
 
     Making it checks all that can be checked before step 0, and goes on from the newest checkpoint of its output folder.
     Every rank makes one, and calls its methods alike.
@@ -166,14 +169,17 @@ class Run:
         return loss
 
     def sample_text(self) -> str | None:
-        """A continuation of ``train.sample_prompt``; None without a tokenizer, when switched off, or with several ranks."""
+        """A continuation of ``train.sample_prompt``; None without a tokenizer, switched off, or with several ranks."""
         train, tokenizer = self.recipe.train, self.data.tokenizer
         if tokenizer is None or not train.sample_tokens or self.context.world.size > 1:
             return None
         return generate(self.engine.model, tokenizer, train.sample_prompt, train.sample_tokens, seed=train.seed)
 
     def save(self) -> None:
-        """Begin a checkpoint of the present step, unless there is one. None while steps are refused: the weights may be why."""
+        """Begin a checkpoint of the present step, unless there is one.
+
+        None is made while steps are refused: the weights may be why.
+        """
         if self.saver.newest is not None and self.saver.newest[0] == self.steps_done:
             return
         if self.skipped_in_a_row:
@@ -226,11 +232,11 @@ class Run:
         return None if self.saver.newest is None else self.saver.newest[1]
 
     def protect_checkpoints(self, step: int) -> None:
-        """Keep those up to the first step that was ever refused, whatever comes after: they may be the last good ones."""
+        """Keep those up to the first step that was ever refused: they may be the last good ones."""
         self.first_refused = self.saver.protected = step
 
     def digest_of(self, checkpoint: Path | None) -> str:
-        """``weights_digest``, read by the first rank: a network file system shows a new checkpoint to the others later."""
+        """``weights_digest``, read by the first rank: a network file system shows it to the others later."""
 
         def digest() -> str:
             return "" if checkpoint is None or not self.context.is_first_rank else weights_digest(checkpoint)

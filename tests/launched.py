@@ -64,8 +64,14 @@ STARTED: list["Launched"] = []  # a fixture ends those that a failed test has le
 
 
 class Launched:
-    """A recipe on several ranks. lines: what it printed, each with the time.   ignored: signals that it is started with ignored, as
-    scripts do that start jobs in the background.   prefix: the command that starts it.
+    """A recipe on several ranks.
+
+    Args:
+        ignored: signals that it is started with ignored, as scripts do that start jobs in the background.
+        prefix: the command that starts it.
+
+    Attributes:
+        lines: what it printed, each with the time.
     """
 
     def __init__(

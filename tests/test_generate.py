@@ -49,11 +49,10 @@ def test_greedy_takes_the_likeliest_token_and_forgets_the_first_half_of_a_full_c
 def test_with_a_cache_published_models_settings_count_as_well():
     recipe = ModelRecipe(
         dim=16, num_blocks=2, num_heads=4, num_kv_heads=2, seq_len=24, vocab_size=257, topology="sandwich",
-        qk_norm="head",
-        head_dim=8, rope_fraction=0.5, rope_scaling=RopeScaling(kind="yarn", factor=4.0, original_seq_len=8),
+        qk_norm="head", head_dim=8, rope_fraction=0.5,
+        rope_scaling=RopeScaling(kind="yarn", factor=4.0, original_seq_len=8),
         attention_multiplier=0.4, attention_softcap=1.5, embedding_multiplier=3.0, logits_scaling=0.1,
-        norm_zero_centered=True,
-        ffn="geglu_tanh",
+        norm_zero_centered=True, ffn="geglu_tanh",
     )  # fmt: skip
     one = build_model(recipe, PrecisionRecipe(compute="fp64")).model
     with torch.no_grad():
@@ -76,8 +75,7 @@ def test_with_and_without_cache_the_tokens_are_the_same(topology, positions, att
     """Greedy and sampled, past the end of the context; in FP64, where rounding decides nothing."""
     recipe = ModelRecipe(
         dim=16, num_blocks=2, num_heads=4, num_kv_heads=2, seq_len=24, vocab_size=257, topology=topology,
-        qk_norm="head",
-        positions=positions,
+        qk_norm="head", positions=positions,
     )  # fmt: skip
     one = build_model(recipe, PrecisionRecipe(compute="fp64"), KernelRecipe(attention=attention)).model
     with torch.no_grad():

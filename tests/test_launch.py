@@ -19,9 +19,11 @@ def shell(code, **environment):
 
 
 def fake_environment(folder, packages=True, torch=None):
-    """A virtual environment whose Python is the one of the tests, with its packages or none; calls of pip are only written down.
+    """A virtual environment whose Python is the one of the tests, with its packages or none; pip only logs calls.
 
-    torch: a version that is said to be installed."""
+    Args:
+        torch: a version that is said to be installed.
+    """
     (folder / "bin").mkdir(parents=True)
     (folder / "pyvenv.cfg").write_text("")
     (folder / "bin" / "python").write_text(
@@ -62,8 +64,7 @@ def test_what_is_missing_there_is_named_with_the_command_that_installs_it(tmp_pa
     )
     command = shlex.split(line.split("install it there: ")[1])
     assert command[-8:] == ["torch>=2.11", "numpy>=1.26", "pydantic>=2.7", "pyyaml>=6.0", "rich>=14.1",
-                            "safetensors>=0.5",
-                            "sentencepiece>=0.2", "tensorboard>=2.16"]  # fmt: skip
+                            "safetensors>=0.5", "sentencepiece>=0.2", "tensorboard>=2.16"]  # fmt: skip
 
 
 def test_an_activated_environment_is_used_if_it_has_everything(tmp_path):

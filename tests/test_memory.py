@@ -1,4 +1,4 @@
-"""What a recipe takes of memory: as much as the code really allocates, and refused in one line where it is more than there is."""
+"""The memory that a recipe takes: as much as the code really allocates; refused in one line where there is less."""
 
 import logging
 import multiprocessing

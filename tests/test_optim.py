@@ -14,7 +14,7 @@ from megaresnorm.schedule import batch_size, learning_rate, total_variation
 
 
 def groups_by_name(recipe: ModelRecipe, optim: OptimRecipe):
-    """The group that updates each parameter: one step with a gradient of ones moves its weights by that group's rule."""
+    """The group that updates each parameter: a step with a gradient of ones moves its weights by that group's rule."""
     model = build_model(recipe).model
     parameters = dict(model.named_parameters())
     optimizer = Optimizer(parameters, parameter_table(recipe), optim)
@@ -68,7 +68,7 @@ def test_global_clipping():
 
 
 def test_adagc_follows_its_algorithm_by_hand():
-    """Warm-up: global clipping, gamma the smallest clipped norm. Then each tensor against 1.05 gamma, gamma an average."""
+    """Warm-up: global clipping, gamma is the smallest clipped norm. Then each tensor against 1.05 gamma, an average."""
     clipper = GradientClipper(
         OptimRecipe(clip="adagc", adagc_warmup=2, clip_norm=5.0, adagc_ratio=1.05, adagc_beta=0.9), 2
     )

@@ -58,7 +58,7 @@ def test_quickstart_is_the_recipe_that_the_readme_describes():
 
 
 def test_quickstart_made_small_learns_more_than_frequencies(tmp_path):
-    """Half a minute of it: 10 blocks, 150 steps on the built-in corpus, at least half a nat below the unigram entropy."""
+    """Half a minute: 10 blocks, 150 steps on the built-in corpus, at least half a nat below the unigram entropy."""
     from megaresnorm.data.prepare import PrepareJob, prepare
 
     data = prepare(PrepareJob(out=tmp_path / "data", corpus="stdlib", workers=2)).folder

@@ -1,4 +1,4 @@
-"""Names and values of strangers stay within their line and their cell: on the terminal, in logs, in tables, in errors."""
+"""Names and values of strangers stay within their line and cell: on the terminal, in logs, in tables, in errors."""
 
 import ast
 import io

@@ -60,7 +60,7 @@ SOME_STOPS = (1, 4, 9, 13, 20)
     "stops", [SOME_STOPS, pytest.param(tuple(set(range(1, 21)) - set(SOME_STOPS)), marks=pytest.mark.slow)]
 )
 def test_stopping_at_any_of_20_steps_resumes_bit_for_bit(stops, tiny, tmp_path):
-    """With dropout, warm-up, AdaGC, a growing batch, accumulation, several epochs and evaluations: all losses and all weights."""
+    """Equal losses and weights, with dropout, warm-up, AdaGC, a growing batch, accumulation, epochs and evaluations."""
     steps = 20
     settings = {
         "model": {"dropout": 0.1, "topology": "layerscale", "num_blocks": 2},
@@ -187,7 +187,7 @@ def test_a_checkpoint_that_is_not_damaged_is_never_set_aside(tiny, monkeypatch, 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_an_error_leaves_the_folder_to_nobody_while_a_checkpoint_is_being_written(tiny, monkeypatch, ranks):
-    """Whoever had it next would remove what is half written. Alone, the error waits; others may be gone and never answer."""
+    """The next owner would remove what is half written. Alone, the error waits; others may be gone, never to answer."""
     gate, real = threading.Event(), writer._commit
     monkeypatch.setattr(writer, "_commit", lambda *rest: gate.wait(30) and real(*rest))
     with pytest.raises(RuntimeError, match="of this step"), Run(tiny()) as run:
@@ -413,8 +413,8 @@ def test_command_line_trains_shows_and_resumes(tiny, tmp_path, capsys):
     first = capsys.readouterr().out
     kernel = f"add_norm on cpu: {'cpu' if unavailable() is None else 'reference'}"
     for part in ("vocab_size: 257", "3 blocks = 6 sub-layers", kernel, "step 3/3",
-                 "total variation of the lr 0.0009", "--- sample ---\ndef ", "unigram entropy",
-                 "step-00000003"):  # fmt: skip
+                 "total variation of the lr 0.0009", "--- sample ---\ndef ", "unigram entropy", "step-00000003",
+                 ):  # fmt: skip
         assert part in first, part
     assert main(["train", str(path), "train.steps=5"]) == 0
     second = capsys.readouterr().out

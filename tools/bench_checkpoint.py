@@ -4,8 +4,8 @@
 python tools/bench_checkpoint.py                        a model of 100 million parameters with AdamW's state, 1.2 GB
 python tools/bench_checkpoint.py --dim 256 --rounds 3   a smaller one
 
-stall is how long training stands still for a save, until is when the checkpoint is on disk. A plain copy of the same tensors into
-memory that is there already is what no asynchronous save can beat.
+stall is how long training stands still for a save, until is when the checkpoint is on disk. A plain copy of the same
+tensors into memory that is there already is what no asynchronous save can beat.
 """
 
 import argparse
@@ -43,8 +43,8 @@ def main() -> None:
     tensors = {f"{g}.{n}": s.local for g, members in engine.sharded_state.items() for n, s in members.items()}
     parameters = sum(s.local.numel() for s in engine.sharded_state["weights"].values())
     print(
-        f"{parameters:,} parameters, {len(tensors):,} tensors, {bytes_of(engine.sharded_state) / 1e9:.2f} GB, one process "
-        "of one thread"
+        f"{parameters:,} parameters, {len(tensors):,} tensors, {bytes_of(engine.sharded_state) / 1e9:.2f} GB, "
+        "one process of one thread"
     )
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
@@ -66,7 +66,7 @@ def make_engine(dim: int, blocks: int) -> NativeEngine:
 
 
 def measure(engine: NativeEngine, tensors: dict[str, Tensor], folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Seconds of everything, one round after the other. The first round of all, which gets its memory, is kept apart."""
+    """Seconds of everything, one round after the other. The very first, which allocates its memory, is kept apart."""
     copies = [torch.zeros_like(t) for t in tensors.values()]
     savers = {
         mode: make_saver(engine, folder / mode, mode == "asynchronous") for mode in ("synchronous", "asynchronous")

@@ -4,10 +4,11 @@
 python tools/bench_kernels.py --out kernels
 python tools/bench_kernels.py --device cpu --rows 8192 --columns 1024 --malloc tuned
 
-A call reads and writes what the table of bytes below says; a peer that reads its sum once more, or writes it, takes longer for
-the same bytes. Every call gets other buffers, more of them together than the last cache holds. Contenders take turns; figures are
-medians. On a GPU times are those of CUDA graphs, on a CPU of one thread's processor time. Gradients go through autograd and come
-with the allocation of every result, for all contenders alike. Peers that are not installed are left out: Liger, quack.
+A call reads and writes what the table of bytes below says; a peer that reads its sum once more, or writes it, takes
+longer for the same bytes. Every call gets other buffers, more of them together than the last cache holds. Contenders
+take turns; figures are medians. On a GPU times are those of CUDA graphs, on a CPU of one thread's processor time.
+Gradients go through autograd and come with the allocation of every result, for all contenders alike. Peers that are not
+installed are left out: Liger, quack.
 """
 
 import argparse
@@ -31,8 +32,8 @@ from megaresnorm.kernels.add_norm.reference import NormWeights
 from megaresnorm.kernels.registry import backends
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Bytes an element, x and delta of the same type: forward reads x and delta, writes the sum and the output; backward reads the
-# gradients of both and the sum, and writes one gradient, which is that of x and of delta.
+# Bytes an element, x and delta of the same type: forward reads x and delta, writes the sum and the output; backward
+# reads the gradients of both and the sum, and writes one gradient, which is that of x and of delta.
 BYTES = {"fp32": (16, 16), "bf16": (8, 8), "fp8": (7, 8)}
 Step = Callable[[int], None]  # with the number of the buffers to use
 

@@ -2,10 +2,10 @@
 """What parallelism costs: a block in every tensor layout, collectives behind compute, pipeline bubbles, memory.
 
 python tools/bench_parallel.py blocks      milliseconds a block, forward and backward, two ranks and one, in turn
-python tools/bench_parallel.py overlap     how long each collective was on its way before it was waited for, and how long it was
-                                           waited for; with --trace FILE a trace for chrome://tracing as well
-python tools/bench_parallel.py bubble      share of a step in which ranks wait, beside the formula; stages sleep, so that any number
-                                           of ranks fits on any number of cores
+python tools/bench_parallel.py overlap     how long each collective was on its way before it was waited for, and how
+                                           long it was waited for; with --trace FILE a trace for chrome://tracing too
+python tools/bench_parallel.py bubble      share of a step in which ranks wait, beside the formula; stages sleep, so
+                                           that any number of ranks fits on any number of cores
 python tools/bench_parallel.py memory      peak of what 1F1B and GPipe keep for backward, and of building a rank's part
 
 Every rank is a process of one thread.
@@ -238,7 +238,8 @@ def print_memory() -> None:
             f"{schedule:6} ", "  ".join(f"{peak / 2**20:7.2f}" for peak in run_ranks(4, activation_peak, schedule, 8))
         )
     print(
-        "building a rank's part of a model: resident memory grown at most, its own parameters, the largest whole tensor, in MiB"
+        "building a rank's part of a model: resident memory grown at most, its own parameters, "
+        "the largest whole tensor, in MiB"
     )
     for name, parallel in {**BUILT, "one rank": {}}.items():
         grown, own, largest = run_ranks(2 if parallel else 1, building_peak, parallel)[0]
@@ -281,7 +282,7 @@ def kept_for_backward(parameters: set[int]) -> Iterator[list[int]]:
 
 
 def building_peak(rank: int, parallel: dict) -> tuple[int, int, int]:
-    """Growth of resident memory at its peak while a rank's part is built, bytes of its parameters, and of the largest whole one."""
+    """Peak growth of resident memory while a rank's part is built, bytes of its parameters and of the largest one."""
     dim, num_blocks = 512, 16
     recipe = make_recipe(dim, 8, num_blocks, parallel)
     small = make_recipe(16, 8, 2, parallel)

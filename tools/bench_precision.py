@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tokens per CPU second of FP32, of BF16 with weights cast once a step, and of autocast: one thread, interleaved, medians.
+"""Tokens per CPU second of FP32, of BF16 with weights cast once a step, and of autocast. One thread, in turn, medians.
 
 python tools/bench_precision.py --num-blocks 12 --dim 256 --seq-len 256 --batch 4 --vocab-size 8192
 """

@@ -3,9 +3,9 @@
 
 python tools/bench_tokenize.py --megabytes 1000 --workers 2
 
-Makes a .jsonl file of that size out of the built-in corpus (repeated), tokenizes it with prepare into .bin/.idx, and before
-and after that a sample of it with the tokenizer alone: the text is in memory already and the ids are thrown away. Rates are
-of text, by the clock; memory is the peak of the largest process.
+Makes a .jsonl file of that size out of the built-in corpus (repeated), tokenizes it with prepare into .bin/.idx, and
+before and after that a sample of it with the tokenizer alone: the text is in memory already and the ids are thrown
+away. Rates are of text, by the clock; memory is the peak of the largest process.
 """
 
 import argparse
@@ -52,7 +52,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[str]:
     own.append(tokenizer_rate(model, documents, arguments.workers))
     alone, whole = statistics.mean(own), text_bytes / seconds / 1e6
     return [
-        f"text        {text_bytes / 1e6:,.0f} MB of {arguments.corpus}, {result.documents:,} documents, {result.tokens:,} tokens",
+        f"text        {text_bytes / 1e6:,.0f} MB of {arguments.corpus}, {result.documents:,} documents, "
+        f"{result.tokens:,} tokens",
         f"tokenizer   {alone:.2f} MB/s alone, {arguments.workers} processes (before {own[0]:.2f}, after {own[1]:.2f})",
         f"prepare     {whole:.2f} MB/s, {seconds:.0f} s: {whole / alone:.0%} of the tokenizer's own rate",
         f"memory      {memory.mib:,.0f} MiB in the largest process",

@@ -5,14 +5,15 @@ python tools/bench_train.py --out bench
 python tools/bench_train.py --shapes 200x64 --architectures gpt2 --precisions fp32 --rounds 7
 python tools/bench_train.py --layouts 1,tp2,pp2,dp2 --shapes 12x256 --architectures gpt2 --precisions fp32
 
-Every contender is a process of its own with one thread and the same malloc settings. Before anything is timed, its logits
-and the losses of its first steps are compared with ours. A round gives each contender the same number of steps in turn,
-the order changing from round to round; rates are tokens per CPU second, medians over the rounds, and a ratio is the median of the
-rounds' ratios. In BF16 a peer runs under autocast and with BF16 weights, and the faster one counts. We run a second time with
-the reference kernels, which shows what the others give.
+Every contender is a process of its own with one thread and the same malloc settings. Before anything is timed, its
+logits and the losses of its first steps are compared with ours. A round gives each contender the same number of steps
+in turn, the order changing from round to round; rates are tokens per CPU second, medians over the rounds, and a ratio
+is the median of the rounds' ratios. In BF16 a peer runs under autocast and with BF16 weights, and the faster one
+counts. We run a second time with the reference kernels, which shows what the others give.
 
-With --layouts every layout is a contender, ours and megatron-core's (1, tp2, pp2), with one thread a rank; a step is one global
-batch of four microbatches for all, the losses of the first steps are compared, and rates are tokens per second of the wall clock.
+With --layouts every layout is a contender, ours and megatron-core's (1, tp2, pp2), with one thread a rank; a step is
+one global batch of four microbatches for all, the losses of the first steps are compared, and rates are tokens per
+second of the wall clock.
 """
 
 import argparse
@@ -51,7 +52,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = {"type": lambda text: text.split(",")}
     parser.add_argument(
-        "--shapes", **names, default=["12x256", "200x64"], help="BLOCKSxDIM, A,B; the sequence is 256 tokens and the batch 4 "
+        "--shapes", **names, default=["12x256", "200x64"],
+        help="BLOCKSxDIM, A,B; the sequence is 256 tokens and the batch 4 "
         "from width 128 on, else 128 and 2 [12x256,200x64]"
     )  # fmt: skip
     parser.add_argument("--architectures", **names, default=list(PEERS), help=f"[{','.join(PEERS)}]")
@@ -121,7 +123,8 @@ def race(shape: Shape, precision: str, arguments: argparse.Namespace) -> dict:
     ]
     best = max((row for row in rows if not row["name"].startswith(OURS)), key=lambda row: row["tokens_per_cpu_second"])
     print(
-        f"{shape.num_blocks}x{shape.dim} {shape.architecture} {precision}: {best['ours_over_this']:.2f}x {best['name']}",
+        f"{shape.num_blocks}x{shape.dim} {shape.architecture} {precision}: "
+        f"{best['ours_over_this']:.2f}x {best['name']}",
         file=sys.stderr,
     )
     return {
@@ -193,8 +196,8 @@ def markdown(report: dict) -> str:
     for result in report["results"]:
         shape = result["shape"]
         lines += [
-            f"**{shape['num_blocks']} blocks x {shape['dim']}, {shape['architecture']}, {result['precision']}** (sequence "
-            f"{shape['seq_len']}, batch {shape['batch']}, vocabulary {shape['vocab_size']}): "
+            f"**{shape['num_blocks']} blocks x {shape['dim']}, {shape['architecture']}, {result['precision']}** "
+            f"(sequence {shape['seq_len']}, batch {shape['batch']}, vocabulary {shape['vocab_size']}): "
             f"{result['ratio']:.2f}x the best peer, {result['best_peer']}; over ten steps losses differ from those "
             f"of the reference kernels by at most {result['loss_difference_of_kernels']:.1e}",
             "",
@@ -205,7 +208,8 @@ def markdown(report: dict) -> str:
             cells = [f"{row['milliseconds'][c]:.0f}" for c in [*CLASSES, "rest"]]
             ratio = "" if row["name"] == OURS else f"{row['ours_over_this']:.2f}x"
             lines.append(
-                f"| {row['name']} | {row['tokens_per_cpu_second']:,.0f} | {ratio} | {row['peak_mib']:,} | {' | '.join(cells)} |"
+                f"| {row['name']} | {row['tokens_per_cpu_second']:,.0f} | {ratio} | {row['peak_mib']:,} "
+                f"| {' | '.join(cells)} |"
             )
         lines.append("")
     return "\n".join(lines)
@@ -216,8 +220,9 @@ def layouts_markdown(report: dict) -> str:
     for result in report["results"]:
         shape, theirs = result["shape"], list(result["rows"][0]["over_theirs"])
         lines += [
-            f"**{shape['num_blocks']} blocks x {shape['dim']}, {shape['architecture']}, {result['precision']}** (sequence "
-            f"{shape['seq_len']}, {shape['microbatches']} microbatches of {shape['batch']}, vocabulary {shape['vocab_size']})",
+            f"**{shape['num_blocks']} blocks x {shape['dim']}, {shape['architecture']}, {result['precision']}** "
+            f"(sequence {shape['seq_len']}, {shape['microbatches']} microbatches of {shape['batch']}, "
+            f"vocabulary {shape['vocab_size']})",
             "",
             f"| | tokens per second | over one rank | {' | '.join(f'over {t}' for t in theirs)} "
             "| tokens per CPU second | peak MiB a rank |",

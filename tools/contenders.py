@@ -42,7 +42,7 @@ LAYOUTS: dict[str, tuple[int, dict]] = {  # ranks, and the section `parallel` of
     "dp2": (2, {}),
     "fsdp2": (2, {"dp_shard": 2}),
 }
-# Chunks above 32 MiB would be mapped, touched and unmapped anew in every step; and large pages where the kernel has them.
+# Chunks above 32 MiB would be mapped, touched and unmapped anew in every step. Large pages where the kernel has them.
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "8589934592",
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
@@ -55,8 +55,8 @@ LOSS_TOLERANCE = {"fp32": 1e-3, "autocast": 0.05, "bf16": 0.05}
 CLASSES = {  # of an operator by what its name contains, the first that fits
     "attention": ("scaled_dot_product", "bmm", "aten::_softmax", "attention"),
     "matmul": ("aten::mm", "addmm", "matmul"),
-    "norm + residual": ("layer_norm", "rms_norm", "rsqrt", "aten::pow", "PowBackward", "aten::mean", "MeanBackward", "aten::add",
-                        "add_norm", "RMSNorm"),
+    "norm + residual": ("layer_norm", "rms_norm", "rsqrt", "aten::pow", "PowBackward", "aten::mean", "MeanBackward",
+                        "aten::add", "add_norm", "RMSNorm"),
     "activation": ("gelu", "silu", "activation"),
     "loss": ("log_softmax", "nll_loss", "cross_entropy", "logsumexp", "CrossEntropy", "aten::exp", "scatter"),
     "optimizer": ("adamw", "AdamW", "_norm", "foreach", "clamp", "zero_grad"),
@@ -83,8 +83,8 @@ class Contender:
 
     def _start(self, rank: int) -> subprocess.Popen:
         setting = {
-            "name": self.name, "mode": self.mode, "shape": asdict(self.shape), "folder": self.folder, "layout": self.layout,
-            "rank": rank,
+            "name": self.name, "mode": self.mode, "shape": asdict(self.shape), "folder": self.folder,
+            "layout": self.layout, "rank": rank,
         }  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TRANSFORMERS_OFFLINE": "1"}
         return subprocess.Popen(

@@ -3,8 +3,8 @@
 
 python tools/judge_text.py runs/english/keel-24 --corpus english --prompt "And the king" --samples 10
 
-Prints the share of the generated words that occur in the corpus, and the longest run of words that the corpus has as well.
-Words are runs of letters, in lower case; the prompt does not count.
+Prints the share of the generated words that occur in the corpus, and the longest run of words that the corpus has as
+well. Words are runs of letters, in lower case; the prompt does not count.
 """
 
 import argparse

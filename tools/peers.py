@@ -15,7 +15,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Shape:
-    """What is trained. architecture: gpt2 (LayerNorm, learned positions, GELU, biases) or llama (RMSNorm, RoPE, SwiGLU)."""
+    """The model that is trained, and on how much.
+
+    Attributes:
+        architecture: gpt2 (LayerNorm, learned positions, GELU, biases) or llama (RMSNorm, RoPE, SwiGLU).
+    """
 
     architecture: str
     num_blocks: int
@@ -44,10 +48,13 @@ class Place:
 class Peer:
     """A model that is trained the plain way: cross entropy in FP32, clipping by the global norm, fused AdamW.
 
-    mode: fp32, autocast (FP32 weights, BF16 products) or bf16 (weights and optimizer state in BF16).
-    loss: the model's own mean loss of (tokens, labels), where it has a faster one.   gradients: in place of both, of the tokens and
-    labels of all microbatches: does the backward pass and returns the mean loss.   divided: which parameters ranks have parts of.
-    batch: samples of a microbatch.
+    Args:
+        mode: fp32, autocast (FP32 weights, BF16 products) or bf16 (weights and optimizer state in BF16).
+        loss: the model's own mean loss of (tokens, labels), where it has a faster one.
+        gradients: takes the place of logits and loss: does the backward pass for the tokens and labels of all
+            microbatches and returns the mean loss.
+        divided: whether a parameter is sharded over ranks.
+        batch: samples of a microbatch.
     """
 
     def __init__(
@@ -202,9 +209,9 @@ def hf_llama(shape: Shape, weights: dict[str, Tensor], mode: str, place: Place) 
 def megatron(shape: Shape, weights: dict[str, Tensor], mode: str, place: Place) -> Peer:
     """megatron.core's GPTModel of local layers, with scaled_dot_product_attention and its own cross entropy and 1F1B.
 
-    It expects a GPU: its rotary tables and pipeline buffers are made on the current CUDA device, its schedules count tokens there,
-    and its linears note autocast for CUDA only. All are turned to the CPU here. Its fused kernels need Transformer Engine or Apex
-    and are off.
+    It expects a GPU: its rotary tables and pipeline buffers are made on the current CUDA device, its schedules count
+    tokens there, and its linears note autocast for CUDA only. All are turned to the CPU here. Its fused kernels need
+    Transformer Engine or Apex and are off.
     """
     torch.cuda.current_device = lambda: torch.device("cpu")
     zeros = torch.zeros

@@ -20,7 +20,7 @@ TEXT = Path(argparse.__file__)
 
 
 def windows(text: str, characters: int = 150, count: int = 20) -> list[tuple[str, str]]:
-    """Contexts and what follows them, from all over the text. Spaces between them belong to what follows, as lm-eval has it."""
+    """Contexts and continuations from all over the text. Spaces between belong to the continuation, as in lm-eval."""
     pairs = []
     for start in range(0, max(1, len(text) - characters), max(1, (len(text) - characters) // count)):
         end = start + len(text[start : start + characters // 2].rstrip())
@@ -63,7 +63,8 @@ def main() -> int:
     ours, theirs = our_scores(NativeModel(arguments.run), pairs), their_scores(arguments.exported, pairs)
     worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
     print(
-        f"{len(pairs)} texts: ours {sum(ours):.5f} nats, lm-eval {sum(theirs):.5f}; largest difference of one {worst:.2g}"
+        f"{len(pairs)} texts: ours {sum(ours):.5f} nats, lm-eval {sum(theirs):.5f}; "
+        f"largest difference of one {worst:.2g}"
     )
     return 0 if worst < 1e-3 else 1
 

@@ -152,7 +152,7 @@ class Rope:
 
     Attributes:
         partial: whether the class has partial_rotary_factor.
-        by_layer_type: whether there is one set for each kind of attention; those of the layers must be equal.
+        by_layer_type: whether there is one set for each kind of attention; those in use must be equal.
     """
 
     partial: bool = False
@@ -160,7 +160,7 @@ class Rope:
     keys: tuple[str, ...] = field(default=("rope_parameters",), init=False)
 
     def write(self, recipe: ModelRecipe) -> dict[str, Any]:
-        """The key, where asked for with equal sets for both kinds of attention."""
+        """rope_parameters; with ``by_layer_type`` the same set for both kinds of attention."""
         found: dict[str, Any] = {"rope_theta": recipe.rope_theta, "rope_type": "default"}
         if self.partial:
             found["partial_rotary_factor"] = recipe.rope_fraction

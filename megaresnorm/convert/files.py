@@ -118,7 +118,7 @@ def write_weights(folder: Path, entries: Sequence[FileTensor], max_bytes: int, p
     """Write model.safetensors, or numbered files and their index.
 
     Args:
-        max_bytes: of the tensors of a file, unless one tensor alone has more.
+        max_bytes: largest size of a file's tensors together, unless a single tensor is larger.
         progress: is called with the bytes of every part that was written.
     """
     shards: list[list[FileTensor]] = [[]]

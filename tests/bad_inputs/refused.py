@@ -1,4 +1,4 @@
-"""A command that is given something bad: it ends in one line, soon, in little memory, and leaves what is on disk as it was."""
+"""A command that is given bad input ends in one line, soon, in little memory, and leaves the disk as it was."""
 
 import os
 import signal
@@ -20,8 +20,12 @@ CODES = (2, 3, 4, 5, 7)
 
 
 def refused(argv: list, wanted: str, root: Path, capture) -> str:
-    """The line. wanted: a part of it.   root: the folder in which nothing may change.   capture: pytest's capfd, which sees what
-    libraries of other languages print.
+    """Run a command that must be refused, and return the line.
+
+    Args:
+        wanted: a part of the line.
+        root: the folder in which nothing may change.
+        capture: pytest's capfd, which sees what libraries of other languages print.
     """
     argv, before = [str(one) for one in argv], _contents(root)
     capture.readouterr()
@@ -63,7 +67,7 @@ def _peak_afresh() -> int:
 
 
 def _peak() -> int:
-    """kB: the most memory that this process has had since ``_peak_afresh``."""
+    """The most memory in kB that this process has had since ``_peak_afresh``."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 

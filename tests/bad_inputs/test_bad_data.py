@@ -151,11 +151,12 @@ def unfinished_wordpiece() -> bytes:
 
 
 TOKENIZERS = {
-    "a charsmap that is none": ("t.json",
-                                lambda: hf(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
-                                "t.json"),
-    "a charsmap of nothing": ("t.json", lambda: hf(normalizer={"type": "Precompiled", "precompiled_charsmap": ""}),
-                              "t.json"),
+    "a charsmap that is none": (
+        "t.json", lambda: hf(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "t.json"
+    ),
+    "a charsmap of nothing": (
+        "t.json", lambda: hf(normalizer={"type": "Precompiled", "precompiled_charsmap": ""}), "t.json"
+    ),
     "a charsmap of noise": (
         "t.json", lambda: hf(normalizer={"type": "Precompiled", "precompiled_charsmap": "/" * 400}), "t.json"
     ),

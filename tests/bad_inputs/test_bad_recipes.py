@@ -163,7 +163,8 @@ def test_a_run_of_ten_thousand_million_steps_is_checked_at_once(byte_data, tmp_p
     path = tmp_path / "recipe.yaml"
     path.write_text(
         f"model: {{dim: 16, num_blocks: 1, num_heads: 2, seq_len: 16}}\ndata: {{path: {byte_data}}}\n"
-        "train: {output: out, steps: 10000000000, global_batch: 8, micro_batch: 2, batch_ramp: {start: 2, steps: 9000000000}}\n"
+        "train: {output: out, steps: 10000000000, global_batch: 8, micro_batch: 2, "
+        "batch_ramp: {start: 2, steps: 9000000000}}\n"
     )
     start = time.process_time()
     assert main(["train", str(path), "--dry-run"]) == 0

@@ -1,4 +1,4 @@
-"""Checkpoints made to do harm: no code runs, nothing outside of the folder is read, each is refused in one line within a second."""
+"""Checkpoints made to do harm: no code runs, only the folder is read, each is refused in one line within a second."""
 
 import json
 import os
@@ -27,8 +27,8 @@ TENSORS = {group: {"a": torch.arange(24.0).view(6, 4), "b": torch.ones(3)} for g
 STATE = {
     "samples": 1, "skipped_in_a_row": 0, "train_loss": 1.0, "engine": {"updates": 1, "clipper_steps": 0},
     "recipe": {"model": {"dim": 8, "num_blocks": 1, "num_heads": 1, "seq_len": 8, "vocab_size": 8},
-               "data": {"path": "x"},
-               "train": {"output": "x", "steps": 1}}, "data": "x", "tokenizer": None, "kernels": {}, "versions": {},
+               "data": {"path": "x"}, "train": {"output": "x", "steps": 1}},
+    "data": "x", "tokenizer": None, "kernels": {}, "versions": {},
 }  # fmt: skip
 
 
@@ -95,13 +95,15 @@ FILES = {  # what stands in the place of the weights, with a manifest that agree
         {**GOOD, "c": entry([1], 112, start=108), "__metadata__": slices(**BOXES, c=[[[0, 1]]])}, data=bytes(112)
     ),
     "a tensor named twice": header(
-        (json.dumps({"a": entry([6, 4], 96)})[:-1] + ", " + json.dumps({**GOOD,
-                                                                        "__metadata__": slices(**BOXES)})[1:]).encode(),
+        (
+            json.dumps({"a": entry([6, 4], 96)})[:-1] + ", "
+            + json.dumps({**GOOD, "__metadata__": slices(**BOXES)})[1:]
+        ).encode(),
         data=bytes(108),
     ),
     "slices named twice": header(
-        json.dumps({**GOOD, "__metadata__": slices(**BOXES)}).replace('{"slices"',
-                                                                      '{"slices": "{}", "slices"').encode(),
+        json.dumps({**GOOD, "__metadata__": slices(**BOXES)})
+        .replace('{"slices"', '{"slices": "{}", "slices"').encode(),
         data=bytes(108),
     ),
     "a tensor less": header({"a": GOOD["a"], "__metadata__": slices(**BOXES)}, data=bytes(96)),

@@ -1,4 +1,4 @@
-"""Checkpoints that a killed process, a bad disk or a full one has left: never used, always named, the one before taken."""
+"""Checkpoints left by a killed process, a bad disk or a full one: never used, always named, the one before is taken."""
 
 import logging
 import os
@@ -92,7 +92,7 @@ def test_a_save_killed_at_every_write_sync_and_rename_leaves_a_whole_checkpoint(
 
 
 def damaged_each_time(root: Path, name: str, contents):
-    """Put each content in the file's place and see that the checkpoint before is taken, with a warning that names the file."""
+    """Put each content in the file's place; the checkpoint before is taken, with a warning that names the file."""
     good, path = root / "step-00000001", root / "step-00000002" / name
     raw = path.read_bytes()
     messages: list[str] = []

@@ -1,9 +1,11 @@
-"""megatron-core's own GPTModel on a folder that we have written, and a folder that is written from it. Run as a program:
+"""megatron-core's own GPTModel on a folder that we have written, and a folder that is written from it.
+
+Run as a program:
 
     python megatron_model.py FOLDER OUT TOKENS LOGITS
 
-OUT gets what a Megatron job would write by the lines in docs/conversion.md. Megatron expects a GPU; what it makes there is made on
-the CPU.
+OUT gets what a Megatron job would write by the lines in docs/conversion.md. Megatron expects a GPU; what it makes there
+is made on the CPU.
 """
 
 import contextlib

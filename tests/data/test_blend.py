@@ -1,4 +1,4 @@
-"""Blends share out samples exactly, in the same order for any number of ranks; masked documents do not see each other."""
+"""Blends draw samples exactly by weight, in one order for any number of ranks; masked documents are kept apart."""
 
 import json
 from dataclasses import replace
@@ -56,7 +56,7 @@ def samples_of(recipe):
 
 
 def test_shares_of_a_million_samples_are_the_weights(blended):
-    """Within 0.1 % of every weight; after whole windows exact to a sample or two; every source's own samples in order."""
+    """Within 0.1 % of every weight; after whole windows exact to a sample or two; every source's samples in order."""
     samples, valid = samples_of(blended())
     assert isinstance(samples, BlendedSamples)
     places = np.array([samples.place(i) for i in range(1_000_000)])

@@ -1,4 +1,4 @@
-"""prepare: text in, a whole data set or nothing out."""
+"""The prepare command: text in, a whole data set or nothing out."""
 
 import itertools
 import json

@@ -72,7 +72,8 @@ def test_split_too_small_for_a_sequence_is_refused(byte_data, tiny):
     data = open_data(tiny().data)
     with pytest.raises(
         DataError,
-        match=r"validation split, \d+ of 40 documents, is shorter than one sequence of 4000 .* raise data\.valid_fraction",
+        match=r"validation split, \d+ of 40 documents, is shorter than one sequence of 4000 "
+        r".* raise data\.valid_fraction",
     ):
         open_samples(data, tiny(model={"seq_len": 4000}, data={"valid_fraction": 0.02}))
     with pytest.raises(DataError, match="training split is shorter"):

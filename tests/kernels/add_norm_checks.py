@@ -105,7 +105,8 @@ def check(kernel, rows, columns, pattern, gate_kind, dtypes, alpha=2.5, device="
     want = trunk if next_norm is None else textbook_norm(trunk, next_norm, wide)
     near(out.branch_input, want, out_dtype, scale=None if next_norm is None else scale_of_row(trunk, next_norm))
     if columns <= 3 and any(PATTERNS[pattern]):
-        return  # one or two normalised columns are a constant or signs, and three nearly so: gradients are rounding alone
+        # One or two normalised columns are a constant or signs, and three nearly so: gradients are rounding alone.
+        return
     d_trunk, d_branch = (torch.randn(rows, columns, generator=g) for _ in range(2))
     d_trunk, d_branch = d_trunk.to(device, residual_dtype), d_branch.to(device, out_dtype)
     # Where both outputs are one tensor its gradient is one too: adding two in BF16 is not the kernel's doing.
@@ -124,7 +125,11 @@ def check(kernel, rows, columns, pattern, gate_kind, dtypes, alpha=2.5, device="
 
 
 def near(got, want, dtype, *, scale=None, slack=1.0):
-    """Within the project's bounds for values of ``dtype``.   scale: [rows, 1], of FP32 rows that are not of their own size."""
+    """Check that values of ``dtype`` are within the project's bounds.
+
+    Args:
+        scale: [rows, 1], the size of FP32 rows where it is not their own.
+    """
     want = want.detach()
     error = (got.double() - want).abs()
     if dtype == F32:

@@ -1,6 +1,6 @@
-"""Compiles the Triton kernels for sm_90 without a GPU and prints what their machine code uses, as JSON. --write: new ceilings.
+"""Compiles the Triton kernels for sm_90 without a GPU and prints what their machine code uses, as JSON.
 
-Run by test_triton.py in a process of its own, in which Triton does not interpret.
+With --write it sets new ceilings. Run by test_triton.py in a process of its own, in which Triton does not interpret.
 """
 
 import json
@@ -26,7 +26,11 @@ KINDS = {"rmsnorm": 1, "layernorm": 2}
 
 
 def compiled(kernel, absent, types, constants, warps):
-    """Registers, spilled bytes and 128-bit accesses. types: of pointers and numbers by name; everything else is FP32."""
+    """Registers, spilled bytes and 128-bit accesses of a kernel.
+
+    Args:
+        types: of pointers and numbers by name; everything else is FP32.
+    """
     signature, values, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants or name in absent:
@@ -108,7 +112,7 @@ def add_norm(columns, kind, mode):
 
 
 def sharded(columns, kind):
-    """The pieces of a norm over divided columns."""
+    """The kernels of a norm that is sharded over the hidden dimension."""
     shape = triton_sharded._shape(columns)
     warps = shape.pop("num_warps")
     for piece in ("stats", "apply", "grad_sums", "grad_apply"):

@@ -1,8 +1,8 @@
-"""The Triton kernels' numbers in Triton's interpreter, on CPU tensors. test_triton.py runs this file in a process of its own with
-TRITON_INTERPRET=1, since Triton decides when it is imported.
+"""The Triton kernels' numbers in Triton's interpreter, on CPU tensors.
 
-The interpreter's casts to BF16 truncate and those to E4M3 neither carry nor saturate (Triton 3.9), so here, and nowhere in the
-package, they are replaced by torch's.
+test_triton.py runs this file in a process of its own with TRITON_INTERPRET=1, since Triton decides when it is imported.
+The interpreter's casts to BF16 truncate and those to E4M3 neither carry nor saturate (Triton 3.9), so here, and nowhere
+in the package, they are replaced by torch's.
 """
 
 import numpy as np

@@ -116,7 +116,7 @@ def test_in_c_padded_columns_stay_and_nan_is_seen(level, monkeypatch):
 
 @pytest.mark.parametrize("chunked_cross_entropy", KERNELS)
 def test_tensors_that_need_the_logits_later_are_noticed(chunked_cross_entropy):
-    """The output of tanh is what its own gradient reads: torch refuses. Softcapped logits are a product of it, and right."""
+    """The gradient of tanh reads its own output: torch refuses. Softcapped logits are a product of it, and right."""
     x = torch.randn(3, 5, requires_grad=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         chunked_cross_entropy(torch.tanh(x), torch.tensor([0, 1, 2]))[1].backward()

@@ -40,7 +40,7 @@ def inputs(rows, dim, dtype=F32, seed=0):
 @pytest.mark.parametrize("norm", [None, 0, 1])
 @pytest.mark.parametrize("next_norm", [None, 0, 1])
 def test_add_norm_values_and_gradients(dim, norm, next_norm):
-    """FP32 against the formula in FP64, for a vector gate; gradients of stream, branch, gate and both norms' weights."""
+    """FP32 against the formula in FP64, for a vector gate; gradients of stream, branch, gate and norm weights."""
     x, delta, norms = inputs(9, dim)
     gate = torch.linspace(0.5, 1.5, dim)
     first, second = (None if i is None else norms[i] for i in (norm, next_norm))

@@ -43,8 +43,9 @@ def test_numbers_in_the_interpreter(which):
 
 
 def test_machine_code_for_sm_90():
-    """Every kernel, as it is launched, compiled ahead of time: no spills up to 8192 columns, 128-bit accesses, registers as in
-    registers.json, which ``python tests/kernels/compile_triton.py --write`` renews.
+    """Every kernel, as it is launched, compiled ahead of time: no spills up to 8192 columns, 128-bit accesses.
+
+    Registers are as in registers.json, which ``python tests/kernels/compile_triton.py --write`` renews.
     """
     done = run_alone(HERE / "compile_triton.py")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -37,7 +37,7 @@ def test_initial_weights_are_a_function_of_seed_and_name():
     first, again, other = weights(seed=1), weights(seed=1), weights(seed=2)
     assert all(torch.equal(first[n], again[n]) for n in first)
     assert not torch.equal(first["blocks.1.ffn.branch.down.weight"], other["blocks.1.ffn.branch.down.weight"])
-    # A deeper model, or one built in another order, has the same matrices under the same names (pre has no depth gains).
+    # A deeper model, or one built in another order, has the same matrices by the same names (pre has no depth gains).
     shallow, deep = (RECIPE.model_copy(update={"num_blocks": n, "topology": "pre"}) for n in (3, 5))
     deeper = weights(deep)
     assert all(torch.equal(p, deeper[n]) for n, p in weights(shallow).items())

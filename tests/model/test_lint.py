@@ -35,8 +35,8 @@ CASES = [
     ("reordered-qk-norm", True, {"topology": "reordered"}, {"topology": "reordered", "qk_norm": "head"}, {}),
     ("scaled-twice", True, {"topology": "lns", "init": {"scale_residual": True}},
      {"topology": "pre", "init": {"scale_residual": True}}, {}),
-    ("scaled-twice", True, {"topology": "pre_scaled", "init": {"scale_residual": True}}, {"topology": "pre_scaled"},
-     {}),
+    ("scaled-twice", True, {"topology": "pre_scaled", "init": {"scale_residual": True}},
+     {"topology": "pre_scaled"}, {}),
     ("unused-option", True, {"topology": "pre", "topology_options": {"mix_ratio": 0.5}},
      {"topology": "mix_ln", "topology_options": {"mix_ratio": 0.0}}, {}),
     ("scaled-in-vain", True, {"topology": "peri", "init": {"scale_residual": True}},
@@ -57,8 +57,8 @@ CASES = [
     ("update-bound", False, {"topology": "deepnorm_glm", "num_blocks": 3},
      {"topology": "deepnorm_glm", "num_blocks": 2}, {}),
     ("update-bound", False, {"topology": "post", "num_blocks": 1}, {"topology": "deepnorm", "num_blocks": 1}, {}),
-    ("bf16-swallows", False, {"topology": "deepnorm", "num_blocks": 323}, {"topology": "deepnorm", "num_blocks": 322},
-     BF16),
+    ("bf16-swallows", False, {"topology": "deepnorm", "num_blocks": 323},
+     {"topology": "deepnorm", "num_blocks": 322}, BF16),
     ("bf16-swallows", False, {"topology": "keel", "num_blocks": 129}, {"topology": "keel", "num_blocks": 128}, BF16),
 ]  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Every topology against its textbook formula.
 
-The textbook below is written with torch.nn.functional alone, one formula a topology, from the papers; it knows nothing of
-Stream, add_norm or ResidualSpec, and reads the model's weights by their names only.
+The textbook below is written with torch.nn.functional alone, one formula a topology, from the papers; it knows nothing
+of Stream, add_norm or ResidualSpec, and reads the model's weights by their names only.
 """
 
 import functools
@@ -207,7 +207,7 @@ def test_topology_equals_its_textbook_formula(topology, settings):
     theirs.backward(seed)
 
     assert (ours - theirs).abs().max() <= 1e-12 * theirs.abs().max()
-    # A key bias moves all scores of a query alike, so its gradient is rounding alone: judge tensors against the largest.
+    # A key bias moves all scores of a query alike, so its gradient is rounding alone: compare with the largest tensor.
     floor = max(w.grad.abs().max() for w in weights.values())
     for name, parameter in model.named_parameters():
         scale = torch.maximum(weights[name].grad.abs().max(), 1e-3 * floor)

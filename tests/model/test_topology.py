@@ -19,8 +19,8 @@ def spec(name, block, num_blocks, sublayer="ffn", dim=64, **options):
 @pytest.mark.parametrize(
     ("num_blocks", "alpha", "beta"),
     [(8, 2.0, 0.353553), (12, 2.213364, 0.319472), (24, 2.632148, 0.268642), (32, 2.828427, 0.25),
-     (100, 3.760603, 0.188030),
-     (128, 4.0, 0.1767767), (200, 4.472136, 0.158114), (500, 5.623413, 0.125743), (512, 5.656854, 0.125)],
+     (100, 3.760603, 0.188030), (128, 4.0, 0.1767767), (200, 4.472136, 0.158114), (500, 5.623413, 0.125743),
+     (512, 5.656854, 0.125)],
 )  # fmt: skip
 def test_deepnorm_constants(num_blocks, alpha, beta):
     got = spec("deepnorm", 3, num_blocks)
@@ -63,7 +63,7 @@ def test_unknown_topology_is_refused_with_a_suggestion():
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_every_logical_matrix_starts_with_its_own_xavier_deviation(name):
-    """q, k and v of a fused, grouped-query projection have their own fans, and beta goes to v, out, up and down alone."""
+    """q, k and v of a fused grouped-query projection have their own fans; beta goes to v, out, up and down alone."""
     n = 3
     recipe = ModelRecipe(
         dim=96,

@@ -42,7 +42,7 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "tp2 pp2 dp2": (8, {"tp": 2, "pp": 2, "dp_replicate": 2}),
     "tp2 pp2 fsdp2": (8, {"tp": 2, "pp": 2, "dp_shard": 2, "tensor_layout": "columns"}),
 }
-# The other half of what a model can have: learned positions, GELU, tied embeddings, dropout, QK-norm over all heads, RMSNorm.
+# The other half of the options: learned positions, GELU, tied embeddings, dropout, QK-norm over all heads, RMSNorm.
 VARIANTS: dict[str, dict] = {
     "llama": {"norm": "rmsnorm"},
     "gpt": {
@@ -50,7 +50,7 @@ VARIANTS: dict[str, dict] = {
         "dropout": 0.1, "qk_norm": "full", "logit_softcap": 5.0,
     },
 }  # fmt: skip
-# What published models need beside: partial and stretched rotary positions, multipliers, caps, GEGLU, zero-centred norms.
+# Options of published models: partial and stretched rotary positions, multipliers, caps, GEGLU, zero-centred norms.
 PUBLISHED: dict[str, dict] = {
     "gemma": {
         "norm_zero_centered": True, "ffn": "geglu_tanh", "attention_bias": "qkv", "rope_fraction": 0.5,
@@ -67,7 +67,7 @@ PRECISIONS: dict[str, dict] = {"bf16 stream": {"compute": "bf16", "residual_dtyp
 
 
 class Outcome(NamedTuple):
-    """loss and gradients of one batch; then loss and gradient norm of every step, the weights after them and their digest."""
+    """Loss and gradients of one batch; then loss and gradient norm of every step, final weights and their digest."""
 
     loss: float
     gradients: dict[str, Tensor]
@@ -111,8 +111,10 @@ def build(recipe: Recipe) -> tuple[Assembled, NativeEngine]:
 
 
 def batches(context: ParallelContext, recipe: Recipe, seed: int = 3) -> list[Batch]:
-    """This rank's microbatches. One sample has no label at all, one has two, another lacks its first three; each has up to three
-    documents where they are kept apart.
+    """This rank's microbatches.
+
+    One sample has no label at all, one has two, another lacks its first three; each has up to three documents where
+    they are kept apart.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(VOCAB, (SAMPLES, SEQ + 1), generator=generator)

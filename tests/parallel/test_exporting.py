@@ -1,4 +1,4 @@
-"""A checkpoint of any layout is exported without starting ranks: the same files, byte for byte, and back into any layout."""
+"""A checkpoint of any layout is exported without starting ranks: equal files, byte for byte; and back into any."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What cannot be shared among ranks is refused in one line, before any process group starts; what can is shared completely."""
+"""What cannot be sharded is refused in one line, before any process group starts; what can is sharded completely."""
 
 import re
 from dataclasses import replace
@@ -157,7 +157,7 @@ def test_bubble_formula():
 
 @pytest.mark.parametrize("layout", ["full", "tokens", "columns"])
 def test_every_parameter_says_how_it_lies_on_the_ranks(layout):
-    """What is not divided and works on a part of the stream has partial gradients, and nothing else has."""
+    """Exactly the parameters that are replicated but work on a shard of the stream have partial gradients."""
     recipe, _ = checked(
         1,
         model={"topology": "layerscale", "norm": "layernorm", "bias": True, "qk_norm": "head", "positions": "learned"},

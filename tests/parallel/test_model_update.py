@@ -1,4 +1,4 @@
-"""The depth probe's ||dF|| in every layout: it finds a local depth, a wrong slice of a scaled matrix, a missing reduction."""
+"""The depth probe's ||dF|| in every layout finds a local depth, a wrong slice of a scaled matrix, a lost reduction."""
 
 import pytest
 import torch

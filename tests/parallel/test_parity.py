@@ -17,8 +17,9 @@ PAIRS = [(topology, variant) for topology in TOPOLOGIES for variant in VARIANTS]
 
 
 def some_of_the_pairs(layout: str) -> list[tuple[str, str]]:
-    """All where IN_FULL says so; elsewhere every topology in one variant, in what is COMBINED of other layouts every second one,
-    and on 8 ranks every fourth, others in each of these layouts.
+    """All pairs of the layouts in IN_FULL; elsewhere every topology in one variant.
+
+    COMBINED layouts take every second pair, and those on 8 ranks every fourth, others in each of these layouts.
     """
     num_ranks, position = LAYOUTS[layout][0], list(LAYOUTS).index(layout)
     every = 1 if layout in IN_FULL else 8 if num_ranks == 8 else 4 if layout in COMBINED else 2
@@ -85,7 +86,7 @@ def test_the_same_layout_twice_is_the_same_bit_for_bit(layout):
 @pytest.mark.parametrize("compute", ["fp32", "bf16", "bf16 stream"])
 @pytest.mark.parametrize("names", [("deepnorm", "sandwich"), pytest.param(("pre", "keel"), marks=pytest.mark.slow)])
 def test_at_24_blocks_rounding_is_that_of_one_process(names, compute):
-    """Against FP64: at most 4 times the error of one process in FP32, 1.5 times in BF16 (the mean over the model's tensors)."""
+    """Against FP64: at most 4 times the error of one process in FP32, 1.5 times in BF16 (mean over the tensors)."""
     layouts = ["tp2 full", "tp2 tokens", "tp2 columns, merge", "pp2 1f1b", "dp2 ddp", "fsdp2"]
     if compute == "bf16 stream":
         # Not sandwich, 1.9 times: its branch norms magnify that partial sums of a branch are rounded.
@@ -112,7 +113,8 @@ def test_at_24_blocks_rounding_is_that_of_one_process(names, compute):
 
 ADAMW_LAYOUTS = ["tp2 columns, gather", "pp2 1f1b"]
 SLOW_ADAMW_LAYOUTS = ["tp2 full", "tp2 tokens", "dp2 ddp", "fsdp2"]
-# Not reached: AdamW divides gradients of the size of rounding by their own size, and one process in FP32 is 5.2e-6 from FP64 there.
+# Not reached: AdamW divides gradients of the size of rounding by their own size, and one process in FP32 is 5.2e-6 from
+# FP64 there.
 NOT_REACHED = pytest.mark.xfail(reason="2.3e-6 under tp2 full", raises=AssertionError)
 
 

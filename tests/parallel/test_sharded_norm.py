@@ -21,7 +21,7 @@ KINDS = ["layernorm", "rmsnorm"]
 
 
 def rows_far_from_zero(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """z with a mean of 100 deviations, weight, bias, and a gradient of y. Drawn in FP32, the same numbers for every type."""
+    """z with a mean of 100 deviations, weight, bias, and a gradient of y. Drawn in FP32: equal for every type."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(ROWS, COLUMNS, generator=generator) + 100.0
     weight, bias = 1 + 0.1 * torch.randn(2, COLUMNS, generator=generator)
@@ -61,7 +61,7 @@ def test_rows_with_a_mean_of_100_deviations(kind, form, num_ranks):
 
 
 def count_messages(rank: int, layout: str, norm: str, stream: str) -> dict[str, Counter]:
-    """Collectives and bytes (of what each rank gives) of one pre-norm block, forward and backward, without the model's ends."""
+    """Collectives and bytes sent per rank of one pre-norm block, forward and backward, without embedding and head."""
     precision = {"compute": "bf16", "residual_dtype": "bf16"} if stream == "bf16" else {"compute": "fp32"}
     recipe = make_recipe("pre", "llama", LAYOUTS[layout][1], num_blocks=2, precision=precision)
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"norm": norm})})
@@ -167,7 +167,7 @@ def saved_widths(rank: int, topology: str, layout: str) -> list[tuple[int, ...]]
 
 @pytest.mark.parametrize("topology", ["pre", "deepnorm", "keel", "sandwich", "layerscale", "subln"])
 def test_norms_and_residuals_keep_no_whole_rows(topology):
-    """Merging: nothing wider than D/tp. Gathering: the branch input alone, which the branch's first linear keeps anyway."""
+    """Merging: nothing wider than D/tp. Gathering: the branch input alone, which the first linear keeps anyway."""
     (shapes, _) = run_ranks(2, saved_widths, topology, "tp2 columns, merge")
     assert shapes and max(width for _, width in shapes) <= 8, shapes
     (gathered, _) = run_ranks(2, saved_widths, topology, "tp2 columns, gather")

@@ -115,8 +115,9 @@ def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_torchrun_just_works(tiny, tmp_path, byte_data):
-    """Two ranks from the command line, with a recipe and an output beside it: one log, exit code 0, and one line for a layout that
-    cannot be.
+    """Two ranks from the command line, with a recipe and an output beside it: one log and exit code 0.
+
+    A layout that cannot be is refused in one line.
     """
     from megaresnorm.recipe.load import dump_recipe
 

@@ -20,7 +20,7 @@ def no_job_outlives_its_test():
 
 @pytest.fixture
 def long_run(tiny, tmp_path):
-    """A function from the name of a layout to its number of ranks and a recipe whose steps take a few seconds in all."""
+    """A function from the name of a layout to its number of ranks and a recipe that takes a few seconds."""
 
     from launched import INTERVAL, LAYOUTS, STEPS
 

@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or forbidden: found before step 0, or one warning; training goes on and nothing whole is lost."""
+"""A full, read-only or forbidden disk is found before step 0, or one warning: training goes on, whole files stay."""
 
 import errno
 import os

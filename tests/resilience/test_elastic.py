@@ -21,8 +21,9 @@ def free_port() -> int:
 
 @pytest.mark.slow
 def test_nodes_may_come_and_go(tiny, tmp_path):
-    """A launcher of one rank; a second one joins the running job and is lost again, all of it killed. In FP64 the losses are one
-    process's.
+    """A launcher of one rank; a second one joins the running job and is lost again, all of it killed.
+
+    In FP64 the losses are one process's.
     """
     settings = {
         "model": {"dim": 32, "num_blocks": 8, "num_heads": 4, "dropout": 0.1, "ffn_dim": 64, "seq_len": 32},
@@ -68,8 +69,9 @@ def test_nodes_may_come_and_go(tiny, tmp_path):
 
 
 def test_two_nodes_are_one_job(tiny, tmp_path):
-    """Two launchers of a rank each. One rank dies, and both start again; a signal to one stops both at one step, with one exit
-    code.
+    """Two launchers of a rank each. One rank dies, and both start again.
+
+    A signal to one stops both at one step, with one exit code.
     """
     recipe = tiny(train={"steps": 10**6, "eval_every": 0})
     variables = {"NODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -115,7 +117,7 @@ def test_a_node_that_has_lost_the_other_is_stopped_at_once(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_ranks_that_do_not_fit_idle_and_too_few_wait(tiny, tmp_path):
-    """Three ranks of a job that may have six: two of them work on shards for two; shards for four wait for another node."""
+    """Three ranks of a job that may have six: two work on shards for two; shards for four wait for another node."""
     settings = {"precision": {"compute": "fp64"}}
     alone = tiny(**settings, train={"output": str(tmp_path / "alone")})
     run_ranks(1, train_on_rank, 1, alone)

@@ -1,4 +1,4 @@
-"""kill -9 of a rank at any moment: started again, the run ends with the very losses and weights of one that was left alone."""
+"""kill -9 of a rank at any moment: started again, the run ends with the losses and weights of one left alone."""
 
 import os
 import random

@@ -147,7 +147,7 @@ def test_no_step_is_saved_while_steps_are_refused_and_the_end_is_an_error(tiny, 
 
 
 def test_checkpoints_before_the_first_refused_step_are_not_pruned(tiny, monkeypatch):
-    """One step in three is refused for a while: later checkpoints may be spoilt, so those before stay, also after a resume."""
+    """One step in three is refused for a while: later checkpoints may be spoilt. Earlier ones stay, also on resume."""
     real = NativeEngine.gradients
 
     def gradients(engine, microbatches):
@@ -165,7 +165,7 @@ def test_checkpoints_before_the_first_refused_step_are_not_pruned(tiny, monkeypa
 
 
 def test_a_run_does_not_go_on_from_weights_that_are_not_finite(tiny, monkeypatch, tmp_path, capsys):
-    """Written by an older version, say. Nor does another start from them, and every command that reads them names the tensor."""
+    """Written by an older version, say. Nor does another run start from them, and every command names the tensor."""
     from megaresnorm.checkpoint import writer
 
     recipe = settings(tiny, steps=4)

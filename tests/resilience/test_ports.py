@@ -71,8 +71,9 @@ def test_the_attack_gets_through_to_a_store(tmp_path):
 
 
 def test_one_node_listens_on_loopback_alone_and_keeps_no_store_there(long_run, tmp_path):
-    """The ranks meet in a file of a private folder. The ports are gloo's, which speaks no pickle, on loopback: other namespaces and
-    hosts cannot reach them, and a stranger of the same host finds no store.
+    """The ranks meet in a file of a private folder. The ports are gloo's, which speaks no pickle, on loopback.
+
+    Other namespaces and hosts cannot reach them, and a stranger of the same host finds no store.
     """
     ranks, recipe = long_run("dp2", steps=10**6)
     run = Launched(tmp_path, recipe, ranks)
@@ -97,8 +98,10 @@ def test_one_node_listens_on_loopback_alone_and_keeps_no_store_there(long_run, t
 
 
 def test_two_nodes_listen_on_the_address_in_use_but_for_torchruns_rendezvous(long_run, tmp_path):
-    """Two launchers of this host as two nodes. torchrun's own rendezvous of several nodes keeps a pickle in a store on all
-    addresses of node 0 (docs/security.md has the cure); nothing else leaves the address by which the nodes meet.
+    """Two launchers of this host as two nodes.
+
+    torchrun's own rendezvous of several nodes keeps a pickle in a store on all addresses of node 0 (docs/security.md
+    has the cure); nothing else leaves the address by which the nodes meet.
     """
     _, recipe = long_run("dp2", steps=10**6)
     port = free_port()

@@ -36,7 +36,7 @@ def make_saver(rank: int, root: Path, **options) -> tuple[Saver, torch.Tensor, A
 
 
 def fail_on_one(rank: int, root: Path, culprit: int, asynchronous: bool) -> list[int]:
-    """Failures in a row that this rank knows of, after each of five saves of which the second and third fail on one rank."""
+    """Failures in a row as this rank counts them, after each of five saves; the second and third fail on one rank."""
     saver, half, control = make_saver(rank, root, asynchronous=asynchronous)
     real, counts = os.write, []
 

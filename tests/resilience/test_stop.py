@@ -1,4 +1,4 @@
-"""SIGTERM to one rank, to all of them or to the launcher: one step more at most, one checkpoint, one exit code, resumed exactly."""
+"""SIGTERM to one rank, all or the launcher: at most one more step, one checkpoint, one exit code, an exact resume."""
 
 import os
 import random
@@ -40,7 +40,7 @@ def stop_and_resume(
         os.kill(pid, number)
     assert run.finish(60) == 128 + number, run.text
     done = len(losses(run.output))
-    # Signals come while the line of a step is on its way to us: the step at hand may be two further than what we have read.
+    # Signals come while the line of a step is on its way to us: the run may be two steps further than we have read.
     assert before <= done <= before + 3, run.text
     newest, path = list_checkpoints(run.output / "checkpoints")[-1]
     assert newest == done and f"saved step {done} of {STEPS}" in run.text
@@ -175,9 +175,10 @@ STOPS = 10  # in CI; 200 with the slow tests
 
 @pytest.mark.parametrize("count", [STOPS, pytest.param(200, marks=pytest.mark.slow)])
 def test_stops_at_random_moments_are_obeyed(long_run, tmp_path, count):
-    """INT, TERM or USR1 to the script, torchrun, one rank or the whole job, from its start on, in three layouts; some beside
-    a job that is being refused, every fourth under load. All are out within 30 seconds, with the signal's exit code and
-    all steps that were done saved.
+    """INT, TERM or USR1 to the script, torchrun, one rank or the whole job, from its start on, in three layouts.
+
+    Some are beside a job that is being refused, every fourth is under load. All are out within 30 seconds, with the
+    signal's exit code and all steps that were done saved.
     """
     chance, slowest = random.Random(count), 0.0
     for i in range(count):

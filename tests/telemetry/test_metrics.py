@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard's files across restarts: what can be read and is not done again stays, whatever else there is."""
+"""metrics.jsonl and TensorBoard's files across restarts: readable records of steps that are not done again stay."""
 
 import json
 import logging

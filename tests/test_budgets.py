@@ -1,0 +1,148 @@
+"""How large the house may become. A budget is raised only with its reason beside it."""
+
+import ast
+import io
+import re
+import tokenize
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parents[1]
+ROOT = REPO / "megaresnorm"
+FILES = sorted(ROOT.rglob("*.py"))
+READ_FIRST_FILES, READ_FIRST_LINES = 12, 2_000  # lines that are not blank
+TRAINING_PATH, ALL = 10_000, 16_000  # lines of code
+FILE, FUNCTION, NINE_TENTHS = 350, 60, 25  # lines of a file; of a function, its docstring left out
+LINE = 120
+
+# Not counted: kernels for CPUs, which are a lab bench, and studies made with the framework.
+UNCOUNTED = ("kernels/cpu/", "studies/")
+# What an optimizer step, its checkpoint and its survival need; not preparing data, converting, generating, the command line.
+TRAINING = (
+    "recipe/", "model/", "kernels/", "parallel/", "precision/", "engines/", "checkpoint/", "resilience/", "telemetry/",
+    "data/dataset.py", "data/indexed.py", "data/loader.py", "data/samples.py", "assemble.py", "errors.py", "files.py",
+    "layout.py", "memory.py", "opening.py", "optim.py", "reading.py", "run.py", "schedule.py", "text.py", "trainer.py",
+)  # fmt: skip
+LONGER = {  # function -> lines that it may have, and why
+    # A row stays in registers from its first load to its last store: what is cut out of a kernel would pass a dozen
+    # tensors in and out, and Triton's functions have no closures.
+    "kernels/add_norm/triton_rows.py:backward_kernel": 80,
+    "kernels/add_norm/triton_wide.py:rows_kernel": 71,
+}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def docstring_lines(tree: ast.AST) -> set[int]:
+    found: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            found |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return found
+
+
+@cache
+def code_lines(path: Path) -> int:
+    """Without blank lines, comments and docstrings."""
+    text = path.read_text(encoding="utf-8")
+    nothing = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in nothing:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return len(lines - docstring_lines(ast.parse(text)))
+
+
+@cache
+def functions() -> dict[str, int]:
+    """file:name -> lines without the docstring."""
+    found: dict[str, int] = {}
+    for path in FILES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                own = node.end_lineno - node.lineno + 1
+                if ast.get_docstring(node) is not None:
+                    own -= node.body[0].end_lineno - node.body[0].lineno + 1
+                name = f"{relative(path)}:{node.name}"
+                found[name] = max(own, found.get(name, 0))
+    return found
+
+
+def read_first() -> list[Path]:
+    """As README.md names them, in its section on reading the code."""
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    section = text.split("## Read the code", 1)[1].split("\n## ", 1)[0]
+    return [REPO / name for name in re.findall(r"\]\((megaresnorm/[\w/]+\.py)\)", section)]
+
+
+def test_what_is_read_first_is_an_afternoon():
+    files = read_first()
+    assert len(files) == len(set(files)) == READ_FIRST_FILES and all(path.is_file() for path in files)
+    lines = sum(bool(line.strip()) for path in files for line in path.read_text(encoding="utf-8").splitlines())
+    assert 1_000 < lines <= READ_FIRST_LINES
+
+
+def test_the_training_path_and_all_of_it_stay_within_their_budgets():
+    counted = {path: code_lines(path) for path in FILES if not relative(path).startswith(UNCOUNTED)}
+    training = {path: lines for path, lines in counted.items() if relative(path).startswith(TRAINING)}
+    missing = [name for name in TRAINING if not any(relative(path).startswith(name) for path in training)]
+    assert not missing, "no such room any more"
+    assert 5_000 < sum(training.values()) <= TRAINING_PATH
+    assert 10_000 < sum(counted.values()) <= ALL
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_a_file_can_be_held_in_mind(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= FILE
+    assert not [i for i, line in enumerate(lines, start=1) if len(line) > LINE]
+
+
+def test_functions_are_short():
+    lengths = functions()
+    assert not {name: n for name, n in lengths.items() if n > LONGER.get(name, FUNCTION)}
+    assert not [name for name in LONGER if lengths.get(name, 0) <= FUNCTION], "may be held to the usual budget again"
+    assert sorted(lengths.values())[int(0.9 * len(lengths))] <= NINE_TENTHS
+
+
+def test_prose_is_at_most_so_wide():
+    pages = [*REPO.glob("*.md"), *REPO.glob("docs/**/*.md"), *REPO.glob("*/README.md")]
+    others = [
+        *REPO.glob("tests/**/*.py"),
+        *REPO.glob("tools/*.py"),
+        *REPO.glob("launch/*.py"),
+        *REPO.glob("launch/*.sh"),
+    ]
+    wide = [
+        f"{path.relative_to(REPO)}:{i}"
+        for path in (*pages, *others)
+        for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if len(line) > LINE
+    ]
+    assert not wide
+
+
+def imported(path: Path) -> set[Path]:
+    """The modules of ours that a file needs to be imported: those within functions are not."""
+    found: set[Path] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megaresnorm"):
+            base = REPO.joinpath(*node.module.split("."))
+            candidates = [base / f"{alias.name}.py" for alias in node.names] + [base.with_suffix(".py")]
+            found |= {one for one in candidates if one.is_file()} or {base / "__init__.py"}
+    return found - {path}
+
+
+def test_no_circle_of_imports():
+    arrows = {path: imported(path) for path in FILES}
+    assert sum(map(len, arrows.values())) > 300
+    waiting = dict(arrows)
+    while ready := [path for path, needs in waiting.items() if not needs & waiting.keys()]:
+        for path in ready:
+            del waiting[path]
+    assert not waiting, sorted(map(relative, waiting))
