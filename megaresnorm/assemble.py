@@ -25,8 +25,8 @@ from megaresnorm.parallel.control import all_gather_json
 from megaresnorm.parallel.data_parallel import pad_uneven_shards, replicate_model, shard_model
 from megaresnorm.parallel.layouts import TensorLayout, tensor_layout
 from megaresnorm.parallel.mesh import ParallelContext
-from megaresnorm.parallel.pipeline import stages_of_rank
 from megaresnorm.parallel.sharded_norm import sharded_norm
+from megaresnorm.parallel.stages import stages_of_rank
 from megaresnorm.parallel.vocab import vocab_parallel_cross_entropy
 from megaresnorm.precision.bf16 import Bf16Weights
 from megaresnorm.precision.dtypes import DTYPES, weight_dtype

@@ -4,7 +4,7 @@ from megaresnorm.errors import ConfigError
 from megaresnorm.model.cost import block_flops, embedding_flops, head_flops
 from megaresnorm.model.transformer import Stage
 from megaresnorm.parallel.mesh import Sizes, resolve_sizes
-from megaresnorm.parallel.pipeline import split_blocks, stage_ranges
+from megaresnorm.parallel.stages import split_blocks, stage_ranges
 from megaresnorm.recipe import ModelRecipe, ParallelRecipe, PrecisionRecipe, Recipe, divisors
 
 

@@ -18,7 +18,7 @@ from megaresnorm.model.topology import topology
 from megaresnorm.model.transformer import Stage
 from megaresnorm.optim import MOMENTS, SMALL
 from megaresnorm.parallel.mesh import Sizes
-from megaresnorm.parallel.pipeline import smallest_batch, stages_of_rank
+from megaresnorm.parallel.stages import smallest_batch, stages_of_rank
 from megaresnorm.precision.dtypes import DTYPES, weight_dtype
 from megaresnorm.recipe import Recipe
 from megaresnorm.schedule import batch_size

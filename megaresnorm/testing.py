@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # imported by the parent once, so that no child has to
+import torch._dynamo  # this and the two below: imported by the parent once, so that no child has to
 import torch.distributed as dist
+import torch.distributed.fsdp
+import torch.distributed.pipelining
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor

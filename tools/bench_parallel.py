@@ -31,8 +31,9 @@ from megaresnorm.engines.native import NativeEngine
 from megaresnorm.layout import check_layout
 from megaresnorm.model.stream import Stream
 from megaresnorm.parallel.mesh import ParallelContext, Sizes
-from megaresnorm.parallel.pipeline import Pipeline, bubble
+from megaresnorm.parallel.pipeline import Pipeline
 from megaresnorm.parallel.shared_memory import SharedMemory
+from megaresnorm.parallel.stages import bubble
 from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import build_recipe
 from megaresnorm.testing import run_ranks

@@ -4,7 +4,7 @@ import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,10 @@ from megaresnorm.optim import MOMENTS, GradientClipper, Optimizer, gradient_norm
 from megaresnorm.parallel.collectives import all_reduce
 from megaresnorm.parallel.data_parallel import grad_sync, local
 from megaresnorm.parallel.gradients import reduce_gradients, reductions
-from megaresnorm.parallel.pipeline import Pipeline
 from megaresnorm.recipe import Recipe
+
+if TYPE_CHECKING:
+    from megaresnorm.parallel.pipeline import Pipeline
 
 
 class _Kind(NamedTuple):
@@ -64,7 +66,9 @@ class NativeEngine:
         self._updates = 0
         self._pipeline = self._make_pipeline(recipe) if self.context.pp.size > 1 else None
 
-    def _make_pipeline(self, recipe: Recipe) -> Pipeline:
+    def _make_pipeline(self, recipe: Recipe) -> "Pipeline":
+        from megaresnorm.parallel.pipeline import Pipeline  # a second's imports, for runs with stages alone
+
         layout, dim, seq = self.assembled.layout, recipe.model.dim, recipe.model.seq_len
 
         def wire(batch: int) -> tuple[int, int]:

@@ -1,19 +1,24 @@
-"""Data parallelism: DistributedDataParallel and FSDP2 around a model. Gradients are sums over dp, not means."""
+"""Data parallelism: DistributedDataParallel and FSDP2 around a model. Gradients are sums over dp, not means.
+
+FSDP2 and DTensor take a second to import, so that is done only where a model is sharded; elsewhere their objects are
+known by their methods.
+"""
 
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from megaresnorm.parallel.mesh import Axis, ParallelContext
 from megaresnorm.parallel.sharding import row_chunk
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 def shard_model(
@@ -31,6 +36,8 @@ def shard_model(
         Nothing yet. In training each part and the rest make one all-gather of their weights over dp_shard in forward,
         and with ``reshard_after_forward`` another in backward; ``grad_sync`` has their gradients.
     """
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
     assert context.mesh is not None
     # The logits are a view where the vocabulary is padded. The loss writes its gradient there, which no hook needs to
     # see.
@@ -57,15 +64,19 @@ def pad_uneven_shards(model: nn.Module, axis: Axis) -> None:
         One all-gather of the weights of each module with such a parameter.
     """
     for module in model.modules():
-        if isinstance(module, FSDPModule) and any(p.dim() and p.shape[0] % axis.size for p in module.parameters()):
-            module.unshard()
-            module.reshard()
+        sharded = _as_sharded(module)
+        if sharded is not None and any(p.dim() and p.shape[0] % axis.size for p in module.parameters()):
+            sharded.unshard()
+            sharded.reshard()
 
 
 def placed_like(value: Tensor, parameter: nn.Parameter, axis: Axis) -> nn.Parameter:
     """A parameter of this value, sharded as ``parameter`` (on the meta device) is: over ``axis``, or not at all."""
-    if not isinstance(parameter, DTensor):
+    if not hasattr(parameter, "device_mesh"):
         return nn.Parameter(value)
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(parameter, DTensor)
     mine = row_chunk(value, axis).clone()
     mesh, placements = parameter.device_mesh, parameter.placements
     placed = DTensor.from_local(
@@ -76,7 +87,12 @@ def placed_like(value: Tensor, parameter: nn.Parameter, axis: Axis) -> nn.Parame
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a tensor that FSDP2 has sharded; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _as_sharded(module: nn.Module) -> "FSDPModule | None":
+    """A module that ``fully_shard`` has been applied to; None for any other."""
+    return cast("FSDPModule", module) if hasattr(module, "set_requires_gradient_sync") else None
 
 
 def replicate_model(model: nn.Module, data: Axis) -> DistributedDataParallel:
@@ -100,7 +116,7 @@ def _sum(
     return work.get_future().then(lambda future: future.value()[0])
 
 
-def accumulate_in_shards(model: FSDPModule, last: bool, *, sharded: bool) -> None:
+def accumulate_in_shards(model: "FSDPModule", last: bool, *, sharded: bool) -> None:
     """Set what FSDP2 does with the gradients of the next backward pass. The arguments are those of ``grad_sync``."""
     model.set_requires_gradient_sync(last or sharded)
     model.set_requires_all_reduce(last)
@@ -120,8 +136,8 @@ def grad_sync(model: nn.Module, last: bool, *, sharded: bool) -> Iterator[None]:
         dp_shard for each part of ``shard_model``, in every microbatch if ``sharded``, else in the last. The replicas of
         a sharded group are summed over dp_replicate in the last microbatch in either case.
     """
-    if isinstance(model, FSDPModule):
-        accumulate_in_shards(model, last, sharded=sharded)
+    if (sharded_model := _as_sharded(model)) is not None:
+        accumulate_in_shards(sharded_model, last, sharded=sharded)
         yield
     elif isinstance(model, DistributedDataParallel) and not last:
         with model.no_sync():

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from megaresnorm.data.loader import Batch
 from megaresnorm.engines.native import NativeEngine
-from megaresnorm.parallel.pipeline import smallest_batch
+from megaresnorm.parallel.stages import smallest_batch
 from megaresnorm.testing import run_ranks
 
 SEQ = 8

@@ -11,7 +11,7 @@ from megaresnorm.errors import ConfigError
 from megaresnorm.layout import check_layout, split_stages
 from megaresnorm.model.parameters import parameter_table
 from megaresnorm.parallel.mesh import Axis, ParallelContext
-from megaresnorm.parallel.pipeline import bubble, split_blocks
+from megaresnorm.parallel.stages import bubble, split_blocks
 from megaresnorm.recipe import KernelRecipe
 from megaresnorm.recipe.load import build_recipe
 

@@ -3,7 +3,7 @@
 import pytest
 from bench_parallel import BUILT, activation_peak, building_peak, idle_share
 
-from megaresnorm.parallel.pipeline import bubble
+from megaresnorm.parallel.stages import bubble
 from megaresnorm.testing import run_ranks
 
 MIB = 2**20
