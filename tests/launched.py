@@ -98,12 +98,15 @@ class Launched:
         STARTED.append(self)
         self.num_ranks = num_ranks
         self.lines: list[tuple[float, str]] = []
+        self._steps: list[tuple[float, int]] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
         for line in self.process.stdout:
             self.lines.append((time.monotonic(), line.rstrip("\n")))
+            if match := re.match(r"step +(\d+)/", line):
+                self._steps.append((self.lines[-1][0], int(match[1])))
 
     @property
     def text(self) -> str:
@@ -112,8 +115,7 @@ class Launched:
     @property
     def steps(self) -> list[tuple[float, int]]:
         """(time, number) of every step that was reported."""
-        found = ((at, re.match(r"step +(\d+)/", line)) for at, line in self.lines)
-        return [(at, int(match[1])) for at, match in found if match]
+        return list(self._steps)
 
     @property
     def torchrun(self) -> int:
@@ -127,12 +129,13 @@ class Launched:
     def wait_for_step(self, number: int, timeout: float = 120) -> None:
         self.wait_for(lambda: any(step >= number for _, step in self.steps), f"step {number}", timeout)
 
-    def wait_for(self, condition, what: str, timeout: float = 120) -> None:
+    def wait_for(self, condition, what: str, timeout: float = 120, poll: float = 0.01) -> None:
+        """Wait, looking every ``poll`` seconds: more often takes the processor from the ranks."""
         end = time.monotonic() + timeout
         while not condition():
             assert self.process.poll() is None, f"ended before {what}:\n{self.text}"
             assert time.monotonic() < end, f"no {what} in {timeout} s:\n{self.text}"
-            time.sleep(0.0005)
+            time.sleep(poll)
 
     def finish(self, timeout: float = 180) -> int:
         """Wait for its end; the exit code."""

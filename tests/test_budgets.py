@@ -19,7 +19,7 @@ LINE = 120
 
 # Not counted: kernels for CPUs, which are a lab bench, and studies made with the framework.
 UNCOUNTED = ("kernels/cpu/", "studies/")
-# What an optimizer step, its checkpoint and its survival need; not preparing data, converting, generating, the command line.
+# What an optimizer step, its checkpoint and its survival need: not preparing data, converting, the command line.
 TRAINING = (
     "recipe/", "model/", "kernels/", "parallel/", "precision/", "engines/", "checkpoint/", "resilience/", "telemetry/",
     "data/dataset.py", "data/indexed.py", "data/loader.py", "data/samples.py", "assemble.py", "errors.py", "files.py",

@@ -1,4 +1,4 @@
-"""For the site: links into the source tree, which is not part of it, lead to the reference where that has the module."""
+"""For the site: links into the source tree, which is not part of it, lead to the reference if that has the module."""
 
 import re
 from pathlib import Path

@@ -76,6 +76,14 @@ def size(text: str) -> int:
     return int(num_bytes)
 
 
+def memory(text: str) -> int:
+    """A ``size`` that some tensors fit into."""
+    num_bytes = size(text)
+    if num_bytes < 64 * 10**6:
+        raise argparse.ArgumentTypeError(f"{text!r} is too little; give at least 64MB")
+    return num_bytes
+
+
 def share(text: str) -> float:
     """A number from 0 to 1."""
     try:

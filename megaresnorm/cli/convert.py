@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from megaresnorm.cli.arguments import Commands, count_up_to, path, share, size
+from megaresnorm.cli.arguments import Commands, count_up_to, memory, path, share, size
 from megaresnorm.errors import CheckpointError, ConfigError, ConversionError
 from megaresnorm.recipe.section import MAX_SEQ_LEN
 from megaresnorm.text import say, shown
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from megaresnorm.convert.compare import Agreement
     from megaresnorm.convert.export import ExportSettings
-    from megaresnorm.telemetry.log import Table
 
 _TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 _CHECKPOINT = "a checkpoint, or the output folder of a run: its newest one"
@@ -153,7 +152,7 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
 def _add_memory(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--max-memory",
-        type=_memory,
+        type=memory,
         default=4 * 10**9,
         metavar="SIZE",
         help="memory for tensors while reading and writing [4GB]",
@@ -319,24 +318,18 @@ def _tolerance_of(arguments: argparse.Namespace) -> float:
 
 
 def _print_agreement(agreement: Agreement | None) -> None:
-    from megaresnorm.telemetry.log import console
+    from megaresnorm.telemetry.log import Table, console
 
     if agreement is None:
         console.print("verdict   not verified")
         return
-    console.print(_agreement_table(agreement))
-    console.print("PASS" if agreement.passed else "FAIL", style="green" if agreement.passed else "red")
-
-
-def _agreement_table(agreement: Agreement) -> Table:
-    from megaresnorm.telemetry.log import Table
-
     table = Table(show_header=False)
     table.add_column("", no_wrap=True)
     table.add_column("", overflow="fold")
     for name, value in agreement.rows().items():
         table.add_row(name, value)
-    return table
+    console.print(table)
+    console.print("PASS" if agreement.passed else "FAIL", style="green" if agreement.passed else "red")
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -357,10 +350,3 @@ def _needs_transformers() -> None:
         raise ConfigError(
             f"transformers {transformers.__version__} is too old; install it with: pip install 'transformers>=5.0'"
         )
-
-
-def _memory(text: str) -> int:
-    num_bytes = size(text)
-    if num_bytes < 64 * 10**6:
-        raise argparse.ArgumentTypeError(f"{text!r} is too little; give at least 64MB")
-    return num_bytes

@@ -62,7 +62,9 @@ def test_logits_agree_and_the_way_back_is_bit_for_bit(name, tmp_path):
     assert [note for note in back.notes if "has no tokenizer" not in note] == list(report.match.notes)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if i % 3 == 0 else [pytest.mark.slow]) for i, name in enumerate(MODELS)]
+)
 def test_a_model_that_others_have_made_is_read(name, tmp_path):
     """Without what we add to config.json, and saved by Transformers itself, in BF16 in every second case."""
     _, report = exported(name, tmp_path, verify=False)

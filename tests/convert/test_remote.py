@@ -36,8 +36,17 @@ VARIANTS: dict[str, dict] = {
 OPTIONS = {"mix_ln": {"mix_ratio": 0.4}, "completep": {"base_dim": 12, "base_num_blocks": 1}}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+IN_EVERY_VARIANT = ("deepnorm", "keel", "gated")  # in CI; with the slow tests all are
+
+
+@pytest.mark.parametrize(
+    ("topology", "variant"),
+    [
+        pytest.param(t, v, marks=[] if v == "llama" or t in IN_EVERY_VARIANT else [pytest.mark.slow])
+        for t in TOPOLOGIES
+        for v in VARIANTS
+    ],
+)
 def test_every_topology_loads_generates_and_comes_back(topology, variant, tmp_path):
     settings = {**beside_others(topology), **VARIANTS[variant], "topology_options": OPTIONS.get(topology, {})}
     recipe = recipe_of({**settings, "topology": topology})

@@ -52,7 +52,7 @@ def test_cpu_sizes(level, rows, columns, dtypes):
 @needs_compiler
 @pytest.mark.parametrize("columns", [64, 760])
 @pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("pattern", ["pre", "sandwich", "post, rms"])
+@pytest.mark.parametrize("pattern", ["pre", pytest.param("sandwich", marks=pytest.mark.slow), "post, rms"])
 def test_cpu_many_rows(columns, dtypes, pattern):
     check(fused, 8192, columns, pattern, "scalar", dtypes)
 

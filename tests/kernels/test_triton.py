@@ -42,16 +42,18 @@ def test_numbers_in_the_interpreter(which):
     assert done.returncode == 0, done.stdout[-4000:]
 
 
-def test_machine_code_for_sm_90():
+@pytest.mark.parametrize("some", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_machine_code_for_sm_90(some):
     """Every kernel, as it is launched, compiled ahead of time: no spills up to 8192 columns, 128-bit accesses.
 
     Registers are as in registers.json, which ``python tests/kernels/compile_triton.py --write`` renews.
     """
-    done = run_alone(HERE / "compile_triton.py")
+    done = run_alone(HERE / "compile_triton.py", *(["--some"] if some else []))
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     ceilings = json.loads((HERE / "registers.json").read_text())
-    assert set(found) == set(ceilings)
+    assert set(found) <= set(ceilings) if some else set(found) == set(ceilings)
+    assert len(found) > 30
     for name, usage in found.items():
         assert usage["spilled_bytes"] == 0, (name, usage)
         assert usage["registers"] <= ceilings[name], (name, usage)

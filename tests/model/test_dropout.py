@@ -71,7 +71,9 @@ def test_dropout_changes_the_output_in_training_only(topology):
     assert torch.equal(without(TOKENS, DropoutKey(1, ROWS)), without(TOKENS))
 
 
-@pytest.mark.parametrize("topology", ["pre", "peri", "reordered", "layerscale"])
+@pytest.mark.parametrize(
+    "topology", ["pre", "peri", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reordered", "layerscale"))]
+)
 def test_what_is_added_to_the_stream_keeps_its_mean(topology):
     """The branch's contribution averaged over 4000 masks is the one without dropout, also behind a branch norm."""
     model = build(topology, 0.3)

@@ -44,7 +44,9 @@ def losses_after(rank: int, topology: str, variant: str, layout: str, checkpoint
     return engine.evaluate(batches(assembled.context, recipe_of(topology, variant, layout)))
 
 
-@pytest.mark.parametrize(("topology", "variant"), [("deepnorm", "llama"), ("keel", "gpt")])
+@pytest.mark.parametrize(
+    ("topology", "variant"), [("deepnorm", "llama"), pytest.param("keel", "gpt", marks=pytest.mark.slow)]
+)
 def test_every_layout_is_exported_to_the_same_bytes_and_read_back_into_every_layout(topology, variant, tmp_path):
     for layout, (num_ranks, _) in LAYOUTS.items():
         run_ranks(num_ranks, save, topology, variant, layout, tmp_path)

@@ -134,7 +134,7 @@ def logits_in_evaluation(rank: int, parallel: dict, count: int) -> int:
     return max(held)
 
 
-@pytest.mark.parametrize("pipeline", ["1f1b", "gpipe", "interleaved"])
+@pytest.mark.parametrize("pipeline", ["1f1b", pytest.param("gpipe", marks=pytest.mark.slow), "interleaved"])
 def test_an_evaluation_keeps_the_logits_of_two_microbatches_at_most(pipeline):
     first, last = run_ranks(2, logits_in_evaluation, {"pp": 2, "pipeline": pipeline}, 24)
     assert first == 0 and 1 <= last <= 2

@@ -68,10 +68,10 @@ def updates(rank: int, parallel: dict) -> list[float | None]:
 @pytest.mark.parametrize(
     ("num_ranks", "parallel"),
     [
-        (2, {"tp": 2}),
-        (2, {"tp": 2, "tensor_layout": "tokens"}),
+        pytest.param(2, {"tp": 2}, marks=pytest.mark.slow),
+        pytest.param(2, {"tp": 2, "tensor_layout": "tokens"}, marks=pytest.mark.slow),
         (2, {"tp": 2, "tensor_layout": "columns"}),
-        (2, {"pp": 2}),
+        pytest.param(2, {"pp": 2}, marks=pytest.mark.slow),
         (4, {"pp": 4}),
     ],
     ids=str,

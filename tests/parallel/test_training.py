@@ -45,7 +45,7 @@ def run_on_ranks(rank: int, recipe: Recipe) -> tuple[float, float, str]:
     return summary.train_loss, summary.valid_loss, summary.weights_digest
 
 
-@pytest.mark.parametrize("clip", ["global", "adagc"])
+@pytest.mark.parametrize("clip", [pytest.param("global", marks=pytest.mark.slow), "adagc"])
 def test_a_run_goes_on_in_another_layout(tiny, tmp_path, clip):
     """Six steps in each of four layouts, the first three of them in the layout before: the losses are one process's."""
     settings = {

@@ -50,7 +50,9 @@ def stop_and_resume(
     assert losses(run.output) == want_losses and again.digest == want_digest
 
 
-@pytest.mark.parametrize(("layout", "target"), [("tp2", "one rank"), ("dp2", "the whole job")])
+@pytest.mark.parametrize(
+    ("layout", "target"), [("tp2", "one rank"), pytest.param("dp2", "the whole job", marks=pytest.mark.slow)]
+)
 def test_a_signal_stops_all_ranks_at_one_step(long_run, undisturbed, tmp_path, layout, target):
     stop_and_resume(long_run, undisturbed, tmp_path, layout, target, step=23)
 
@@ -65,7 +67,12 @@ def test_signals_at_ten_random_steps(long_run, undisturbed, tmp_path):
         print(f"{layout:8} {target} at step {step}: stopped and resumed", flush=True)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+FIRST_TARGETS = ("one rank", "the whole job")
+
+
+@pytest.mark.parametrize(
+    "target", [t if t in FIRST_TARGETS else pytest.param(t, marks=pytest.mark.slow) for t in TARGETS]
+)
 def test_a_signal_before_the_first_step_ends_all_at_once(long_run, tmp_path, target):
     """Ranks that are only importing torch; there is nothing to save, and nothing of the job is left."""
     ranks, recipe = long_run("dp2", steps=10**6)
@@ -152,7 +159,7 @@ def command(pid: int) -> str:
         return ""
 
 
-@pytest.mark.parametrize("victim", ["the script", "torchrun"])
+@pytest.mark.parametrize("victim", ["the script", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_nothing_outlives_a_killed_script_or_torchrun(long_run, tmp_path, victim):
     """kill -9: the ranks see that nobody would end them any more, end, and leave the folder to the next job."""
     ranks, recipe = long_run("dp2", steps=10**6)
@@ -170,7 +177,7 @@ def test_nothing_outlives_a_killed_script_or_torchrun(long_run, tmp_path, victim
     again.wait_for_step(3)
 
 
-STOPS = 10  # in CI; 200 with the slow tests
+STOPS = 5  # in CI; 200 with the slow tests
 
 
 @pytest.mark.parametrize("count", [STOPS, pytest.param(200, marks=pytest.mark.slow)])
