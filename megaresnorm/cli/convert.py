@@ -150,13 +150,8 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
 
 
 def _add_memory(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--max-memory",
-        type=memory,
-        default=4 * 10**9,
-        metavar="SIZE",
-        help="memory for tensors while reading and writing [4GB]",
-    )
+    what = "memory for tensors while reading and writing [4GB]"
+    command.add_argument("--max-memory", type=memory, default=4 * 10**9, metavar="SIZE", help=what)
 
 
 def _add_verifying(command: argparse.ArgumentParser) -> None:
