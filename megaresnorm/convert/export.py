@@ -21,7 +21,7 @@ from megaresnorm.convert.files import (
     write_json,
     write_weights,
 )
-from megaresnorm.convert.links import Link, constants, links, row_chunks
+from megaresnorm.convert.links import Link, bands_of_rows, constants, links
 from megaresnorm.convert.match import Match, mismatches
 from megaresnorm.convert.native import NativeModel
 from megaresnorm.convert.tokenizers import write_tokenizer
@@ -136,7 +136,7 @@ def weight_tensors(native: NativeModel, match: Match, dtype: torch.dtype, chunk_
 
 
 def _chunks(link: Link, native: NativeModel, dtype: torch.dtype, chunk_bytes: int) -> Iterator[Tensor]:
-    for start, stop in row_chunks(link.shape, native.dtype.itemsize, chunk_bytes):
+    for start, stop in bands_of_rows(link.shape, native.dtype.itemsize, chunk_bytes):
         yield link.their_rows(native, start, stop).to(dtype).contiguous()
 
 

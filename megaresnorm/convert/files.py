@@ -184,7 +184,7 @@ def check_plain_files(folder: Path) -> None:
 
 
 class Weights:
-    """The tensors of a folder of safetensors, in one file or in several with an index. A Source of links.py.
+    """The tensors of a folder of safetensors, in one file or in several with an index. A TensorSource of links.py.
 
     Attributes:
         tensors: name -> file, shape, type.

@@ -28,7 +28,7 @@ from megaresnorm.convert.config_json import normalized
 from megaresnorm.convert.describe import described
 from megaresnorm.convert.family import MEGATRON_NAME, Family
 from megaresnorm.convert.files import BUFFERS, CONFIG, Progress, Weights, check_space, new_folder, refuse_existing
-from megaresnorm.convert.links import Link, constants, links, row_chunks
+from megaresnorm.convert.links import Link, bands_of_rows, constants, links
 from megaresnorm.convert.match import Match
 from megaresnorm.convert.native import NativeModel
 from megaresnorm.convert.tokenizers import read_tokenizer_of
@@ -121,7 +121,7 @@ def from_hf(
     with new_folder(out) as folder:
         tell = progress("writing", num_bytes)
         save(folder, recipe, tokenizer, {name: _counted(slices, tell) for name, slices in sliced.items()})
-        agreement = verified(source, folder, tolerance) if verify else None
+        agreement = verify_import(source, folder, tolerance) if verify else None
     return Imported(out / "checkpoints" / "step-00000000", out / "recipe.yaml", chosen.family, model, notes, agreement)
 
 
@@ -194,7 +194,7 @@ def _same_again(weights: Weights, family: Family, embedding: str) -> Iterator[st
         shape = weights.shape(embedding)
         same = weights.shape(name) == shape and all(
             torch.equal(*(weights.read(one, ((start, stop), (0, shape[1]))) for one in (name, embedding)))
-            for start, stop in row_chunks(shape, 8, 1 << 26)
+            for start, stop in bands_of_rows(shape, 8, 1 << 26)
         )
         if not same:
             raise CheckpointError(f"{weights.folder}: {name} differs from {embedding}, to which {CONFIG} ties it")
@@ -211,7 +211,7 @@ def native_slices(
     """One parameter of ours, made a chunk of rows at a time. Rows that theirs lack (vocabulary padding) are zeros."""
 
     def chunks() -> Iterator[Tensor]:
-        for start, stop in row_chunks(spec.shape, dtype.itemsize, chunk_bytes):
+        for start, stop in bands_of_rows(spec.shape, dtype.itemsize, chunk_bytes):
             value = torch.zeros(stop - start, *spec.shape[1:], dtype=dtype)
             for link in found:
                 rows, theirs = link.our_rows(weights, start, stop, dtype)
@@ -253,7 +253,7 @@ def training_recipe(model: ModelRecipe, out: Path, data: str, dtype: torch.dtype
     return build_recipe(values)
 
 
-def verified(source: Path, folder: Path, tolerance: float) -> Agreement:
+def verify_import(source: Path, folder: Path, tolerance: float) -> Agreement:
     """The written checkpoint beside the original.
 
     Raises:

@@ -16,7 +16,7 @@ from megaresnorm.recipe import ModelRecipe
 BAND_BYTES = 1 << 26  # of the rows that are read together where some of their columns are wanted
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """Tensors that are read in parts."""
 
     def read(self, name: str, box: Box) -> Tensor:
@@ -41,14 +41,14 @@ class Link:
     transposed: bool
     factor: float = 1.0
 
-    def their_rows(self, source: Source, start: int, stop: int) -> Tensor:
+    def their_rows(self, source: TensorSource, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of their tensor, computed from our parameters."""
         if self.transposed:
             assert isinstance(self.rows, range)
-            return scaled(columns(source, self.ours, self.rows, start, stop, self.shape[0]).t(), self.factor)
-        return scaled(gather(source, self.ours, self.rows[start:stop], self.shape[1:]), self.factor)
+            return rescaled(columns(source, self.ours, self.rows, start, stop, self.shape[0]).t(), self.factor)
+        return rescaled(gather(source, self.ours, self.rows[start:stop], self.shape[1:]), self.factor)
 
-    def our_rows(self, source: Source, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def our_rows(self, source: TensorSource, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Numbers, and values in ``dtype``, of the rows ``start`` to ``stop`` of ours that their tensor has."""
         rows = torch.arange(self.rows.start, self.rows.stop) if isinstance(self.rows, range) else self.rows
         theirs = ((rows >= start) & (rows < stop)).nonzero().flatten()
@@ -59,10 +59,10 @@ class Link:
             value = columns(source, self.theirs, range(self.shape[0]), first, last, self.shape[1]).t()
         else:
             value = gather(source, self.theirs, theirs, self.shape[1:])
-        return rows[theirs], scaled(value.to(dtype), 1 / self.factor)
+        return rows[theirs], rescaled(value.to(dtype), 1 / self.factor)
 
 
-def columns(source: Source, name: str, rows: range, start: int, stop: int, width: int) -> Tensor:
+def columns(source: TensorSource, name: str, rows: range, start: int, stop: int, width: int) -> Tensor:
     """Columns ``start`` to ``stop`` of some rows of a tensor of ``width`` columns.
 
     A file's rows are mapped whole even where a part of each is read, so only a band of rows is read at a time.
@@ -72,12 +72,12 @@ def columns(source: Source, name: str, rows: range, start: int, stop: int, width
     return torch.cat([source.read(name, (band, (start, stop))) for band in bands])
 
 
-def scaled(value: Tensor, factor: float) -> Tensor:
+def rescaled(value: Tensor, factor: float) -> Tensor:
     """``value`` times ``factor``, rounded once."""
     return value if factor == 1.0 else (value.double() * factor).to(value.dtype)
 
 
-def gather(source: Source, name: str, rows: Selection, rest: tuple[int, ...]) -> Tensor:
+def gather(source: TensorSource, name: str, rows: Selection, rest: tuple[int, ...]) -> Tensor:
     """Rows of a tensor in the order of ``rows``, zeros for -1. Consecutive ones are read together."""
     whole = tuple((0, size) for size in rest)
     if isinstance(rows, range):
@@ -151,7 +151,7 @@ def theirs_of(name: str, block: int | None) -> str:
     return name if block is None else name.format(block, next=block + 1)
 
 
-def row_chunks(shape: tuple[int, ...], itemsize: int, chunk_bytes: int) -> Iterator[tuple[int, int]]:
+def bands_of_rows(shape: tuple[int, ...], itemsize: int, chunk_bytes: int) -> Iterator[tuple[int, int]]:
     """First row and end of consecutive chunks of about ``chunk_bytes`` each."""
     row = torch.Size(shape[1:]).numel() * itemsize
     step = max(1, chunk_bytes // row)

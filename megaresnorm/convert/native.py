@@ -14,7 +14,7 @@ from megaresnorm.checkpoint.inspect import newest_of
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import RunState, fitting_table, recipe_of, state_of
 from megaresnorm.convert.family import OURS
-from megaresnorm.convert.links import scaled
+from megaresnorm.convert.links import rescaled
 from megaresnorm.data.tokenizer import Tokenizer, restore_tokenizer
 from megaresnorm.model.parameters import ParameterSpec
 from megaresnorm.model.transformer import Transformer
@@ -23,7 +23,7 @@ from megaresnorm.recipe import ModelRecipe
 
 
 class NativeModel:
-    """The weights of a checkpoint, whatever layout it was saved in. A Source of links.py.
+    """The weights of a checkpoint, whatever layout it was saved in. A TensorSource of links.py.
 
     Args:
         folder: a checkpoint, or a run: its newest one.
@@ -73,11 +73,11 @@ class NativeModel:
         """The model on this CPU in FP32.
 
         Args:
-            rounded_to: a type that the weights, times their ``factor``, are rounded to first; None leaves them.
+            rounded_to: a type that the weights, rescaled their ``factor``, are rounded to first; None leaves them.
         """
         model = build_model(self.recipe).model
         self.checkpoint.load("weights", {name: TensorSlices.of_whole(p.data) for name, p in model.named_parameters()})
         if rounded_to is not None:
             for name, p in model.named_parameters():
-                p.data = scaled(scaled(p.data, factor(name)).to(rounded_to).to(p.dtype), 1 / factor(name))
+                p.data = rescaled(rescaled(p.data, factor(name)).to(rounded_to).to(p.dtype), 1 / factor(name))
         return model.eval()

@@ -77,7 +77,7 @@ def to_hf(
         check_memory(4 * num_elements, native.recipe.vocab_size or 0)
     with export(native, match, out, settings) as made:
         write_config(made)
-        agreement, rounding = verified(made, tolerance) if verify else (None, None)
+        agreement, rounding = verify_export(made, tolerance) if verify else (None, None)
         files = len(list(made.folder.glob("model*.safetensors")))
         (made.folder / "README.md").write_text(model_card(made, agreement, rounding), encoding="utf-8")
     return Report(out, match, made.num_bytes, files, agreement, rounding)
@@ -109,7 +109,7 @@ def config_of(made: Export) -> dict[str, Any]:
     }
 
 
-def verified(made: Export, tolerance: float) -> tuple[Agreement, Agreement | None]:
+def verify_export(made: Export, tolerance: float) -> tuple[Agreement, Agreement | None]:
     """The written model beside the checkpoint, and what rounding the weights has changed, where they were rounded.
 
     Raises:

@@ -157,6 +157,6 @@ def scatter_columns(x: Tensor, axis: Axis) -> Tensor:
     return _Transposed.apply(x, axis, lambda x, axis: _start_scattering_columns(x, axis)(), _columns_gathered)
 
 
-def share(x: Tensor, axis: Axis) -> Tensor:
+def split_gradient(x: Tensor, axis: Axis) -> Tensor:
     """x as it is, where every rank will have the same gradient. The transpose divides it by p; nothing is sent."""
     return x if axis.size == 1 else _Transposed.apply(x, axis, _same, lambda dx, axis: dx / axis.size)

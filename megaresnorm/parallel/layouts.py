@@ -86,7 +86,7 @@ class FullLayout(TensorLayout):
 
     def token_weights(self, t_T1: Tensor) -> Tensor:
         """All of them. The gradient is the same on every rank, and each sends back its p-th part."""
-        return branch_input.share(t_T1, self.axis)
+        return branch_input.split_gradient(t_T1, self.axis)
 
 
 class TokensLayout(TensorLayout):

@@ -74,7 +74,7 @@ def fused_add_norm(backend: str) -> AddNormKernel:
         trunk = stored if outputs.trunk is None else outputs.trunk
         branch = None if out_dtype is None else trunk if outputs.branch is None else outputs.branch
         return AddNormOutput(
-            trunk, branch, outputs.next_statistics, None if outputs.amax is None else largest(outputs.amax)
+            trunk, branch, outputs.next_statistics, None if outputs.amax is None else largest_of_rows(outputs.amax)
         )
 
     return add_norm
@@ -90,7 +90,7 @@ def register_add_norm(
 _NO_NORM = ("none", None, None, 0.0)
 
 
-def largest(amax_T: Tensor) -> Tensor:
+def largest_of_rows(amax_T: Tensor) -> Tensor:
     """The largest amax over all rows; 0 without rows."""
     return amax_T.amax() if amax_T.numel() else amax_T.new_zeros(())
 

@@ -1,4 +1,4 @@
-/* The pieces of a norm whose rows are divided by column among ranks: kernels/add_norm/sharded.py says what is computed.
+/* A norm sharded over the hidden dimension: kernels/add_norm/sharded.py says what is computed.
  *
  * Each function does one piece for rows first .. last (of blocks of rows, for the gradients of weight and bias). Sums over a row are
  * taken in pieces of 512 columns, and those are added in FP64.
