@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-UNFINISHED = ".new-"  # prefix of the names of files that are being written
+BEING_WRITTEN = ".new-"  # prefix of the names of files that are being written
 
 
 def open_plain(path: str | Path, flags: int, mode: int = 0o666, *, follow: bool = False) -> int:
@@ -46,7 +46,7 @@ def replace_file(path: Path, content: str | bytes | Iterable[bytes]) -> None:
     """
     if isinstance(content, str):
         content = content.encode("utf-8")
-    temporary = path.with_name(f"{UNFINISHED}{secrets.token_hex(8)}")
+    temporary = path.with_name(f"{BEING_WRITTEN}{secrets.token_hex(8)}")
     descriptor = open_plain(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -66,6 +66,6 @@ def remove_unfinished(folder: Path) -> None:
     Raises:
         OSError: a file cannot be removed.
     """
-    for path in folder.glob(f"{UNFINISHED}*"):
+    for path in folder.glob(f"{BEING_WRITTEN}*"):
         if path.is_symlink() or not path.is_dir():
             path.unlink()

@@ -54,7 +54,7 @@ class Run:
     Attributes:
         steps_done, samples_done: where the run stands.
         skipped_in_a_row: refused steps up to here.
-        first_refused: the first step that was ever refused.
+        first_refused: steps done before the first one that was ever refused: checkpoints up to there are trusted.
         train_loss: of the last step that was applied, in nats a token.
 
     Raises:

@@ -2,8 +2,8 @@
 
 Randomness is never drawn from a generator that a run would have to save: the initial weights are a function of
 (seed, name), sample i of (seed, i), a dropout mask of (seed, place, row, column). So a checkpoint needs the weights,
-the optimizer's state and two integers (steps, samples), and a resumed run is equal to one that never stopped, bit for
-bit.
+the optimizer's moments and a few counts (checkpoint/state.py), and a resumed run is equal to one that never stopped,
+bit for bit.
 """
 
 import logging

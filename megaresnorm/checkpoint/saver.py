@@ -1,7 +1,7 @@
 """Saving while training goes on: a copy in host memory, and a thread that writes it.
 
-At most one checkpoint is written at a time. The writing threads of all ranks communicate over a process group of their
-own, so that they never come between the collectives of a step.
+At most one checkpoint is written at a time. The writing threads of all ranks communicate over the control group, which
+the main threads leave alone meanwhile, so that they never come between the collectives of a step.
 """
 
 import logging
@@ -29,7 +29,7 @@ class Saver:
     Args:
         root: the folder of checkpoints.
         groups: this rank's slices of all tensors, live.
-        control: all ranks, over the process group of the writing threads.
+        control: all ranks; nothing else uses its group while a checkpoint is being written.
         any_rank: whether something is true on any rank. Collective, called from the main threads.
         check: as for ``save_checkpoint``.
         asynchronous: return when the tensors are copied; otherwise when they are on disk.

@@ -58,16 +58,13 @@ class Retention(NamedTuple):
     protected: int | None = None
 
 
-KEEP_ALL = Retention()
-
-
 def save_checkpoint(
     root: Path,
     step: int,
     groups: Groups,
     state: Mapping[str, Any],
     *,
-    retention: Retention = KEEP_ALL,
+    retention: Retention = Retention(),
     attached: Mapping[str, bytes] | None = None,
     control: Axis = ALONE,
     check: Callable[[], None] = lambda: None,
@@ -76,7 +73,7 @@ def save_checkpoint(
     """Write ``root/step-XXXXXXXX`` and remove old checkpoints. Collective: all ranks return or raise alike.
 
     Args:
-        groups: group (weights, optimizer) -> global name -> slices.
+        groups: group (weights, optimizer, clipper) -> global name -> slices.
         state: anything that JSON can hold; the first rank's counts.
         attached: name -> content of other files (the tokenizer); the first rank's counts.
         control: all ranks that save together.
@@ -107,14 +104,11 @@ def save_checkpoint(
     on_all(lambda: _make_folder(temporary, final, groups) if first else None)
     written = on_all(lambda: _write_share(temporary, groups, control.rank))
 
-    def commit() -> None:
-        files = {name: entry for share in written for name, entry in share.items()}
-        content = {"format": FORMAT, "step": step, "files": files, "tensors": _shapes(groups), "state": dict(state)}
-        _commit(temporary, final, content, attached or {})
-
-    # Not in on_all: whoever has taken the folder over may be writing under the same name, so nothing is removed.
+    # check is not in on_all: whoever has taken the folder over may be writing under the same name; nothing is removed.
     run_on_all_ranks(check, control)
-    on_all(lambda: commit() if first else None)
+    files = {name: entry for share in written for name, entry in share.items()}
+    content = {"format": FORMAT, "step": step, "files": files, "tensors": _shapes(groups), "state": dict(state)}
+    on_all(lambda: _commit(temporary, final, content, attached or {}) if first else None)
     if first:
         _remove_old(root, retention._replace(protected=protected()))
     return final
@@ -251,6 +245,7 @@ def _write_share(temporary: Path, groups: Groups, rank: int) -> dict[str, Any]:
 
 
 def _commit(temporary: Path, final: Path, manifest: dict[str, Any], attached: Mapping[str, bytes]) -> None:
+    """Write what is missing, then rename: before that nobody reads the folder, and the next start sweeps it up."""
     for name, content in attached.items():
         manifest["files"][name] = _write_durably(temporary / name, [content])
     content = encode_manifest(manifest)
@@ -258,7 +253,7 @@ def _commit(temporary: Path, final: Path, manifest: dict[str, Any], attached: Ma
         raise OSError(errno.EFBIG, f"a manifest of {len(content)} bytes could not be read again", MANIFEST)
     _write_durably(temporary / MANIFEST, [content])
     _sync_folder(temporary)
-    os.rename(temporary, final)
+    os.rename(temporary, final)  # the commit: from here on the checkpoint is resumed from
     try:
         _sync_folder(final.parent)
     except OSError as e:  # the checkpoint is there, but may be gone should the machine fail now

@@ -1,4 +1,4 @@
-"""Batches of samples. The whole state is one integer, the number of samples consumed, whatever the number of ranks."""
+"""Batches of samples. The loader's state is one integer: the samples consumed so far, whatever the number of ranks."""
 
 from collections.abc import Iterator
 from math import ceil

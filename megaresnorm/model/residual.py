@@ -62,7 +62,7 @@ class Residual(nn.Module):
 
     def open(self, stream: Stream) -> tuple[Tensor, BranchInput]:
         """The trunk x and the branch input u, from the stream."""
-        return self.add_norm(stream, next_norm=self._inner_norm())
+        return self.add_norm(stream, next_norm=self._norm_in_weights())
 
     def close_and_open(
         self, following: "Residual", x: Tensor, y: Tensor, masks: DropoutMasks | None
@@ -71,7 +71,7 @@ class Residual(nn.Module):
         return self.add_norm(
             self._pending(x, y),
             self.norm_out,
-            following._inner_norm(),
+            following._norm_in_weights(),
             branch_norm=self._fused_branch_norm(masks),
         )
 
@@ -109,7 +109,7 @@ class Residual(nn.Module):
         drops = masks is not None and self.dropout > 0.0
         return None if drops or self.token_gate is not None else self.norm_branch
 
-    def _inner_norm(self) -> NormWeights | None:
+    def _norm_in_weights(self) -> NormWeights | None:
         return None if self.norm_in is None else self.norm_in.weights(self.spec.norm_in_scale)
 
     def _pending(self, x: Tensor, y: Tensor) -> Stream:

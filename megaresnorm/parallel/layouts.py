@@ -3,7 +3,8 @@
 A branch always reads whole rows of all tokens, and the gradient that it sends back is this rank's partial sum; what it
 returns is a partial sum, too. A layout turns the stream into a branch's input and a branch's output into the stream, so
 that no branch names a collective. The first linear of a branch starts the collective that its input's gradient goes
-through (``Gathered``) before it computes its weight's gradient.
+through (``Gathered``) before it computes its weight's gradient; only under ``columns``, gather, the norm sends that
+gradient itself, when the linear is done.
 
 T tokens   D model dim   p ranks   d = D/p columns of a rank
 """

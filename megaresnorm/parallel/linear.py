@@ -79,8 +79,8 @@ class ColumnLinear(nn.Module):
         """This rank's outputs [T, out_dim / p] for whole rows x, which every rank has.
 
         Communication:
-            Nothing in forward; in backward the partial sums of x's gradient are reduced if a layout has gathered x, as
-            in ``linear``.
+            Nothing in forward; in backward the partial sums of x's gradient are reduced if x is ``Gathered``, as in
+            ``linear``.
         """
         return self.matmul(x, self.weight, self.bias)
 

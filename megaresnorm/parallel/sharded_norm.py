@@ -246,11 +246,12 @@ def columns_add_norm(
                 delta, branch_norm, axis, torch.promote_types(delta.dtype, torch.float32), norm_kernels
             )
         z = add_norm(x, delta, alpha=alpha, gate=gate, residual_dtype=residual_dtype, out_dtype=None).trunk
+        # Two norms in a row (norm_out, then the next norm_in), or a norm_out that no branch reads: the first by itself.
         if norm is not None and (next_norm is not None or out_dtype is None):
             z, norm = sharded_norm(z, norm, axis, residual_dtype, norm_kernels), None
         if out_dtype is None:
             return StreamOutput(z, None)
-        last = norm or next_norm
+        last = norm or next_norm  # post-norm: its output is trunk and branch input; pre-norm: of the branch input alone
         if last is None:
             return StreamOutput(z, Gathered.of(z.to(out_dtype), GATHER_COLUMNS, axis))
         if gather:

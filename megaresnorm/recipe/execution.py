@@ -54,7 +54,7 @@ class ParallelRecipe(Section):
     """Tensor parallel: ranks over which every matrix is sharded."""
     tensor_layout: Literal["full", "tokens", "columns"] = "full"
     """tp > 1: the residual stream is whole on every rank (full), sharded over the tokens (sequence parallel), or
-    sharded over the hidden dimension with merged statistics (columns)."""
+    sharded over the hidden dimension (columns)."""
     columns_norm: Literal["auto", "merge", "gather"] = "auto"
     """columns: merge statistics and gather normalised columns, or gather the stored stream; auto: gather where its type
     is that of compute, else merge."""
