@@ -35,7 +35,7 @@ class RunState(_Typed):
     Attributes:
         samples: how many have been read, which is the position in the data.
         skipped_in_a_row: refused steps up to here.
-        first_refused: steps done before the first one whose update was refused; checkpoints up to there are never pruned.
+        first_refused: steps done before the first whose update was refused; checkpoints up to there are not pruned.
         train_loss: of the last step that was applied, in nats a token.
         recipe: the resolved recipe.
         data: digest of the token files.

@@ -58,13 +58,16 @@ class Retention(NamedTuple):
     protected: int | None = None
 
 
+THE_NEWEST_TWO = Retention()
+
+
 def save_checkpoint(
     root: Path,
     step: int,
     groups: Groups,
     state: Mapping[str, Any],
     *,
-    retention: Retention = Retention(),
+    retention: Retention = THE_NEWEST_TWO,
     attached: Mapping[str, bytes] | None = None,
     control: Axis = ALONE,
     check: Callable[[], None] = lambda: None,

@@ -93,7 +93,7 @@ class NativeEngine:
     def step(self, microbatches: Iterable[Batch], lr: float, accept: Callable[[GradientStats], Decision]) -> StepStats:
         """Accumulate the gradients of one global batch in FP32, ask ``accept``, clip and update. Collective.
 
-        1. Count the valid tokens of the whole batch (dp): the loss is their sum divided by that, however unequal parts are.
+        1. Count the valid tokens of the whole batch (dp): the loss is a sum divided by that, however unequal its parts.
         2. Forward and backward of every microbatch, or the pipeline's schedule (tp and pp inside; dp as ``grad_sync``).
         3. Add up what dp does not: partial sums over tp, tied embeddings over the first and last stage.
         4. Norms of all gradients (model_shards, pp); ``accept`` decides, from the same numbers on every rank.
