@@ -1,7 +1,7 @@
-# Sourced by the scripts here: make_environment chooses the environment that they run in, VENV, and makes it where there is none.
-# .venv, or a folder that is new or empty, gets what requirements.lock and constraints.txt name, once; PYTHON=... chooses the
-# interpreter (3.10 or newer, with pip). Every other environment is used as it is, without network, and nothing is installed
-# into it: one that VENV=... names, or one that is activated and has all that is needed.
+# Sourced by the scripts here: make_environment chooses the environment that they run in, VENV, and makes it where there
+# is none. .venv, or a folder that is new or empty, gets what requirements.lock and constraints.txt name, once;
+# PYTHON=... chooses the interpreter (3.10 or newer, with pip). Every other environment is used as it is, without
+# network, and nothing is installed into it: one that VENV=... names, or one that is activated and has all that is needed.
 
 say() { printf '\n==> %s\n' "$*"; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
@@ -53,8 +53,8 @@ contents() { # $1: extras. One line: Python and torch of $VENV, or on stderr wha
 is_ours() { # $1: extras. Whether packages may be installed into $VENV
   is_empty "$VENV" || [ -f "$VENV/.megaresnorm" ] && return
   [ -f "$VENV/pyvenv.cfg" ] || return 1
-  # Made here before there was that file; or it is the usual folder and not ready, and no other torch is there than a build of
-  # the pinned version (one for CPUs only saves gigabytes), which is kept.
+  # Made here before there was that file; or it is the usual folder and not ready, and no other torch is there than a
+  # build of the pinned version (one for CPUs only saves gigabytes), which is kept.
   [ -f "$VENV/.megaresnorm-run" ] || [ -f "$VENV/.megaresnorm-dev" ] \
     || { [ "$VENV" = .venv ] && has_pip && ! contents "$1" >/dev/null 2>&1 && has_no_other_torch; } || return 1
   touch "$VENV/.megaresnorm"
@@ -88,7 +88,7 @@ install_what_is_missing() { # $1: extras. Of an environment of our own; what dev
   local install=(env -u PYTHONPATH "$VENV/bin/python" -I -m pip install --quiet --disable-pip-version-check)
   say "installing what requirements.lock names, each file checked by its digest"
   "${install[@]}" --require-hashes --no-deps --requirement requirements.lock || cannot_install
-  # Before any package that could decide which one is taken. A build of the pinned version that is there already is kept.
+  # Before any package that could decide which one is taken. A build of the pinned version that is there is kept.
   say "installing torch (the pinned version; a minute or more)"
   "${install[@]}" --constraint constraints.txt torch || cannot_install
   say "installing megaresnorm${1:+ with the extras $1}"
@@ -110,7 +110,8 @@ make_venv() { # a virtual environment with pip in $VENV; one of ours that was no
   # Of one that was only adopted the file is empty: it is never removed.
   is_empty "$VENV" || [ -s "$VENV/.megaresnorm" ] \
     || fail "$VENV exists and is not a virtual environment; set VENV=another-folder"
-  command -v "$PYTHON" >/dev/null || fail "$PYTHON not found; install Python 3.10 or newer, or set PYTHON=/path/to/python3"
+  command -v "$PYTHON" >/dev/null \
+    || fail "$PYTHON not found; install Python 3.10 or newer, or set PYTHON=/path/to/python3"
   check_version "$PYTHON"
   say "making $VENV with $("$PYTHON" --version)"
   empty_venv
@@ -118,7 +119,8 @@ make_venv() { # a virtual environment with pip in $VENV; one of ours that was no
   # Some distributions ship python3 without what the venv module needs to bring pip.
   say "the venv module cannot bring pip here; trying virtualenv"
   empty_venv
-  { "$PYTHON" -m pip install --quiet --user virtualenv || "$PYTHON" -m pip install --quiet --user --break-system-packages virtualenv; } \
+  { "$PYTHON" -m pip install --quiet --user virtualenv \
+    || "$PYTHON" -m pip install --quiet --user --break-system-packages virtualenv; } \
     && "$PYTHON" -m virtualenv --quiet "$VENV" \
     || fail "cannot make a virtual environment; install python3-venv (Debian, Ubuntu) or virtualenv"
 }

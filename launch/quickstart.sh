@@ -20,6 +20,7 @@ say "done in $((SECONDS - started)) s
     curves:   $VENV/bin/python -m tensorboard.main --logdir runs/quickstart
     go on:    bash launch/quickstart.sh train.steps=2000
     write:    ${MEGARESNORM[*]} generate runs/quickstart/deepnorm-50 --prompt 'import os' --top-p 0.95
-    export:   $VENV/bin/python -m pip install -q -c constraints.txt transformers && ${MEGARESNORM[*]} convert to-hf runs/quickstart/deepnorm-50 runs/quickstart/hf
+    export:   $VENV/bin/python -m pip install -q -c constraints.txt transformers
+              ${MEGARESNORM[*]} convert to-hf runs/quickstart/deepnorm-50 runs/quickstart/hf
     compare:  bash launch/quickstart.sh model.topology=keel train.output=runs/quickstart/keel-50
     probe:    ${MEGARESNORM[*]} depth --probe --topologies post,deepnorm,keel"

@@ -10,7 +10,8 @@ help_if_asked "$@"
 make_environment dev
 say "ruff"
 "$VENV/bin/python" -m ruff check .
-"$VENV/bin/python" -m ruff format --check --quiet . || fail "files are not formatted; run: $VENV/bin/python -m ruff format ."
+"$VENV/bin/python" -m ruff format --check --quiet . \
+  || fail "files are not formatted; run: $VENV/bin/python -m ruff format ."
 say "codespell"
 "$VENV/bin/codespell"
 say "mypy"
@@ -19,6 +20,7 @@ say "pytest"
 [ $# -eq 0 ] || exec "$VENV/bin/python" -m pytest -q "$@"
 usual="not slow and not gpu and not te and not apex"
 workers=$(nproc 2>/dev/null || echo 2)
-OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest -q -n "$((workers < 4 ? workers : 4))" --dist worksteal -m "$usual and not alone"
+OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest -q -n "$((workers < 4 ? workers : 4))" --dist worksteal \
+  -m "$usual and not alone"
 say "pytest, one after the other: tests that start several ranks"
 "$VENV/bin/python" -m pytest -q -m "$usual and alone"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train a recipe on several ranks, of one node or of many; the arguments are those of megaresnorm train.
 #   bash launch/torchrun.sh configs/quickstart.yaml parallel.tp=2
-#   NODES=4 NODE_RANK=0 MASTER_ADDR=node0 bash launch/torchrun.sh configs/quickstart.yaml parallel.tp=8   # on every node
+#   NODES=4 NODE_RANK=0 MASTER_ADDR=node0 bash launch/torchrun.sh configs/quickstart.yaml parallel.tp=8  # on every node
 #   NODES=2:4 MASTER_ADDR=node0 bash launch/torchrun.sh ...   # elastic: from 2 to 4 nodes, which may come and go
 # A rank that dies is started again with all others, and they go on from the newest checkpoint.
 # SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint on the step at hand, however long that takes; a second one ends at once.
@@ -11,7 +11,8 @@
 #   MASTER_ADDR MASTER_PORT   where node 0 can be reached [localhost, 29500]
 #   JOB_ID           name of the job, the same on all nodes and no other job's [from MASTER_ADDR and MASTER_PORT]
 #   MAX_RESTARTS     how often ranks are started again without a new checkpoint [3]
-#   VENV             the environment to use [.venv]; nodes that share a folder must not make it at once: start one node's script first
+#   VENV             the environment to use [.venv]; nodes that share a folder must not make it at once: start one
+#                    node's script first
 # Exit codes are those of megaresnorm train (see its --help).
 set -euo pipefail
 started_in=$PWD
@@ -23,5 +24,6 @@ make_environment ""
 
 case "$VENV" in /*) ;; *) VENV=$PWD/$VENV ;; esac
 cd "$started_in"
-# From here on one process hears signals for all ranks: bash could not, where it was started with them ignored (cron, scripts).
+# From here on one process hears signals for all ranks: bash could not, where it was started with them ignored (cron,
+# scripts).
 exec "$VENV/bin/python" -m megaresnorm.resilience.supervisor "$@"
