@@ -1,7 +1,8 @@
 # Sourced by the scripts here: make_environment chooses the environment that they run in, VENV, and makes it where there
 # is none. .venv, or a folder that is new or empty, gets what requirements.lock and constraints.txt name, once;
 # PYTHON=... chooses the interpreter (3.10 or newer, with pip). Every other environment is used as it is, without
-# network, and nothing is installed into it: one that VENV=... names, or one that is activated and has all that is needed.
+# network, and nothing is installed into it: one that VENV=... names, or one that is activated and has all that is
+# needed.
 
 say() { printf '\n==> %s\n' "$*"; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
