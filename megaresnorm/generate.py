@@ -32,8 +32,7 @@ def generate(
     """Continue ``prompt``, or start a new document where it is empty. Ends early at the end of a document.
 
     Args:
-        num_tokens: most tokens to generate.
-        temperature, top_k, top_p, seed, cache: as in ``generate_tokens``.
+        num_tokens: most tokens to generate. What follows is as in ``generate_tokens``.
 
     Returns:
         Prompt and continuation.

@@ -72,7 +72,8 @@ class Saver:
         """Begin a checkpoint, or write it; a failure is a warning unless it was one too many.
 
         Args:
-            state, attached: as for ``save_checkpoint``.
+            state: as for ``save_checkpoint``.
+            attached: likewise.
 
         Raises:
             TrainingError: ``max_failures`` checkpoints in a row could not be written; on all ranks at the same step.

@@ -22,8 +22,8 @@ def rotate(x_BSNH: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
     """Rotate every head by its position; computed in the tables' type, returned in x's.
 
     Args:
-        cos_SH, sin_SH: [S, H] or [B, S, H]. The first half of ``sin`` along H is negative, as
-            model/rotary.py makes it.
+        cos_SH: [S, H] or [B, S, H].
+        sin_SH: likewise; its first half along H is negative, as model/rotary.py makes it.
     """
     exchanged = x_BSNH.roll(x_BSNH.shape[-1] // 2, dims=-1)
     return torch.addcmul(x_BSNH * cos_SH.unsqueeze(-2), exchanged, sin_SH.unsqueeze(-2)).to(x_BSNH.dtype)

@@ -202,7 +202,8 @@ def tensor_layout(
 
     Args:
         name: full, tokens or columns.
-        gather, norm_kernels: those of ``ColumnsLayout``; the other layouts do not need them.
+        gather: as of ``ColumnsLayout``; the other layouts do not need it.
+        norm_kernels: likewise.
     """
     if name == "columns":
         return ColumnsLayout(axis, gather=gather, norm_kernels=norm_kernels)

@@ -79,7 +79,8 @@ class Pipeline:
         """One batch through all stages, forward and (for gradients) backward, in equal microbatches.
 
         Args:
-            tokens, labels: [M * B, S] for M microbatches.
+            tokens: [M * B, S] for M microbatches.
+            labels: likewise.
             loss: (logits, labels) of a microbatch -> the objective; called on the last stage alone.
             backward: False for evaluation.
             **arguments: given to every stage; tensors are split along dim 0 as the tokens are.

@@ -10,8 +10,9 @@ def split_blocks(num_blocks: int, num_stages: int, *, block: float, first: float
 
     Args:
         block: cost of one block.
-        first, last: costs of what the first and the last stage have beside blocks. A stage without blocks is possible
-            at the ends only where these outweigh one block.
+        first: cost of what the first stage has beside blocks. A stage without blocks is possible at the ends only
+            where this outweighs one block.
+        last: the same of the last stage.
 
     >>> split_blocks(10, 4, block=1.0, first=0.0, last=2.0)
     [range(0, 3), range(3, 6), range(6, 9), range(9, 10)]

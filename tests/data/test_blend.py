@@ -91,7 +91,7 @@ def test_order_is_the_same_on_one_and_four_ranks(blended):
 
     def read(size, rank):
         data = Axis("dp", size, rank)
-        return list(microbatches(samples, 64, 64, 4, replace(ParallelContext.single(), data=data, world=data), CPU))
+        return list(microbatches(samples, 64, 64, 4, replace(ParallelContext.single(), dp=data, world=data), CPU))
 
     one = {int(i): row for b in read(1, 0) for i, row in zip(b.samples, b.tokens, strict=True)}
     four = {int(i): row for rank in range(4) for b in read(4, rank) for i, row in zip(b.samples, b.tokens, strict=True)}

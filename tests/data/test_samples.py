@@ -94,7 +94,7 @@ def test_batches_do_not_depend_on_ranks_or_microbatches(samples):
     halves = []
     for rank in range(2):
         data = Axis("dp", 2, rank)
-        halves += read(replace(ParallelContext.single(), data=data, world=data), 6)
+        halves += read(replace(ParallelContext.single(), dp=data, world=data), 6)
     rows = {int(i): row for b in halves for i, row in zip(b.samples, b.tokens, strict=True)}
     assert all(torch.equal(rows[int(i)], row) for i, row in zip(single.samples, single.tokens, strict=True))
 

@@ -88,7 +88,8 @@ def add_norm(
     The amax is computed for FP8, and for out_dtype None with a next_norm: then ``fp8.norm_quant`` can scale by it.
 
     Args:
-        x_TD, delta_TD: residual stream and branch output, in any two floating types; delta may be None (no add).
+        x_TD: the residual stream, in any floating type.
+        delta_TD: a branch's output, in any floating type; None for no add.
         gate: a number, or a learned scalar [1] or vector [D].
         out_dtype: None where nobody reads the branch input. With float8_e4m3fn the branch input is fp8_scale times the
             value, saturating at 448, and its gradient is taken to be that of the value. Autograd casts the gradient of

@@ -62,7 +62,8 @@ def shard_apply(
 
     Args:
         statistics_T2: of whole rows, from ``merge_stats``.
-        weight, bias: [d], this rank's slices.
+        weight: [d], this rank's slice.
+        bias: likewise.
     """
     unit = _unit(z_Td, statistics_T2, kind)
     y = unit * weight if bias is None else torch.addcmul(bias, unit, weight)
