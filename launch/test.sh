@@ -13,7 +13,7 @@ say "ruff"
 "$VENV/bin/python" -m ruff format --check --quiet . \
   || fail "files are not formatted; run: $VENV/bin/python -m ruff format ."
 say "codespell"
-"$VENV/bin/codespell"
+"$VENV/bin/python" -m codespell_lib
 say "mypy"
 "$VENV/bin/python" -m mypy
 say "pytest"

@@ -6,7 +6,7 @@ The public names below are loaded on first use; importing the package needs noth
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _PUBLIC = {
     "Recipe": "megaresnorm.recipe",
@@ -15,7 +15,7 @@ _PUBLIC = {
     "Topology": "megaresnorm.model.topology",
     "ResidualSpec": "megaresnorm.model.topology",
     "Position": "megaresnorm.model.topology",
-    "Stream": "megaresnorm.model.residual",
+    "Stream": "megaresnorm.model.stream",
     "Transformer": "megaresnorm.model.transformer",
     "parameter_table": "megaresnorm.model.parameters",
     "add_norm": "megaresnorm.kernels.add_norm.reference",
@@ -25,6 +25,7 @@ _PUBLIC = {
     "configure_logging": "megaresnorm.telemetry.log",
     "to_hf": "megaresnorm.convert.to_hf",
     "from_hf": "megaresnorm.convert.from_hf",
+    "ExportSettings": "megaresnorm.convert.export",
     "UserError": "megaresnorm.errors",
 }
 __all__ = ["__version__", *_PUBLIC]

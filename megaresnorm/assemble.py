@@ -27,7 +27,7 @@ from megaresnorm.parallel.layouts import TensorLayout, tensor_layout
 from megaresnorm.parallel.mesh import ParallelContext
 from megaresnorm.parallel.sharded_norm import sharded_norm
 from megaresnorm.parallel.stages import stages_of_rank
-from megaresnorm.parallel.vocab import vocab_parallel_cross_entropy
+from megaresnorm.parallel.vocab import first_row, vocab_parallel_cross_entropy
 from megaresnorm.precision.bf16 import Bf16Weights
 from megaresnorm.precision.dtypes import DTYPES, weight_dtype
 from megaresnorm.recipe import KernelRecipe, ModelRecipe, ParallelRecipe, PrecisionRecipe
@@ -127,9 +127,7 @@ def build_model(
             raise ConfigError(
                 f"kernels.cross_entropy={kernels.cross_entropy} has no effect under parallel.tp; use auto"
             )
-        cross_entropy = vocab_parallel_cross_entropy(
-            context.tp, context.tp.rank * (recipe.padded_vocab_size // context.tp.size)
-        )
+        cross_entropy = vocab_parallel_cross_entropy(context.tp, first_row(recipe.padded_vocab_size, context.tp))
         choices["cross_entropy"] = f"cross_entropy on {device.type}: vocabulary sharded over {context.tp.size} ranks"
     functions = {op: kernel.function for op, (kernel, _) in chosen.items()}
     model_kernels = _model_kernels(functions, layout, norm_kernels, stored, compute)

@@ -15,9 +15,9 @@ from megaresnorm.assemble import Assembled, build_model, compare_kernels
 from megaresnorm.checkpoint.manifest import weights_digest
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.resume import check_same_run, open_newest, open_weights
+from megaresnorm.checkpoint.retention import Retention
 from megaresnorm.checkpoint.saver import Saver
 from megaresnorm.checkpoint.state import RunState, state_of
-from megaresnorm.checkpoint.writer import Retention
 from megaresnorm.data.loader import Batch, microbatches
 from megaresnorm.data.samples import Samples
 from megaresnorm.engines.native import NativeEngine

@@ -30,12 +30,13 @@ LOST_NEIGHBOUR = "Connection closed by peer"
 def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300.0) -> list[Any]:
     """Call ``function(rank, *arguments)`` on every rank of a new gloo process group on this host.
 
-    The ranks are forked, so ``function`` may be a closure; the caller must have no process group of its own.
+    The ranks are forked, so ``function`` may be a closure; the caller must have no process group of its own, must not
+    have used a GPU, and should have no other threads.
 
     Args:
         num_ranks: how many ranks there are.
-        function: what each of them calls. It may return numbers, strings, None and tensors, and lists, tuples and
-            dictionaries of these.
+        function: what each of them calls. It may return Python's own numbers and strings, None and tensors, and lists,
+            tuples and dictionaries of these; a named tuple as ``_asdict()``.
         *arguments: its further arguments.
         timeout: seconds after which ranks that have not ended are killed.
 
@@ -103,17 +104,18 @@ def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
     >>> _unpacked(_packed((1, [{"a": None, 2: 0.5}]), {}), {})
     (1, [{'a': None, 2: 0.5}])
     """
-    if value is None or isinstance(value, bool | int | float | str):
+    kind = type(value)  # not isinstance: a named tuple would come back as a plain one, an enum as a string
+    if value is None or kind in (bool, int, float, str):
         return value
     if isinstance(value, Tensor):
         name = str(len(tensors))
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return ["tensor", name]
-    if isinstance(value, dict):
+    if kind is dict:
         return ["dict", [[_packed(key, tensors), _packed(item, tensors)] for key, item in value.items()]]
-    if isinstance(value, list | tuple):
-        return ["tuple" if isinstance(value, tuple) else "list", [_packed(item, tensors) for item in value]]
-    raise TypeError(f"a rank cannot return a {type(value).__name__}; return numbers, strings, tensors or lists of them")
+    if kind in (list, tuple):
+        return [kind.__name__, [_packed(item, tensors) for item in value]]
+    raise TypeError(f"a rank cannot return a {kind.__name__}; return numbers, strings, tensors, or lists of them")
 
 
 def _unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:

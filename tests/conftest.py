@@ -15,7 +15,7 @@ def pytest_collection_modifyitems(items):
     """Tests that start ranks take all cores by themselves, and wait for each other longer beside others that do."""
     for item in items:
         module = getattr(item, "module", None)
-        if hasattr(module, "run_ranks") or hasattr(module, "Launched"):
+        if any(hasattr(module, name) for name in ("run_ranks", "outcomes", "Launched")):
             item.add_marker(pytest.mark.alone)
 
 

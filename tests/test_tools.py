@@ -28,7 +28,7 @@ def help_of(script: Path, said: Path) -> None:
 def test_help(script, tmp_path):
     process = mp.get_context("fork").Process(target=help_of, args=(TOOLS / script, tmp_path / "said"))
     process.start()
-    process.join()
+    process.join(60)
     assert process.exitcode == 0 and "usage:" in (tmp_path / "said").read_text()
 
 

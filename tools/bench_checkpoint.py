@@ -24,8 +24,9 @@ from torch import Tensor
 
 from megaresnorm.assemble import build_model
 from megaresnorm.checkpoint.reader import Checkpoint
+from megaresnorm.checkpoint.retention import Retention
 from megaresnorm.checkpoint.saver import Saver
-from megaresnorm.checkpoint.writer import Retention, bytes_of
+from megaresnorm.checkpoint.writer import bytes_of
 from megaresnorm.engines.native import NativeEngine
 from megaresnorm.parallel.mesh import Axis
 from megaresnorm.recipe.load import build_recipe

@@ -12,7 +12,8 @@ trap 'rm -rf "$work"' EXIT
 "$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check uv
 torch=torch==${TORCH:-$(sed -nE 's/^torch==([0-9.]+).*/\1/p' constraints.txt)}
 compile() { # for every platform and every Python from 3.10 on; $1: file to write; setuptools builds the package
-  printf '%s\n' "$torch" "setuptools>=77" | "$work/venv/bin/uv" pip compile pyproject.toml - --quiet --universal --python-version 3.10 \
+  printf '%s\n' "$torch" "setuptools>=77" \
+    | "$work/venv/bin/uv" pip compile pyproject.toml - --quiet --universal --python-version 3.10 \
     --no-header --no-annotate --output-file "$@" >/dev/null
 }
 without() { awk -v names="^($1)" '/^[^ ]/ { wanted = $0 !~ names } wanted' "$2"; } # entries may have several lines
@@ -24,8 +25,8 @@ compile "$work/requirements.lock" --constraint "$work/constraints.txt" --generat
 {
   cat <<'TEXT'
 # Versions that the tests ran with, of all that pyproject.toml names with the extra dev and of what that needs in turn.
-# Not here: triton and the CUDA packages. A build of torch names its own exactly, and each build has others; where it names
-# none (one for CPUs only), the tests take the newest triton.
+# Not here: triton and the CUDA packages. A build of torch names its own exactly, and each build has others; where it
+# names none (one for CPUs only), the tests take the newest triton.
 # Made by tools/lock.sh; change a version with: bash tools/lock.sh --upgrade-package NAME
 TEXT
   without 'triton==|nvidia-|cuda-' "$work/constraints.txt"
@@ -33,10 +34,11 @@ TEXT
 cp "$work/new" constraints.txt
 {
   cat <<'TEXT'
-# What launch/quickstart.sh and launch/torchrun.sh install, with the digests of all files of each version: every platform, Python 3.10 on.
-# Not here: torch, with triton and the CUDA packages that it brings. Which build fits depends on the machine (for CPUs only, for
-# one CUDA or another), each has its own file and other packages, and most come from an index of PyTorch's. So torch has its
-# version from constraints.txt, and no digest; all other packages that it needs are here.
+# What launch/quickstart.sh and launch/torchrun.sh install, with the digests of all files of each version: every
+# platform, Python 3.10 on.
+# Not here: torch, with triton and the CUDA packages that it brings. Which build fits depends on the machine (for CPUs
+# only, for one CUDA or another), each has its own file and other packages, and most come from an index of PyTorch's. So
+# torch has its version from constraints.txt, and no digest; all other packages that it needs are here.
 # Made by tools/lock.sh from pyproject.toml and constraints.txt; make it again with: bash tools/lock.sh
 TEXT
   without 'torch==|triton==|nvidia-|cuda-' "$work/requirements.lock"

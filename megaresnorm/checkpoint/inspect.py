@@ -21,8 +21,8 @@ from megaresnorm.checkpoint.format import (
 )
 from megaresnorm.checkpoint.manifest import missing_files, read_manifest, unreadable
 from megaresnorm.checkpoint.reader import Checkpoint, verify_file
+from megaresnorm.checkpoint.retention import Retention, superfluous
 from megaresnorm.checkpoint.state import state_of
-from megaresnorm.checkpoint.writer import Retention, superfluous
 from megaresnorm.errors import CheckpointError
 from megaresnorm.parallel.control import ALONE, run_on_all_ranks
 from megaresnorm.parallel.mesh import Axis

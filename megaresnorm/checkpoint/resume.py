@@ -19,7 +19,6 @@ from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import differences
 
 log = logging.getLogger(__name__)
-
 # What a resumed run must share with its checkpoint. The folder of the data may move: its content is compared.
 FIXED_ON_RESUME = (
     "model.",

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from megaresnorm.checkpoint.format import Groups, TensorSlices
-from megaresnorm.checkpoint.writer import Retention, save_checkpoint
+from megaresnorm.checkpoint.retention import Retention
+from megaresnorm.checkpoint.writer import save_checkpoint
 from megaresnorm.errors import CheckpointError, NonFiniteError, NonFiniteTensorError, TrainingError
 from megaresnorm.parallel.mesh import Axis
 

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,36 +29,18 @@ from megaresnorm.checkpoint.format import (
     folder_name,
     human_bytes,
     is_finite,
-    list_checkpoints,
 )
-from megaresnorm.checkpoint.manifest import encode_manifest, missing_files, plausible, read_manifest
+from megaresnorm.checkpoint.manifest import encode_manifest, plausible
+from megaresnorm.checkpoint.retention import THE_NEWEST_TWO, Retention, remove_old
 from megaresnorm.errors import CheckpointError, NonFiniteTensorError
 from megaresnorm.parallel.control import ALONE, run_on_all_ranks
 from megaresnorm.parallel.mesh import Axis
 
 log = logging.getLogger(__name__)
-
 FILE_BYTES = 1 << 30  # tensors are gathered into files of about this size, which ranks verify in parallel
 FILE_TENSORS = 10_000  # in a file; a reader still accepts a header of so many
 WRITE_BYTES = 1 << 24
 T = TypeVar("T")
-
-
-class Retention(NamedTuple):
-    """Which checkpoints stay when old ones are removed.
-
-    Attributes:
-        newest: so many whole ones, at least 2.
-        every: those of steps that this divides.
-        protected: those up to this step, which may be the last good ones.
-    """
-
-    newest: int = 2
-    every: int | None = None
-    protected: int | None = None
-
-
-THE_NEWEST_TWO = Retention()
 
 
 def save_checkpoint(
@@ -109,11 +91,11 @@ def save_checkpoint(
 
     # check is not in on_all: whoever has taken the folder over may be writing under the same name; nothing is removed.
     run_on_all_ranks(check, control)
-    files = {name: entry for share in written for name, entry in share.items()}
-    content = {"format": FORMAT, "step": step, "files": files, "tensors": _shapes(groups), "state": dict(state)}
-    on_all(lambda: _commit(temporary, final, content, attached or {}) if first else None)
+    on_all(
+        lambda: _commit(temporary, final, _manifest(step, written, groups, state), attached or {}) if first else None
+    )
     if first:
-        _remove_old(root, retention._replace(protected=protected()))
+        remove_old(root, retention._replace(protected=protected()))
     return final
 
 
@@ -127,34 +109,6 @@ def free_bytes(root: Path) -> int:
     while not root.exists():
         root = root.parent
     return shutil.disk_usage(root).free
-
-
-def superfluous(root: Path, retention: Retention, whole: Callable[[Path], bool]) -> list[Path]:
-    """The checkpoints that need not stay, oldest first. One that is not ``whole`` does not count as one that stays."""
-    found, staying = list[Path](), 0
-    for step, path in reversed(list_checkpoints(root)):
-        stays = (retention.every and step % retention.every == 0) or (
-            retention.protected is not None and step <= retention.protected
-        )
-        if staying >= retention.newest and not stays:
-            found.insert(0, path)
-        else:
-            staying += whole(path)
-    return found
-
-
-def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint. A failure is a warning; links are left alone.
-
-    It is renamed first, so that one that is half gone is no checkpoint any more.
-    """
-    try:
-        if not path.is_symlink():
-            gone = path.with_name(f"{UNFINISHED}{path.name}")
-            os.rename(path, gone)
-            shutil.rmtree(gone)
-    except OSError as e:
-        log.warning("warning: %s: an old checkpoint cannot be removed (%s)", path, e.strerror)
 
 
 def write_tensors(path: Path, parts: Sequence[tuple[str, TensorSlices]], *, finite: bool = False) -> dict[str, Any]:
@@ -216,14 +170,6 @@ def sweep(root: Path) -> None:
         shutil.rmtree(left)
 
 
-def _remove_old(root: Path, retention: Retention) -> None:
-    try:
-        for old in superfluous(root, retention, has_its_files):
-            remove_checkpoint(old)
-    except CheckpointError as e:  # the new checkpoint is there all the same
-        log.warning("warning: old checkpoints are not removed: %s", e)
-
-
 def _make_folder(temporary: Path, final: Path, groups: Groups) -> None:
     """Make the temporary folder, if there is room and nothing is in the way."""
     root = final.parent
@@ -245,6 +191,11 @@ def _write_share(temporary: Path, groups: Groups, rank: int) -> dict[str, Any]:
             path = temporary / f"{group}-{rank:05d}-{number:05d}.safetensors"
             files[path.name] = write_tensors(path, part, finite=group in FINITE)
     return files
+
+
+def _manifest(step: int, written: list[dict], groups: Groups, state: Mapping[str, Any]) -> dict[str, Any]:
+    files = {name: entry for share in written for name, entry in share.items()}
+    return {"format": FORMAT, "step": step, "files": files, "tensors": _shapes(groups), "state": dict(state)}
 
 
 def _commit(temporary: Path, final: Path, manifest: dict[str, Any], attached: Mapping[str, bytes]) -> None:
@@ -337,11 +288,3 @@ def _sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def has_its_files(folder: Path) -> bool:
-    """Whether all files are there, with the sizes in the manifest. Their content was verified as they were written."""
-    try:
-        return not missing_files(folder, read_manifest(folder))
-    except CheckpointError:
-        return False

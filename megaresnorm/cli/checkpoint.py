@@ -223,7 +223,7 @@ def _diff(arguments: argparse.Namespace) -> int:
 def _prune(arguments: argparse.Namespace) -> int:
     from megaresnorm.checkpoint.format import checkpoints_of
     from megaresnorm.checkpoint.inspect import first_refused, num_bytes, prunable, run_of
-    from megaresnorm.checkpoint.writer import Retention, remove_checkpoint
+    from megaresnorm.checkpoint.retention import Retention, remove_checkpoint
     from megaresnorm.resilience.lock import FolderLock
     from megaresnorm.telemetry.log import Table, console, progress_bar
 

@@ -70,11 +70,20 @@ class Export:
 
 
 @contextmanager
-def export(native: NativeModel, match: Match, out: Path, settings: ExportSettings) -> Iterator[Export]:
+def export(
+    native: NativeModel,
+    match: Match,
+    out: Path,
+    settings: ExportSettings,
+    check: Callable[[int], None] = lambda num_elements: None,
+) -> Iterator[Export]:
     """Write weights and tokenizer; the caller adds what else the folder needs, and ``out`` appears when the block ends.
 
     Yields:
         The folder that is being written.
+
+    Args:
+        check: called with the number of elements of all tensors, before anything is written.
 
     Raises:
         ConfigError: there is no space.
@@ -85,6 +94,7 @@ def export(native: NativeModel, match: Match, out: Path, settings: ExportSetting
     tensors = list(weight_tensors(native, match, dtype, settings.max_memory // 8))
     num_bytes = sum(tensor.num_bytes for tensor in tensors)
     check_space(out, num_bytes)
+    check(num_bytes // dtype.itemsize)
     with new_folder(out) as folder:
         write_weights(folder, tensors, settings.max_shard_bytes, settings.progress("writing", num_bytes))
         if tokenizer is not None:

@@ -72,10 +72,12 @@ def to_hf(
     refuse_existing(out)
     native = NativeModel(checkpoint, settings.progress("verifying the checkpoint", 0))
     match = match_family(native.recipe, arch)
-    if verify:
-        num_elements = sum(spec.num_elements for spec in native.table.values())
-        check_memory(4 * num_elements, native.recipe.vocab_size or 0)
-    with export(native, match, out, settings) as made:
+
+    def check(num_elements: int) -> None:
+        if verify:
+            check_memory(4 * num_elements, native.recipe.vocab_size or 0)
+
+    with export(native, match, out, settings, check) as made:
         write_config(made)
         agreement, rounding = verify_export(made, tolerance) if verify else (None, None)
         files = len(list(made.folder.glob("model*.safetensors")))

@@ -21,7 +21,7 @@ from megaresnorm.parallel.branch_input import BranchInput
 from megaresnorm.parallel.layouts import FullLayout, TensorLayout
 from megaresnorm.parallel.linear import ColumnLinear
 from megaresnorm.parallel.mesh import Axis
-from megaresnorm.parallel.vocab import Embedding, VocabEmbedding
+from megaresnorm.parallel.vocab import Embedding, VocabEmbedding, first_row
 from megaresnorm.recipe import ModelRecipe
 
 
@@ -179,7 +179,7 @@ class Transformer(nn.Module):
     @property
     def first_logit(self) -> int:
         """The token id of this rank's first logit."""
-        return self.layout.axis.rank * (self.recipe.padded_vocab_size // self.layout.axis.size)
+        return first_row(self.recipe.padded_vocab_size, self.layout.axis)
 
     def _add_positions(self, x_TD: Tensor, rows: SequenceInfo) -> Tensor:
         assert self.positions is not None

@@ -115,14 +115,14 @@ class ParallelContext:
             name: Axis(name, size, mesh.get_local_rank(name), mesh.get_group(name)) if size > 1 else Axis(name)
             for name, size in zip(MESH_AXES, shape, strict=True)
         }
-        tp = axes["tp"]
-        if device_type == "cpu" and tp.group is not None:
-            memory = SharedMemory.open(tp.group, tp.rank, tp.size)
-            if memory is not None:
-                axes["tp"] = replace(tp, transport=OneHost(memory, Gloo(tp.group, tp.rank, tp.size)))
         together = {"dp": [1, 2], "model_shards": [2, 4], "world": [0, 1, 2, 3, 4]}
         axes |= {name: _axis(name, ranks, dims) for name, dims in together.items()}
         axes["embedding"] = _axis("embedding", ranks[[0, -1]], [0]) if sizes.pp > 1 else Axis("embedding")
+        axes = {name: _sending(axis, device_type) for name, axis in axes.items()}
+        tp = axes["tp"]
+        if isinstance(tp.transport, Gloo) and tp.group is not None:
+            memory = SharedMemory.open(tp.group, tp.rank, tp.size)
+            axes["tp"] = tp if memory is None else replace(tp, transport=OneHost(memory, tp.transport))
         everyone = dist.new_group(backend="gloo", timeout=WRITING)
         axes["control"] = Axis("control", sizes.num_ranks, dist.get_rank(), everyone)
         return cls(**axes, mesh=mesh)
@@ -131,6 +131,13 @@ class ParallelContext:
     def is_first_rank(self) -> bool:
         """True on the one rank that logs and writes metrics."""
         return self.world.rank == 0
+
+
+def _sending(axis: Axis, device_type: str) -> Axis:
+    """The axis with the transport for tensors of the run's device, whatever else its group could send."""
+    if axis.group is None:
+        return axis
+    return replace(axis, transport=transport_of(axis.group, axis.rank, axis.size, device_type))
 
 
 def _axis(name: str, ranks: torch.Tensor, dims: Sequence[int]) -> Axis:

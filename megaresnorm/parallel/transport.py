@@ -49,9 +49,16 @@ class Transport(Protocol):
         """
 
 
-def transport_of(group: dist.ProcessGroup, rank: int, size: int) -> Transport:
-    """The transport of a process group, by its backend."""
-    return Nccl(group, size) if dist.get_backend(group) == "nccl" else Gloo(group, rank, size)
+def transport_of(group: dist.ProcessGroup, rank: int, size: int, device_type: str | None = None) -> Transport:
+    """The transport of a process group.
+
+    Args:
+        device_type: of the tensors that are sent; None: cuda where the group's backend is nccl alone. A group that a
+            program has made for both kinds of devices does not say.
+    """
+    if device_type is None:
+        device_type = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    return Nccl(group, size) if device_type == "cuda" else Gloo(group, rank, size)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,11 @@ class Embedding(nn.Module):
         return F.embedding(ids, self.weight)
 
 
+def first_row(num_rows: int, axis: Axis) -> int:
+    """The token of this rank's first row of ``num_rows`` that are sharded over the axis, and of its first logit."""
+    return axis.rank * (num_rows // axis.size)
+
+
 class VocabEmbedding(Embedding):
     """An embedding whose rows are sharded over the axis.
 

@@ -7,7 +7,6 @@ a boolean and an octal number, and a key given twice is an error.
 import difflib
 import json
 import re
-import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,33 +17,12 @@ from pydantic import BaseModel, ValidationError
 from megaresnorm.errors import ConfigError
 from megaresnorm.reading import first_line, read_plain_file
 from megaresnorm.recipe import Recipe
-
-# Names that other frameworks have for our settings.
-_FOREIGN_NAMES = {
-    "model.num_blocks": ("num_layers", "n_layer", "n_layers", "num_hidden_layers", "depth"),
-    "model.dim": ("hidden_size", "d_model", "n_embd", "embed_dim", "width"),
-    "model.ffn_dim": ("intermediate_size", "ffn_hidden_size", "hidden_dim", "d_ff"),
-    "model.num_heads": ("num_attention_heads", "n_head", "n_heads"),
-    "model.num_kv_heads": ("num_key_value_heads", "num_query_groups", "n_kv_heads"),
-    "model.seq_len": ("seq_length", "max_seq_len", "max_position_embeddings", "block_size", "context_length"),
-    "model.tied_embeddings": ("tie_word_embeddings",),
-    "optim.lr": ("learning_rate", "max_lr", "peak_lr"),
-    "optim.clip_norm": ("clip_grad", "max_grad_norm", "gradient_clipping", "grad_clip"),
-    "train.global_batch": ("batch_size", "global_batch_size"),
-    "train.micro_batch": ("micro_batch_size", "per_device_train_batch_size"),
-    "train.steps": ("max_steps", "train_iters", "max_iters", "num_train_steps"),
-    "precision.compute": ("dtype", "bf16", "mixed_precision"),
-}
-
-
-# Settings of older versions: their present names, and the present value for each of theirs.
-_OLD_NAMES = {"parallel.shard": ("reshard_after_forward", {"parameters": True, "gradients": False})}
+from megaresnorm.recipe.names import FOREIGN_NAMES, MAX_SHOWN, short, under_new_names
 
 MAX_RECIPE_BYTES = 1 << 18  # a blend of a thousand sources with long paths; PyYAML takes two seconds for so much
 MAX_VALUES = 8_000  # of a recipe, every alias counted as all that it stands for
 MAX_DEPTH = 16  # of lists and sections in each other
 MAX_DIGITS = 400  # of a whole number: Python refuses to read or show one of thousands
-MAX_SHOWN = 60  # characters of a name or value in an error
 _SCALARS = ("str", "int", "float", "bool", "null")
 
 
@@ -80,7 +58,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise ConfigError(f"line {key.start_mark.line + 1}: a key must be a name, not a list or mapping")
             if key.value in seen:
-                raise ConfigError(f"line {key.start_mark.line + 1}: key {_short(key.value)} is given twice; keep one")
+                raise ConfigError(f"line {key.start_mark.line + 1}: key {short(key.value)} is given twice; keep one")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -108,7 +86,7 @@ def _check_tag(node: yaml.Node, meant: str) -> None:
     else:
         right = tag == ("map" if isinstance(node, yaml.MappingNode) else "seq")
     if not right:
-        raise ConfigError(f"line {node.start_mark.line + 1}: not valid YAML here: the tag {_short(tag)}; leave it out")
+        raise ConfigError(f"line {node.start_mark.line + 1}: not valid YAML here: the tag {short(tag)}; leave it out")
 
 
 _KEY = re.compile(rf"\w{{1,{MAX_SHOWN}}}(\.\w{{1,{MAX_SHOWN}}}){{0,{MAX_DEPTH - 1}}}", re.ASCII)
@@ -202,14 +180,14 @@ def apply_override(values: dict, override: str) -> None:
     """Set one dotted key, as in ``model.dim=128``, in place."""
     key, equals, text = override.partition("=")
     if not equals or not _KEY.fullmatch(key):
-        raise ConfigError(f"override {_short(override)} is not of the form section.key=value, as in model.dim=128")
+        raise ConfigError(f"override {short(override)} is not of the form section.key=value, as in model.dim=128")
     *sections, leaf = key.split(".")
     for i, section in enumerate(sections):
         inner = values.setdefault(section, {})
         if inner is None:
             inner = values[section] = {}
         if not isinstance(inner, dict):
-            raise ConfigError(f"override {_short(override)}: {'.'.join(sections[: i + 1])} is a value, not a section")
+            raise ConfigError(f"override {short(override)}: {'.'.join(sections[: i + 1])} is a value, not a section")
         values = inner
     values[leaf] = read_yaml(text)
 
@@ -221,28 +199,11 @@ def build_recipe(values: dict) -> Recipe:
         ConfigError: something is wrong; the message is about the first such thing.
     """
     try:
-        return Recipe.model_validate(_renamed(values))
+        return Recipe.model_validate(under_new_names(values))
     except ValidationError as e:
         # An unknown key explains a missing one better than the other way round.
         errors = sorted(e.errors(), key=lambda error: error["type"] != "extra_forbidden")
         raise ConfigError(_explain(errors[0])) from None
-
-
-def _renamed(values: dict) -> dict:
-    """The values under today's names; refuse a setting that has both of its names, or never had such a value."""
-    for old, (new, meanings) in _OLD_NAMES.items():
-        section, _, key = old.partition(".")
-        given = values.get(section) if isinstance(values, dict) else None
-        if not isinstance(given, dict) or key not in given:
-            continue
-        if new in given:
-            raise ConfigError(f"{old} is called {section}.{new} now, and both are given; remove {old}")
-        if not isinstance(given[key], str) or given[key] not in meanings:
-            meant = ", ".join(f"{meaning} ({value})".lower() for value, meaning in meanings.items())
-            raise ConfigError(f"{old}={_short(given[key])}: it is called {section}.{new} now; set that to {meant}")
-        rest = {name: value for name, value in given.items() if name != key}
-        values = values | {section: rest | {new: meanings[given[key]]}}
-    return values
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -293,13 +254,13 @@ def _explain(error: Any) -> str:
     if kind == "value_error":  # our own validators already name the keys
         return str(context["error"])
     if kind == "model_type":
-        return f"{key}={_short(value)}: wanted a section with keys, got a {type(value).__name__}"
+        return f"{key}={short(value)}: wanted a section with keys, got a {type(value).__name__}"
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", context["expected"])
-        return f"{key}={_short(value)}: wanted one of {', '.join(allowed)}{suggest(str(value), allowed)}"
+        return f"{key}={short(value)}: wanted one of {', '.join(allowed)}{suggest(str(value), allowed)}"
     wanted = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     got = f", got a {type(value).__name__}" if kind.endswith(("_type", "_float", "_parsing")) else ""
-    return f"{key}={_short(value)}: wanted {wanted[0].lower()}{wanted[1:]}{got}"
+    return f"{key}={short(value)}: wanted {wanted[0].lower()}{wanted[1:]}{got}"
 
 
 def _suggest_key(key: str) -> str:
@@ -307,7 +268,7 @@ def _suggest_key(key: str) -> str:
     keys = list(recipe_keys())
     names = {".".join(k.split(".")[: i + 1]) for k in keys for i in range(k.count(".") + 1)}
     section, _, leaf = key.rpartition(".")
-    for ours, theirs in _FOREIGN_NAMES.items():
+    for ours, theirs in FOREIGN_NAMES.items():
         if leaf in theirs:
             return f"; did you mean {ours}?"
     siblings = sorted(n for n in names if n.rpartition(".")[0] == section)
@@ -327,13 +288,6 @@ def _ratio(a: str, b: str) -> float:
 
 def _similar(a: str, b: str, least: float = 0.6) -> bool:
     return _ratio(a, b) >= least
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, int) and abs(value) >= 10**MAX_SHOWN:
-        return f"a whole number of over {MAX_SHOWN} digits"
-    text = reprlib.repr(value)  # not repr: aliases can make a small file an enormous value
-    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 
 
 def differences(before: dict, now: dict, prefix: str = "") -> dict[str, tuple[str, str]]:

@@ -18,6 +18,7 @@ from megaresnorm.files import replace_file
 from megaresnorm.model.topology import beside_others, topology
 from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import apply_override, build_recipe, read_recipe
+from megaresnorm.recipe.names import under_first_names
 from megaresnorm.resilience.signals import StopSignals
 from megaresnorm.run import Run
 from megaresnorm.studies.results import Outcome, Result, kept_result
@@ -127,7 +128,8 @@ def compare(comparison: Comparison, stop: StopSignals, advance: Callable[[], Non
     recipes = [recipe_of(comparison, *run) for run in runs]
     data = open_data(recipes[0].data).digest
     for run, recipe in zip(runs, recipes, strict=True):
-        request = json_digest({"recipe": recipe.model_dump(exclude={"train": {"output", "device"}}), "data": data})
+        settings = under_first_names(recipe.model_dump(exclude={"train": {"output", "device"}}))
+        request = json_digest({"recipe": settings, "data": data})
         result = kept_result(Path(recipe.train.output), request, run)
         if result is None:
             result = _train(recipe, *run, comparison.ramp, request, stop)

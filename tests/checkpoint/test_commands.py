@@ -11,7 +11,8 @@ from megaresnorm.checkpoint.format import TensorSlices, list_checkpoints
 from megaresnorm.checkpoint.inspect import compare_tensors, non_finite
 from megaresnorm.checkpoint.manifest import encode_manifest
 from megaresnorm.checkpoint.reader import Checkpoint
-from megaresnorm.checkpoint.writer import Retention, save_checkpoint
+from megaresnorm.checkpoint.retention import Retention
+from megaresnorm.checkpoint.writer import save_checkpoint
 from megaresnorm.cli import main
 from megaresnorm.resilience.lock import FolderLock
 from megaresnorm.trainer import train

@@ -9,8 +9,8 @@ import torch
 
 from megaresnorm.checkpoint.format import TensorSlices, list_checkpoints
 from megaresnorm.checkpoint.reader import Checkpoint
+from megaresnorm.checkpoint.retention import Retention
 from megaresnorm.checkpoint.saver import Saver
-from megaresnorm.checkpoint.writer import Retention
 from megaresnorm.parallel.mesh import Axis
 
 

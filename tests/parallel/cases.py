@@ -18,6 +18,7 @@ from megaresnorm.parallel.data_parallel import local
 from megaresnorm.parallel.mesh import ParallelContext
 from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import build_recipe
+from megaresnorm.testing import run_ranks
 
 SAMPLES, SEQ, VOCAB, MICRO = 8, 8, 37, 2
 
@@ -168,10 +169,15 @@ def outcome(recipe: Recipe, *, steps: int = 2, optimizer: str = "sgd") -> Outcom
     return Outcome(loss, found, done, weights, engine_digest(engine))
 
 
-def outcomes(rank: int, recipes: list[Recipe], options: dict) -> list[Outcome | str]:
-    """Of every recipe; the ranks beside the first give digests alone."""
+def outcomes(num_ranks: int, recipes: list[Recipe], options: dict) -> list[list[Outcome | str]]:
+    """Of every recipe on every rank; the ranks beside the first give digests alone."""
+    first, *others = run_ranks(num_ranks, _outcomes_of_rank, recipes, options)
+    return [[Outcome(**one) for one in first], *others]
+
+
+def _outcomes_of_rank(rank: int, recipes: list[Recipe], options: dict) -> list[dict | str]:
     results = [outcome(recipe, **options) for recipe in recipes]
-    return [result if rank == 0 else result.digest for result in results]
+    return [result._asdict() if rank == 0 else result.digest for result in results]
 
 
 def errors(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:

@@ -7,28 +7,42 @@ import torch
 from cases import LAYOUTS, VARIANTS, Outcome, errors, make_recipe, outcome, outcomes
 
 from megaresnorm.model.topology import TOPOLOGIES
-from megaresnorm.testing import run_ranks
 
 FP64_TOLERANCE = 1e-11
 TWO_RANKS = ["tp2 full", "tp2 tokens", "tp2 columns, merge", "tp2 columns, gather", "pp2 1f1b", "dp2 ddp", "fsdp2"]
-IN_FULL = ["tp2 columns, merge"]
-COMBINED = ["fsdp2 unsharded", "pp4 interleaved", "pp2 interleaved fsdp2", "hsdp", "pp2 fsdp2 unsharded"]
 PAIRS = [(topology, variant) for topology in TOPOLOGIES for variant in VARIANTS]
+IN_FULL = "tp2 columns, merge"  # all pairs
+# The layouts of each kind share the topologies out among them, each topology in one variant.
+KINDS = [
+    ["pp2 1f1b"],
+    ["dp2 ddp"],
+    ["tp2 full", "tp2 tokens", "tp2 columns, gather"],
+    ["fsdp2", "fsdp2 gradients", "fsdp2 unsharded"],
+    ["pp2 gpipe", "pp4 interleaved", "pp2 interleaved dp2"],
+    ["pp2 interleaved fsdp2", "hsdp", "pp2 fsdp2 unsharded"],
+    ["hsdp tp2", "pp2 hsdp", "tp2 pp2 dp2", "tp2 pp2 fsdp2"],
+]
 
 
 def some_of_the_pairs(layout: str) -> list[tuple[str, str]]:
-    """All pairs of the layouts in IN_FULL; elsewhere every fourth, COMBINED every eighth, on 8 ranks every sixteenth.
-
-    They are others in each layout, so that layouts of a kind have all topologies together.
-    """
-    num_ranks, position = LAYOUTS[layout][0], list(LAYOUTS).index(layout)
-    every = 1 if layout in IN_FULL else 16 if num_ranks == 8 else 8 if layout in COMBINED else 4
+    """Those that are compared in every run of the tests; all are with ``-m slow``."""
+    if layout == IN_FULL:
+        return PAIRS
+    (kind,) = (kind for kind in KINDS if layout in kind)
+    variants = list(VARIANTS)
     return [
-        (topology, variant)
+        (topology, variants[(i // len(kind)) % len(variants)])
         for i, topology in enumerate(TOPOLOGIES)
-        for j, variant in enumerate(VARIANTS)
-        if not (i + j * (every // 2) + position) % every
+        if i % len(kind) == kind.index(layout)
     ]
+
+
+def test_layouts_of_a_kind_have_all_topologies_and_each_layout_both_variants():
+    assert sorted([IN_FULL, *(layout for kind in KINDS for layout in kind)]) == sorted(LAYOUTS)
+    for kind in KINDS:
+        pairs = {layout: some_of_the_pairs(layout) for layout in kind}
+        assert {topology for some in pairs.values() for topology, _ in some} == set(TOPOLOGIES)
+        assert all({variant for _, variant in some} == set(VARIANTS) for some in pairs.values())
 
 
 @functools.cache
@@ -44,7 +58,7 @@ def test_topologies_are_the_same_in_fp64(layout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in IN_FULL])
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != IN_FULL])
 def test_every_topology_in_both_variants_is_the_same_in_fp64(layout):
     compare_with_one_process(layout, PAIRS, blocks_of(layout))
 
@@ -71,7 +85,7 @@ def compare_with_one_process(layout: str, pairs: list[tuple[str, str]], blocks: 
     num_ranks, parallel = LAYOUTS[layout]
     cases = [(topology, variant, blocks) for topology, variant in pairs]
     recipes = [make_recipe(t, v, parallel, num_blocks=blocks) for t, v in pairs]
-    results = run_ranks(num_ranks, outcomes, recipes, {})
+    results = outcomes(num_ranks, recipes, {})
     for i, case in enumerate(cases):
         got, wanted = results[0][i], alone(*case)
         assert abs(got.loss - wanted.loss) < FP64_TOLERANCE * abs(wanted.loss), (layout, case)
@@ -92,7 +106,7 @@ TWICE = ("tp2 columns, gather", "pp2 1f1b")  # in CI
 def test_the_same_layout_twice_is_the_same_bit_for_bit(layout):
     num_ranks, parallel = LAYOUTS[layout]
     recipes = [make_recipe("deepnorm", "gpt", parallel, "bf16 stream"), make_recipe("keel", "llama", parallel, "fp32")]
-    runs = [run_ranks(num_ranks, outcomes, recipes, {"optimizer": "adamw"})[0] for _ in range(2)]
+    runs = [outcomes(num_ranks, recipes, {"optimizer": "adamw"})[0] for _ in range(2)]
     for first, second in zip(*runs, strict=True):
         assert first.steps == second.steps and first.digest == second.digest
         assert all(torch.equal(g, second.gradients[name]) for name, g in first.gradients.items())
@@ -110,7 +124,7 @@ def test_at_24_blocks_rounding_is_that_of_one_process(names, compute):
     exact = [outcome(make_recipe(t, "llama", {}, "fp64", 24), steps=0) for t in names]
     one = [outcome(make_recipe(t, "llama", {}, compute, 24), steps=0) for t in names]
     recipes = [make_recipe(t, "llama", LAYOUTS[layout][1], compute, 24) for layout in layouts for t in names]
-    results = run_ranks(2, outcomes, recipes, {"steps": 0})[0]
+    results = outcomes(2, recipes, {"steps": 0})[0]
     bound = 4.0 if compute == "fp32" else 1.5
     for i, got in enumerate(results):
         layout, name = layouts[i // len(names)], names[i % len(names)]
@@ -154,7 +168,7 @@ def check_adamw(name: str, num_blocks: int, layouts: list[str]) -> None:
     one = outcome(make_recipe(name, "llama", {}, "fp32", num_blocks), **options)
     for layout in layouts:
         recipe = make_recipe(name, "llama", LAYOUTS[layout][1], "fp32", num_blocks)
-        got = run_ranks(2, outcomes, [recipe], options)[0][0]
+        got = outcomes(2, [recipe], options)[0][0]
         pairs = list(zip(got.steps, one.steps, strict=True))
         losses, norms = max(abs(a[0] - b[0]) for a, b in pairs), max(abs(a[1] - b[1]) / b[1] for a, b in pairs)
         assert losses < 2e-6 and norms < 1e-4, (layout, losses, norms)

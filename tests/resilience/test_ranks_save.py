@@ -10,8 +10,8 @@ import torch
 
 from megaresnorm.checkpoint.format import TensorSlices, list_checkpoints
 from megaresnorm.checkpoint.reader import Checkpoint
+from megaresnorm.checkpoint.retention import Retention
 from megaresnorm.checkpoint.saver import Saver
-from megaresnorm.checkpoint.writer import Retention
 from megaresnorm.errors import CheckpointError, ConfigError, LostRankError, UserError
 from megaresnorm.parallel.collectives import all_gather_blocks
 from megaresnorm.parallel.control import all_gather_json, all_or_raise, run_on_all_ranks

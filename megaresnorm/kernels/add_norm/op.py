@@ -251,8 +251,7 @@ _STATISTICS = ", ".join(f"Tensor? {place}_statistics" for place in _PLACES)
 
 
 _SPEC = (
-    "str[] kinds, float[] eps, float alpha, float constant_gate, "
-    "ScalarType residual_dtype, ScalarType? out_dtype, str backend"
+    "str[] kinds, float[] eps, float alpha, float scale, ScalarType residual_dtype, ScalarType? out_dtype, str backend"
 )
 
 
