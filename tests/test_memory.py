@@ -157,7 +157,9 @@ def _resident(name: str) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of a process are Linux's")
-@pytest.mark.parametrize("model", [{}, {"vocab_size": 65_535}, {"logit_softcap": 5.0}])
+@pytest.mark.parametrize(
+    "model", [{}, *(pytest.param(m, marks=pytest.mark.slow) for m in ({"vocab_size": 65_535}, {"logit_softcap": 5.0}))]
+)
 def test_logits_are_the_peak_of_a_shallow_model_with_a_large_vocabulary(model: dict) -> None:
     shallow = {"dim": 16, "num_blocks": 1, "seq_len": 64, "vocab_size": 65_536, **model}
     recipe = recipe_of(shallow, train={"global_batch": 4})

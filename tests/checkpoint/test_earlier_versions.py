@@ -64,7 +64,12 @@ def go_on(rank: int, num_ranks: int, recipe) -> None:
     train(recipe)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+USUAL = ("one", "tp2 columns", "pp2", "as it was")  # in every run of the tests; the others are slow
+
+
+@pytest.mark.parametrize(
+    "layout", [name if name in USUAL else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
+)
 def test_ten_more_steps_are_those_of_the_run_that_nothing_interrupted(layout, left):
     num_ranks, parallel = LAYOUTS[layout]
     values = load_recipe(left / "run" / "recipe.yaml").model_dump(exclude_none=True)

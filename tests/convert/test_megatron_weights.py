@@ -37,7 +37,9 @@ has_megatron = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, 
 
 
 @has_megatron
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if i % 2 == 0 else [pytest.mark.slow]) for i, name in enumerate(MODELS)]
+)
 def test_megatron_computes_the_same_and_comes_back(name, tmp_path):
     recipe = recipe_of({**MODELS[name], "vocab_multiple": 64})
     checkpoint = save_random(tmp_path / "run" / "checkpoints", recipe)

@@ -99,7 +99,7 @@ def without_rings(rank: int, parallel: dict, counts: list[int]) -> tuple[list[in
     return held_by_pipeline(rank, parallel, counts)
 
 
-@pytest.mark.parametrize("pipeline", ["1f1b", "gpipe", "interleaved"])
+@pytest.mark.parametrize("pipeline", ["1f1b", pytest.param("gpipe", marks=pytest.mark.slow), "interleaved"])
 def test_a_pipeline_keeps_no_more_receive_buffers_than_its_stage_uses(pipeline):
     """After ramps of microbatches; the bits are those of a buffer for each microbatch."""
     parallel, counts = {"pp": 4, "pipeline": pipeline}, [8, 32]
@@ -134,7 +134,9 @@ def logits_in_evaluation(rank: int, parallel: dict, count: int) -> int:
     return max(held)
 
 
-@pytest.mark.parametrize("pipeline", ["1f1b", pytest.param("gpipe", marks=pytest.mark.slow), "interleaved"])
+@pytest.mark.parametrize(
+    "pipeline", ["1f1b", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpipe", "interleaved"))]
+)
 def test_an_evaluation_keeps_the_logits_of_two_microbatches_at_most(pipeline):
     first, last = run_ranks(2, logits_in_evaluation, {"pp": 2, "pipeline": pipeline}, 24)
     assert first == 0 and 1 <= last <= 2

@@ -9,7 +9,14 @@ from megaresnorm.testing import run_ranks
 MIB = 2**20
 
 
-@pytest.mark.parametrize(("schedule", "stages_per_rank"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2)])
+@pytest.mark.parametrize(
+    ("schedule", "stages_per_rank"),
+    [
+        pytest.param("gpipe", 1, marks=pytest.mark.slow),
+        ("1f1b", 1),
+        pytest.param("interleaved", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_ranks_of_a_pipeline_wait_as_long_as_the_formula_says(schedule, stages_per_rank):
     """Four ranks and eight microbatches; the stages sleep, the rest is sending. The formulas are 0.11 apart."""
     measured = max(run_ranks(4, idle_share, schedule, stages_per_rank, 8))
