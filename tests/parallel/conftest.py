@@ -1,4 +1,4 @@
-"""What several tests here share lies beside them (cases.py) and among the tools (ranks.py, bench_parallel.py)."""
+"""What several tests here share lies beside them (cases.py) and among the tools (bench_parallel.py)."""
 
 import sys
 from pathlib import Path

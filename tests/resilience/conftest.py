@@ -1,11 +1,8 @@
-"""What these tests share lies above them (launched.py) and among the tools (ranks.py)."""
+"""What these tests share; launched.py above them starts jobs."""
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path[:0] = [str(Path(__file__).parents[2] / "tools")]
 
 
 @pytest.fixture(autouse=True)
