@@ -1,6 +1,6 @@
-"""The one place and order in which a model is put together.
+"""The one place and order in which a model is put together: bare stages, which an engine then wraps.
 
-Meta model in its tensor layout, precision, compile, FSDP, materialise, initialise, DDP.
+Meta model in its tensor layout and precision, compile, the engine's sharding, materialise, initialise.
 """
 
 from collections.abc import Callable
@@ -11,45 +11,41 @@ from torch import Tensor, nn
 
 from megaresnorm.errors import ConfigError
 from megaresnorm.kernels import load_backends
-from megaresnorm.kernels.add_norm.sharded import ShardedNormKernels
 from megaresnorm.kernels.add_norm.spec import sharded_norm_kernels
 from megaresnorm.kernels.cross_entropy import CrossEntropyKernel
 from megaresnorm.kernels.registry import choose_kernel
 from megaresnorm.layout import gathers_stream, split_stages
 from megaresnorm.model.init import materialize
 from megaresnorm.model.norm import Norm
-from megaresnorm.model.parameters import ParameterSpec, global_name, parameter_table
+from megaresnorm.model.parameters import global_name, parameter_table
+from megaresnorm.model.specs import ParameterSpec
 from megaresnorm.model.stream import AddNorm, Kernels
 from megaresnorm.model.transformer import Transformer
 from megaresnorm.parallel.control import all_gather_json
-from megaresnorm.parallel.data_parallel import pad_uneven_shards, replicate_model, shard_model
-from megaresnorm.parallel.layouts import TensorLayout, tensor_layout
-from megaresnorm.parallel.mesh import ParallelContext
-from megaresnorm.parallel.sharded_norm import sharded_norm
+from megaresnorm.parallel.layouts import FullLayout, TensorLayout, tensor_layout
+from megaresnorm.parallel.linear import PlainLinear
+from megaresnorm.parallel.mesh import Axis, ParallelContext
+from megaresnorm.parallel.sharded_norm import ShardedNorm
 from megaresnorm.parallel.stages import stages_of_rank
 from megaresnorm.parallel.vocab import first_row, vocab_parallel_cross_entropy
-from megaresnorm.precision.bf16 import Bf16Weights
+from megaresnorm.precision.bf16 import Bf16Linear
 from megaresnorm.precision.dtypes import DTYPES, weight_dtype
-from megaresnorm.recipe import KernelRecipe, ModelRecipe, ParallelRecipe, PrecisionRecipe
+from megaresnorm.recipe import KernelRecipe, ModelRecipe, ParallelRecipe, PrecisionRecipe, RecomputeRecipe
 
 
 @dataclass(frozen=True)
 class Assembled:
-    """A model, or this rank's stages of one, ready to train, and what was decided on the way.
+    """A model, or this rank's stages of one, and what was decided on the way.
 
     Attributes:
         models: this rank's stages by number; one process has stage 0 alone.
-        modules: the same as data parallelism has wrapped them, to be called in training.
         table: parameters of the whole model by global name.
         backends: chosen kernel backend by op.
         kernel_choices: the same with their reasons, for people to read.
         cross_entropy: logits of the last stage, labels, z_loss, scale -> (nll, objective).
-        residual_dtype: in which the residual stream is stored.
-        bf16: copies of the weights, by stage; empty unless products are BF16 and weights are not sharded over dp_shard.
     """
 
     models: dict[int, Transformer]
-    modules: dict[int, nn.Module]
     table: dict[str, ParameterSpec]
     layout: TensorLayout
     context: ParallelContext
@@ -57,8 +53,6 @@ class Assembled:
     backends: dict[str, str]
     kernel_choices: dict[str, str]
     cross_entropy: CrossEntropyKernel
-    residual_dtype: torch.dtype
-    bf16: tuple[Bf16Weights, ...]
 
     @property
     def model(self) -> Transformer:
@@ -80,11 +74,6 @@ class Assembled:
         tied = "embedding.weight" in self.parameters() and not any(m.stage.has_embedding for m in self.models.values())
         return {"embedding.weight"} if tied else set()
 
-    def weights_changed(self) -> None:
-        """Renew what is derived from the weights, after the optimizer or a checkpoint has changed them."""
-        for copies in self.bf16:
-            copies.refresh()
-
 
 def build_model(
     recipe: ModelRecipe,
@@ -93,9 +82,11 @@ def build_model(
     parallel: ParallelRecipe | None = None,
     context: ParallelContext | None = None,
     *,
+    recompute: RecomputeRecipe | None = None,
     seed: int = 1234,
     device: str | torch.device = "cpu",
     compiled: str = "none",
+    shard: Callable[[Transformer], None] | None = None,
 ) -> Assembled:
     """Build, materialise and initialise the model of a recipe, or a rank's part of it. Collective.
 
@@ -103,9 +94,10 @@ def build_model(
         recipe: with a vocab_size.
         context: None for one process.
         compiled: train.compile.
+        shard: called with every stage while it is on the meta device, so that a rank gets memory for its shards alone.
 
     Communication:
-        That of ``pad_uneven_shards`` with dp_shard, otherwise none: initial weights are not sent.
+        None: initial weights are not sent.
 
     Raises:
         ConfigError: a topology, kernel or device cannot be used.
@@ -116,9 +108,14 @@ def build_model(
     compute, stored = DTYPES[precision.compute], DTYPES[precision.stream]
     kinds = {"activation": recipe.ffn, "attention": "plain" if recipe.attention_softcap is None else "softcap"}
     chosen = {op: choose_kernel(op, backend, device, compute, kinds.get(op)) for op, backend in kernels}
-    norm_kernels = sharded_norm_kernels(chosen["add_norm"][0].backend)
-    gather = gathers_stream(parallel, precision)
-    layout = tensor_layout(parallel.tensor_layout, context.tp, gather=gather, norm_kernels=norm_kernels)
+    norm = ShardedNorm(context.tp, sharded_norm_kernels(chosen["add_norm"][0].backend), parallel.merge_chunks)
+    layout = tensor_layout(
+        parallel.tensor_layout,
+        context.tp,
+        gather=gathers_stream(parallel, precision),
+        norm=norm,
+        keeps=(recompute or RecomputeRecipe()).gathered == "keep",
+    )
     cross_entropy = chosen["cross_entropy"][0].function
     choices = {op: line for op, (_, line) in chosen.items()}
     backends = {op: kernel.backend for op, (kernel, _) in chosen.items()}
@@ -130,32 +127,20 @@ def build_model(
         cross_entropy = vocab_parallel_cross_entropy(context.tp, first_row(recipe.padded_vocab_size, context.tp))
         choices["cross_entropy"] = f"cross_entropy on {device.type}: vocabulary sharded over {context.tp.size} ranks"
     functions = {op: kernel.function for op, (kernel, _) in chosen.items()}
-    model_kernels = _model_kernels(functions, layout, norm_kernels, stored, compute)
+    model_kernels = _model_kernels(functions, layout, norm, stored, compute)
     stages = split_stages(recipe, parallel)
     table = parameter_table(recipe, parallel.tensor_layout if context.tp.size > 1 else "full")
     models: dict[int, Transformer] = {}
-    modules: dict[int, nn.Module] = {}
-    copies: list[Bf16Weights] = []
     for number in stages_of_rank(context.pp.rank, context.pp.size, len(stages)):
         with torch.device("meta"):
             model = Transformer(recipe, model_kernels, layout, stages[number])
-        if precision.compute == "bf16" and context.dp_shard.size == 1:
-            copies.append(Bf16Weights(model))
         if compiled != "none":
             compile_blocks(model, cuda_graphs=compiled == "cuda_graphs", device=device)
-        if context.dp_shard.size > 1:
-            reshards = parallel.reshard_after_forward and len(stages) == 1
-            shard_model(model, model.parts(), context, reshard_after_forward=reshards)
+        if shard is not None:
+            shard(model)
         materialize(model, table, context, seed=seed, dtype=weight_dtype(precision.compute), device=device)
-        pad_uneven_shards(model, context.dp_shard)
         models[number] = model
-        ddp = context.dp_replicate.size > 1 and context.dp_shard.size == 1
-        modules[number] = replicate_model(model, context.dp) if ddp else model
-    assembled = Assembled(
-        models, modules, table, layout, context, device, backends, choices, cross_entropy, stored, tuple(copies)
-    )  # fmt: skip
-    assembled.weights_changed()
-    return assembled
+    return Assembled(models, table, layout, context, device, backends, choices, cross_entropy)
 
 
 def compare_kernels(assembled: Assembled) -> None:
@@ -180,22 +165,24 @@ def compare_kernels(assembled: Assembled) -> None:
 def _model_kernels(
     functions: dict[str, Callable],
     layout: TensorLayout,
-    norm_kernels: ShardedNormKernels,
+    sharded: ShardedNorm,
     stored: torch.dtype,
     compute: torch.dtype,
 ) -> Kernels:
     """The chosen kernels as the model calls them; those of the stream work in its layout."""
-    whole, axis = AddNorm(functions["add_norm"], stored, compute), layout.axis
+    add_norm = functions["add_norm"]
+    whole = AddNorm(add_norm, FullLayout(Axis("tp")), stored, compute)
 
     def normalize_shared(x: Tensor, norm: Norm) -> Tensor:
-        return sharded_norm(x.reshape(-1, x.shape[-1]), norm.weights(), axis, x.dtype, norm_kernels).view(x.shape)
+        return sharded(x.reshape(-1, x.shape[-1]), norm.weights(), x.dtype).view(x.shape)
 
     return Kernels(
-        AddNorm(layout.add_norm(functions["add_norm"]), stored, compute),
+        AddNorm(add_norm, layout, stored, compute),
+        Bf16Linear if compute == torch.bfloat16 else PlainLinear,
         functions["attention"],
         functions["activation"],
         whole.normalize,
-        normalize_shared if axis.size > 1 else whole.normalize,
+        normalize_shared if layout.axis.size > 1 else whole.normalize,
     )
 
 

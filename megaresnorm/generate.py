@@ -14,6 +14,7 @@ from megaresnorm.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer,
 from megaresnorm.errors import CheckpointError, DataError
 from megaresnorm.model.sequence import KeyValueCache
 from megaresnorm.model.transformer import Transformer
+from megaresnorm.precision.bf16 import Bf16Copies
 from megaresnorm.recipe.section import FP32_TINY
 
 
@@ -156,5 +157,6 @@ def load_model(
         recipe.model, recipe.precision, recipe.kernels, seed=recipe.train.seed, device=choose_device("auto")
     )
     checkpoint.load("weights", {name: TensorSlices.of_whole(p.data) for name, p in assembled.model.named_parameters()})
-    assembled.weights_changed()
+    if recipe.precision.compute == "bf16":
+        Bf16Copies(assembled.model)  # its layers keep them
     return assembled.model, tokenizer

@@ -13,10 +13,11 @@ from typing import NamedTuple
 from megaresnorm.checkpoint.format import human_bytes
 from megaresnorm.layout import check_layout, split_stages
 from megaresnorm.model.activations import Activations, BlockKind
-from megaresnorm.model.parameters import ParameterSpec, parameter_table
+from megaresnorm.model.parameters import parameter_table
+from megaresnorm.model.specs import ParameterSpec
 from megaresnorm.model.topology import topology
 from megaresnorm.model.transformer import Stage
-from megaresnorm.optim import MOMENTS, SMALL
+from megaresnorm.optim import SMALL, AdamW
 from megaresnorm.parallel.mesh import Sizes
 from megaresnorm.parallel.stages import smallest_batch, stages_of_rank
 from megaresnorm.precision.dtypes import DTYPES, weight_dtype
@@ -160,7 +161,7 @@ class _Accounts:
             weights=self.word * elements,
             gradients=self.word * elements,
             packed=0 if sharded else self.word * self._sum(units, self._small),
-            optimizer=len(MOMENTS) * self.word * elements,
+            optimizer=len(AdamW.names) * self.word * elements,
             copies=0 if sharded else self._copies(units, has_head),
             gathered=self._gathered(units) if sharded else 0,
             unsharded=self._unsharded(units) if sharded else 0,
@@ -234,7 +235,7 @@ class _Accounts:
     # Kinds
 
     def _copies(self, units: list[_Unit], has_head: bool) -> int:
-        """Bf16Weights (precision/bf16.py) of every linear layer's matrix, and of a tied embedding that makes logits."""
+        """Bf16Copies (precision/bf16.py) of every linear layer's matrix, and of a tied embedding that makes logits."""
         if self.recipe.precision.compute != "bf16":
             return 0
         tied = self.model.tied_embeddings and has_head
@@ -329,7 +330,7 @@ class _Accounts:
             return held * (self.sizes.tp if spec.split is not None else 1)
 
         shares = self.sizes.tp * self.sizes.dp_replicate
-        return (1 + len(MOMENTS)) * self.word * (self._sum(units, size) // shares)
+        return (1 + len(AdamW.names)) * self.word * (self._sum(units, size) // shares)
 
     def _building(self, units: list[_Unit]) -> int:
         """The buffer in which model/init.py draws whole FP32 tensors of what is sharded, one after the other."""
@@ -340,7 +341,8 @@ class _Accounts:
         """Bytes that autograd keeps of a stage for its microbatches under way, and the working memory of one block."""
         blocks = Counter(self.kinds[block] for block in stage.blocks)
         divides_stream = self.recipe.parallel.tensor_layout != "full"
-        of = Activations(self.model, self.sizes.tp, divides_stream, self.compute, self.stream)
+        keeps = not divides_stream or self.recipe.recompute.gathered == "keep"
+        of = Activations(self.model, self.sizes.tp, divides_stream, keeps, self.compute, self.stream)
         sizes = {kind: of.of_block(kind) for kind in blocks}
         kept = sum(count * sizes[kind] for kind, count in blocks.items())
         return self.tokens * (self._under_way(number) * kept + max(sizes.values(), default=0))

@@ -1,23 +1,143 @@
-"""AdamW with groups from the table of parameters, and gradient clipping."""
+"""The optimizer: an update rule, groups from the table of parameters, and gradient clipping.
 
-from collections.abc import Hashable, Mapping, Sequence
+Nothing here waits for the device. Whether a step may be applied is decided there: a refused one is the same sequence of
+kernels and changes nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from megaresnorm.errors import ConfigError
-from megaresnorm.model.parameters import ParameterSpec
+from megaresnorm.model.specs import ParameterSpec
 from megaresnorm.parallel.data_parallel import local
 from megaresnorm.recipe import OptimRecipe
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 SMALL = 1 << 16  # elements; below this, calling an operation costs about as much as its work
 SMALLEST_EPS = torch.finfo(torch.float32).tiny  # below it AdamW divides zero by zero
 NORM_PIECE = 1 << 16  # elements whose squares may be added in FP32: the error is below 1e-6
 
 
+class GradientPlacement(NamedTuple):
+    """How a gradient is spread over ranks.
+
+    Attributes:
+        split: sharded over tp; otherwise every rank of tp has all of it.
+        copy: of an embedding that the first stage of a pipeline has as well.
+    """
+
+    split: bool = False
+    copy: bool = False
+
+
+class Gradient(NamedTuple):
+    """A gradient after every reduction, or this rank's share of it.
+
+    Attributes:
+        tensor: in the type of the weight.
+    """
+
+    tensor: Tensor
+    placement: GradientPlacement
+
+
+@dataclass
+class Group:
+    """Tensors that are updated with the same settings.
+
+    Attributes:
+        tensors: what the rule updates: packed tensors, large parameters, this rank's part of sharded ones.
+        lr_multiplier: factor on the schedule's learning rate.
+        placement: of the gradients of all of them.
+    """
+
+    weight_decay: float
+    eps: float
+    lr_multiplier: float
+    placement: GradientPlacement
+    tensors: list[nn.Parameter] = field(default_factory=list)
+
+
+class AdamW:
+    """The update rule of AdamW, as one fused operation a group.
+
+    Args:
+        recipe: beta1 and beta2 are read.
+
+    Attributes:
+        names: names of its state, of which every tensor has each once; a checkpoint has them.
+
+    Source:
+        arXiv:1711.05101, algorithm 2.
+    """
+
+    names = ("exp_avg", "exp_avg_sq")
+
+    def __init__(self, recipe: OptimRecipe) -> None:
+        self._beta1, self._beta2 = recipe.beta1, recipe.beta2
+        self._state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        self._updates = 0  # that a checkpoint has seen
+        self._steps: dict[torch.device, Tensor] = {}  # updates so far, one number for all tensors of a device
+
+    def state(self, tensor: nn.Parameter) -> dict[str, Tensor]:
+        """Its state by name, laid out as the tensor is; zeros before the first update."""
+        if tensor not in self._state:
+            self._state[tensor] = {name: torch.zeros_like(tensor, requires_grad=False) for name in self.names}
+        return self._state[tensor]
+
+    def set_updates(self, updates: int) -> None:
+        """Set the number of updates that the state has seen, for the bias correction."""
+        self._updates = updates
+        self._steps.clear()
+
+    @torch.no_grad()
+    def update(self, groups: Sequence[Group], lr: float, *, divisor: Tensor | None, refused: Tensor | None) -> None:
+        """Update every tensor of the groups with its ``grad``.
+
+        Args:
+            lr: the schedule's learning rate.
+            divisor: a number FP64 by which gradients are divided first; they stay divided. None: 1.
+            refused: a number FP32; where it is 1 nothing changes. None: 0.
+        """
+        for steps in self._counted(groups):
+            steps += 1.0 if refused is None else 1.0 - refused
+        for group in groups:
+            gradients = [_gradient_of(tensor) for tensor in group.tensors]
+            states = [self.state(tensor) for tensor in group.tensors]
+            scale = None if divisor is None else divisor.float()
+            if divisor is not None and gradients[0].dtype == torch.float64:
+                torch._foreach_div_(gradients, divisor)  # the fused operation would divide by an FP32 number
+                scale = None
+            torch._fused_adamw_(
+                list(group.tensors),
+                gradients,
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [self._steps[tensor.device] for tensor in group.tensors],
+                amsgrad=False,
+                lr=lr * group.lr_multiplier,
+                beta1=self._beta1,
+                beta2=self._beta2,
+                weight_decay=group.weight_decay,
+                eps=group.eps,
+                maximize=False,
+                grad_scale=scale,
+                found_inf=refused,
+            )
+
+    def _counted(self, groups: Sequence[Group]) -> list[Tensor]:
+        for device in {tensor.device for group in groups for tensor in group.tensors}:
+            if device not in self._steps:
+                self._steps[device] = torch.full((), self._updates, dtype=torch.float32, device=device)
+        return list(self._steps.values())
+
+
 class Optimizer:
-    """AdamW, with one group for each combination of decay and multipliers in the table.
+    """AdamW, with one group for each combination of decay, multipliers and placement.
 
     A deep, narrow model has thousands of small parameters. Those of a group become slices of one tensor, and
     ``collect`` puts their gradients into another, so that norm, clipping and update are one call for all of them.
@@ -27,13 +147,11 @@ class Optimizer:
         parameters: by name.
         table: the specification of each.
         recipe: settings of the optimizer.
-        kinds: kind of each parameter, by name; only parameters of one kind are packed together. None for a single kind.
+        placements: of each parameter's gradient, by name; None: all are whole.
 
     Attributes:
-        tensors: what AdamW updates: packed tensors, large parameters, and this rank's part of sharded ones.
-
-    Source:
-        AdamW, arXiv:1711.05101.
+        rule: what updates a tensor.
+        groups: all tensors that it updates.
     """
 
     def __init__(
@@ -41,51 +159,42 @@ class Optimizer:
         parameters: Mapping[str, nn.Parameter],
         table: Mapping[str, ParameterSpec],
         recipe: OptimRecipe,
-        kinds: Mapping[str, Hashable] | None = None,
+        placements: Mapping[str, GradientPlacement] | None = None,
     ) -> None:
         self._parameters = list(parameters.values())
-        kinds = kinds or dict.fromkeys(parameters)
+        placements = placements or dict.fromkeys(parameters, GradientPlacement())
+        self._placements = [placements[name] for name in parameters]
         self._slices: dict[nn.Parameter, tuple[nn.Parameter, int]] = {}  # small -> (packed tensor, first element)
         self._locals: dict[nn.Parameter, nn.Parameter] = {  # sharded -> this rank's part of its memory
             p: nn.Parameter(local(p.detach())) for p in self._parameters if local(p) is not p
         }
         self._members: dict[nn.Parameter, list[nn.Parameter]] = {}  # packed tensor -> its small ones, in order
-        groups: dict[tuple, dict] = {}
+        groups: dict[tuple, Group] = {}
         for name, parameter in parameters.items():
             spec = table[name]
             m = spec.multipliers
             decay = recipe.weight_decay * m.weight_decay if spec.decay else 0.0
-            group = groups.setdefault(
-                (decay, m.lr, m.eps, kinds[name]),
-                {"params": [], "weight_decay": decay, "eps": recipe.eps * m.eps, "lr_multiplier": m.lr},
-            )
-            group["params"].append(parameter)
+            key = (decay, m.lr, m.eps, placements[name])
+            group = groups.setdefault(key, Group(decay, recipe.eps * m.eps, m.lr, placements[name]))
+            group.tensors.append(parameter)
         for group in groups.values():
-            small = [p for p in group["params"] if p.numel() <= SMALL and p not in self._locals]
+            small = [p for p in group.tensors if p.numel() <= SMALL and p not in self._locals]
             packed = set(small)
-            large = [self._locals.get(p, p) for p in group["params"] if p not in packed]
-            group["params"] = large + ([self._pack(small)] if small else [])
-        self.tensors = [tensor for group in groups.values() for tensor in group["params"]]
-        self._kinds = [key[-1] for key, group in groups.items() for _ in group["params"]]
-        self._kinds_of_parameters = [kinds[name] for name in parameters]
-        self._adamw = torch.optim.AdamW(
-            list(groups.values()), lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), fused=True
-        )
+            large = [self._locals.get(p, p) for p in group.tensors if p not in packed]
+            group.tensors = large + ([self._pack(small)] if small else [])
+        self.groups = list(groups.values())
+        self.rule = AdamW(recipe)
 
     @property
-    def groups(self) -> list[dict]:
-        """AdamW's groups: their tensors, decay, eps and multiplier of the learning rate."""
-        return self._adamw.param_groups
+    def tensors(self) -> list[nn.Parameter]:
+        """The tensors of all groups, in their order."""
+        return [tensor for group in self.groups for tensor in group.tensors]
 
     def updated_as(self, parameter: nn.Parameter) -> nn.Parameter:
-        """The tensor that AdamW updates in place of a parameter of the model."""
+        """The tensor that the rule updates in place of a parameter of the model."""
         return self._slices.get(parameter, (self._locals.get(parameter, parameter), 0))[0]
 
-    def kinds(self, *, per_parameter: bool = False) -> list[Hashable]:
-        """Kinds of the gradients that ``collect`` returns."""
-        return self._kinds_of_parameters if per_parameter else self._kinds
-
-    def collect(self, *, per_parameter: bool = False) -> list[Tensor]:
+    def collect(self, *, per_parameter: bool = False) -> list[Gradient]:
         """Take over the gradients of the parameters, which then have none.
 
         Returns:
@@ -98,42 +207,27 @@ class Optimizer:
                 p.grad = None
         for p, mine in self._locals.items():
             mine.grad, p.grad = _gradient_of(p), None
-        return (
-            [self.gradient(p) for p in self._parameters] if per_parameter else [_gradient_of(p) for p in self.tensors]
-        )
+        if per_parameter:
+            return [Gradient(self.gradient(p), at) for p, at in zip(self._parameters, self._placements, strict=True)]
+        return [Gradient(_gradient_of(p), group.placement) for group in self.groups for p in group.tensors]
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         """The collected gradient of a parameter of the model."""
         return self._slice_for(parameter, _gradient_of(self.updated_as(parameter)))
 
-    def step(self, lr: float) -> None:
-        """Update with the collected gradients.
-
-        Args:
-            lr: the schedule's learning rate, before the multiplier of a group.
-        """
-        for group in self._adamw.param_groups:
-            group["lr"] = lr * group["lr_multiplier"]
-        self._adamw.step()
+    def step(self, lr: float, *, divisor: Tensor | None = None, refused: Tensor | None = None) -> None:
+        """Update with the collected gradients; the arguments are those of ``AdamW.update``."""
+        self.rule.update(self.groups, lr, divisor=divisor, refused=refused)
 
     def zero_grad(self) -> None:
         """Drop the gradients of the parameters; packed ones are overwritten by ``collect``."""
         for parameter in (*self._parameters, *self._locals.values()):
             parameter.grad = None
 
-    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """exp_avg and exp_avg_sq of a parameter of the model, packed or not: AdamW's own memory, not copies."""
-        updated = self.updated_as(parameter)
-        state = self._adamw.state[updated]
-        if not state:  # AdamW itself makes it only in its first step
-            state["step"] = torch.zeros((), dtype=torch.float32, device=updated.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(updated), torch.zeros_like(updated)
-        return {key: self._slice_for(parameter, state[key]) for key in MOMENTS}
-
-    def set_updates(self, updates: int) -> None:
-        """Set the number of updates that the moments have seen, for AdamW's bias correction."""
-        for tensor in self.tensors:
-            self._adamw.state[tensor]["step"].fill_(updates)
+    def state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The rule's state of a parameter of the model, packed or not: its own memory, not copies."""
+        found = self.rule.state(self.updated_as(parameter))
+        return {name: self._slice_for(parameter, tensor) for name, tensor in found.items()}
 
     @torch.no_grad()
     def _pack(self, parameters: list[nn.Parameter]) -> nn.Parameter:
@@ -162,7 +256,7 @@ def _gradient_of(parameter: nn.Parameter) -> Tensor:
 
 
 class GradientClipper:
-    """Clips gradients in place: all together by their global norm, or each tensor against its own history (AdaGC).
+    """Clips gradients: all together by their global norm, or each tensor against its own history (AdaGC).
 
     With AdaGC the gradient of tensor i may exceed the moving average gamma_i of its own clipped norms by
     ``adagc_ratio``. During its warm-up clipping is global, and gamma_i is the smallest norm seen.
@@ -170,51 +264,58 @@ class GradientClipper:
     Args:
         recipe: the kind of clipping and its settings.
         num_tensors: number of gradients.
+        device: of the gradients.
 
     Attributes:
-        steps: steps that the averages have seen.
-        averages: gamma, [num_tensors], on the CPU.
+        steps: steps that the averages have seen. The caller counts them, since only it learns whether one was refused.
+        averages: gamma, [num_tensors].
 
     Source:
         AdaGC, arXiv:2502.11034, algorithm 1.
     """
 
-    def __init__(self, recipe: OptimRecipe, num_tensors: int) -> None:
+    def __init__(self, recipe: OptimRecipe, num_tensors: int, device: str | torch.device = "cpu") -> None:
         self.recipe = recipe
         self.steps = 0
-        self.averages = torch.full((num_tensors,), torch.inf)
+        self.averages = torch.full((num_tensors,), torch.inf, device=device)
 
-    def clip(self, gradients: Sequence[Tensor], norms: Tensor, total: Tensor | None = None) -> None:
-        """Clip the gradients of one step in place.
+    @property
+    def clips_each(self) -> bool:
+        """Whether each tensor is clipped against its own history."""
+        return self.recipe.clip == "adagc"
+
+    def divisor(self, total: Tensor) -> Tensor | None:
+        """The number FP64 to divide all gradients by under ``clip: global``, at least 1; None for other clipping.
+
+        Args:
+            total: norm of all gradients of all ranks, a number FP64.
+        """
+        if self.recipe.clip != "global":
+            return None
+        return (total / self.recipe.clip_norm).clamp(min=1.0)
+
+    def clip_each(
+        self, gradients: Sequence[Tensor], norms: Tensor, total: Tensor, refused: Tensor | None = None
+    ) -> None:
+        """Clip each gradient in place, and remember its norm unless the step is refused.
 
         Args:
             gradients: every gradient, in a fixed order.
             norms: [n] FP64, their L2 norms before clipping; of whole tensors where they are sharded over ranks.
-            total: norm of all gradients of all ranks; None for that of ``norms``.
+            total: as in ``divisor``.
+            refused: as in ``AdamW.update``.
         """
-        recipe = self.recipe
-        if recipe.clip == "none":
-            return
-        warm = recipe.clip == "adagc" and self.steps >= recipe.adagc_warmup
-        norms = norms.cpu()
-        total = torch.linalg.vector_norm(norms) if total is None else total.to(norms)
-        limit = recipe.adagc_ratio * self.averages if warm else recipe.clip_norm * norms / total
+        warm = self.steps >= self.recipe.adagc_warmup
+        limit = self.recipe.adagc_ratio * self.averages if warm else self.recipe.clip_norm * norms / total
         factors = (limit / norms).clamp(max=1.0).nan_to_num(nan=1.0)  # 0/0: a gradient of zeros needs no clipping
-        if bool((factors < 1.0).any()):
-            torch._foreach_mul_(list(gradients), factors.tolist())
-        if recipe.clip == "adagc":
-            self._remember(norms * factors, warm)
-
-    def _remember(self, clipped: Tensor, warm: bool) -> None:
-        """Update gamma with the norms after clipping.
-
-        A norm of zero (behind a gate that starts at 0) says nothing about a tensor's scale, and would pin gamma to 0.
-        """
+        torch._foreach_mul_(list(gradients), list(factors.unbind()))
+        clipped = norms * factors
         beta = self.recipe.adagc_beta
         average = beta * self.averages + (1 - beta) * clipped if warm else torch.minimum(self.averages, clipped)
         average = torch.where(self.averages.isinf(), clipped, average)
-        self.averages.copy_(torch.where(clipped > 0, average, self.averages))
-        self.steps += 1
+        # A norm of zero (behind a gate that starts at 0) says nothing about a tensor's scale, and would pin gamma to 0.
+        keeps = clipped <= 0 if refused is None else (clipped <= 0) | (refused > 0)
+        self.averages.copy_(torch.where(keeps, self.averages, average))
 
 
 def check_eps(recipe: OptimRecipe, table: Mapping[str, ParameterSpec]) -> None:

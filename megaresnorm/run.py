@@ -2,7 +2,7 @@
 
 import logging
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -11,16 +11,16 @@ from typing import TypeVar
 import torch
 
 import megaresnorm
-from megaresnorm.assemble import Assembled, build_model, compare_kernels
+from megaresnorm.assemble import compare_kernels
 from megaresnorm.checkpoint.manifest import weights_digest
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.resume import check_same_run, open_newest, open_weights
 from megaresnorm.checkpoint.retention import Retention
 from megaresnorm.checkpoint.saver import Saver
 from megaresnorm.checkpoint.state import RunState, state_of
-from megaresnorm.data.loader import Batch, microbatches
+from megaresnorm.data.loader import Loader, Place
 from megaresnorm.data.samples import Samples
-from megaresnorm.engines.native import NativeEngine
+from megaresnorm.engines.engine import Engine, make_engine
 from megaresnorm.errors import NonFiniteError, TrainingError, UserError
 from megaresnorm.generate import generate
 from megaresnorm.opening import Opened, note_progress, open_recipe
@@ -84,21 +84,12 @@ class Run:
 
     def _build(self) -> None:
         recipe = self.recipe
-        self.assembled: Assembled = build_model(
-            recipe.model,
-            recipe.precision,
-            recipe.kernels,
-            recipe.parallel,
-            self.context,
-            seed=recipe.train.seed,
-            device=self.device,
-            compiled=recipe.train.compile,
-        )
-        self.engine = NativeEngine(self.assembled, recipe)
+        self.engine: Engine = make_engine(recipe, self.context, self.device)
+        self.loader = self._loader(self.samples)
         settings = recipe.checkpoint
         self.saver = Saver(
             self.output / "checkpoints",
-            self.engine.sharded_state,
+            self.engine.tensors,
             self.context.control,
             lambda flag: bool(self.largest(int(flag))),
             check=self.folder.check,
@@ -108,7 +99,7 @@ class Run:
             max_failures=settings.max_failures,
             saved=partial(note_progress, self.environment, self._store),
         )
-        compare_kernels(self.assembled)
+        compare_kernels(self.engine.assembled)
 
     def __enter__(self) -> "Run":
         return self
@@ -131,13 +122,19 @@ class Run:
 
     def describe(self) -> list[str]:
         """What this run is, in lines for the console."""
-        return describe_run(self.recipe, self.assembled, self.samples)
+        return describe_run(self.recipe, self.engine.assembled, self.samples)
 
-    def batches(self, samples: Samples, position: int, count: int) -> Iterator[Batch]:
-        """This rank's microbatches of ``count`` samples from ``position`` on."""
-        micro = self.recipe.train.micro_batch_of(self.context.dp.size, self.context.pp.size)
-        masked = self.recipe.data.mask_documents
-        return microbatches(samples, position, count, micro, self.context, self.device, mask_documents=masked)
+    def _loader(self, samples: Samples) -> Loader:
+        """What reads this rank's share of samples as the engine takes it."""
+        return Loader(
+            samples,
+            self.recipe.model.seq_len,
+            self.context,
+            self.device,
+            micro=self.recipe.train.micro_batch_of(self.context.dp.size, self.context.pp.size),
+            mask_documents=self.recipe.data.mask_documents,
+            stack=self.engine.stack,
+        )
 
     def largest(self, number: int) -> int:
         """Maximum over all ranks. Collective."""
@@ -160,7 +157,7 @@ class Run:
         if self.valid is None:
             return None
         count = min(self.recipe.train.eval_samples, self.valid.per_epoch)
-        loss = self.engine.evaluate(self.batches(self.valid, 0, count))
+        loss = self.engine.evaluate(self._loader(self.valid).load(Place(0, count)))
         if loss is None:
             raise TrainingError(
                 f"none of the {count} validation samples has a label (data.mask_documents, documents of one token); "
@@ -253,7 +250,7 @@ class Run:
             recipe=self.recipe.model_dump(exclude_none=True),
             data=self.data.digest,
             tokenizer=tokenizer,
-            kernels=self.assembled.kernel_choices,
+            kernels=self.engine.assembled.kernel_choices,
             versions={
                 "megaresnorm": megaresnorm.__version__,
                 "torch": str(torch.__version__),
@@ -296,7 +293,7 @@ class Run:
         log.info("weights   %s", checkpoint.folder)
 
     def _prepare_output(self) -> None:
-        self.folder.prepare(dump_recipe(self.recipe), self.engine.sharded_state, self.recipe.checkpoint.keep)
+        self.folder.prepare(dump_recipe(self.recipe), self.engine.tensors, self.recipe.checkpoint.keep)
 
     def _all_or_raise(self, work: Callable[[], T]) -> T:
         """What ``work`` returns, if it fails on no rank; between steps, when nothing is being saved."""

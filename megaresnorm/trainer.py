@@ -11,8 +11,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from megaresnorm.data.loader import Place
 from megaresnorm.data.samples import unigram_entropy
-from megaresnorm.engines.engine import Decision, GradientStats
+from megaresnorm.engines.engine import StepStats
 from megaresnorm.errors import NonFiniteError
 from megaresnorm.recipe import Recipe
 from megaresnorm.resilience.signals import StopSignals, exit_reason
@@ -70,13 +71,13 @@ class Trainer:
             NonFiniteError: the last steps were refused, or weights are not finite; then nothing is saved.
         """
         run, train = self.run, self.run.recipe.train
-        stopped = 0
         metrics = run.open_metrics()
         stop.begin(train.max_minutes)
+        stopped = run.largest(stop.exit_code)
         try:
             with progress_bar("training", train.steps, run.steps_done) as progress:
-                while run.steps_done < train.steps and not (stopped := run.largest(stop.exit_code)):
-                    record = self.step()
+                while run.steps_done < train.steps and not stopped:
+                    stats, record = self.step(stop)
                     if metrics is not None:
                         metrics.write(run.steps_done - 1, record)
                     if self._due(train.log_every) or "valid_loss" in record:
@@ -84,6 +85,7 @@ class Trainer:
                     if self._due(run.recipe.checkpoint.every):
                         run.save()
                     progress.advance(progress.task_ids[0])
+                    stopped = run.largest(stop.exit_code) if stats.stop else 0  # any rank's: asked for in the step
         finally:
             if metrics is not None:
                 metrics.close()
@@ -98,13 +100,27 @@ class Trainer:
             exit_code=stopped,
         )
 
-    def step(self) -> dict[str, float | None]:
-        """One optimizer step, and what is recorded of it; its loss is None where no token had a label."""
-        run, start = self.run, time.perf_counter()
-        count, lr = batch_size(run.steps_done, run.recipe.train), learning_rate(run.steps_done, run.recipe)
-        stats = run.engine.step(run.batches(run.samples, run.samples_done, count), lr, self.accept)
-        run.steps_done += 1
-        run.samples_done += count
+    def step(self, stop: StopSignals | None = None) -> tuple[StepStats, dict[str, float | None]]:
+        """One optimizer step, and what is recorded of it; its loss is None where no token had a label.
+
+        Args:
+            stop: whose signals the ranks tell each other; None: there are none.
+
+        Raises:
+            NonFiniteError: ``train.max_skipped_steps`` were refused in a row.
+        """
+        run, train, start = self.run, self.run.recipe.train, time.perf_counter()
+        place, lr = (
+            Place(run.samples_done, batch_size(run.steps_done, train)),
+            learning_rate(run.steps_done, run.recipe),
+        )
+        done = run.samples_done + place.num_samples
+        more = run.steps_done + 1 < train.steps
+        following = Place(done, batch_size(run.steps_done + 1, train)) if more else None
+        batch = run.loader.step(place, following)
+        stats = run.engine.step(batch, lr, lambda: stop is not None and stop.exit_code != 0)
+        self._judge(stats)
+        run.steps_done, run.samples_done = run.steps_done + 1, done
         if stats.loss is None and not self._warned_of_no_labels:
             self._warned_of_no_labels = True
             log.warning(
@@ -118,33 +134,28 @@ class Trainer:
             "samples": run.samples_done,
             "tokens_per_second": stats.tokens / (time.perf_counter() - start),
         }
-        if self._due(run.recipe.train.eval_every) and (valid_loss := run.evaluate()) is not None:
+        if self._due(train.eval_every) and (valid_loss := run.evaluate()) is not None:
             record["valid_loss"] = valid_loss
-        return record
+        return stats, record
 
-    def accept(self, stats: GradientStats) -> Decision:
-        """Whether the engine may apply a step, asked once its gradients are known and before anything has changed.
-
-        A step that would put NaN or Inf into the weights is refused.
-
-        Raises:
-            NonFiniteError: ``train.max_skipped_steps`` were refused in a row.
-        """
+    def _judge(self, stats: StepStats) -> None:
+        """Count refused steps: the engine refuses one that would put NaN or Inf into the weights."""
         run = self.run
-        if stats.finite:
+        if stats.loss is None:
+            return
+        if stats.applied:
             run.skipped_in_a_row = 0
-            return Decision.APPLY
+            return
         run.skipped_in_a_row += 1
         if run.first_refused is None:
             run.protect_checkpoints(run.steps_done)
-        log.warning("step %d refused: loss %g, gradient norm %g", run.steps_done + 1, stats.loss, stats.norm)
+        log.warning("step %d refused: loss %g, gradient norm %g", run.steps_done + 1, stats.loss, stats.gradient_norm)
         if run.skipped_in_a_row >= run.recipe.train.max_skipped_steps:
             raise NonFiniteError(
                 f"{run.skipped_in_a_row} steps in a row had a non-finite loss or gradient, up to step "
                 f"{run.steps_done + 1}; try a smaller optim.lr, or look at samples {run.samples_done} and before; "
                 f"{run.saver.what_there_is()} (where that is spoilt already, remove it to go on from the one before)"
             )
-        return Decision.SKIP
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.run.steps_done % every == 0

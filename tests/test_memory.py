@@ -10,9 +10,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "parallel"))
-from cases import LAYOUTS, Batch, batches, build, make_recipe
+from cases import LAYOUTS, Batch, StepBatch, batches, build, make_recipe
 
-from megaresnorm.engines.engine import Decision
 from megaresnorm.errors import ConfigError
 from megaresnorm.memory import memory_of_stages, memory_per_rank
 from megaresnorm.model.activations import Activations, BlockKind
@@ -47,17 +46,16 @@ def allocated(recipe: Recipe) -> dict[str, int]:
     """What one rank really has after a backward pass, before the optimizer takes its gradients over."""
     assembled, engine = build(recipe)
     parameters = assembled.parameters()
-    slices = [one for group in engine.sharded_state.values() for one in group.values()]
-    engine.gradients(batches(assembled.context, recipe))
+    slices = [one for group in engine.tensors.values() for one in group.values()]
+    engine.gradients(batches(engine, recipe))
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]
     optimizer = engine._optimizer
     packed = [p.grad for p in optimizer.tensors if p.grad is not None and all(p is not q for q in parameters.values())]
-    copies = {id(copy): copy.nbytes for bf16 in assembled.bf16 for copy in bf16._copies.values()}
     return {
         "stage": assembled.context.pp.rank,
         "weights": sum(local(p.detach()).nbytes for p in parameters.values()),
-        "optimizer": sum(t.nbytes for p in parameters.values() for t in optimizer.moments(p).values()),
-        "copies": sum(copies.values()),
+        "optimizer": sum(t.nbytes for p in parameters.values() for t in optimizer.state(p).values()),
+        "copies": sum(copies.nbytes for copies in engine._copies),
         "gradients": sum(local(g).nbytes for g in gradients),
         "packed": sum(g.nbytes for g in packed),
         "checkpoint": sum(s.local.nbytes for s in slices if s.owned and s.local is not None),
@@ -111,8 +109,8 @@ def test_what_fsdp_gathers_is_a_unit_or_all() -> None:
 
 def saved_bytes(recipe: Recipe) -> int:
     """What autograd keeps of a forward pass of one sequence, without parameters and their copies."""
-    assembled, _ = build(recipe)
-    copies = [copy for bf16 in assembled.bf16 for copy in bf16._copies.values()]
+    assembled, engine = build(recipe)
+    copies = [copy for one in engine._copies for copy in one._copies.values()]
     ours = {t.untyped_storage().data_ptr() for t in (*assembled.parameters().values(), *copies)}
     seen: dict[int, torch.Tensor] = {}
 
@@ -136,7 +134,7 @@ def test_activations_are_estimated_within_a_tenth(name: str, compute: str) -> No
     more, fewer = recipe(4), recipe(2)
     of_block = (saved_bytes(more) - saved_bytes(fewer)) / 2 / more.model.seq_len
     sizes = DTYPES[compute].itemsize, DTYPES[more.precision.stream].itemsize
-    estimate = Activations(more.model, 1, False, *sizes).of_block(BlockKind.of(more.model, 3))
+    estimate = Activations(more.model, 1, False, True, *sizes).of_block(BlockKind.of(more.model, 3))
     assert estimate == pytest.approx(of_block, rel=0.1)
 
 
@@ -144,10 +142,10 @@ def peak(rank: int, recipe: Recipe) -> int:
     """Largest resident memory of a step beyond that at its beginning."""
     _, engine = build(recipe)
     tokens = torch.zeros((recipe.train.global_batch, recipe.model.seq_len), dtype=torch.int64)
-    engine.step([Batch(tokens, tokens, torch.arange(len(tokens)))], 1e-3, lambda stats: Decision.APPLY)
+    engine.step(StepBatch.of([Batch(tokens, tokens, torch.arange(len(tokens)))], engine.stack), 1e-3)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _resident("VmRSS")
-    engine.step([Batch(tokens, tokens, torch.arange(len(tokens)))], 1e-3, lambda stats: Decision.APPLY)
+    engine.step(StepBatch.of([Batch(tokens, tokens, torch.arange(len(tokens)))], engine.stack), 1e-3)
     return _resident("VmHWM") - before
 
 

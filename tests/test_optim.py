@@ -8,6 +8,7 @@ import torch
 from megaresnorm.assemble import build_model
 from megaresnorm.errors import ConfigError
 from megaresnorm.model.parameters import parameter_table
+from megaresnorm.model.specs import ParameterSpec, Part
 from megaresnorm.optim import GradientClipper, Optimizer, check_eps, gradient_norms
 from megaresnorm.recipe import ModelRecipe, OptimRecipe, TopologyOptions
 from megaresnorm.schedule import batch_size, learning_rate, total_variation
@@ -18,9 +19,7 @@ def groups_by_name(recipe: ModelRecipe, optim: OptimRecipe):
     model = build_model(recipe).model
     parameters = dict(model.named_parameters())
     optimizer = Optimizer(parameters, parameter_table(recipe), optim)
-    for group in optimizer.groups:
-        group["lr"] = optim.lr * group["lr_multiplier"]
-    by_tensor = {tensor: group for group in optimizer.groups for tensor in group["params"]}
+    by_tensor = {tensor: group for group in optimizer.groups for tensor in group.tensors}
     return {name: by_tensor[optimizer.updated_as(p)] for name, p in parameters.items()}
 
 
@@ -33,7 +32,7 @@ def test_matrices_decay_and_nothing_else_does():
         matrix = name.endswith(
             ("embedding.weight", "head.weight", "qkv.weight", "out.weight", "gate_up.weight", "down.weight")
         )
-        assert group["weight_decay"] == (0.3 if matrix else 0.0), name
+        assert group.weight_decay == (0.3 if matrix else 0.0), name
 
 
 def test_completep_multipliers_reach_the_optimizer():
@@ -50,12 +49,18 @@ def test_completep_multipliers_reach_the_optimizer():
         "final_norm.weight": (0.01, 0.0, 1e-6),
     }.items():
         group = groups[name]
-        assert (group["lr"], group["weight_decay"], group["eps"]) == pytest.approx((lr, decay, eps)), name
+        assert (0.01 * group.lr_multiplier, group.weight_decay, group.eps) == pytest.approx((lr, decay, eps)), name
 
 
-def clip(clipper, *gradients):
+def clip(clipper, *gradients, refused=None):
     tensors = [torch.tensor(g) for g in gradients]
-    clipper.clip(tensors, gradient_norms(tensors))
+    norms = gradient_norms(tensors)
+    total = torch.linalg.vector_norm(norms)
+    if (divisor := clipper.divisor(total)) is not None:
+        torch._foreach_div_(tensors, divisor)
+    if clipper.clips_each:
+        clipper.clip_each(tensors, norms, total, refused)
+        clipper.steps += refused is None
     return [t.tolist() for t in tensors]
 
 
@@ -86,6 +91,33 @@ def test_adagc_is_not_pinned_by_gradients_of_zero():
     assert clipper.averages.tolist() == [inf, 0.5]
     assert clip(clipper, [0.25], [0.5]) == [[0.25], [0.5]]
     assert clipper.averages.tolist() == pytest.approx([0.25, 0.5])
+
+
+def test_adagc_remembers_nothing_of_a_refused_step():
+    clipper = GradientClipper(OptimRecipe(clip="adagc", adagc_warmup=1), 2)
+    clip(clipper, [0.3], [0.4])
+    before = clipper.averages.clone()
+    clip(clipper, [float("nan")], [0.1], refused=torch.tensor(1.0))
+    assert torch.equal(clipper.averages, before) and clipper.steps == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_refused_update_changes_nothing_and_is_not_counted(dtype):
+    """Weights, state and bias correction: the step after it is the one that it would have been without."""
+    found = []
+    for steps in (["good", "good"], ["good", "refused", "good"]):
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 5, dtype=dtype))
+        optimizer = Optimizer({"w": p}, {"w": ParameterSpec("w", (5,), (Part("norm", 5),), decay=True)}, OptimRecipe())
+        for kind in steps:
+            bad = kind == "refused"
+            p.grad = torch.full_like(p, float("nan")) if bad else torch.linspace(1, 2, 5, dtype=dtype)
+            optimizer.collect()
+            before = p.detach().clone()
+            divisor = torch.tensor(float("nan") if bad else 1.25, dtype=torch.float64)
+            optimizer.step(0.1, divisor=divisor, refused=torch.tensor(float(bad)))
+            assert torch.equal(before, p.detach()) == bad
+        found.append([p.detach(), *optimizer.state(p).values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def rates(tiny, steps, lr=1.0, **schedule):
@@ -145,7 +177,7 @@ def test_packed_parameters_are_updated_as_single_ones_are():
         for model in (ours, theirs):
             model(tokens).square().sum().backward()
         wanted = {n: p.grad.clone() for n, p in theirs.named_parameters()}
-        gradients = packed.collect()
+        gradients = [gradient.tensor for gradient in packed.collect()]
         for name, g in wanted.items():
             torch.testing.assert_close(
                 packed.gradient(parameters[name]), g, rtol=1e-3, atol=1e-4 * g.abs().max().item() + 1e-7
@@ -153,14 +185,13 @@ def test_packed_parameters_are_updated_as_single_ones_are():
         total = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         norms = gradient_norms(gradients)
         assert torch.linalg.vector_norm(norms).item() == pytest.approx(total.item(), rel=1e-5)
-        GradientClipper(optim, len(parameters)).clip(gradients, norms)
-        packed.step(0.01)
+        packed.step(0.01, divisor=GradientClipper(optim, len(parameters)).divisor(torch.linalg.vector_norm(norms)))
         packed.zero_grad()
         single.step()
         single.zero_grad()
     for name, p in theirs.named_parameters():
         torch.testing.assert_close(parameters[name], p, rtol=1e-4, atol=1e-4)
-        moments = packed.moments(parameters[name])
+        moments = packed.state(parameters[name])
         torch.testing.assert_close(moments["exp_avg"], single.state[p]["exp_avg"], rtol=1e-4, atol=1e-7)
     before = parameters["blocks.0.ffn.branch.down.weight"].clone()
     packed.updated_as(parameters["blocks.0.ffn.branch.down.weight"]).data.add_(1.0)

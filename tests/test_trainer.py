@@ -19,7 +19,8 @@ from digests import engine_digest
 from megaresnorm.checkpoint import writer
 from megaresnorm.checkpoint.manifest import encode_manifest
 from megaresnorm.cli import main
-from megaresnorm.engines.engine import Decision
+from megaresnorm.data.loader import Place, StepBatch
+from megaresnorm.engines.engine import StepStats
 from megaresnorm.errors import CheckpointError, StoppedError, TrainingError
 from megaresnorm.kernels.cpu.build import unavailable
 from megaresnorm.model.topology import TOPOLOGIES
@@ -236,14 +237,8 @@ def test_every_topology_trains_through_the_whole_program(tiny, topology):
 
 def one_step_gradients(recipe, count=16):
     run = opened(recipe)
-    grads = {}
-
-    def keep(stats):
-        grads.update({n: run.engine._optimizer.gradient(p).clone() for n, p in run.engine.model.named_parameters()})
-        return Decision.SKIP
-
-    stats = run.engine.step(run.batches(run.samples, 0, count), 1e-3, keep)
-    return stats, grads
+    loss, _ = run.engine.gradients(run.loader.load(Place(0, count)))
+    return loss, {n: p.grad for n, p in run.engine.model.named_parameters()}
 
 
 def test_microbatches_do_not_change_loss_gradients_or_dropout(tiny):
@@ -252,7 +247,7 @@ def test_microbatches_do_not_change_loss_gradients_or_dropout(tiny):
     whole, grads = one_step_gradients(tiny(**settings, train={"global_batch": 16}))
     for micro in (1, 8):
         parts, others = one_step_gradients(tiny(**settings, train={"global_batch": 16, "micro_batch": micro}))
-        assert parts.loss == pytest.approx(whole.loss, rel=1e-13)
+        assert parts == pytest.approx(whole, rel=1e-13)
         for name, grad in grads.items():
             torch.testing.assert_close(others[name], grad, rtol=0, atol=1e-13 * grad.abs().max().item() + 1e-16)
 
@@ -260,15 +255,15 @@ def test_microbatches_do_not_change_loss_gradients_or_dropout(tiny):
 def test_loss_is_the_mean_over_valid_tokens_of_unequal_microbatches(tiny):
     """One microbatch with 1 valid label and one with 31: a mean of their means would weigh the one label 31 times."""
     run = opened(tiny(precision={"compute": "fp64"}))
-    (first,), (second,) = (run.batches(run.samples, position, 4) for position in (0, 4))
+    (first,), (second,) = (run.loader.load(Place(position, 4)).microbatches for position in (0, 4))
     labels = torch.full_like(first.labels, -1)
     labels[0, 3] = first.labels[0, 3]
     batches = [first._replace(labels=labels), second._replace(labels=second.labels.where(torch.arange(16) < 8, -1))]
-    stats = run.engine.step(batches, 1e-3, lambda s: Decision.SKIP)
+    loss, tokens = run.engine.gradients(StepBatch(tuple(batches), 2, 33))
     nll = -torch.log_softmax(run.engine.model(torch.cat([b.tokens for b in batches])), -1)
     flat = torch.cat([b.labels for b in batches]).flatten()
     picked = nll[flat >= 0].gather(1, flat[flat >= 0, None])
-    assert stats.tokens == 33 and stats.loss == pytest.approx(picked.mean().item(), rel=1e-13)
+    assert tokens == 33 and loss == pytest.approx(picked.mean().item(), rel=1e-13)
 
 
 def test_bf16_gradients_are_accumulated_in_fp32(tiny):
@@ -286,7 +281,7 @@ def test_bf16_weights_are_refreshed_after_every_update(tiny):
     run = opened(recipe)
     Trainer(run).step()
     head = run.engine.model.head
-    assert torch.equal(run.assembled.bf16[0]._copies[head], head.weight.detach().bfloat16())
+    assert torch.equal(head.kernel.copy, head.weight.detach().bfloat16())
 
 
 def test_a_bad_gradient_changes_nothing_and_goes_on_for_a_while_only(tiny, caplog):
@@ -297,7 +292,7 @@ def test_a_bad_gradient_changes_nothing_and_goes_on_for_a_while_only(tiny, caplo
     poisoned = engine_digest(run.engine)
     Trainer(run).step()
     assert engine_digest(run.engine) == poisoned != before and "step 1 refused" in caplog.text
-    assert all(not slices.local.any() for slices in run.engine.sharded_state["optimizer"].values())
+    assert all(not slices.local.any() for slices in run.engine.tensors["optimizer"].values())
     with pytest.raises(TrainingError, match="3 steps in a row had a non-finite loss"):
         for _ in range(3):
             run.samples_done = 0
@@ -468,14 +463,12 @@ def test_the_data_may_move(tiny, byte_data, tmp_path):
 def test_skipped_steps_are_counted_across_a_resume_and_forgotten_after_a_good_one(tiny, monkeypatch):
     from megaresnorm import run as run_module
     from megaresnorm.checkpoint.state import RunState
-    from megaresnorm.engines.engine import GradientStats
 
     run = opened(tiny(train={"max_skipped_steps": 3}))
-    good, bad = GradientStats(1.0, 1.0), GradientStats(float("inf"), 1.0)
-    assert (
-        Trainer(run).accept(bad) is Decision.SKIP
-        and Trainer(run).accept(GradientStats(1.0, float("nan"))) is Decision.SKIP
-    )
+    good, bad = StepStats(1.0, 1.0, 9, applied=True), StepStats(float("inf"), 1.0, 9, applied=False)
+    Trainer(run)._judge(bad)
+    Trainer(run)._judge(StepStats(1.0, float("nan"), 9, applied=False))
+    assert run.skipped_in_a_row == 2
     run.save()
     assert run.saver.newest is None, "what is refused may be so for the weights"
     run.skipped_in_a_row, counted = 0, run.skipped_in_a_row
@@ -483,9 +476,10 @@ def test_skipped_steps_are_counted_across_a_resume_and_forgotten_after_a_good_on
         patch.setattr(run_module, "RunState", lambda **state: RunState(**state | {"skipped_in_a_row": counted}))
         run.save_now()
     with pytest.raises(TrainingError, match="3 steps in a row"):
-        Trainer(opened(tiny(train={"max_skipped_steps": 3}))).accept(bad)
+        Trainer(opened(tiny(train={"max_skipped_steps": 3})))._judge(bad)
     run.skipped_in_a_row = counted
-    assert Trainer(run).accept(good) is Decision.APPLY and run.skipped_in_a_row == 0
+    Trainer(run)._judge(good)
+    assert run.skipped_in_a_row == 0
 
 
 def test_fewer_steps_than_were_made_are_refused(tiny):
@@ -498,9 +492,9 @@ def test_z_loss_is_in_the_gradient_and_not_in_the_reported_loss(tiny):
     settings = {"precision": {"compute": "fp64"}}
     plain, without = one_step_gradients(tiny(**settings, train={"global_batch": 16}))
     reported, with_z = one_step_gradients(tiny(**settings, train={"global_batch": 16, "z_loss": 0.1}))
-    assert reported.loss == pytest.approx(plain.loss, rel=1e-12)
+    assert reported == pytest.approx(plain, rel=1e-12)
     run = opened(tiny(**settings))
-    (batch,) = run.batches(run.samples, 0, 4)
+    (batch,) = run.loader.load(Place(0, 4)).microbatches
     assert not torch.allclose(with_z["head.weight"], without["head.weight"])
     logits = run.engine.model(batch.tokens)
     z = 0.1 * logits.logsumexp(-1).square().mean()
@@ -515,7 +509,7 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(tiny):
     plain, _ = one_step_gradients(tiny(**settings, train={"global_batch": 16}))
     dropped, _ = one_step_gradients(tiny(**settings, train={"global_batch": 16}, model={"dropout": 0.2}))
     other, _ = one_step_gradients(tiny(**settings, train={"global_batch": 16, "z_loss": 0.0}, model={"dropout": 0.4}))
-    assert len({plain.loss, dropped.loss, other.loss}) == 3
+    assert len({plain, dropped, other}) == 3
     assert opened(tiny(**settings, model={"dropout": 0.2})).evaluate() == opened(tiny(**settings)).evaluate()
 
 

@@ -22,7 +22,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from megaresnorm.assemble import build_model
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.retention import Retention
 from megaresnorm.checkpoint.saver import Saver
@@ -41,10 +40,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     engine = make_engine(arguments.dim, arguments.blocks)
-    tensors = {f"{g}.{n}": s.local for g, members in engine.sharded_state.items() for n, s in members.items()}
-    parameters = sum(s.local.numel() for s in engine.sharded_state["weights"].values())
+    tensors = {f"{g}.{n}": s.local for g, members in engine.tensors.items() for n, s in members.items()}
+    parameters = sum(s.local.numel() for s in engine.tensors["weights"].values())
     print(
-        f"{parameters:,} parameters, {len(tensors):,} tensors, {bytes_of(engine.sharded_state) / 1e9:.2f} GB, "
+        f"{parameters:,} parameters, {len(tensors):,} tensors, {bytes_of(engine.tensors) / 1e9:.2f} GB, "
         "one process of one thread"
     )
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
@@ -63,7 +62,7 @@ def make_engine(dim: int, blocks: int) -> NativeEngine:
             "train": {"output": "none", "steps": 1},
         }
     )  # fmt: skip
-    return NativeEngine(build_model(recipe.model), recipe)
+    return NativeEngine(recipe)
 
 
 def measure(engine: NativeEngine, tensors: dict[str, Tensor], folder: Path, rounds: int) -> dict[str, list[float]]:
@@ -109,14 +108,14 @@ def measure(engine: NativeEngine, tensors: dict[str, Tensor], folder: Path, roun
 
 def make_saver(engine: NativeEngine, root: Path, asynchronous: bool) -> Saver:
     return Saver(
-        root, engine.sharded_state, Axis("control"), lambda flag: flag,
+        root, engine.tensors, Axis("control"), lambda flag: flag,
         retention=Retention(), asynchronous=asynchronous, skip_when_busy=False, max_failures=1,
     )  # fmt: skip
 
 
 def load(engine: NativeEngine, path: Path) -> None:
     checkpoint = Checkpoint(path)
-    for group, members in engine.sharded_state.items():
+    for group, members in engine.tensors.items():
         checkpoint.load(group, members)
 
 

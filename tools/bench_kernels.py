@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megaresnorm.kernels import load_backends
 from megaresnorm.kernels.add_norm.fp8 import scale_for
-from megaresnorm.kernels.add_norm.reference import NormWeights
+from megaresnorm.kernels.add_norm.reference import AddNormArgs, NormWeights
 from megaresnorm.kernels.registry import backends
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -223,7 +223,9 @@ def calls(
         ):
 
             def ours(x: Tensor, delta: Tensor, function: Callable = kernel.function) -> tuple[Tensor, Tensor]:
-                out = function(x, delta, next_norm=norm, residual_dtype=dtype, out_dtype=out_dtype, fp8_scale=scale)
+                out = function(
+                    AddNormArgs(x, delta, next_norm=norm, residual_dtype=dtype, out_dtype=out_dtype, fp8_scale=scale)
+                )
                 return out.trunk, out.branch_input
 
             found[f"megaresnorm {kernel.backend}"] = ours

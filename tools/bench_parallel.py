@@ -25,8 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megaresnorm.assemble import build_model
-from megaresnorm.data.loader import Batch
+from megaresnorm.data.loader import Batch, StepBatch
 from megaresnorm.engines.native import NativeEngine
 from megaresnorm.layout import check_layout
 from megaresnorm.model.stream import Stream
@@ -81,9 +80,8 @@ def make_recipe(dim: int, seq_len: int, num_blocks: int, parallel: dict, **train
     )  # fmt: skip
 
 
-def assemble(recipe: Recipe, num_ranks: int | None = None) -> Any:
-    context = ParallelContext.create(check_layout(recipe, num_ranks or dist.get_world_size()), "cpu")
-    return build_model(recipe.model, recipe.precision, recipe.kernels, recipe.parallel, context)
+def assemble(recipe: Recipe, num_ranks: int | None = None) -> NativeEngine:
+    return NativeEngine(recipe, ParallelContext.create(check_layout(recipe, num_ranks or dist.get_world_size()), "cpu"))
 
 
 # --- a block in every tensor layout -----------------------------------------------------------------------------------
@@ -113,7 +111,7 @@ def block_milliseconds(rank: int, dim: int, seq_len: int, num_blocks: int, round
 
 
 def block_runner(dim: int, seq_len: int, num_blocks: int, parallel: dict, num_ranks: int) -> Callable[[], None]:
-    assembled = assemble(make_recipe(dim, seq_len, num_blocks, parallel), num_ranks)
+    assembled = assemble(make_recipe(dim, seq_len, num_blocks, parallel), num_ranks).assembled
     model, layout = assembled.model, assembled.layout
     rows = model.rows(torch.zeros((1, seq_len), dtype=torch.int64))
     x = torch.randn(layout.tokens(torch.zeros(seq_len)).shape[0], layout.width(dim)).requires_grad_()
@@ -191,9 +189,7 @@ def idle_share(rank: int, schedule: str, stages_per_rank: int, num_microbatches:
     pp = dist.get_world_size()
     context = ParallelContext.create(Sizes(pp=pp), "cpu")
     modules: dict[int, nn.Module] = {rank + i * pp: SleepingStage(stages_per_rank) for i in range(stages_per_rank)}
-    pipeline = Pipeline(
-        modules, pp * stages_per_rank, context.pp, schedule, lambda b: (b, 4), torch.float32, torch.device("cpu")
-    )
+    pipeline = Pipeline(modules, pp * stages_per_rank, context.pp, schedule, sleeping_wire, torch.device("cpu"))
     tokens, shares = torch.zeros((num_microbatches, 1), dtype=torch.int64), []
     for _ in range(4):
         dist.barrier()
@@ -202,6 +198,10 @@ def idle_share(rank: int, schedule: str, stages_per_rank: int, num_microbatches:
         dist.barrier()
         shares.append(1 - num_microbatches * (FORWARD + BACKWARD) / (time.perf_counter() - start))
     return statistics.median(shares[1:])
+
+
+def sleeping_wire(batch: int) -> tuple[Tensor, ...]:
+    return (torch.empty((batch, 4), device="meta"),)
 
 
 class SleepingStage(nn.Module):
@@ -254,13 +254,13 @@ def activation_peak(rank: int, schedule: str, num_microbatches: int) -> int:
     """Bytes that autograd keeps at most during a step of a pipeline of all ranks, parameters not counted."""
     pp = dist.get_world_size()
     recipe = make_recipe(64, 64, 2 * pp, {"pp": pp, "pipeline": schedule}, global_batch=num_microbatches, micro_batch=1)
-    assembled = assemble(recipe)
-    engine = NativeEngine(assembled, recipe)
+    engine = assemble(recipe)
     tokens = torch.zeros((1, 64), dtype=torch.int64)
-    batches = [Batch(tokens, tokens, torch.tensor([i])) for i in range(num_microbatches)]
-    engine.gradients(batches)
-    with kept_for_backward({p.data_ptr() for p in assembled.parameters().values()}) as peak:
-        engine.gradients(batches)
+    microbatches = [Batch(tokens, tokens, torch.tensor([i])) for i in range(num_microbatches)]
+    batch = StepBatch.of(microbatches, engine.stack)
+    engine.gradients(batch)
+    with kept_for_backward({p.data_ptr() for p in engine.assembled.parameters().values()}) as peak:
+        engine.gradients(batch)
     return peak[0]
 
 
@@ -295,7 +295,7 @@ def building_peak(rank: int, parallel: dict) -> tuple[int, int, int]:
             file.write("5")  # the peak starts anew
         before = resident("VmRSS")
         model = what.model.model_copy(update={"vocab_size": 25600 if what is recipe else 512})
-        assembled = build_model(model, what.precision, what.kernels, what.parallel, context)
+        assembled = NativeEngine(what.model_copy(update={"model": model}), context).assembled
         grown = resident("VmHWM") - before
     own = sum(getattr(p, "_local_tensor", p).numel() * 4 for p in assembled.parameters().values())
     largest = max(4 * spec.num_elements for spec in assembled.table.values())

@@ -15,9 +15,7 @@ from peers import PEERS, Place, Shape
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megaresnorm.assemble import build_model
-from megaresnorm.data.loader import Batch
-from megaresnorm.engines.engine import Decision
+from megaresnorm.data.loader import Batch, StepBatch
 from megaresnorm.engines.native import NativeEngine
 from megaresnorm.layout import check_layout
 from megaresnorm.parallel.mesh import ParallelContext
@@ -201,14 +199,14 @@ def build_ours(shape: Shape, mode: str, kernels: dict[str, str], parallel: dict,
         }
     )
     context = ParallelContext.create(check_layout(recipe, num_ranks), "cpu")
-    return NativeEngine(build_model(recipe.model, recipe.precision, recipe.kernels, recipe.parallel, context), recipe)
+    return NativeEngine(recipe, context)
 
 
 def ours_step(engine: NativeEngine, shape: Shape, tokens: Tensor, labels: Tensor) -> float:
     data = engine.context.dp
     mine = torch.arange(data.rank, len(tokens), data.size)
     microbatches = [Batch(tokens[i], labels[i], i) for i in mine.split(shape.batch)]
-    return engine.step(microbatches, 1e-3, lambda stats: Decision.APPLY).loss
+    return engine.step(StepBatch.of(microbatches, engine.stack), 1e-3).loss
 
 
 def batches(shape: Shape, count: int = 8) -> list[tuple[Tensor, Tensor]]:

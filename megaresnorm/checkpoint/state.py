@@ -7,7 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.errors import CheckpointError, ConfigError
-from megaresnorm.model.parameters import ParameterSpec, parameter_table
+from megaresnorm.model.parameters import parameter_table
+from megaresnorm.model.specs import ParameterSpec
 from megaresnorm.recipe import ModelRecipe, Recipe
 from megaresnorm.recipe.load import build_recipe
 from megaresnorm.recipe.section import MAX_STEPS

@@ -34,7 +34,8 @@ from megaresnorm.convert.native import NativeModel
 from megaresnorm.convert.tokenizers import read_tokenizer_of
 from megaresnorm.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megaresnorm.errors import CheckpointError, ConfigError
-from megaresnorm.model.parameters import ParameterSpec, parameter_table
+from megaresnorm.model.parameters import parameter_table
+from megaresnorm.model.specs import ParameterSpec
 from megaresnorm.recipe import ModelRecipe, Recipe
 from megaresnorm.recipe.load import build_recipe, dump_recipe
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megaresnorm.convert.family import Family
 from megaresnorm.convert.rows import Selection
-from megaresnorm.model.parameters import ParameterSpec
+from megaresnorm.model.specs import ParameterSpec
 from megaresnorm.parallel.sharding import Box
 from megaresnorm.recipe import ModelRecipe
 

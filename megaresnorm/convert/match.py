@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from megaresnorm.convert.families import FAMILIES
 from megaresnorm.convert.family import OURS, Family
 from megaresnorm.convert.remote import remote_family
-from megaresnorm.convert.signature import different, residual_at, trunk_alpha, wiring
+from megaresnorm.convert.signature import different, trunk_alpha, wiring
 from megaresnorm.errors import CheckpointError, ConfigError
-from megaresnorm.model.topology import topology
+from megaresnorm.model.topology import residual_at, topology
 from megaresnorm.model.transformer import has_embedding_norm
 from megaresnorm.recipe import ModelRecipe, TopologyOptions
 from megaresnorm.recipe.load import suggest

@@ -16,7 +16,7 @@ from megaresnorm.checkpoint.state import RunState, fitting_table, recipe_of, sta
 from megaresnorm.convert.family import OURS
 from megaresnorm.convert.links import rescaled
 from megaresnorm.data.tokenizer import Tokenizer, restore_tokenizer
-from megaresnorm.model.parameters import ParameterSpec
+from megaresnorm.model.specs import ParameterSpec
 from megaresnorm.model.transformer import Transformer
 from megaresnorm.parallel.sharding import Box
 from megaresnorm.recipe import ModelRecipe

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megaresnorm.model.parameters import ParameterSpec
+from megaresnorm.model.specs import ParameterSpec
 from megaresnorm.recipe import ModelRecipe
 
 # For every row of the other framework's tensor the row of ours, or -1 where it has none of ours and is zero.

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megaresnorm.model.topology import SUBLAYERS, Learned, Position, ResidualSpec, Sublayer, topology
+from megaresnorm.model.topology import SUBLAYERS, Learned, Position, residual_at, topology
 from megaresnorm.model.transformer import has_embedding_norm
 from megaresnorm.recipe import ModelRecipe, TopologyOptions
 
@@ -55,12 +55,6 @@ def different(one: ModelRecipe, other: ModelRecipe) -> dict[str, tuple[Any, Any]
     return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
 
 
-def residual_at(recipe: ModelRecipe, block: int, sublayer: Sublayer) -> ResidualSpec:
-    """The residual connection of a sub-layer."""
-    at = Position(block=block, num_blocks=recipe.num_blocks, sublayer=sublayer, dim=recipe.dim)
-    return topology(recipe.topology).residual(at, recipe.topology_options)
-
-
 def trunk_alpha(recipe: ModelRecipe) -> float:
     """The factor on the trunk of the first sub-layer."""
     return residual_at(recipe, 0, "attention").alpha
@@ -84,7 +78,7 @@ def scale(recipe: ModelRecipe) -> float:
 
 def post_of(alpha: float, num_blocks: int) -> dict[str, Any]:
     """Settings of the post-norm topology with this factor on the trunk, named by the formula that it follows."""
-    at = Position(block=0, num_blocks=num_blocks, sublayer="attention", dim=1)
+    at = Position.of(0, SUBLAYERS[0], num_blocks, dim=1)
     for name in ("deepnorm", "deepnorm_glm", "post"):
         if topology(name).residual(at, TopologyOptions()).alpha == alpha:
             return {"topology": name}

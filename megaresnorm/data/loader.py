@@ -1,8 +1,13 @@
-"""Batches of samples. The loader's state is one integer: the samples consumed so far, whatever the number of ranks."""
+"""The batches of optimizer steps: cut, filled and stacked here alone, and read one step ahead.
 
-from collections.abc import Iterator
+The loader's state is one integer, the samples consumed so far, whatever the number of ranks. What it has read ahead is
+read again after a restart.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,44 +33,137 @@ class Batch(NamedTuple):
     documents: Tensor | None = None
 
 
-def microbatches(
-    samples: Samples,
-    position: int,
-    count: int,
-    micro: int,
-    context: ParallelContext,
-    device: torch.device,
-    *,
-    mask_documents: bool = False,
-) -> Iterator[Batch]:
-    """This rank's share of samples ``position`` to ``position + count - 1``, in microbatches.
+class Place(NamedTuple):
+    """The samples of a step: ``num_samples`` on all ranks of dp together, after ``position`` others."""
 
-    With several ranks all have the same number of microbatches, all of the same shape: where samples are missing,
-    others stand in without labels.
+    position: int
+    num_samples: int
+
+
+class StepBatch(NamedTuple):
+    """This rank's share of the samples of one optimizer step.
+
+    Attributes:
+        microbatches: each one forward and backward pass; for an engine that stacks, one batch of all of them.
+        num_microbatches: number of equal parts that a stacking engine cuts its batch into.
+        num_valid: labels of this share that are not -1.
+        place: of the samples; None for a batch from elsewhere.
+        following: the place of the next step and what waits for its ``num_valid``; None where nothing is read ahead.
+    """
+
+    microbatches: tuple[Batch, ...]
+    num_microbatches: int
+    num_valid: int
+    place: Place | None = None
+    following: tuple[Place, Callable[[], int]] | None = None
+
+    @classmethod
+    def of(cls, microbatches: Sequence[Batch], stack: Callable[[int], int] | None = None) -> "StepBatch":
+        """Microbatches of one shape from elsewhere than a ``Loader``.
+
+        Args:
+            stack: as of ``Loader``.
+        """
+        num_valid = sum(int((batch.labels >= 0).sum()) for batch in microbatches)
+        if stack is None:
+            return cls(tuple(microbatches), len(microbatches), num_valid)
+        filler = microbatches[0]._replace(labels=torch.full_like(microbatches[0].labels, -1))
+        filled = [*microbatches, *[filler] * (stack(len(microbatches)) - len(microbatches))]
+        columns: list[Any] = [None if rows[0] is None else torch.cat(rows) for rows in zip(*filled, strict=True)]
+        return cls((Batch(*columns),), len(filled), num_valid)
+
+
+class _Read(NamedTuple):
+    """A share in host memory: the rows of all microbatches in their order."""
+
+    rows: Batch
+    num_valid: int
+
+
+class Loader:
+    """Reads this rank's shares of steps. On all ranks alike: they have as many microbatches, all of the same shape.
+
+    Where samples are missing for that, others stand in without labels.
 
     Args:
-        position: number of samples consumed before.
-        count: samples on all dp ranks together.
+        samples: to read from.
         micro: samples of a microbatch; on a single rank the last one may be smaller.
         mask_documents: keep documents apart; the first token of the next document is then no label.
+        stack: number of microbatches -> how many an engine needs, which takes them as one batch; None: one by one.
     """
-    data = context.dp
-    mine = list(range(position + data.rank, position + count, data.size))
-    wanted = len(mine)
-    if context.world.size > 1:
-        wanted = ceil(ceil(count / data.size) / micro) * micro
-    fillers = wanted - len(mine)
-    mine += [position] * fillers
-    for start in range(0, wanted, micro):
-        numbers = mine[start : start + micro]
-        tokens, documents = (
-            torch.from_numpy(np.stack(column)).to(device) for column in zip(*(samples[i] for i in numbers), strict=True)
-        )
-        labels = tokens[:, 1:].clone()  # written below; .contiguous() of a single row would still be a view of tokens
-        if mask_documents:
-            labels = labels.masked_fill(documents[:, 1:] != documents[:, :-1], -1)
-        empty = max(0, start + len(numbers) - (wanted - fillers))
-        if empty:
-            labels[len(numbers) - min(empty, len(numbers)) :] = -1
-        inside = documents[:, :-1].contiguous() if mask_documents else None
-        yield Batch(tokens[:, :-1], labels, torch.tensor(numbers, device=device), inside)
+
+    def __init__(
+        self,
+        samples: Samples,
+        seq_len: int,
+        context: ParallelContext,
+        device: torch.device,
+        *,
+        micro: int,
+        mask_documents: bool = False,
+        stack: Callable[[int], int] | None = None,
+    ) -> None:
+        self._samples, self._seq_len, self._context, self._device = samples, seq_len, context, device
+        self._micro, self._mask_documents, self._stack = micro, mask_documents, stack
+        self._thread: ThreadPoolExecutor | None = None
+        self._ahead: tuple[Place, Future[_Read]] | None = None
+
+    def load(self, place: Place) -> StepBatch:
+        """The share of these samples."""
+        return self._batch(place, self._read(place))
+
+    def step(self, place: Place, following: Place | None) -> StepBatch:
+        """The share of these samples, while a thread begins to read those of the next step.
+
+        Args:
+            following: of the next step; None after the last.
+        """
+        ahead, self._ahead = self._ahead, None
+        read = ahead[1].result() if ahead is not None and ahead[0] == place else self._read(place)
+        batch = self._batch(place, read)
+        if following is None:
+            return batch
+        self._thread = self._thread or ThreadPoolExecutor(1, "loader")
+        future = self._thread.submit(self._read, following)
+        self._ahead = following, future
+        return batch._replace(following=(following, lambda: future.result().num_valid))
+
+    def _read(self, place: Place) -> _Read:
+        data, (position, count) = self._context.dp, place
+        numbers = list(range(position + data.rank, position + count, data.size))
+        real, wanted = len(numbers), len(numbers)
+        if self._context.world.size > 1:
+            wanted = ceil(ceil(count / data.size) / self._micro) * self._micro
+        if self._stack is not None:
+            wanted = self._stack(ceil(wanted / self._micro)) * self._micro
+        numbers += [position] * (wanted - real)
+        pinned = self._device.type == "cuda"
+        tokens, labels = (torch.empty((wanted, self._seq_len), dtype=torch.int64, pin_memory=pinned) for _ in range(2))
+        documents = torch.empty_like(tokens, pin_memory=pinned) if self._mask_documents else None
+        line = np.empty(self._seq_len + 1, dtype=np.int64)
+        numbered = None if documents is None else np.empty_like(line)
+        for row, (number, own_tokens, own_labels) in enumerate(
+            zip(numbers, tokens.numpy(), labels.numpy(), strict=True)
+        ):
+            self._samples.read(number, line, numbered)
+            own_tokens[:], own_labels[:] = line[:-1], line[1:]
+            if documents is not None and numbered is not None:
+                documents.numpy()[row] = numbered[:-1]
+                own_labels[numbered[1:] != numbered[:-1]] = -1
+        labels[real:] = -1
+        rows = Batch(tokens, labels, torch.tensor(numbers), documents)
+        return _Read(rows, int((labels.numpy() >= 0).sum()))
+
+    def _batch(self, place: Place, read: _Read) -> StepBatch:
+        moved: list[Any] = [None if t is None else t.to(self._device, non_blocking=True) for t in read.rows]
+        rows = Batch(*moved)
+        if self._stack is not None:
+            return StepBatch((rows,), len(rows.tokens) // self._micro, read.num_valid, place)
+        parts: Any = zip(*(_split(t, self._micro, len(rows.tokens)) for t in rows), strict=True)
+        microbatches = tuple(Batch(*part) for part in parts)
+        return StepBatch(microbatches, len(microbatches), read.num_valid, place)
+
+
+def _split(tensor: Tensor | None, size: int, total: int) -> tuple[Tensor | None, ...]:
+    """Slices of ``size`` rows, or as many times None."""
+    return (None,) * ceil(total / size) if tensor is None else tensor.split(size)

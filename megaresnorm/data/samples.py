@@ -40,7 +40,18 @@ class Samples(Protocol):
     per_epoch: int
     num_documents: int
 
-    def __getitem__(self, i: int) -> Sample: ...
+    def __getitem__(self, i: int) -> Sample:
+        """Sample i, in arrays of its own."""
+        ...
+
+    def read(self, i: int, tokens: np.ndarray, documents: np.ndarray | None = None) -> None:
+        """Write sample i into arrays [seq_len + 1] of any integer type, as ``Sample`` has them.
+
+        Args:
+            documents: None where nobody reads them.
+        """
+        ...
+
     def token_shares(self) -> np.ndarray:
         """Relative frequency of each token, [V]; estimated from about the first ENTROPY_TOKENS tokens of a source.
 
@@ -70,21 +81,28 @@ class PackedSamples:
         self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
 
     def __getitem__(self, i: int) -> Sample:
+        tokens, documents = np.empty((2, self.seq_len + 1), dtype=np.int64)
+        self.read(i, tokens, documents)
+        return Sample(tokens, documents)
+
+    def read(self, i: int, tokens: np.ndarray, documents: np.ndarray | None = None) -> None:
+        """As of ``Samples``."""
         epoch, place = divmod(i, self.per_epoch)
         order, ends, shuffle = self._epoch(epoch)
-        start = int(shuffle[place]) * self.seq_len
+        start = first = int(shuffle[place]) * self.seq_len
         stop = start + self.seq_len + 1
-        pieces = []
+        number = 0
         d = int(np.searchsorted(ends, start, side="right"))
         while start < stop:
             document = order[d]
             skipped = ends[d] - start  # tokens of this document from ``start`` to its end
             take = min(stop - start, int(skipped))
             end = int(self.files.boundaries[document + 1])
-            pieces.append(self.files.tokens[end - int(skipped) : end - int(skipped) + take])
-            start, d = start + take, d + 1
-        numbers = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
-        return Sample(np.concatenate(pieces).astype(np.int64), numbers)
+            there = slice(start - first, start - first + take)
+            tokens[there] = self.files.tokens[end - int(skipped) : end - int(skipped) + take]
+            if documents is not None:
+                documents[there] = number
+            start, d, number = start + take, d + 1, number + 1
 
     def token_shares(self) -> np.ndarray:
         """Relative frequency of each token among about the first ENTROPY_TOKENS of the split."""
@@ -131,6 +149,11 @@ class BlendedSamples:
     def __getitem__(self, i: int) -> Sample:
         source, j = self.place(i)
         return self.sources[source][j]
+
+    def read(self, i: int, tokens: np.ndarray, documents: np.ndarray | None = None) -> None:
+        """As of ``Samples``."""
+        source, j = self.place(i)
+        self.sources[source].read(j, tokens, documents)
 
     def place(self, i: int) -> tuple[int, int]:
         """(source, number of that source's sample) that sample i is."""

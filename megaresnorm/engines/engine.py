@@ -1,47 +1,110 @@
-"""The interface between an engine and the training loop: statistics of a step, and the decision about it."""
+"""The interface between an engine and the training loop: one optimizer step, evaluation, and the engine's state."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
-from math import isfinite
+from typing import Protocol
 
+import torch
 
-class Decision(Enum):
-    """The training loop's decision about a step once its gradients are known."""
-
-    APPLY = "apply"
-    SKIP = "skip"
-
-
-@dataclass(frozen=True)
-class GradientStats:
-    """A step after every reduction and before the update, the same on all ranks.
-
-    Attributes:
-        loss: mean cross entropy a token, in nats.
-        norm: of all gradients together, unclipped.
-    """
-
-    loss: float
-    norm: float
-
-    @property
-    def finite(self) -> bool:
-        """Whether neither is NaN or infinite."""
-        return isfinite(self.loss) and isfinite(self.norm)
+from megaresnorm.assemble import Assembled
+from megaresnorm.checkpoint.format import TensorSlices
+from megaresnorm.checkpoint.reader import Checkpoint
+from megaresnorm.checkpoint.state import EngineState
+from megaresnorm.data.loader import StepBatch
+from megaresnorm.model.transformer import Transformer
+from megaresnorm.parallel.mesh import ParallelContext
+from megaresnorm.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """One optimizer step.
+    """One optimizer step, the same on all ranks.
 
     Attributes:
         loss: mean cross entropy a token, in nats; None without labels.
-        gradient_norm: as in ``GradientStats``; 0 without labels.
+        gradient_norm: of all gradients together, unclipped; 0 without labels.
         tokens: valid labels of the global batch.
-        applied: whether the weights were updated.
+        applied: whether the weights were updated. They are not without labels, and not where loss or norm is NaN or
+            infinite; then nothing has changed.
+        stop: whether any rank asked to stop.
     """
 
     loss: float | None
     gradient_norm: float
     tokens: int
     applied: bool
+    stop: bool = False
+
+
+class Engine(Protocol):
+    """Owns this rank's part of the model, its optimizer and all that is between them. All methods are collective.
+
+    Attributes:
+        assembled: the model's stages, and what was decided when they were built.
+    """
+
+    assembled: Assembled
+
+    @property
+    def model(self) -> Transformer:
+        """This rank's part of the model, where it has a single stage of it."""
+
+    @property
+    def stack(self) -> Callable[[int], int] | None:
+        """Number of microbatches -> how many it needs, stacked into one batch; None: it takes them one by one."""
+
+    @property
+    def tensors(self) -> dict[str, dict[str, TensorSlices]]:
+        """The whole model's tensors by group and global name, with this rank's live slices of them.
+
+        The groups are weights, optimizer, and clipper where each tensor is clipped against its own history.
+        """
+
+    def step(self, batch: StepBatch, lr: float, stop: Callable[[], bool] = lambda: False) -> StepStats:
+        """Make one optimizer step, or refuse it.
+
+        What is not finite makes the update a no-op on the device. The caller reads ``applied`` afterwards, and may go
+        on, run the step again or go back, from unchanged weights.
+
+        Args:
+            batch: this rank's share of the global batch.
+            lr: the schedule's learning rate.
+            stop: whether this rank asks to stop; called once, after the backward pass.
+        """
+
+    def evaluate(self, batch: StepBatch) -> float | None:
+        """Mean cross entropy a token, in nats, without dropout and z-loss; None without labels."""
+
+    def state(self) -> EngineState:
+        """The part of the engine's state that is not tensors."""
+
+    def load(self, checkpoint: Checkpoint, state: EngineState) -> None:
+        """Take over a checkpoint of the same model, saved in whatever layout.
+
+        Args:
+            state: the ``state()`` of the engine that saved it.
+        """
+
+    def load_weights(self, checkpoint: Checkpoint) -> None:
+        """Take over the weights alone of a checkpoint of a model with the same parameters, saved in whatever layout."""
+
+    def check_finite(self, where: str) -> None:
+        """Check that all weights and optimizer state of this rank are finite.
+
+        Args:
+            where: begins the line of the error.
+
+        Raises:
+            CheckpointError: one is not; the line names it.
+        """
+
+
+def make_engine(recipe: Recipe, context: ParallelContext, device: torch.device) -> Engine:
+    """The engine that ``engine.name`` asks for, with its model. Collective.
+
+    Args:
+        recipe: resolved, so that model.vocab_size is set.
+    """
+    from megaresnorm.engines.native import NativeEngine  # each engine imports what it alone needs
+
+    return {"native": NativeEngine}[recipe.engine.name](recipe, context, device)

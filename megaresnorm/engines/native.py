@@ -1,177 +1,185 @@
 """The native engine: plain PyTorch, one optimizer step at a time, on however many ranks."""
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from megaresnorm.assemble import Assembled
+from megaresnorm.assemble import build_model
 from megaresnorm.checkpoint.format import FINITE, TensorSlices, is_finite
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import EngineState
-from megaresnorm.data.loader import Batch
-from megaresnorm.engines.engine import Decision, GradientStats, StepStats
+from megaresnorm.data.loader import Batch, Place, StepBatch
+from megaresnorm.engines.engine import StepStats
 from megaresnorm.engines.state import FullState, clipper_slices, placements
 from megaresnorm.errors import CheckpointError
 from megaresnorm.model.dropout import DropoutKey
 from megaresnorm.model.transformer import Transformer
-from megaresnorm.optim import MOMENTS, GradientClipper, Optimizer, gradient_norms
+from megaresnorm.optim import Gradient, GradientClipper, GradientPlacement, Optimizer, gradient_norms
 from megaresnorm.parallel.collectives import all_reduce
-from megaresnorm.parallel.data_parallel import grad_sync, local
+from megaresnorm.parallel.data_parallel import grad_sync, local, pad_uneven_shards, replicate_model, shard_model
 from megaresnorm.parallel.gradients import reduce_gradients, reductions
+from megaresnorm.parallel.mesh import ParallelContext
+from megaresnorm.precision.bf16 import Bf16Copies
 from megaresnorm.recipe import Recipe
 
 if TYPE_CHECKING:
     from megaresnorm.parallel.pipeline import Pipeline
 
 
-class _Kind(NamedTuple):
-    """How a parameter's gradient counts in the norm of all.
-
-    Attributes:
-        divided: sharded over tp.
-        copy: an embedding that the first stage has as well.
-    """
-
-    divided: bool
-    copy: bool
-
-
 class NativeEngine:
-    """Owns this rank's part of the model, its optimizer and its clipper.
+    """An ``Engine`` of plain PyTorch: DDP or FSDP2, torch's pipelines, AdamW, BF16 copies of the weights.
+
+    Args:
+        recipe: resolved, so that model.vocab_size is set.
+        context: None for one process.
 
     Attributes:
+        assembled: the bare stages.
+        modules: the stages by number as data parallelism has wrapped them, to be called in training.
         reductions: of gradients, beside those of data parallelism.
     """
 
-    def __init__(self, assembled: Assembled, recipe: Recipe) -> None:
-        self.assembled, self.context = assembled, assembled.context
+    def __init__(
+        self, recipe: Recipe, context: ParallelContext | None = None, device: str | torch.device = "cpu"
+    ) -> None:
+        self.context = context = context or ParallelContext.single()
         self._z_loss, self._seed = recipe.train.z_loss, recipe.train.seed
         self._drops = recipe.model.dropout > 0.0
         self._shards_gradients = recipe.parallel.accumulate == "sharded"
-        self._parameters = assembled.parameters()
-        table, tp = assembled.table, self.context.tp
+        self.assembled = assembled = build_model(
+            recipe.model,
+            recipe.precision,
+            recipe.kernels,
+            recipe.parallel,
+            context,
+            recompute=recipe.recompute,
+            seed=recipe.train.seed,
+            device=device,
+            compiled=recipe.train.compile,
+            shard=self._sharding(recipe) if context.dp_shard.size > 1 else None,
+        )
+        self.modules = {number: self._wrapped(model) for number, model in assembled.models.items()}
+        copied = recipe.precision.compute == "bf16" and context.dp_shard.size == 1
+        self._copies = [Bf16Copies(model) for model in assembled.models.values()] if copied else []
+
+        self._parameters, table = assembled.parameters(), assembled.table
         tied = self._parameters.get("embedding.weight") if recipe.model.tied_embeddings else None
-        copies = assembled.copies
-        kinds = {name: _Kind(table[name].split is not None, name in copies) for name in self._parameters}
-        self._optimizer = Optimizer(self._parameters, table, recipe.optim, kinds)
+        at = {n: GradientPlacement(table[n].split is not None, n in assembled.copies) for n in self._parameters}
+        self._optimizer = Optimizer(self._parameters, table, recipe.optim, at)
         partial = (p for name, p in self._parameters.items() if table[name].partial)
-        self.reductions = reductions(partial, tied, tp=tp, embedding=self.context.embedding)
-        self._clips_each = recipe.optim.clip == "adagc"
-        self._clipper = GradientClipper(recipe.optim, len(self._parameters))
+        self.reductions = reductions(partial, tied, tp=context.tp, embedding=context.embedding)
+        self._clipper = GradientClipper(recipe.optim, len(self._parameters), assembled.device)
         self._updates = 0
-        self._pipeline = self._make_pipeline(recipe) if self.context.pp.size > 1 else None
+        self._counted: tuple[Place, int] | None = None  # valid tokens of the next step, which the last one has summed
+        self._pipeline = self._make_pipeline(recipe) if context.pp.size > 1 else None
+
+    def _sharding(self, recipe: Recipe) -> Callable[[Transformer], None]:
+        """What shards a stage over dp_shard while it is on the meta device."""
+        reshards = recipe.parallel.reshard_after_forward and recipe.parallel.num_stages == 1
+        return lambda model: shard_model(model, model.parts(), self.context, reshard_after_forward=reshards)
+
+    def _wrapped(self, model: Transformer) -> nn.Module:
+        if self.context.dp_shard.size > 1:
+            pad_uneven_shards(model, self.context.dp_shard)
+            return model
+        return replicate_model(model, self.context.dp) if self.context.dp_replicate.size > 1 else model
 
     def _make_pipeline(self, recipe: Recipe) -> "Pipeline":
         from megaresnorm.parallel.pipeline import Pipeline  # a second's imports, for runs with stages alone
 
-        layout, dim, seq = self.assembled.layout, recipe.model.dim, recipe.model.seq_len
-
-        def wire(batch: int) -> tuple[int, int]:
-            return layout.tokens(torch.empty(batch * seq, device="meta")).shape[0], layout.width(dim)
-
+        (model, *_) = self.assembled.models.values()
         return Pipeline(
-            self.assembled.modules,
+            self.modules,
             recipe.parallel.num_stages,
             self.context.pp,
             recipe.parallel.pipeline,
-            wire,
-            self.assembled.residual_dtype,
+            model.wire,
             self.assembled.device,
             shards_gradients=self._shards_gradients,
         )
 
     @property
     def model(self) -> Transformer:
-        """This rank's part of the model, where it has a single stage of it."""
+        """See ``Engine``."""
         return self.assembled.model
 
-    def step(self, microbatches: Iterable[Batch], lr: float, accept: Callable[[GradientStats], Decision]) -> StepStats:
-        """Accumulate the gradients of one global batch in FP32, ask ``accept``, clip and update. Collective.
+    @property
+    def stack(self) -> Callable[[int], int] | None:
+        """See ``Engine``: the number of microbatches that the pipeline's schedule needs."""
+        return None if self._pipeline is None else self._pipeline.num_microbatches
 
-        1. Count the valid tokens of the whole batch (dp): the loss is a sum divided by that, however unequal its parts.
+    def step(self, batch: StepBatch, lr: float, stop: Callable[[], bool] = lambda: False) -> StepStats:
+        """Accumulate the gradients of one global batch in FP32, clip and update. Collective.
+
+        1. The valid tokens of the whole batch, which the step before has summed: the loss is divided by them, however
+           unequal the parts are.
         2. Forward and backward of every microbatch, or the pipeline's schedule (tp and pp inside; dp as ``grad_sync``).
         3. Add up what dp does not: partial sums over tp, tied embeddings over the first and last stage.
-        4. Norms of all gradients (model_shards, pp); ``accept`` decides, from the same numbers on every rank.
-        5. Clip, AdamW, renew the BF16 copies; a step that is refused changes nothing.
-
-        Args:
-            microbatches: this rank's share of the batch.
-            lr: the schedule's learning rate.
-            accept: asked once the gradients are known, and before anything has changed.
+        4. One vector over all ranks: loss, squares of the gradients, stop flag, valid tokens of the next step.
+        5. Clip, AdamW, renew the BF16 copies: on the device, and nothing at all where loss or norm is not finite.
+        6. The host reads the vector.
 
         Communication:
-            That of ``gradients``. For the norms one all-reduce over model_shards, of a number for each gradient tensor
-            that the optimizer collects, and one of a single number over pp.
+            That of ``gradients``, but one all-reduce of 4 numbers FP64 over all ranks in the place of its own; with
+            ``clip: adagc`` one more over model_shards, of a number for each parameter.
         """
         with _no_garbage_collection():
-            return self._step(microbatches, lr, accept)
+            tokens = self._valid_tokens(batch)
+            loss = self._backward(batch, tokens)
+            gradients = self._optimizer.collect(per_parameter=self._clipper.clips_each) if tokens else []
+            following = (None, lambda: 0) if batch.following is None else batch.following
+            norms = self._norms(gradients)
+            vector = self._summed(loss, self._own_squares(gradients, norms), float(stop()), following[1]())
+            if tokens:
+                self._update(gradients, norms, vector, tokens, lr)
+            self._optimizer.zero_grad()
+            loss_sum, squares, stops, next_tokens = vector.tolist()
+        self._counted = None if following[0] is None else (following[0], int(next_tokens))
+        if not tokens:  # nothing was to be learned: neither moments nor decay may move a weight
+            return StepStats(None, 0.0, 0, applied=False, stop=stops > 0)
+        applied = _is_finite(loss_sum) and _is_finite(squares)
+        self._updates += applied
+        self._clipper.steps += applied and self._clipper.clips_each
+        return StepStats(loss_sum / tokens, squares**0.5, tokens, applied, stop=stops > 0)
 
-    def gradients(self, microbatches: Iterable[Batch]) -> tuple[float, int]:
+    def gradients(self, batch: StepBatch) -> tuple[float, int]:
         """Put the reduced gradients of one global batch into the parameters' ``grad``. Collective.
 
         Returns:
             Mean loss a token and number of tokens. A batch without labels has no gradients, and its loss is 0.
 
         Communication:
-            All-reduces of 8 bytes: one over dp for the number of tokens, one over dp and one over pp for the loss.
-            Beside these what the model, ``Pipeline.run``, ``grad_sync`` and ``reduce_gradients`` send.
+            All-reduces of 8 bytes over dp for the number of tokens, unless the step before has counted them, and of 32
+            bytes over all ranks for the loss. Beside these what the model, ``Pipeline.run``, ``grad_sync`` and
+            ``reduce_gradients`` send.
         """
-        batches = list(microbatches)
-        tokens = self._count(batches)
-        if not tokens:
-            return 0.0, 0
-        scale = 1 / tokens
-        loss = self._sum(self._run_pipeline(batches, scale) if self._pipeline else self._accumulate(batches, scale))
-        reduce_gradients(self.reductions)
-        return loss / tokens, tokens
-
-    def _step(self, microbatches: Iterable[Batch], lr: float, accept: Callable[[GradientStats], Decision]) -> StepStats:
-        loss, tokens = self.gradients(microbatches)
-        if not tokens:  # nothing was to be learned: neither moments nor decay may move a weight
-            self._optimizer.zero_grad()
-            return StepStats(None, 0.0, 0, applied=False)
-        gradients = self._optimizer.collect(per_parameter=self._clips_each)
-        norms, total = self._norms(gradients)
-        stats = GradientStats(loss, total.item())
-        applied = accept(stats) is Decision.APPLY
-        if applied:
-            self._clipper.clip(gradients, norms, total)
-            self._optimizer.step(lr)
-            self._updates += 1
-            self.assembled.weights_changed()
-        self._optimizer.zero_grad()
-        return StepStats(stats.loss, stats.norm, tokens, applied)
+        tokens = self._valid_tokens(batch)
+        total = self._summed(self._backward(batch, tokens), None, 0.0, 0).tolist()[0]
+        return total / max(tokens, 1), tokens
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> float | None:
-        """Mean cross entropy a token, in nats, without dropout and z-loss. Collective.
-
-        Returns:
-            None without labels.
+    def evaluate(self, batch: StepBatch) -> float | None:
+        """See ``Engine``.
 
         Communication:
-            All-reduces of 8 bytes: one over dp for the number of tokens, one over dp and one over pp for the loss.
-            Beside these what forward passes send.
+            One all-reduce of 32 bytes over all ranks, beside what forward passes send.
         """
-        batches = list(batches)
-        tokens = self._count(batches)
-        if not tokens:
-            return None
         if self._pipeline is not None:
-            return self._sum(self._run_pipeline(batches, None)) / tokens
-        total = 0.0
-        for batch in batches:
-            nll, _ = self._losses(self.model, batch, None, 1.0)
-            total += nll.item()
-        return self._sum(total) / tokens
+            loss = self._run_pipeline(batch, None)
+        else:
+            loss = self._no_loss()
+            for part in batch.microbatches:
+                loss += self._losses(self.model, part, None, 1.0)[0]
+        total, _, _, tokens = self._summed(loss, None, 0.0, batch.num_valid).tolist()
+        return total / tokens if tokens else None
 
     def state(self) -> EngineState:
-        """The part of the engine's state that is not tensors."""
+        """See ``Engine``."""
         return EngineState(updates=self._updates, clipper_steps=self._clipper.steps)
 
     def full_state(self) -> FullState:
@@ -179,94 +187,106 @@ class NativeEngine:
         return FullState(self.assembled, {name: local(p.detach()) for name, p in self._parameters.items()})
 
     @cached_property
-    def sharded_state(self) -> dict[str, dict[str, TensorSlices]]:
-        """The whole model's tensors by group and global name, with this rank's live slices of them.
-
-        The groups are weights, optimizer, and clipper where each tensor is clipped against its own history.
-        """
+    def tensors(self) -> dict[str, dict[str, TensorSlices]]:
+        """See ``Engine``."""
         mine = {name: local(p.detach()) for name, p in self._parameters.items()}
-        moments = {name: self._optimizer.moments(p) for name, p in self._parameters.items()}
+        states = {name: self._optimizer.state(p) for name, p in self._parameters.items()}
         groups: dict[str, dict[str, TensorSlices]] = {"weights": {}, "optimizer": {}}
         for name, place in placements(self.assembled).items():
             groups["weights"][name] = place.of(mine.get(name))
-            for key in MOMENTS:
-                groups["optimizer"][f"{key}.{name}"] = place.of(moments.get(name, {}).get(key))
-        if self._clips_each:
+            for key in self._optimizer.rule.names:
+                groups["optimizer"][f"{key}.{name}"] = place.of(states.get(name, {}).get(key))
+        if self._clipper.clips_each:
             averages = dict(zip(self._parameters, self._clipper.averages.split(1), strict=True))
             groups["clipper"] = clipper_slices(self.assembled, averages)
         return groups
 
     def load(self, checkpoint: Checkpoint, state: EngineState) -> None:
-        """Take over a checkpoint of the same model, saved in whatever layout.
-
-        Args:
-            state: the ``state()`` of the engine that saved it.
-        """
-        for group, members in self.sharded_state.items():
+        """See ``Engine``."""
+        for group, members in self.tensors.items():
             if group != "clipper" or group in checkpoint.tensors:  # clipping may have been another until then
                 checkpoint.load(group, members)
         self._updates = state.updates
-        self._clipper.steps = state.clipper_steps if "clipper" in self.sharded_state else 0
-        self._optimizer.set_updates(self._updates)
-        self.assembled.weights_changed()
+        self._clipper.steps = state.clipper_steps if "clipper" in self.tensors else 0
+        self._optimizer.rule.set_updates(self._updates)
+        self.weights_changed()
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
-        """Take over the weights alone of a checkpoint of a model with the same parameters, saved in whatever layout."""
-        checkpoint.load("weights", self.sharded_state["weights"])
-        self.assembled.weights_changed()
+        """See ``Engine``."""
+        checkpoint.load("weights", self.tensors["weights"])
+        self.weights_changed()
 
     def check_finite(self, where: str) -> None:
-        """Check that all weights and moments of this rank are finite.
-
-        Args:
-            where: begins the line of the error.
-
-        Raises:
-            CheckpointError: one is not; the line names it.
-        """
+        """See ``Engine``."""
         for group in FINITE:
-            for name, slices in self.sharded_state[group].items():
+            for name, slices in self.tensors[group].items():
                 if slices.local is not None and not is_finite(slices.local):
                     raise CheckpointError(f"{where}{group} {name} is not finite; use an older checkpoint")
 
-    def _accumulate(self, batches: Sequence[Batch], scale: float) -> float:
-        (module,) = self.assembled.modules.values()
-        loss = torch.zeros((), dtype=torch.float64)
-        for i, batch in enumerate(batches):
-            with grad_sync(module, last=i == len(batches) - 1, sharded=self._shards_gradients):
-                nll, objective = self._losses(module, batch, self._dropout(batch), scale)
-                objective.backward()
-            loss += nll.detach().cpu()
-        return loss.item()
+    def weights_changed(self) -> None:
+        """Renew what is derived from the weights, after they have been changed from outside."""
+        for copies in self._copies:
+            copies.refresh()
 
-    def _run_pipeline(self, batches: Sequence[Batch], scale: float | None) -> float:
+    def _valid_tokens(self, batch: StepBatch) -> int:
+        """Number of valid labels on all ranks of dp."""
+        if self._counted is not None and self._counted[0] == batch.place:
+            return self._counted[1]
+        if self.context.dp.size == 1:
+            return batch.num_valid
+        return int(all_reduce(torch.tensor([batch.num_valid], device=self.assembled.device), self.context.dp).item())
+
+    def _backward(self, batch: StepBatch, tokens: int) -> Tensor:
+        """Put the reduced gradients into the parameters' ``grad``; without tokens there are none.
+
+        Returns:
+            Sum of this rank's losses, FP64; 0 on the stages of a pipeline that have none.
+        """
+        if not tokens:
+            return self._no_loss()
+        loss = self._run_pipeline(batch, 1 / tokens) if self._pipeline else self._accumulate(batch, 1 / tokens)
+        reduce_gradients(self.reductions)
+        return loss
+
+    def _accumulate(self, batch: StepBatch, scale: float) -> Tensor:
+        (module,), last = self.modules.values(), len(batch.microbatches) - 1
+        loss = self._no_loss()
+        for i, part in enumerate(batch.microbatches):
+            with grad_sync(module, last=i == last, sharded=self._shards_gradients):
+                nll, objective = self._losses(module, part, self._dropout(part), scale)
+                objective.backward()
+            loss += nll.detach()
+        return loss
+
+    def _run_pipeline(self, batch: StepBatch, scale: float | None) -> Tensor:
         """Sum of the losses on the last stage, 0 on the others. A ``scale`` of None means forward alone."""
         assert self._pipeline is not None
-        missing = self._pipeline.num_microbatches(len(batches)) - len(batches)
-        filler = batches[0]._replace(labels=torch.full_like(batches[0].labels, -1))
-        batches = [*batches, *[filler] * missing]
-        whole = batches[0] if len(batches) == 1 else Batch(*(_joined(column) for column in zip(*batches, strict=True)))
-        losses: list[Tensor] = []
+        (whole,), total = batch.microbatches, self._no_loss()
 
         def loss(logits_TV: Tensor, labels_BS: Tensor) -> Tensor:
             nll, objective = self._loss(logits_TV, labels_BS, 1.0 if scale is None else scale)
-            losses.append(nll.detach())
+            total.add_(nll.detach())
             return objective
 
         arguments: dict[str, Any] = {} if whole.documents is None else {"documents_BS": whole.documents}
         if scale is not None and self._drops:
             arguments["dropout"] = self._dropout(whole)
-        self._pipeline.run(whole.tokens, whole.labels, len(batches), loss, backward=scale is not None, **arguments)
-        return sum(nll.item() for nll in losses)
+        self._pipeline.run(
+            whole.tokens, whole.labels, batch.num_microbatches, loss, backward=scale is not None, **arguments
+        )
+        return total
 
     def _losses(
         self, module: nn.Module, batch: Batch, dropout: DropoutKey | None, scale: float
     ) -> tuple[Tensor, Tensor]:
-        logits_TV = module(batch.tokens, dropout, documents_BS=batch.documents)
+        logits_TV = module(batch.tokens, dropout=dropout, documents_BS=batch.documents)
         return self._loss(logits_TV, batch.labels, scale)
 
     def _loss(self, logits_TV: Tensor, labels_BS: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         return self.assembled.cross_entropy(logits_TV, labels_BS.flatten(), self._z_loss, scale)
+
+    def _no_loss(self) -> Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self.assembled.device)
 
     def _dropout(self, batch: Batch) -> DropoutKey | None:
         if not self._drops:
@@ -275,38 +295,52 @@ class NativeEngine:
         rows = batch.samples.unsqueeze(1) * seq_len + torch.arange(seq_len, device=batch.samples.device)
         return DropoutKey(self._seed, rows.flatten())
 
-    def _count(self, batches: Sequence[Batch]) -> int:
-        """Number of valid labels on all ranks of dp."""
-        mine = sum(int((batch.labels >= 0).sum()) for batch in batches)
-        if self.context.dp.size == 1:
-            return mine
-        return int(all_reduce(torch.tensor([mine], device=self.assembled.device), self.context.dp).item())
+    def _norms(self, gradients: list[Gradient]) -> Tensor | None:
+        """Norms of this rank's shares of the gradients, [n] FP64; None without gradients."""
+        return gradient_norms([gradient.tensor for gradient in gradients]) if gradients else None
 
-    def _sum(self, loss: float) -> float:
-        """Sum over dp and pp. It is already equal on tp."""
-        if self.context.dp.size == self.context.pp.size == 1:
-            return loss
-        total = torch.tensor([loss], dtype=torch.float64, device=self.assembled.device)
-        return all_reduce(all_reduce(total, self.context.dp), self.context.pp).item()
+    def _own_squares(self, gradients: list[Gradient], norms: Tensor | None) -> Tensor | None:
+        """This rank's part of the sum of squares, such that all ranks together count each element once."""
+        if norms is None:
+            return None
+        own = self._shares([gradient.placement for gradient in gradients], norms, copies=False)
+        return (norms * own).square().sum() if self.context.dp_replicate.rank == 0 else None
 
-    def _norms(self, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Norms of every whole gradient, and of all of them together. Collective."""
-        norms = gradient_norms(gradients)
-        if self.context.world.size == 1:
-            return norms, torch.linalg.vector_norm(norms)
-        kinds: Any = self._optimizer.kinds(per_parameter=self._clips_each)
-        # A rank of tp has its own share of a sharded gradient, and the same as rank 0 of any other.
-        counted = norms.new_tensor([kind.divided or self.context.tp.rank == 0 for kind in kinds])
-        squares = all_reduce((norms * counted).square(), self.context.model_shards)
-        owned = squares.new_tensor([not kind.copy for kind in kinds])
-        total = all_reduce((squares * owned).sum().unsqueeze(0), self.context.pp).sqrt().squeeze(0)
-        return squares.sqrt(), total
+    def _shares(self, places: list[GradientPlacement], norms: Tensor, *, copies: bool) -> Tensor:
+        """1 for each gradient whose share on this rank counts, else 0: what ranks of tp have alike counts on one."""
+        first = self.context.tp.rank == 0
+        return norms.new_tensor([(place.split or first) and (copies or not place.copy) for place in places])
+
+    def _summed(self, loss: Tensor, squares: Tensor | None, stop: float, next_tokens: int) -> Tensor:
+        """The step's numbers [4] over all ranks: loss, squares, ranks that ask to stop, tokens of the next step."""
+        context = self.context
+        one_of_stage = context.tp.rank == 0
+        counts = next_tokens if one_of_stage and context.pp.rank == 0 else 0
+        vector = loss.new_tensor([0.0, 0.0, stop, counts])
+        if one_of_stage:
+            vector[0] = loss
+        if squares is not None:
+            vector[1] = squares
+        return all_reduce(vector, context.world)
+
+    @torch.no_grad()
+    def _update(self, gradients: list[Gradient], norms: Tensor | None, vector: Tensor, tokens: int, lr: float) -> None:
+        """Clip and update; a no-op where the step's loss or norm is not finite."""
+        assert norms is not None
+        total = vector[1].sqrt()
+        refused = (~vector[:2].isfinite()).any().float()
+        if self._clipper.clips_each:
+            tensors, places = zip(*gradients, strict=True)
+            squares = all_reduce(
+                (norms * self._shares(list(places), norms, copies=True)).square(), self.context.model_shards
+            )
+            self._clipper.clip_each(tensors, squares.sqrt(), total, refused)
+        self._optimizer.step(lr, divisor=self._clipper.divisor(total), refused=refused)
+        self.weights_changed()
 
 
-def _joined(column: Sequence[Tensor | None]) -> Any:
-    """The tensors of several microbatches as one; None where they have none."""
-    tensors = [t for t in column if t is not None]
-    return torch.cat(tensors) if tensors else None
+def _is_finite(number: float) -> bool:
+    return abs(number) != float("inf") and number == number
 
 
 @contextmanager

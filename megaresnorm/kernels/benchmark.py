@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megaresnorm.kernels.add_norm.reference import NormWeights
+from megaresnorm.kernels.add_norm.reference import AddNormArgs, NormWeights
 from megaresnorm.kernels.registry import Kernel, backends, choose_kernel
 
 OPS = ("add_norm", "norm_quant", "attention", "activation", "cross_entropy")
@@ -91,7 +91,7 @@ def _add_norm(function: Callable, rows: int, columns: int, device: torch.device,
     norm = NormWeights("rmsnorm", _random((columns,), device, torch.float32), None, 1e-5)
 
     def call() -> None:
-        out = function(x, delta, next_norm=norm, residual_dtype=dtype, out_dtype=dtype)
+        out = function(AddNormArgs(x, delta, next_norm=norm, residual_dtype=dtype, out_dtype=dtype))
         (out.trunk.sum() + out.branch_input.sum()).backward()
 
     return call

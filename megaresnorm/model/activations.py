@@ -7,7 +7,7 @@ inputs of its matrices and of its activation. Backends that save more or less th
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megaresnorm.model.topology import SUBLAYERS, Position, ResidualSpec, TokenGate, topology
+from megaresnorm.model.topology import SUBLAYERS, ResidualSpec, TokenGate, residual_at
 from megaresnorm.recipe import ModelRecipe
 
 
@@ -40,9 +40,7 @@ class BlockKind(NamedTuple):
     @classmethod
     def of(cls, recipe: ModelRecipe, block: int) -> "BlockKind":
         """The kind of the block of this global number."""
-        residual, options = topology(recipe.topology).residual, recipe.topology_options
-        at = (Position(block=block, num_blocks=recipe.num_blocks, sublayer=sub, dim=recipe.dim) for sub in SUBLAYERS)
-        return cls(*(ResidualKind.of(residual(position, options)) for position in at))
+        return cls(*(ResidualKind.of(residual_at(recipe, block, kind)) for kind in SUBLAYERS))
 
 
 @dataclass(frozen=True)
@@ -52,12 +50,14 @@ class Activations:
     Attributes:
         tp: tensor-parallel ranks.
         divides_stream: whether the stream is sharded over them, by token or by hidden dimension.
+        keeps_rows: whether linears keep whole rows of their input (recompute.gathered: keep), or this rank's share.
         compute, stream: bytes of an element of the compute type and of the stream's type.
     """
 
     recipe: ModelRecipe
     tp: int
     divides_stream: bool
+    keeps_rows: bool
     compute: int
     stream: int
 
@@ -67,7 +67,7 @@ class Activations:
         return self._of_residual(attention, ffn) + self._of_residual(ffn, attention) + self._of_branches(kind)
 
     def _of_residual(self, this: ResidualKind, following: ResidualKind) -> int:
-        """The sum, what is normalised twice, and the next branch's input, which is gathered from a sharded stream."""
+        """The sum, what is normalised twice, and the next branch's input, or this rank's share of it."""
         dim, width = self.recipe.dim, self.recipe.dim // (self.tp if self.divides_stream else 1)
         kept = width * self.stream
         if this.norm_branch or (this.gate is not None and not isinstance(this.gate, TokenGate)):
@@ -75,7 +75,7 @@ class Activations:
         if this.norm_out and following.norm_in:
             kept += width * self.stream
         if this.norm_out or following.norm_in or self.compute != self.stream:
-            kept += dim * self.compute
+            kept += (dim if self.keeps_rows else width) * self.compute
         if isinstance(this.gate, TokenGate):
             kept += dim * 4 * (self.compute < 4) + width * 4  # branch input in FP32 for the gate, y - x
         return kept

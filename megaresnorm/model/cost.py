@@ -1,14 +1,13 @@
 """Floating-point operations of the parts of a model, in a forward pass and for one token."""
 
+from megaresnorm.model.branches import BRANCHES
+from megaresnorm.model.topology import SUBLAYERS
 from megaresnorm.recipe import ModelRecipe
 
 
 def block_flops(recipe: ModelRecipe) -> int:
-    """Matrix products and causal attention of one block; every block costs the same."""
-    q_dim, kv_dim = recipe.num_heads * recipe.head_width, recipe.kv_heads * recipe.head_width
-    inner = (2 if recipe.gated_ffn else 1) * recipe.ffn_width
-    matrices = recipe.dim * (q_dim + 2 * kv_dim + inner) + (q_dim + recipe.ffn_width) * recipe.dim
-    return 2 * matrices + 2 * recipe.seq_len * q_dim  # scores and weighted sum, half of them masked
+    """The branches of one block; every block costs the same."""
+    return sum(BRANCHES[kind].flops(recipe) for kind in SUBLAYERS)
 
 
 def head_flops(recipe: ModelRecipe) -> int:

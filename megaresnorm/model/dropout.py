@@ -25,9 +25,9 @@ class DropoutKey(NamedTuple):
     seed: int
     rows: Tensor
 
-    def of_stream(self, layout: TensorLayout, dim: int, num_blocks: int) -> "DropoutMasks":
+    def of_stream(self, layout: TensorLayout, dim: int, num_sublayers: int) -> "DropoutMasks":
         """The masks of this rank's share of a stream of width ``dim``."""
-        keys = _keys(self.seed, 2 * num_blocks + 1, self.rows.device)
+        keys = _keys(self.seed, num_sublayers + 1, self.rows.device)
         return DropoutMasks(keys, layout.tokens(self.rows), layout.first_column(layout.width(dim)))
 
 
@@ -48,7 +48,7 @@ class DropoutMasks(NamedTuple):
         """Dropout at one place of the model.
 
         Args:
-            site: 2 i is the attention of block i, 2 i + 1 its FFN, and the last one the embedding.
+            site: the index of the sub-layer, or after the last the embedding.
         """
         return dropout(x, probability, self.keys[site], self.rows, self.first_column)
 

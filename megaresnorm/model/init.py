@@ -5,7 +5,8 @@ from hashlib import sha256
 import torch
 from torch import Tensor, nn
 
-from megaresnorm.model.parameters import ParameterSpec, global_name
+from megaresnorm.model.parameters import global_name
+from megaresnorm.model.specs import ParameterSpec
 from megaresnorm.parallel.data_parallel import local, placed_like
 from megaresnorm.parallel.mesh import ParallelContext
 from megaresnorm.parallel.sharding import shard

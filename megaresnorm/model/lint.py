@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from math import sqrt
 
 from megaresnorm.errors import ConfigError
-from megaresnorm.model.parameters import default_embedding_std, default_position_std, matrix_std
-from megaresnorm.model.topology import SUBLAYERS, Position, ResidualSpec, Sublayer, topology
+from megaresnorm.model.parameters import default_embedding_std, default_position_std
+from megaresnorm.model.specs import matrix_std
+from megaresnorm.model.topology import SUBLAYERS, ResidualSpec, residual_at, topology
 from megaresnorm.model.transformer import has_embedding_norm
 from megaresnorm.recipe import ModelRecipe, PrecisionRecipe, Recipe
 
@@ -74,8 +75,7 @@ def estimates(model: ModelRecipe) -> list[SublayerEstimate]:
     out = []
     for block in range(model.num_blocks):
         for sublayer in SUBLAYERS:
-            at = Position(block=block, num_blocks=model.num_blocks, sublayer=sublayer, dim=model.dim)
-            spec = topology(model.topology).residual(at, model.topology_options)
+            spec = residual_at(model, block, sublayer)
             v, w = _gains(model, sublayer, spec)
             branch = 1.0 if spec.norm_branch else v * w * (spec.norm_in_scale if spec.norm_in else trunk)
             gate = spec.constant_gate
@@ -137,8 +137,7 @@ def _options_fit(model: ModelRecipe) -> Iterator[Finding]:
 
 def _combinations(model: ModelRecipe) -> Iterator[Finding]:
     wiring = topology(model.topology)
-    last = Position(block=model.num_blocks - 1, num_blocks=model.num_blocks, sublayer="ffn", dim=model.dim)
-    spec = wiring.residual(last, model.topology_options)
+    spec = residual_at(model, model.num_blocks - 1, SUBLAYERS[-1])
     if wiring.requires_qk_norm and model.qk_norm == "none":
         yield Finding(
             "reordered-qk-norm",
@@ -228,7 +227,7 @@ def _embedding_rms(model: ModelRecipe) -> float:
     return sqrt((model.embedding_multiplier * default_embedding_std(model)) ** 2 + positions**2)
 
 
-def _gains(model: ModelRecipe, sublayer: Sublayer, spec: ResidualSpec) -> tuple[float, float]:
+def _gains(model: ModelRecipe, sublayer: str, spec: ResidualSpec) -> tuple[float, float]:
     """v and w: standard deviations of a branch's two matrices relative to Xavier's."""
     q_dim, kv_dim, ffn = model.num_heads * model.head_width, model.kv_heads * model.head_width, model.ffn_width
     pair = (("v", kv_dim, model.dim), ("out", model.dim, q_dim)) if sublayer == "attention" else (

@@ -3,19 +3,22 @@
 T tokens (batch * seq)   D model dim
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from megaresnorm.kernels.add_norm.reference import NormWeights
+from megaresnorm.model.branches import Branch
 from megaresnorm.model.dropout import DropoutMasks
 from megaresnorm.model.norm import Norm
 from megaresnorm.model.sequence import SequenceInfo
+from megaresnorm.model.specs import ParameterSpec, Part, multipliers_of, norm_parameters
 from megaresnorm.model.stream import AddNorm, Stream
 from megaresnorm.model.topology import Learned, ResidualSpec, TokenGate
 from megaresnorm.parallel.branch_input import BranchInput, whole_rows
 from megaresnorm.parallel.layouts import TensorLayout
+from megaresnorm.recipe import ModelRecipe
 
 
 class Residual(nn.Module):
@@ -40,7 +43,7 @@ class Residual(nn.Module):
     def __init__(
         self,
         spec: ResidualSpec,
-        branch: nn.Module,
+        branch: Branch,
         norm: Callable[[int], Norm],
         dim: int,
         add_norm: AddNorm,
@@ -59,6 +62,33 @@ class Residual(nn.Module):
         self.branch = branch
         self.gate = nn.Parameter(torch.empty(gate_size(spec.gate, width))) if isinstance(spec.gate, Learned) else None
         self.token_gate = nn.Linear(dim, 1) if isinstance(spec.gate, TokenGate) else None
+
+    @staticmethod
+    def parameter_specs(
+        recipe: ModelRecipe, spec: ResidualSpec, branch: type[Branch], name: str
+    ) -> Iterator[ParameterSpec]:
+        """Specifications of a connection's parameters and its branch's, in the order of ``named_parameters``.
+
+        Args:
+            name: global, of the connection.
+        """
+        if isinstance(spec.gate, Learned):
+            size = gate_size(spec.gate, recipe.dim)
+            parts = (Part("residual_gate", size, mean=spec.gate.init),)
+            multipliers = multipliers_of(spec, "residual_gate")
+            yield ParameterSpec(f"{name}.gate", (size,), parts, decay=False, multipliers=multipliers)
+        for role in ("norm_in", "norm_branch", "norm_out"):
+            if getattr(spec, role):
+                yield from norm_parameters(recipe, f"{name}.{role}", recipe.dim, spec)
+        yield from branch.parameter_specs(recipe, spec, f"{name}.branch")
+        if isinstance(spec.gate, TokenGate):
+            multipliers = multipliers_of(spec, "token_gate")
+            parts = (Part("token_gate", 1),)
+            yield ParameterSpec(
+                f"{name}.token_gate.weight", (1, recipe.dim), parts, decay=False, multipliers=multipliers
+            )
+            parts = (Part("token_gate", 1, mean=spec.gate.bias),)
+            yield ParameterSpec(f"{name}.token_gate.bias", (1,), parts, decay=False, multipliers=multipliers)
 
     def open(self, stream: Stream) -> tuple[Tensor, BranchInput]:
         """The trunk x and the branch input u, from the stream."""
@@ -92,6 +122,7 @@ class Residual(nn.Module):
         Returns:
             y, laid out as x.
         """
+        u = u if self.token_gate is None else u.gathered()  # which reads it, too
         y = self.branch(u, rows)
         if self.norm_branch is not None and self._fused_branch_norm(masks) is None:
             y = self.add_norm.normalize(y, self.norm_branch)

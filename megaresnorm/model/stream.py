@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from megaresnorm.kernels.activation import ActivationKernel
-from megaresnorm.kernels.add_norm.reference import AddNormOutput, NormWeights
+from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, NormWeights
 from megaresnorm.kernels.attention import AttentionKernel
 from megaresnorm.model.norm import Norm
 from megaresnorm.parallel.branch_input import BranchInput
-from megaresnorm.parallel.sharded_norm import StreamAddNorm, StreamOutput
+from megaresnorm.parallel.layouts import TensorLayout
+from megaresnorm.parallel.linear import LinearKernel
 
 
 class Stream(NamedTuple):
@@ -30,16 +31,30 @@ class Stream(NamedTuple):
     alpha: float = 1.0
     gate: float | Tensor = 1.0
 
+    def to_wire(self, add_norm: "AddNorm") -> tuple[Tensor, ...]:
+        """The tensors that a pipeline sends from one stage to the next: the stream with its add closed."""
+        return (add_norm.trunk(self),)
+
+    @classmethod
+    def from_wire(cls, tensors: tuple[Tensor, ...]) -> "Stream":
+        """The stream from the tensors of ``to_wire``."""
+        (x,) = tensors
+        return cls(x)
+
 
 @dataclass(frozen=True)
 class AddNorm:
-    """The add_norm kernel of this run, bound to the type the stream is stored in and the type branches compute in.
+    """The add_norm kernel of this run, bound to a tensor layout and to the types that it reads and writes.
 
     Attributes:
-        kernel: the chosen backend, as it is or wrapped for the stream's tensor layout.
+        kernel: the chosen backend.
+        layout: the stream's.
+        residual_dtype: in which the stream is stored.
+        compute_dtype: in which branches compute.
     """
 
-    kernel: StreamAddNorm
+    kernel: AddNormKernel
+    layout: TensorLayout
     residual_dtype: torch.dtype
     compute_dtype: torch.dtype
 
@@ -61,18 +76,19 @@ class AddNorm:
         Returns:
             The trunk norm(alpha * x + gate * branch_norm(delta)), and the branch input next_norm(trunk).
         """
-        out = self._run(stream, norm, next_norm, branch_norm, self.compute_dtype)
-        assert out.branch_input is not None
-        return out.trunk, out.branch_input
+        trunk, u = self._run(stream, norm, next_norm, branch_norm, self.compute_dtype)
+        assert u is not None
+        return trunk, u
 
     def trunk(self, stream: Stream, norm: Norm | None = None, *, branch_norm: Norm | None = None) -> Tensor:
         """Close the stream's add where no branch reads it."""
-        return self._run(stream, norm, None, branch_norm, None).trunk
+        return self._run(stream, norm, None, branch_norm, None)[0]
 
     def normalize(self, x: Tensor, norm: Norm) -> Tensor:
         """One norm by itself, over the last dim, computed in FP32 and returned in x's type and layout."""
         flat = x.reshape(-1, x.shape[-1])
-        return self.kernel(flat, norm=norm.weights(), residual_dtype=x.dtype, out_dtype=None).trunk.view(x.shape)
+        args = AddNormArgs(flat, norm=norm.weights(), residual_dtype=x.dtype, out_dtype=None)
+        return self.layout.add_norm(self.kernel, args)[0].view(x.shape)
 
     def _run(
         self,
@@ -81,24 +97,27 @@ class AddNorm:
         next_norm: NormWeights | None,
         branch_norm: Norm | None,
         out_dtype: torch.dtype | None,
-    ) -> AddNormOutput | StreamOutput:
-        return self.kernel(
-            stream.x,
-            stream.delta,
-            alpha=stream.alpha,
-            gate=stream.gate,
+    ) -> tuple[Tensor, BranchInput | None]:
+        x, delta, alpha, gate = stream
+        args = AddNormArgs(
+            x,
+            delta,
+            alpha=alpha,
+            gate=gate,
             branch_norm=None if branch_norm is None else branch_norm.weights(),
             norm=None if norm is None else norm.weights(),
             next_norm=next_norm,
             residual_dtype=self.residual_dtype,
             out_dtype=out_dtype,
         )
+        return self.layout.add_norm(self.kernel, args)
 
 
 class Kernels(NamedTuple):
-    """The chosen backends for everything that is not a matrix product.
+    """The chosen backends.
 
     Attributes:
+        linear: makes the products of one linear layer.
         attend: attention, as ``split_attention`` of kernels/attention.py describes it.
         activate: the FFN's activation, as ``activation`` of kernels/activation.py describes it.
         normalize: (x, norm) -> x normalised, for rows that this rank has whole.
@@ -106,6 +125,7 @@ class Kernels(NamedTuple):
     """
 
     add_norm: AddNorm
+    linear: Callable[[], LinearKernel]
     attend: AttentionKernel
     activate: ActivationKernel
     normalize: Callable[[Tensor, Norm], Tensor]

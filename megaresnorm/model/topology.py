@@ -15,11 +15,11 @@ from math import log, sqrt
 from typing import Any, Literal
 
 from megaresnorm.errors import ConfigError
+from megaresnorm.recipe import ModelRecipe
 from megaresnorm.recipe import TopologyOptions as Options
 from megaresnorm.recipe.load import suggest
 
-Sublayer = Literal["attention", "ffn"]
-SUBLAYERS: tuple[Sublayer, ...] = ("attention", "ffn")
+SUBLAYERS = ("attention", "ffn")  # of every block, in order: kinds of model/branches
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,25 @@ class Position:
 
     Attributes:
         block: global number of its block, from 0.
-        num_blocks: blocks of the whole model.
+        num_blocks: blocks of the whole model, the N of the papers.
+        index: global number of the sub-layer, from 0.
+        num_sublayers: sub-layers of the whole model, the L or 2N of the papers.
+        kind: of its branch, one of ``SUBLAYERS``.
         dim: width of the residual stream.
     """
 
     block: int
     num_blocks: int
-    sublayer: Sublayer
+    index: int
+    num_sublayers: int
+    kind: str
     dim: int
 
-    @property
-    def num_sublayers(self) -> int:
-        """Sub-layers of the whole model, the L or 2N of the papers."""
-        return 2 * self.num_blocks
+    @classmethod
+    def of(cls, block: int, kind: str, num_blocks: int, dim: int) -> "Position":
+        """The place of a block's sub-layer of this kind."""
+        a_block = len(SUBLAYERS)
+        return cls(block, num_blocks, block * a_block + SUBLAYERS.index(kind), num_blocks * a_block, kind, dim)
 
 
 @dataclass(frozen=True)
@@ -170,7 +176,7 @@ def keel(at: Position, options: Options) -> ResidualSpec:
         KEEL, arXiv:2601.19895, eq. 8.
     """
     if at.block == 0:
-        return ResidualSpec(norm_in=True, norm_out=at.sublayer == "ffn")
+        return ResidualSpec(norm_in=True, norm_out=at.kind == "ffn")
     return ResidualSpec(norm_in=True, norm_out=True, alpha=float(at.num_sublayers))
 
 
@@ -285,6 +291,16 @@ def topology(name: str) -> Topology:
             f"model.topology={name!r}: wanted one of {', '.join(TOPOLOGIES)}{suggest(name, list(TOPOLOGIES))}"
         )
     return TOPOLOGIES[name]
+
+
+def position_of(recipe: ModelRecipe, block: int, kind: str) -> Position:
+    """The place of a sub-layer of a model."""
+    return Position.of(block, kind, recipe.num_blocks, recipe.dim)
+
+
+def residual_at(recipe: ModelRecipe, block: int, kind: str) -> ResidualSpec:
+    """The residual connection of a sub-layer of a model."""
+    return topology(recipe.topology).residual(position_of(recipe, block, kind), recipe.topology_options)
 
 
 def beside_others(name: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from megaresnorm.model.norm import norm_of
 from megaresnorm.model.rotary import rotary_tables
 from megaresnorm.model.sequence import KeyValueCache, SequenceInfo
 from megaresnorm.model.stream import Kernels, Stream
-from megaresnorm.model.topology import topology
+from megaresnorm.model.topology import SUBLAYERS, topology
 from megaresnorm.parallel.branch_input import BranchInput
 from megaresnorm.parallel.layouts import FullLayout, TensorLayout
 from megaresnorm.parallel.linear import ColumnLinear
@@ -57,6 +57,7 @@ class Transformer(nn.Module):
         self.layout = layout = layout or FullLayout(Axis("tp"))
         self.stage = stage = stage or Stage(range(recipe.num_blocks))
         self.recipe, self.add_norm = recipe, kernels.add_norm
+        self.num_sublayers = len(SUBLAYERS) * recipe.num_blocks
         self.logit_scale = wiring.logit_scale(recipe.dim, recipe.topology_options) / recipe.logits_scaling
         norm = norm_of(recipe)
         width, rows = layout.width(recipe.dim), recipe.padded_vocab_size
@@ -68,45 +69,50 @@ class Transformer(nn.Module):
         # Named by global block number, so that a pipeline stage has the same names as the whole model.
         self.blocks = nn.ModuleDict({str(i): Block(recipe, i, norm, kernels, layout) for i in stage.blocks})
         self.final_norm = norm(width) if stage.has_head and wiring.final_norm else None
-        self.head = ColumnLinear(recipe.dim, rows, layout.axis) if stage.has_head else None
+        self.head = ColumnLinear(recipe.dim, rows, layout.axis, kernel=kernels.linear()) if stage.has_head else None
         if recipe.tied_embeddings and self.embedding is not None and self.head is not None:
             self.head.weight = self.embedding.weight
 
     def forward(
         self,
-        received: Tensor,
-        dropout: DropoutKey | None = None,
-        *,
+        *received: Tensor,
         tokens_BS: Tensor | None = None,
+        dropout: DropoutKey | None = None,
         documents_BS: Tensor | None = None,
         cache: KeyValueCache | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, ...]:
         """Run the model, or this stage of it.
 
         Args:
-            received: the token ids [B, S]; for a stage without the embedding, the stream of the stage before it [T, D].
+            *received: the token ids [B, S]; for a stage without the embedding, what the stage before it has returned.
+            tokens_BS: the token ids, where they are not ``received``.
             dropout: given in training only; without it nothing is dropped.
-            tokens_BS: the token ids, where ``received`` is the stream.
             documents_BS: the number of every token's document, not falling along a row; a token then sees its own
                 document alone, and positions start anew with each. None: a row is one document.
             cache: what earlier calls have seen; empty at first, afterwards every call has one token per row.
 
         Returns:
-            Logits [T, V], or the resolved stream [T, D] of a stage without the output matrix.
+            Logits [T, V]; of a stage without the output matrix the tensors of ``wire``.
 
         Raises:
             ValueError: positions are learned, and some lie past model.seq_len.
         """
-        tokens_BS = received if tokens_BS is None else tokens_BS
+        tokens_BS = received[0] if tokens_BS is None else tokens_BS
         rows = self.rows(tokens_BS, documents_BS, cache)
         masks = None
         if dropout is not None:
-            masks = dropout.of_stream(self.layout, self.recipe.dim, self.recipe.num_blocks)
-        stream = self.embed(tokens_BS, rows, masks) if self.stage.has_embedding else Stream(received)
+            masks = dropout.of_stream(self.layout, self.recipe.dim, self.num_sublayers)
+        stream = self.embed(tokens_BS, rows, masks) if self.stage.has_embedding else Stream.from_wire(received)
         stream = self.run_blocks(stream, rows, masks)
         if cache is not None:
             cache.num_tokens += rows.seq
-        return self.logits(self.finish(stream)) if self.stage.has_head else self.add_norm.trunk(stream)
+        return self.logits(self.finish(stream)) if self.stage.has_head else stream.to_wire(self.add_norm)
+
+    def wire(self, batch: int) -> tuple[Tensor, ...]:
+        """What a stage returns to the next for ``batch`` sequences, as tensors on the meta device."""
+        rows = self.layout.tokens(torch.empty(batch * self.recipe.seq_len, device="meta"))
+        shape = (len(rows), self.layout.width(self.recipe.dim))
+        return (torch.empty(shape, dtype=self.add_norm.residual_dtype, device="meta"),)
 
     def rows(
         self, tokens_BS: Tensor, documents_BS: Tensor | None = None, cache: KeyValueCache | None = None
@@ -139,7 +145,7 @@ class Transformer(nn.Module):
             x_TD = self._add_positions(x_TD, rows)
         x_TD = self.add_norm.trunk(Stream(x_TD), self.embedding_norm)
         if masks is not None and self.recipe.dropout > 0.0:
-            x_TD = masks.drop(x_TD, self.recipe.dropout, site=2 * self.recipe.num_blocks)
+            x_TD = masks.drop(x_TD, self.recipe.dropout, site=self.num_sublayers)
         return Stream(x_TD)
 
     def run_blocks(self, stream: Stream, rows: SequenceInfo, masks: DropoutMasks | None = None) -> Stream:

@@ -1,8 +1,9 @@
 """The input of a branch, and the collectives that gradients pass through.
 
-A branch reads whole rows, which a collective makes from this rank's part of the stream. Each collective has its
-transpose named and is an autograd node that holds no parameters; only a column-parallel linear (parallel/linear.py)
-starts a transpose within its own node. On an axis of one rank each returns its input.
+A branch reads whole rows, which a collective makes of this rank's part of the stream. Each collective has its transpose
+named. The functions at the end are autograd nodes that hold no parameters; only the linear that reads a ``BranchInput``
+(parallel/linear.py) starts collectives within its own node: the gather in forward, and in backward the gather once
+more, behind the gradient of its input, and the transpose, behind the gradient of its weight.
 
 T tokens   D columns   p ranks of the axis
 """
@@ -18,6 +19,7 @@ from megaresnorm.parallel.collectives import (
     all_reduce,
     blocks_to_columns,
     columns_to_blocks,
+    start_all_gather,
     start_all_reduce,
     start_reduce_scatter,
 )
@@ -41,6 +43,16 @@ def _columns_gathered(x: Tensor, axis: Axis) -> Tensor:
     return blocks_to_columns(all_gather_blocks(x, axis))
 
 
+def _start_gathering_rows(sources: tuple[Tensor, ...], axis: Axis) -> Pending:
+    arriving = start_all_gather(sources[0], axis)
+    return lambda: arriving().flatten(0, 1)
+
+
+def _start_gathering_columns(sources: tuple[Tensor, ...], axis: Axis) -> Pending:
+    arriving = start_all_gather(sources[0], axis)
+    return lambda: blocks_to_columns(arriving())
+
+
 def _start_scattering_rows(x: Tensor, axis: Axis) -> Pending:
     return start_reduce_scatter(x.view(axis.size, -1, *x.shape[1:]), axis)
 
@@ -50,66 +62,84 @@ def _start_scattering_columns(x: Tensor, axis: Axis) -> Pending:
 
 
 class Collective(NamedTuple):
-    """A collective that is linear in its input.
+    """How whole rows come about, and where their gradient goes.
 
     Attributes:
-        apply: this rank's part -> whole rows.
-        start_transpose: gradient of whole rows -> that of this rank's part. It may overwrite what it is given.
+        start: (sources, axis) -> what waits for the whole rows; it may be called again in backward.
+        start_transpose: (gradient of whole rows, axis) -> what waits for that of this rank's part. It may overwrite
+            what it is given. None: the gradient of whole rows is passed on as it is.
     """
 
-    apply: Callable[[Tensor, Axis], Tensor]
-    start_transpose: Callable[[Tensor, Axis], Pending]
+    start: Callable[[tuple[Tensor, ...], Axis], Pending]
+    start_transpose: Callable[[Tensor, Axis], Pending] | None
 
 
 # [T, D] as it is, for a computation whose gradients are partial sums. Transpose: an all-reduce.
-COPY = Collective(_same, start_all_reduce)
+COPY = Collective(lambda sources, axis: lambda: sources[0], start_all_reduce)
 # [T/p, D] -> [T, D], an all-gather. Transpose: a reduce-scatter by rows.
-GATHER_ROWS = Collective(_rows_gathered, _start_scattering_rows)
+GATHER_ROWS = Collective(_start_gathering_rows, _start_scattering_rows)
 # [T, D/p] -> [T, D], an all-gather. Transpose: a reduce-scatter by columns.
-GATHER_COLUMNS = Collective(_columns_gathered, _start_scattering_columns)
+GATHER_COLUMNS = Collective(_start_gathering_columns, _start_scattering_columns)
 
 
-class Gathered(NamedTuple):
-    """Whole rows that a collective has made from this rank's part.
+class BranchInput(NamedTuple):
+    """What a branch reads: whole rows [T, D], which a collective makes of this rank's part when they are read.
 
-    The two are kept apart so that a linear can start the transpose on its input's gradient and compute its weight's
-    gradient meanwhile (parallel/linear.py). Anything else reads ``whole_rows``.
+    One linear reads them. It keeps the sources for its backward pass, 1/p of the rows, and starts the collective again
+    there; with ``keeps`` it keeps the rows. A reader before it, such as a token gate, hands on what it has read
+    (``gathered``).
 
     Attributes:
-        whole: [T, D], without a gradient.
-        mine: this rank's part, to which the gradient goes.
+        local: what autograd sees: this rank's part, or whole rows that a node of its own has made.
+        collective: None where ``local`` is whole rows and their gradient is whole, too: on one rank.
+        axis: the axis of the collective; None without one.
+        sources: what the collective makes whole rows of.
+        keeps: whether a linear keeps whole rows (recompute.gathered: keep).
+        rows: whole rows that have been made already, without a gradient.
+        amax: the largest |element| of ``local`` before the scale of FP8, a scalar FP32; None where it is not FP8.
     """
 
-    whole: Tensor
-    mine: Tensor
-    collective: Collective
-    axis: Axis
+    local: Tensor
+    collective: Collective | None = None
+    axis: Axis | None = None
+    sources: tuple[Tensor, ...] = ()
+    keeps: bool = False
+    rows: Tensor | None = None
+    amax: Tensor | None = None
 
-    @classmethod
-    def of(cls, mine: Tensor, collective: Collective, axis: Axis) -> "Gathered":
-        """Apply the collective to this rank's part.
+    def whole(self) -> Tensor:
+        """Whole rows [T, D] without a gradient, for a node that sends their gradient itself. Collective.
 
         Communication:
-            One all-gather of ``mine``; none for ``COPY``. In backward the reader of the rows starts the transpose: one
-            reduce-scatter of [T, D], or for ``COPY`` one all-reduce of it.
+            One all-gather of the sources; none where the rows have been made, and for ``COPY``.
         """
-        return cls(collective.apply(mine.detach(), axis), mine, collective, axis)
+        if self.rows is not None:
+            return self.rows
+        if self.collective is None or self.axis is None:
+            return self.local
+        return self.collective.start(tuple(source.detach() for source in self.sources), self.axis)()
 
+    def gathered(self) -> "BranchInput":
+        """The same with its rows made, for several readers.
 
-BranchInput = Tensor | Gathered
+        Communication:
+            As ``whole``.
+        """
+        return self if self.collective is None else self._replace(rows=self.whole())
 
 
 def whole_rows(u: BranchInput) -> Tensor:
     """A branch's input as one tensor [T, D], whose gradient is sent back when it is known.
 
     Communication:
-        Nothing in forward; in backward, for a ``Gathered``, one reduce-scatter or all-reduce of [T, D].
+        In forward that of ``BranchInput.whole``; in backward, where the gradient is sent, one reduce-scatter or
+        all-reduce of [T, D].
     """
-    if isinstance(u, Tensor):
-        return u
-    whole, start = u.whole, u.collective.start_transpose
+    if u.collective is None or u.collective.start_transpose is None:
+        return u.local
+    whole, start = u.whole(), u.collective.start_transpose
     return _Transposed.apply(
-        u.mine, u.axis, lambda x, axis: whole.view_as(whole), lambda dx, axis: start(dx.clone(), axis)()
+        u.local, u.axis, lambda x, axis: whole.view_as(whole), lambda dx, axis: start(dx.clone(), axis)()
     )
 
 

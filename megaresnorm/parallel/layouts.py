@@ -2,24 +2,22 @@
 
 A branch always reads whole rows of all tokens, and the gradient that it sends back is this rank's partial sum; what it
 returns is a partial sum, too. A layout turns the stream into a branch's input and a branch's output into the stream, so
-that no branch names a collective. The first linear of a branch starts the collective that its input's gradient goes
-through (``Gathered``) before it computes its weight's gradient; only under ``columns``, gather, the norm sends that
-gradient itself, when the linear is done.
+that no branch names a collective. The first linear of a branch gathers its input (``BranchInput``), and in backward
+starts the collective that its input's gradient goes through before it computes its weight's gradient; only under
+``columns``, gather, the norm gathers, and sends that gradient itself when the linear is done.
 
 T tokens   D model dim   p ranks   d = D/p columns of a rank
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 from torch import Tensor
 
-from megaresnorm.kernels.add_norm.reference import AddNormKernel
-from megaresnorm.kernels.add_norm.sharded import REFERENCE, ShardedNormKernels
+from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, AddNormOutput
 from megaresnorm.parallel import branch_input
-from megaresnorm.parallel.branch_input import COPY, GATHER_ROWS, Collective, Gathered
+from megaresnorm.parallel.branch_input import COPY, GATHER_ROWS, BranchInput, Collective
 from megaresnorm.parallel.mesh import Axis
-from megaresnorm.parallel.sharded_norm import StreamAddNorm, StreamOutput, columns_add_norm
+from megaresnorm.parallel.sharded_norm import ShardedNorm, columns_add_norm
 
 
 class TensorLayout(ABC):
@@ -28,16 +26,21 @@ class TensorLayout(ABC):
     Attributes:
         name: as in the recipe.
         axis: the tensor-parallel axis.
+        keeps: whether linears keep gathered rows for backward, or gather them again (recompute.gathered).
     """
 
     name: str
 
-    def __init__(self, axis: Axis) -> None:
-        self.axis = axis
+    def __init__(self, axis: Axis, *, keeps: bool = False) -> None:
+        self.axis, self.keeps = axis, keeps
 
     @abstractmethod
-    def add_norm(self, kernel: AddNormKernel) -> StreamAddNorm:
-        """``kernel`` for a stream in this layout. Its branch input is what a branch reads: whole rows of all tokens."""
+    def add_norm(self, kernel: AddNormKernel, args: AddNormArgs) -> tuple[Tensor, BranchInput | None]:
+        """``kernel`` on a stream in this layout. All tensors and weights are this rank's part of them.
+
+        Returns:
+            The trunk, in this layout, and what a branch reads; None where out_dtype is None.
+        """
 
     @abstractmethod
     def reduce(self, y_TD: Tensor) -> Tensor:
@@ -69,13 +72,13 @@ class FullLayout(TensorLayout):
 
     name = "full"
 
-    def add_norm(self, kernel: AddNormKernel) -> StreamAddNorm:
+    def add_norm(self, kernel: AddNormKernel, args: AddNormArgs) -> tuple[Tensor, BranchInput | None]:
         """``kernel`` itself; only the gradient of its branch input is sent.
 
         Communication:
             Nothing in forward; in backward one all-reduce of [T, D].
         """
-        return _gathering(kernel, COPY, self.axis)
+        return _read_through(COPY, self, kernel(args))
 
     def reduce(self, y_TD: Tensor) -> Tensor:
         """The sum [T, D].
@@ -99,13 +102,14 @@ class TokensLayout(TensorLayout):
 
     name = "tokens"
 
-    def add_norm(self, kernel: AddNormKernel) -> StreamAddNorm:
-        """``kernel`` on this rank's rows, whose branch input is then gathered.
+    def add_norm(self, kernel: AddNormKernel, args: AddNormArgs) -> tuple[Tensor, BranchInput | None]:
+        """``kernel`` on this rank's rows; the branch input is gathered by its reader.
 
         Communication:
-            One all-gather of [T/p, D]; in backward one reduce-scatter of [T, D].
+            One all-gather of [T/p, D]; in backward one reduce-scatter of [T, D], and unless rows are kept one more
+            all-gather.
         """
-        return _gathering(kernel, GATHER_ROWS, self.axis)
+        return _read_through(GATHER_ROWS, self, kernel(args))
 
     def reduce(self, y_TD: Tensor) -> Tensor:
         """This rank's rows [T/p, D] of the sum.
@@ -138,7 +142,7 @@ class ColumnsLayout(TensorLayout):
     Args:
         axis: the tensor-parallel axis.
         gather: whether the form is ``gather``, which needs a stream stored in the type of the branch input.
-        norm_kernels: kernels of the norms.
+        norm: the norm over the axis.
 
     Communication:
         What a rank gives to the others for one branch of a pre-norm block. Statistics and row sums are n = 2 numbers a
@@ -150,6 +154,7 @@ class ColumnsLayout(TensorLayout):
                   all-gather  [T, d] normalized columns    [T + k, d] stored columns, weight, bias
               reduce-scatter  [T, D] branch output         [T, D] branch output
         backward  all-gather  [T, d] output's gradient     [T, d] output's gradient
+                  all-gather  what was gathered, once more, unless it is kept
               reduce-scatter  [T, D] input's gradient      [T, D + p n] input's gradient, row sums
                   all-reduce  [T, n] row sums
 
@@ -160,19 +165,19 @@ class ColumnsLayout(TensorLayout):
 
     name = "columns"
 
-    def __init__(self, axis: Axis, *, gather: bool, norm_kernels: ShardedNormKernels) -> None:
-        super().__init__(axis)
-        self.gather, self.norm_kernels = gather, norm_kernels
+    def __init__(self, axis: Axis, *, gather: bool, norm: ShardedNorm, keeps: bool = False) -> None:
+        super().__init__(axis, keeps=keeps)
+        self.gather, self.norm = gather, norm
 
-    def add_norm(self, kernel: AddNormKernel) -> StreamAddNorm:
+    def add_norm(self, kernel: AddNormKernel, args: AddNormArgs) -> tuple[Tensor, BranchInput | None]:
         """``columns_add_norm`` in the chosen form.
 
         Communication:
             That of the class without the branch output and its gradient.
         """
         if self.axis.size == 1:
-            return kernel
-        return columns_add_norm(kernel, self.axis, gather=self.gather, norm_kernels=self.norm_kernels)
+            return _read_through(None, self, kernel(args))
+        return columns_add_norm(kernel, args, self.norm, gather=self.gather, keeps=self.keeps)
 
     def reduce(self, y_TD: Tensor) -> Tensor:
         """This rank's columns [T, d] of the sum.
@@ -196,27 +201,27 @@ class ColumnsLayout(TensorLayout):
 
 
 def tensor_layout(
-    name: str, axis: Axis, *, gather: bool = True, norm_kernels: ShardedNormKernels = REFERENCE
+    name: str, axis: Axis, *, gather: bool = True, norm: ShardedNorm | None = None, keeps: bool = False
 ) -> TensorLayout:
     """The layout of a name.
 
     Args:
         name: full, tokens or columns.
-        gather: as of ``ColumnsLayout``; the other layouts do not need it.
-        norm_kernels: likewise.
+        gather, norm: as of ``ColumnsLayout``; the other layouts do not need them.
+        keeps: as of ``TensorLayout``.
     """
     if name == "columns":
-        return ColumnsLayout(axis, gather=gather, norm_kernels=norm_kernels)
-    return {"full": FullLayout, "tokens": TokensLayout}[name](axis)
+        return ColumnsLayout(axis, gather=gather, norm=norm or ShardedNorm(axis), keeps=keeps)
+    return {"full": FullLayout, "tokens": TokensLayout}[name](axis, keeps=keeps)
 
 
-def _gathering(kernel: AddNormKernel, collective: Collective, axis: Axis) -> StreamAddNorm:
-    """``kernel`` whose branch input goes through a collective."""
-    if axis.size == 1:
-        return kernel
-
-    def run(*arguments: Any, **options: Any) -> StreamOutput:
-        trunk, u, *_ = kernel(*arguments, **options)
-        return StreamOutput(trunk, None if u is None else Gathered.of(u, collective, axis))
-
-    return run
+def _read_through(
+    collective: Collective | None, layout: TensorLayout, out: AddNormOutput
+) -> tuple[Tensor, BranchInput | None]:
+    """The results of a kernel, of which a branch reads its input through a collective; on one rank as it is."""
+    u = out.branch_input
+    if u is None:
+        return out.trunk, None
+    if collective is None or layout.axis.size == 1:
+        return out.trunk, BranchInput(u, amax=out.amax)
+    return out.trunk, BranchInput(u, collective, layout.axis, (u,), layout.keeps, amax=out.amax)

@@ -4,57 +4,158 @@ T tokens   D model dim   p ranks of the axis
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megaresnorm.parallel.branch_input import BranchInput, Gathered
+from megaresnorm.parallel.branch_input import BranchInput
 from megaresnorm.parallel.layouts import TensorLayout
 from megaresnorm.parallel.mesh import Axis
 
-MatMul = Callable[[BranchInput, Tensor, Tensor | None], Tensor]
+
+class LinearKernel(Protocol):
+    """The three products of a linear layer. Each layer has a kernel of its own, chosen when the model is built."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + b [T, out_dim], in x's type."""
+
+    def input_grad(self, dy: Tensor, weight: Tensor) -> Tensor:
+        """dy W [T, in_dim], in dy's type."""
+
+    def weight_grad(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """dy^T x [out_dim, in_dim], in ``dtype``."""
 
 
-def linear(x: BranchInput, weight: Tensor, bias: Tensor | None, operand: Tensor | None = None) -> Tensor:
+class PlainLinear:
+    """Products in the type of the input; a weight of another type is cast for each of them."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """See ``LinearKernel``."""
+        return F.linear(x, self.operand(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def input_grad(self, dy: Tensor, weight: Tensor) -> Tensor:
+        """See ``LinearKernel``."""
+        return dy @ self.operand(weight, dy.dtype)
+
+    def weight_grad(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """See ``LinearKernel``."""
+        return (dy.t() @ x).to(dtype)
+
+    def operand(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight in the type of a product."""
+        return weight.to(dtype)
+
+
+class WeightGradQueue:
+    """Weight gradients that backward passes have left for later: a pipeline computes them where it would wait.
+
+    A layer with a queue computes its input's gradient in backward and puts the product for its weight here, with what
+    it needs: the output's gradient, and the sources of its input (whole rows with ``BranchInput.keeps``), which it
+    gathers when the product runs. So all ranks of tp run their queues in the same order.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Tensor, Callable[[], Tensor]]] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def put(self, weight: Tensor, compute: Callable[[], Tensor]) -> None:
+        """Leave a gradient for later.
+
+        Args:
+            compute: makes the gradient, in the weight's type.
+        """
+        self._waiting.append((weight, compute))
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Compute what waits, in the order in which it came, and add it to the weights' ``grad``. Collective.
+
+        Communication:
+            One all-gather for each weight whose layer gathers its input again.
+        """
+        waiting, self._waiting = self._waiting, []
+        for weight, compute in waiting:
+            gradient = compute()
+            weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+
+
+def linear(
+    x: BranchInput | Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel: LinearKernel | None = None,
+    queue: WeightGradQueue | None = None,
+) -> Tensor:
     """x W^T + b. Gradients of weight and bias arrive in their own types.
 
     Args:
-        x: whole rows [T, in_dim]. If they are ``Gathered``, their gradient travels as the weight's is computed.
-        operand: a copy of the weight in the type of x. Without one, a weight of another type is cast for each product.
+        x: [T, in_dim], or the input of a branch, whose rows are gathered here.
+        kernel: None for ``PlainLinear``.
+        queue: takes the weight's gradient; None: it is computed in backward.
 
     Communication:
-        Nothing in forward; in backward, for a ``Gathered`` x, one reduce-scatter or all-reduce of [T, in_dim].
+        Where x is a ``BranchInput`` with a collective: in forward that of ``BranchInput.whole``; in backward one
+        reduce-scatter or all-reduce of [T, in_dim], and unless x keeps its rows one more all-gather of its sources.
     """
-    if isinstance(x, Gathered):
-        return _Linear.apply(x.mine, x, weight, bias, operand)
-    return F.linear(x, weight, bias) if x.dtype == weight.dtype else _Linear.apply(x, None, weight, bias, operand)
+    kernel = kernel or PlainLinear()
+    local, source = (x, None) if isinstance(x, Tensor) else (x.local, x)
+    alone = source is None or source.collective is None
+    if alone and queue is None and local.dtype == weight.dtype and isinstance(kernel, PlainLinear):
+        return F.linear(local, weight, bias)
+    return _Linear.apply(local, weight, bias, None if alone else source, kernel, queue)
 
 
 class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, mine: Tensor, gathered: Gathered | None, weight: Tensor, bias: Tensor | None, operand: Tensor | None
-    ) -> Tensor:
-        x = mine if gathered is None else gathered.whole
-        operand = weight if operand is None else operand
-        ctx.save_for_backward(x, operand)
-        ctx.start = None if gathered is None else (gathered.collective, gathered.axis)
-        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
-        return F.linear(x, operand.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    """A product of whole rows, of which backward keeps the sources or the rows themselves."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, Tensor | None, None]:
-        (dy,) = grads
-        x, operand = ctx.saved_tensors
-        dx = dy @ operand.to(dy.dtype)
-        if ctx.start is not None:
-            collective, axis = ctx.start
-            arriving = collective.start_transpose(dx, axis)
-        d_weight = (dy.t() @ x).to(ctx.weight_dtype)
+    def forward(
+        ctx: Any,
+        local: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        source: BranchInput | None,
+        kernel: LinearKernel,
+        queue: WeightGradQueue | None,
+    ) -> Tensor:
+        x = local if source is None else source.whole()
+        again = source is not None and not source.keeps
+        ctx.save_for_backward(weight, *(source.sources if source is not None and again else (x,)))
+        ctx.kernel, ctx.queue, ctx.bias_dtype = kernel, queue, None if bias is None else bias.dtype
+        collective, axis = (None, None) if source is None else (source.collective, source.axis)
+        ctx.start_gather = collective.start if again and collective is not None else _kept
+        ctx.start_transpose = None if collective is None else collective.start_transpose
+        ctx.axis = axis
+        return kernel.forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None, None]:
+        (dy,), (weight, *sources) = grads, ctx.saved_tensors
         d_bias = None if ctx.bias_dtype is None else dy.sum(0, dtype=ctx.bias_dtype)
-        return dx if ctx.start is None else arriving(), None, d_weight, d_bias, None
+        kernel, axis, start_gather = ctx.kernel, ctx.axis, ctx.start_gather
+        if ctx.queue is not None:
+            dtype = weight.dtype
+            ctx.queue.put(weight, lambda: kernel.weight_grad(dy, start_gather(tuple(sources), axis)(), dtype))
+            dx = kernel.input_grad(dy, weight)
+            return _sent(dx, ctx.start_transpose, axis)(), None, d_bias, None, None, None
+        rows = start_gather(tuple(sources), axis)  # under the product for the input's gradient
+        dx = kernel.input_grad(dy, weight)
+        x = rows()
+        arriving = _sent(dx, ctx.start_transpose, axis)  # under the product for the weight's gradient
+        d_weight = kernel.weight_grad(dy, x, weight.dtype)
+        return arriving(), d_weight, d_bias, None, None, None
+
+
+def _kept(sources: tuple[Tensor, ...], axis: Axis | None) -> Callable[[], Tensor]:
+    return lambda: sources[0]
+
+
+def _sent(dx: Tensor, start: Callable | None, axis: Axis | None) -> Callable[[], Tensor]:
+    return (lambda: dx) if start is None else start(dx, axis)
 
 
 class ColumnLinear(nn.Module):
@@ -63,26 +164,27 @@ class ColumnLinear(nn.Module):
     The parameters are left uninitialised (see model/init.py).
 
     Attributes:
-        matmul: ``linear``. precision/bf16.py replaces it where products are computed in another type.
+        kernel: its products.
+        queue: takes the weight's gradients; None: backward computes them (``queue_weight_grads``).
     """
 
-    matmul: MatMul
-
-    def __init__(self, in_dim: int, out_dim: int, axis: Axis, *, bias: bool = False) -> None:
+    def __init__(
+        self, in_dim: int, out_dim: int, axis: Axis, *, bias: bool = False, kernel: LinearKernel | None = None
+    ) -> None:
         super().__init__()
         assert out_dim % axis.size == 0, "checked with the recipe"
         self.weight = nn.Parameter(torch.empty(out_dim // axis.size, in_dim))
         self.bias = nn.Parameter(torch.empty(out_dim // axis.size)) if bias else None
-        self.matmul = linear
+        self.kernel = kernel or PlainLinear()
+        self.queue: WeightGradQueue | None = None
 
     def forward(self, x: BranchInput) -> Tensor:
-        """This rank's outputs [T, out_dim / p] for whole rows x, which every rank has.
+        """This rank's outputs [T, out_dim / p].
 
         Communication:
-            Nothing in forward; in backward the partial sums of x's gradient are reduced if x is ``Gathered``, as in
-            ``linear``.
+            As ``linear``.
         """
-        return self.matmul(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.kernel, self.queue)
 
     def without_bias(self, x: BranchInput) -> Tensor:
         """x W^T, for a kernel that adds the bias itself.
@@ -90,7 +192,7 @@ class ColumnLinear(nn.Module):
         Communication:
             As ``forward``.
         """
-        return self.matmul(x, self.weight, None)
+        return linear(x, self.weight, None, self.kernel, self.queue)
 
 
 class RowLinear(nn.Module):
@@ -98,17 +200,24 @@ class RowLinear(nn.Module):
 
     Attributes:
         bias: in the stream's layout, [out_dim] or this rank's columns of it.
-        matmul: as in ``ColumnLinear``.
+        kernel, queue: as in ``ColumnLinear``.
     """
 
-    matmul: MatMul
-
-    def __init__(self, in_dim: int, out_dim: int, layout: TensorLayout, *, bias: bool = False) -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        layout: TensorLayout,
+        *,
+        bias: bool = False,
+        kernel: LinearKernel | None = None,
+    ) -> None:
         super().__init__()
         assert in_dim % layout.axis.size == 0, "checked with the recipe"
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim // layout.axis.size))
         self.bias = nn.Parameter(torch.empty(layout.width(out_dim))) if bias else None
-        self.matmul, self.layout = linear, layout
+        self.kernel, self.layout = kernel or PlainLinear(), layout
+        self.queue: WeightGradQueue | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """y in the stream's layout.
@@ -120,6 +229,19 @@ class RowLinear(nn.Module):
             One ``layout.reduce`` of [T, out_dim].
         """
         if self.layout.axis.size == 1:
-            return self.matmul(x, self.weight, self.bias)
-        y = self.layout.reduce(self.matmul(x, self.weight, None))
+            return linear(x, self.weight, self.bias, self.kernel, self.queue)
+        y = self.layout.reduce(linear(x, self.weight, None, self.kernel, self.queue))
         return y if self.bias is None else (y.to(self.bias.dtype) + self.bias).to(y.dtype)
+
+
+Linear = ColumnLinear | RowLinear
+
+
+def queue_weight_grads(model: nn.Module, queue: WeightGradQueue | None) -> None:
+    """Let every linear of a model leave its weight's gradient in ``queue``; None: compute it in backward again.
+
+    Not for weights that FSDP2 or DDP reduce in their hooks, which see no gradient that is added later.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.queue = queue

@@ -28,12 +28,12 @@ class Pipeline:
     One schedule object serves one number of microbatches of one shape; the last one is kept.
 
     Args:
-        modules: this rank's stages by number, called as module(received, **arguments).
+        modules: this rank's stages by number, called as module(*received, **arguments); every stage but the last
+            returns a tuple of tensors, each with a gradient, which the next stage receives.
         num_stages: number of stages on all ranks.
         axis: the pipeline axis.
         schedule: one of ``SCHEDULES``.
-        wire: number of samples of a microbatch -> shape of what goes from one stage to the next.
-        dtype: type of what goes from one stage to the next.
+        wire: number of samples of a microbatch -> what goes from one stage to the next, tensors on the meta device.
         shards_gradients: whether FSDP2 reduces and scatters the gradients of every microbatch. Otherwise whole ones are
             kept until the last.
 
@@ -47,14 +47,13 @@ class Pipeline:
         num_stages: int,
         axis: Axis,
         schedule: str,
-        wire: Callable[[int], tuple[int, int]],
-        dtype: torch.dtype,
+        wire: Callable[[int], tuple[Tensor, ...]],
         device: torch.device,
         *,
         shards_gradients: bool = True,
     ) -> None:
         self._modules, self._num_stages, self._axis = modules, num_stages, axis
-        self._schedule, self._wire, self._dtype, self._device = schedule, wire, dtype, device
+        self._schedule, self._wire, self._device = schedule, wire, device
         self._shards_gradients = shards_gradients
         self._made: tuple[tuple[int, int, int], Any] | None = None
         self.is_first, self.is_last = 0 in modules, num_stages - 1 in modules
@@ -86,8 +85,8 @@ class Pipeline:
             **arguments: given to every stage; tensors are split along dim 0 as the tokens are.
 
         Communication:
-            For each microbatch one message of shape ``wire(B)`` from every stage to the next; in backward one of the
-            same size from every stage to the one before it.
+            For each microbatch the tensors of ``wire(B)`` from every stage to the next, a message each; in backward as
+            many of the same sizes from every stage to the one before it.
 
         Raises:
             ValueError: the batch does not divide into equal microbatches. It is raised before anything is sent, since
@@ -118,7 +117,7 @@ class Pipeline:
         return self._made[1]
 
     def _stage(self, number: int, batch: int, seq: int) -> PipelineStage:
-        wire = torch.empty(self._wire(batch), dtype=self._dtype, device="meta", requires_grad=True)
+        wire = tuple(tensor.requires_grad_() for tensor in self._wire(batch))
         tokens = torch.empty((batch, seq), dtype=torch.int64, device="meta")
         kind = _LastStage if number == self._num_stages - 1 else _Stage
         stage = kind(
@@ -126,8 +125,8 @@ class Pipeline:
             number,
             self._num_stages,
             self._device,
-            input_args=(tokens if number == 0 else wire,),
-            output_args=(wire,),
+            input_args=(tokens,) if number == 0 else wire,
+            output_args=wire,
             group=self._axis.group,
         )
         stage.shards_gradients = self._shards_gradients

@@ -6,85 +6,113 @@ T tokens   D columns of a whole row   d = D/p columns of this rank   p ranks
 n numbers a row: 2 for LayerNorm, 1 for RMSNorm
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megaresnorm.kernels.add_norm.reference import AddNormKernel, AddNormOutput, NormWeights
+from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, NormWeights
 from megaresnorm.kernels.add_norm.sharded import REFERENCE, ShardedNormKernels, merge_stats
-from megaresnorm.parallel.branch_input import GATHER_COLUMNS, BranchInput, Gathered
+from megaresnorm.parallel.branch_input import GATHER_COLUMNS, BranchInput, Collective
 from megaresnorm.parallel.collectives import (
-    all_gather_blocks,
     all_reduce,
     blocks_to_columns,
     columns_to_blocks,
     reduce_scatter_blocks,
+    start_all_gather,
     start_all_reduce,
 )
 from megaresnorm.parallel.mesh import Axis
+from megaresnorm.parallel.transport import Pending
 
 
-def sharded_norm(
-    z_Td: Tensor, norm: NormWeights, axis: Axis, out_dtype: torch.dtype, norm_kernels: ShardedNormKernels = REFERENCE
-) -> Tensor:
+@dataclass(frozen=True)
+class ShardedNorm:
     """A norm over whole rows whose statistics are merged: a rank normalizes its own columns and sends none of them.
 
-    Args:
-        z_Td: this rank's columns.
-        norm: its weight and bias are this rank's slices [d].
-
-    Returns:
-        [T, d] in ``out_dtype``.
-
-    Communication:
-        One all-gather of [T, n] statistics, FP32 (FP64 for FP64 z). In backward one all-reduce of [T, n] row sums, and
-        the gradients of weight and bias, which are complete on each rank, are computed meanwhile.
+    Attributes:
+        axis: over which rows are sharded.
+        kernels: of the chosen backend.
+        chunks: parts of the rows whose statistics are merged one after the other (parallel.merge_chunks): the merge of
+            one is under way while the statistics of the next are taken and the one before is normalized.
     """
-    return _ShardedNorm.apply(z_Td, norm.weight, norm.bias, norm.kind, norm.eps, axis, out_dtype, norm_kernels)
+
+    axis: Axis
+    kernels: ShardedNormKernels = REFERENCE
+    chunks: int = 1
+
+    def __call__(self, z_Td: Tensor, norm: NormWeights, out_dtype: torch.dtype) -> Tensor:
+        """The norm of this rank's columns.
+
+        Args:
+            norm: its weight and bias are this rank's slices [d].
+
+        Returns:
+            [T, d] in ``out_dtype``.
+
+        Communication:
+            One all-gather of [T, n] statistics, FP32 (FP64 for FP64 z), in as many messages as there are chunks. In
+            backward one all-reduce of [T, n] row sums, and the gradients of weight and bias, which are complete on each
+            rank, are computed meanwhile.
+        """
+        return _ShardedNorm.apply(z_Td, norm.weight, norm.bias, norm.kind, norm.eps, self, out_dtype)
+
+    @property
+    def traceable(self) -> ShardedNormKernels:
+        """The kernels; the reference while torch.compile traces, which makes kernels of its own from it."""
+        return REFERENCE if torch.compiler.is_compiling() else self.kernels
 
 
 class _ShardedNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float, axis: Axis, dtype: torch.dtype,
-        norm_kernels: ShardedNormKernels,
+        ctx: Any, z: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float, norm: ShardedNorm,
+        dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        ctx.norm_kernels = norm_kernels = _traceable(norm_kernels)
-        everyone = all_gather_blocks(norm_kernels.stats(z, kind), axis)
-        statistics = merge_stats(everyone, kind, z.shape[-1] * axis.size, eps)
-        ctx.save_for_backward(z, weight, statistics)
-        ctx.kind, ctx.axis, ctx.has_bias = kind, axis, bias is not None
-        return norm_kernels.apply(z, statistics, weight, bias, kind, dtype)
+        axis, kernels = norm.axis, norm.traceable
+        pieces = z.tensor_split(norm.chunks) if norm.chunks > 1 else (z,)
+        arriving = start_all_gather(kernels.stats(pieces[0], kind), axis)
+        merged, normalized = [], []
+        for i, piece in enumerate(pieces):
+            following = kernels.stats(pieces[i + 1], kind) if i + 1 < len(pieces) else None
+            statistics = merge_stats(arriving(), kind, z.shape[-1] * axis.size, eps)
+            if following is not None:
+                arriving = start_all_gather(following, axis)
+            merged.append(statistics)
+            normalized.append(kernels.apply(piece, statistics, weight, bias, kind, dtype))
+        ctx.save_for_backward(z, weight, _joined(merged))
+        ctx.kind, ctx.axis, ctx.kernels, ctx.has_bias = kind, axis, kernels, bias is not None
+        return _joined(normalized)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         (dy,), (z, weight, statistics) = grads, ctx.saved_tensors
-        arriving = start_all_reduce(ctx.norm_kernels.grad_sums(dy, z, statistics, weight, ctx.kind), ctx.axis)
-        d_weight, d_bias = ctx.norm_kernels.grad_weights(dy, z, statistics, ctx.kind)
-        dz = ctx.norm_kernels.grad_apply(dy, z, statistics, arriving(), weight, ctx.kind, z.shape[-1] * ctx.axis.size)
-        return dz, d_weight, d_bias if ctx.has_bias else None, None, None, None, None, None
+        arriving = start_all_reduce(ctx.kernels.grad_sums(dy, z, statistics, weight, ctx.kind), ctx.axis)
+        d_weight, d_bias = ctx.kernels.grad_weights(dy, z, statistics, ctx.kind)
+        dz = ctx.kernels.grad_apply(dy, z, statistics, arriving(), weight, ctx.kind, z.shape[-1] * ctx.axis.size)
+        return dz, d_weight, d_bias if ctx.has_bias else None, None, None, None, None
 
 
-def _traceable(norm_kernels: ShardedNormKernels) -> ShardedNormKernels:
-    """The reference while torch.compile traces, which makes kernels of its own from it."""
-    return REFERENCE if torch.compiler.is_compiling() else norm_kernels
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
+
+
+Normalize = Callable[[Tensor, NormWeights], tuple[Tensor, Tensor]]
 
 
 def gathered_norm(
-    z_Td: Tensor,
-    norm: NormWeights,
-    axis: Axis,
-    normalize: Callable[[Tensor, NormWeights], tuple[Tensor, Tensor]],
-    norm_kernels: ShardedNormKernels = REFERENCE,
-) -> tuple[Tensor, Tensor]:
+    z_Td: Tensor, norm: NormWeights, normalize: Normalize, sharded: ShardedNorm, *, keeps: bool = False
+) -> tuple[BranchInput, Tensor]:
     """The same norm by gathering z and normalizing whole rows on every rank.
 
     Args:
         z_Td: this rank's columns, stored in the type of the branch input.
         norm: its weight and bias are this rank's slices [d].
         normalize: x, norm -> (y, statistics [T, 2]) of whole rows.
+        keeps: whether whole rows are kept for backward. Otherwise z, which is the residual stream, is, and is gathered
+            and normalized once more there, for the linear that reads the rows and for this norm together.
 
     Returns:
         Whole rows of the output [T, D], whose gradient is a partial sum, and this rank's columns of them [T, d].
@@ -92,67 +120,115 @@ def gathered_norm(
     Communication:
         A rank sends its z, and its slices of weight and bias as k further rows in the bits of z's dtype: one all-gather
         of [T + k, d], which the branch needs anyway. Each slice is one row, or two where z is BF16 and the slice FP32.
-        In backward one reduce-scatter of [p, T, d + n], the partial gradient of whole rows with the row sums as n
-        further columns. With a BF16 z the row sums travel apart, so as to stay FP32: one reduce-scatter of [p, T, d]
-        and one all-reduce of [T, n].
+        In backward the same again unless rows are kept, and one reduce-scatter of [p, T, d + n], the partial gradient
+        of whole rows with the row sums as n further columns. With a BF16 z the row sums travel apart, so as to stay
+        FP32: one reduce-scatter of [p, T, d] and one all-reduce of [T, n].
     """
-    return _GatheredNorm.apply(z_Td, norm.weight, norm.bias, norm.kind, norm.eps, axis, normalize, norm_kernels)
+    keeps = keeps or torch.compiler.is_compiling()  # a compiler decides itself what it keeps
+    sources = (z_Td, norm.weight) if norm.bias is None else (z_Td, norm.weight, norm.bias)
+    rows = _WholeRows(norm.kind, norm.eps, normalize)
+    u, mine = _GatheredNorm.apply(z_Td, norm.weight, norm.bias, rows, sharded, keeps)
+    return BranchInput(u, Collective(rows.start, None), sharded.axis, sources, keeps, rows=u.detach()), mine
+
+
+class _WholeRows:
+    """Makes whole rows of the norm's output from stored columns, in forward and again in backward.
+
+    Attributes:
+        made: what backward has made, for the norm's own node, which takes it: the rows, and weight and bias whole.
+    """
+
+    def __init__(self, kind: str, eps: float, normalize: Normalize) -> None:
+        self.kind, self.eps, self.normalize = kind, eps, normalize
+        self.made: tuple[Tensor, list[Tensor]] | None = None
+
+    def start(self, sources: tuple[Tensor, ...], axis: Axis) -> Pending:
+        """Gather, as a ``Collective`` does it."""
+        arriving = self.begin(sources, axis)
+
+        def finish() -> Tensor:
+            u, _, vectors = arriving()
+            self.made = u, vectors
+            return u
+
+        return finish
+
+    def begin(self, sources: tuple[Tensor, ...], axis: Axis) -> Callable[[], tuple[Tensor, Tensor, list[Tensor]]]:
+        """Send z and the vectors; what is returned waits for whole rows, their statistics, and whole vectors."""
+        z, *vectors = sources
+        arriving = start_all_gather(_packed(z, vectors), axis)
+
+        def finish() -> tuple[Tensor, Tensor, list[Tensor]]:
+            everyone = arriving()
+            whole = _unpacked(everyone, z.shape[0], vectors)
+            norm = NormWeights(self.kind, whole[0], whole[1] if len(whole) > 1 else None, self.eps)
+            u, statistics = self.normalize(blocks_to_columns(everyone[:, : z.shape[0]]), norm)
+            return u, statistics, whole
+
+        return finish
+
+    def take(self, sources: tuple[Tensor, ...], axis: Axis) -> tuple[Tensor, list[Tensor]]:
+        """What the linear's node has made, or the same made here where no linear has."""
+        if self.made is None:
+            self.start(sources, axis)()
+        made, self.made = self.made, None
+        assert made is not None
+        return made
+
+
+# Weight and bias travel below z, so that they cost no message of their own: as further rows of d numbers of z's dtype,
+# bit for bit. An FP32 slice is one row where z is FP32, and two rows where z is BF16, whose numbers are half as long.
+# With a BF16 z and a LayerNorm a rank sends:
+#
+#                 d numbers of BF16
+#              +---------------------+
+#              | z                   |  T rows
+#              |                     |
+#              +---------------------+
+#              | weight [0 : d/2]    |  2 rows: each FP32 number of the slice as two of BF16
+#              | weight [d/2 : d]    |
+#              +---------------------+
+#              | bias [0 : d/2]      |  2 rows
+#              | bias [d/2 : d]      |
+#              +---------------------+
+def _packed(z: Tensor, vectors: Sequence[Tensor]) -> Tensor:
+    lines = [v.view(z.dtype).view(-1, z.shape[1]) if v.dtype != z.dtype else v.unsqueeze(0) for v in vectors]
+    return torch.cat((z, *lines))
+
+
+def _unpacked(everyone: Tensor, rows: int, vectors: Sequence[Tensor]) -> list[Tensor]:
+    """The whole vectors [D] from what all ranks have packed."""
+    height = (everyone.shape[1] - rows) // len(vectors)
+    return [
+        everyone[:, rows + i * height : rows + (i + 1) * height]
+        .reshape(len(everyone), -1)
+        .contiguous()
+        .view(vector.dtype)
+        .flatten()
+        for i, vector in enumerate(vectors)
+    ]
 
 
 class _GatheredNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        z: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        kind: str,
-        eps: float,
-        axis: Axis,
-        normalize: Callable,
-        norm_kernels: ShardedNormKernels,
+        ctx: Any, z: Tensor, weight: Tensor, bias: Tensor | None, rows: _WholeRows, sharded: ShardedNorm, keeps: bool
     ) -> tuple[Tensor, Tensor]:
-        ctx.norm_kernels = _traceable(norm_kernels)
-        # Weight and bias travel below z, so that they cost no message of their own: as further rows (``lines``) of d
-        # numbers of z's dtype, bit for bit. An FP32 slice is one row where z is FP32, and two rows where z is BF16,
-        # whose numbers are half as long. With a BF16 z and a LayerNorm a rank sends:
-        #
-        #                 d numbers of BF16
-        #              +---------------------+
-        #              | z                   |  T rows
-        #              |                     |
-        #              +---------------------+
-        #              | weight [0 : d/2]    |  2 rows (``height``): each FP32 number of the slice as two of BF16
-        #              | weight [d/2 : d]    |
-        #              +---------------------+
-        #              | bias [0 : d/2]      |  2 rows
-        #              | bias [d/2 : d]      |
-        #              +---------------------+
-        vectors = [weight] if bias is None else [weight, bias]
-        lines = [v.view(z.dtype).view(-1, z.shape[1]) if v.dtype != z.dtype else v.unsqueeze(0) for v in vectors]
-        packed = all_gather_blocks(torch.cat((z, *lines)), axis)
-        rows, height = z.shape[0], lines[0].shape[0]
-        whole = [
-            packed[:, rows + i * height : rows + (i + 1) * height]
-            .reshape(axis.size, -1)
-            .contiguous()
-            .view(weight.dtype)
-            .flatten()
-            for i in range(len(vectors))
-        ]
-        norm = NormWeights(kind, whole[0], whole[1] if len(whole) > 1 else None, eps)
-        u, statistics = normalize(blocks_to_columns(packed[:, :rows]), norm)
-        mine = _own_columns(u, axis).contiguous()
-        ctx.save_for_backward(z, weight, statistics, u, *whole)
-        ctx.kind, ctx.axis, ctx.has_bias = kind, axis, bias is not None
+        sources = (z, weight) if bias is None else (z, weight, bias)
+        u, statistics, whole = rows.begin(sources, sharded.axis)()
+        mine = _own_columns(u, sharded.axis).contiguous()
+        ctx.save_for_backward(statistics, *sources, *([u, *whole] if keeps else []))
+        ctx.rows, ctx.axis, ctx.kernels, ctx.num_sources = rows, sharded.axis, sharded.traceable, len(sources)
         ctx.set_materialize_grads(False)
         return u, mine
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        z, weight, statistics, u, *whole = ctx.saved_tensors
+        statistics, *saved = ctx.saved_tensors
+        sources, kept = tuple(saved[: ctx.num_sources]), saved[ctx.num_sources :]
+        (z, weight, *_), axis, kind = sources, ctx.axis, ctx.rows.kind
+        u, whole = (kept[0], kept[1:]) if kept else ctx.rows.take(sources, axis)
         du, d_mine = grads
-        axis, layernorm = ctx.axis, ctx.kind == "layernorm"
         du = torch.zeros_like(u) if du is None else du
         if d_mine is not None:
             du = du.clone()
@@ -160,7 +236,7 @@ class _GatheredNorm(torch.autograd.Function):
         wide = du.to(weight.dtype)
         unit_times_weight = u.to(weight.dtype) - whole[1] if len(whole) > 1 else u.to(weight.dtype)
         sums = (wide * unit_times_weight).sum(-1, keepdim=True)
-        if layernorm:
+        if kind == "layernorm":
             sums = torch.cat((sums, (wide @ whole[0]).unsqueeze(-1)), dim=-1)
         blocks = columns_to_blocks(du, axis.size)
         if blocks.dtype == sums.dtype:
@@ -170,51 +246,19 @@ class _GatheredNorm(torch.autograd.Function):
             dy, sums = reduced[:, : z.shape[1]].contiguous(), reduced[:, z.shape[1] :].contiguous()
         else:
             dy, sums = reduce_scatter_blocks(blocks, axis), all_reduce(sums, axis)
-        d_weight, d_bias = ctx.norm_kernels.grad_weights(dy, z, statistics, ctx.kind)
-        dz = ctx.norm_kernels.grad_apply(dy, z, statistics, sums, weight, ctx.kind, u.shape[1])
-        return dz, d_weight, d_bias if ctx.has_bias else None, None, None, None, None, None
+        d_weight, d_bias = ctx.kernels.grad_weights(dy, z, statistics, kind)
+        dz = ctx.kernels.grad_apply(dy, z, statistics, sums, weight, kind, u.shape[1])
+        return dz, d_weight, d_bias if len(sources) > 2 else None, None, None, None
 
 
 def _own_columns(x_TD: Tensor, axis: Axis) -> Tensor:
     return x_TD.chunk(axis.size, dim=1)[axis.rank]
 
 
-class StreamOutput(NamedTuple):
-    """``AddNormOutput`` of a sharded stream.
-
-    Attributes:
-        trunk: this rank's part of the residual stream.
-        branch_input: what a branch reads; None where none does.
-    """
-
-    trunk: Tensor
-    branch_input: BranchInput | None
-
-
-class StreamAddNorm(Protocol):
-    """``add_norm`` for a stream in a tensor layout: all tensors and weights are this rank's part of them."""
-
-    def __call__(
-        self,
-        x: Tensor,
-        delta: Tensor | None = None,
-        /,
-        *,
-        alpha: float = 1.0,
-        gate: float | Tensor = 1.0,
-        branch_norm: NormWeights | None = None,
-        norm: NormWeights | None = None,
-        next_norm: NormWeights | None = None,
-        residual_dtype: torch.dtype,
-        out_dtype: torch.dtype | None,
-    ) -> AddNormOutput | StreamOutput:
-        """The trunk, in the stream's layout, and what a branch reads."""
-
-
 def columns_add_norm(
-    add_norm: AddNormKernel, axis: Axis, *, gather: bool, norm_kernels: ShardedNormKernels = REFERENCE
-) -> StreamAddNorm:
-    """``reference.add_norm`` for a stream sharded over the hidden dimension.
+    kernel: AddNormKernel, args: AddNormArgs, sharded: ShardedNorm, *, gather: bool, keeps: bool
+) -> tuple[Tensor, BranchInput | None]:
+    """``add_norm`` of a stream sharded over the hidden dimension.
 
     x, delta, the trunk and all weights are this rank's columns. The branch input is whole rows, gathered, and its
     gradient a partial sum.
@@ -222,51 +266,50 @@ def columns_add_norm(
     Args:
         gather: whether the norm that makes the branch input is a ``gathered_norm``, which needs a stream stored in the
             branch's type. Otherwise, and for every other norm, statistics are merged.
+        keeps: whether gathered rows are kept for backward.
 
     Communication:
-        That of ``sharded_norm`` for each norm whose statistics are merged. For a branch input also one all-gather of
-        [T, d] and in backward one reduce-scatter of [T, D], or with ``gather`` what ``gathered_norm`` sends in their
-        place.
+        That of ``ShardedNorm`` for each norm whose statistics are merged. For a branch input also one all-gather of
+        [T, d], in backward one more unless rows are kept, and one reduce-scatter of [T, D]; or with ``gather`` what
+        ``gathered_norm`` sends in their place.
     """
+    delta, norm, next_norm, stored, out_dtype = (
+        args.delta, args.norm, args.next_norm, args.residual_dtype, args.out_dtype,
+    )  # fmt: skip
+    if args.branch_norm is not None and delta is not None:
+        delta = sharded(delta, args.branch_norm, torch.promote_types(delta.dtype, torch.float32))
+    z = kernel(replace(args, delta=delta, branch_norm=None, norm=None, next_norm=None, out_dtype=None)).trunk
+    # Two norms in a row (norm_out, then the next norm_in), or a norm_out that no branch reads: the first by itself.
+    if norm is not None and (next_norm is not None or out_dtype is None):
+        z, norm = sharded(z, norm, stored), None
+    if out_dtype is None:
+        return z, None
+    last = norm or next_norm  # post-norm: its output is trunk and branch input; pre-norm: of the branch input alone
+    if last is None:
+        return z, _gathered_columns(z.to(out_dtype), sharded.axis, keeps)
+    if gather:
 
-    def run(
-        x: Tensor,
-        delta: Tensor | None = None,
-        *,
-        alpha: float = 1.0,
-        gate: float | Tensor = 1.0,
-        branch_norm: NormWeights | None = None,
-        norm: NormWeights | None = None,
-        next_norm: NormWeights | None = None,
-        residual_dtype: torch.dtype,
-        out_dtype: torch.dtype | None,
-    ) -> StreamOutput:
-        if branch_norm is not None and delta is not None:
-            delta = sharded_norm(
-                delta, branch_norm, axis, torch.promote_types(delta.dtype, torch.float32), norm_kernels
-            )
-        z = add_norm(x, delta, alpha=alpha, gate=gate, residual_dtype=residual_dtype, out_dtype=None).trunk
-        # Two norms in a row (norm_out, then the next norm_in), or a norm_out that no branch reads: the first by itself.
-        if norm is not None and (next_norm is not None or out_dtype is None):
-            z, norm = sharded_norm(z, norm, axis, residual_dtype, norm_kernels), None
-        if out_dtype is None:
-            return StreamOutput(z, None)
-        last = norm or next_norm  # post-norm: its output is trunk and branch input; pre-norm: of the branch input alone
-        if last is None:
-            return StreamOutput(z, Gathered.of(z.to(out_dtype), GATHER_COLUMNS, axis))
-        if gather:
-            u, mine = gathered_norm(z, last, axis, normalize_whole, norm_kernels)
-            return StreamOutput(mine if norm is not None else z, u)
-        y = sharded_norm(z, last, axis, residual_dtype if norm is not None else out_dtype, norm_kernels)
-        return StreamOutput(y if norm is not None else z, Gathered.of(y.to(out_dtype), GATHER_COLUMNS, axis))
+        def normalize_whole(x: Tensor, norm: NormWeights) -> tuple[Tensor, Tensor]:
+            return _normalized(x, norm, kernel, sharded.traceable)
 
-    def normalize_whole(x: Tensor, norm: NormWeights) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            out = add_norm(x, next_norm=norm, residual_dtype=x.dtype, out_dtype=x.dtype)
-        assert out.branch_input is not None
-        if out.statistics is None:  # not every backend gives them
-            found = _traceable(norm_kernels).stats(x, norm.kind).unsqueeze(0)
-            return out.branch_input, merge_stats(found, norm.kind, x.shape[1], norm.eps)
-        return out.branch_input, out.statistics
+        u, mine = gathered_norm(z, last, normalize_whole, sharded, keeps=keeps)
+        return mine if norm is not None else z, u
+    y = sharded(z, last, stored if norm is not None else out_dtype)
+    return y if norm is not None else z, _gathered_columns(y.to(out_dtype), sharded.axis, keeps)
 
-    return run
+
+def _gathered_columns(u: Tensor, axis: Axis, keeps: bool) -> BranchInput:
+    return BranchInput(u, GATHER_COLUMNS, axis, (u,), keeps)
+
+
+@torch.no_grad()
+def _normalized(
+    x: Tensor, norm: NormWeights, kernel: AddNormKernel, norm_kernels: ShardedNormKernels
+) -> tuple[Tensor, Tensor]:
+    """The norm of whole rows, and their statistics [T, 2]."""
+    out = kernel(AddNormArgs(x, next_norm=norm, residual_dtype=x.dtype, out_dtype=x.dtype))
+    assert out.branch_input is not None
+    if out.statistics is None:  # not every backend gives them
+        found = norm_kernels.stats(x, norm.kind).unsqueeze(0)
+        return out.branch_input, merge_stats(found, norm.kind, x.shape[1], norm.eps)
+    return out.branch_input, out.statistics

@@ -1,44 +1,55 @@
-"""BF16 products on FP32 weights that are cast once a step."""
+"""BF16 products on FP32 weights."""
 
 import torch
 from torch import Tensor, nn
 
-from megaresnorm.parallel.linear import ColumnLinear, MatMul, RowLinear, linear
-
-Linear = ColumnLinear | RowLinear
+from megaresnorm.parallel.linear import Linear, PlainLinear
 
 
-class Bf16Weights:
-    """BF16 copies of the weights of every linear layer, and the matmul that reads them.
+class Bf16Linear(PlainLinear):
+    """The products of one linear layer in BF16, by a copy of its weight where there is one.
 
     The model's parameters stay FP32. A microbatch's gradient is a BF16 product; from there on it is accumulated over
-    microbatches, clipped and applied in FP32. A checkpoint holds the FP32 weights. ``refresh`` renews all copies in one
-    call after the weights have changed; autocast would cast every weight in every microbatch.
+    microbatches, clipped and applied in FP32. A checkpoint holds the FP32 weights.
 
-    Not for weights that FSDP2 gathers for the time of their use: copies of all would undo the sharding. A linear
-    without a copy casts its weight for each product.
+    Attributes:
+        copy: of the weight, which ``Bf16Copies`` renews; None: the weight is cast for each product.
+    """
+
+    copy: Tensor | None = None
+
+    def operand(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The copy, or the weight cast."""
+        return weight.to(dtype) if self.copy is None else self.copy
+
+
+class Bf16Copies:
+    """BF16 copies of the weights of every linear layer, made anew in one call after the weights have changed.
+
+    Autocast would cast every weight in every microbatch. Not for weights that FSDP2 gathers for the time of their use:
+    copies of all would undo the sharding.
 
     Args:
-        model: its linear layers get another ``matmul``.
+        model: with memory; its linear layers have a ``Bf16Linear`` each.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._linears = [module for module in model.modules() if isinstance(module, Linear)]
-        self._copies: dict[nn.Module, Tensor] = {}
-        for module in self._linears:
-            module.matmul = self._matmul_of(module)
+        self._copies: dict[nn.Parameter, Tensor] = {}
+        for module in model.modules():
+            if isinstance(module, Linear):
+                assert isinstance(module.kernel, Bf16Linear)
+                if module.weight not in self._copies:  # tied ones share a copy
+                    self._copies[module.weight] = torch.empty_like(module.weight, dtype=torch.bfloat16)
+                module.kernel.copy = self._copies[module.weight]
+        self.refresh()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all copies."""
+        return sum(copy.nbytes for copy in self._copies.values())
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy the current weights; tied ones share a copy."""
-        if not self._copies:
-            by_weight: dict[nn.Parameter, Tensor] = {}
-            for module in self._linears:
-                if module.weight not in by_weight:
-                    by_weight[module.weight] = torch.empty_like(module.weight, dtype=torch.bfloat16)
-                self._copies[module] = by_weight[module.weight]
+        """Copy the current weights."""
         if self._copies:
-            torch._foreach_copy_(list(self._copies.values()), [module.weight for module in self._linears])
-
-    def _matmul_of(self, module: Linear) -> MatMul:
-        return lambda x, weight, bias: linear(x, weight, bias, self._copies[module])
+            torch._foreach_copy_(list(self._copies.values()), list(self._copies))

@@ -7,9 +7,15 @@ between fields are checked here; relations with data, topology or hardware where
 from pydantic import model_validator
 from typing_extensions import Self
 
-from megaresnorm.recipe.execution import KernelRecipe, ParallelRecipe, PrecisionRecipe
+from megaresnorm.recipe.execution import (
+    EngineRecipe,
+    KernelRecipe,
+    ParallelRecipe,
+    PrecisionRecipe,
+    RecomputeRecipe,
+)
 from megaresnorm.recipe.model import InitRecipe, ModelRecipe, RopeScaling, TopologyOptions
-from megaresnorm.recipe.section import Section, divisors
+from megaresnorm.recipe.section import Section, divisors, refuse_ignored
 from megaresnorm.recipe.training import (
     BatchRamp,
     BlendSource,
@@ -25,6 +31,7 @@ __all__ = [
     "BlendSource",
     "CheckpointRecipe",
     "DataRecipe",
+    "EngineRecipe",
     "InitRecipe",
     "KernelRecipe",
     "ModelRecipe",
@@ -32,6 +39,7 @@ __all__ = [
     "ParallelRecipe",
     "PrecisionRecipe",
     "Recipe",
+    "RecomputeRecipe",
     "RopeScaling",
     "ScheduleRecipe",
     "TopologyOptions",
@@ -59,6 +67,10 @@ class Recipe(Section):
     """Backends of the kernels."""
     parallel: ParallelRecipe = ParallelRecipe()
     """How many ranks share the work, and how."""
+    recompute: RecomputeRecipe = RecomputeRecipe()
+    """Less memory for more work in backward."""
+    engine: EngineRecipe = EngineRecipe()
+    """What makes the optimizer steps."""
     checkpoint: CheckpointRecipe = CheckpointRecipe()
     """Saving the run."""
 
@@ -100,6 +112,8 @@ class Recipe(Section):
                     f"parallel.tp={parallel.tp} must divide {key}={size}; "
                     f"try parallel.tp in {divisors(size, parallel.tp)}"
                 )
+        if parallel.tensor_layout == "full":
+            refuse_ignored(self.recompute, "recompute", "parallel.tensor_layout=full", "gathered")
         if parallel.columns_norm == "gather" and self.precision.stream != self.precision.compute:
             raise ValueError(
                 f"parallel.columns_norm=gather needs precision.residual_dtype={self.precision.compute}, the type of "

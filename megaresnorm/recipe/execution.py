@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from megaresnorm.recipe.section import MAX_BLOCKS, BlocksOr0, Ranks, Section, Word, refuse_ignored
+from megaresnorm.recipe.section import MAX_BLOCKS, MAX_CHUNKS, BlocksOr0, Ranks, Section, Word, refuse_ignored
 
 
 class PrecisionRecipe(Section):
@@ -29,6 +29,21 @@ class PrecisionRecipe(Section):
     def stream(self) -> str:
         """Type the residual stream is stored in, whether it is set or not."""
         return self.residual_dtype or ("fp64" if self.compute == "fp64" else "fp32")
+
+
+class RecomputeRecipe(Section):
+    """What backward computes or gathers again, to keep less until then."""
+
+    gathered: Literal["again", "keep"] = "again"
+    """tensor_layout tokens or columns: gather a branch's input again in backward, so that a rank keeps its share of the
+    rows, or keep whole rows: tp times the memory for branch inputs, one message less."""
+
+
+class EngineRecipe(Section):
+    """What makes the optimizer steps."""
+
+    name: Literal["native"] = "native"
+    """native: plain PyTorch with DDP, FSDP2 and torch's pipelines."""
 
 
 class KernelRecipe(Section):
@@ -58,6 +73,9 @@ class ParallelRecipe(Section):
     columns_norm: Literal["auto", "merge", "gather"] = "auto"
     """columns: merge statistics and gather normalised columns, or gather the stored stream; auto: gather where its type
     is that of compute, else merge."""
+    merge_chunks: Annotated[int, Field(ge=1, le=MAX_CHUNKS)] = 1
+    """columns: parts of the rows whose statistics are merged one after the other, each under the work of the next; as
+    many bytes in more messages."""
     pp: Ranks = 1
     """Pipeline parallel: ranks that each hold consecutive blocks."""
     pipeline: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
@@ -78,7 +96,9 @@ class ParallelRecipe(Section):
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Self:
         if self.tensor_layout != "columns":
-            refuse_ignored(self, "parallel", f"parallel.tensor_layout={self.tensor_layout}", "columns_norm")
+            refuse_ignored(
+                self, "parallel", f"parallel.tensor_layout={self.tensor_layout}", "columns_norm", "merge_chunks"
+            )
         if self.dp_shard == 1:
             refuse_ignored(self, "parallel", "parallel.dp_shard=1", "accumulate")
         if self.pipeline != "interleaved":

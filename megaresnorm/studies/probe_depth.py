@@ -12,7 +12,7 @@ from megaresnorm.kernels.cross_entropy import cross_entropy_sums
 from megaresnorm.model.stream import Stream
 from megaresnorm.model.topology import beside_others
 from megaresnorm.optim import Optimizer
-from megaresnorm.parallel.branch_input import whole_rows
+from megaresnorm.parallel.branch_input import BranchInput, whole_rows
 from megaresnorm.recipe import InitRecipe, ModelRecipe, OptimRecipe, PrecisionRecipe, TopologyOptions
 
 LEARNING_RATE = 1e-3
@@ -92,7 +92,7 @@ def probe(topology: str, num_blocks: int, seed: int, setting: ProbeSetting) -> P
     first.x.retain_grad()
     last.retain_grad()
     hidden = whole_rows(model.finish(Stream(last)))
-    objective = cross_entropy_sums(model.logits(hidden), labels.flatten())[1]
+    objective = cross_entropy_sums(model.logits(BranchInput(hidden)), labels.flatten())[1]
     (objective / labels.numel()).backward()
 
     assert first.x.grad is not None and last.grad is not None

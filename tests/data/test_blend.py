@@ -10,7 +10,7 @@ import torch
 from megaresnorm.assemble import build_model
 from megaresnorm.cli import main
 from megaresnorm.data.corpus import find_sources
-from megaresnorm.data.loader import microbatches
+from megaresnorm.data.loader import Loader, Place
 from megaresnorm.data.prepare import PrepareJob, prepare
 from megaresnorm.data.samples import BlendedSamples, PackedSamples, open_data, open_samples, resolve_vocab
 from megaresnorm.errors import ConfigError, DataError
@@ -91,7 +91,8 @@ def test_order_is_the_same_on_one_and_four_ranks(blended):
 
     def read(size, rank):
         data = Axis("dp", size, rank)
-        return list(microbatches(samples, 64, 64, 4, replace(ParallelContext.single(), dp=data, world=data), CPU))
+        context = replace(ParallelContext.single(), dp=data, world=data)
+        return Loader(samples, 16, context, CPU, micro=4).load(Place(64, 64)).microbatches
 
     one = {int(i): row for b in read(1, 0) for i, row in zip(b.samples, b.tokens, strict=True)}
     four = {int(i): row for rank in range(4) for b in read(4, rank) for i, row in zip(b.samples, b.tokens, strict=True)}
@@ -204,7 +205,8 @@ def test_masking_takes_no_loss_across_a_boundary_and_trains(blended, three):
     (source,) = find_sources(None, [three[0] + ".jsonl"])
     recipe = blended(data={"mask_documents": True}, train={"steps": 3})
     samples, _ = samples_of(recipe)
-    batch = next(microbatches(samples, 0, 8, 8, ParallelContext.single(), CPU, mask_documents=True))
+    loader = Loader(samples, 16, ParallelContext.single(), CPU, micro=8, mask_documents=True)
+    (batch,) = loader.load(Place(0, 8)).microbatches
     ends = batch.tokens == 256
     assert (
         ends.any()

@@ -2,7 +2,7 @@
 
 import torch
 
-from megaresnorm.kernels.add_norm.reference import NormWeights, add_norm
+from megaresnorm.kernels.add_norm.reference import AddNormArgs, NormWeights, add_norm
 
 F32, BF16, FP8 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
 # branch_norm, norm, next_norm: the patterns of the topologies, and all at once.
@@ -76,14 +76,16 @@ def check(kernel, rows, columns, pattern, gate_kind, dtypes, alpha=2.5, device="
         gate = gate.to(device).requires_grad_()
     branch_norm, norm, next_norm = (make_norm(kind, columns, g, device) for kind in PATTERNS[pattern])
     branch_norm = None if delta is None else branch_norm
-    out = kernel(
+    out = kernel(AddNormArgs(
         x, delta, alpha=alpha, gate=gate, branch_norm=branch_norm, norm=norm, next_norm=next_norm,
         residual_dtype=residual_dtype, out_dtype=out_dtype,
-    )  # fmt: skip
+    ))  # fmt: skip
     assert out.trunk.dtype == residual_dtype and out.branch_input.dtype == out_dtype
     # The stored sum: by the same kernel without the norms behind it.
     stored = kernel(
-        x, delta, alpha=alpha, gate=gate, branch_norm=branch_norm, residual_dtype=residual_dtype, out_dtype=None
+        AddNormArgs(
+            x, delta, alpha=alpha, gate=gate, branch_norm=branch_norm, residual_dtype=residual_dtype, out_dtype=None
+        )
     ).trunk
 
     weights = [w for n in (branch_norm, norm, next_norm) if n is not None for w in (n.weight, n.bias) if w is not None]
@@ -150,8 +152,8 @@ def check_fp8(kernel, rows, columns, pattern, device="cpu"):
     _, norm, next_norm = (make_norm(kind, columns, g, device) for kind in PATTERNS[pattern])
     scale = torch.tensor(448.0 / 2.5, device=device)
     settings = {"alpha": 1.0, "norm": norm, "next_norm": next_norm, "residual_dtype": BF16}
-    out = kernel(x, delta, **settings, out_dtype=FP8, fp8_scale=scale)
-    exact = add_norm(x, delta, **settings, out_dtype=F32)
+    out = kernel(AddNormArgs(x, delta, **settings, out_dtype=FP8, fp8_scale=scale))
+    exact = add_norm(AddNormArgs(x, delta, **settings, out_dtype=F32))
     want = exact.branch_input.detach().double()
     error = (out.branch_input.double() - (want * scale).clamp(-448, 448)).norm()
     once = ((want * scale).clamp(-448, 448).float().to(FP8).double() - (want * scale).clamp(-448, 448)).norm()

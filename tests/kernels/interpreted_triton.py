@@ -17,7 +17,7 @@ from megaresnorm.kernels.add_norm import op, triton_sharded
 from megaresnorm.kernels.add_norm import triton_fp8 as triton_fp8
 from megaresnorm.kernels.add_norm import triton_rows as triton_rows
 from megaresnorm.kernels.add_norm.fp8 import norm_quant
-from megaresnorm.kernels.add_norm.reference import add_norm
+from megaresnorm.kernels.add_norm.reference import AddNormArgs, add_norm
 
 load_backends()
 triton_kernel = op.fused_add_norm("triton")
@@ -80,7 +80,9 @@ def test_wide_rows_over_several_programs(monkeypatch):
 def test_amax_shows_a_value_that_is_not_a_number(kernel):
     x = torch.ones(3, 40)
     x[1, 7] = float("nan")
-    assert kernel(x, residual_dtype=F32, out_dtype=torch.float8_e4m3fn, fp8_scale=torch.tensor(1.0)).amax.isnan()
+    assert kernel(
+        AddNormArgs(x, residual_dtype=F32, out_dtype=torch.float8_e4m3fn, fp8_scale=torch.tensor(1.0))
+    ).amax.isnan()
 
 
 @pytest.mark.parametrize("pattern", ["pre", "pre, rms", "keel", "none"])
@@ -95,7 +97,7 @@ def test_empty_and_absent_gradients(kernel):
             found = []
             for function in (add_norm, kernel):
                 x = torch.linspace(-1, 2, rows * 40).view(rows, 40).requires_grad_()
-                out = function(x, x * 0.5, alpha=1.5, next_norm=norm, residual_dtype=F32, out_dtype=F32)
+                out = function(AddNormArgs(x, x * 0.5, alpha=1.5, next_norm=norm, residual_dtype=F32, out_dtype=F32))
                 found.append(torch.autograd.grad(out[one].sum(), (x, norm.weight), allow_unused=True))
             for a, b in zip(*found, strict=True):
                 torch.testing.assert_close(b, torch.zeros_like(b) if a is None else a, rtol=1e-5, atol=2e-6)
@@ -121,7 +123,7 @@ def test_norm_quant(columns, kind, whole):
     x = (3 * torch.randn(9, columns, generator=g)).to(BF16)
     x[3] = 0
     norm = make_norm(kind, columns, g)
-    out = add_norm(x, next_norm=norm, residual_dtype=BF16, out_dtype=None)
+    out = add_norm(AddNormArgs(x, next_norm=norm, residual_dtype=BF16, out_dtype=None))
     scale = 448 / out.amax if whole else None
     d = torch.randn(9, columns, generator=g).to(torch.float8_e4m3fn)
     found = []

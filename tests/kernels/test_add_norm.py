@@ -6,7 +6,7 @@ from add_norm_checks import BF16, DTYPES, F32, FP8, GATES, PATTERNS, check, chec
 
 from megaresnorm.kernels import load_backends
 from megaresnorm.kernels.add_norm.op import fused_add_norm
-from megaresnorm.kernels.add_norm.reference import NormWeights, add_norm
+from megaresnorm.kernels.add_norm.reference import AddNormArgs, NormWeights, add_norm
 from megaresnorm.kernels.cpu import build
 from megaresnorm.kernels.registry import backends
 
@@ -70,7 +70,7 @@ def test_amax_shows_a_value_that_is_not_a_number(level):
     x = torch.ones(3, 40)
     x[1, 7] = float("nan")
     for kernel in (add_norm, fused):
-        out = kernel(x, residual_dtype=F32, out_dtype=FP8, fp8_scale=torch.tensor(1.0))
+        out = kernel(AddNormArgs(x, residual_dtype=F32, out_dtype=FP8, fp8_scale=torch.tensor(1.0)))
         assert out.amax.isnan()
 
 
@@ -91,7 +91,7 @@ def test_fp8(level, pattern):
 def test_fp8_codes_are_those_of_torch(level):
     """Every BF16 number from zero to infinity and NaN, with both signs: saturated, rounded to even, NaN kept."""
     x = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(BF16).view(256, 256)
-    got = fused(x, residual_dtype=BF16, out_dtype=FP8, fp8_scale=torch.tensor(1.0)).branch_input
+    got = fused(AddNormArgs(x, residual_dtype=BF16, out_dtype=FP8, fp8_scale=torch.tensor(1.0))).branch_input
     want = x.float().clamp(-448, 448).to(FP8)
     assert torch.equal(got.view(torch.uint8) & 0x7F, want.view(torch.uint8) & 0x7F)
     signed = ~want.float().isnan()
@@ -103,8 +103,8 @@ def test_bf16_rounding_is_that_of_torch(level):
     """Random bit patterns of FP32, NaN and infinity among them."""
     bits = torch.randint(-(2**31), 2**31, (64, 1000), generator=torch.Generator().manual_seed(0)).to(torch.int32)
     x = bits.view(F32)
-    got = fused(x, residual_dtype=F32, out_dtype=BF16, norm=None, next_norm=None).branch_input
-    stored = fused(x, torch.zeros_like(x), residual_dtype=BF16, out_dtype=None).trunk
+    got = fused(AddNormArgs(x, residual_dtype=F32, out_dtype=BF16, norm=None, next_norm=None)).branch_input
+    stored = fused(AddNormArgs(x, torch.zeros_like(x), residual_dtype=BF16, out_dtype=None)).trunk
     for t in (got, stored):
         torch.testing.assert_close(t, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
@@ -117,7 +117,7 @@ def test_empty_input_absent_and_strided_gradients(rows):
         gradients = []
         for kernel in (add_norm, fused):
             x, delta = (torch.linspace(-1, 2, rows * 8).view(8, rows).t().requires_grad_() for _ in range(2))
-            out = kernel(x, delta, alpha=1.5, next_norm=norm, residual_dtype=F32, out_dtype=F32)
+            out = kernel(AddNormArgs(x, delta, alpha=1.5, next_norm=norm, residual_dtype=F32, out_dtype=F32))
             outputs = [t for t, there in ((out.trunk, trunk_too), (out.branch_input, branch_too)) if there]
             d = torch.linspace(0, 1, rows * 8).view(8, rows).t()
             gradients.append(
@@ -132,7 +132,7 @@ def test_empty_input_absent_and_strided_gradients(rows):
 def test_gamma_of_zero_and_rows_of_zero():
     x = torch.zeros(3, 16).requires_grad_()
     weight = torch.zeros(16, requires_grad=True)
-    out = fused(x, next_norm=NormWeights("rmsnorm", weight, None, 1e-5), residual_dtype=F32, out_dtype=F32)
+    out = fused(AddNormArgs(x, next_norm=NormWeights("rmsnorm", weight, None, 1e-5), residual_dtype=F32, out_dtype=F32))
     out.branch_input.sum().backward()
     assert not out.branch_input.any() and not x.grad.any() and not weight.grad.any()
 
@@ -146,7 +146,7 @@ def test_sums_do_not_depend_on_the_number_of_threads():
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         leaves = [x.clone().requires_grad_(), delta.clone().requires_grad_(), norm.weight, norm.bias]
-        out = fused(*leaves[:2], next_norm=norm, residual_dtype=F32, out_dtype=F32)
+        out = fused(AddNormArgs(*leaves[:2], next_norm=norm, residual_dtype=F32, out_dtype=F32))
         results.append([out.trunk, out.branch_input, *torch.autograd.grad(out.branch_input, leaves, d)])
     torch.set_num_threads(1)
     for other in results[1:]:
@@ -158,8 +158,8 @@ def test_statistics_survive_a_large_mean():
     """Row mean 100 times the deviation: E[x^2] - mean^2 in FP32 would be off by 1e-3."""
     norm = make_norm("layernorm", 4096, torch.Generator().manual_seed(0))
     x = torch.randn(16, 4096, generator=torch.Generator().manual_seed(1)) + 100
-    want = add_norm(x.double(), next_norm=norm, residual_dtype=torch.float64, out_dtype=torch.float64)
-    got = fused(x, next_norm=norm, residual_dtype=F32, out_dtype=F32)
+    want = add_norm(AddNormArgs(x.double(), next_norm=norm, residual_dtype=torch.float64, out_dtype=torch.float64))
+    got = fused(AddNormArgs(x, next_norm=norm, residual_dtype=F32, out_dtype=F32))
     assert (got.branch_input - want.branch_input).abs().max() < 3e-5
     torch.testing.assert_close(got.statistics.double(), want.statistics, rtol=1e-6, atol=0)
 
@@ -185,8 +185,8 @@ def test_torch_compile_of_the_reference():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x_TD": torch.ones(2, 4, dtype=torch.float64)}, TypeError, "float64"),
-        ({"delta_TD": torch.ones(3, 4)}, ValueError, r"\[\[2, 4\], \[3, 4\]\]"),
+        ({"x": torch.ones(2, 4, dtype=torch.float64)}, TypeError, "float64"),
+        ({"delta": torch.ones(3, 4)}, ValueError, r"\[\[2, 4\], \[3, 4\]\]"),
         ({"next_norm": NormWeights("rmsnorm", torch.ones(5), None, 1e-5)}, TypeError,
          r"float32 \[5\]; wanted float32 \[4\]"),
         ({"next_norm": NormWeights("rmsnorm", torch.ones(4).bfloat16(), None, 1e-5)}, TypeError, "bfloat16"),
@@ -197,6 +197,6 @@ def test_torch_compile_of_the_reference():
     ],
 )  # fmt: skip
 def test_what_cannot_be_computed_is_refused(change, error, message):
-    arguments = {"x_TD": torch.ones(2, 4), "delta_TD": torch.ones(2, 4), "residual_dtype": F32, "out_dtype": F32}
+    arguments = {"x": torch.ones(2, 4), "delta": torch.ones(2, 4), "residual_dtype": F32, "out_dtype": F32}
     with pytest.raises(error, match=message):
-        fused(**(arguments | change))
+        fused(AddNormArgs(**(arguments | change)))

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from megaresnorm.kernels import load_backends, registry
 from megaresnorm.kernels.add_norm.op import fused_add_norm
-from megaresnorm.kernels.add_norm.reference import NormWeights
+from megaresnorm.kernels.add_norm.reference import AddNormArgs, NormWeights
 from megaresnorm.kernels.cpu import build
 from megaresnorm.kernels.cpu.activation import cpu_activation
 from megaresnorm.kernels.cpu.attention import cpu_attention
@@ -27,7 +27,14 @@ def leaf(*shape, dtype=F32, seed=0):
 def layer(x, delta, weight, bias):
     """A norm, a product and an activation, as a block has them."""
     out = fused(
-        x, delta, alpha=2.0, next_norm=NormWeights("layernorm", weight, bias, 1e-5), residual_dtype=F32, out_dtype=F32
+        AddNormArgs(
+            x,
+            delta,
+            alpha=2.0,
+            next_norm=NormWeights("layernorm", weight, bias, 1e-5),
+            residual_dtype=F32,
+            out_dtype=F32,
+        )
     )
     y = cpu_attention((out.branch_input @ torch.ones(16, 24)).view(2, 4, 6, 4), 2)
     return out.trunk + cpu_activation(y.reshape(8, 8), None, "gelu").repeat(1, 2)
@@ -105,7 +112,7 @@ def test_export_with_a_dynamic_batch():
     class Layer(torch.nn.Module):
         def forward(self, x, delta, weight):
             norm = NormWeights("rmsnorm", weight, None, 1e-5)
-            return fused(x, delta, next_norm=norm, residual_dtype=F32, out_dtype=F32).branch_input
+            return fused(AddNormArgs(x, delta, next_norm=norm, residual_dtype=F32, out_dtype=F32)).branch_input
 
     inputs = [t.detach() for t in arguments()[:3]]
     rows = torch.export.Dim("rows", min=2, max=4096)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megaresnorm.errors import ConfigError
-from megaresnorm.kernels.add_norm.reference import NormWeights, add_norm
+from megaresnorm.kernels.add_norm.reference import AddNormArgs, NormWeights, add_norm
 from megaresnorm.kernels.cross_entropy import cross_entropy_sums
 from megaresnorm.kernels.dropout import dropout
 from megaresnorm.kernels.registry import choose_kernel, register_kernel
@@ -57,7 +57,7 @@ def test_add_norm_values_and_gradients(dim, norm, next_norm):
         )
 
     trunk, branch, *_ = add_norm(
-        x, delta, alpha=2.5, gate=gate, norm=first, next_norm=second, residual_dtype=F32, out_dtype=F32
+        AddNormArgs(x, delta, alpha=2.5, gate=gate, norm=first, next_norm=second, residual_dtype=F32, out_dtype=F32)
     )
     z = 2.5 * wide[id(x)] + wide[id(gate)] * wide[id(delta)]
     want_trunk = z if first is None else textbook_norm(z, widen(first))
@@ -80,10 +80,10 @@ def test_add_norm_values_and_gradients(dim, norm, next_norm):
 def test_outputs_are_functions_of_what_is_stored():
     """In BF16 the norm reads the rounded sum: normalising the returned trunk again gives the same bits."""
     x, delta, (layer, _) = inputs(32, 64, BF16)
-    trunk, branch, *_ = add_norm(x, delta, alpha=3.0, next_norm=layer, residual_dtype=BF16, out_dtype=BF16)
+    trunk, branch, *_ = add_norm(AddNormArgs(x, delta, alpha=3.0, next_norm=layer, residual_dtype=BF16, out_dtype=BF16))
     assert trunk.dtype == branch.dtype == BF16
     assert torch.equal(trunk, torch.add(delta.float(), x.float(), alpha=3.0).bfloat16())
-    again = add_norm(trunk, next_norm=layer, residual_dtype=BF16, out_dtype=BF16)
+    again = add_norm(AddNormArgs(trunk, next_norm=layer, residual_dtype=BF16, out_dtype=BF16))
     assert torch.equal(again[0], trunk) and torch.equal(again[1], branch)
 
 
@@ -93,7 +93,7 @@ def test_fp32_stream_keeps_what_a_bf16_stream_loses():
     streams = {F32: x, BF16: x.to(BF16)}
     for dtype in streams:
         for _ in range(1000):
-            streams[dtype] = add_norm(streams[dtype], delta, residual_dtype=dtype, out_dtype=BF16)[0]
+            streams[dtype] = add_norm(AddNormArgs(streams[dtype], delta, residual_dtype=dtype, out_dtype=BF16))[0]
     assert torch.equal(streams[BF16], x.to(BF16)) and torch.allclose(streams[F32], x + 1000 * 2.0**-9)
 
 
@@ -101,7 +101,7 @@ def test_statistics_survive_a_large_mean():
     """Row mean 100 times the deviation: E[x^2] - mean^2 in FP32 would be off by 1e-3."""
     x, _, (layer, _) = inputs(16, 256)
     x = x + 100
-    _, branch, *_ = add_norm(x, next_norm=layer, residual_dtype=F32, out_dtype=F32)
+    _, branch, *_ = add_norm(AddNormArgs(x, next_norm=layer, residual_dtype=F32, out_dtype=F32))
     assert (branch - textbook_norm(x.double(), layer)).abs().max() < 3e-5
 
 
@@ -166,8 +166,8 @@ def test_kernel_choice_says_which_and_why():
 def test_a_post_norm_reads_the_stored_sum():
     x, delta, norms = inputs(64, 64, BF16)
     for norm in norms:
-        trunk, *_ = add_norm(x, delta, alpha=3.0, norm=norm, residual_dtype=BF16, out_dtype=BF16)
-        stored, *_ = add_norm(x, delta, alpha=3.0, residual_dtype=BF16, out_dtype=BF16)
+        trunk, *_ = add_norm(AddNormArgs(x, delta, alpha=3.0, norm=norm, residual_dtype=BF16, out_dtype=BF16))
+        stored, *_ = add_norm(AddNormArgs(x, delta, alpha=3.0, residual_dtype=BF16, out_dtype=BF16))
         assert (
             torch.equal(trunk, textbook_norm(stored.double(), norm).to(BF16))
             or (

@@ -12,7 +12,7 @@ from add_norm_checks import BF16, DTYPES, GATES, PATTERNS, check, check_fp8, mak
 
 from megaresnorm.kernels import load_backends
 from megaresnorm.kernels.add_norm import op
-from megaresnorm.kernels.add_norm.reference import add_norm
+from megaresnorm.kernels.add_norm.reference import AddNormArgs, add_norm
 from megaresnorm.kernels.registry import backends
 
 pytest.importorskip("triton")
@@ -86,8 +86,8 @@ def test_more_elements_than_two_to_the_31_on_a_gpu():
     x[-1] = torch.linspace(-1, 1, columns, device="cuda").to(BF16)
     norm = make_norm("rmsnorm", columns, torch.Generator().manual_seed(0))
     norm = norm._replace(weight=norm.weight.detach().cuda())
-    out = op.fused_add_norm("triton")(x, next_norm=norm, residual_dtype=BF16, out_dtype=BF16)
-    want = add_norm(x[-1:], next_norm=norm, residual_dtype=BF16, out_dtype=BF16)
+    out = op.fused_add_norm("triton")(AddNormArgs(x, next_norm=norm, residual_dtype=BF16, out_dtype=BF16))
+    want = add_norm(AddNormArgs(x[-1:], next_norm=norm, residual_dtype=BF16, out_dtype=BF16))
     assert not out.branch_input[0].any()
     torch.testing.assert_close(out.branch_input[-1:], want.branch_input, rtol=1e-2, atol=1e-2)
 

@@ -29,7 +29,7 @@ def build(topology, p, **settings):
 
 def masks_of(seed, rows) -> DropoutMasks:
     """Of a model that ``build`` makes."""
-    return DropoutKey(seed, rows).of_stream(layout(), 32, 3)
+    return DropoutKey(seed, rows).of_stream(layout(), 32, 6)
 
 
 @functools.cache
@@ -47,7 +47,7 @@ def test_every_place_has_its_own_mask_of_the_given_rows_and_seed(monkeypatch):
     monkeypatch.setattr(
         DropoutMasks, "drop", lambda self, x, p, site: calls.append((self, p, site)) or original(self, x, p, site)
     )
-    build("pre", 0.25)(TOKENS, DropoutKey(7, ROWS))
+    build("pre", 0.25)(TOKENS, dropout=DropoutKey(7, ROWS))
     assert [site for _, _, site in calls] == [6, 0, 1, 2, 3, 4, 5]  # the embedding, then the sub-layers
     assert all(key.keys is calls[0][0].keys and torch.equal(key.rows, ROWS) and p == 0.25 for key, p, _ in calls)
     one = torch.ones(16, 32)
@@ -67,8 +67,8 @@ def test_dropout_changes_the_output_in_training_only(topology):
         for p in (*model.parameters(), *without.parameters()):
             p.add_(0.1)  # gates that start at zero would hide the branches
     assert torch.equal(model(TOKENS), without(TOKENS))
-    assert not torch.allclose(model(TOKENS, DropoutKey(1, ROWS)), model(TOKENS))
-    assert torch.equal(without(TOKENS, DropoutKey(1, ROWS)), without(TOKENS))
+    assert not torch.allclose(model(TOKENS, dropout=DropoutKey(1, ROWS)), model(TOKENS))
+    assert torch.equal(without(TOKENS, dropout=DropoutKey(1, ROWS)), without(TOKENS))
 
 
 @pytest.mark.parametrize(

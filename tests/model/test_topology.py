@@ -12,7 +12,7 @@ from megaresnorm.recipe import InitRecipe, ModelRecipe, TopologyOptions
 
 
 def spec(name, block, num_blocks, sublayer="ffn", dim=64, **options):
-    at = Position(block=block, num_blocks=num_blocks, sublayer=sublayer, dim=dim)
+    at = Position.of(block, sublayer, num_blocks, dim)
     return TOPOLOGIES[name].residual(at, TopologyOptions(**options))
 
 

@@ -7,9 +7,8 @@ import torch.distributed as dist
 from digests import engine_digest
 from torch import Tensor
 
-from megaresnorm.assemble import Assembled, build_model
-from megaresnorm.data.loader import Batch
-from megaresnorm.engines.engine import Decision
+from megaresnorm.assemble import Assembled
+from megaresnorm.data.loader import Batch, StepBatch
 from megaresnorm.engines.native import NativeEngine
 from megaresnorm.engines.state import FullState
 from megaresnorm.layout import check_layout
@@ -107,11 +106,11 @@ def build(recipe: Recipe) -> tuple[Assembled, NativeEngine]:
     """On the process group there is, or on one process without one."""
     sizes = check_layout(recipe, dist.get_world_size() if dist.is_initialized() else 1)
     context = ParallelContext.create(sizes, "cpu")
-    assembled = build_model(recipe.model, recipe.precision, recipe.kernels, recipe.parallel, context)
-    return assembled, NativeEngine(assembled, recipe)
+    engine = NativeEngine(recipe, context)
+    return engine.assembled, engine
 
 
-def batches(context: ParallelContext, recipe: Recipe, seed: int = 3) -> list[Batch]:
+def batches(engine: NativeEngine, recipe: Recipe, seed: int = 3) -> StepBatch:
     """This rank's microbatches.
 
     One sample has no label at all, one has two, another lacks its first three; each has up to three documents where
@@ -126,8 +125,9 @@ def batches(context: ParallelContext, recipe: Recipe, seed: int = 3) -> list[Bat
         if recipe.data.mask_documents
         else None
     )
-    mine = torch.arange(context.dp.rank, SAMPLES, context.dp.size)
-    return [Batch(rows[i, :-1], labels[i], i, None if documents is None else documents[i]) for i in mine.split(MICRO)]
+    mine = torch.arange(engine.context.dp.rank, SAMPLES, engine.context.dp.size)
+    parts = [Batch(rows[i, :-1], labels[i], i, None if documents is None else documents[i]) for i in mine.split(MICRO)]
+    return StepBatch.of(parts, engine.stack)
 
 
 def gradients(assembled: Assembled) -> dict[str, Tensor]:
@@ -139,31 +139,31 @@ def gradients(assembled: Assembled) -> dict[str, Tensor]:
     return {name: t.clone() for name, t in FullState(assembled, parts).items()}
 
 
-def descend(assembled: Assembled, lr: float) -> None:
+def descend(engine: NativeEngine, lr: float) -> None:
     """Plain SGD along the gradients there are, which are gone then."""
     with torch.no_grad():
-        for p in assembled.parameters().values():
+        for p in engine.assembled.parameters().values():
             if p.grad is not None:
                 local(p.detach()).sub_(local(p.grad), alpha=lr)
                 p.grad = None
-    assembled.weights_changed()
+    engine.weights_changed()
 
 
 def outcome(recipe: Recipe, *, steps: int = 2, optimizer: str = "sgd") -> Outcome:
     """The gradients are of the weights at the start; the first step of SGD goes along them."""
     assembled, engine = build(recipe)
-    loss, _ = engine.gradients(batches(assembled.context, recipe))
+    loss, _ = engine.gradients(batches(engine, recipe))
     found = gradients(assembled)
     done: list[tuple[float, float]] = []
     if optimizer != "sgd":
-        descend(assembled, lr=0.0)  # each of its steps makes gradients of its own
+        descend(engine, lr=0.0)  # each of its steps makes gradients of its own
     for step in range(steps):
         if optimizer == "sgd":
-            here = loss if step == 0 else engine.gradients(batches(assembled.context, recipe))[0]
+            here = loss if step == 0 else engine.gradients(batches(engine, recipe))[0]
             done.append((here, 0.0))
-            descend(assembled, lr=0.01)
+            descend(engine, lr=0.01)
         else:
-            stats = engine.step(batches(assembled.context, recipe, seed=step), 1e-3, lambda stats: Decision.APPLY)
+            stats = engine.step(batches(engine, recipe, seed=step), 1e-3)
             done.append((stats.loss, stats.gradient_norm))
     weights = {name: t.clone() for name, t in engine.full_state().items()}
     return Outcome(loss, found, done, weights, engine_digest(engine))

@@ -34,14 +34,14 @@ def save(rank: int, topology: str, variant: str, layout: str, folder: Path) -> N
     assembled, engine = build(recipe)
     described = recipe.model_dump(exclude_none=True, exclude={"parallel"})
     state = RunState(samples=0, skipped_in_a_row=0, train_loss=None, engine=engine.state(), recipe=described, data="")
-    save_checkpoint(folder / layout, 2, engine.sharded_state, state.model_dump(), control=assembled.context.control)
+    save_checkpoint(folder / layout, 2, engine.tensors, state.model_dump(), control=assembled.context.control)
 
 
 def losses_after(rank: int, topology: str, variant: str, layout: str, checkpoint: Path) -> float:
     """Of one batch with the weights of a checkpoint."""
     assembled, engine = build(recipe_of(topology, variant, layout))
     engine.load_weights(Checkpoint(checkpoint, assembled.context.control))
-    return engine.evaluate(batches(assembled.context, recipe_of(topology, variant, layout)))
+    return engine.evaluate(batches(engine, recipe_of(topology, variant, layout)))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from cases import VOCAB, build, make_recipe
 from torch.distributed.fsdp import FSDPModule
 
-from megaresnorm.data.loader import Batch
+from megaresnorm.data.loader import Batch, StepBatch
 from megaresnorm.engines.native import NativeEngine
 from megaresnorm.parallel.stages import smallest_batch
 from megaresnorm.testing import run_ranks
@@ -38,7 +38,7 @@ def unsharded_gradient_bytes(module: torch.nn.Module) -> int:
 
 def held_by_fsdp(rank: int, parallel: dict) -> tuple[list[int], int, float, dict]:
     assembled, engine = build(make_recipe("deepnorm", "llama", parallel, "fp64", 4))
-    (module,) = assembled.modules.values()
+    (module,) = engine.modules.values()
     held, real = [], engine._losses
 
     def losses(*arguments):
@@ -46,7 +46,7 @@ def held_by_fsdp(rank: int, parallel: dict) -> tuple[list[int], int, float, dict
         return real(*arguments)
 
     engine._losses = losses
-    loss, _ = engine.gradients(microbatches(8)[rank::2])
+    loss, _ = engine.gradients(StepBatch.of(microbatches(8)[rank::2], engine.stack))
     found = {name: p.grad.to_local().clone() for name, p in assembled.parameters().items()}
     whole = sum(p.numel() * 8 for p in assembled.parameters().values())
     return held, whole, loss, found
@@ -66,7 +66,8 @@ def test_fsdp_keeps_no_unsharded_gradient_between_microbatches():
 
 def wires(engine: NativeEngine) -> int:
     """Tensors of the wire's shape that are alive on this rank, each memory once."""
-    shape, dtype = engine._pipeline._wire(1), engine._pipeline._dtype
+    (wire,) = next(iter(engine.assembled.models.values())).wire(1)
+    shape, dtype = tuple(wire.shape), wire.dtype
     gc.collect()
     tensors = (o for o in gc.get_objects() if type(o) is torch.Tensor)
     return len(
@@ -78,10 +79,10 @@ def held_by_pipeline(rank: int, parallel: dict, counts: list[int]) -> tuple[list
     assembled, engine = build(make_recipe("deepnorm", "llama", parallel, "fp64", 8))
     held, losses = [], []
     for count in counts:
-        loss, _ = engine.gradients(microbatches(count))
+        loss, _ = engine.gradients(StepBatch.of(microbatches(count), engine.stack))
         held.append(wires(engine))
         losses.append(loss)
-    evaluated = engine.evaluate(microbatches(counts[-1]))
+    evaluated = engine.evaluate(StepBatch.of(microbatches(counts[-1]), engine.stack))
     held.append(wires(engine))
     return held, [*losses, evaluated], {n: p.grad.clone() for n, p in assembled.parameters().items()}
 
@@ -130,7 +131,7 @@ def logits_in_evaluation(rank: int, parallel: dict, count: int) -> int:
 
     for model in assembled.models.values():
         model.register_forward_hook(look)
-    engine.evaluate(microbatches(count))
+    engine.evaluate(StepBatch.of(microbatches(count), engine.stack))
     return max(held)
 
 
@@ -149,7 +150,7 @@ def forwards(rank: int, count: int) -> int:
     calls = []
     for model in engine.assembled.models.values():
         model.register_forward_hook(lambda *_: calls.append(1))
-    engine.gradients(microbatches(count))
+    engine.gradients(StepBatch.of(microbatches(count), engine.stack))
     return len(calls)
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megaresnorm.assemble import Assembled, build_model
-from megaresnorm.data.loader import Batch
+from megaresnorm.assemble import Assembled
+from megaresnorm.data.loader import Batch, StepBatch
 from megaresnorm.engines.native import NativeEngine
 from megaresnorm.model.stream import Stream
 from megaresnorm.parallel.branch_input import whole_rows
@@ -28,11 +28,12 @@ def hidden(assembled: Assembled, tokens: torch.Tensor) -> torch.Tensor | None:
     else:
         x = torch.empty(tokens.numel(), assembled.layout.width(model.recipe.dim), dtype=torch.float64)
         dist.recv(x, group=pp.group, group_src=pp.rank - 1)
-        stream = Stream(x)
+        stream = Stream.from_wire((x,))
     stream = model.run_blocks(stream, rows)
     if model.stage.has_head:
         return whole_rows(model.finish(stream))
-    dist.send(model.add_norm.trunk(stream), group=pp.group, group_dst=pp.rank + 1)
+    (wire,) = stream.to_wire(model.add_norm)
+    dist.send(wire, group=pp.group, group_dst=pp.rank + 1)
     return None
 
 
@@ -45,16 +46,17 @@ def updates(rank: int, parallel: dict) -> list[float | None]:
             {
                 "model": setting.model(topology, BLOCKS).model_dump(exclude_none=True),
                 "data": {"path": "none"},
-                "train": {"output": "none", "steps": 1, "global_batch": 4},
+                "train": {"output": "none", "steps": 1, "global_batch": 4, "seed": 1},
                 "precision": {"compute": "fp64"},
                 "parallel": parallel,
             }
         )
         context = ParallelContext.create(Sizes(pp=parallel.get("pp", 1), tp=parallel.get("tp", 1)), "cpu")
-        assembled = build_model(recipe.model, recipe.precision, recipe.kernels, recipe.parallel, context, seed=1)
+        engine = NativeEngine(recipe, context)
+        assembled = engine.assembled
         generator = torch.Generator().manual_seed(1)
         tokens, labels = torch.randint(setting.vocab_size, (2, setting.batch, setting.seq_len), generator=generator)
-        NativeEngine(assembled, recipe).gradients([Batch(tokens, labels, torch.arange(4))])
+        engine.gradients(StepBatch.of([Batch(tokens, labels, torch.arange(4))], engine.stack))
         with torch.no_grad():
             before = hidden(assembled, tokens)
             for name, p in assembled.parameters().items():

@@ -10,7 +10,6 @@ from safetensors import safe_open
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import EngineState
 from megaresnorm.checkpoint.writer import save_checkpoint
-from megaresnorm.engines.engine import Decision
 from megaresnorm.testing import run_ranks
 
 LAYOUTS: dict[str, tuple[int, dict]] = {
@@ -35,7 +34,7 @@ def recipe_of(layout: str):
 
 
 def step(engine, assembled, recipe, seed: int) -> float:
-    return engine.step(batches(assembled.context, recipe, seed), 1e-2, lambda stats: Decision.APPLY).loss
+    return engine.step(batches(engine, recipe, seed), 1e-2).loss
 
 
 def train_and_save(rank: int, layout: str, folder: Path) -> None:
@@ -44,7 +43,7 @@ def train_and_save(rank: int, layout: str, folder: Path) -> None:
     for seed in (1, 2):
         step(engine, assembled, recipe, seed)
     control = assembled.context.control
-    save_checkpoint(folder / layout, 2, engine.sharded_state, {}, control=control)
+    save_checkpoint(folder / layout, 2, engine.tensors, {}, control=control)
 
 
 def load_each_and_save_again(rank: int, layout: str, folder: Path) -> dict[str, float]:
@@ -54,7 +53,7 @@ def load_each_and_save_again(rank: int, layout: str, folder: Path) -> dict[str, 
     for source in LAYOUTS:
         engine.load(Checkpoint(folder / source / "step-00000002", control), STATE)
         root = folder / f"{source} in {layout}"
-        save_checkpoint(root, 2, engine.sharded_state, {}, control=control)
+        save_checkpoint(root, 2, engine.tensors, {}, control=control)
         losses[source] = step(engine, assembled, recipe, seed=3)
     return losses
 

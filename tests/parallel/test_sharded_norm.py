@@ -7,12 +7,18 @@ import torch
 import torch.distributed as dist
 from cases import LAYOUTS, SEQ, build, make_recipe
 
-from megaresnorm.kernels.add_norm.reference import NormWeights, add_norm, normalize, normalize_with_statistics
+from megaresnorm.kernels.add_norm.reference import (
+    AddNormArgs,
+    NormWeights,
+    add_norm,
+    normalize,
+    normalize_with_statistics,
+)
 from megaresnorm.model.stream import Stream
 from megaresnorm.parallel import transport
 from megaresnorm.parallel.branch_input import GATHER_COLUMNS
 from megaresnorm.parallel.mesh import ParallelContext, Sizes
-from megaresnorm.parallel.sharded_norm import columns_add_norm, gathered_norm, sharded_norm
+from megaresnorm.parallel.sharded_norm import ShardedNorm, columns_add_norm, gathered_norm
 from megaresnorm.parallel.shared_memory import SharedMemory
 from megaresnorm.testing import run_ranks
 
@@ -29,20 +35,23 @@ def rows_far_from_zero(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     return tuple(t.to(dtype) for t in (z, weight, bias, dy))
 
 
-def whole_row_norm(rank: int, kind: str, form: str, dtype: torch.dtype) -> list[torch.Tensor]:
+def whole_row_norm(
+    rank: int, kind: str, form: str, dtype: torch.dtype, keeps: bool = False, chunks: int = 1
+) -> list[torch.Tensor]:
     """y and the gradients of z, weight and bias, whole."""
     axis = ParallelContext.create(Sizes(tp=dist.get_world_size()), "cpu").tp
     z, weight, bias, dy = (t.chunk(axis.size, dim=-1)[rank].clone() for t in rows_far_from_zero(dtype))
     leaves = [t.requires_grad_() for t in ((z, weight, bias) if kind == "layernorm" else (z, weight))]
     norm = NormWeights(kind, weight, bias if kind == "layernorm" else None, 1e-5)
     if form == "gather":
-        y, _ = gathered_norm(z, norm, axis, normalize_with_statistics)
+        u, _ = gathered_norm(z, norm, normalize_with_statistics, ShardedNorm(axis), keeps=keeps)
+        y = u.local
         (y * rows_far_from_zero(dtype)[3] / axis.size).sum().backward()  # every rank's gradient is a part of it
     else:
-        y = sharded_norm(z, norm, axis, dtype)
+        y = ShardedNorm(axis, chunks=chunks)(z, norm, dtype)
         (y * dy).sum().backward()
-        y = GATHER_COLUMNS.apply(y, axis)
-    return [y.detach(), *(GATHER_COLUMNS.apply(t.grad.reshape(-1, t.shape[-1]), axis) for t in leaves)]
+        y = GATHER_COLUMNS.start((y.detach(),), axis)()
+    return [y.detach(), *(GATHER_COLUMNS.start((t.grad.reshape(-1, t.shape[-1]),), axis)() for t in leaves)]
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
@@ -128,11 +137,11 @@ def gathered_without_statistics(rank: int, kind: str) -> float:
     z, weight, bias, _ = (t.chunk(2, dim=-1)[rank].clone() for t in rows_far_from_zero(torch.float64))
     norm = NormWeights(kind, weight, bias if kind == "layernorm" else None, 1e-5)
     found = []
-    for kernel in (add_norm, lambda *a, **k: add_norm(*a, **k)._replace(statistics=None)):
+    for kernel in (add_norm, lambda args: add_norm(args)._replace(statistics=None)):
         leaf = z.clone().requires_grad_()
-        run = columns_add_norm(kernel, axis, gather=True)
-        out = run(leaf, next_norm=norm, residual_dtype=torch.float64, out_dtype=torch.float64)
-        (out.branch_input * torch.linspace(0, 1, COLUMNS)).sum().backward()
+        args = AddNormArgs(leaf, next_norm=norm, residual_dtype=torch.float64, out_dtype=torch.float64)
+        _, u = columns_add_norm(kernel, args, ShardedNorm(axis), gather=True, keeps=False)
+        (u.local * torch.linspace(0, 1, COLUMNS)).sum().backward()
         found.append(leaf.grad)
     return (found[0] - found[1]).abs().max().item() / found[0].abs().max().item()
 

@@ -10,12 +10,8 @@ from cases import LAYOUTS as ALL_LAYOUTS
 from cases import VARIANTS, batches, errors, gradients, make_recipe
 from launched import be_rank, environment
 
-from megaresnorm.assemble import build_model
-from megaresnorm.engines.engine import Decision
-from megaresnorm.engines.native import NativeEngine
 from megaresnorm.errors import ConfigError, UserError
 from megaresnorm.kernels.cpu import build
-from megaresnorm.layout import check_layout
 from megaresnorm.model.topology import TOPOLOGIES
 from megaresnorm.parallel.mesh import ParallelContext
 from megaresnorm.recipe import Recipe
@@ -141,20 +137,19 @@ def test_a_rank_sees_only_its_samples_and_all_have_as_many_microbatches():
 
     import numpy as np
 
-    from megaresnorm.data.loader import microbatches
-    from megaresnorm.data.samples import Sample
-    from megaresnorm.parallel.mesh import Axis, ParallelContext
+    from megaresnorm.data.loader import Loader, Place
+    from megaresnorm.parallel.mesh import Axis
 
     class Numbered:
         per_epoch = num_documents = 100
 
-        def __getitem__(self, i: int) -> Sample:
-            return Sample(np.full(5, i), np.zeros(5, dtype=np.int64))
+        def read(self, i: int, tokens: np.ndarray, documents: np.ndarray | None = None) -> None:
+            tokens[:] = i
 
     seen = []
     for rank in range(4):
         context = replace(ParallelContext.single(), dp=Axis("dp", 4, rank), world=Axis("world", 4, rank))
-        batches = list(microbatches(Numbered(), 10, 7, 2, context, torch.device("cpu")))
+        batches = Loader(Numbered(), 4, context, torch.device("cpu"), micro=2).load(Place(10, 7)).microbatches
         assert [tuple(b.tokens.shape) for b in batches] == [(2, 4)]
         seen += [int(row[0]) for b in batches for row in b.labels if row[0] >= 0]
     assert sorted(seen) == list(range(10, 17))
@@ -180,17 +175,17 @@ def how_it_ends(rank: int, recipe: Recipe, rank_with_others: int | None) -> str:
         return str(e)
 
 
+def with_train(recipe: Recipe, **changes: object) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
+
+
 def compiled_losses(rank: int, layout: str) -> list[float]:
     recipe = make_recipe("deepnorm", "llama", ALL_LAYOUTS[layout][1], "fp32", 2)
     losses = []
     for compiled in ("none", "blocks"):
-        context = ParallelContext.create(check_layout(recipe, 2), "cpu")
-        assembled = build_model(
-            recipe.model, recipe.precision, recipe.kernels, recipe.parallel, context, compiled=compiled
-        )
-        engine = NativeEngine(assembled, recipe)
+        _, engine = build(with_train(recipe, compile=compiled))
         for step in range(3):
-            stats = engine.step(batches(context, recipe, seed=step), 1e-3, lambda stats: Decision.APPLY)
+            stats = engine.step(batches(engine, recipe, seed=step), 1e-3)
             losses.append(stats.loss)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
@@ -229,11 +224,11 @@ def test_compiled_blocks_of_several_ranks_are_whole_graphs(layout):
 def test_blocks_compiled_with_the_reference_have_the_same_gradients(topology, variant):
     """Where all of a block is traced: its matrix products, dropout, and the additions and norms around them."""
     recipe = make_recipe(topology, variant, {}, "fp32", 2, kernels={"add_norm": "reference"})
-    context, found = ParallelContext.single(), []
+    found = []
     for compiled in ("none", "blocks"):
         torch._dynamo.reset()
-        assembled = build_model(recipe.model, recipe.precision, recipe.kernels, compiled=compiled)
-        NativeEngine(assembled, recipe).gradients(batches(context, recipe))
+        assembled, engine = build(with_train(recipe, compile=compiled))
+        engine.gradients(batches(engine, recipe))
         found.append(gradients(assembled))
     off = errors(found[1], found[0])
     # 6e-6 is the bias of a norm of keys, whose gradient is zero in mathematics; all others are below 2e-6.

@@ -12,7 +12,7 @@ from launched import be_rank
 from megaresnorm.checkpoint.format import list_checkpoints
 from megaresnorm.checkpoint.inspect import verify
 from megaresnorm.cli import main
-from megaresnorm.data.samples import PackedSamples, Sample
+from megaresnorm.data.samples import PackedSamples
 from megaresnorm.engines.native import NativeEngine
 from megaresnorm.errors import CheckpointError, NonFiniteError, TrainingError, UserError
 from megaresnorm.recipe.load import dump_recipe
@@ -78,7 +78,7 @@ def unused_row(run) -> None:
 
 
 def moment(run) -> None:
-    (slices, *_) = run.engine.sharded_state["optimizer"].values()
+    (slices, *_) = run.engine.tensors["optimizer"].values()
     slices.local.view(-1)[0] = float("nan")
 
 
@@ -114,15 +114,15 @@ def test_the_error_names_the_tensor(tiny, monkeypatch):
 
 def bad_gradient_on_rank_1(rank: int, recipe) -> str:
     be_rank(rank, 2)
-    real = NativeEngine.gradients
+    real = NativeEngine._backward
 
-    def gradients(engine, microbatches):
-        found = real(engine, microbatches)
+    def backward(engine, batch, tokens):
+        found = real(engine, batch, tokens)
         if rank == 1 and engine._updates >= 5:
             next(iter(engine._parameters.values())).grad.view(-1)[0] = float("nan")
         return found
 
-    NativeEngine.gradients = gradients
+    NativeEngine._backward = backward
     try:
         return str(train(recipe).exit_code)
     except UserError as e:
@@ -148,16 +148,16 @@ def test_no_step_is_saved_while_steps_are_refused_and_the_end_is_an_error(tiny, 
 
 def test_checkpoints_before_the_first_refused_step_are_not_pruned(tiny, monkeypatch):
     """One step in three is refused for a while: later checkpoints may be spoilt. Earlier ones stay, also on resume."""
-    real = NativeEngine.gradients
+    real = NativeEngine._backward
 
-    def gradients(engine, microbatches):
-        loss, tokens = real(engine, microbatches)
-        return (float("nan") if engine._updates == 5 and not done.append(1) and len(done) < 2 else loss), tokens
+    def backward(engine, batch, tokens):
+        loss = real(engine, batch, tokens)
+        return loss * float("nan") if engine._updates == 5 and not done.append(1) and len(done) < 2 else loss
 
     done: list[int] = []
     recipe = settings(tiny, steps=10)
     with monkeypatch.context() as patch:
-        patch.setattr(NativeEngine, "gradients", gradients)
+        patch.setattr(NativeEngine, "_backward", backward)
         train(recipe)
     assert steps_saved(recipe) == [2, 4, 8, 10]
     train(gone_on(recipe, train__steps=16))
@@ -193,9 +193,10 @@ class OneToken(PackedSamples):
 
     bare: tuple[int, ...] = ()
 
-    def __getitem__(self, i: int) -> Sample:
-        sample = super().__getitem__(i)
-        return Sample(sample.tokens, np.arange(len(sample.tokens))) if i in self.bare else sample
+    def read(self, i: int, tokens: np.ndarray, documents: np.ndarray | None = None) -> None:
+        super().read(i, tokens, documents)
+        if i in self.bare and documents is not None:
+            documents[:] = np.arange(len(tokens))
 
 
 def test_a_batch_without_a_label_has_no_loss_and_changes_nothing(tiny, monkeypatch, caplog):
@@ -207,10 +208,10 @@ def test_a_batch_without_a_label_has_no_loss_and_changes_nothing(tiny, monkeypat
     recipe = tiny(data={"mask_documents": True, "valid_fraction": 0.0}, train={"steps": 4, "eval_every": 0})
     with Run(recipe) as run:
         Trainer(run).step()
-        before = {name: slices.local.clone() for name, slices in run.engine.sharded_state["weights"].items()}
+        before = {name: slices.local.clone() for name, slices in run.engine.tensors["weights"].items()}
         record = Trainer(run).step()
         assert record["loss"] is None and run.steps_done == 2 and run.skipped_in_a_row == 0
-        assert all(torch.equal(before[n], s.local) for n, s in run.engine.sharded_state["weights"].items())
+        assert all(torch.equal(before[n], s.local) for n, s in run.engine.tensors["weights"].items())
         assert run.engine.state().updates == 1
     summary = train(recipe)
     records = [json.loads(line) for line in (Path(recipe.train.output) / "metrics.jsonl").read_text().splitlines()]

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from megaresnorm.kernels.add_norm import reference
 from megaresnorm.kernels.add_norm.op import register_add_norm
-from megaresnorm.kernels.add_norm.reference import AddNormKernel, AddNormOutput, NormWeights
+from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, AddNormOutput, NormWeights
 from megaresnorm.kernels.add_norm.sharded import ShardedNormKernels
 from megaresnorm.kernels.add_norm.spec import FP8, AddNormBackend, AddNormSpec, Inputs, Outputs, Saved
 from megaresnorm.kernels.registry import register_kernel
@@ -116,8 +117,8 @@ def _by_name(device: torch.device, dtype: torch.dtype) -> str:
 
 
 @register_kernel("add_norm", "compile", requires=_compile_requires, avoid=_by_name)
-def _compiled_add_norm(*arguments: Any, **options: Any) -> AddNormOutput:
-    return _compiled()(*arguments, **options)
+def _compiled_add_norm(args: AddNormArgs) -> AddNormOutput:
+    return _compiled()(args)
 
 
 # --- Transformer Engine and Apex --------------------------------------------------------------------------------------
@@ -145,38 +146,30 @@ def add_then(normalize: Callable[[Tensor, NormWeights, torch.dtype], Tensor]) ->
         A function as ``reference.add_norm``. It raises ValueError where FP8, statistics or amax are wanted.
     """
 
-    def add_norm(
-        x_TD: Tensor,
-        delta_TD: Tensor | None = None,
-        *,
-        norm: NormWeights | None = None,
-        next_norm: NormWeights | None = None,
-        branch_norm: NormWeights | None = None,
-        residual_dtype: torch.dtype,
-        out_dtype: torch.dtype | None,
-        fp8_scale: Tensor | None = None,
-        **add: Any,
-    ) -> AddNormOutput:
-        if out_dtype == torch.float8_e4m3fn or (out_dtype is None and next_norm is not None):
+    def add_norm(args: AddNormArgs) -> AddNormOutput:
+        delta, out_dtype = args.delta, args.out_dtype
+        if out_dtype == torch.float8_e4m3fn or (out_dtype is None and args.next_norm is not None):
             raise ValueError("add_norm by te or apex writes no FP8, statistics or amax; choose triton or the reference")
-        if delta_TD is not None and branch_norm is not None:
-            delta_TD = normalize(delta_TD, branch_norm, torch.float32)
-        trunk = reference.add_norm(x_TD, delta_TD, **add, residual_dtype=residual_dtype, out_dtype=None).trunk
-        if norm is not None:
-            trunk = normalize(trunk, norm, residual_dtype)
+        if delta is not None and args.branch_norm is not None:
+            delta = normalize(delta, args.branch_norm, torch.float32)
+        trunk = reference.add_norm(
+            replace(args, delta=delta, branch_norm=None, norm=None, next_norm=None, out_dtype=None)
+        ).trunk
+        if args.norm is not None:
+            trunk = normalize(trunk, args.norm, args.residual_dtype)
         if out_dtype is None:
             return AddNormOutput(trunk, None, None, None)
-        branch = trunk if next_norm is None else normalize(trunk, next_norm, out_dtype)
+        branch = trunk if args.next_norm is None else normalize(trunk, args.next_norm, out_dtype)
         return AddNormOutput(trunk, branch.to(out_dtype), None, None)
 
     return add_norm
 
 
 @register_kernel("add_norm", "te", requires=_te_requires, avoid=_by_name)
-def _te_add_norm(*arguments: Any, **options: Any) -> AddNormOutput:
-    return add_then(_module("te").normalize)(*arguments, **options)
+def _te_add_norm(args: AddNormArgs) -> AddNormOutput:
+    return add_then(_module("te").normalize)(args)
 
 
 @register_kernel("add_norm", "apex", requires=_apex_requires, avoid=_by_name)
-def _apex_add_norm(*arguments: Any, **options: Any) -> AddNormOutput:
-    return add_then(_module("apex").normalize)(*arguments, **options)
+def _apex_add_norm(args: AddNormArgs) -> AddNormOutput:
+    return add_then(_module("apex").normalize)(args)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaresnorm.kernels.add_norm.reference import AddNormKernel, AddNormOutput, NormWeights
+from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, AddNormOutput
 from megaresnorm.kernels.add_norm.spec import (
     FP8,
     SUMS,
@@ -35,23 +35,13 @@ from megaresnorm.kernels.registry import Refusal, register_kernel
 def fused_add_norm(backend: str) -> AddNormKernel:
     """``reference.add_norm`` computed by the fused backend of that name, for FP32 and BF16 tensors."""
 
-    def add_norm(
-        x_TD: Tensor,
-        delta_TD: Tensor | None = None,
-        *,
-        alpha: float = 1.0,
-        gate: float | Tensor = 1.0,
-        branch_norm: NormWeights | None = None,
-        norm: NormWeights | None = None,
-        next_norm: NormWeights | None = None,
-        residual_dtype: torch.dtype,
-        out_dtype: torch.dtype | None,
-        fp8_scale: Tensor | None = None,
-    ) -> AddNormOutput:
-        if delta_TD is None:
+    def add_norm(args: AddNormArgs) -> AddNormOutput:
+        x, delta, gate, out_dtype = args.x, args.delta, args.gate, args.out_dtype
+        alpha, branch_norm = args.alpha, args.branch_norm
+        if delta is None:
             alpha, gate, branch_norm = 1.0, 1.0, None
-            if norm is None and next_norm is None and out_dtype != FP8:  # nothing to fuse
-                trunk = x_TD.to(residual_dtype)
+            if args.norm is None and args.next_norm is None and out_dtype != FP8:  # nothing to fuse
+                trunk = x.to(args.residual_dtype)
                 return AddNormOutput(trunk, None if out_dtype is None else trunk.to(out_dtype), None, None)
         learned: Tensor | None = None
         constant_gate = 1.0
@@ -60,17 +50,18 @@ def fused_add_norm(backend: str) -> AddNormKernel:
         else:
             learned = gate.float().contiguous()
         kind_0, weight_0, bias_0, eps_0 = _NO_NORM if branch_norm is None else branch_norm
-        kind_1, weight_1, bias_1, eps_1 = _NO_NORM if norm is None else norm
-        kind_2, weight_2, bias_2, eps_2 = _NO_NORM if next_norm is None else next_norm
+        kind_1, weight_1, bias_1, eps_1 = _NO_NORM if args.norm is None else args.norm
+        kind_2, weight_2, bias_2, eps_2 = _NO_NORM if args.next_norm is None else args.next_norm
         make = AddNormSpec if torch.compiler.is_compiling() else _one_spec
         spec = make(
-            (kind_0, kind_1, kind_2), (eps_0, eps_1, eps_2), alpha, constant_gate, residual_dtype, out_dtype, backend
+            (kind_0, kind_1, kind_2), (eps_0, eps_1, eps_2), alpha, constant_gate, args.residual_dtype, out_dtype,
+            backend,
         )  # fmt: skip
         tensors = _add_norm(
-            x_TD, delta_TD, learned, fp8_scale, weight_0, bias_0, weight_1, bias_1, weight_2, bias_2, spec
+            x, delta, learned, args.fp8_scale, weight_0, bias_0, weight_1, bias_1, weight_2, bias_2, spec
         )  # fmt: skip
-        outputs = _unflatten(tensors, spec, spec.stores_sum(x_TD, delta_TD))
-        stored = x_TD if outputs.z is None else outputs.z
+        outputs = _unflatten(tensors, spec, spec.stores_sum(x, delta))
+        stored = x if outputs.z is None else outputs.z
         trunk = stored if outputs.trunk is None else outputs.trunk
         branch = None if out_dtype is None else trunk if outputs.branch is None else outputs.branch
         return AddNormOutput(

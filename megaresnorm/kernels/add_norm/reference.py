@@ -3,6 +3,7 @@
 T rows (tokens)   D columns (model dim)
 """
 
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,6 +26,39 @@ class NormWeights(NamedTuple):
     eps: float
 
 
+@dataclass(frozen=True)
+class AddNormArgs:
+    """The arguments of one ``add_norm``, whatever backend computes it and in whatever tensor layout.
+
+    Attributes:
+        x: the residual stream [T, D], in any floating type.
+        delta: a branch's output [T, D], in any floating type; None for no add.
+        alpha: factor of x.
+        gate: factor of the branch: a number, or a learned scalar [1] or vector [D].
+        branch_norm: norm of delta before the gate.
+        norm: norm of the sum, whose output is the trunk.
+        next_norm: norm of the trunk, whose output is the branch input.
+        residual_dtype: of the stored sum and the trunk.
+        out_dtype: of the branch input; None where nobody reads it. With float8_e4m3fn the branch input is fp8_scale
+            times the value, saturating at 448, and its gradient is taken to be that of the value. Autograd casts the
+            gradient of an FP8 tensor to E4M3 without a scale, so gradients below 2^-10 would vanish; the consumer of
+            FP8 must prevent that.
+        fp8_scale: a scalar FP32.
+    """
+
+    x: Tensor
+    delta: Tensor | None = None
+    _: KW_ONLY
+    alpha: float = 1.0
+    gate: float | Tensor = 1.0
+    branch_norm: NormWeights | None = None
+    norm: NormWeights | None = None
+    next_norm: NormWeights | None = None
+    residual_dtype: torch.dtype
+    out_dtype: torch.dtype | None
+    fp8_scale: Tensor | None = None
+
+
 class AddNormOutput(NamedTuple):
     """Results of ``add_norm``.
 
@@ -42,40 +76,14 @@ class AddNormOutput(NamedTuple):
 
 
 class AddNormKernel(Protocol):
-    """A backend of ``add_norm``; it is called as the reference below, and computes the same."""
+    """A backend of ``add_norm``; it computes what the reference below does."""
 
-    def __call__(
-        self,
-        x_TD: Tensor,
-        delta_TD: Tensor | None = None,
-        /,
-        *,
-        alpha: float = 1.0,
-        gate: float | Tensor = 1.0,
-        branch_norm: NormWeights | None = None,
-        norm: NormWeights | None = None,
-        next_norm: NormWeights | None = None,
-        residual_dtype: torch.dtype,
-        out_dtype: torch.dtype | None,
-        fp8_scale: Tensor | None = None,
-    ) -> AddNormOutput:
+    def __call__(self, args: AddNormArgs, /) -> AddNormOutput:
         """See ``add_norm``."""
 
 
 @register_kernel("add_norm", "reference")
-def add_norm(
-    x_TD: Tensor,
-    delta_TD: Tensor | None = None,
-    *,
-    alpha: float = 1.0,
-    gate: float | Tensor = 1.0,
-    branch_norm: NormWeights | None = None,
-    norm: NormWeights | None = None,
-    next_norm: NormWeights | None = None,
-    residual_dtype: torch.dtype,
-    out_dtype: torch.dtype | None,
-    fp8_scale: Tensor | None = None,
-) -> AddNormOutput:
+def add_norm(args: AddNormArgs) -> AddNormOutput:
     """Close one residual connection and open the next: the one op that serves every topology.
 
         z      = alpha * x + gate * branch_norm(delta)   summed in FP32, rounded to ``residual_dtype``
@@ -87,44 +95,36 @@ def add_norm(
 
     The amax is computed for FP8, and for out_dtype None with a next_norm: then ``fp8.norm_quant`` can scale by it.
 
-    Args:
-        x_TD: the residual stream, in any floating type.
-        delta_TD: a branch's output, in any floating type; None for no add.
-        gate: a number, or a learned scalar [1] or vector [D].
-        out_dtype: None where nobody reads the branch input. With float8_e4m3fn the branch input is fp8_scale times the
-            value, saturating at 448, and its gradient is taken to be that of the value. Autograd casts the gradient of
-            an FP8 tensor to E4M3 without a scale, so gradients below 2^-10 would vanish; the consumer of FP8 must
-            prevent that.
-        fp8_scale: a scalar FP32.
     Raises:
         ValueError: out_dtype is float8_e4m3fn and fp8_scale is None.
     """
-    wide = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
-    z = x_TD
-    if delta_TD is not None:
-        branch = delta_TD.to(wide)
-        if branch_norm is not None:
-            branch = normalize(branch, branch_norm)
+    x, delta, gate, residual_dtype, out_dtype = args.x, args.delta, args.gate, args.residual_dtype, args.out_dtype
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    z = x
+    if delta is not None:
+        branch = delta.to(wide)
+        if args.branch_norm is not None:
+            branch = normalize(branch, args.branch_norm)
         if not isinstance(gate, float):
             branch = branch * gate.to(wide)
         elif gate != 1.0:
             branch = branch * gate
-        z = _scaled_add(branch, x_TD.to(wide), alpha)
+        z = _scaled_add(branch, x.to(wide), args.alpha)
     stored = _stored(z.to(wide), residual_dtype)
-    if norm is not None:
-        stored = _stored(normalize(stored, norm), residual_dtype)
+    if args.norm is not None:
+        stored = _stored(normalize(stored, args.norm), residual_dtype)
     trunk = in_type(stored, residual_dtype)
-    if next_norm is None and out_dtype is None:
+    if args.next_norm is None and out_dtype is None:
         return AddNormOutput(trunk, None, None, None)
     branch_input, statistics = stored, None
-    if next_norm is not None:
-        branch_input, statistics = normalize_with_statistics(stored, next_norm)
+    if args.next_norm is not None:
+        branch_input, statistics = normalize_with_statistics(stored, args.next_norm)
     if out_dtype is None:
         return AddNormOutput(trunk, None, statistics, largest(branch_input))
     if out_dtype == torch.float8_e4m3fn:
-        if fp8_scale is None:
+        if args.fp8_scale is None:
             raise ValueError("add_norm/reference: out_dtype=torch.float8_e4m3fn needs fp8_scale")
-        return AddNormOutput(trunk, to_fp8(branch_input, fp8_scale), statistics, largest(branch_input))
+        return AddNormOutput(trunk, to_fp8(branch_input, args.fp8_scale), statistics, largest(branch_input))
     return AddNormOutput(trunk, in_type(branch_input, out_dtype), statistics, None)
 
 

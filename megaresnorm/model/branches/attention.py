@@ -3,41 +3,43 @@
 T tokens (batch * seq)   B batch   S seq   N query heads   K key/value heads   H head width   D model dim
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megaresnorm.kernels.attention import reference_attention, rotate, sdpa_attention
+from megaresnorm.model.branches.branch import Branch
 from megaresnorm.model.norm import Norm, norm_of
 from megaresnorm.model.sequence import KeyValueCache, SequenceInfo
+from megaresnorm.model.specs import ParameterSpec, linear_parameters, norm_parameters
 from megaresnorm.model.stream import Kernels
+from megaresnorm.model.topology import ResidualSpec
 from megaresnorm.parallel.branch_input import BranchInput
 from megaresnorm.parallel.layouts import TensorLayout
 from megaresnorm.parallel.linear import ColumnLinear, RowLinear
 from megaresnorm.recipe import ModelRecipe
 
 
-class Attention(nn.Module):
-    """u [T, D] -> [T, D]. The fused ``qkv`` holds the logical matrices q [N*H, D], k [K*H, D] and v [K*H, D].
+class Attention(Branch):
+    """The fused ``qkv`` holds the logical matrices q [N*H, D], k [K*H, D] and v [K*H, D].
 
     Under tensor parallelism N and K are this rank's heads, and a norm over all heads together merges its statistics.
-
-    Args:
-        norm_inner: makes the norm of the input of ``out``, of a given width; None: there is none.
     """
 
     def __init__(
         self, recipe: ModelRecipe, kernels: Kernels, layout: TensorLayout, norm_inner: Callable[[int], Norm] | None
     ) -> None:
-        super().__init__()
+        super().__init__(recipe, kernels, layout, norm_inner)
         self.attend, self.normalize_shared = kernels.attend, kernels.normalize_shared
         axis, self.head_dim = layout.axis, recipe.head_width
         self.scale, self.softcap = recipe.attention_multiplier, recipe.attention_softcap
         self.num_heads, self.kv_heads = recipe.num_heads // axis.size, recipe.kv_heads // axis.size
         q_dim, kv_dim = recipe.num_heads * self.head_dim, recipe.kv_heads * self.head_dim
-        self.qkv = ColumnLinear(recipe.dim, q_dim + 2 * kv_dim, axis, bias=recipe.has_bias("qkv"))
-        self.out = RowLinear(q_dim, recipe.dim, layout, bias=recipe.has_bias("out"))
+        self.qkv = ColumnLinear(
+            recipe.dim, q_dim + 2 * kv_dim, axis, bias=recipe.has_bias("qkv"), kernel=kernels.linear()
+        )
+        self.out = RowLinear(q_dim, recipe.dim, layout, bias=recipe.has_bias("out"), kernel=kernels.linear())
         self.norm_inner = None if norm_inner is None else norm_inner(q_dim // axis.size)
         self.norm_per_head = recipe.qk_norm == "head"
         self.normalize_qk = kernels.normalize if self.norm_per_head else kernels.normalize_shared
@@ -48,7 +50,7 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (norm_of(recipe)(width) for width in widths)
 
     def forward(self, u_TD: BranchInput, rows: SequenceInfo) -> Tensor:
-        """The branch's output [T, D], laid out as the stream."""
+        """See ``Branch``."""
         heads = self.num_heads, self.kv_heads, self.kv_heads
         qkv_BSJH = self.qkv(u_TD).view(rows.batch, rows.seq, sum(heads), self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
@@ -68,6 +70,27 @@ class Attention(nn.Module):
             y_BSNH = self._attend_cached(qkv_BSJH.split(heads, dim=2), rows, rows.cache)
         y = y_BSNH.reshape(rows.batch * rows.seq, -1)
         return self.out(y if self.norm_inner is None else self.normalize_shared(y, self.norm_inner))
+
+    @staticmethod
+    def parameter_specs(recipe: ModelRecipe, spec: ResidualSpec, name: str) -> Iterator[ParameterSpec]:
+        """See ``Branch``."""
+        q_dim, kv_dim = recipe.num_heads * recipe.head_width, recipe.kv_heads * recipe.head_width
+        qkv = (("q", q_dim), ("k", kv_dim), ("v", kv_dim))
+        yield from linear_parameters(recipe, f"{name}.qkv", qkv, recipe.dim, spec)
+        yield from linear_parameters(recipe, f"{name}.out", (("out", recipe.dim),), q_dim, spec)
+        if spec.norm_inner:
+            yield from norm_parameters(recipe, f"{name}.norm_inner", q_dim, spec, role="inner")
+        if recipe.qk_norm != "none":
+            for norm, width in (("q_norm", q_dim), ("k_norm", kv_dim)):
+                dim, role = (recipe.head_width, "heads") if recipe.qk_norm == "head" else (width, "inner")
+                yield from norm_parameters(recipe, f"{name}.{norm}", dim, spec, role=role)
+
+    @staticmethod
+    def flops(recipe: ModelRecipe) -> int:
+        """Matrix products, and causal attention over a whole sequence."""
+        q_dim, kv_dim = recipe.num_heads * recipe.head_width, recipe.kv_heads * recipe.head_width
+        matrices = recipe.dim * (q_dim + 2 * kv_dim) + q_dim * recipe.dim
+        return 2 * matrices + 2 * recipe.seq_len * q_dim  # scores and weighted sum, half of them masked
 
     def _attend_cached(self, qkv: tuple[Tensor, ...], rows: SequenceInfo, cache: KeyValueCache) -> Tensor:
         """Attention in generation: a new token, or in the first call the whole prompt, sees itself and all before."""

@@ -3,45 +3,64 @@
 T tokens   D model dim   F ffn dim
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from megaresnorm.model.branches.branch import Branch
 from megaresnorm.model.norm import Norm
 from megaresnorm.model.sequence import SequenceInfo
+from megaresnorm.model.specs import ParameterSpec, linear_parameters, norm_parameters
 from megaresnorm.model.stream import Kernels
+from megaresnorm.model.topology import ResidualSpec
 from megaresnorm.parallel.branch_input import BranchInput
 from megaresnorm.parallel.layouts import TensorLayout
 from megaresnorm.parallel.linear import ColumnLinear, RowLinear
 from megaresnorm.recipe import ModelRecipe
 
 
-class FeedForward(nn.Module):
+class FeedForward(Branch):
     """down(activate(in(u))). With a gate the fused ``gate_up`` holds the logical matrices gate [F, D] and up [F, D].
 
     Under tensor parallelism F is this rank's share.
-
-    Args:
-        norm_inner: makes the norm of the input of ``down``, of a given width; None: there is none.
     """
 
     def __init__(
         self, recipe: ModelRecipe, kernels: Kernels, layout: TensorLayout, norm_inner: Callable[[int], Norm] | None
     ) -> None:
-        super().__init__()
+        super().__init__(recipe, kernels, layout, norm_inner)
         self.kind, self.activate, self.normalize_shared = recipe.ffn, kernels.activate, kernels.normalize_shared
         axis = layout.axis
         self.gated = recipe.gated_ffn
+        into, width = ("gate_up", 2 * recipe.ffn_width) if self.gated else ("up", recipe.ffn_width)
+        linear = ColumnLinear(recipe.dim, width, axis, bias=recipe.has_bias(into), kernel=kernels.linear())
         if self.gated:
-            self.gate_up = ColumnLinear(recipe.dim, 2 * recipe.ffn_width, axis, bias=recipe.has_bias("gate_up"))
+            self.gate_up = linear
         else:
-            self.up = ColumnLinear(recipe.dim, recipe.ffn_width, axis, bias=recipe.has_bias("up"))
-        self.down = RowLinear(recipe.ffn_width, recipe.dim, layout, bias=recipe.has_bias("down"))
+            self.up = linear
+        self.down = RowLinear(
+            recipe.ffn_width, recipe.dim, layout, bias=recipe.has_bias("down"), kernel=kernels.linear()
+        )
         self.norm_inner = None if norm_inner is None else norm_inner(recipe.ffn_width // axis.size)
 
     def forward(self, u_TD: BranchInput, rows: SequenceInfo) -> Tensor:
-        """The branch's output [T, D], laid out as the stream."""
+        """See ``Branch``."""
         into = self.gate_up if self.gated else self.up
         # The bias belongs to the activation's kernel, which sums its gradient on the way.
         h = self.activate(into.without_bias(u_TD), into.bias, self.kind)
         return self.down(h if self.norm_inner is None else self.normalize_shared(h, self.norm_inner))
+
+    @staticmethod
+    def parameter_specs(recipe: ModelRecipe, spec: ResidualSpec, name: str) -> Iterator[ParameterSpec]:
+        """See ``Branch``."""
+        width = recipe.ffn_width
+        into, parts = ("gate_up", (("gate", width), ("up", width))) if recipe.gated_ffn else ("up", (("up", width),))
+        yield from linear_parameters(recipe, f"{name}.{into}", parts, recipe.dim, spec)
+        yield from linear_parameters(recipe, f"{name}.down", (("down", recipe.dim),), width, spec)
+        if spec.norm_inner:
+            yield from norm_parameters(recipe, f"{name}.norm_inner", width, spec, role="inner")
+
+    @staticmethod
+    def flops(recipe: ModelRecipe) -> int:
+        """Matrix products."""
+        return 2 * (3 if recipe.gated_ffn else 2) * recipe.ffn_width * recipe.dim
