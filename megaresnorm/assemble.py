@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megaresnorm.errors import ConfigError
 from megaresnorm.kernels import load_backends
 from megaresnorm.kernels.add_norm.spec import sharded_norm_kernels
+from megaresnorm.kernels.attention import FusedAttention
 from megaresnorm.kernels.cross_entropy import CrossEntropyKernel
 from megaresnorm.kernels.registry import choose_kernel
 from megaresnorm.layout import gathers_stream, split_stages
@@ -127,7 +128,7 @@ def build_model(
         cross_entropy = vocab_parallel_cross_entropy(context.tp, first_row(recipe.padded_vocab_size, context.tp))
         choices["cross_entropy"] = f"cross_entropy on {device.type}: vocabulary sharded over {context.tp.size} ranks"
     functions = {op: kernel.function for op, (kernel, _) in chosen.items()}
-    model_kernels = _model_kernels(functions, layout, norm, stored, compute)
+    model_kernels = _model_kernels(functions, layout, chosen["attention"][0].implementation, norm, stored, compute)
     stages = split_stages(recipe, parallel)
     table = parameter_table(recipe, parallel.tensor_layout if context.tp.size > 1 else "full")
     models: dict[int, Transformer] = {}
@@ -165,6 +166,7 @@ def compare_kernels(assembled: Assembled) -> None:
 def _model_kernels(
     functions: dict[str, Callable],
     layout: TensorLayout,
+    fused_attention: FusedAttention | None,
     sharded: ShardedNorm,
     stored: torch.dtype,
     compute: torch.dtype,
@@ -180,6 +182,7 @@ def _model_kernels(
         AddNorm(add_norm, layout, stored, compute),
         Bf16Linear if compute == torch.bfloat16 else PlainLinear,
         functions["attention"],
+        fused_attention,
         functions["activation"],
         whole.normalize,
         normalize_shared if layout.axis.size > 1 else whole.normalize,

@@ -62,6 +62,8 @@ class Trainer:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self._stop: StopSignals | None = None
+        self._asked_to_stop = False
         self._warned_of_no_labels = False
 
     def train(self, stop: StopSignals) -> RunSummary:
@@ -72,12 +74,13 @@ class Trainer:
         """
         run, train = self.run, self.run.recipe.train
         metrics = run.open_metrics()
+        self._stop = stop
         stop.begin(train.max_minutes)
         stopped = run.largest(stop.exit_code)
         try:
             with progress_bar("training", train.steps, run.steps_done) as progress:
                 while run.steps_done < train.steps and not stopped:
-                    stats, record = self.step(stop)
+                    record = self.step()
                     if metrics is not None:
                         metrics.write(run.steps_done - 1, record)
                     if self._due(train.log_every) or "valid_loss" in record:
@@ -85,7 +88,7 @@ class Trainer:
                     if self._due(run.recipe.checkpoint.every):
                         run.save()
                     progress.advance(progress.task_ids[0])
-                    stopped = run.largest(stop.exit_code) if stats.stop else 0  # any rank's: asked for in the step
+                    stopped = run.largest(stop.exit_code) if self._asked_to_stop else 0
         finally:
             if metrics is not None:
                 metrics.close()
@@ -100,11 +103,8 @@ class Trainer:
             exit_code=stopped,
         )
 
-    def step(self, stop: StopSignals | None = None) -> tuple[StepStats, dict[str, float | None]]:
+    def step(self) -> dict[str, float | None]:
         """One optimizer step, and what is recorded of it; its loss is None where no token had a label.
-
-        Args:
-            stop: whose signals the ranks tell each other; None: there are none.
 
         Raises:
             NonFiniteError: ``train.max_skipped_steps`` were refused in a row.
@@ -118,7 +118,8 @@ class Trainer:
         more = run.steps_done + 1 < train.steps
         following = Place(done, batch_size(run.steps_done + 1, train)) if more else None
         batch = run.loader.step(place, following)
-        stats = run.engine.step(batch, lr, lambda: stop is not None and stop.exit_code != 0)
+        stats = run.engine.step(batch, lr, lambda: self._stop is not None and self._stop.exit_code != 0)
+        self._asked_to_stop = stats.stop
         self._judge(stats)
         run.steps_done, run.samples_done = run.steps_done + 1, done
         if stats.loss is None and not self._warned_of_no_labels:
@@ -136,7 +137,7 @@ class Trainer:
         }
         if self._due(train.eval_every) and (valid_loss := run.evaluate()) is not None:
             record["valid_loss"] = valid_loss
-        return stats, record
+        return record
 
     def _judge(self, stats: StepStats) -> None:
         """Count refused steps: the engine refuses one that would put NaN or Inf into the weights."""

@@ -228,7 +228,7 @@ def test_the_end_of_a_document_ends_the_text():
     with torch.no_grad():
         hidden = one.finish(one.run_blocks(one.embed(prompt, one.rows(prompt)), one.rows(prompt)))
         one.head.weight[:] = 0
-        one.head.weight[256] = 1e4 * hidden[-1]
+        one.head.weight[256] = 1e4 * hidden.local[-1]
     assert generate(one, ByteTokenizer(), "A", 20) == "A"
 
 

@@ -6,6 +6,7 @@ import torch
 from megaresnorm.assemble import build_model
 from megaresnorm.kernels.cross_entropy import cross_entropy_sums
 from megaresnorm.model.topology import TOPOLOGIES
+from megaresnorm.precision.bf16 import Bf16Copies
 from megaresnorm.recipe import KernelRecipe, ModelRecipe, PrecisionRecipe
 
 
@@ -29,7 +30,8 @@ def backward(topology, compute, residual=None, attention="auto", **settings):
     with torch.no_grad():  # away from gates of 0 and 1e-6, behind which nothing could be seen
         for p in assembled.model.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=generator))
-    assembled.weights_changed()
+    if compute == "bf16":
+        Bf16Copies(assembled.model)
     tokens, labels = torch.randint(64, (2, 4, 16), generator=generator)
     loss = cross_entropy_sums(assembled.model(tokens), labels.flatten(), 1e-3)[1] / labels.numel()
     loss.backward()
@@ -73,6 +75,7 @@ def test_tied_weights_share_one_copy_and_sum_their_gradients():
     recipe = ModelRecipe(dim=32, num_blocks=1, num_heads=4, seq_len=8, vocab_size=64, tied_embeddings=True)
     exact, rounded = (build_model(recipe, PrecisionRecipe(compute=c)) for c in ("fp32", "bf16"))
     tokens = torch.arange(8).unsqueeze(0)
+    Bf16Copies(rounded.model)
     for assembled in (exact, rounded):
         cross_entropy_sums(assembled.model(tokens), tokens.flatten() + 1)[0].backward()
     want, got = exact.model.embedding.weight.grad, rounded.model.embedding.weight.grad
@@ -89,4 +92,4 @@ def test_biases_get_their_gradient_and_token_gates_mix_in_fp32():
     tokens = torch.arange(8).unsqueeze(0)
     residual = model.blocks["0"].attention
     x, u = residual.open(model.embed(tokens, model.rows(tokens)))
-    assert u.dtype == torch.bfloat16 and residual.run(x, u, model.rows(tokens), None).dtype == torch.float32
+    assert u.local.dtype == torch.bfloat16 and residual.run(x, u, model.rows(tokens), None).dtype == torch.float32

@@ -1,10 +1,14 @@
-"""Attention over whole sequences: torch's fused kernel, and products over blocks of queries, faster on some CPUs.
+"""Attention over whole sequences: torch's fused kernels, and products over blocks of queries, faster on some CPUs.
+
+Every backend is called with heads that are rotated already (``rotate``), and may have a form that reads a layer's fused
+q, k, v and rotates them itself (``FusedAttention``).
 
 B batch   S queries   C keys (S, or more where earlier ones are cached)
 N query heads   K key/value heads   H head width
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from math import inf
 from typing import Any, Protocol
@@ -18,19 +22,82 @@ from megaresnorm.kernels.registry import register_kernel
 QUERIES = 128  # in one block; the keys after a block are never read
 
 
-def rotate(x_BSNH: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
-    """Rotate every head by its position; computed in the tables' type, returned in x's.
+class Segments:
+    """Documents in the rows of a batch, kept apart: a query sees keys of its own segment alone.
 
     Args:
-        cos_SH: [S, H] or [B, S, H].
-        sin_SH: likewise; its first half along H is negative, as model/rotary.py makes it.
+        ids: [B, S], the number of every token's segment, not falling along a row.
+
+    Attributes:
+        first: [B, S] int64, the index in its row of the first token of each token's segment.
     """
-    exchanged = x_BSNH.roll(x_BSNH.shape[-1] // 2, dims=-1)
-    return torch.addcmul(x_BSNH * cos_SH.unsqueeze(-2), exchanged, sin_SH.unsqueeze(-2)).to(x_BSNH.dtype)
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids, self.first = ids, torch.searchsorted(ids, ids)
+        self._mask: Tensor | None = None
+        self._lengths: tuple[Tensor, int] | None = None
+
+    def mask(self, causal: bool) -> Tensor:
+        """[B, S, S], True where a query sees a key; for backends without a kernel for segments.
+
+        The causal one is made once for all layers.
+        """
+        if self._mask is not None and causal:
+            return self._mask
+        same = self.ids.unsqueeze(2) == self.ids.unsqueeze(1)
+        if not causal:
+            return same
+        mask = same.tril()
+        if not torch.compiler.is_compiling():
+            self._mask = mask
+        return mask
+
+    def lengths(self) -> tuple[Tensor, int]:
+        """Where segments begin and end among all B * S tokens, [segments + 1] int32, and the longest one's tokens.
+
+        Made once for all layers. It waits for the device, which alone knows the number of segments.
+        """
+        if self._lengths is None:
+            starts = self.first == torch.arange(self.first.shape[1], device=self.first.device)
+            bounds = torch.cat(
+                (starts.flatten().nonzero().flatten(), starts.new_full((1,), starts.numel(), dtype=torch.int64))
+            )
+            self._lengths = bounds.to(torch.int32), int(bounds.diff().max())
+        return self._lengths
 
 
 class AttentionKernel(Protocol):
-    """A backend of attention; ``split_attention`` says what its arguments are."""
+    """A backend of attention."""
+
+    def __call__(
+        self,
+        q_BSNH: Tensor,
+        k_BCKH: Tensor,
+        v_BCKH: Tensor,
+        /,
+        *,
+        segments: Segments | None = None,
+        causal: bool = True,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """softmax(scale q k^T) v.
+
+        Args:
+            q_BSNH: N is a multiple of the K key/value heads, each of which serves N / K query heads.
+            segments: which keys a query sees; then C is S. None: a row is one segment.
+            causal: query i sees no key after i, and C is S.
+            scale: factor of the products q k; H^-0.5 when None.
+            softcap: scores become softcap tanh(scores / softcap); None leaves them.
+
+        Returns:
+            [B, S, N, H], and [B, N, S] the logarithm of the sum of exponentials of every query's scores, in FP32 (FP64
+            for FP64), without a gradient; None where a kernel does not give it.
+        """
+
+
+class FusedAttention(Protocol):
+    """A backend's form that reads fused q, k, v and rotates q and k itself."""
 
     def __call__(
         self,
@@ -40,46 +107,30 @@ class AttentionKernel(Protocol):
         *,
         cos: Tensor | None = None,
         sin: Tensor | None = None,
-        mask_BSC: Tensor | None = None,
+        segments: Segments | None = None,
         scale: float | None = None,
-        softcap: float | None = None,
-    ) -> Tensor:
-        """Causal self-attention of whole sequences, [B, S, N, H]."""
-
-
-def split_attention(attend: Callable[..., Tensor]) -> AttentionKernel:
-    """Make an ``attention`` kernel from a function of separate, already rotated q, k and v."""
-
-    def attention(
-        qkv_BSJH: Tensor,
-        kv_heads: int,
-        *,
-        cos: Tensor | None = None,
-        sin: Tensor | None = None,
-        mask_BSC: Tensor | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Causal self-attention of whole sequences.
 
         Args:
             qkv_BSJH: [B, S, J, H], heads of q, then of k, then of v; J is N + 2 kv_heads.
             cos, sin: as ``rotate`` takes them; None for no rotation.
-            mask_BSC: [B, S, S], True where a query sees a key; replaces the causal mask.
-            scale: factor of the products q k; H^-0.5 when None.
-            softcap: scores become softcap tanh(scores / softcap); None leaves them.
-        Returns:
-            [B, S, N, H].
-        """
-        heads = qkv_BSJH.shape[2] - 2 * kv_heads
-        qk_BSJH, v_BSKH = qkv_BSJH.split((heads + kv_heads, kv_heads), dim=2)
-        if cos is not None and sin is not None:
-            qk_BSJH = rotate(qk_BSJH, cos, sin)
-        q_BSNH, k_BSKH = qk_BSJH.split((heads, kv_heads), dim=2)
-        scores = {"scale": scale} if softcap is None else {"scale": scale, "softcap": softcap}
-        return attend(q_BSNH, k_BSKH, v_BSKH, causal=True, mask_BSC=mask_BSC, **scores)
+            segments, scale: as of ``AttentionKernel``.
 
-    return attention
+        Returns:
+            As ``AttentionKernel``.
+        """
+
+
+def rotate(x_BSNH: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
+    """Rotate every head by its position; computed in the tables' type, returned in x's.
+
+    Args:
+        cos_SH: [S, H] or [B, S, H].
+        sin_SH: likewise; its first half along H is negative, as model/rotary.py makes it.
+    """
+    exchanged = x_BSNH.roll(x_BSNH.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x_BSNH * cos_SH.unsqueeze(-2), exchanged, sin_SH.unsqueeze(-2)).to(x_BSNH.dtype)
 
 
 def _avoid_blocked(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -95,18 +146,19 @@ def blocked_attention(
     k_BCKH: Tensor,
     v_BCKH: Tensor,
     *,
-    causal: bool,
-    mask_BSC: Tensor | None = None,
+    segments: Segments | None = None,
+    causal: bool = True,
     scale: float | None = None,
-) -> Tensor:
-    """Attention as ``sdpa_attention``, by matrix products over blocks of queries.
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention by matrix products over blocks of queries. It caps no scores.
 
     Scores are rounded to the inputs' type. The probabilities are kept for the backward pass: B * N * S * C / 2 elements
     for causal attention.
     """
+    assert softcap is None, "registered without"
     batch, seq, heads, width = q_BSNH.shape
     group = heads // k_BCKH.shape[2]
-    causal = causal and mask_BSC is None
     # P = B * N pairs: one batched product for all heads.
     q_PSH = q_BSNH.transpose(1, 2).reshape(batch * heads, seq, width)
     k_PCH, v_PCH = (
@@ -115,9 +167,9 @@ def blocked_attention(
         else t.transpose(1, 2).reshape(batch * heads, -1, width)
         for t in (k_BCKH, v_BCKH)
     )
-    bias = _bias(q_PSH, k_PCH.shape[1], causal, mask_BSC, heads)
+    bias = _bias(q_PSH, k_PCH.shape[1], causal, segments, heads)
     y_PSH = _Blocked.apply(q_PSH, k_PCH, v_PCH, bias, causal, width**-0.5 if scale is None else scale)
-    return y_PSH.view(batch, heads, seq, width).transpose(1, 2)
+    return y_PSH.view(batch, heads, seq, width).transpose(1, 2), None
 
 
 def reference_attention(
@@ -125,15 +177,13 @@ def reference_attention(
     k_BCKH: Tensor,
     v_BCKH: Tensor,
     *,
-    causal: bool,
-    mask_BSC: Tensor | None = None,
+    segments: Segments | None = None,
+    causal: bool = True,
     scale: float | None = None,
     softcap: float | None = None,
-) -> Tensor:
-    """Attention as ``sdpa_attention``, written out, in FP32 (or FP64). It alone caps scores.
+) -> tuple[Tensor, Tensor | None]:
+    """Attention written out, in FP32 (or FP64). It alone caps scores.
 
-    Args:
-        softcap: scores become softcap tanh(scores / softcap); None leaves them.
     Source:
         Gemma 2, arXiv:2408.00118, eq. 1 (the cap).
     """
@@ -144,11 +194,13 @@ def reference_attention(
     scores = scores * (q_BSNH.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if mask_BSC is None and causal:
+    mask_BSC = None if segments is None else segments.mask(causal)
+    if segments is None and causal:
         mask_BSC = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril().unsqueeze(0)
     if mask_BSC is not None:
         scores = scores.masked_fill(~mask_BSC.unsqueeze(1), -inf)
-    return torch.einsum("bnsc,bcnh->bsnh", torch.softmax(scores, dim=-1), v_BCNH).to(q_BSNH.dtype)
+    y = torch.einsum("bnsc,bcnh->bsnh", torch.softmax(scores, dim=-1), v_BCNH).to(q_BSNH.dtype)
+    return y, scores.detach().logsumexp(-1)
 
 
 def sdpa_attention(
@@ -156,40 +208,76 @@ def sdpa_attention(
     k_BCKH: Tensor,
     v_BCKH: Tensor,
     *,
-    causal: bool,
-    mask_BSC: Tensor | None = None,
+    segments: Segments | None = None,
+    causal: bool = True,
     scale: float | None = None,
-) -> Tensor:
-    """softmax(scale q k^T) v by torch's scaled_dot_product_attention, which caps no scores.
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention by torch's kernels, which cap no scores.
 
-    Args:
-        q_BSNH: N is a multiple of the K key/value heads, each of which serves N / K query heads.
-        causal: query i sees keys 0 .. i, and then C must be S.
-        mask_BSC: True where a query sees a key; replaces ``causal``.
-        scale: H^-0.5 when None.
-    Returns:
-        [B, S, N, H].
+    It is scaled_dot_product_attention, and for segments on GPUs varlen_attn. On CPUs torch has no kernel for segments:
+    there their mask is made. It gives the logarithm of sums on CPUs, and of
+    segments on GPUs.
     """
-    return F.scaled_dot_product_attention(
-        q_BSNH.transpose(1, 2),
-        k_BCKH.transpose(1, 2),
-        v_BCKH.transpose(1, 2),
-        attn_mask=None if mask_BSC is None else mask_BSC.unsqueeze(1),
-        is_causal=causal and mask_BSC is None,
-        scale=scale,
-        enable_gqa=k_BCKH.shape[2] != q_BSNH.shape[2],
-    ).transpose(1, 2)
+    assert softcap is None, "registered without"
+    if segments is not None and q_BSNH.is_cuda and q_BSNH.dtype in (torch.bfloat16, torch.float16) and varlen_attn:
+        return _varlen_attention(q_BSNH, k_BCKH, v_BCKH, segments, causal, scale)
+    q, k, v = (t.transpose(1, 2) for t in (q_BSNH, k_BCKH, v_BCKH))
+    if q.device.type == "cpu":
+        bias = None
+        if segments is not None:
+            bias = q.new_zeros(()).where(segments.mask(causal), -inf).unsqueeze(1)
+        # What scaled_dot_product_attention takes on CPUs, with the sums that it hides.
+        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal and segments is None, attn_mask=bias, scale=scale
+        )
+        return y.transpose(1, 2), lse.detach()
+    mask = None if segments is None else segments.mask(causal).unsqueeze(1)
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+    )
+    return y.transpose(1, 2), None
 
 
-def _bias(q_PSH: Tensor, keys: int, causal: bool, mask_BSC: Tensor | None, heads: int) -> Tensor:
+varlen_attn: Callable[..., Any] | None
+try:
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None
+
+
+def _varlen_attention(
+    q_BSNH: Tensor, k_BCKH: Tensor, v_BCKH: Tensor, segments: Segments, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Every segment as a sequence of its own, by torch's flash attention for sequences of several lengths."""
+    assert varlen_attn is not None
+    batch, seq, heads, width = q_BSNH.shape
+    known = inspect.signature(varlen_attn).parameters
+    if "scale" not in known and scale is not None:  # torch 2.11
+        q_BSNH = q_BSNH * (scale * width**0.5)
+    bounds, longest = segments.lengths()
+    q, k, v = (t.flatten(0, 1) for t in (q_BSNH, k_BCKH, v_BCKH))
+    options: dict[str, Any] = {"return_aux": AuxRequest(lse=True)}
+    options |= {"is_causal": causal} if "is_causal" in known else {"window_size": (-1, 0) if causal else (-1, -1)}
+    if "scale" in known:
+        options["scale"] = scale
+    if "enable_gqa" in known:
+        options["enable_gqa"] = k.shape[1] != heads
+    elif k.shape[1] != heads:
+        k, v = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (k, v))
+    y, lse_NT = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+    return y.view(batch, seq, heads, width), lse_NT.detach().view(heads, batch, seq).transpose(0, 1)
+
+
+def _bias(q_PSH: Tensor, keys: int, causal: bool, segments: Segments | None, heads: int) -> Tensor:
     """Additive mask, 0 where a query sees a key and -inf elsewhere.
 
     Returns:
-        [S, C], or [P, S, C] for a mask; [1, 1] where every key is seen.
+        [S, C], or [P, S, C] with segments; [1, 1] where every key is seen.
     """
     seq = q_PSH.shape[1]
-    if mask_BSC is not None:
-        hidden = ~mask_BSC.repeat_interleave(heads, dim=0)
+    if segments is not None:
+        hidden = ~segments.mask(causal).repeat_interleave(heads, dim=0)
         return q_PSH.new_zeros(hidden.shape).masked_fill_(hidden, -inf)
     if causal:
         assert keys == seq, "causal attention is over whole sequences"
@@ -246,6 +334,6 @@ def _part(bias: Tensor, start: int, stop: int, seen: int) -> Tensor:
     return bias if bias.shape[-2:] == (1, 1) else bias[..., start:stop, :seen]
 
 
-register_kernel("attention", "blocked", avoid=_avoid_blocked, kinds=("plain",))(split_attention(blocked_attention))
-register_kernel("attention", "sdpa", kinds=("plain",))(split_attention(sdpa_attention))
-register_kernel("attention", "reference")(split_attention(reference_attention))
+register_kernel("attention", "blocked", avoid=_avoid_blocked, kinds=("plain",))(blocked_attention)
+register_kernel("attention", "sdpa", kinds=("plain",))(sdpa_attention)
+register_kernel("attention", "reference")(reference_attention)

@@ -54,7 +54,7 @@ def _try(
     if reason is not None:
         return BackendTiming(kernel.op, shape, kernel.backend, chosen, None, f"cannot run: {reason}")
     try:
-        call = _CALLS[kernel.op](kernel.function, *shape, device, dtype)
+        call = _CALLS[kernel.op](kernel, *shape, device, dtype)
         call()
         milliseconds = 1e3 * min(_seconds(call, device) for _ in range(5))
     except Exception as e:  # noqa: BLE001  (what a kernel raises is what is asked for)
@@ -86,37 +86,41 @@ def _random(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) ->
     return torch.randn(shape, device=device, dtype=dtype).requires_grad_()
 
 
-def _add_norm(function: Callable, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Callable:
+def _add_norm(kernel: Kernel, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Callable:
     x, delta = (_random((rows, columns), device, dtype) for _ in range(2))
     norm = NormWeights("rmsnorm", _random((columns,), device, torch.float32), None, 1e-5)
 
     def call() -> None:
-        out = function(AddNormArgs(x, delta, next_norm=norm, residual_dtype=dtype, out_dtype=dtype))
+        out = kernel.function(AddNormArgs(x, delta, next_norm=norm, residual_dtype=dtype, out_dtype=dtype))
         (out.trunk.sum() + out.branch_input.sum()).backward()
 
     return call
 
 
-def _norm_quant(function: Callable, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Callable:
+def _norm_quant(kernel: Kernel, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Callable:
     x, weight = _random((rows, columns), device, dtype), torch.ones(columns, device=device)
     statistics = torch.ones(rows, 2, device=device)
-    return lambda: function(x, NormWeights("rmsnorm", weight, None, 1e-5), statistics)
+    return lambda: kernel.function(x, NormWeights("rmsnorm", weight, None, 1e-5), statistics)
 
 
-def _attention(function: Callable, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Callable:
+def _attention(kernel: Kernel, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Callable:
     seq, heads = min(rows, 256), max(1, columns // 64)
-    qkv = _random((max(1, rows // seq), seq, 3 * heads, 64), device, dtype)
-    return lambda: function(qkv, heads).sum().backward()
+    batch = max(1, rows // seq)
+    if kernel.implementation is not None:  # the form that a model uses
+        qkv = _random((batch, seq, 3 * heads, 64), device, dtype)
+        return lambda: kernel.implementation(qkv, heads)[0].sum().backward()
+    q, k, v = (_random((batch, seq, heads, 64), device, dtype) for _ in range(3))
+    return lambda: kernel.function(q, k, v)[0].sum().backward()
 
 
-def _activation(function: Callable, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Callable:
+def _activation(kernel: Kernel, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Callable:
     h = _random((rows, 2 * columns), device, dtype)
-    return lambda: function(h, None, "swiglu").sum().backward()
+    return lambda: kernel.function(h, None, "swiglu").sum().backward()
 
 
-def _cross_entropy(function: Callable, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Callable:
+def _cross_entropy(kernel: Kernel, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Callable:
     logits, labels = _random((rows, columns), device, dtype), torch.zeros(rows, dtype=torch.long, device=device)
-    return lambda: function(logits * 1.0, labels)[1].backward()
+    return lambda: kernel.function(logits * 1.0, labels)[1].backward()
 
 
 _CALLS = dict(zip(OPS, (_add_norm, _norm_quant, _attention, _activation, _cross_entropy), strict=True))

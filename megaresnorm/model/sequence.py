@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megaresnorm.kernels.attention import Segments
+
 
 class SequenceInfo(NamedTuple):
     """The rows of the flat stream: ``batch`` sequences of ``seq`` tokens, each at a position of its document.
@@ -15,7 +17,7 @@ class SequenceInfo(NamedTuple):
     Attributes:
         positions: [S], or [B, S] where documents are kept apart.
         cos, sin: rotary tables of the positions, [S, H] or [B, S, H]; None with other positions.
-        mask: [B, S, S], True where a token sees another; None: it sees all before it.
+        segments: documents that are kept apart; None: a token sees all before it.
         cache: keys and values of earlier tokens, in generation.
     """
 
@@ -24,7 +26,7 @@ class SequenceInfo(NamedTuple):
     positions: Tensor
     cos: Tensor | None = None
     sin: Tensor | None = None
-    mask: Tensor | None = None
+    segments: Segments | None = None
     cache: "KeyValueCache | None" = None
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megaresnorm.kernels.activation import ActivationKernel
 from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, NormWeights
-from megaresnorm.kernels.attention import AttentionKernel
+from megaresnorm.kernels.attention import AttentionKernel, FusedAttention
 from megaresnorm.model.norm import Norm
 from megaresnorm.parallel.branch_input import BranchInput
 from megaresnorm.parallel.layouts import TensorLayout
@@ -118,7 +118,8 @@ class Kernels(NamedTuple):
 
     Attributes:
         linear: makes the products of one linear layer.
-        attend: attention, as ``split_attention`` of kernels/attention.py describes it.
+        attend: attention on rotated heads.
+        fused_attention: the same backend's form for fused q, k, v with rotary positions; None where it has none.
         activate: the FFN's activation, as ``activation`` of kernels/activation.py describes it.
         normalize: (x, norm) -> x normalised, for rows that this rank has whole.
         normalize_shared: the same for rows whose columns are sharded over the tensor-parallel ranks.
@@ -127,6 +128,7 @@ class Kernels(NamedTuple):
     add_norm: AddNorm
     linear: Callable[[], LinearKernel]
     attend: AttentionKernel
+    fused_attention: FusedAttention | None
     activate: ActivationKernel
     normalize: Callable[[Tensor, Norm], Tensor]
     normalize_shared: Callable[[Tensor, Norm], Tensor]

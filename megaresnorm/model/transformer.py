@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megaresnorm.kernels.attention import Segments
 from megaresnorm.model.block import Block
 from megaresnorm.model.dropout import DropoutKey, DropoutMasks
 from megaresnorm.model.norm import norm_of
@@ -117,23 +118,23 @@ class Transformer(nn.Module):
     def rows(
         self, tokens_BS: Tensor, documents_BS: Tensor | None = None, cache: KeyValueCache | None = None
     ) -> SequenceInfo:
-        """The tokens' positions, rotary tables and mask, which are the same for every block."""
+        """The tokens' positions, rotary tables and segments, which are the same for every block."""
         batch, seq = tokens_BS.shape
         start = 0 if cache is None else cache.num_tokens
         assert start == 0 or (seq == 1 and documents_BS is None), (
             "after the first call a cache takes one token at a time"
         )
-        positions, mask = torch.arange(start, start + seq, device=tokens_BS.device), None
-        if documents_BS is not None:
-            positions = positions - torch.searchsorted(documents_BS, documents_BS)
-            mask = (documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)).tril()
+        positions = torch.arange(start, start + seq, device=tokens_BS.device)
+        segments = None if documents_BS is None else Segments(documents_BS)
+        if segments is not None:
+            positions = positions - segments.first
         if self.recipe.positions != "rope":
-            return SequenceInfo(batch, seq, positions, mask=mask, cache=cache)
+            return SequenceInfo(batch, seq, positions, segments=segments, cache=cache)
         wide = torch.promote_types(self.add_norm.compute_dtype, torch.float32)
         recipe, length = self.recipe, max(self.recipe.seq_len, start + seq)
         tables = _rotary_tables(recipe, length, wide, tokens_BS.device)
-        cos, sin = (table[start : start + seq] if documents_BS is None else table[positions] for table in tables)
-        return SequenceInfo(batch, seq, positions, cos, sin, mask, cache)
+        cos, sin = (table[start : start + seq] if segments is None else table[positions] for table in tables)
+        return SequenceInfo(batch, seq, positions, cos, sin, segments, cache)
 
     def embed(self, tokens_BS: Tensor, rows: SequenceInfo, masks: DropoutMasks | None = None) -> Stream:
         """The stream before the first block: token and position embeddings, embedding norm, dropout."""

@@ -275,7 +275,7 @@ def _suggest_key(key: str) -> str:
     close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.0)
     best = close[0] if close and _similar(leaf, close[0].rpartition(".")[2]) else None
     if best is None:
-        elsewhere = sorted(names, key=lambda n: _ratio(leaf, n.rpartition(".")[2]), reverse=True)[0]
+        elsewhere = sorted(keys, key=lambda n: _ratio(leaf, n.rpartition(".")[2]), reverse=True)[0]
         best = elsewhere if _similar(leaf, elsewhere.rpartition(".")[2], 0.7) else None
     if best:
         return f"; did you mean {best}?"

@@ -1,17 +1,21 @@
 """Attention by blocks of queries is attention: values and gradients, with and without masks, groups and cached keys."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
+from megaresnorm.kernels import attention
 from megaresnorm.kernels.attention import (
     QUERIES,
+    Segments,
     blocked_attention,
     reference_attention,
+    rotate,
     sdpa_attention,
-    split_attention,
 )
 from megaresnorm.kernels.cpu import build
-from megaresnorm.kernels.cpu.attention import cpu_attention
+from megaresnorm.kernels.cpu.attention import cpu_attention, fused_attention
 from megaresnorm.kernels.registry import choose_kernel
 from megaresnorm.model.rotary import rotary_tables
 from megaresnorm.recipe import ModelRecipe
@@ -23,8 +27,8 @@ def textbook(q, k, v, visible, scale=None):
     group = q.shape[2] // k.shape[2]
     k, v = (t.repeat_interleave(group, dim=2) for t in (k, v))
     scores = torch.einsum("bsnh,bcnh->bnsc", q, k) * (scale or q.shape[-1] ** -0.5)
-    p = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-    return torch.einsum("bnsc,bcnh->bsnh", p, v)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    return torch.einsum("bnsc,bcnh->bsnh", scores.softmax(-1), v), scores.detach().logsumexp(-1)
 
 
 def inputs(seq, keys, heads=4, groups=2, width=8, batch=2, dtype=torch.float64):
@@ -37,21 +41,23 @@ def inputs(seq, keys, heads=4, groups=2, width=8, batch=2, dtype=torch.float64):
 @pytest.mark.parametrize("kernel", [blocked_attention, sdpa_attention, reference_attention])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("seq", [1, 7, QUERIES, QUERIES + 1, 3 * QUERIES - 5])
-@pytest.mark.parametrize("kind", ["causal", "mask", "all"])
+@pytest.mark.parametrize("kind", ["causal", "segments", "all", "whole segments"])
 def test_values_and_gradients(kernel, groups, seq, kind, scale):
     q, k, v = inputs(seq, seq, groups=groups)
     visible = torch.ones(seq, seq, dtype=torch.bool)
-    mask = None
-    if kind != "all":
+    segments, causal = None, kind in ("causal", "segments")
+    if causal:
         visible = visible.tril()
-    if kind == "mask":
+    if "segments" in kind:
         documents = (torch.arange(seq) * 3 // seq).expand(2, -1).clone()
         documents[1] = 0
-        mask = ((documents.unsqueeze(2) == documents.unsqueeze(1)) & visible).contiguous()
-        visible = mask.unsqueeze(1)
-    got = kernel(q, k, v, causal=kind == "causal", mask_BSC=mask, scale=scale)
-    want = textbook(q, k, v, visible, scale)
+        segments = Segments(documents)
+        visible = ((documents.unsqueeze(2) == documents.unsqueeze(1)) & visible).unsqueeze(1)
+    got, lse = kernel(q, k, v, segments=segments, causal=causal, scale=scale)
+    want, sums = textbook(q, k, v, visible, scale)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    if kernel is not blocked_attention:
+        torch.testing.assert_close(lse, sums, rtol=0, atol=1e-12)
     d = torch.randn(want.shape, dtype=want.dtype)
     gradients = [torch.autograd.grad((y * d).sum(), (q, k, v)) for y in (got, want)]
     for a, b in zip(*gradients, strict=True):
@@ -62,7 +68,7 @@ def test_values_and_gradients(kernel, groups, seq, kind, scale):
 def test_a_new_token_sees_all_cached_keys(kernel):
     q, k, v = inputs(1, 300)
     torch.testing.assert_close(
-        kernel(q, k, v, causal=False), textbook(q, k, v, torch.ones(1, 300, dtype=torch.bool)), rtol=0, atol=1e-12
+        kernel(q, k, v, causal=False)[0], textbook(q, k, v, torch.ones(1, 300, dtype=torch.bool))[0], rtol=0, atol=1e-12
     )
 
 
@@ -71,11 +77,11 @@ def test_in_bf16_it_is_as_near_the_truth_as_torch():
     q, k, v = inputs(256, 256, width=64, dtype=torch.bfloat16)
     exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
     d = torch.randn(2, 256, 4, 64, dtype=torch.float64)
-    want_y = textbook(*exact, torch.ones(256, 256, dtype=torch.bool).tril())
+    want_y, _ = textbook(*exact, torch.ones(256, 256, dtype=torch.bool).tril())
     want = [want_y, *torch.autograd.grad((want_y * d).sum(), exact)]
     errors = {}
     for kernel in (sdpa_attention, blocked_attention):
-        y = kernel(q, k, v, causal=True)
+        y, _ = kernel(q, k, v)
         found = [y, *torch.autograd.grad((y.double() * d).sum(), (q, k, v))]
         errors[kernel] = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, want, strict=True)]
     assert all(
@@ -108,7 +114,7 @@ def level(request, monkeypatch):
 @pytest.mark.parametrize("seq", [1, 7, 31, 33, 100])
 @pytest.mark.parametrize("rotary", ["none", "shared", "per sequence"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_in_c_with_rotary_positions_and_masks(level, heads, groups, width, seq, rotary, masked):
+def test_in_c_with_rotary_positions_and_segments(level, heads, groups, width, seq, rotary, masked):
     """From fused q, k, v, values and gradients: FP32 within 1e-6 of FP64, BF16 no further off than torch's kernel."""
     g = torch.Generator().manual_seed(seq)
     qkv = torch.randn(2, seq, heads + 2 * groups, width, generator=g, dtype=torch.float64)
@@ -119,61 +125,82 @@ def test_in_c_with_rotary_positions_and_masks(level, heads, groups, width, seq, 
         tables = dict(zip(("cos", "sin"), rotary_tables(rotating, seq, torch.float64, CPU), strict=True))
     if rotary == "per sequence":
         tables = {name: torch.stack((t, t.flip(0))) for name, t in tables.items()}
-    mask = None
+    segments = None
     if masked:
-        documents = torch.stack((torch.arange(seq) * 3 // seq, torch.zeros(seq, dtype=torch.long)))
-        mask = (documents.unsqueeze(2) == documents.unsqueeze(1)).tril()
+        segments = Segments(torch.stack((torch.arange(seq) * 3 // seq, torch.zeros(seq, dtype=torch.long))))
 
     def found(kernel, dtype):
         leaf = qkv.to(dtype).requires_grad_()
         wide = torch.promote_types(dtype, torch.float32)
-        y = kernel(leaf, groups, mask_BSC=mask, scale=0.4, **{name: t.to(wide) for name, t in tables.items()})
-        return [t.double() for t in (y, *torch.autograd.grad(y, leaf, d.to(dtype)))]
+        y, lse = kernel(leaf, groups, segments=segments, scale=0.4, **{name: t.to(wide) for name, t in tables.items()})
+        return [t.double() for t in (y, lse, *torch.autograd.grad(y, leaf, d.to(dtype)))]
 
     def errors(kernel, dtype):
         return [
             ((a - b).norm() / b.norm().clamp(min=1e-3)).item() for a, b in zip(found(kernel, dtype), exact, strict=True)
         ]
 
-    torch_kernel = split_attention(sdpa_attention)
-    exact = found(torch_kernel, torch.float64)
-    assert max(errors(cpu_attention, torch.float32)) < 1e-6
-    for ours, theirs in zip(errors(cpu_attention, torch.bfloat16), errors(torch_kernel, torch.bfloat16), strict=True):
+    exact = found(in_steps, torch.float64)
+    assert max(errors(fused_attention, torch.float32)) < 1e-6
+    for ours, theirs in zip(errors(fused_attention, torch.bfloat16), errors(in_steps, torch.bfloat16), strict=True):
         assert ours <= 1.5 * theirs + 1e-4
 
 
-def test_in_c_a_query_that_sees_nothing_gets_zero_and_wrong_tables_are_refused():
-    if build.unavailable() is not None:
-        pytest.skip("no C compiler")
-    qkv = torch.randn(1, 4, 6, 8, requires_grad=True)
-    mask = torch.ones(1, 4, 4, dtype=torch.bool).tril()
-    mask[0, 2] = False
-    y = cpu_attention(qkv, 2, mask_BSC=mask)
-    assert not y[0, 2].any() and y.isfinite().all()
-    (gradient,) = torch.autograd.grad(y.sum(), qkv)
-    assert gradient.isfinite().all() and not gradient[0, 2, :2].any()
-    tables = torch.ones(4, 8)
+def in_steps(qkv, kv_heads, cos=None, sin=None, segments=None, scale=None):
+    """The fused form as torch's kernel, with rotary positions before it."""
+    heads = qkv.shape[2] - 2 * kv_heads
+    qk, v = qkv.split((heads + kv_heads, kv_heads), dim=2)
+    q, k = (qk if cos is None else rotate(qk, cos, sin)).split((heads, kv_heads), dim=2)
+    return sdpa_attention(q, k, v, segments=segments, scale=scale)
+
+
+def test_in_c_on_separate_heads_and_what_it_refuses(level):
+    q, k, v = inputs(40, 40, dtype=torch.float32)
+    segments = Segments((torch.arange(40) // 9).expand(2, -1))
+    got, lse = cpu_attention(q, k, v, segments=segments, scale=0.3)
+    want, sums = sdpa_attention(q, k, v, segments=segments, scale=0.3)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(lse, sums, rtol=0, atol=1e-5)
+    d = torch.randn(got.shape)
+    for a, b in zip(*(torch.autograd.grad(y, (q, k, v), d) for y in (got, want)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    for wrong in ({"softcap": 2.0}, {"causal": False}):
+        with pytest.raises(ValueError, match="attention/cpu"):
+            cpu_attention(q, k, v, **wrong)
+    qkv, tables = torch.randn(1, 4, 6, 8), torch.ones(4, 8)
+    short = Segments(torch.zeros(1, 3, dtype=torch.long))
     for wrong in (
-        {"cos": tables.bfloat16(), "sin": tables},
-        {"cos": tables[:3], "sin": tables[:3]},
-        {"mask_BSC": mask.float()},
-    ):
+        {"cos": tables.bfloat16(), "sin": tables}, {"cos": tables[:3], "sin": tables[:3]}, {"segments": short},
+    ):  # fmt: skip
         with pytest.raises(TypeError, match="attention/cpu"):
-            cpu_attention(qkv, 2, **wrong)
+            fused_attention(qkv, 2, **wrong)
 
 
-def test_in_c_a_mask_may_show_later_keys():
-    if build.unavailable() is not None:
-        pytest.skip("no C compiler")
-    qkv = torch.randn(1, 40, 6, 8, generator=torch.Generator().manual_seed(0))
-    everything = torch.ones(1, 40, 40, dtype=torch.bool)
-    want = split_attention(sdpa_attention)(qkv, 2, mask_BSC=everything)
-    torch.testing.assert_close(cpu_attention(qkv, 2, mask_BSC=everything), want, rtol=0, atol=1e-6)
+def test_in_c_segments_whose_numbers_fall_are_no_memory_error(level):
+    """Wrong numbers give wrong attention, and nothing is read or written elsewhere."""
+    falling = Segments(torch.tensor([[5, 4, 3, 2, 1, 0] * 20]))
+    y, _ = fused_attention(torch.randn(1, 120, 6, 8), 2, segments=falling)
+    assert y.isfinite().all()
 
 
-def test_a_mask_counts_instead_of_causal():
-    q, k, v = inputs(300, 300)
-    everything = torch.ones(2, 300, 300, dtype=torch.bool)
-    want = sdpa_attention(q, k, v, causal=False)
-    for kernel in (sdpa_attention, blocked_attention):
-        torch.testing.assert_close(kernel(q, k, v, causal=True, mask_BSC=everything), want, rtol=0, atol=1e-12)
+def test_torchs_kernel_for_segments_is_given_their_bounds(monkeypatch):
+    """varlen_attn runs on GPUs alone: here its place is taken by attention of each sequence by itself."""
+    seen = []
+
+    def one_by_one(q, k, v, bounds_q, bounds_k, longest_q, longest_k, *, return_aux, scale, window_size, enable_gqa):
+        assert bounds_q.dtype == torch.int32 and torch.equal(bounds_q, bounds_k) and longest_q == longest_k
+        assert return_aux.lse and enable_gqa and window_size == (-1, 0)
+        seen.append((bounds_q.tolist(), longest_q))
+        parts = [
+            reference_attention(*(t[a:b].unsqueeze(0) for t in (q, k, v)), scale=scale) for a, b in pairwise(bounds_q)
+        ]
+        return torch.cat([y[0] for y, _ in parts]), torch.cat([lse[0] for _, lse in parts], dim=1)
+
+    monkeypatch.setattr(attention, "varlen_attn", one_by_one)
+    q, k, v = inputs(6, 6)
+    segments = Segments(torch.tensor([[0, 0, 1, 1, 1, 3], [2, 2, 2, 2, 2, 2]]))
+    got = attention._varlen_attention(q, k, v, segments, True, 0.3)
+    want = reference_attention(q, k, v, segments=segments, scale=0.3)
+    assert seen == [([0, 2, 5, 6, 12], 6)]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)

@@ -11,7 +11,7 @@ from megaresnorm.kernels.add_norm.op import fused_add_norm
 from megaresnorm.kernels.add_norm.reference import AddNormArgs, NormWeights
 from megaresnorm.kernels.cpu import build
 from megaresnorm.kernels.cpu.activation import cpu_activation
-from megaresnorm.kernels.cpu.attention import cpu_attention
+from megaresnorm.kernels.cpu.attention import fused_attention
 
 load_backends()
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason="no C compiler")
@@ -36,7 +36,7 @@ def layer(x, delta, weight, bias):
             out_dtype=F32,
         )
     )
-    y = cpu_attention((out.branch_input @ torch.ones(16, 24)).view(2, 4, 6, 4), 2)
+    y, _ = fused_attention((out.branch_input @ torch.ones(16, 24)).view(2, 4, 6, 4), 2)
     return out.trunk + cpu_activation(y.reshape(8, 8), None, "gelu").repeat(1, 2)
 
 

@@ -1,8 +1,8 @@
 /* Attention over whole sequences, forward and backward, from the fused q, k, v of a layer, with rotary positions.
  *
  * A task is one sequence and one key/value head with all the query heads that share it; its keys and values are turned into FP32
- * once. Queries go in blocks of QUERIES rows: scores, softmax and products of a block stay in cache, and what lies above the
- * diagonal is not computed. Nothing of size seq x seq is kept: the backward pass has the logarithm of every row's sum.
+ * once. Queries go in blocks of QUERIES rows: scores, softmax and products of a block stay in cache. What lies above the
+ * diagonal is not computed, nor what lies before the segment of a block's first query. Nothing of size seq x seq is kept: the backward pass has the logarithm of every row's sum.
  */
 #include "common.h"
 
@@ -23,7 +23,7 @@ typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias))
 struct attention {
     const void *qkv;        /* [batch, seq, heads + 2 kv_heads, width], of type */
     const float *cos, *sin; /* [seq, width], or [batch, seq, width], or NULL; the first half of sin is negative */
-    const uint8_t *mask;    /* [batch, seq, seq], or NULL: causal */
+    const int64_t *first_keys; /* [batch, seq], the first key that a query sees, not falling; or NULL: 0 */
     void *y;                /* forward: [batch, seq, heads, width] */
     float *log_sums;        /* [batch, heads, seq] */
     const void *dy;         /* backward: as y */
@@ -124,27 +124,27 @@ static void transpose(const float *from, long from_row, long rows, long n, float
     }
 }
 
-/* Scores of a block of queries become what they are the logarithms of, divided by exp(shift); what a query does not see becomes 0. */
-static void exponentials(const struct attention *a, long batch, long query, float *scores, long keys, long pitch, float shift) {
-    const uint8_t *mask = a->mask ? a->mask + (batch * a->seq + query) * a->seq : NULL;
-    const long seen = mask ? keys : MIN(query + 1, keys);
-#pragma omp simd
-    for (long j = 0; j < seen; j++) scores[j] = exp_f32(scores[j] - shift);
-    if (mask)
-        for (long j = 0; j < keys; j++) scores[j] = mask[j] ? scores[j] : 0.0f;
-    memset(scores + seen, 0, (pitch - seen) * sizeof *scores);
+/* The first key that a query sees, from ``low`` to the query itself whatever the caller says. */
+static long first_key(const struct attention *a, long batch, long query, long low) {
+    const long first = a->first_keys ? a->first_keys[batch * a->seq + query] : 0;
+    return first < low ? low : MIN(first, query);
 }
 
-static float largest_score(const struct attention *a, long batch, long query, const float *scores, long keys) {
+/* Scores of keys low to pitch - 1 become what they are the logarithms of, divided by exp(shift); what a query does not see
+ * becomes 0. */
+static void exponentials(const struct attention *a, long batch, long query, float *scores, long low, long pitch, float shift) {
+    const long first = first_key(a, batch, query, low), end = query + 1;
+    memset(scores + low, 0, (first - low) * sizeof *scores);
+#pragma omp simd
+    for (long j = first; j < end; j++) scores[j] = exp_f32(scores[j] - shift);
+    memset(scores + end, 0, (pitch - end) * sizeof *scores);
+}
+
+static float largest_score(const struct attention *a, long batch, long query, const float *scores, long low) {
     float largest = -INFINITY;
-    if (a->mask) {
-        const uint8_t *mask = a->mask + (batch * a->seq + query) * a->seq;
-        for (long j = 0; j < keys; j++)
-            if (mask[j]) largest = scores[j] > largest ? scores[j] : largest;
-        return largest == -INFINITY ? 0.0f : largest;
-    }
+    const long first = first_key(a, batch, query, low), end = query + 1;
 #pragma omp simd reduction(max : largest)
-    for (long j = 0; j < MIN(query + 1, keys); j++) largest = scores[j] > largest ? scores[j] : largest;
+    for (long j = first; j < end; j++) largest = scores[j] > largest ? scores[j] : largest;
     return largest;
 }
 
@@ -159,21 +159,22 @@ EXPORT void attention_forward(const struct attention *a, long first, long last) 
         transpose(rows, columns, seq, n, keys, pitch);
         for (long head = kv * group; head < (kv + 1) * group; head++)
             for (long start = 0; start < seq; start += QUERIES) {
-                const long count = MIN(QUERIES, seq - start), seen = a->mask ? seq : start + count;
+                const long count = MIN(QUERIES, seq - start), seen = start + count;
+                const long low = first_key(a, batch, start, 0) / WIDTH * WIDTH; /* what the block sees begins here */
                 for (long i = 0; i < count; i++) load_head(a, batch, start + i, head, 1, a->scale, q + i * columns);
-                multiply(count, padded(seen), n, q, columns, 1, keys, pitch, p, pitch, 0);
+                multiply(count, padded(seen) - low, n, q, columns, 1, keys + low, pitch, p + low, pitch, 0);
                 for (long i = 0; i < count; i++) {
                     float *row = p + i * pitch, sum = 0.0f;
-                    const float largest = largest_score(a, batch, start + i, row, seen);
-                    exponentials(a, batch, start + i, row, seen, padded(seen), largest);
+                    const float largest = largest_score(a, batch, start + i, row, low);
+                    exponentials(a, batch, start + i, row, low, padded(seen), largest);
 #pragma omp simd reduction(+ : sum)
-                    for (long j = 0; j < seen; j++) sum += row[j];
+                    for (long j = low; j < seen; j++) sum += row[j];
                     a->log_sums[(batch * a->heads + head) * seq + start + i] = largest + logf(sum);
-                    const float factor = sum == 0.0f ? 0.0f : 1.0f / sum; /* a query that sees nothing gets 0 */
+                    const float factor = 1.0f / sum;
 #pragma omp simd
-                    for (long j = 0; j < seen; j++) row[j] *= factor;
+                    for (long j = low; j < seen; j++) row[j] *= factor;
                 }
-                multiply(count, columns, seen, p, pitch, 1, values, columns, y, columns, 0);
+                multiply(count, columns, seen - low, p + low, pitch, 1, values + low * columns, columns, y, columns, 0);
                 for (long i = 0; i < count; i++) {
                     const long to = ((batch * seq + start + i) * a->heads + head) * n;
 #define PUT(T) _Pragma("omp simd") for (long c = 0; c < n; c++) store(a->y, T, to + c, y[i * columns + c])
@@ -202,7 +203,8 @@ EXPORT void attention_backward(const struct attention *a, long first, long last)
         memset(dv, 0, seq * columns * sizeof *dv);
         for (long head = kv * group; head < (kv + 1) * group; head++)
             for (long start = 0; start < seq; start += QUERIES) {
-                const long count = MIN(QUERIES, seq - start), seen = a->mask ? seq : start + count;
+                const long count = MIN(QUERIES, seq - start), seen = start + count;
+                const long low = first_key(a, batch, start, 0) / WIDTH * WIDTH; /* what the block sees begins here */
                 for (long i = 0; i < count; i++) {
                     const long from = ((batch * seq + start + i) * a->heads + head) * n;
                     load_head(a, batch, start + i, head, 1, a->scale, q + i * columns);
@@ -210,21 +212,21 @@ EXPORT void attention_backward(const struct attention *a, long first, long last)
                     WITH_TYPE(a->type, T, GET(T));
 #undef GET
                 }
-                multiply(count, padded(seen), n, q, columns, 1, keys_t, pitch, p, pitch, 0);
-                multiply(count, padded(seen), n, dy, columns, 1, values_t, pitch, dp, pitch, 0);
+                multiply(count, padded(seen) - low, n, q, columns, 1, keys_t + low, pitch, p + low, pitch, 0);
+                multiply(count, padded(seen) - low, n, dy, columns, 1, values_t + low, pitch, dp + low, pitch, 0);
                 for (long i = 0; i < count; i++)
-                    exponentials(a, batch, start + i, p + i * pitch, seen, padded(seen),
+                    exponentials(a, batch, start + i, p + i * pitch, low, padded(seen),
                                  a->log_sums[(batch * a->heads + head) * seq + start + i]);
-                multiply(seen, columns, count, p, 1, pitch, dy, columns, dv, columns, 1);
+                multiply(seen - low, columns, count, p + low, 1, pitch, dy, columns, dv + low * columns, columns, 1);
                 for (long i = 0; i < count; i++) { /* p becomes the gradient of the scores */
                     float *row = p + i * pitch, *gradient = dp + i * pitch, sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-                    for (long j = 0; j < seen; j++) sum += row[j] * gradient[j];
+                    for (long j = low; j < seen; j++) sum += row[j] * gradient[j];
 #pragma omp simd
-                    for (long j = 0; j < seen; j++) row[j] *= gradient[j] - sum;
+                    for (long j = low; j < seen; j++) row[j] *= gradient[j] - sum;
                 }
-                multiply(seen, columns, count, p, 1, pitch, q, columns, dk, columns, 1);
-                multiply(count, columns, seen, p, pitch, 1, rows, columns, dq, columns, 0);
+                multiply(seen - low, columns, count, p + low, 1, pitch, q, columns, dk + low * columns, columns, 1);
+                multiply(count, columns, seen - low, p + low, pitch, 1, rows + low * columns, columns, dq, columns, 0);
                 for (long i = 0; i < count; i++) store_head(a, batch, start + i, head, 1, a->scale, dq + i * columns);
             }
         for (long j = 0; j < seq; j++) {

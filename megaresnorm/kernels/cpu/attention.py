@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megaresnorm.kernels.attention import Segments
 from megaresnorm.kernels.cpu import build
 from megaresnorm.kernels.custom_op import FLOATS, CustomOp
 from megaresnorm.kernels.registry import register_kernel
@@ -15,7 +16,7 @@ class _Attention(ctypes.Structure):
     """The structure of attention.c."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("qkv", "cos", "sin", "mask", "y", "log_sums", "dy", "d_qkv")),
+        *((name, ctypes.c_void_p) for name in ("qkv", "cos", "sin", "first_keys", "y", "log_sums", "dy", "d_qkv")),
         *(
             (name, ctypes.c_long)
             for name in ("batch", "seq", "heads", "kv_heads", "width", "type", "rotary_batch_stride")
@@ -32,37 +33,54 @@ class _Constants(NamedTuple):
         return tuple(self)
 
 
-def cpu_attention(
+def fused_attention(
     qkv_BSJH: Tensor,
     kv_heads: int,
     *,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
-    mask_BSC: Tensor | None = None,
+    segments: Segments | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``FusedAttention`` by the C kernel, computed in FP32. Nothing of size S x S is kept, nor made for segments."""
+    cos, sin = (None if t is None else t.contiguous() for t in (cos, sin))
+    constants = _Constants(kv_heads, qkv_BSJH.shape[-1] ** -0.5 if scale is None else scale)
+    y, log_sums = _attention(qkv_BSJH, cos, sin, None if segments is None else segments.first, constants)
+    return y, log_sums
+
+
+def cpu_attention(
+    q_BSNH: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    *,
+    segments: Segments | None = None,
+    causal: bool = True,
     scale: float | None = None,
     softcap: float | None = None,
-) -> Tensor:
-    """Attention as from ``attention.split_attention``; computed in FP32, and nothing of size S x S is kept.
+) -> tuple[Tensor, Tensor]:
+    """``AttentionKernel`` by the same kernel, which is given all heads in one tensor.
 
     Raises:
-        ValueError: softcap is given, which this kernel does not have.
+        ValueError: softcap is given, or attention is not causal, which this kernel does not have.
     """
-    if softcap is not None:
-        raise ValueError(f"attention/cpu: softcap={softcap} is not among what it can; take the reference")
-    cos, sin = (None if t is None else t.contiguous() for t in (cos, sin))
-    return _attention(
-        qkv_BSJH, cos, sin, mask_BSC, _Constants(kv_heads, qkv_BSJH.shape[-1] ** -0.5 if scale is None else scale)
-    )[0]
+    if softcap is not None or not causal:
+        raise ValueError(
+            f"attention/cpu: softcap={softcap}, causal={causal} is not among what it can; take the reference"
+        )
+    qkv = torch.cat((q_BSNH, k_BSKH, v_BSKH), dim=2)
+    return fused_attention(qkv, k_BSKH.shape[2], segments=segments, scale=scale)
 
 
-def _run(function: str, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, constants: _Constants,
-         y: Tensor | None, log_sums: Tensor, dy: Tensor | None, d_qkv: Tensor | None) -> None:  # fmt: skip
+def _run(function: str, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, first: Tensor | None,
+         constants: _Constants, y: Tensor | None, log_sums: Tensor, dy: Tensor | None, d_qkv: Tensor | None,
+         ) -> None:  # fmt: skip
     batch, seq, all_heads, width = qkv.shape
     kv_heads = constants.kv_heads
     heads = all_heads - 2 * kv_heads
     at = build.address
     argument = _Attention(
-        at(qkv), at(cos), at(sin), at(mask), at(y), at(log_sums), at(dy), at(d_qkv),
+        at(qkv), at(cos), at(sin), at(first), at(y), at(log_sums), at(dy), at(d_qkv),
         batch, seq, heads, kv_heads, width, build.type_of(qkv),
         seq * width if cos is not None and cos.dim() == 3 else 0, constants.scale,
     )  # fmt: skip
@@ -70,16 +88,16 @@ def _run(function: str, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, mas
 
 
 def _forward(
-    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, constants: _Constants
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, first: Tensor | None, constants: _Constants
 ) -> tuple[Tensor, Tensor]:
-    _check(qkv, cos, sin, mask, constants.kv_heads)
-    y, log_sums = _fake(qkv, cos, sin, mask, constants)
-    qkv, mask = qkv.contiguous(), None if mask is None else mask.contiguous()
-    _run("attention_forward", qkv, cos, sin, mask, constants, y, log_sums, None, None)
+    _check(qkv, cos, sin, first, constants.kv_heads)
+    y, log_sums = _fake(qkv, cos, sin, first, constants)
+    qkv, first = qkv.contiguous(), None if first is None else first.contiguous()
+    _run("attention_forward", qkv, cos, sin, first, constants, y, log_sums, None, None)
     return y, log_sums
 
 
-def _check(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, kv_heads: int) -> None:
+def _check(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, first: Tensor | None, kv_heads: int) -> None:
     if qkv.dtype not in FLOATS:
         raise TypeError(f"attention/cpu: qkv is {qkv.dtype}, wanted float32 or bfloat16; take another backend")
     batch, seq, all_heads, width = qkv.shape
@@ -88,11 +106,11 @@ def _check(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | N
         raise ValueError(f"attention/cpu: {heads} query heads of width {width} for {kv_heads} heads of keys and values")
     for name, table in (("cos", cos), ("sin", sin)):
         build.check_fp32(f"attention/cpu: {name}", table, (seq, width), (batch, seq, width))
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, seq, seq)):
-        raise TypeError(f"attention/cpu: mask is {mask.dtype} {list(mask.shape)}; wanted bool {[batch, seq, seq]}")
+    if first is not None and (first.dtype != torch.int64 or first.shape != (batch, seq)):
+        raise TypeError(f"attention/cpu: first keys are {first.dtype} {list(first.shape)}; wanted int64 {[batch, seq]}")
 
 
-def _fake(qkv: Tensor, cos: Any, sin: Any, mask: Any, constants: _Constants) -> tuple[Tensor, Tensor]:
+def _fake(qkv: Tensor, cos: Any, sin: Any, first: Any, constants: _Constants) -> tuple[Tensor, Tensor]:
     batch, seq, all_heads, width = qkv.shape
     heads = all_heads - 2 * constants.kv_heads
     return qkv.new_empty((batch, seq, heads, width)), qkv.new_empty((batch, heads, seq), dtype=torch.float32)
@@ -109,17 +127,17 @@ def _differentiate(ctx: Any, dy: Tensor, _: Any) -> tuple:
 
 
 def _backward(
-    dy: Tensor, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, log_sums: Tensor,
+    dy: Tensor, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, first: Tensor | None, log_sums: Tensor,
     constants: _Constants,
 ) -> Tensor:  # fmt: skip
     qkv, dy = qkv.contiguous(), dy.to(qkv.dtype).contiguous()
     d_qkv = torch.empty_like(qkv)
-    mask = None if mask is None else mask.contiguous()
-    _run("attention_backward", qkv, cos, sin, mask, constants, None, log_sums, dy, d_qkv)
+    first = None if first is None else first.contiguous()
+    _run("attention_backward", qkv, cos, sin, first, constants, None, log_sums, dy, d_qkv)
     return d_qkv
 
 
-_TABLES = "Tensor? cos, Tensor? sin, Tensor? mask"
+_TABLES = "Tensor? cos, Tensor? sin, Tensor? first"
 _attention = CustomOp(
     f"attention(Tensor qkv, {_TABLES}, int kv_heads, float scale) -> Tensor[]",
     4,
@@ -138,4 +156,6 @@ _attention_backward = CustomOp(
 )
 
 
-register_kernel("attention", "cpu", requires=build.requires, kinds=("plain",))(cpu_attention)
+register_kernel("attention", "cpu", requires=build.requires, kinds=("plain",), implementation=fused_attention)(
+    cpu_attention
+)

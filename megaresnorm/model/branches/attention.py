@@ -11,7 +11,7 @@ from torch import Tensor
 from megaresnorm.kernels.attention import reference_attention, rotate, sdpa_attention
 from megaresnorm.model.branches.branch import Branch
 from megaresnorm.model.norm import Norm, norm_of
-from megaresnorm.model.sequence import KeyValueCache, SequenceInfo
+from megaresnorm.model.sequence import SequenceInfo
 from megaresnorm.model.specs import ParameterSpec, linear_parameters, norm_parameters
 from megaresnorm.model.stream import Kernels
 from megaresnorm.model.topology import ResidualSpec
@@ -31,7 +31,8 @@ class Attention(Branch):
         self, recipe: ModelRecipe, kernels: Kernels, layout: TensorLayout, norm_inner: Callable[[int], Norm] | None
     ) -> None:
         super().__init__(recipe, kernels, layout, norm_inner)
-        self.attend, self.normalize_shared = kernels.attend, kernels.normalize_shared
+        self.attend, self.fused_attention = kernels.attend, kernels.fused_attention
+        self.normalize_shared = kernels.normalize_shared
         axis, self.head_dim = layout.axis, recipe.head_width
         self.scale, self.softcap = recipe.attention_multiplier, recipe.attention_softcap
         self.num_heads, self.kv_heads = recipe.num_heads // axis.size, recipe.kv_heads // axis.size
@@ -56,18 +57,12 @@ class Attention(Branch):
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv_BSJH.split(heads, dim=2)
             qkv_BSJH = torch.cat((self._normalize(q, self.q_norm), self._normalize(k, self.k_norm), v), dim=2)
-        if rows.cache is None:
-            y_BSNH = self.attend(
-                qkv_BSJH,
-                self.kv_heads,
-                cos=rows.cos,
-                sin=rows.sin,
-                mask_BSC=rows.mask,
-                scale=self.scale,
-                softcap=self.softcap,
+        if rows.cache is None and self.fused_attention is not None:
+            y_BSNH, _ = self.fused_attention(
+                qkv_BSJH, self.kv_heads, cos=rows.cos, sin=rows.sin, segments=rows.segments, scale=self.scale
             )
         else:
-            y_BSNH = self._attend_cached(qkv_BSJH.split(heads, dim=2), rows, rows.cache)
+            y_BSNH = self._attend(qkv_BSJH, rows)
         y = y_BSNH.reshape(rows.batch * rows.seq, -1)
         return self.out(y if self.norm_inner is None else self.normalize_shared(y, self.norm_inner))
 
@@ -92,18 +87,20 @@ class Attention(Branch):
         matrices = recipe.dim * (q_dim + 2 * kv_dim) + q_dim * recipe.dim
         return 2 * matrices + 2 * recipe.seq_len * q_dim  # scores and weighted sum, half of them masked
 
-    def _attend_cached(self, qkv: tuple[Tensor, ...], rows: SequenceInfo, cache: KeyValueCache) -> Tensor:
-        """Attention in generation: a new token, or in the first call the whole prompt, sees itself and all before."""
-        q_BSNH, k_BSKH, v_BSKH = qkv
+    def _attend(self, qkv_BSJH: Tensor, rows: SequenceInfo) -> Tensor:
+        """Attention after rotary positions; in generation of what is new, over all that is cached."""
+        qk_BSJH, v_BSKH = qkv_BSJH.split((self.num_heads + self.kv_heads, self.kv_heads), dim=2)
         if rows.cos is not None and rows.sin is not None:
-            q_BSNH, k_BSKH = (rotate(x, rows.cos, rows.sin) for x in (q_BSNH, k_BSKH))
-        first = cache.num_tokens == 0  # afterwards a single new token sees all that is cached
-        k_BSKH, v_BSKH = cache.extend(self, k_BSKH, v_BSKH)
-        if self.softcap is None:
-            return sdpa_attention(q_BSNH, k_BSKH, v_BSKH, causal=first, mask_BSC=rows.mask, scale=self.scale)
-        return reference_attention(
-            q_BSNH, k_BSKH, v_BSKH, causal=first, mask_BSC=rows.mask, scale=self.scale, softcap=self.softcap
-        )
+            qk_BSJH = rotate(qk_BSJH, rows.cos, rows.sin)
+        q_BSNH, k_BSKH = qk_BSJH.split((self.num_heads, self.kv_heads), dim=2)
+        attend, causal = self.attend, True
+        if rows.cache is not None:
+            causal = rows.cache.num_tokens == 0  # the whole prompt; afterwards a single new token sees all before it
+            k_BSKH, v_BSKH = rows.cache.extend(self, k_BSKH, v_BSKH)
+            attend = sdpa_attention if self.softcap is None else reference_attention
+        return attend(
+            q_BSNH, k_BSKH, v_BSKH, segments=rows.segments, causal=causal, scale=self.scale, softcap=self.softcap
+        )[0]
 
     def _normalize(self, x_BSNH: Tensor, norm: Norm) -> Tensor:
         x = x_BSNH if self.norm_per_head else x_BSNH.flatten(2)
