@@ -1,13 +1,15 @@
-"""The place of this process among the ranks of a job.
+"""The place of this process among the ranks of a job, and how the ranks of a node are to be started.
 
-The variables that torchrun and launch/torchrun.sh set are read here and nowhere else. One variable alone does not make
-this a rank. Without WORLD_SIZE it is one process, whatever RANK an old shell still holds.
+The variables that torchrun sets, and those that launch/torchrun.sh takes and sets, are read here and nowhere else. One
+variable alone does not make this a rank. Without WORLD_SIZE it is one process, whatever RANK an old shell still holds.
 """
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 from megaresnorm.errors import ConfigError
 
@@ -16,6 +18,7 @@ ELASTIC = "MEGARESNORM_ELASTIC"  # nodes may come and go
 MAX_RESTARTS = "MEGARESNORM_MAX_RESTARTS"  # how often ranks are started again without a new checkpoint
 MAX_RANKS = 1 << 20  # ten times the largest cluster; more is a mistake that would be waited for
 MAX_PORT = 65535
+UNLIMITED = 1_000_000  # torchrun's own limit of restarts; ranks count by progress (resilience/signals.py)
 
 
 @dataclass(frozen=True)
@@ -102,4 +105,69 @@ def _number(found: Mapping[str, str], name: str, least: int, most: int, default:
             f"the environment is not torchrun's: {name}={text!r}, wanted a whole number from {least} to {most}; "
             "start with bash launch/torchrun.sh, or unset WORLD_SIZE"
         )
+    return int(text)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the ranks of this node are started.
+
+    Attributes:
+        ranks_here: how many they are.
+        nodes: least and most number of nodes.
+        node_rank: None in an elastic job.
+        master: address and port where the torchrun processes of all nodes meet; None with one node.
+        job: name of the job, the same on all nodes.
+        max_restarts: how often ranks are restarted without a new checkpoint.
+    """
+
+    ranks_here: int
+    nodes: tuple[int, int] = (1, 1)
+    node_rank: int | None = None
+    master: tuple[str, int] | None = None
+    job: str = ""
+    max_restarts: int = 3
+
+    @property
+    def elastic(self) -> bool:
+        """Whether nodes may come and go."""
+        return self.nodes[0] != self.nodes[1]
+
+
+def read_plan(default_ranks: Callable[[], int], variables: Mapping[str, str] | None = None) -> Plan:
+    """The plan that the variables of launch/torchrun.sh describe; its --help lists them.
+
+    Args:
+        default_ranks: gives the number of ranks of this node where no variable says.
+        variables: to be read in place of the process's own.
+
+    Raises:
+        ConfigError: one is missing or cannot be used.
+    """
+    variables = os.environ if variables is None else variables
+    named = variables.get("RANKS_PER_NODE")
+    ranks_here = _setting(variables, "RANKS_PER_NODE", 1, 1024, 1) if named else default_ranks()
+    max_restarts = _setting(variables, "MAX_RESTARTS", 0, UNLIMITED, 3)
+    text = variables.get("NODES") or "1"
+    match = re.fullmatch(r"([0-9]{1,5})(?::([0-9]{1,5}))?", text)
+    nodes = (0, 0) if match is None else (int(match[1]), int(match[2] or match[1]))
+    if not 1 <= nodes[0] <= nodes[1]:
+        raise ConfigError(f"NODES={text!r}: wanted a number, or MIN:MAX for nodes that come and go")
+    if nodes == (1, 1):
+        return Plan(ranks_here, job=variables.get("JOB_ID") or f"megaresnorm-{uuid4().hex}", max_restarts=max_restarts)
+    address = variables.get("MASTER_ADDR")
+    elastic = nodes[0] != nodes[1]
+    if not address or (not elastic and not variables.get("NODE_RANK")):
+        wanted = "MASTER_ADDR" if elastic else "NODE_RANK and MASTER_ADDR"
+        raise ConfigError(f"NODES={text} needs {wanted} on every node")
+    port = _setting(variables, "MASTER_PORT", 1, MAX_PORT, 29500)
+    node_rank = None if elastic else _setting(variables, "NODE_RANK", 0, nodes[1] - 1, 0)
+    job = variables.get("JOB_ID") or f"megaresnorm-{address}-{port}"
+    return Plan(ranks_here, nodes, node_rank, (address, port), job, max_restarts)
+
+
+def _setting(variables: Mapping[str, str], name: str, least: int, most: int, default: int) -> int:
+    text = variables.get(name) or str(default)
+    if not (text.isascii() and text.isdecimal()) or len(text) > 9 or not least <= int(text) <= most:
+        raise ConfigError(f"{name}={text!r}: wanted a whole number from {least} to {most}")
     return int(text)

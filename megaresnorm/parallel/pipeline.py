@@ -12,6 +12,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.distributed.pipelining._backward import stage_backward
 
 from megaresnorm.parallel.data_parallel import accumulate_in_shards
+from megaresnorm.parallel.linear import WeightGradQueue
 from megaresnorm.parallel.mesh import Axis
 from megaresnorm.parallel.stages import smallest_batch
 
@@ -39,6 +40,8 @@ class Pipeline:
 
     Attributes:
         is_first, is_last: whether this rank has the first stage, or the last.
+        queue: weight gradients that the stages' layers leave for later (``queue_weight_grads``). They are computed when
+            a microbatch's backward pass is through, before its receive buffers, which they may read, are used again.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Pipeline:
         self._shards_gradients = shards_gradients
         self._made: tuple[tuple[int, int, int], Any] | None = None
         self.is_first, self.is_last = 0 in modules, num_stages - 1 in modules
+        self.queue: WeightGradQueue | None = None
 
     def num_microbatches(self, count: int) -> int:
         """Number of microbatches that the schedule needs for a batch of ``count``.
@@ -129,7 +133,7 @@ class Pipeline:
             output_args=wire,
             group=self._axis.group,
         )
-        stage.shards_gradients = self._shards_gradients
+        stage.shards_gradients, stage.queue = self._shards_gradients, self.queue
         return stage
 
 
@@ -180,6 +184,7 @@ class _Stage(PipelineStage):
     """
 
     shards_gradients = True
+    queue: WeightGradQueue | None = None
 
     def _prepare_forward_infra(self, num_microbatches: int, *arguments: Any, **options: Any) -> Any:
         result = super()._prepare_forward_infra(1, *arguments, **options)
@@ -229,6 +234,8 @@ class _Stage(PipelineStage):
     def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **options: Any) -> None:
         """Schedules call it in evaluation as well."""
         super().backward_one_chunk(bwd_chunk_id, *arguments, **options)
+        if self.queue is not None:
+            self.queue.run()
         if self.has_backward:
             self._activations.give_back(bwd_chunk_id)
             self._gradients.give_back(bwd_chunk_id)

@@ -9,10 +9,9 @@ import os
 import signal
 import sys
 import threading
-from pathlib import Path
 
 from megaresnorm.errors import LostRankError
-from megaresnorm.parallel.environment import LAUNCHER
+from megaresnorm.parallel.environment import read_environment
 from megaresnorm.resilience.launcher import SIGNALS, Launcher, children, end_with, kill
 from megaresnorm.text import say
 
@@ -23,7 +22,9 @@ def main() -> None:
     """Run torchrun with the arguments of this process; its parent is the supervisor."""
     supervisor = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
-    launcher = Launcher(Path(os.environ[LAUNCHER]))
+    folder = read_environment().launcher
+    assert folder is not None, "the supervisor names it"
+    launcher = Launcher(folder)
     threading.Thread(target=_pass_on, args=(supervisor,), name="signals", daemon=True).start()
     end_with(supervisor, launcher, first=_kill_ranks)
     from torch.distributed.elastic.multiprocessing.api import SignalException

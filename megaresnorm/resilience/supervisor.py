@@ -7,7 +7,6 @@ ranks at once. A second one ends them at once in any case. Whatever ends this pr
 import errno
 import fcntl
 import os
-import re
 import signal
 import socket
 import struct
@@ -16,14 +15,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from uuid import uuid4
 
 from megaresnorm.errors import ConfigError
 from megaresnorm.parallel.addresses import local_address_of
-from megaresnorm.parallel.environment import ELASTIC, LAUNCHER, MAX_PORT, MAX_RESTARTS
+from megaresnorm.parallel.environment import ELASTIC, LAUNCHER, MAX_RESTARTS, UNLIMITED, Plan, read_plan
 from megaresnorm.resilience.launcher import PREFIX, SIGNALS, Launcher, children, kill
 from megaresnorm.text import say
 
@@ -38,61 +35,8 @@ BARRIER = 20.0
 LAST_WORDS = 4.0  # seconds for the other ranks to end, once one has ended on purpose before the first step
 SILENT = 5.0  # seconds of waiting for other nodes before the first message about it
 EVERY = 60.0  # seconds between two such messages
-ALWAYS = 1_000_000  # torchrun's own limit of restarts; ranks count by progress (resilience/signals.py)
 JOIN = 30 * 24 * 3600  # seconds that a node waits for others; this process says so, and a signal ends it
 CONNECT = 900  # seconds that it waits for the rendezvous node, which may be installing an environment first
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the ranks of this node are started.
-
-    Attributes:
-        ranks_here: how many they are.
-        nodes: least and most number of nodes.
-        node_rank: None in an elastic job.
-        master: address and port where the torchrun processes of all nodes meet; None with one node.
-        job: name of the job, the same on all nodes.
-        max_restarts: how often ranks are restarted without a new checkpoint.
-    """
-
-    ranks_here: int
-    nodes: tuple[int, int] = (1, 1)
-    node_rank: int | None = None
-    master: tuple[str, int] | None = None
-    job: str = ""
-    max_restarts: int = 3
-
-    @property
-    def elastic(self) -> bool:
-        """Whether nodes may come and go."""
-        return self.nodes[0] != self.nodes[1]
-
-
-def plan_of(variables: Mapping[str, str], default_ranks: int) -> Plan:
-    """The plan that the variables of launch/torchrun.sh describe; its --help lists them.
-
-    Raises:
-        ConfigError: one is missing or cannot be used.
-    """
-    ranks_here = _number(variables, "RANKS_PER_NODE", 1, 1024, default_ranks)
-    max_restarts = _number(variables, "MAX_RESTARTS", 0, ALWAYS, 3)
-    text = variables.get("NODES") or "1"
-    match = re.fullmatch(r"([0-9]{1,5})(?::([0-9]{1,5}))?", text)
-    nodes = (0, 0) if match is None else (int(match[1]), int(match[2] or match[1]))
-    if not 1 <= nodes[0] <= nodes[1]:
-        raise ConfigError(f"NODES={text!r}: wanted a number, or MIN:MAX for nodes that come and go")
-    if nodes == (1, 1):
-        return Plan(ranks_here, job=variables.get("JOB_ID") or f"{PREFIX}{uuid4().hex}", max_restarts=max_restarts)
-    address = variables.get("MASTER_ADDR")
-    elastic = nodes[0] != nodes[1]
-    if not address or (not elastic and not variables.get("NODE_RANK")):
-        wanted = "MASTER_ADDR" if elastic else "NODE_RANK and MASTER_ADDR"
-        raise ConfigError(f"NODES={text} needs {wanted} on every node")
-    port = _number(variables, "MASTER_PORT", 1, MAX_PORT, 29500)
-    node_rank = None if elastic else _number(variables, "NODE_RANK", 0, nodes[1] - 1, 0)
-    job = variables.get("JOB_ID") or f"megaresnorm-{address}-{port}"
-    return Plan(ranks_here, nodes, node_rank, (address, port), job, max_restarts)
 
 
 def torchrun_arguments(plan: Plan, folder: Path, local_address: str | None) -> list[str]:
@@ -110,7 +54,7 @@ def torchrun_arguments(plan: Plan, folder: Path, local_address: str | None) -> l
     return [
         *("--nnodes", f"{plan.nodes[0]}:{plan.nodes[1]}", "--nproc-per-node", str(plan.ranks_here)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", plan.job, "--rdzv-conf", conf),
-        *("--max-restarts", str(ALWAYS), "--monitor-interval", "0.1", "--signals-to-handle", "SIGQUIT"),
+        *("--max-restarts", str(UNLIMITED), "--monitor-interval", "0.1", "--signals-to-handle", "SIGQUIT"),
         *(() if local_address is None else ("--local-addr", local_address)),
         *("-m", "megaresnorm.cli", "train"),
     ]  # fmt: skip
@@ -314,13 +258,6 @@ def _processes_with(variable: str) -> list[int]:
     return found
 
 
-def _number(variables: Mapping[str, str], name: str, least: int, most: int, default: int) -> int:
-    text = variables.get(name) or str(default)
-    if not (text.isascii() and text.isdecimal()) or len(text) > 9 or not least <= int(text) <= most:
-        raise ConfigError(f"{name}={text!r}: wanted a whole number from {least} to {most}")
-    return int(text)
-
-
 def default_ranks() -> int:
     """The number of GPUs, or 2 without one. Asked in another process, since this one has no use for torch."""
     count = "import torch; print(torch.cuda.device_count())"
@@ -332,8 +269,7 @@ def main() -> int:
     """Run ``megaresnorm train`` on the ranks of this node, and return the exit code of the job."""
     supervisor = Supervisor()
     try:
-        ranks = 0 if os.environ.get("RANKS_PER_NODE") else default_ranks()
-        return supervisor.run(plan_of(os.environ, ranks), sys.argv[1:])
+        return supervisor.run(read_plan(default_ranks), sys.argv[1:])
     except ConfigError as e:
         say(f"error: {e}", error=True)
         return e.exit_code

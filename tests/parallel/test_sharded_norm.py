@@ -69,10 +69,11 @@ def test_rows_with_a_mean_of_100_deviations(kind, form, num_ranks):
             assert error < tolerance, (dtype, error)
 
 
-def count_messages(rank: int, layout: str, norm: str, stream: str) -> dict[str, dict[str, int]]:
+def count_messages(rank: int, layout: str, norm: str, stream: str, gathered: str) -> dict[str, dict[str, int]]:
     """Collectives and bytes sent per rank of one pre-norm block, forward and backward, without embedding and head."""
     precision = {"compute": "bf16", "residual_dtype": "bf16"} if stream == "bf16" else {"compute": "fp32"}
-    recipe = make_recipe("pre", "llama", LAYOUTS[layout][1], num_blocks=2, precision=precision)
+    settings = {"precision": precision} | ({} if layout == "tp2 full" else {"recompute": {"gathered": gathered}})
+    recipe = make_recipe("pre", "llama", LAYOUTS[layout][1], num_blocks=2, **settings)
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"norm": norm})})
     SharedMemory.holds = lambda self, x: False
     transport._SMALL = 0
@@ -94,39 +95,42 @@ def count_messages(rank: int, layout: str, norm: str, stream: str) -> dict[str, 
     tokens = torch.zeros((2, SEQ), dtype=torch.int64)
     rows = model.rows(tokens)
     local = torch.randn(assembled.layout.tokens(torch.zeros(2 * SEQ)).shape[0], assembled.layout.width(16))
-    x = model.blocks["1"](Stream(local.to(assembled.residual_dtype).requires_grad_()), rows, None)
+    x = model.blocks["1"](Stream(local.to(model.add_norm.residual_dtype).requires_grad_()), rows, None)
     closed = model.add_norm.trunk(x)
     now = "backward"
     closed.sum().backward()
     return {when: dict(counted) for when, counted in found.items()}
 
 
+@pytest.mark.parametrize("gathered", ["again", "keep"])
 @pytest.mark.parametrize("stream", ["fp32", "bf16"])
 @pytest.mark.parametrize("norm", KINDS)
-def test_messages_of_a_block(norm, stream):
+def test_messages_of_a_block(norm, stream, gathered):
     """As docs/parallel.md has them. T = 16 rows of D = 16 columns, two ranks; statistics are FP32."""
     rows, floats = 16, {"layernorm": 2, "rmsnorm": 1}[norm]
     wide = {"fp32": 4, "bf16": 2}[stream]
     whole, half, statistics = rows * 16 * wide, rows * 8 * wide, rows * floats * 4
     vectors = 2 * floats * 8 * 4  # gathering: two norms' weights (and biases) travel with the stream
     there_and_back = {"all_gather": 2, "reduce_scatter": 2}
+    again = {"all_gather": 2 + 2 * (gathered == "again"), "reduce_scatter": 2}  # what branches read, once more
+    more = 2 * half * (gathered == "again")
     expected = {
         "tp2 full": [{"all_reduce": 2, "bytes": 2 * whole}] * 2,
-        "tp2 tokens": [there_and_back | {"bytes": 2 * (whole + half)}] * 2,
+        "tp2 tokens": [there_and_back | {"bytes": 2 * (whole + half)}, again | {"bytes": 2 * (whole + half) + more}],
         "tp2 columns, merge": [
             {"all_gather": 4, "reduce_scatter": 2, "bytes": 2 * (whole + half + statistics)},
-            there_and_back | {"all_reduce": 2, "bytes": 2 * (whole + half + statistics)},
+            again | {"all_reduce": 2, "bytes": 2 * (whole + half + statistics) + more},
         ],
         "tp2 columns, gather": [
             there_and_back | {"bytes": 2 * (whole + half) + vectors},
             # The row sums travel in the reduce-scatter, once to each rank; those of a BF16 stream by themselves.
-            there_and_back | {"bytes": 2 * (whole + half + 2 * statistics)}
+            again | {"bytes": 2 * (whole + half + 2 * statistics) + more + (vectors if more else 0)}
             if stream == "fp32"
-            else there_and_back | {"all_reduce": 2, "bytes": 2 * (whole + half + statistics)},
+            else again | {"all_reduce": 2, "bytes": 2 * (whole + half + statistics) + more + (vectors if more else 0)},
         ],
     }
     for layout, (forward, backward) in expected.items():
-        for found in run_ranks(2, count_messages, layout, norm, stream):
+        for found in run_ranks(2, count_messages, layout, norm, stream, gathered):
             assert dict(found["forward"]) == forward, (layout, "forward")
             assert dict(found["backward"]) == backward, (layout, "backward")
 
@@ -151,33 +155,31 @@ def test_gathering_needs_no_statistics_of_a_backend(kind):
     assert max(run_ranks(2, gathered_without_statistics, kind)) < 1e-13
 
 
-def saved_widths(rank: int, topology: str, layout: str) -> list[tuple[int, ...]]:
-    """Shapes that norms and residuals of one block keep for backward: what is saved outside of the branches."""
-    assembled, _ = build(make_recipe(topology, "llama", LAYOUTS[layout][1], "fp32", 2))
+def saved_shapes(rank: int, topology: str, layout: str, gathered: str) -> list[tuple[int, ...]]:
+    """Shapes [T, ...] that one block keeps for backward, norms, residuals and branches."""
+    recompute = {"gathered": gathered}
+    assembled, _ = build(make_recipe(topology, "llama", LAYOUTS[layout][1], "fp32", 2, recompute=recompute))
     model = assembled.model
-    kept: list[torch.Tensor] = []
-    inside = []
+    kept: dict[int, torch.Tensor] = {}
 
     def keep(t: torch.Tensor) -> torch.Tensor:
-        if not inside:
-            kept.append(t)
+        kept[t.untyped_storage().data_ptr()] = t
         return t
 
     block = model.blocks["1"]
-    for branch in (block.attention.branch, block.ffn.branch):
-        branch.register_forward_pre_hook(lambda *a: inside.append(1))
-        branch.register_forward_hook(lambda *a: inside.clear())
     rows = model.rows(torch.zeros((2, SEQ), dtype=torch.int64))
-    x = torch.randn(2 * SEQ, assembled.layout.width(16)).requires_grad_()
+    local = assembled.layout.tokens(torch.zeros(2 * SEQ)).shape[0]
+    x = torch.randn(local, assembled.layout.width(16)).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         model.add_norm.trunk(block(Stream(x), rows, None))
-    return [tuple(t.shape) for t in kept if t.dim() == 2 and t.shape[0] == 2 * SEQ]
+    return [tuple(t.shape) for t in kept.values() if t.dim() == 2]
 
 
+@pytest.mark.parametrize("layout", ["tp2 tokens", "tp2 columns, merge", "tp2 columns, gather"])
 @pytest.mark.parametrize("topology", ["pre", "deepnorm", "keel", "sandwich", "layerscale", "subln"])
-def test_norms_and_residuals_keep_no_whole_rows(topology):
-    """Merging: nothing wider than D/tp. Gathering: the branch input alone, which the first linear keeps anyway."""
-    (shapes, _) = run_ranks(2, saved_widths, topology, "tp2 columns, merge")
-    assert shapes and max(width for _, width in shapes) <= 8, shapes
-    (gathered, _) = run_ranks(2, saved_widths, topology, "tp2 columns, gather")
-    assert sum(width > 8 for _, width in gathered) <= 2, gathered
+def test_a_block_keeps_whole_rows_only_where_it_is_told_to(topology, layout):
+    """[T, D] is [16, 16]: with ``again`` none is kept, with ``keep`` that of each branch's first linear."""
+    (again, _) = run_ranks(2, saved_shapes, topology, layout, "again")
+    assert again and (16, 16) not in again, again
+    (kept, _) = run_ranks(2, saved_shapes, topology, layout, "keep")
+    assert kept.count((16, 16)) == 2, kept

@@ -17,15 +17,13 @@ from megaresnorm.opening import ENDED, idle, note_progress, open_recipe
 from megaresnorm.parallel import addresses
 from megaresnorm.parallel import rendezvous as control
 from megaresnorm.parallel.addresses import address_towards
-from megaresnorm.parallel.environment import Environment
+from megaresnorm.parallel.environment import Environment, Plan, read_plan
 from megaresnorm.parallel.mesh import lost_contact, usable_ranks
 from megaresnorm.resilience.launcher import Launcher
 from megaresnorm.resilience.supervisor import (
     JOIN,
-    Plan,
     environment_of,
     interface_of,
-    plan_of,
     torchrun_arguments,
 )
 from megaresnorm.run import Run
@@ -35,14 +33,16 @@ TWO_NODES = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
 
 
 def test_variables_become_a_plan():
-    assert plan_of({"JOB_ID": "j"}, 2) == Plan(2, job="j")
+    assert read_plan(lambda: 2, {"JOB_ID": "j"}) == Plan(2, job="j")
     assert (
-        plan_of({}, 2).job != plan_of({}, 2).job
+        read_plan(lambda: 2, {}).job != read_plan(lambda: 2, {}).job
     )  # of two jobs that share a folder neither may take the other for itself
-    assert plan_of({"RANKS_PER_NODE": "8", "MAX_RESTARTS": "0", "JOB_ID": "j"}, 2) == Plan(8, job="j", max_restarts=0)
+    assert read_plan(lambda: 2, {"RANKS_PER_NODE": "8", "MAX_RESTARTS": "0", "JOB_ID": "j"}) == Plan(
+        8, job="j", max_restarts=0
+    )
     two = Plan(2, (2, 2), 1, ("127.0.0.1", 29500), "megaresnorm-127.0.0.1-29500")
-    assert plan_of(TWO_NODES, 2) == two and not two.elastic
-    elastic = plan_of({"NODES": "4:8", "MASTER_ADDR": "node0", "MASTER_PORT": "7", "JOB_ID": "j"}, 8)
+    assert read_plan(lambda: 2, TWO_NODES) == two and not two.elastic
+    elastic = read_plan(lambda: 8, {"NODES": "4:8", "MASTER_ADDR": "node0", "MASTER_PORT": "7", "JOB_ID": "j"})
     assert elastic == Plan(8, (4, 8), None, ("node0", 7), "j") and elastic.elastic
 
 
@@ -65,7 +65,7 @@ def test_variables_become_a_plan():
 )
 def test_wrong_variables_are_one_line(variables, says):
     with pytest.raises(ConfigError) as caught:
-        plan_of(variables, 2)
+        read_plan(lambda: 2, variables)
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -101,7 +101,7 @@ print(config.min_nodes, config.max_nodes, config.nproc_per_node, config.rdzv_bac
 
 def test_one_node_uses_loopback_and_several_the_address_in_use(tmp_path):
     assert environment_of(Plan(2), {}, tmp_path, None)["GLOO_SOCKET_IFNAME"] == "lo"
-    two = plan_of(TWO_NODES, 1)
+    two = read_plan(lambda: 1, TWO_NODES)
     assert address_towards("127.0.0.1", 29500) == "127.0.0.1" and address_towards("no.such.host.invalid", 1) is None
     assert interface_of("127.0.0.1") == "lo" and interface_of("192.0.2.1") is None and interface_of(None) is None
     assert environment_of(two, {}, tmp_path, "127.0.0.1")["NCCL_SOCKET_IFNAME"] == "=lo"
