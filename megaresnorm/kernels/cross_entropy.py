@@ -86,7 +86,7 @@ class _ChunkedCrossEntropy(GradientInPlace):
                 gradient.scatter_add_(-1, label, torch.full_like(label_log_p, -1.0))
                 if scale != 1.0:
                     gradient *= scale
-                if not valid.all():
+                if gradient.is_cuda or not valid.all():  # on a GPU to ask would make the host wait
                     gradient.masked_fill_(~valid, 0.0)
                 if not in_place:
                     logits.copy_(gradient)
