@@ -18,7 +18,7 @@ from megaresnorm.checkpoint.resume import check_same_run, open_newest, open_weig
 from megaresnorm.checkpoint.retention import Retention
 from megaresnorm.checkpoint.saver import Saver
 from megaresnorm.checkpoint.state import RunState, state_of
-from megaresnorm.data.loader import Loader, Place
+from megaresnorm.data.loader import Loader, Place, StepBatch
 from megaresnorm.data.samples import Samples
 from megaresnorm.engines.engine import Engine, make_engine
 from megaresnorm.errors import NonFiniteError, TrainingError, UserError
@@ -30,6 +30,7 @@ from megaresnorm.parallel.mesh import ParallelContext, start_process_group
 from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import dump_recipe
 from megaresnorm.resilience.output import OutputFolder
+from megaresnorm.schedule import batch_size
 from megaresnorm.telemetry.describe import data_name, describe_run
 from megaresnorm.telemetry.log import progress_bar
 from megaresnorm.telemetry.metrics import MetricsWriter
@@ -135,6 +136,19 @@ class Run:
             mask_documents=self.recipe.data.mask_documents,
             stack=self.engine.stack,
         )
+
+    def next_batch(self) -> StepBatch:
+        """This rank's share of the next step; that of the one after it begins to be read."""
+        train, done = self.recipe.train, self.steps_done
+        place, following = Place(self.samples_done, batch_size(done, train)), None
+        if done + 1 < train.steps:
+            following = Place(self.samples_done + place.num_samples, batch_size(done + 1, train))
+        return self.loader.step(place, following)
+
+    def step_is_done(self) -> None:
+        """Count the step whose batch ``next_batch`` has given."""
+        self.samples_done += batch_size(self.steps_done, self.recipe.train)
+        self.steps_done += 1
 
     def largest(self, number: int) -> int:
         """Maximum over all ranks. Collective."""

@@ -11,14 +11,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaresnorm.data.loader import Place
 from megaresnorm.data.samples import unigram_entropy
 from megaresnorm.engines.engine import StepStats
 from megaresnorm.errors import NonFiniteError
 from megaresnorm.recipe import Recipe
 from megaresnorm.resilience.signals import StopSignals, exit_reason
 from megaresnorm.run import Run
-from megaresnorm.schedule import batch_size, learning_rate
+from megaresnorm.schedule import learning_rate
 from megaresnorm.telemetry.log import log_to_console_by_default, progress_bar, step_line
 
 log = logging.getLogger(__name__)
@@ -109,19 +108,12 @@ class Trainer:
         Raises:
             NonFiniteError: ``train.max_skipped_steps`` were refused in a row.
         """
-        run, train, start = self.run, self.run.recipe.train, time.perf_counter()
-        place, lr = (
-            Place(run.samples_done, batch_size(run.steps_done, train)),
-            learning_rate(run.steps_done, run.recipe),
-        )
-        done = run.samples_done + place.num_samples
-        more = run.steps_done + 1 < train.steps
-        following = Place(done, batch_size(run.steps_done + 1, train)) if more else None
-        batch = run.loader.step(place, following)
+        run, start = self.run, time.perf_counter()
+        lr, batch = learning_rate(run.steps_done, run.recipe), run.next_batch()
         stats = run.engine.step(batch, lr, lambda: self._stop is not None and self._stop.exit_code != 0)
         self._asked_to_stop = stats.stop
         self._judge(stats)
-        run.steps_done, run.samples_done = run.steps_done + 1, done
+        run.step_is_done()
         if stats.loss is None and not self._warned_of_no_labels:
             self._warned_of_no_labels = True
             log.warning(
@@ -135,7 +127,7 @@ class Trainer:
             "samples": run.samples_done,
             "tokens_per_second": stats.tokens / (time.perf_counter() - start),
         }
-        if self._due(train.eval_every) and (valid_loss := run.evaluate()) is not None:
+        if self._due(run.recipe.train.eval_every) and (valid_loss := run.evaluate()) is not None:
             record["valid_loss"] = valid_loss
         return record
 

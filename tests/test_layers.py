@@ -1,6 +1,7 @@
 """Import rules: layers only import downwards, optional packages stay in one file, nothing can run code it reads."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -208,3 +209,22 @@ def test_every_public_name_can_be_loaded():
 
     for name in megaresnorm.__all__:
         assert getattr(megaresnorm, name) is not None
+
+
+def test_who_a_process_is_is_read_from_the_environment_in_one_file():
+    """Variables of launchers; what compilers, caches and child processes take is theirs (build.py, english.py, ...)."""
+    names = r"RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|NODE_RANK|NODES|RANKS_PER_NODE|JOB_ID"
+    names += r"|MAX_RESTARTS|TORCHELASTIC_\w+|PET_\w+|SLURM_\w+|OMPI_\w+|MEGARESNORM_(LAUNCHER|ELASTIC|MAX_RESTARTS)"
+    reads = re.compile(rf"(environ|getenv|variables|found)(\.get)?[\[(]\s*[\"'](?:{names})[\"']")
+    files = {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if reads.search(path.read_text())}
+    assert files == {"parallel/environment.py"}
+    touched = {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if "environ" in path.read_text()}
+    of_environ = {name for name in touched if "os.environ" in (ROOT / name).read_text()}
+    assert of_environ == {
+        "parallel/environment.py",
+        "resilience/supervisor.py",  # passes it on to torchrun
+        "kernels/cpu/build.py",  # CC and the cache folder
+        "data/english.py",  # the cache folder
+        "data/prepare.py",  # sets what a tokenizer's library reads
+        "cli/convert.py",  # sets what Transformers reads
+    }

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from megaresnorm.checkpoint.state import EngineState
 from megaresnorm.data.loader import Batch, Place, StepBatch
 from megaresnorm.engines.engine import StepStats
 from megaresnorm.engines.state import FullState, clipper_slices, placements
+from megaresnorm.engines.step_vector import own_squares, sum_over_ranks, whole_norms
 from megaresnorm.errors import CheckpointError
 from megaresnorm.model.dropout import DropoutKey
 from megaresnorm.model.transformer import Transformer
@@ -133,19 +135,20 @@ class NativeEngine:
             loss = self._backward(batch, tokens)
             gradients = self._optimizer.collect(per_parameter=self._clipper.clips_each) if tokens else []
             following = (None, lambda: 0) if batch.following is None else batch.following
-            norms = self._norms(gradients)
-            vector = self._summed(loss, self._own_squares(gradients, norms), float(stop()), following[1]())
-            if tokens:
-                self._update(gradients, norms, vector, tokens, lr)
+            norms = gradient_norms([gradient.tensor for gradient in gradients]) if tokens else None
+            squares = None if norms is None else own_squares(gradients, norms, self.context)
+            vector = sum_over_ranks(self.context, loss, squares, stops=stop(), tokens=following[1]())
+            if norms is not None:
+                self._update(gradients, norms, vector, lr)
             self._optimizer.zero_grad()
-            loss_sum, squares, stops, next_tokens = vector.tolist()
+            loss_sum, total, stops, next_tokens = vector.tolist()
         self._counted = None if following[0] is None else (following[0], int(next_tokens))
         if not tokens:  # nothing was to be learned: neither moments nor decay may move a weight
             return StepStats(None, 0.0, 0, applied=False, stop=stops > 0)
-        applied = _is_finite(loss_sum) and _is_finite(squares)
+        applied = isfinite(loss_sum) and isfinite(total)
         self._updates += applied
         self._clipper.steps += applied and self._clipper.clips_each
-        return StepStats(loss_sum / tokens, squares**0.5, tokens, applied, stop=stops > 0)
+        return StepStats(loss_sum / tokens, total**0.5, tokens, applied, stop=stops > 0)
 
     def gradients(self, batch: StepBatch) -> tuple[float, int]:
         """Put the reduced gradients of one global batch into the parameters' ``grad``. Collective.
@@ -159,7 +162,7 @@ class NativeEngine:
             ``reduce_gradients`` send.
         """
         tokens = self._valid_tokens(batch)
-        total = self._summed(self._backward(batch, tokens), None, 0.0, 0).tolist()[0]
+        total = sum_over_ranks(self.context, self._backward(batch, tokens)).tolist()[0]
         return total / max(tokens, 1), tokens
 
     @torch.no_grad()
@@ -175,7 +178,7 @@ class NativeEngine:
             loss = self._no_loss()
             for part in batch.microbatches:
                 loss += self._losses(self.model, part, None, 1.0)[0]
-        total, _, _, tokens = self._summed(loss, None, 0.0, batch.num_valid).tolist()
+        total, _, _, tokens = sum_over_ranks(self.context, loss, tokens=batch.num_valid).tolist()
         return total / tokens if tokens else None
 
     def state(self) -> EngineState:
@@ -295,52 +298,16 @@ class NativeEngine:
         rows = batch.samples.unsqueeze(1) * seq_len + torch.arange(seq_len, device=batch.samples.device)
         return DropoutKey(self._seed, rows.flatten())
 
-    def _norms(self, gradients: list[Gradient]) -> Tensor | None:
-        """Norms of this rank's shares of the gradients, [n] FP64; None without gradients."""
-        return gradient_norms([gradient.tensor for gradient in gradients]) if gradients else None
-
-    def _own_squares(self, gradients: list[Gradient], norms: Tensor | None) -> Tensor | None:
-        """This rank's part of the sum of squares, such that all ranks together count each element once."""
-        if norms is None:
-            return None
-        own = self._shares([gradient.placement for gradient in gradients], norms, copies=False)
-        return (norms * own).square().sum() if self.context.dp_replicate.rank == 0 else None
-
-    def _shares(self, places: list[GradientPlacement], norms: Tensor, *, copies: bool) -> Tensor:
-        """1 for each gradient whose share on this rank counts, else 0: what ranks of tp have alike counts on one."""
-        first = self.context.tp.rank == 0
-        return norms.new_tensor([(place.split or first) and (copies or not place.copy) for place in places])
-
-    def _summed(self, loss: Tensor, squares: Tensor | None, stop: float, next_tokens: int) -> Tensor:
-        """The step's numbers [4] over all ranks: loss, squares, ranks that ask to stop, tokens of the next step."""
-        context = self.context
-        one_of_stage = context.tp.rank == 0
-        counts = next_tokens if one_of_stage and context.pp.rank == 0 else 0
-        vector = loss.new_tensor([0.0, 0.0, stop, counts])
-        if one_of_stage:
-            vector[0] = loss
-        if squares is not None:
-            vector[1] = squares
-        return all_reduce(vector, context.world)
-
     @torch.no_grad()
-    def _update(self, gradients: list[Gradient], norms: Tensor | None, vector: Tensor, tokens: int, lr: float) -> None:
+    def _update(self, gradients: list[Gradient], norms: Tensor, vector: Tensor, lr: float) -> None:
         """Clip and update; a no-op where the step's loss or norm is not finite."""
-        assert norms is not None
         total = vector[1].sqrt()
         refused = (~vector[:2].isfinite()).any().float()
         if self._clipper.clips_each:
-            tensors, places = zip(*gradients, strict=True)
-            squares = all_reduce(
-                (norms * self._shares(list(places), norms, copies=True)).square(), self.context.model_shards
-            )
-            self._clipper.clip_each(tensors, squares.sqrt(), total, refused)
+            whole = whole_norms(gradients, norms, self.context)
+            self._clipper.clip_each([gradient.tensor for gradient in gradients], whole, total, refused)
         self._optimizer.step(lr, divisor=self._clipper.divisor(total), refused=refused)
         self.weights_changed()
-
-
-def _is_finite(number: float) -> bool:
-    return abs(number) != float("inf") and number == number
 
 
 @contextmanager

@@ -9,7 +9,6 @@ N query heads   K key/value heads   H head width
 
 import functools
 import inspect
-from collections.abc import Callable
 from math import inf
 from typing import Any, Protocol
 
@@ -220,7 +219,7 @@ def sdpa_attention(
     segments on GPUs.
     """
     assert softcap is None, "registered without"
-    if segments is not None and q_BSNH.is_cuda and q_BSNH.dtype in (torch.bfloat16, torch.float16) and varlen_attn:
+    if segments is not None and q_BSNH.is_cuda and q_BSNH.dtype in (torch.bfloat16, torch.float16):
         return _varlen_attention(q_BSNH, k_BCKH, v_BCKH, segments, causal, scale)
     q, k, v = (t.transpose(1, 2) for t in (q_BSNH, k_BCKH, v_BCKH))
     if q.device.type == "cpu":
@@ -239,25 +238,19 @@ def sdpa_attention(
     return y.transpose(1, 2), None
 
 
-varlen_attn: Callable[..., Any] | None
-try:
-    from torch.nn.attention.varlen import AuxRequest, varlen_attn
-except ImportError:  # before torch 2.10
-    varlen_attn = None
-
-
 def _varlen_attention(
     q_BSNH: Tensor, k_BCKH: Tensor, v_BCKH: Tensor, segments: Segments, causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """Every segment as a sequence of its own, by torch's flash attention for sequences of several lengths."""
-    assert varlen_attn is not None
+    from torch.nn.attention import varlen  # a second's imports, for GPUs alone
+
     batch, seq, heads, width = q_BSNH.shape
-    known = inspect.signature(varlen_attn).parameters
+    known = inspect.signature(varlen.varlen_attn).parameters
     if "scale" not in known and scale is not None:  # torch 2.11
         q_BSNH = q_BSNH * (scale * width**0.5)
     bounds, longest = segments.lengths()
     q, k, v = (t.flatten(0, 1) for t in (q_BSNH, k_BCKH, v_BCKH))
-    options: dict[str, Any] = {"return_aux": AuxRequest(lse=True)}
+    options: dict[str, Any] = {"return_aux": varlen.AuxRequest(lse=True)}
     options |= {"is_causal": causal} if "is_causal" in known else {"window_size": (-1, 0) if causal else (-1, -1)}
     if "scale" in known:
         options["scale"] = scale
@@ -265,7 +258,7 @@ def _varlen_attention(
         options["enable_gqa"] = k.shape[1] != heads
     elif k.shape[1] != heads:
         k, v = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (k, v))
-    y, lse_NT = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+    y, lse_NT = varlen.varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
     return y.view(batch, seq, heads, width), lse_NT.detach().view(heads, batch, seq).transpose(0, 1)
 
 

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.nn.attention import varlen
 
 from megaresnorm.kernels import attention
 from megaresnorm.kernels.attention import (
@@ -196,7 +197,7 @@ def test_torchs_kernel_for_segments_is_given_their_bounds(monkeypatch):
         ]
         return torch.cat([y[0] for y, _ in parts]), torch.cat([lse[0] for _, lse in parts], dim=1)
 
-    monkeypatch.setattr(attention, "varlen_attn", one_by_one)
+    monkeypatch.setattr(varlen, "varlen_attn", one_by_one)
     q, k, v = inputs(6, 6)
     segments = Segments(torch.tensor([[0, 0, 1, 1, 1, 3], [2, 2, 2, 2, 2, 2]]))
     got = attention._varlen_attention(q, k, v, segments, True, 0.3)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from cases import LAYOUTS, SEQ, VOCAB, build, make_recipe
 
 from megaresnorm.data.loader import Loader, Place, StepBatch
-from megaresnorm.engines import native
+from megaresnorm.engines import native, step_vector
 from megaresnorm.parallel import transport
 from megaresnorm.parallel.mesh import ParallelContext
 from megaresnorm.recipe import Recipe
@@ -68,7 +68,7 @@ def counted(rank: int, recipe: Recipe, steps: int = 3) -> list[tuple[dict, int, 
         own[f"{axis.name} {list(x.shape)}"] += 1
         return real(x, axis, **options)
 
-    native.all_reduce = all_reduce
+    native.all_reduce = step_vector.all_reduce = all_reduce
     for module, name, place in (
         (transport, "all_gather_single", 1), (dist, "all_reduce", 0), (dist, "all_to_all_single", 1),
     ):  # fmt: skip
