@@ -194,10 +194,15 @@ def test_importing_the_package_or_its_help_loads_no_heavy_package():
 def test_a_model_that_is_not_sharded_needs_no_fsdp_and_no_pipelining():
     """They take a second to import."""
     script = (
-        "import sys, megaresnorm.run\n"
-        "from megaresnorm.assemble import build_model\n"
-        "from megaresnorm.recipe import ModelRecipe\n"
-        "build_model(ModelRecipe(dim=8, num_blocks=1, num_heads=1, seq_len=4, vocab_size=8))\n"
+        "import sys, torch, megaresnorm.run\n"
+        "from megaresnorm.data.loader import Batch, StepBatch\n"
+        "from megaresnorm.engines.native import NativeEngine\n"
+        "from megaresnorm.recipe.load import build_recipe\n"
+        "model = {'dim': 8, 'num_blocks': 1, 'num_heads': 1, 'seq_len': 4, 'vocab_size': 8}\n"
+        "train = {'output': 'none', 'steps': 1}\n"
+        "engine = NativeEngine(build_recipe({'model': model, 'data': {'path': 'none'}, 'train': train}))\n"
+        "tokens = torch.zeros((2, 4), dtype=torch.int64)\n"
+        "assert engine.step(StepBatch.of([Batch(tokens, tokens, torch.arange(2))]), 1e-3).applied\n"
         "heavy = {f'torch.distributed.{name}' for name in ('fsdp', 'tensor', 'pipelining')} | {'torch._dynamo'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )

@@ -76,13 +76,13 @@ class AddNorm:
         Returns:
             The trunk norm(alpha * x + gate * branch_norm(delta)), and the branch input next_norm(trunk).
         """
-        trunk, u = self._run(stream, norm, next_norm, branch_norm, self.compute_dtype)
+        trunk, u = self.layout.add_norm(self.kernel, self._args(stream, norm, branch_norm, next_norm, reads=True))
         assert u is not None
         return trunk, u
 
     def trunk(self, stream: Stream, norm: Norm | None = None, *, branch_norm: Norm | None = None) -> Tensor:
         """Close the stream's add where no branch reads it."""
-        return self._run(stream, norm, None, branch_norm, None)[0]
+        return self.layout.add_norm(self.kernel, self._args(stream, norm, branch_norm, None, reads=False))[0]
 
     def normalize(self, x: Tensor, norm: Norm) -> Tensor:
         """One norm by itself, over the last dim, computed in FP32 and returned in x's type and layout."""
@@ -90,27 +90,26 @@ class AddNorm:
         args = AddNormArgs(flat, norm=norm.weights(), residual_dtype=x.dtype, out_dtype=None)
         return self.layout.add_norm(self.kernel, args)[0].view(x.shape)
 
-    def _run(
+    def _args(
         self,
         stream: Stream,
         norm: Norm | None,
-        next_norm: NormWeights | None,
         branch_norm: Norm | None,
-        out_dtype: torch.dtype | None,
-    ) -> tuple[Tensor, BranchInput | None]:
-        x, delta, alpha, gate = stream
-        args = AddNormArgs(
-            x,
-            delta,
-            alpha=alpha,
-            gate=gate,
+        next_norm: NormWeights | None,
+        *,
+        reads: bool,
+    ) -> AddNormArgs:
+        return AddNormArgs(
+            stream.x,
+            stream.delta,
+            alpha=stream.alpha,
+            gate=stream.gate,
             branch_norm=None if branch_norm is None else branch_norm.weights(),
             norm=None if norm is None else norm.weights(),
             next_norm=next_norm,
             residual_dtype=self.residual_dtype,
-            out_dtype=out_dtype,
+            out_dtype=self.compute_dtype if reads else None,
         )
-        return self.layout.add_norm(self.kernel, args)
 
 
 class Kernels(NamedTuple):

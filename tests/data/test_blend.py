@@ -14,6 +14,7 @@ from megaresnorm.data.loader import Loader, Place
 from megaresnorm.data.prepare import PrepareJob, prepare
 from megaresnorm.data.samples import BlendedSamples, PackedSamples, open_data, open_samples, resolve_vocab
 from megaresnorm.errors import ConfigError, DataError
+from megaresnorm.kernels.cpu import build
 from megaresnorm.model.topology import TOPOLOGIES
 from megaresnorm.parallel.mesh import Axis, ParallelContext
 from megaresnorm.recipe import ModelRecipe, PrecisionRecipe
@@ -199,6 +200,32 @@ def test_a_masked_document_is_computed_as_if_it_were_alone(topology, positions, 
     for name, p in model.named_parameters():
         torch.testing.assert_close(got[name], p.grad, rtol=0, atol=1e-10 * max(1.0, p.grad.abs().max().item()))
     assert not torch.allclose(model(tokens).view(2, 24, -1)[0, 7:], packed[0, 7:])
+
+
+@pytest.mark.skipif(build.unavailable() is not None, reason="no C compiler")
+def test_documents_make_no_mask_where_a_kernel_knows_them():
+    """No tensor whose last two dims are S x S is made, forward or backward; torch's kernel on CPUs needs one."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    from megaresnorm.recipe import KernelRecipe
+
+    seq, made = 101, []
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            made.extend(tuple(t.shape) for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+            return out
+
+    recipe = ModelRecipe(dim=16, num_blocks=2, num_heads=2, seq_len=seq, vocab_size=64)
+    documents = torch.arange(seq).view(1, seq) // 17
+    for backend, dense in (("cpu", False), ("sdpa", True)):
+        model = build_model(recipe, kernels=KernelRecipe(attention=backend)).model
+        made.clear()
+        with Shapes():
+            model(torch.zeros((1, seq), dtype=torch.long), documents_BS=documents).sum().backward()
+        assert made and any(shape[-2:] == (seq, seq) for shape in made) == dense, backend
 
 
 def test_masking_takes_no_loss_across_a_boundary_and_trains(blended, three):
