@@ -33,7 +33,7 @@ from megaresnorm.parallel.mesh import ParallelContext, Sizes
 from megaresnorm.parallel.pipeline import Pipeline
 from megaresnorm.parallel.shared_memory import SharedMemory
 from megaresnorm.parallel.stages import bubble
-from megaresnorm.recipe import Recipe
+from megaresnorm.recipe import Recipe, RecomputeRecipe
 from megaresnorm.recipe.load import build_recipe
 from megaresnorm.testing import run_ranks
 
@@ -43,6 +43,8 @@ TENSOR_LAYOUTS: dict[str, dict] = {
     "columns, merge": {"tp": 2, "tensor_layout": "columns", "columns_norm": "merge"},
     "columns, gather": {"tp": 2, "tensor_layout": "columns", "columns_norm": "gather"},
 }
+KEEP = {f"{name}, keep": parallel for name, parallel in TENSOR_LAYOUTS.items() if name != "full"}
+CHUNKS = {f"columns, merge in {n}": TENSOR_LAYOUTS["columns, merge"] | {"merge_chunks": n} for n in (2, 4)}
 FORWARD, BACKWARD = 0.03, 0.06  # seconds that a rank's stages sleep together for a microbatch
 
 
@@ -97,7 +99,8 @@ def print_blocks(rounds: int) -> None:
 def block_milliseconds(rank: int, dim: int, seq_len: int, num_blocks: int, rounds: int) -> dict[str, float]:
     """Of one sequence; all ranks start together."""
     runs = {"one rank": block_runner(dim, seq_len, num_blocks, {}, 1)}
-    runs |= {name: block_runner(dim, seq_len, num_blocks, p, 2) for name, p in TENSOR_LAYOUTS.items()}
+    for name, parallel in (TENSOR_LAYOUTS | KEEP | CHUNKS).items():
+        runs[name] = block_runner(dim, seq_len, num_blocks, parallel, 2, keeps=name in KEEP)
     seconds: dict[str, list[float]] = defaultdict(list)
     for turn in range(rounds + 1):
         for name, run in runs.items():
@@ -110,8 +113,13 @@ def block_milliseconds(rank: int, dim: int, seq_len: int, num_blocks: int, round
     return {name: 1e3 * statistics.median(values) / num_blocks for name, values in seconds.items()}
 
 
-def block_runner(dim: int, seq_len: int, num_blocks: int, parallel: dict, num_ranks: int) -> Callable[[], None]:
-    assembled = assemble(make_recipe(dim, seq_len, num_blocks, parallel), num_ranks).assembled
+def block_runner(
+    dim: int, seq_len: int, num_blocks: int, parallel: dict, num_ranks: int, *, keeps: bool = False
+) -> Callable[[], None]:
+    recipe = make_recipe(dim, seq_len, num_blocks, parallel)
+    if keeps:
+        recipe = recipe.model_copy(update={"recompute": RecomputeRecipe(gathered="keep")})
+    assembled = assemble(recipe, num_ranks).assembled
     model, layout = assembled.model, assembled.layout
     rows = model.rows(torch.zeros((1, seq_len), dtype=torch.int64))
     x = torch.randn(layout.tokens(torch.zeros(seq_len)).shape[0], layout.width(dim)).requires_grad_()

@@ -29,12 +29,16 @@ REFERENCE_KERNELS = {
     "activation": "reference",
     "cross_entropy": "reference",
 }
-LAYOUTS: dict[str, tuple[int, dict]] = {  # ranks, and the section `parallel` of our recipe
+# Ranks, and the section `parallel` of our recipe; with -keep linears keep the rows that they have gathered.
+LAYOUTS: dict[str, tuple[int, dict]] = {
     "1": (1, {}),
     "tp2": (2, {"tp": 2}),
     "tp2-tokens": (2, {"tp": 2, "tensor_layout": "tokens"}),
     "tp2-gather": (2, {"tp": 2, "tensor_layout": "columns", "columns_norm": "gather"}),
     "tp2-merge": (2, {"tp": 2, "tensor_layout": "columns", "columns_norm": "merge"}),
+    "tp2-tokens-keep": (2, {"tp": 2, "tensor_layout": "tokens"}),
+    "tp2-gather-keep": (2, {"tp": 2, "tensor_layout": "columns", "columns_norm": "gather"}),
+    "tp2-merge-keep": (2, {"tp": 2, "tensor_layout": "columns", "columns_norm": "merge"}),
     "pp2": (2, {"pp": 2}),
     "pp2-interleaved": (2, {"pp": 2, "pipeline": "interleaved"}),
     "dp2": (2, {}),
@@ -152,7 +156,7 @@ def serve(name: str, mode: str, shape: dict, folder: str, layout: str, rank: int
     weights_file = Path(folder, "weights.safetensors")
     step: Callable[[Tensor, Tensor], float]
     if name.startswith(OURS):
-        engine = build_ours(made, mode, {} if name == OURS else REFERENCE_KERNELS, parallel, num_ranks)
+        engine = build_ours(made, mode, {} if name == OURS else REFERENCE_KERNELS, layout, num_ranks)
         if name == OURS and num_ranks == 1:
             save_file({n: t.clone() for n, t in engine.full_state().items()}, weights_file)
         logits = engine.model if num_ranks == 1 else None
@@ -180,7 +184,7 @@ def serve(name: str, mode: str, shape: dict, folder: str, layout: str, rank: int
         answer = timed(step, data, steps) if request["what"] == "time" else profiled(step, data, steps)
 
 
-def build_ours(shape: Shape, mode: str, kernels: dict[str, str], parallel: dict, num_ranks: int) -> NativeEngine:
+def build_ours(shape: Shape, mode: str, kernels: dict[str, str], layout: str, num_ranks: int) -> NativeEngine:
     wiring = (
         {"norm": "layernorm", "positions": "learned", "ffn": "gelu", "bias": True}
         if shape.architecture == "gpt2"
@@ -195,7 +199,8 @@ def build_ours(shape: Shape, mode: str, kernels: dict[str, str], parallel: dict,
             "train": {"output": "none", "steps": 1, **batch},
             "precision": {"compute": mode},
             "kernels": kernels,
-            "parallel": parallel,
+            "parallel": LAYOUTS[layout][1],
+            "recompute": {"gathered": "keep"} if layout.endswith("-keep") else {},
         }
     )
     context = ParallelContext.create(check_layout(recipe, num_ranks), "cpu")
