@@ -113,8 +113,10 @@ class FusedAttention(Protocol):
 
         Args:
             qkv_BSJH: [B, S, J, H], heads of q, then of k, then of v; J is N + 2 kv_heads.
-            cos, sin: as ``rotate`` takes them; None for no rotation.
-            segments, scale: as of ``AttentionKernel``.
+            cos: as ``rotate`` takes it; None for no rotation.
+            sin: likewise.
+            segments: as of ``AttentionKernel``.
+            scale: likewise.
 
         Returns:
             As ``AttentionKernel``.

@@ -207,7 +207,8 @@ def tensor_layout(
 
     Args:
         name: full, tokens or columns.
-        gather, norm: as of ``ColumnsLayout``; the other layouts do not need them.
+        gather: as of ``ColumnsLayout``; the other layouts do not need it.
+        norm: likewise.
         keeps: as of ``TensorLayout``.
     """
     if name == "columns":
