@@ -11,7 +11,7 @@ from math import ceil
 from typing import NamedTuple
 
 from megaresnorm.checkpoint.format import human_bytes
-from megaresnorm.layout import check_layout, split_stages
+from megaresnorm.layout import check_layout, gathers_stream, split_stages
 from megaresnorm.model.activations import Activations, BlockKind
 from megaresnorm.model.parameters import parameter_table
 from megaresnorm.model.specs import ParameterSpec
@@ -342,6 +342,8 @@ class _Accounts:
         blocks = Counter(self.kinds[block] for block in stage.blocks)
         divides_stream = self.recipe.parallel.tensor_layout != "full"
         keeps = not divides_stream or self.recipe.recompute.gathered == "keep"
+        if self.recipe.train.compile != "none" and self.recipe.parallel.tensor_layout == "columns":
+            keeps = keeps or gathers_stream(self.recipe.parallel, self.recipe.precision)
         of = Activations(self.model, self.sizes.tp, divides_stream, keeps, self.compute, self.stream)
         sizes = {kind: of.of_block(kind) for kind in blocks}
         kept = sum(count * sizes[kind] for kind, count in blocks.items())

@@ -18,7 +18,6 @@ from megaresnorm.recipe import OptimRecipe
 
 SMALL = 1 << 16  # elements; below this, calling an operation costs about as much as its work
 SMALLEST_EPS = torch.finfo(torch.float32).tiny  # below it AdamW divides zero by zero
-NORM_PIECE = 1 << 16  # elements whose squares may be added in FP32: the error is below 1e-6
 
 
 class GradientPlacement(NamedTuple):
@@ -190,6 +189,10 @@ class Optimizer:
         """The tensors of all groups, in their order."""
         return [tensor for group in self.groups for tensor in group.tensors]
 
+    def placements(self, *, per_parameter: bool = False) -> list[GradientPlacement]:
+        """Placements of the gradients that ``collect`` returns, in their order."""
+        return self._placements if per_parameter else [g.placement for g in self.groups for _ in g.tensors]
+
     def updated_as(self, parameter: nn.Parameter) -> nn.Parameter:
         """The tensor that the rule updates in place of a parameter of the model."""
         return self._slices.get(parameter, (self._locals.get(parameter, parameter), 0))[0]
@@ -331,19 +334,3 @@ def check_eps(recipe: OptimRecipe, table: Mapping[str, ParameterSpec]) -> None:
                 f"optim.eps={recipe.eps:g} times {multiplier:g}, the topology's multiplier for {name}, is no normal "
                 f"number in FP32; wanted at least {SMALLEST_EPS / multiplier:.1e}"
             )
-
-
-def gradient_norms(gradients: Sequence[Tensor]) -> Tensor:
-    """L2 norm of every gradient, [n] FP64. The norm of all of them together is the norm of this vector.
-
-    On CPUs torch adds the squares of a whole tensor in FP32, which loses 4e-3 of the norm of 5e7 numbers. Pieces of
-    NORM_PIECE numbers keep seven digits; their squares are added in FP64, so that the norm does not depend on how
-    tensors are packed.
-    """
-    pieces = [piece for g in gradients for piece in (g.flatten().split(NORM_PIECE) if g.is_cpu else (g,))]
-    norms = torch.stack(torch._foreach_norm(pieces)).double()
-    if len(pieces) == len(gradients):
-        return norms
-    counts = torch.tensor([max(1, -(-g.numel() // NORM_PIECE)) for g in gradients])
-    of_gradient = torch.repeat_interleave(torch.arange(len(gradients)), counts)
-    return norms.new_zeros(len(gradients)).index_add_(0, of_gradient, norms.square()).sqrt()

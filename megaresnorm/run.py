@@ -18,9 +18,10 @@ from megaresnorm.checkpoint.resume import check_same_run, open_newest, open_weig
 from megaresnorm.checkpoint.retention import Retention
 from megaresnorm.checkpoint.saver import Saver
 from megaresnorm.checkpoint.state import RunState, state_of
-from megaresnorm.data.loader import Loader, Place, StepBatch
+from megaresnorm.data.loader import Loader, SampleRange, StepBatch
 from megaresnorm.data.samples import Samples
-from megaresnorm.engines.engine import Engine, make_engine
+from megaresnorm.engines import make_engine
+from megaresnorm.engines.engine import Engine
 from megaresnorm.errors import NonFiniteError, TrainingError, UserError
 from megaresnorm.generate import generate
 from megaresnorm.opening import Opened, note_progress, open_recipe
@@ -140,10 +141,10 @@ class Run:
     def next_batch(self) -> StepBatch:
         """This rank's share of the next step; that of the one after it begins to be read."""
         train, done = self.recipe.train, self.steps_done
-        place, following = Place(self.samples_done, batch_size(done, train)), None
+        samples, following = SampleRange(self.samples_done, batch_size(done, train)), None
         if done + 1 < train.steps:
-            following = Place(self.samples_done + place.num_samples, batch_size(done + 1, train))
-        return self.loader.step(place, following)
+            following = SampleRange(self.samples_done + samples.num_samples, batch_size(done + 1, train))
+        return self.loader.step(samples, following)
 
     def step_is_done(self) -> None:
         """Count the step whose batch ``next_batch`` has given."""
@@ -171,7 +172,7 @@ class Run:
         if self.valid is None:
             return None
         count = min(self.recipe.train.eval_samples, self.valid.per_epoch)
-        loss = self.engine.evaluate(self._loader(self.valid).load(Place(0, count)))
+        loss = self.engine.evaluate(self._loader(self.valid).load(SampleRange(0, count)))
         if loss is None:
             raise TrainingError(
                 f"none of the {count} validation samples has a label (data.mask_documents, documents of one token); "

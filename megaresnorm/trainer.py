@@ -75,7 +75,7 @@ class Trainer:
         metrics = run.open_metrics()
         self._stop = stop
         stop.begin(train.max_minutes)
-        stopped = run.largest(stop.exit_code)
+        stopped = run.largest(stop.exit_code) if run.steps_done < train.steps else 0
         try:
             with progress_bar("training", train.steps, run.steps_done) as progress:
                 while run.steps_done < train.steps and not stopped:
@@ -84,10 +84,12 @@ class Trainer:
                         metrics.write(run.steps_done - 1, record)
                     if self._due(train.log_every) or "valid_loss" in record:
                         log.info(step_line(run.steps_done, train.steps, record))
-                    if self._due(run.recipe.checkpoint.every):
+                    if saves := self._due(run.recipe.checkpoint.every):
                         run.save()
                     progress.advance(progress.task_ids[0])
-                    stopped = run.largest(stop.exit_code) if self._asked_to_stop else 0
+                    # A signal of the step came with its vector; what takes time beside a step is asked about here.
+                    asks = self._asked_to_stop or saves or "valid_loss" in record
+                    stopped = run.largest(stop.exit_code) if asks and run.steps_done < train.steps else 0
         finally:
             if metrics is not None:
                 metrics.close()

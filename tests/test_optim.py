@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from megaresnorm.assemble import build_model
+from megaresnorm.engines.step_vector import gradient_norms
 from megaresnorm.errors import ConfigError
 from megaresnorm.model.parameters import parameter_table
 from megaresnorm.model.specs import ParameterSpec, Part
-from megaresnorm.optim import GradientClipper, Optimizer, check_eps, gradient_norms
+from megaresnorm.optim import GradientClipper, Optimizer, check_eps
 from megaresnorm.recipe import ModelRecipe, OptimRecipe, TopologyOptions
 from megaresnorm.schedule import batch_size, learning_rate, total_variation
 
@@ -101,16 +102,19 @@ def test_adagc_remembers_nothing_of_a_refused_step():
     assert torch.equal(clipper.averages, before) and clipper.steps == 1
 
 
+@pytest.mark.parametrize("size", [5, 1 << 17])  # packed with others, and by itself
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_refused_update_changes_nothing_and_is_not_counted(dtype):
+def test_a_refused_update_changes_nothing_and_is_not_counted(dtype, size):
     """Weights, state and bias correction: the step after it is the one that it would have been without."""
     found = []
     for steps in (["good", "good"], ["good", "refused", "good"]):
-        p = torch.nn.Parameter(torch.linspace(-1, 1, 5, dtype=dtype))
-        optimizer = Optimizer({"w": p}, {"w": ParameterSpec("w", (5,), (Part("norm", 5),), decay=True)}, OptimRecipe())
+        p = torch.nn.Parameter(torch.linspace(-1, 1, size, dtype=dtype))
+        optimizer = Optimizer(
+            {"w": p}, {"w": ParameterSpec("w", (size,), (Part("norm", size),), decay=True)}, OptimRecipe()
+        )
         for kind in steps:
             bad = kind == "refused"
-            p.grad = torch.full_like(p, float("nan")) if bad else torch.linspace(1, 2, 5, dtype=dtype)
+            p.grad = torch.full_like(p, float("nan")) if bad else torch.linspace(1, 2, size, dtype=dtype)
             optimizer.collect()
             before = p.detach().clone()
             divisor = torch.tensor(float("nan") if bad else 1.25, dtype=torch.float64)

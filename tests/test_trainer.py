@@ -19,7 +19,7 @@ from digests import engine_digest
 from megaresnorm.checkpoint import writer
 from megaresnorm.checkpoint.manifest import encode_manifest
 from megaresnorm.cli import main
-from megaresnorm.data.loader import Place, StepBatch
+from megaresnorm.data.loader import SampleRange, StepBatch
 from megaresnorm.engines.engine import StepStats
 from megaresnorm.errors import CheckpointError, StoppedError, TrainingError
 from megaresnorm.kernels.cpu.build import unavailable
@@ -237,7 +237,7 @@ def test_every_topology_trains_through_the_whole_program(tiny, topology):
 
 def one_step_gradients(recipe, count=16):
     run = opened(recipe)
-    loss, _ = run.engine.gradients(run.loader.load(Place(0, count)))
+    loss, _ = run.engine.gradients(run.loader.load(SampleRange(0, count)))
     return loss, {n: p.grad for n, p in run.engine.model.named_parameters()}
 
 
@@ -255,7 +255,7 @@ def test_microbatches_do_not_change_loss_gradients_or_dropout(tiny):
 def test_loss_is_the_mean_over_valid_tokens_of_unequal_microbatches(tiny):
     """One microbatch with 1 valid label and one with 31: a mean of their means would weigh the one label 31 times."""
     run = opened(tiny(precision={"compute": "fp64"}))
-    (first,), (second,) = (run.loader.load(Place(position, 4)).microbatches for position in (0, 4))
+    (first,), (second,) = (run.loader.load(SampleRange(position, 4)).microbatches for position in (0, 4))
     labels = torch.full_like(first.labels, -1)
     labels[0, 3] = first.labels[0, 3]
     batches = [first._replace(labels=labels), second._replace(labels=second.labels.where(torch.arange(16) < 8, -1))]
@@ -297,6 +297,59 @@ def test_a_bad_gradient_changes_nothing_and_goes_on_for_a_while_only(tiny, caplo
         for _ in range(3):
             run.samples_done = 0
             Trainer(run).step()
+
+
+@pytest.mark.parametrize("clip", ["global", "adagc"])
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_a_refused_step_leaves_the_engine_as_it_was(tiny, clip, compute):
+    """Weights, moments, running averages of norms, counts and BF16 copies, after two good steps."""
+    adagc = {"adagc_warmup": 1} if clip == "adagc" else {}
+    run = opened(tiny(optim={"clip": clip, **adagc}, precision={"compute": compute}, train={"steps": 9}))
+    trainer = Trainer(run)
+    trainer.step(), trainer.step()
+
+    def everything():
+        tensors = {f"{g} {n}": s.local.clone() for g, m in run.engine.tensors.items() for n, s in m.items()}
+        copies = {f"copy {i}": c.clone() for one in run.engine._copies for i, c in enumerate(one._copies.values())}
+        return tensors | copies
+
+    before, state = everything(), run.engine.state()
+    weight = run.engine.model.blocks["1"].ffn.branch.down.weight
+    hook = weight.register_hook(lambda gradient: gradient * float("nan"))
+    trainer.step()
+    hook.remove()
+    assert run.skipped_in_a_row == 1 and run.engine.state() == state
+    assert all(torch.equal(before[name], tensor) for name, tensor in everything().items())
+    trainer.step()
+    assert run.skipped_in_a_row == 0 and run.engine.state().updates == state.updates + 1
+
+
+def test_a_signal_in_the_last_step_does_not_stop_a_run_that_is_done(tiny, monkeypatch):
+    recipe = tiny(train={"steps": 3, "max_minutes": 60})
+    real = Trainer.step
+
+    def step(trainer):
+        if trainer.run.steps_done == 2:
+            trainer._stop._end = 0.0  # the time limit passes in the last step
+        return real(trainer)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    summary = train(recipe)
+    assert summary.exit_code == 0 and summary.steps == 3 and summary.valid_loss is not None
+
+
+def test_a_signal_during_an_evaluation_is_obeyed_before_another_step(tiny, monkeypatch):
+    recipe = tiny(train={"steps": 6, "eval_every": 2})
+    real = Run.evaluate
+
+    def evaluate(run):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+        return real(run)
+
+    monkeypatch.setattr(Run, "evaluate", evaluate)
+    summary = train(recipe)
+    assert (summary.exit_code, summary.steps) == (143, 2)
 
 
 def test_evaluation_changes_nothing_and_repeats(tiny):
@@ -494,7 +547,7 @@ def test_z_loss_is_in_the_gradient_and_not_in_the_reported_loss(tiny):
     reported, with_z = one_step_gradients(tiny(**settings, train={"global_batch": 16, "z_loss": 0.1}))
     assert reported == pytest.approx(plain, rel=1e-12)
     run = opened(tiny(**settings))
-    (batch,) = run.loader.load(Place(0, 4)).microbatches
+    (batch,) = run.loader.load(SampleRange(0, 4)).microbatches
     assert not torch.allclose(with_z["head.weight"], without["head.weight"])
     logits = run.engine.model(batch.tokens)
     z = 0.1 * logits.logsumexp(-1).square().mean()

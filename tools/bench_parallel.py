@@ -208,7 +208,7 @@ def idle_share(rank: int, schedule: str, stages_per_rank: int, num_microbatches:
     return statistics.median(shares[1:])
 
 
-def sleeping_wire(batch: int) -> tuple[Tensor, ...]:
+def sleeping_wire(batch: int, seq: int) -> tuple[Tensor, ...]:
     return (torch.empty((batch, 4), device="meta"),)
 
 
@@ -246,6 +246,10 @@ def print_memory() -> None:
         print(
             f"{schedule:6} ", "  ".join(f"{peak / 2**20:7.2f}" for peak in run_ranks(4, activation_peak, schedule, 8))
         )
+    print("kept by one block for backward, D 256, T 1024, in units of T D elements; and of these whole rows [T, D]")
+    for name, parallel in (TENSOR_LAYOUTS | KEEP).items():
+        kept, whole = run_ranks(2, kept_by_block, parallel, name in KEEP)[0]
+        print(f"{name:22} {kept:7.3f} {whole:3}")
     print(
         "building a rank's part of a model: resident memory grown at most, its own parameters, "
         "the largest whole tensor, in MiB"
@@ -253,6 +257,24 @@ def print_memory() -> None:
     for name, parallel in {**BUILT, "one rank": {}}.items():
         grown, own, largest = run_ranks(2 if parallel else 1, building_peak, parallel)[0]
         print(f"{name:16} {grown / 2**20:7.1f} {own / 2**20:7.1f} {largest / 2**20:7.1f}")
+
+
+def kept_by_block(rank: int, parallel: dict, keeps: bool) -> tuple[float, int]:
+    """Elements that autograd keeps of a block, over T D, without parameters; and how many tensors [T, D] among them."""
+    rows, dim = 1024, 256
+    run = block_runner(dim, rows, 1, parallel, 2, keeps=keeps)
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter) and tensor._base is None:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    widths = [tuple(tensor.shape) for tensor in kept.values()]
+    elements = sum(tensor.untyped_storage().nbytes() // tensor.element_size() for tensor in kept.values())
+    return elements / (rows * dim), widths.count((rows, dim))
 
 
 BUILT: dict[str, dict] = {"tp 2": {"tp": 2}, "pp 2": {"pp": 2}, "dp_shard 2": {"dp_shard": 2}}

@@ -4,9 +4,10 @@ The loader's state is one integer, the samples consumed so far, whatever the num
 read again after a restart.
 """
 
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from math import ceil
+from concurrent.futures import Future
+from math import ceil, nan
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ class Batch(NamedTuple):
     documents: Tensor | None = None
 
 
-class Place(NamedTuple):
+class SampleRange(NamedTuple):
     """The samples of a step: ``num_samples`` on all ranks of dp together, after ``position`` others."""
 
     position: int
@@ -47,15 +48,16 @@ class StepBatch(NamedTuple):
         microbatches: each one forward and backward pass; for an engine that stacks, one batch of all of them.
         num_microbatches: number of equal parts that a stacking engine cuts its batch into.
         num_valid: labels of this share that are not -1.
-        place: of the samples; None for a batch from elsewhere.
-        following: the place of the next step and what waits for its ``num_valid``; None where nothing is read ahead.
+        samples: which these are; None for a batch from elsewhere.
+        following: the samples of the next step, and what waits for their ``num_valid``; None where nothing is read
+            ahead. It gives NaN where they could not be read, which is the error of the step that needs them.
     """
 
     microbatches: tuple[Batch, ...]
     num_microbatches: int
     num_valid: int
-    place: Place | None = None
-    following: tuple[Place, Callable[[], int]] | None = None
+    samples: SampleRange | None = None
+    following: tuple[SampleRange, Callable[[], float]] | None = None
 
     @classmethod
     def of(cls, microbatches: Sequence[Batch], stack: Callable[[int], int] | None = None) -> "StepBatch":
@@ -105,31 +107,37 @@ class Loader:
     ) -> None:
         self._samples, self._seq_len, self._context, self._device = samples, seq_len, context, device
         self._micro, self._mask_documents, self._stack = micro, mask_documents, stack
-        self._thread: ThreadPoolExecutor | None = None
-        self._ahead: tuple[Place, Future[_Read]] | None = None
+        self._ahead: tuple[SampleRange, Future[_Read]] | None = None
 
-    def load(self, place: Place) -> StepBatch:
+    def load(self, samples: SampleRange) -> StepBatch:
         """The share of these samples."""
-        return self._batch(place, self._read(place))
+        return self._batch(samples, self._read(samples))
 
-    def step(self, place: Place, following: Place | None) -> StepBatch:
+    def step(self, samples: SampleRange, following: SampleRange | None) -> StepBatch:
         """The share of these samples, while a thread begins to read those of the next step.
 
         Args:
             following: of the next step; None after the last.
         """
         ahead, self._ahead = self._ahead, None
-        read = ahead[1].result() if ahead is not None and ahead[0] == place else self._read(place)
-        batch = self._batch(place, read)
+        read = ahead[1].result() if ahead is not None and ahead[0] == samples else self._read(samples, pinned=True)
+        batch = self._batch(samples, read)
         if following is None:
             return batch
-        self._thread = self._thread or ThreadPoolExecutor(1, "loader")
-        future = self._thread.submit(self._read, following)
+        future: Future[_Read] = Future()
+        # Of its own, since an executor's would be waited for at the end of the process.
+        threading.Thread(target=self._read_into, args=(future, following), name="loader", daemon=True).start()
         self._ahead = following, future
-        return batch._replace(following=(following, lambda: future.result().num_valid))
+        return batch._replace(following=(following, lambda: nan if future.exception() else future.result().num_valid))
 
-    def _read(self, place: Place) -> _Read:
-        data, (position, count) = self._context.dp, place
+    def _read_into(self, future: "Future[_Read]", samples: SampleRange) -> None:
+        try:
+            future.set_result(self._read(samples, pinned=True))
+        except BaseException as e:  # noqa: BLE001  (raised in the thread that needs the samples)
+            future.set_exception(e)
+
+    def _read(self, samples: SampleRange, *, pinned: bool = False) -> _Read:
+        data, (position, count) = self._context.dp, samples
         numbers = list(range(position + data.rank, position + count, data.size))
         real, wanted = len(numbers), len(numbers)
         if self._context.world.size > 1:
@@ -137,7 +145,7 @@ class Loader:
         if self._stack is not None:
             wanted = self._stack(ceil(wanted / self._micro)) * self._micro
         numbers += [position] * (wanted - real)
-        pinned = self._device.type == "cuda"
+        pinned = pinned and self._device.type == "cuda"
         tokens, labels = (torch.empty((wanted, self._seq_len), dtype=torch.int64, pin_memory=pinned) for _ in range(2))
         documents = torch.empty_like(tokens, pin_memory=pinned) if self._mask_documents else None
         line = np.empty(self._seq_len + 1, dtype=np.int64)
@@ -154,14 +162,14 @@ class Loader:
         rows = Batch(tokens, labels, torch.tensor(numbers), documents)
         return _Read(rows, int((labels.numpy() >= 0).sum()))
 
-    def _batch(self, place: Place, read: _Read) -> StepBatch:
+    def _batch(self, samples: SampleRange, read: _Read) -> StepBatch:
         moved: list[Any] = [None if t is None else t.to(self._device, non_blocking=True) for t in read.rows]
         rows = Batch(*moved)
         if self._stack is not None:
-            return StepBatch((rows,), len(rows.tokens) // self._micro, read.num_valid, place)
+            return StepBatch((rows,), len(rows.tokens) // self._micro, read.num_valid, samples)
         parts: Any = zip(*(_split(t, self._micro, len(rows.tokens)) for t in rows), strict=True)
         microbatches = tuple(Batch(*part) for part in parts)
-        return StepBatch(microbatches, len(microbatches), read.num_valid, place)
+        return StepBatch(microbatches, len(microbatches), read.num_valid, samples)
 
 
 def _split(tensor: Tensor | None, size: int, total: int) -> tuple[Tensor | None, ...]:

@@ -4,16 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
 from megaresnorm.assemble import Assembled
 from megaresnorm.checkpoint.format import TensorSlices
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import EngineState
 from megaresnorm.data.loader import StepBatch
 from megaresnorm.model.transformer import Transformer
-from megaresnorm.parallel.mesh import ParallelContext
-from megaresnorm.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -97,14 +93,3 @@ class Engine(Protocol):
         Raises:
             CheckpointError: one is not; the line names it.
         """
-
-
-def make_engine(recipe: Recipe, context: ParallelContext, device: torch.device) -> Engine:
-    """The engine that ``engine.name`` asks for, with its model. Collective.
-
-    Args:
-        recipe: resolved, so that model.vocab_size is set.
-    """
-    from megaresnorm.engines.native import NativeEngine  # each engine imports what it alone needs
-
-    return {"native": NativeEngine}[recipe.engine.name](recipe, context, device)

@@ -14,14 +14,14 @@ from megaresnorm.assemble import build_model
 from megaresnorm.checkpoint.format import FINITE, TensorSlices, is_finite
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import EngineState
-from megaresnorm.data.loader import Batch, Place, StepBatch
+from megaresnorm.data.loader import Batch, SampleRange, StepBatch
 from megaresnorm.engines.engine import StepStats
 from megaresnorm.engines.state import FullState, clipper_slices, placements
-from megaresnorm.engines.step_vector import own_squares, sum_over_ranks, whole_norms
+from megaresnorm.engines.step_vector import gradient_norms, own_shares, own_squares, sum_over_ranks, whole_norms
 from megaresnorm.errors import CheckpointError
 from megaresnorm.model.dropout import DropoutKey
 from megaresnorm.model.transformer import Transformer
-from megaresnorm.optim import Gradient, GradientClipper, GradientPlacement, Optimizer, gradient_norms
+from megaresnorm.optim import Gradient, GradientClipper, GradientPlacement, Optimizer
 from megaresnorm.parallel.collectives import all_reduce
 from megaresnorm.parallel.data_parallel import grad_sync, local, pad_uneven_shards, replicate_model, shard_model
 from megaresnorm.parallel.gradients import reduce_gradients, reductions
@@ -76,8 +76,12 @@ class NativeEngine:
         partial = (p for name, p in self._parameters.items() if table[name].partial)
         self.reductions = reductions(partial, tied, tp=context.tp, embedding=context.embedding)
         self._clipper = GradientClipper(recipe.optim, len(self._parameters), assembled.device)
+        self._own = own_shares(
+            self._optimizer.placements(per_parameter=self._clipper.clips_each), context, assembled.device
+        )
         self._updates = 0
-        self._counted: tuple[Place, int] | None = None  # valid tokens of the next step, which the last one has summed
+        # The next step's samples and their valid tokens on all ranks, which the last step has summed.
+        self._counted: tuple[SampleRange | None, int] | None = None
         self._pipeline = self._make_pipeline(recipe) if context.pp.size > 1 else None
 
     def _sharding(self, recipe: Recipe) -> Callable[[Transformer], None]:
@@ -136,13 +140,14 @@ class NativeEngine:
             gradients = self._optimizer.collect(per_parameter=self._clipper.clips_each) if tokens else []
             following = (None, lambda: 0) if batch.following is None else batch.following
             norms = gradient_norms([gradient.tensor for gradient in gradients]) if tokens else None
-            squares = None if norms is None else own_squares(gradients, norms, self.context)
+            squares = None if norms is None else own_squares(norms, self._own)
             vector = sum_over_ranks(self.context, loss, squares, stops=stop(), tokens=following[1]())
             if norms is not None:
                 self._update(gradients, norms, vector, lr)
             self._optimizer.zero_grad()
             loss_sum, total, stops, next_tokens = vector.tolist()
-        self._counted = None if following[0] is None else (following[0], int(next_tokens))
+        known = following[0] is not None and isfinite(next_tokens)
+        self._counted = (following[0], int(next_tokens)) if known else None
         if not tokens:  # nothing was to be learned: neither moments nor decay may move a weight
             return StepStats(None, 0.0, 0, applied=False, stop=stops > 0)
         applied = isfinite(loss_sum) and isfinite(total)
@@ -233,7 +238,7 @@ class NativeEngine:
 
     def _valid_tokens(self, batch: StepBatch) -> int:
         """Number of valid labels on all ranks of dp."""
-        if self._counted is not None and self._counted[0] == batch.place:
+        if self._counted is not None and self._counted[0] == batch.samples:
             return self._counted[1]
         if self.context.dp.size == 1:
             return batch.num_valid
@@ -304,7 +309,7 @@ class NativeEngine:
         total = vector[1].sqrt()
         refused = (~vector[:2].isfinite()).any().float()
         if self._clipper.clips_each:
-            whole = whole_norms(gradients, norms, self.context)
+            whole = whole_norms(norms, self._own, self.context)
             self._clipper.clip_each([gradient.tensor for gradient in gradients], whole, total, refused)
         self._optimizer.step(lr, divisor=self._clipper.divisor(total), refused=refused)
         self.weights_changed()

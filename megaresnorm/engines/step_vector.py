@@ -1,18 +1,80 @@
-"""The few numbers of a step that all ranks need, in one small all-reduce, and the norms that go into it."""
+"""The few numbers of a step that all ranks need, in one small all-reduce, and the norms that go into it.
+
+Nothing here waits for a device, in either direction: a number is written by filling, and which gradients count on a
+rank is put into tensors once (``own_shares``).
+"""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from megaresnorm.optim import Gradient
+from megaresnorm.optim import GradientPlacement
 from megaresnorm.parallel.collectives import all_reduce
 from megaresnorm.parallel.mesh import ParallelContext
 
+NORM_PIECE = 1 << 16  # elements whose squares may be added in FP32: the error is below 1e-6
+
+
+class OwnShares(NamedTuple):
+    """Which gradients count on this rank, 1 or 0 FP64 each, in the optimizer's order.
+
+    Attributes:
+        of_tensor: whether a share counts in the norm of its tensor: what ranks of tp have alike does on the first.
+        of_all: likewise in the norm of all gradients: replicas, and copies of an embedding, count once.
+    """
+
+    of_tensor: Tensor
+    of_all: Tensor
+
+
+def own_shares(placements: Sequence[GradientPlacement], context: ParallelContext, device: torch.device) -> OwnShares:
+    """Which of the gradients so placed count on this rank."""
+    of_tensor = [place.split or context.tp.rank == 0 for place in placements]
+    first = context.dp_replicate.rank == 0
+    of_all = [counts and first and not place.copy for counts, place in zip(of_tensor, placements, strict=True)]
+    return OwnShares(*(torch.tensor(each, dtype=torch.float64, device=device) for each in (of_tensor, of_all)))
+
+
+def gradient_norms(gradients: Sequence[Tensor]) -> Tensor:
+    """L2 norm of every gradient, [n] FP64. The norm of all of them together is the norm of this vector.
+
+    On CPUs torch adds the squares of a whole tensor in FP32, which loses 4e-3 of the norm of 5e7 numbers. Pieces of
+    NORM_PIECE numbers keep seven digits; their squares are added in FP64, so that the norm does not depend on how
+    tensors are packed.
+    """
+    pieces = [piece for g in gradients for piece in (g.flatten().split(NORM_PIECE) if g.is_cpu else (g,))]
+    norms = torch.stack(torch._foreach_norm(pieces)).double()
+    if len(pieces) == len(gradients):
+        return norms
+    counts = torch.tensor([max(1, -(-g.numel() // NORM_PIECE)) for g in gradients])
+    of_gradient = torch.repeat_interleave(torch.arange(len(gradients)), counts)
+    return norms.new_zeros(len(gradients)).index_add_(0, of_gradient, norms.square()).sqrt()
+
+
+def own_squares(norms: Tensor, own: OwnShares) -> Tensor:
+    """This rank's part of the sum of squares of all gradients; together the ranks count each element once.
+
+    Args:
+        norms: [n] FP64, of this rank's shares of the gradients.
+    """
+    return (norms * own.of_all).square().sum()
+
+
+def whole_norms(norms: Tensor, own: OwnShares, context: ParallelContext) -> Tensor:
+    """Norms [n] FP64 of whole gradients from those of the ranks' shares. Collective.
+
+    Communication:
+        One all-reduce of n numbers FP64 over model_shards.
+    """
+    return all_reduce((norms * own.of_tensor).square(), context.model_shards).sqrt()
+
 
 def sum_over_ranks(
-    context: ParallelContext, loss: Tensor, squares: Tensor | None = None, *, stops: bool = False, tokens: int = 0
+    context: ParallelContext, loss: Tensor, squares: Tensor | None = None, *, stops: bool = False, tokens: float = 0
 ) -> Tensor:
-    """Sums over all ranks, on the device: nothing waits for it here. Collective.
+    """Sums over all ranks. Collective.
 
     Args:
         loss: sum of this rank's losses, FP64. Ranks of tp have the same.
@@ -26,36 +88,12 @@ def sum_over_ranks(
     Communication:
         One all-reduce of 32 bytes over all ranks.
     """
-    counts = context.tp.rank == 0
-    vector = loss.new_tensor([0.0, 0.0, float(stops), tokens if counts and context.pp.rank == 0 else 0])
+    vector, counts = loss.new_zeros(4), context.tp.rank == 0
     if counts:
         vector[0] = loss
     if squares is not None:
         vector[1] = squares
+    vector[2].fill_(float(stops))
+    if counts and context.pp.rank == 0:
+        vector[3].fill_(tokens)
     return all_reduce(vector, context.world)
-
-
-def own_squares(gradients: Sequence[Gradient], norms: Tensor, context: ParallelContext) -> Tensor:
-    """This rank's part of the sum of squares of all gradients; together the ranks count each element once.
-
-    Args:
-        norms: [n] FP64, of this rank's shares of the gradients.
-    """
-    first = context.dp_replicate.rank == 0
-    own = [first and _counts(gradient, context) and not gradient.placement.copy for gradient in gradients]
-    return (norms * norms.new_tensor(own)).square().sum()
-
-
-def whole_norms(gradients: Sequence[Gradient], norms: Tensor, context: ParallelContext) -> Tensor:
-    """Norms [n] FP64 of whole gradients from those of the ranks' shares. Collective.
-
-    Communication:
-        One all-reduce of n numbers FP64 over model_shards.
-    """
-    own = norms.new_tensor([_counts(gradient, context) for gradient in gradients])
-    return all_reduce((norms * own).square(), context.model_shards).sqrt()
-
-
-def _counts(gradient: Gradient, context: ParallelContext) -> bool:
-    """Whether a share counts on this rank: what ranks of tp have alike does on the first."""
-    return gradient.placement.split or context.tp.rank == 0

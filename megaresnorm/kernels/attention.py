@@ -9,6 +9,7 @@ N query heads   K key/value heads   H head width
 
 import functools
 import inspect
+from collections.abc import Callable
 from math import inf
 from typing import Any, Protocol
 
@@ -217,8 +218,7 @@ def sdpa_attention(
     """Attention by torch's kernels, which cap no scores.
 
     It is scaled_dot_product_attention, and for segments on GPUs varlen_attn. On CPUs torch has no kernel for segments:
-    there their mask is made. It gives the logarithm of sums on CPUs, and of
-    segments on GPUs.
+    there their mask is made in every layer. The logarithm of sums is given on CPUs, and for segments on GPUs.
     """
     assert softcap is None, "registered without"
     if segments is not None and q_BSNH.is_cuda and q_BSNH.dtype in (torch.bfloat16, torch.float16):
@@ -240,6 +240,11 @@ def sdpa_attention(
     return y.transpose(1, 2), None
 
 
+@functools.cache
+def _arguments_of(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
 def _varlen_attention(
     q_BSNH: Tensor, k_BCKH: Tensor, v_BCKH: Tensor, segments: Segments, causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
@@ -247,7 +252,7 @@ def _varlen_attention(
     from torch.nn.attention import varlen  # a second's imports, for GPUs alone
 
     batch, seq, heads, width = q_BSNH.shape
-    known = inspect.signature(varlen.varlen_attn).parameters
+    known = _arguments_of(varlen.varlen_attn)
     if "scale" not in known and scale is not None:  # torch 2.11
         q_BSNH = q_BSNH * (scale * width**0.5)
     bounds, longest = segments.lengths()

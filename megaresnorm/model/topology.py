@@ -42,6 +42,11 @@ class Position:
     kind: str
     dim: int
 
+    @property
+    def is_last_of_block(self) -> bool:
+        """Whether it is the last sub-layer of its block."""
+        return self.kind == SUBLAYERS[-1]
+
     @classmethod
     def of(cls, block: int, kind: str, num_blocks: int, dim: int) -> "Position":
         """The place of a block's sub-layer of this kind."""
@@ -176,7 +181,7 @@ def keel(at: Position, options: Options) -> ResidualSpec:
         KEEL, arXiv:2601.19895, eq. 8.
     """
     if at.block == 0:
-        return ResidualSpec(norm_in=True, norm_out=at.kind == "ffn")
+        return ResidualSpec(norm_in=True, norm_out=at.is_last_of_block)
     return ResidualSpec(norm_in=True, norm_out=True, alpha=float(at.num_sublayers))
 
 

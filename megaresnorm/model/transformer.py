@@ -109,9 +109,9 @@ class Transformer(nn.Module):
             cache.num_tokens += rows.seq
         return self.logits(self.finish(stream)) if self.stage.has_head else stream.to_wire(self.add_norm)
 
-    def wire(self, batch: int) -> tuple[Tensor, ...]:
-        """What a stage returns to the next for ``batch`` sequences, as tensors on the meta device."""
-        rows = self.layout.tokens(torch.empty(batch * self.recipe.seq_len, device="meta"))
+    def wire(self, batch: int, seq: int) -> tuple[Tensor, ...]:
+        """What a stage returns to the next for ``batch`` sequences of ``seq`` tokens, as tensors on the meta device."""
+        rows = self.layout.tokens(torch.empty(batch * seq, device="meta"))
         shape = (len(rows), self.layout.width(self.recipe.dim))
         return (torch.empty(shape, dtype=self.add_norm.residual_dtype, device="meta"),)
 
@@ -126,6 +126,8 @@ class Transformer(nn.Module):
         )
         positions = torch.arange(start, start + seq, device=tokens_BS.device)
         segments = None if documents_BS is None else Segments(documents_BS)
+        if segments is not None and tokens_BS.is_cuda:
+            segments.lengths()  # here, where no compiler looks, since it waits for the device
         if segments is not None:
             positions = positions - segments.first
         if self.recipe.positions != "rope":

@@ -93,10 +93,9 @@ class BranchInput(NamedTuple):
         local: what autograd sees: this rank's part, or whole rows that a node of its own has made.
         collective: None where ``local`` is whole rows and their gradient is whole, too: on one rank.
         axis: the axis of the collective; None without one.
-        sources: what the collective makes whole rows of.
+        sources: what the collective makes whole rows of, without gradients.
         keeps: whether a linear keeps whole rows (recompute.gathered: keep).
         rows: whole rows that have been made already, without a gradient.
-        amax: the largest |element| of ``local`` before the scale of FP8, a scalar FP32; None where it is not FP8.
     """
 
     local: Tensor
@@ -105,7 +104,6 @@ class BranchInput(NamedTuple):
     sources: tuple[Tensor, ...] = ()
     keeps: bool = False
     rows: Tensor | None = None
-    amax: Tensor | None = None
 
     def whole(self) -> Tensor:
         """Whole rows [T, D] without a gradient, for a node that sends their gradient itself. Collective.
@@ -117,7 +115,7 @@ class BranchInput(NamedTuple):
             return self.rows
         if self.collective is None or self.axis is None:
             return self.local
-        return self.collective.start(tuple(source.detach() for source in self.sources), self.axis)()
+        return self.collective.start(self.sources, self.axis)()
 
     def gathered(self) -> "BranchInput":
         """The same with its rows made, for several readers.

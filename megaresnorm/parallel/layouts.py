@@ -224,5 +224,5 @@ def _read_through(
     if u is None:
         return out.trunk, None
     if collective is None or layout.axis.size == 1:
-        return out.trunk, BranchInput(u, amax=out.amax)
-    return out.trunk, BranchInput(u, collective, layout.axis, (u,), layout.keeps, amax=out.amax)
+        return out.trunk, BranchInput(u)
+    return out.trunk, BranchInput(u, collective, layout.axis, (u.detach(),), layout.keeps)

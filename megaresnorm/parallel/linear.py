@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaresnorm.parallel.branch_input import BranchInput
+from megaresnorm.parallel.data_parallel import local
 from megaresnorm.parallel.layouts import TensorLayout
 from megaresnorm.parallel.mesh import Axis
 
@@ -49,7 +50,7 @@ class PlainLinear:
 
 
 class WeightGradQueue:
-    """Weight gradients that backward passes have left for later: a pipeline computes them where it would wait.
+    """Weight gradients that backward passes have left for later.
 
     A layer with a queue computes its input's gradient in backward and puts the product for its weight here, with what
     it needs: the output's gradient, and the sources of its input (whole rows with ``BranchInput.keeps``), which it
@@ -240,8 +241,13 @@ Linear = ColumnLinear | RowLinear
 def queue_weight_grads(model: nn.Module, queue: WeightGradQueue | None) -> None:
     """Let every linear of a model leave its weight's gradient in ``queue``; None: compute it in backward again.
 
-    Not for weights that FSDP2 or DDP reduce in their hooks, which see no gradient that is added later.
+    Not for a model inside DistributedDataParallel, whose hooks see no gradient that is added later.
+
+    Raises:
+        ValueError: FSDP2 has sharded the weights; the same holds for its hooks.
     """
     for module in model.modules():
         if isinstance(module, Linear):
+            if queue is not None and local(module.weight) is not module.weight:
+                raise ValueError("weight gradients that FSDP2 reduces cannot be left for later")
             module.queue = queue

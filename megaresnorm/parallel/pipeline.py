@@ -34,14 +34,15 @@ class Pipeline:
         num_stages: number of stages on all ranks.
         axis: the pipeline axis.
         schedule: one of ``SCHEDULES``.
-        wire: number of samples of a microbatch -> what goes from one stage to the next, tensors on the meta device.
+        wire: (samples of a microbatch, tokens of each) -> what goes from one stage to the next, on the meta device.
         shards_gradients: whether FSDP2 reduces and scatters the gradients of every microbatch. Otherwise whole ones are
             kept until the last.
 
     Attributes:
         is_first, is_last: whether this rank has the first stage, or the last.
-        queue: weight gradients that the stages' layers leave for later (``queue_weight_grads``). They are computed when
-            a microbatch's backward pass is through, before its receive buffers, which they may read, are used again.
+        queue: weight gradients that the stages' layers leave for later (``queue_weight_grads``); None: they leave none.
+            These schedules compute them as soon as a microbatch's backward pass is through, before its receive buffers,
+            which they may read, are used again.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Pipeline:
         num_stages: int,
         axis: Axis,
         schedule: str,
-        wire: Callable[[int], tuple[Tensor, ...]],
+        wire: Callable[[int, int], tuple[Tensor, ...]],
         device: torch.device,
         *,
         shards_gradients: bool = True,
@@ -89,7 +90,7 @@ class Pipeline:
             **arguments: given to every stage; tensors are split along dim 0 as the tokens are.
 
         Communication:
-            For each microbatch the tensors of ``wire(B)`` from every stage to the next, a message each; in backward as
+            For each microbatch the tensors of ``wire`` from every stage to the next, a message each; in backward as
             many of the same sizes from every stage to the one before it.
 
         Raises:
@@ -103,6 +104,8 @@ class Pipeline:
             )
         schedule = self._made_for(num_microbatches, tokens.shape[0] // num_microbatches, tokens.shape[1])
         schedule._loss_fn = loss
+        for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
+            stage.queue = self.queue
         received = (tokens,) if self.is_first else ()
         options = {"target": labels if self.is_last else None, "tokens_BS": tokens, **arguments}
         if backward:
@@ -121,7 +124,7 @@ class Pipeline:
         return self._made[1]
 
     def _stage(self, number: int, batch: int, seq: int) -> PipelineStage:
-        wire = tuple(tensor.requires_grad_() for tensor in self._wire(batch))
+        wire = tuple(tensor.requires_grad_() for tensor in self._wire(batch, seq))
         tokens = torch.empty((batch, seq), dtype=torch.int64, device="meta")
         kind = _LastStage if number == self._num_stages - 1 else _Stage
         stage = kind(
@@ -133,7 +136,7 @@ class Pipeline:
             output_args=wire,
             group=self._axis.group,
         )
-        stage.shards_gradients, stage.queue = self._shards_gradients, self.queue
+        stage.shards_gradients = self._shards_gradients
         return stage
 
 

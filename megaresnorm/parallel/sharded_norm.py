@@ -128,7 +128,8 @@ def gathered_norm(
     sources = (z_Td, norm.weight) if norm.bias is None else (z_Td, norm.weight, norm.bias)
     rows = _WholeRows(norm.kind, norm.eps, normalize)
     u, mine = _GatheredNorm.apply(z_Td, norm.weight, norm.bias, rows, sharded, keeps)
-    return BranchInput(u, Collective(rows.start, None), sharded.axis, sources, keeps, rows=u.detach()), mine
+    kept = tuple(source.detach() for source in sources)
+    return BranchInput(u, Collective(rows.start, None), sharded.axis, kept, keeps, rows=u.detach()), mine
 
 
 class _WholeRows:
@@ -141,6 +142,7 @@ class _WholeRows:
     def __init__(self, kind: str, eps: float, normalize: Normalize) -> None:
         self.kind, self.eps, self.normalize = kind, eps, normalize
         self.made: tuple[Tensor, list[Tensor]] | None = None
+        self._taken = False
 
     def start(self, sources: tuple[Tensor, ...], axis: Axis) -> Pending:
         """Gather, as a ``Collective`` does it."""
@@ -148,7 +150,7 @@ class _WholeRows:
 
         def finish() -> Tensor:
             u, _, vectors = arriving()
-            self.made = u, vectors
+            self.made = None if self._taken else (u, vectors)  # a linear that comes later makes it for itself
             return u
 
         return finish
@@ -170,8 +172,9 @@ class _WholeRows:
     def take(self, sources: tuple[Tensor, ...], axis: Axis) -> tuple[Tensor, list[Tensor]]:
         """What the linear's node has made, or the same made here where no linear has."""
         if self.made is None:
+            self._taken = False
             self.start(sources, axis)()
-        made, self.made = self.made, None
+        made, self.made, self._taken = self.made, None, True
         assert made is not None
         return made
 
@@ -272,7 +275,12 @@ def columns_add_norm(
         That of ``ShardedNorm`` for each norm whose statistics are merged. For a branch input also one all-gather of
         [T, d], in backward one more unless rows are kept, and one reduce-scatter of [T, D]; or with ``gather`` what
         ``gathered_norm`` sends in their place.
+
+    Raises:
+        ValueError: out_dtype is FP8: a scale would have to travel with the columns.
     """
+    if args.out_dtype == torch.float8_e4m3fn:
+        raise ValueError("a stream sharded over the hidden dimension has no branch input in FP8")
     delta, norm, next_norm, stored, out_dtype = (
         args.delta, args.norm, args.next_norm, args.residual_dtype, args.out_dtype,
     )  # fmt: skip
@@ -299,7 +307,7 @@ def columns_add_norm(
 
 
 def _gathered_columns(u: Tensor, axis: Axis, keeps: bool) -> BranchInput:
-    return BranchInput(u, GATHER_COLUMNS, axis, (u,), keeps)
+    return BranchInput(u, GATHER_COLUMNS, axis, (u.detach(),), keeps)
 
 
 @torch.no_grad()

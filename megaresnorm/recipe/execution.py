@@ -36,7 +36,8 @@ class RecomputeRecipe(Section):
 
     gathered: Literal["again", "keep"] = "again"
     """tensor_layout tokens or columns: gather a branch's input again in backward, so that a rank keeps its share of the
-    rows, or keep whole rows: tp times the memory for branch inputs, one message less."""
+    rows, or keep whole rows: tp times the memory for branch inputs, one message less. Blocks that are compiled keep
+    them under columns, gather."""
 
 
 class EngineRecipe(Section):

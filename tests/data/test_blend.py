@@ -10,7 +10,7 @@ import torch
 from megaresnorm.assemble import build_model
 from megaresnorm.cli import main
 from megaresnorm.data.corpus import find_sources
-from megaresnorm.data.loader import Loader, Place
+from megaresnorm.data.loader import Loader, SampleRange
 from megaresnorm.data.prepare import PrepareJob, prepare
 from megaresnorm.data.samples import BlendedSamples, PackedSamples, open_data, open_samples, resolve_vocab
 from megaresnorm.errors import ConfigError, DataError
@@ -93,7 +93,7 @@ def test_order_is_the_same_on_one_and_four_ranks(blended):
     def read(size, rank):
         data = Axis("dp", size, rank)
         context = replace(ParallelContext.single(), dp=data, world=data)
-        return Loader(samples, 16, context, CPU, micro=4).load(Place(64, 64)).microbatches
+        return Loader(samples, 16, context, CPU, micro=4).load(SampleRange(64, 64)).microbatches
 
     one = {int(i): row for b in read(1, 0) for i, row in zip(b.samples, b.tokens, strict=True)}
     four = {int(i): row for rank in range(4) for b in read(4, rank) for i, row in zip(b.samples, b.tokens, strict=True)}
@@ -233,7 +233,7 @@ def test_masking_takes_no_loss_across_a_boundary_and_trains(blended, three):
     recipe = blended(data={"mask_documents": True}, train={"steps": 3})
     samples, _ = samples_of(recipe)
     loader = Loader(samples, 16, ParallelContext.single(), CPU, micro=8, mask_documents=True)
-    (batch,) = loader.load(Place(0, 8)).microbatches
+    (batch,) = loader.load(SampleRange(0, 8)).microbatches
     ends = batch.tokens == 256
     assert (
         ends.any()

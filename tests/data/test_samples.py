@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megaresnorm.data.dataset import open_dataset
-from megaresnorm.data.loader import Loader, Place
+from megaresnorm.data.loader import Loader, SampleRange
 from megaresnorm.data.samples import PackedSamples, open_data, open_samples, split_documents, unigram_entropy
 from megaresnorm.errors import DataError
 from megaresnorm.parallel.mesh import Axis, ParallelContext
@@ -84,7 +84,7 @@ def test_batches_do_not_depend_on_ranks_or_microbatches(samples):
     """One rank with any microbatch, and two ranks together, see the same samples with the same labels."""
 
     def read(context, micro):
-        return Loader(samples, 16, context, CPU, micro=micro).load(Place(100, 12)).microbatches
+        return Loader(samples, 16, context, CPU, micro=micro).load(SampleRange(100, 12)).microbatches
 
     single = read(ParallelContext.single(), 12)[0]
     assert single.tokens.shape == (12, 16) and torch.equal(single.tokens[:, 1:], single.labels[:, :-1])

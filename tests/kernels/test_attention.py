@@ -184,24 +184,30 @@ def test_in_c_segments_whose_numbers_fall_are_no_memory_error(level):
     assert y.isfinite().all()
 
 
-def test_torchs_kernel_for_segments_is_given_their_bounds(monkeypatch):
+def of_torch_2_13(q, k, v, bounds_q, bounds_k, longest_q, longest_k, *, return_aux, scale, window_size, enable_gqa):
+    assert enable_gqa and window_size == (-1, 0)
+    return one_by_one(q, k, v, bounds_q, bounds_k, longest_q, longest_k, return_aux, scale)
+
+
+def of_torch_2_11(q, k, v, bounds_q, bounds_k, longest_q, longest_k, is_causal=False, return_aux=None):
+    assert is_causal and q.shape[1] == k.shape[1]
+    return one_by_one(q, k, v, bounds_q, bounds_k, longest_q, longest_k, return_aux, None)
+
+
+def one_by_one(q, k, v, bounds_q, bounds_k, longest_q, longest_k, return_aux, scale):
+    assert bounds_q.dtype == torch.int32 and torch.equal(bounds_q, bounds_k) and return_aux.lse
+    assert (bounds_q.tolist(), longest_q, longest_k) == ([0, 2, 5, 6, 12], 6, 6)
+    parts = [reference_attention(*(t[a:b].unsqueeze(0) for t in (q, k, v)), scale=scale) for a, b in pairwise(bounds_q)]
+    return torch.cat([y[0] for y, _ in parts]), torch.cat([lse[0] for _, lse in parts], dim=1)
+
+
+@pytest.mark.parametrize("function", [of_torch_2_13, of_torch_2_11])
+def test_torchs_kernel_for_segments_is_given_their_bounds(monkeypatch, function):
     """varlen_attn runs on GPUs alone: here its place is taken by attention of each sequence by itself."""
-    seen = []
-
-    def one_by_one(q, k, v, bounds_q, bounds_k, longest_q, longest_k, *, return_aux, scale, window_size, enable_gqa):
-        assert bounds_q.dtype == torch.int32 and torch.equal(bounds_q, bounds_k) and longest_q == longest_k
-        assert return_aux.lse and enable_gqa and window_size == (-1, 0)
-        seen.append((bounds_q.tolist(), longest_q))
-        parts = [
-            reference_attention(*(t[a:b].unsqueeze(0) for t in (q, k, v)), scale=scale) for a, b in pairwise(bounds_q)
-        ]
-        return torch.cat([y[0] for y, _ in parts]), torch.cat([lse[0] for _, lse in parts], dim=1)
-
-    monkeypatch.setattr(varlen, "varlen_attn", one_by_one)
+    monkeypatch.setattr(varlen, "varlen_attn", function)
     q, k, v = inputs(6, 6)
     segments = Segments(torch.tensor([[0, 0, 1, 1, 1, 3], [2, 2, 2, 2, 2, 2]]))
     got = attention._varlen_attention(q, k, v, segments, True, 0.3)
     want = reference_attention(q, k, v, segments=segments, scale=0.3)
-    assert seen == [([0, 2, 5, 6, 12], 6)]
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)

@@ -66,7 +66,7 @@ def test_fsdp_keeps_no_unsharded_gradient_between_microbatches():
 
 def wires(engine: NativeEngine) -> int:
     """Tensors of the wire's shape that are alive on this rank, each memory once."""
-    (wire,) = next(iter(engine.assembled.models.values())).wire(1)
+    (wire,) = next(iter(engine.assembled.models.values())).wire(1, SEQ)
     shape, dtype = tuple(wire.shape), wire.dtype
     gc.collect()
     tensors = (o for o in gc.get_objects() if type(o) is torch.Tensor)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from cases import LAYOUTS, SEQ, VOCAB, build, make_recipe
 
-from megaresnorm.data.loader import Loader, Place, StepBatch
+from megaresnorm.data.loader import Loader, SampleRange, StepBatch
 from megaresnorm.engines import native, step_vector
 from megaresnorm.parallel import transport
 from megaresnorm.parallel.mesh import ParallelContext
@@ -61,7 +61,7 @@ def noting(real, note):
 def counted(rank: int, recipe: Recipe, steps: int = 3) -> list[tuple[dict, int, int]]:
     """For each step: the engine's own collectives by size, all small messages of the process, and reads by the host."""
     _, engine = build(recipe)
-    loader, places = loader_of(engine, recipe), [Place(8 * i, 8) for i in range(steps)]
+    loader, places = loader_of(engine, recipe), [SampleRange(8 * i, 8) for i in range(steps)]
     real, own, reads, small = native.all_reduce, Counter(), [], []
 
     def all_reduce(x, axis, **options):
@@ -114,7 +114,7 @@ def test_one_process_reads_once_a_step_whatever_its_microbatches():
 
 def steps_of(rank: int, recipe: Recipe, ahead: bool) -> list[tuple[float, float, int]]:
     _, engine = build(recipe)
-    loader, places = loader_of(engine, recipe), [Place(5 * i, 5) for i in range(4)]
+    loader, places = loader_of(engine, recipe), [SampleRange(5 * i, 5) for i in range(4)]
     found = []
     for place, following in zip(places, [*places[1:], None], strict=True):
         stats = engine.step(loader.step(place, following) if ahead else loader.load(place), 1e-3)
@@ -134,40 +134,43 @@ def test_a_batch_that_was_not_announced_is_counted_by_itself():
     """After a rollback, say: the number that the step before has summed is of another batch."""
     _, engine = build(make_recipe("deepnorm", "gpt", {}))
     loader = Loader(Counting(), SEQ, ParallelContext.single(), CPU, micro=2, mask_documents=True)
-    engine.step(loader.step(Place(0, 8), Place(8, 8)), 1e-3)
-    again = loader.step(Place(0, 4), None)
-    assert engine.step(again, 1e-3).tokens == again.num_valid != loader.load(Place(8, 8)).num_valid
+    engine.step(loader.step(SampleRange(0, 8), SampleRange(8, 8)), 1e-3)
+    again = loader.step(SampleRange(0, 4), None)
+    assert engine.step(again, 1e-3).tokens == again.num_valid != loader.load(SampleRange(8, 8)).num_valid
 
 
 def test_the_next_step_is_read_by_a_thread_while_this_one_runs():
     samples = Counting()
     loader = Loader(samples, SEQ, ParallelContext.single(), CPU, micro=2)
-    batch = loader.step(Place(0, 4), Place(4, 4))
-    assert batch.following is not None and batch.following[0] == Place(4, 4)
+    batch = loader.step(SampleRange(0, 4), SampleRange(4, 4))
+    assert batch.following is not None and batch.following[0] == SampleRange(4, 4)
     assert batch.following[1]() == 4 * SEQ
-    following = loader.step(Place(4, 4), None)
+    following = loader.step(SampleRange(4, 4), None)
     assert following.following is None and [len(b.tokens) for b in following.microbatches] == [2, 2]
     assert [i for i, _ in samples.read_by] == list(range(8))
     names = [name for _, name in samples.read_by]
     assert all("loader" in name for name in names[4:]) and not any("loader" in name for name in names[:4])
-    other = loader.step(Place(20, 4), None)  # not what was announced
-    assert other.place == Place(20, 4) and torch.equal(other.microbatches[0].samples, torch.tensor([20, 21]))
+    other = loader.step(SampleRange(20, 4), None)  # not what was announced
+    assert other.samples == SampleRange(20, 4) and torch.equal(other.microbatches[0].samples, torch.tensor([20, 21]))
 
 
 def test_what_the_thread_cannot_read_is_an_error_of_the_step_that_needs_it():
-    loader = Loader(Counting(), SEQ, ParallelContext.single(), CPU, micro=2)
-    loader.step(Place(0, 2), Place(898, 4))
+    _, engine = build(make_recipe("deepnorm", "llama", {}))
+    loader = loader_of(engine, make_recipe("deepnorm", "llama", {}))
+    stats = engine.step(loader.step(SampleRange(0, 2), SampleRange(898, 4)), 1e-3)
+    assert stats.applied and engine.state().updates == 1
     with pytest.raises(OSError, match="sample 900 cannot be read"):
-        loader.step(Place(898, 4), None)
+        loader.step(SampleRange(898, 4), None)
+    assert engine.step(loader.step(SampleRange(2, 2), None), 1e-3).tokens == 2 * SEQ
 
 
 def test_a_stacked_batch_is_filled_up_without_labels():
     """Three microbatches where a schedule wants four; what stands in teaches nothing."""
     loader = Loader(Counting(), SEQ, ParallelContext.single(), CPU, micro=2, stack=lambda count: max(count, 4))
-    batch = loader.load(Place(10, 5))
+    batch = loader.load(SampleRange(10, 5))
     (rows,) = batch.microbatches
     assert batch.num_microbatches == 4 and rows.tokens.shape == (8, SEQ) and batch.num_valid == 5 * SEQ
     assert rows.samples.tolist() == [10, 11, 12, 13, 14, 10, 10, 10] and (rows.labels[5:] == -1).all()
-    parts = loader_parts = Loader(Counting(), SEQ, ParallelContext.single(), CPU, micro=2).load(Place(10, 6))
+    parts = loader_parts = Loader(Counting(), SEQ, ParallelContext.single(), CPU, micro=2).load(SampleRange(10, 6))
     stacked = StepBatch.of(parts.microbatches, lambda count: 4)
     assert stacked.num_valid == loader_parts.num_valid and stacked.microbatches[0].tokens.shape == (8, SEQ)

@@ -137,7 +137,7 @@ def test_a_rank_sees_only_its_samples_and_all_have_as_many_microbatches():
 
     import numpy as np
 
-    from megaresnorm.data.loader import Loader, Place
+    from megaresnorm.data.loader import Loader, SampleRange
     from megaresnorm.parallel.mesh import Axis
 
     class Numbered:
@@ -149,7 +149,7 @@ def test_a_rank_sees_only_its_samples_and_all_have_as_many_microbatches():
     seen = []
     for rank in range(4):
         context = replace(ParallelContext.single(), dp=Axis("dp", 4, rank), world=Axis("world", 4, rank))
-        batches = Loader(Numbered(), 4, context, torch.device("cpu"), micro=2).load(Place(10, 7)).microbatches
+        batches = Loader(Numbered(), 4, context, torch.device("cpu"), micro=2).load(SampleRange(10, 7)).microbatches
         assert [tuple(b.tokens.shape) for b in batches] == [(2, 4)]
         seen += [int(row[0]) for b in batches for row in b.labels if row[0] >= 0]
     assert sorted(seen) == list(range(10, 17))

@@ -24,14 +24,17 @@ class Stage(nn.Module):
 
     def forward(self, *received: Tensor, tokens_BS: Tensor) -> Tensor | tuple[Tensor, ...]:
         if self.number == 0:
-            received = (tokens_BS.double() @ torch.ones(2, 6, dtype=torch.float64), tokens_BS.double().repeat(1, 2))
+            received = (tokens_BS.double() @ torch.ones(2, 6, dtype=torch.float64), tokens_BS.float().repeat(1, 2))
         x, y = received
         x, y = x + torch.tanh(y.double() @ self.narrow), (y.double() + torch.tanh(x @ self.wide)).to(y.dtype)
         return x.sum(-1, keepdim=True) * y if self.is_last else (x, y)
 
 
-def wire(batch: int) -> tuple[Tensor, ...]:
-    return tuple(torch.empty((batch, width), dtype=torch.float64, device="meta") for width in (6, 4))
+def wire(batch: int, seq: int) -> tuple[Tensor, ...]:
+    return (
+        torch.empty((batch, 6), dtype=torch.float64, device="meta"),
+        torch.empty((batch, 4), dtype=torch.float32, device="meta"),
+    )
 
 
 def loss(y: Tensor, labels: Tensor) -> Tensor:
