@@ -88,7 +88,7 @@ class Trainer:
                         run.save()
                     progress.advance(progress.task_ids[0])
                     # A signal of the step came with its vector; what takes time beside a step is asked about here.
-                    asks = self._asked_to_stop or saves or "valid_loss" in record
+                    asks = self._asked_to_stop or saves or "valid_loss" in record or run.context.world.size == 1
                     stopped = run.largest(stop.exit_code) if asks and run.steps_done < train.steps else 0
         finally:
             if metrics is not None:

@@ -1,4 +1,7 @@
-"""Signals and a time limit end a run after the step at hand; a second signal, or one before step 0, ends it at once."""
+"""Signals and a time limit end a run after the step at hand; a second signal, or one before step 0, ends it at once.
+
+Several ranks tell each other at the end of a backward pass: what comes later than that waits for the next step.
+"""
 
 import logging
 import os
