@@ -266,7 +266,8 @@ def kept_by_block(rank: int, parallel: dict, keeps: bool) -> tuple[float, int]:
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
+        # Without weights: matrices are parameters, and vectors [D] count for nothing here.
+        if tensor.dim() > 1 and not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 

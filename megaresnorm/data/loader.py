@@ -75,11 +75,16 @@ class StepBatch(NamedTuple):
         return cls((Batch(*columns),), len(filled), num_valid)
 
 
-class _Read(NamedTuple):
-    """A share in host memory: the rows of all microbatches in their order."""
+class _Share(NamedTuple):
+    """This rank's share of a step in host memory.
+
+    Attributes:
+        rows: of all microbatches in their order.
+        real: how many of them are not fillers.
+    """
 
     rows: Batch
-    num_valid: int
+    real: int
 
 
 class Loader:
@@ -107,11 +112,12 @@ class Loader:
     ) -> None:
         self._samples, self._seq_len, self._context, self._device = samples, seq_len, context, device
         self._micro, self._mask_documents, self._stack = micro, mask_documents, stack
-        self._ahead: tuple[SampleRange, Future[_Read]] | None = None
+        self._ahead: tuple[SampleRange, _Share, Future[int]] | None = None
 
     def load(self, samples: SampleRange) -> StepBatch:
         """The share of these samples."""
-        return self._batch(samples, self._read(samples))
+        share = self._make_room(samples, pinned=False)
+        return self._batch(samples, share, self._fill(share))
 
     def step(self, samples: SampleRange, following: SampleRange | None) -> StepBatch:
         """The share of these samples, while a thread begins to read those of the next step.
@@ -120,23 +126,20 @@ class Loader:
             following: of the next step; None after the last.
         """
         ahead, self._ahead = self._ahead, None
-        read = ahead[1].result() if ahead is not None and ahead[0] == samples else self._read(samples, pinned=True)
-        batch = self._batch(samples, read)
+        if ahead is not None and ahead[0] == samples:
+            batch = self._batch(samples, ahead[1], ahead[2].result())
+        else:
+            batch = self.load(samples)
         if following is None:
             return batch
-        future: Future[_Read] = Future()
-        # Of its own, since an executor's would be waited for at the end of the process.
-        threading.Thread(target=self._read_into, args=(future, following), name="loader", daemon=True).start()
-        self._ahead = following, future
-        return batch._replace(following=(following, lambda: nan if future.exception() else future.result().num_valid))
+        share, counted = self._make_room(following, pinned=self._device.type == "cuda"), Future[int]()
+        self._ahead = following, share, counted
+        # A thread of its own, since an executor's would be waited for at the end of the process. It works in NumPy
+        # alone, which may be ended at any time.
+        threading.Thread(target=self._fill_ahead, args=(share, counted), name="loader", daemon=True).start()
+        return batch._replace(following=(following, lambda: nan if counted.exception() else counted.result()))
 
-    def _read_into(self, future: "Future[_Read]", samples: SampleRange) -> None:
-        try:
-            future.set_result(self._read(samples, pinned=True))
-        except BaseException as e:  # noqa: BLE001  (raised in the thread that needs the samples)
-            future.set_exception(e)
-
-    def _read(self, samples: SampleRange, *, pinned: bool = False) -> _Read:
+    def _make_room(self, samples: SampleRange, *, pinned: bool) -> _Share:
         data, (position, count) = self._context.dp, samples
         numbers = list(range(position + data.rank, position + count, data.size))
         real, wanted = len(numbers), len(numbers)
@@ -144,32 +147,40 @@ class Loader:
             wanted = ceil(ceil(count / data.size) / self._micro) * self._micro
         if self._stack is not None:
             wanted = self._stack(ceil(wanted / self._micro)) * self._micro
-        numbers += [position] * (wanted - real)
-        pinned = pinned and self._device.type == "cuda"
-        tokens, labels = (torch.empty((wanted, self._seq_len), dtype=torch.int64, pin_memory=pinned) for _ in range(2))
-        documents = torch.empty_like(tokens, pin_memory=pinned) if self._mask_documents else None
+        shape = wanted, self._seq_len
+        tokens, labels = (torch.empty(shape, dtype=torch.int64, pin_memory=pinned) for _ in range(2))
+        documents = torch.empty(shape, dtype=torch.int64, pin_memory=pinned) if self._mask_documents else None
+        return _Share(Batch(tokens, labels, torch.tensor(numbers + [position] * (wanted - real)), documents), real)
+
+    def _fill(self, share: _Share) -> int:
+        """Read the samples, and count the labels that are not -1."""
+        tokens, labels, numbers = (tensor.numpy() for tensor in share.rows[:3])
+        documents = None if share.rows.documents is None else share.rows.documents.numpy()
         line = np.empty(self._seq_len + 1, dtype=np.int64)
         numbered = None if documents is None else np.empty_like(line)
-        for row, (number, own_tokens, own_labels) in enumerate(
-            zip(numbers, tokens.numpy(), labels.numpy(), strict=True)
-        ):
-            self._samples.read(number, line, numbered)
-            own_tokens[:], own_labels[:] = line[:-1], line[1:]
+        for row, number in enumerate(numbers):
+            self._samples.read(int(number), line, numbered)
+            tokens[row], labels[row] = line[:-1], line[1:]
             if documents is not None and numbered is not None:
-                documents.numpy()[row] = numbered[:-1]
-                own_labels[numbered[1:] != numbered[:-1]] = -1
-        labels[real:] = -1
-        rows = Batch(tokens, labels, torch.tensor(numbers), documents)
-        return _Read(rows, int((labels.numpy() >= 0).sum()))
+                documents[row] = numbered[:-1]
+                labels[row, numbered[1:] != numbered[:-1]] = -1
+        labels[share.real :] = -1
+        return int((labels >= 0).sum())
 
-    def _batch(self, samples: SampleRange, read: _Read) -> StepBatch:
-        moved: list[Any] = [None if t is None else t.to(self._device, non_blocking=True) for t in read.rows]
+    def _fill_ahead(self, share: _Share, counted: "Future[int]") -> None:
+        try:
+            counted.set_result(self._fill(share))
+        except BaseException as e:  # noqa: BLE001  (raised in the thread that needs the samples)
+            counted.set_exception(e)
+
+    def _batch(self, samples: SampleRange, share: _Share, num_valid: int) -> StepBatch:
+        moved: list[Any] = [None if t is None else t.to(self._device, non_blocking=True) for t in share.rows]
         rows = Batch(*moved)
         if self._stack is not None:
-            return StepBatch((rows,), len(rows.tokens) // self._micro, read.num_valid, samples)
+            return StepBatch((rows,), len(rows.tokens) // self._micro, num_valid, samples)
         parts: Any = zip(*(_split(t, self._micro, len(rows.tokens)) for t in rows), strict=True)
         microbatches = tuple(Batch(*part) for part in parts)
-        return StepBatch(microbatches, len(microbatches), read.num_valid, samples)
+        return StepBatch(microbatches, len(microbatches), num_valid, samples)
 
 
 def _split(tensor: Tensor | None, size: int, total: int) -> tuple[Tensor | None, ...]:

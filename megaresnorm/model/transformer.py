@@ -126,8 +126,8 @@ class Transformer(nn.Module):
         )
         positions = torch.arange(start, start + seq, device=tokens_BS.device)
         segments = None if documents_BS is None else Segments(documents_BS)
-        if segments is not None and tokens_BS.is_cuda:
-            segments.lengths()  # here, where no compiler looks, since it waits for the device
+        if segments is not None and tokens_BS.is_cuda and self.add_norm.compute_dtype == torch.bfloat16:
+            segments.lengths()  # for varlen_attn; here, where no compiler looks, since it waits for the device
         if segments is not None:
             positions = positions - segments.first
         if self.recipe.positions != "rope":

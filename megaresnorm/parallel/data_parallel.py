@@ -90,6 +90,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` has been applied to a module."""
+    return _as_sharded(module) is not None
+
+
 def _as_sharded(module: nn.Module) -> "FSDPModule | None":
     """A module that ``fully_shard`` has been applied to; None for any other."""
     return cast("FSDPModule", module) if hasattr(module, "set_requires_gradient_sync") else None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaresnorm.parallel.branch_input import BranchInput
-from megaresnorm.parallel.data_parallel import local
+from megaresnorm.parallel.data_parallel import is_sharded
 from megaresnorm.parallel.layouts import TensorLayout
 from megaresnorm.parallel.mesh import Axis
 
@@ -70,6 +70,10 @@ class WeightGradQueue:
             compute: makes the gradient, in the weight's type.
         """
         self._waiting.append((weight, compute))
+
+    def clear(self) -> None:
+        """Forget what waits, which an error has left."""
+        self._waiting.clear()
 
     @torch.no_grad()
     def run(self) -> None:
@@ -246,8 +250,8 @@ def queue_weight_grads(model: nn.Module, queue: WeightGradQueue | None) -> None:
     Raises:
         ValueError: FSDP2 has sharded the weights; the same holds for its hooks.
     """
+    if queue is not None and any(is_sharded(module) for module in model.modules()):
+        raise ValueError("weight gradients that FSDP2 reduces cannot be left for later")
     for module in model.modules():
         if isinstance(module, Linear):
-            if queue is not None and local(module.weight) is not module.weight:
-                raise ValueError("weight gradients that FSDP2 reduces cannot be left for later")
             module.queue = queue

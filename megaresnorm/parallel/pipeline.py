@@ -106,6 +106,8 @@ class Pipeline:
         schedule._loss_fn = loss
         for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
             stage.queue = self.queue
+        if self.queue is not None:
+            self.queue.clear()  # an error in the batch before may have left something
         received = (tokens,) if self.is_first else ()
         options = {"target": labels if self.is_last else None, "tokens_BS": tokens, **arguments}
         if backward:

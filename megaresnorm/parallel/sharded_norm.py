@@ -112,7 +112,8 @@ def gathered_norm(
         norm: its weight and bias are this rank's slices [d].
         normalize: x, norm -> (y, statistics [T, 2]) of whole rows.
         keeps: whether whole rows are kept for backward. Otherwise z, which is the residual stream, is, and is gathered
-            and normalized once more there, for the linear that reads the rows and for this norm together.
+            and normalized once more there, for the linear that reads the rows and for this norm together (for each by
+            itself where the linear's product is left for later, and when backward is run again).
 
     Returns:
         Whole rows of the output [T, D], whose gradient is a partial sum, and this rank's columns of them [T, d].

@@ -141,3 +141,15 @@ def test_weight_gradients_may_be_computed_later(layout):
                     torch.testing.assert_close(got[name], gradient, rtol=1e-13, atol=1e-14, msg=name)
             else:
                 assert_equal_bits(*results, topology)
+
+
+def refusal(rank: int) -> str:
+    assembled, engine = build(make_recipe("deepnorm", "llama", {"dp_shard": 2, "reshard_after_forward": False}))
+    engine.evaluate(batches(engine, make_recipe("deepnorm", "llama", {})))  # after which weights stay gathered
+    with pytest.raises(ValueError, match="FSDP2"):
+        queue_weight_grads(assembled.model, WeightGradQueue())
+    return "refused"
+
+
+def test_weight_gradients_that_fsdp_reduces_cannot_wait():
+    assert run_ranks(2, refusal) == ["refused"] * 2
