@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import LAYOUTS as ALL_LAYOUTS
 from cases import VARIANTS, batches, errors, gradients, make_recipe
+from cases import build as build_engine
 from launched import be_rank, environment
 
 from megaresnorm.errors import ConfigError, UserError
@@ -183,7 +184,7 @@ def compiled_losses(rank: int, layout: str) -> list[float]:
     recipe = make_recipe("deepnorm", "llama", ALL_LAYOUTS[layout][1], "fp32", 2)
     losses = []
     for compiled in ("none", "blocks"):
-        _, engine = build(with_train(recipe, compile=compiled))
+        _, engine = build_engine(with_train(recipe, compile=compiled))
         for step in range(3):
             stats = engine.step(batches(engine, recipe, seed=step), 1e-3)
             losses.append(stats.loss)
@@ -227,7 +228,7 @@ def test_blocks_compiled_with_the_reference_have_the_same_gradients(topology, va
     found = []
     for compiled in ("none", "blocks"):
         torch._dynamo.reset()
-        assembled, engine = build(with_train(recipe, compile=compiled))
+        assembled, engine = build_engine(with_train(recipe, compile=compiled))
         engine.gradients(batches(engine, recipe))
         found.append(gradients(assembled))
     off = errors(found[1], found[0])
