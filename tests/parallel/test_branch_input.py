@@ -33,7 +33,7 @@ def assert_equal_bits(one: tuple[float, dict], other: tuple[float, dict], why: s
         assert torch.equal(gradient, other[1][name]), (why, name)
 
 
-@pytest.mark.parametrize("compute", ["fp32", "bf16 stream"])
+@pytest.mark.parametrize("compute", ["fp32", pytest.param("bf16 stream", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", SHARDED)
 def test_gathering_again_gives_the_bits_of_keeping(layout, compute):
     """For every topology: the rows that backward makes once more are those of forward."""
@@ -47,18 +47,17 @@ def test_gathering_again_gives_the_bits_of_keeping(layout, compute):
             assert_equal_bits(again, keep, topology)
 
 
-@pytest.mark.parametrize("layout", ["tp2 columns, merge", "tp2 columns, gather"])
+@pytest.mark.parametrize("layout", ["tp2 columns, merge", pytest.param("tp2 columns, gather", marks=pytest.mark.slow)])
 def test_merging_in_chunks_gives_the_bits_of_merging_at_once(layout):
-    topologies = ["pre", "deepnorm", "sandwich", "subln", "keel"]
+    topologies = ["deepnorm", "sandwich", "subln"]
     recipes = [
         make_recipe(topology, "gpt", LAYOUTS[layout][1] | {"merge_chunks": chunks}, "fp32", 2)
         for topology in topologies
-        for chunks in (1, 3, 64)  # more chunks than rows leave some empty
+        for chunks in (1, 64)  # more chunks than rows: some are empty
     ]
     for found in run_ranks(2, found_with, recipes):
         for i, topology in enumerate(topologies):
-            for chunked in found[3 * i + 1 : 3 * i + 3]:
-                assert_equal_bits(found[3 * i], chunked, topology)
+            assert_equal_bits(found[2 * i], found[2 * i + 1], topology)
 
 
 def order_of_merging(rank: int, chunks: int) -> tuple[list[str], int]:
