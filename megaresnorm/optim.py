@@ -189,10 +189,6 @@ class Optimizer:
         """The tensors of all groups, in their order."""
         return [tensor for group in self.groups for tensor in group.tensors]
 
-    def placements(self, *, per_parameter: bool = False) -> list[GradientPlacement]:
-        """Placements of the gradients that ``collect`` returns, in their order."""
-        return self._placements if per_parameter else [g.placement for g in self.groups for _ in g.tensors]
-
     def updated_as(self, parameter: nn.Parameter) -> nn.Parameter:
         """The tensor that the rule updates in place of a parameter of the model."""
         return self._slices.get(parameter, (self._locals.get(parameter, parameter), 0))[0]

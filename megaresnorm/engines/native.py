@@ -17,7 +17,14 @@ from megaresnorm.checkpoint.state import EngineState
 from megaresnorm.data.loader import Batch, SampleRange, StepBatch
 from megaresnorm.engines.engine import StepStats
 from megaresnorm.engines.state import FullState, clipper_slices, placements
-from megaresnorm.engines.step_vector import gradient_norms, own_shares, own_squares, sum_over_ranks, whole_norms
+from megaresnorm.engines.step_vector import (
+    OwnShares,
+    gradient_norms,
+    own_shares,
+    own_squares,
+    sum_over_ranks,
+    whole_norms,
+)
 from megaresnorm.errors import CheckpointError
 from megaresnorm.model.dropout import DropoutKey
 from megaresnorm.model.transformer import Transformer
@@ -76,9 +83,7 @@ class NativeEngine:
         partial = (p for name, p in self._parameters.items() if table[name].partial)
         self.reductions = reductions(partial, tied, tp=context.tp, embedding=context.embedding)
         self._clipper = GradientClipper(recipe.optim, len(self._parameters), assembled.device)
-        self._own = own_shares(
-            self._optimizer.placements(per_parameter=self._clipper.clips_each), context, assembled.device
-        )
+        self._own: OwnShares | None = None  # known with the first gradients
         self._updates = 0
         # The next step's samples and their valid tokens on all ranks, which the last step has summed.
         self._counted: tuple[SampleRange | None, int] | None = None
@@ -140,7 +145,9 @@ class NativeEngine:
             gradients = self._optimizer.collect(per_parameter=self._clipper.clips_each) if tokens else []
             following = (None, lambda: 0) if batch.following is None else batch.following
             norms = gradient_norms([gradient.tensor for gradient in gradients]) if tokens else None
-            squares = None if norms is None else own_squares(norms, self._own)
+            if self._own is None and gradients:
+                self._own = own_shares(gradients, self.context)
+            squares = None if norms is None or self._own is None else own_squares(norms, self._own)
             vector = sum_over_ranks(self.context, loss, squares, stops=stop(), tokens=following[1]())
             if norms is not None:
                 self._update(gradients, norms, vector, lr)
@@ -308,7 +315,7 @@ class NativeEngine:
         """Clip and update; a no-op where the step's loss or norm is not finite."""
         total = vector[1].sqrt()
         refused = (~vector[:2].isfinite()).any().float()
-        if self._clipper.clips_each:
+        if self._clipper.clips_each and self._own is not None:
             whole = whole_norms(norms, self._own, self.context)
             self._clipper.clip_each([gradient.tensor for gradient in gradients], whole, total, refused)
         self._optimizer.step(lr, divisor=self._clipper.divisor(total), refused=refused)

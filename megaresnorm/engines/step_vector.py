@@ -1,7 +1,7 @@
 """The few numbers of a step that all ranks need, in one small all-reduce, and the norms that go into it.
 
 Nothing here waits for a device, in either direction: a number is written by filling, and which gradients count on a
-rank is put into tensors once (``own_shares``).
+rank is put into tensors once, with the first gradients (``own_shares``).
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megaresnorm.optim import GradientPlacement
+from megaresnorm.optim import Gradient
 from megaresnorm.parallel.collectives import all_reduce
 from megaresnorm.parallel.mesh import ParallelContext
 
@@ -29,11 +29,11 @@ class OwnShares(NamedTuple):
     of_all: Tensor
 
 
-def own_shares(placements: Sequence[GradientPlacement], context: ParallelContext, device: torch.device) -> OwnShares:
-    """Which of the gradients so placed count on this rank."""
-    of_tensor = [place.split or context.tp.rank == 0 for place in placements]
-    first = context.dp_replicate.rank == 0
-    of_all = [counts and first and not place.copy for counts, place in zip(of_tensor, placements, strict=True)]
+def own_shares(gradients: Sequence[Gradient], context: ParallelContext) -> OwnShares:
+    """Which of the gradients count on this rank, by their placement."""
+    of_tensor = [gradient.placement.split or context.tp.rank == 0 for gradient in gradients]
+    first, device = context.dp_replicate.rank == 0, gradients[0].tensor.device
+    of_all = [counts and first and not g.placement.copy for counts, g in zip(of_tensor, gradients, strict=True)]
     return OwnShares(*(torch.tensor(each, dtype=torch.float64, device=device) for each in (of_tensor, of_all)))
 
 

@@ -97,7 +97,10 @@ class Transformer(nn.Module):
 
         Raises:
             ValueError: positions are learned, and some lie past model.seq_len.
+            TypeError: the first stage is given more than token ids.
         """
+        if self.stage.has_embedding and len(received) > 1:
+            raise TypeError("a stage with the embedding receives token ids alone; all else is given by its name")
         tokens_BS = received[0] if tokens_BS is None else tokens_BS
         rows = self.rows(tokens_BS, documents_BS, cache)
         masks = None

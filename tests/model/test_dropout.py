@@ -60,6 +60,11 @@ def test_every_place_has_its_own_mask_of_the_given_rows_and_seed(monkeypatch):
     assert len(masks[0].unique(dim=0)) == 16  # rows differ from each other
 
 
+def test_a_key_that_is_not_given_by_its_name_is_refused_and_not_dropped():
+    with pytest.raises(TypeError, match="by its name"):
+        build("pre", 0.25)(TOKENS, DropoutKey(1, ROWS))
+
+
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_dropout_changes_the_output_in_training_only(topology):
     model, without = build(topology, 0.3), build(topology, 0.0)
