@@ -3,11 +3,16 @@
 import errno
 import os
 import secrets
+import shutil
+import socket
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 BEING_WRITTEN = ".new-"  # prefix of the names of files that are being written
+UNFINISHED = ".tmp-"  # of folders that are being written
+REPLACED = ".old-"  # of folders whose successors are being put in their places
 
 
 def open_plain(path: str | Path, flags: int, mode: int = 0o666, *, follow: bool = False) -> int:
@@ -69,3 +74,94 @@ def remove_unfinished(folder: Path) -> None:
     for path in folder.glob(f"{BEING_WRITTEN}*"):
         if path.is_symlink() or not path.is_dir():
             path.unlink()
+
+
+def occupied(out: Path) -> bool:
+    """Whether something stands at ``out``, or where it leads as a link, that a new folder would replace.
+
+    An empty folder does not count.
+    """
+    target = Path(os.path.realpath(out))
+    return os.path.lexists(target) and not (target.is_dir() and next(target.iterdir(), None) is None)
+
+
+@contextmanager
+def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder to write into, which becomes ``out`` when all has gone well, and vanishes when it has not.
+
+    What processes that were killed have left on this host is removed first, or put back where it was the only copy.
+
+    Args:
+        out: nothing, an empty folder, or a link to one of these: the link then stays.
+        replace: it may be a folder that is not empty, which stays until the new one is complete.
+
+    Raises:
+        FileExistsError: something is there that may not be replaced.
+        OSError: it cannot be written.
+    """
+    out = Path(os.path.realpath(out))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(out)
+    _refuse_occupied(out, replace)
+    temporary = out.with_name(f"{_left_by(out, UNFINISHED)}{os.getpid()}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
+        _refuse_occupied(out, replace)
+        before = out.with_name(f"{_left_by(out, REPLACED)}{os.getpid()}")
+        if occupied(out):
+            os.rename(out, before)
+        try:
+            os.rename(temporary, out)
+        except OSError:
+            if before.exists():
+                os.rename(before, out)
+            raise
+        _sync(out.parent)
+        shutil.rmtree(before, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _refuse_occupied(out: Path, replace: bool) -> None:
+    if occupied(out) and not (replace and out.is_dir()):
+        raise FileExistsError(errno.EEXIST, "it exists already", str(out))
+
+
+def _sweep(out: Path) -> None:
+    """Remove what killed processes have left of ``out``; put back a folder that was about to be replaced."""
+    for left in list(out.parent.iterdir()):
+        for kind in (UNFINISHED, REPLACED):
+            process = left.name.removeprefix(_left_by(out, kind))
+            if process == left.name or not process.isdecimal() or _alive(int(process)):
+                continue
+            if kind == REPLACED and not os.path.lexists(out):
+                os.rename(left, out)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _left_by(out: Path, kind: str) -> str:
+    """Start of the name of a folder beside ``out``, before the id of its process, which runs on this host."""
+    return f"{kind}{out.name}-{socket.gethostname()}-"
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -10,7 +10,8 @@ from megaresnorm.assemble import build_model, choose_device
 from megaresnorm.checkpoint.format import TensorSlices, checkpoints_of
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import fitting_table, recipe_of, state_of
-from megaresnorm.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer, restore_tokenizer
+from megaresnorm.data.tokenizer import Tokenizer, start_tokens
+from megaresnorm.data.tokenizer_files import read_tokenizer, restore_tokenizer
 from megaresnorm.errors import CheckpointError, DataError
 from megaresnorm.model.sequence import KeyValueCache
 from megaresnorm.model.transformer import Transformer
@@ -44,11 +45,6 @@ def generate(
         temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, cache=cache,
     )  # fmt: skip
     return tokenizer.decode([*start[1:], *tokens])
-
-
-def start_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Tokens that the model reads first: an end-of-document token, then the prompt."""
-    return [tokenizer.eod, *tokenizer.encode(prompt).tolist()]
 
 
 @torch.no_grad()
@@ -124,7 +120,7 @@ def load_model(
 
     Args:
         folder: a checkpoint, or the output folder of a run for its newest one.
-        tokenizer_file: for a checkpoint that has no tokenizer, a file or ``bytes``; otherwise None.
+        tokenizer_file: for a checkpoint that has no tokenizer, as of ``read_tokenizer``; otherwise None.
         end_token: token of a tokenizer.json that ends documents; None for the usual one.
 
     Raises:
@@ -140,7 +136,7 @@ def load_model(
             raise CheckpointError(
                 f"{checkpoint.folder}: has no tokenizer (trained on bare token files); give --tokenizer FILE or bytes"
             )
-        tokenizer = ByteTokenizer() if str(tokenizer_file) == "bytes" else read_tokenizer(tokenizer_file, end_token)
+        tokenizer = read_tokenizer(tokenizer_file, end_token)
     else:
         if tokenizer_file is not None:
             raise CheckpointError(f"{checkpoint.folder}: has its own tokenizer; remove --tokenizer")

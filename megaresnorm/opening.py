@@ -17,7 +17,8 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 import megaresnorm
 from megaresnorm.assemble import choose_device
-from megaresnorm.data.samples import Samples, TrainingData, open_data, open_samples, resolve_vocab
+from megaresnorm.data.samples import Samples
+from megaresnorm.data.training_data import TrainingData, open_data, open_samples, resolve_vocab
 from megaresnorm.errors import LostRankError, TooManyRestartsError, UserError
 from megaresnorm.layout import check_layout
 from megaresnorm.model.lint import check
@@ -43,7 +44,7 @@ class Opened:
 
     Attributes:
         recipe: resolved against the data.
-        valid: validation samples; None without a validation split.
+        valid: validation samples of each set, by its name.
         sizes: mesh of the ranks that work; None where an elastic job has too few for one model.
         environment: of this rank.
         store: through which the ranks have met; None in one process.
@@ -52,7 +53,7 @@ class Opened:
     recipe: Recipe
     data: TrainingData
     samples: Samples
-    valid: Samples | None
+    valid: dict[str, Samples]
     device: torch.device
     sizes: Sizes | None
     environment: Environment
@@ -170,7 +171,8 @@ def facts_of_start(recipe: Recipe) -> dict[str, str]:
 def facts_of_data(opened: Opened) -> dict[str, str]:
     """Facts that must be equal on all ranks, of the data that the recipe was resolved against."""
     tokenizer = None if opened.data.tokenizer is None else opened.data.tokenizer.describe()
-    return {"the content of the data": opened.data.digest, "the tokenizer of the data": json.dumps(tokenizer)}
+    valid = {f"the content of data.valid.{name}": one.digest for name, one in opened.data.valid.items()}
+    return {"the content of the data": opened.data.digest, "the tokenizer of the data": json.dumps(tokenizer)} | valid
 
 
 def _flat(values: Mapping, prefix: str = "") -> Iterator[tuple[str, str]]:

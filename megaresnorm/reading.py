@@ -3,10 +3,14 @@
 import errno
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from megaresnorm.files import open_plain
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+_VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[^}]*\})", re.ASCII)
 
 
 def read_plain_file(path: str | Path, max_bytes: int, *, follow: bool = True) -> bytes:
@@ -23,7 +27,43 @@ def read_plain_file(path: str | Path, max_bytes: int, *, follow: bool = True) ->
         size = os.fstat(descriptor).st_size
         if size > max_bytes:
             raise OSError(errno.EFBIG, f"it has {size:,} bytes, and at most {max_bytes:,} are read")
-        return file.read(size)
+        content = file.read(size)
+    refuse_pointer(content)
+    return content
+
+
+def refuse_pointer(start: bytes) -> None:
+    """Refuse a pointer of Git LFS: a clone without LFS has one in the place of every large file.
+
+    Args:
+        start: of a file's content, at least LFS_POINTER's length of it.
+
+    Raises:
+        OSError: it is one.
+    """
+    if start.startswith(LFS_POINTER):
+        raise OSError(errno.EINVAL, "it is a pointer of Git LFS; fetch the file itself with git lfs pull")
+
+
+def expanded(path: str) -> str:
+    """A path as a shell would expand it: ``~`` is a home folder, ``$NAME`` and ``${NAME}`` are variables.
+
+    Raises:
+        ValueError: a variable is not set, or there is no such home folder; says which.
+    """
+    found = os.path.expanduser(path)
+    if found.startswith("~") and not os.path.lexists(found.split("/")[0]):
+        raise ValueError(f"{path}: there is no home folder {path.split('/')[0]}; write the path out")
+    found = os.path.expandvars(found)
+    left = _VARIABLE.search(found)
+    if left is not None:
+        raise ValueError(f"{path}: the variable {left[0]} is not set; set it, or write the path out")
+    return found
+
+
+def is_beside(path: str) -> bool:
+    """Whether a path begins with . or .. as a folder: in a recipe's file it is then relative to that file."""
+    return path.split("/")[0] in (".", "..")
 
 
 def open_plain_file(path: str | Path, *, follow: bool = True) -> int:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
 import megaresnorm
 from megaresnorm.assemble import compare_kernels
+from megaresnorm.checkpoint.format import SOURCE
 from megaresnorm.checkpoint.manifest import weights_digest
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.resume import check_same_run, open_newest, open_weights
@@ -20,9 +21,11 @@ from megaresnorm.checkpoint.saver import Saver
 from megaresnorm.checkpoint.state import RunState, state_of
 from megaresnorm.data.loader import Loader, SampleRange, StepBatch
 from megaresnorm.data.samples import Samples
+from megaresnorm.data.training_data import open_samples
 from megaresnorm.engines import make_engine
 from megaresnorm.engines.engine import Engine
 from megaresnorm.errors import NonFiniteError, TrainingError, UserError
+from megaresnorm.evaluation import Evaluation, bytes_per_label
 from megaresnorm.generate import generate
 from megaresnorm.opening import Opened, note_progress, open_recipe
 from megaresnorm.parallel.collectives import all_gather_blocks
@@ -76,6 +79,9 @@ class Run:
         self.steps_done = self.samples_done = self.skipped_in_a_row = 0
         self.first_refused: int | None = None
         self.train_loss: float | None = None
+        self._split: Literal["tokens", "documents"] = "tokens"
+        self._source: bytes | None = None  # what the checkpoint that the weights come from says of its own source
+        self._bytes_per_label: dict[str, float] = {}
         try:
             self._build()
             self._resume(fallback)
@@ -160,25 +166,31 @@ class Run:
         tensorboard = self.recipe.train.tensorboard
         return self._all_or_raise(lambda: self.folder.open_metrics(self.steps_done, tensorboard=tensorboard))
 
-    def evaluate(self) -> float | None:
-        """Loss, in nats a token, on the first ``train.eval_samples`` validation samples, always the same ones.
+    def evaluate(self) -> Evaluation | None:
+        """Losses on the first ``train.eval_samples`` samples of every validation set, always the same ones.
 
         Returns:
-            None without a validation split.
+            None without a validation set.
 
         Raises:
-            TrainingError: none of them has a label.
+            TrainingError: none of a set's samples has a label.
         """
-        if self.valid is None:
-            return None
-        count = min(self.recipe.train.eval_samples, self.valid.per_epoch)
-        loss = self.engine.evaluate(self._loader(self.valid).load(SampleRange(0, count)))
-        if loss is None:
-            raise TrainingError(
-                f"none of the {count} validation samples has a label (data.mask_documents, documents of one token); "
-                "raise train.eval_samples, or set data.valid_fraction to 0"
-            )
-        return loss
+        losses = {}
+        for name, samples in self.valid.items():
+            count = min(self.recipe.train.eval_samples, samples.per_epoch)
+            loss = self.engine.evaluate(self._loader(samples).load(SampleRange(0, count)))
+            if loss is None:
+                raise TrainingError(
+                    f"none of the {count} validation samples{f' of {name}' if name else ''} has a label "
+                    "(data.mask_documents, documents of one token); raise train.eval_samples, or evaluate on other data"
+                )
+            losses[name] = loss
+            if self.context.is_first_rank and self.data.tokenizer is not None and name not in self._bytes_per_label:
+                masked = self.recipe.data.mask_documents
+                self._bytes_per_label[name] = bytes_per_label(
+                    samples, count, self.data.tokenizer, mask_documents=masked
+                )
+        return Evaluation(losses, self._bytes_per_label) if losses else None
 
     def sample_text(self) -> str | None:
         """A continuation of ``train.sample_prompt``; None without a tokenizer, switched off, or with several ranks."""
@@ -201,6 +213,8 @@ class Run:
         attached = {}
         if self.data.tokenizer is not None and tokenizer is not None and "file" in tokenizer:
             attached[tokenizer["file"]] = self.data.tokenizer.model
+        if self._source is not None:
+            attached[SOURCE] = self._source
         self.saver.save(self.steps_done, self._state(tokenizer).model_dump(), attached)
 
     def save_now(self) -> Path:
@@ -264,6 +278,7 @@ class Run:
             engine=self.engine.state(),
             recipe=self.recipe.model_dump(exclude_none=True),
             data=self.data.digest,
+            split=self._split,
             tokenizer=tokenizer,
             kernels=self.engine.assembled.kernel_choices,
             versions={
@@ -289,6 +304,11 @@ class Run:
         name = data_name(self.recipe)
         self._all_or_raise(lambda: check_same_run(checkpoint, state, self.recipe, self.data, name))
         self._all_or_raise(lambda: self.engine.load(checkpoint, state.engine))
+        self._source = self._all_or_raise(checkpoint.source)
+        if state.split == "documents":  # a run that an older version has begun goes on with the samples that it had
+            self._split = state.split
+            opened = self._all_or_raise(lambda: open_samples(self.data, self.recipe, whole_documents=True))
+            (self.samples, self.valid), self.loader = opened, self._loader(opened[0])
         self.steps_done, self.samples_done = checkpoint.step, state.samples
         self.skipped_in_a_row, self.train_loss = state.skipped_in_a_row, state.train_loss
         if state.first_refused is not None:
@@ -304,6 +324,7 @@ class Run:
         tokenizer = None if self.data.tokenizer is None else self.data.tokenizer.describe()
         checkpoint = open_weights(self.recipe, tokenizer, self.context.control)
         self._all_or_raise(lambda: self.engine.load_weights(checkpoint))
+        self._source = self._all_or_raise(checkpoint.source)
         self._all_or_raise(lambda: self.engine.check_finite(f"train.initial_weights={checkpoint.folder}: "))
         log.info("weights   %s", checkpoint.folder)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from megaresnorm.data.samples import unigram_entropy
 from megaresnorm.engines.engine import StepStats
 from megaresnorm.errors import NonFiniteError
+from megaresnorm.evaluation import Evaluation
 from megaresnorm.recipe import Recipe
 from megaresnorm.resilience.signals import StopSignals, exit_reason
 from megaresnorm.run import Run
@@ -29,7 +30,8 @@ class RunSummary:
 
     Attributes:
         steps: optimizer steps done in all.
-        train_loss, valid_loss, unigram_entropy: means a token in nats; None where a signal came before them.
+        train_loss, unigram_entropy: means a token in nats; None where a signal came before them.
+        evaluation: on the validation sets; None without any, or where a signal came before it.
         checkpoint: the newest; None where a signal came before one could be written.
         weights_digest: SHA-256 over the digests of its weight files. Equal runs in one layout have equal digests,
             where printed losses can hide a difference. Empty without a checkpoint.
@@ -38,11 +40,16 @@ class RunSummary:
 
     steps: int
     train_loss: float | None
-    valid_loss: float | None
+    evaluation: Evaluation | None
     unigram_entropy: float | None
     checkpoint: Path | None
     weights_digest: str
     exit_code: int
+
+    @property
+    def valid_loss(self) -> float | None:
+        """Mean validation loss of the sets, in nats a token."""
+        return None if self.evaluation is None else self.evaluation.loss
 
 
 def train(recipe: Recipe) -> RunSummary:
@@ -97,7 +104,7 @@ class Trainer:
         return RunSummary(
             steps=run.steps_done,
             train_loss=run.train_loss,
-            valid_loss=None if stopped else run.evaluate(),
+            evaluation=None if stopped else run.evaluate(),
             unigram_entropy=None if stopped else unigram_entropy(run.samples.token_shares()),
             checkpoint=checkpoint,
             weights_digest=run.digest_of(checkpoint),
@@ -129,8 +136,8 @@ class Trainer:
             "samples": run.samples_done,
             "tokens_per_second": stats.tokens / (time.perf_counter() - start),
         }
-        if self._due(run.recipe.train.eval_every) and (valid_loss := run.evaluate()) is not None:
-            record["valid_loss"] = valid_loss
+        if self._due(run.recipe.train.eval_every) and (evaluation := run.evaluate()) is not None:
+            record |= evaluation.metrics()
         return record
 
     def _judge(self, stats: StepStats) -> None:

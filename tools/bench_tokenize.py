@@ -17,9 +17,11 @@ import threading
 import time
 from pathlib import Path
 
-from megaresnorm.data.corpus import find_sources, read_documents
+from megaresnorm.data.corpus import read_documents
 from megaresnorm.data.prepare import PrepareJob, prepare
-from megaresnorm.data.tokenizer import SentencePieceTokenizer, read_tokenizer
+from megaresnorm.data.sources import find_sources
+from megaresnorm.data.tokenizer import SentencePieceTokenizer
+from megaresnorm.data.tokenizer_files import read_tokenizer
 
 SAMPLE_CHARACTERS = 1 << 25
 

@@ -13,7 +13,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megaresnorm.data.corpus import find_sources, read_documents
+from megaresnorm.data.corpus import read_documents
+from megaresnorm.data.sources import find_sources
 from megaresnorm.errors import UserError
 from megaresnorm.generate import generate, load_model
 

@@ -6,6 +6,7 @@ step-00000500/
   weights-00003-00001.safetensors      tensors that rank 3 wrote, under their global names; the file's own header says
   optimizer-00003-00001.safetensors    which slices of the whole tensors their rows are
   tokenizer.model | .json              the tokenizer of the data, unless it is bytes
+  source.json                          what the model of Transformers that the weights come from said of itself, if any
 """
 
 import hashlib
@@ -21,13 +22,14 @@ import torch
 from torch import Tensor
 
 from megaresnorm.errors import CheckpointError
+from megaresnorm.files import UNFINISHED as UNFINISHED
 from megaresnorm.parallel.sharding import Box
 from megaresnorm.reading import open_plain_file
 
 MANIFEST = "manifest.json"
 FORMAT = 2
-FILE_NAME = re.compile(r"[a-z]+-[0-9]{5}-[0-9]{5}\.safetensors|tokenizer\.(model|json)")
-UNFINISHED = ".tmp-"  # a folder that is being written or removed
+FILE_NAME = re.compile(r"[a-z]+-[0-9]{5}-[0-9]{5}\.safetensors|tokenizer\.(model|json)|source\.json")
+SOURCE = "source.json"
 DAMAGED = "damaged-"  # a folder that a run could not resume from; it resumed from an older one
 MAX_MANIFEST_BYTES = 1 << 24
 DTYPES = {

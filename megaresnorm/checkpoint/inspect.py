@@ -1,6 +1,6 @@
 """Listing, verifying and comparing checkpoints."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from math import inf
@@ -215,13 +215,16 @@ def _not_finite(checkpoint: Checkpoint, progress: Progress) -> list[str]:
     ]
 
 
-def compare_tensors(one: Checkpoint, other: Checkpoint, advance: Callable[[], None]) -> Iterator[Difference]:
+def compare_tensors(
+    one: Checkpoint, other: Checkpoint, groups: Sequence[str], advance: Callable[[], None]
+) -> Iterator[Difference]:
     """Every tensor that is not the same in both, bit for bit. Two tensors are in memory at a time.
 
     Args:
+        groups: to compare.
         advance: called before each tensor.
     """
-    for group in {**one.tensors, **other.tensors}:
+    for group in groups:
         ours: Mapping = one.tensors.get(group, {})
         theirs: Mapping = other.tensors.get(group, {})
         for name in {**ours, **theirs}:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megaresnorm.checkpoint.format import DTYPES, MANIFEST, TensorSlices, file_sha256
+from megaresnorm.checkpoint.format import DTYPES, MANIFEST, SOURCE, TensorSlices, file_sha256
 from megaresnorm.checkpoint.manifest import read_manifest, unreadable
 from megaresnorm.data.tokenizer import MAX_TOKENIZER_BYTES
 from megaresnorm.errors import CheckpointError, DamagedError
@@ -98,6 +98,14 @@ class Checkpoint:
             return read_plain_file(self.folder / name, MAX_TOKENIZER_BYTES, follow=False)
         except OSError as e:
             raise CheckpointError(f"{self.folder / name}: cannot be read ({e.strerror})") from None
+
+    def source(self) -> bytes | None:
+        """Content of SOURCE; None in a checkpoint whose weights were not converted.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        return self.attached(SOURCE) if SOURCE in self._manifest["files"] else None
 
     def names(self, group: str) -> list[str]:
         """Global names of the tensors of a group."""

@@ -11,7 +11,7 @@ from megaresnorm.checkpoint.format import DAMAGED, MANIFEST, step_of
 from megaresnorm.checkpoint.inspect import newest_of
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import RunState, recipe_of, state_of
-from megaresnorm.data.samples import TrainingData
+from megaresnorm.data.training_data import TrainingData
 from megaresnorm.errors import CheckpointError, DamagedError
 from megaresnorm.parallel.control import all_or_raise, run_on_all_ranks
 from megaresnorm.parallel.mesh import Axis
@@ -24,6 +24,7 @@ FIXED_ON_RESUME = (
     "model.",
     "data.valid_fraction",
     "data.test_fraction",
+    "data.split",
     "data.seed",
     "data.mask_documents",
     "train.seed",
@@ -147,7 +148,8 @@ def check_same_run(checkpoint: Checkpoint, state: RunState, recipe: Recipe, data
     before = recipe_of(checkpoint.folder, state)  # settings that are newer than the checkpoint have their defaults
     changed = differences(before.model_dump(exclude_none=True), recipe.model_dump(exclude_none=True))
     for key, (old, now) in changed.items():
-        if key.startswith(FIXED_ON_RESUME):
+        held_out = key.startswith("data.valid") and before.data.shares != recipe.data.shares
+        if key.startswith(FIXED_ON_RESUME) or held_out:
             raise CheckpointError(
                 f"{checkpoint.folder}: made with {key}={old}, the recipe has {now}; "
                 "use another train.output for another run"
@@ -159,7 +161,9 @@ def check_same_run(checkpoint: Checkpoint, state: RunState, recipe: Recipe, data
             "use another train.output for a shorter run"
         )
     if state.data != data.digest:
-        raise CheckpointError(f"{checkpoint.folder}: {data_name} has changed since; use another train.output")
+        weights = [[source.weight for source in one.data.sources] for one in (before, recipe)]
+        weighed = "" if weights[0] == weights[1] else f" (its weights were {weights[0]} and are {weights[1]})"
+        raise CheckpointError(f"{checkpoint.folder}: {data_name} has changed since{weighed}; use another train.output")
     tokenizer = None if data.tokenizer is None else data.tokenizer.describe()
     if state.tokenizer is not None and state.tokenizer != tokenizer:
         raise CheckpointError(

@@ -1,7 +1,7 @@
 """The state of a run that its manifest holds beside the tensors."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -40,6 +40,7 @@ class RunState(_Typed):
         train_loss: of the last step that was applied, in nats a token.
         recipe: the resolved recipe.
         data: digest of the token files.
+        split: how these were split at random: by tokens, or by whole documents as before version 0.2.
         tokenizer: its description; None where token files have none.
         kernels: op -> chosen kernel.
     """
@@ -51,6 +52,7 @@ class RunState(_Typed):
     engine: EngineState
     recipe: dict[str, Any]
     data: str
+    split: Literal["tokens", "documents"] = "documents"
     tokenizer: dict[str, str] | None = None
     kernels: dict[str, str] = {}
     versions: dict[str, str] = {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megaresnorm.errors import ConfigError
+from megaresnorm.reading import expanded
 from megaresnorm.recipe.section import MAX_BLOCKS, MAX_STEPS
 
 Commands = Any  # argparse keeps the type of add_subparsers() private
@@ -18,13 +19,27 @@ _UNITS |= {f"{prefix}IB": 1024**n for n, prefix in enumerate(["K", "M", "G", "T"
 
 
 def path(text: str) -> Path:
-    """A path of a file or folder, which need not exist."""
+    """A path of a file or folder, which need not exist. ``~`` and ``$NAME`` are expanded."""
     if "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} has a NUL character, which no path has")
+    try:
+        text = expanded(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
     encoded = os.fsencode(text)
     if max(map(len, encoded.split(b"/"))) > MAX_NAME or len(encoded) > MAX_PATH:
         raise argparse.ArgumentTypeError(f"{text[:MAX_SHOWN]!r}... is too long for a path")
     return Path(text)
+
+
+def path_text(text: str) -> str:
+    """A ``path`` as text, as which data sets and recipes are named."""
+    return str(path(text)) if text else text
+
+
+def source(text: str) -> str:
+    """A ``path``, or hf:NAME."""
+    return text if text.startswith("hf:") else path_text(text)
 
 
 def count_up_to(most: int) -> Callable[[str], int]:

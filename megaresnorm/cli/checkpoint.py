@@ -14,6 +14,7 @@ from megaresnorm.errors import CheckpointError, ConfigError
 from megaresnorm.text import shown, write
 
 if TYPE_CHECKING:
+    from megaresnorm.checkpoint.reader import Checkpoint
     from megaresnorm.telemetry.log import Table
 
 
@@ -41,6 +42,7 @@ def add_checkpoint(commands: Commands) -> None:
     diff = verbs.add_parser("diff", help="how two checkpoints differ; exit code 1 if they do")
     diff.add_argument("one", metavar="A", type=path, help="a checkpoint, or a run: its newest one")
     diff.add_argument("other", metavar="B", type=path)
+    diff.add_argument("--only", choices=["weights", "optimizer", "clipper"], help="compare these tensors alone")
     diff.add_argument("--rows", type=count, default=20, metavar="N", help="largest differences to show [20]")
     diff.set_defaults(run=_diff)
     prune = verbs.add_parser(
@@ -191,10 +193,11 @@ def _diff(arguments: argparse.Namespace) -> int:
     folders = [newest_of(arguments.one), newest_of(arguments.other)]
     with progress_bar("verifying", sum(map(num_bytes, folders)), of_bytes=True) as bar:
         one, other = (Checkpoint(f, progress=partial(bar.advance, bar.task_ids[0])) for f in folders)
-    total = len({(g, n) for c in (one, other) for g, members in c.tensors.items() for n in members})
+    groups, alone = _groups(one, other, arguments.only)
+    total = len({(g, n) for c in (one, other) for g in groups for n in c.tensors[g]})
     with progress_bar("comparing", total) as bar:
-        found = list(compare_tensors(one, other, lambda: bar.advance(bar.task_ids[0])))
-    settings = differences(one.state, other.state)
+        found = list(compare_tensors(one, other, groups, lambda: bar.advance(bar.task_ids[0])))
+    settings = differences(one.state, other.state) if arguments.only is None else {}
     if settings:
         table = Table(title="state")
         for heading in ("", "A", "B"):
@@ -215,9 +218,38 @@ def _diff(arguments: argparse.Namespace) -> int:
             cells = (d.what, "") if d.largest is None else (f"{d.largest:.3e}", f"{d.scale:.3e}")
             table.add_row(d.name, *cells)
         console.print(table)
-    else:
+    for line in _equal(one, groups, [d.name for d in found]) if found or alone or arguments.only else []:
+        console.print(line)
+    if not found and not alone and arguments.only is None:
         console.print(f"all {total} tensors are equal, bit for bit")
-    return 1 if found or settings else 0
+    for line in alone:
+        console.print(line)
+    return 1 if found or settings or alone else 0
+
+
+def _groups(one: Checkpoint, other: Checkpoint, only: str | None) -> tuple[list[str], list[str]]:
+    """The groups of tensors that two checkpoints share, and a line for each that one of them alone has.
+
+    Args:
+        only: the one group to look at; None for all.
+
+    Raises:
+        CheckpointError: a checkpoint does not have it.
+    """
+    for checkpoint in (one, other):
+        if only is not None and only not in checkpoint.tensors:
+            raise CheckpointError(f"{checkpoint.folder}: has no {only}; it has {', '.join(checkpoint.tensors)}")
+    groups = list({**one.tensors, **other.tensors}) if only is None else [only]
+    shared = [group for group in groups if group in one.tensors and group in other.tensors]
+    counts = {group: ("A", one) if group in one.tensors else ("B", other) for group in groups if group not in shared}
+    return shared, [f"{group}: {len(c.tensors[group]):,}, in {name} alone" for group, (name, c) in counts.items()]
+
+
+def _equal(one: Checkpoint, groups: list[str], differing: list[str]) -> list[str]:
+    """A line for each group of tensors that are equal."""
+    same = [group for group in groups if not any(name.split(" ")[0] == group for name in differing)]
+    words = {group: group if group == "weights" else f"tensors of {group}" for group in same}
+    return [f"{len(one.tensors[group]):,} {words[group]} are equal, bit for bit" for group in same]
 
 
 def _prune(arguments: argparse.Namespace) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from typing import TYPE_CHECKING
 
-from megaresnorm.cli.arguments import Commands, count_up_to, memory, path, share, size
-from megaresnorm.errors import CheckpointError, ConfigError, ConversionError
+from megaresnorm.cli.arguments import Commands, count_up_to, memory, names, path, path_text, share, size
+from megaresnorm.errors import ConfigError, ConversionError
 from megaresnorm.recipe.section import MAX_SEQ_LEN
 from megaresnorm.text import say, shown
 
@@ -127,7 +128,8 @@ def _add_compare(actions: Commands) -> None:
 
 def _add_writing(command: argparse.ArgumentParser) -> None:
     _add_tokenizer(command)
-    command.add_argument("--dtype", choices=list(_TYPES), help="type of the written weights [the checkpoint's]")
+    what = "type of the written weights [that of the model that was trained on, or the checkpoint's]"
+    command.add_argument("--dtype", choices=list(_TYPES), help=what)
     command.add_argument(
         "--max-shard-size", type=size, default=5 * 10**9, metavar="SIZE", help="largest file, such as 500MB [5GB]"
     )
@@ -145,7 +147,11 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
     command.add_argument("out", type=path, metavar="OUT", help="folder to make: a checkpoint and recipe.yaml")
     _add_tokenizer(command)
     command.add_argument("--end-token", metavar="TOKEN", help="token that ends documents [the one its files name]")
-    command.add_argument("--data", default="runs/my-data", metavar="PATH", help="the recipe's data.path [runs/my-data]")
+    what = "fields of config.json that are not known, and that you know not to matter, separated by commas"
+    command.add_argument("--ignore-fields", type=names, default=[], metavar="NAMES", help=what)
+    command.add_argument(
+        "--data", type=path_text, default="runs/my-data", metavar="PATH", help="the recipe's data.path [runs/my-data]"
+    )
     _add_memory(command)
 
 
@@ -205,6 +211,7 @@ def _from_hf(arguments: argparse.Namespace) -> int:
     _needs_transformers()  # Megatron-Core's weights need it for their tokenizer alone
     from megaresnorm.convert.config_json import is_megatron
     from megaresnorm.convert.from_hf import from_hf
+    from megaresnorm.data.tokenizer_files import ends_of_documents
     from megaresnorm.telemetry.log import console, progress_bars
 
     if is_megatron(arguments.model) != arguments.megatron:
@@ -220,6 +227,7 @@ def _from_hf(arguments: argparse.Namespace) -> int:
             verify=arguments.verify == "on",
             with_tokenizer=arguments.tokenizer == "auto",
             end_token=arguments.end_token,
+            ignore_fields=arguments.ignore_fields,
             tolerance=_tolerance_of(arguments),
             progress=progress,
         )
@@ -229,7 +237,18 @@ def _from_hf(arguments: argparse.Namespace) -> int:
     for note in found.notes:
         console.print(shown(f"note      {note}"), style="yellow")
     _print_agreement(found.agreement)
-    say(f"train on  megaresnorm train {found.recipe} data.path={arguments.data}")
+    if found.tokenizer is not None:
+        say(f"tokenizer {ends_of_documents(found.tokenizer)}")
+        bos = "" if found.tokenizer.bos is None else " --bos"
+        end = "" if arguments.end_token is None else f" --end-token {shlex.quote(arguments.end_token)}"
+        folder = shlex.quote(str(arguments.model))
+        say(f"prepare   megaresnorm prepare TEXT --tokenizer {folder}{bos}{end} --out {shlex.quote(arguments.data)}")
+    say(f"train on  megaresnorm train {shlex.quote(str(found.recipe))}")
+    settings = found.settings
+    say(
+        f"          in {settings.train.output}, for {settings.train.steps:,} steps of lr {settings.optim.lr:g} after "
+        f"{settings.schedule.warmup_steps} of warm-up, in {settings.precision.compute}"
+    )
     return 0
 
 
@@ -264,41 +283,17 @@ def _export_settings(
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from megaresnorm.convert.compare import (
-        PROMPTS,
-        TOLERANCE,
-        compare,
-        kept_logits_on,
-        logits_on,
-        open_model,
-        random_prompts,
-        read_prompts,
-        text_prompts,
-    )
-
-    texts = None if arguments.prompts is None else read_prompts(arguments.prompts)
     if any((folder / "config.json").exists() for folder in (arguments.one, arguments.other)):
         _needs_transformers()
-    one, other = open_model(arguments.one), open_model(arguments.other)
-    if one.vocab_size != other.vocab_size:
-        raise CheckpointError(
-            f"the models have logits of {one.vocab_size} and {other.vocab_size} tokens; they are not the same model"
-        )
-    vocab_size, seq_len = one.vocab_size, min(one.seq_len, other.seq_len)
-    if texts is None:
-        prompts = random_prompts(vocab_size, seq_len)
-    else:
-        tokenizer = one.tokenizer or other.tokenizer
-        if tokenizer is None:
-            raise ConfigError(
-                "--prompts needs a checkpoint of ours with a tokenizer as A or B; leave it out for random tokens"
-            )
-        prompts = text_prompts(texts, tokenizer, vocab_size, seq_len)
-    few = sum(prompt_BS.numel() for prompt_BS in prompts) <= PROMPTS
-    first = kept_logits_on(prompts, one.load) if few else logits_on(prompts, one.load())
-    agreement = compare(
-        first, logits_on(prompts, other.load()), TOLERANCE if arguments.tolerance is None else arguments.tolerance
-    )
+    from megaresnorm.convert.compare import TOLERANCE
+    from megaresnorm.convert.models import compare_models
+    from megaresnorm.convert.prompts import read_prompts
+
+    texts = None if arguments.prompts is None else read_prompts(arguments.prompts)
+    tolerance = TOLERANCE if arguments.tolerance is None else arguments.tolerance
+    agreement, note = compare_models((arguments.one, arguments.other), texts, tolerance)
+    if note:
+        say(f"note      {note}")
     _print_agreement(agreement)
     return 0 if agreement.passed else ConversionError.exit_code
 

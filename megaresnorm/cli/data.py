@@ -7,14 +7,14 @@ import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from megaresnorm.cli.arguments import Commands, count_up_to, path, write_json
+from megaresnorm.cli.arguments import Commands, count_up_to, path, path_text, source, write_json
 from megaresnorm.errors import ConfigError
 from megaresnorm.recipe.section import MAX_VOCAB
 from megaresnorm.text import say, shown
 
 if TYPE_CHECKING:  # commands import what they need, so that --help is instant
     from megaresnorm.data.dataset import DataSet
-    from megaresnorm.data.inspect import DataStatistics, Draw
+    from megaresnorm.data.inspect import DataStatistics, Draw, Part
     from megaresnorm.telemetry.log import Table
 
 
@@ -35,8 +35,10 @@ def add_prepare(commands: Commands) -> None:
     add(
         "paths",
         nargs="*",
+        type=source,
         metavar="PATH",
-        help=".txt, .jsonl (also .gz, .zst) and .parquet files, folders of them, or hf:NAME[:CONFIG[:SPLIT]]",
+        help=".txt, .jsonl or .ndjson (also .gz, .zst) and .parquet files, folders of them, or "
+        "hf:NAME[:CONFIG[:SPLIT]]; .json is read where every line is a document",
     )
     add(
         "--corpus",
@@ -48,10 +50,14 @@ def add_prepare(commands: Commands) -> None:
     add(
         "--tokenizer",
         default="bytes",
-        help="bytes, sentencepiece (trained on the text), a SentencePiece .model or a tokenizer.json [bytes]",
+        type=path_text,
+        help="bytes, sentencepiece (trained on the text), a SentencePiece .model, a tokenizer.json, GPT-2's vocab.json "
+        "with merges.txt beside it, or the folder of a model with one of them [bytes]",
     )
     add("--vocab-size", type=count_up_to(MAX_VOCAB), help="pieces of a trained sentencepiece model [8192]")
-    add("--end-token", metavar="TOKEN", help="token of a tokenizer.json that ends documents [its end-of-text token]")
+    add("--end-token", metavar="TOKEN", help="token of a tokenizer.json that ends documents [the one its files name]")
+    add("--bos", action="store_true", help="begin every document with the tokenizer's begin token, too")
+    add("--begin-token", metavar="TOKEN", help="that token of a tokenizer.json [the one its files name]")
     add("--text-key", default="text", help="key or column of the text [text]")
     add("--workers", type=count_up_to(MAX_WORKERS), default=os.cpu_count() or 1, help="processes [all cores]")
     add("--overwrite", action="store_true", help="replace another data set at --out once the new one is complete")
@@ -72,11 +78,11 @@ def add_data(commands: Commands) -> None:
         epilog="example: megaresnorm data show runs/my-data\n         megaresnorm data show my_blend.yaml",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    show.add_argument("paths", nargs="+", metavar="PATH", help="data sets, or one recipe (.yaml)")
+    show.add_argument("paths", nargs="+", type=path_text, metavar="PATH", help="data sets, or one recipe (.yaml)")
     show.add_argument("--json", type=path, metavar="FILE", help="write every figure here")
     show.set_defaults(run=_show)
     verify = actions.add_parser("verify", help="read every byte: checksums, index, tokens")
-    verify.add_argument("paths", nargs="+", metavar="PATH", help="data sets")
+    verify.add_argument("paths", nargs="+", type=path_text, metavar="PATH", help="data sets")
     verify.set_defaults(run=_verify)
 
 
@@ -85,8 +91,10 @@ def _prepare(arguments: argparse.Namespace) -> int:
         raise ConfigError("give either --corpus stdlib or --corpus english, or at least one PATH")
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from megaresnorm.data.corpus import find_sources
     from megaresnorm.data.prepare import PrepareJob, prepare
+    from megaresnorm.data.sources import NAMES_TOLD, find_sources
+    from megaresnorm.data.tokenizer_files import ends_of_documents
+    from megaresnorm.recipe.training import VALID_FRACTION
     from megaresnorm.telemetry.log import console
 
     job = PrepareJob(
@@ -96,20 +104,27 @@ def _prepare(arguments: argparse.Namespace) -> int:
         tokenizer=arguments.tokenizer,
         vocab_size=arguments.vocab_size,
         end_token=arguments.end_token,
+        bos=arguments.bos,
+        begin_token=arguments.begin_token,
         text_key=arguments.text_key,
         workers=arguments.workers,
         overwrite=arguments.overwrite,
     )
-    sources = find_sources(job.corpus, job.paths)
+    sources = find_sources(job.corpus, job.paths, say)
     columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("tokenizing", total=sum(source.num_bytes for source in sources) or None)
         result = prepare(job, sources, lambda num_bytes: progress.advance(task, num_bytes))
     verb = "reused" if result.reused else "prepared"
+    if result.without_text:
+        say(f"without text: {len(result.without_text):,} of them, {', '.join(result.without_text[:NAMES_TOLD])}")
     say(
         f"{verb} {result.folder}: {result.documents:,} documents, {result.tokens:,} tokens, "
-        f"vocabulary {result.vocab_size:,}"
+        f"vocabulary {result.vocab_size:,}, from {len(sources):,} file{'s' if len(sources) != 1 else ''}"
     )
+    say(ends_of_documents(result.tokenizer))
+    held = round(VALID_FRACTION * result.tokens)
+    say(f"unless a recipe says otherwise, {held:,} of the tokens ({VALID_FRACTION:.0%}) are for validation")
     return 0
 
 
@@ -121,26 +136,30 @@ def _show(arguments: argparse.Namespace) -> int:
     recipes = [name for name in arguments.paths if name.endswith((".yaml", ".yml"))]
     if recipes and len(arguments.paths) > 1:
         raise ConfigError(f"{recipes[0]}: give one recipe, or data sets, not both")
-    sets, draws = _draws(recipes[0]) if recipes else ([open_dataset(name) for name in arguments.paths], [])
+    sets, parts, draws = _of_recipe(recipes[0]) if recipes else ([open_dataset(n) for n in arguments.paths], [], [])
     figures = [statistics_of(data) for data in sets]
-    for table in [_statistics_table(figures), *([_draws_table(draws)] if draws else [])]:
+    tables = [_statistics_table(figures), *([_parts_table(parts)] if parts else [])]
+    for table in [*tables, *([_draws_table(draws)] if draws else [])]:
         console.print(table)
     if arguments.json:
-        write_json(arguments.json, {"sets": [asdict(f) for f in figures], "draws": [asdict(d) for d in draws]})
+        rows = {"sets": [*map(asdict, figures)], "parts": [*map(asdict, parts)], "draws": [*map(asdict, draws)]}
+        write_json(arguments.json, rows)
     return 0
 
 
-def _draws(name: str) -> tuple[list[DataSet], list[Draw]]:
-    """The data sets of a recipe, and the samples that its run draws from each."""
-    from megaresnorm.data.inspect import draws_of
-    from megaresnorm.data.samples import open_data, open_samples, resolve_vocab
+def _of_recipe(name: str) -> tuple[list[DataSet], list[Part], list[Draw]]:
+    """The data sets of a recipe, the parts that they are split into, and the samples that the run draws."""
+    from megaresnorm.data.inspect import draws_of, parts_of
+    from megaresnorm.data.training_data import open_data, open_samples, resolve_vocab
     from megaresnorm.recipe.load import load_recipe
     from megaresnorm.schedule import samples_before
 
     recipe = load_recipe(name, [])
     data = open_data(recipe.data)
-    samples, _ = open_samples(data, resolve_vocab(recipe, data))
-    return data.sets, draws_of(recipe, samples, samples_before(recipe.train.steps, recipe.train))
+    recipe = resolve_vocab(recipe, data)
+    samples, _ = open_samples(data, recipe)
+    drawn = draws_of(recipe, samples, samples_before(recipe.train.steps, recipe.train))
+    return [*data.sets, *data.valid.values()], parts_of(data, recipe), drawn
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -177,6 +196,20 @@ def _statistics_table(figures: list[DataStatistics]) -> Table:
     }
     for name, cells in rows.items():
         table.add_row(name, *cells)
+    return table
+
+
+def _parts_table(parts: list[Part]) -> Table:
+    from megaresnorm.telemetry.log import Table
+
+    table = Table(title="how the tokens are split")
+    table.add_column("source", overflow="fold")
+    for heading in ("part", "documents", "tokens", "share", "asked for", "sequences"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for p in parts:
+        asked = "" if p.wanted is None else f"{p.wanted:.4%}"
+        cells = (p.part, f"{p.documents:,}", f"{p.tokens:,}", f"{p.share:.4%}", asked, f"{p.sequences:,}")
+        table.add_row(p.path, *cells)
     return table
 
 

@@ -40,14 +40,15 @@ def add_generate(commands: Commands) -> None:
         "--tokenizer",
         type=path,
         metavar="FILE",
-        help="tokenizer of a checkpoint that has none (trained on bare token files), or bytes",
+        help="tokenizer of a checkpoint that has none (trained on bare token files): bytes, a file or a folder",
     )
     add("--end-token", metavar="TOKEN", help="token of that tokenizer.json that ends documents [its end-of-text token]")
     generate.set_defaults(run=_generate)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from megaresnorm.generate import generate_tokens, load_model, start_tokens
+    from megaresnorm.data.tokenizer import start_tokens
+    from megaresnorm.generate import generate_tokens, load_model
 
     prompt = _prompt(arguments.prompt)
     model, tokenizer = load_model(arguments.checkpoint, arguments.tokenizer, arguments.end_token)

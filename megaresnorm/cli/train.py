@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 
-from megaresnorm.cli.arguments import Commands, count
+from megaresnorm.cli.arguments import Commands, count, path_text
 from megaresnorm.errors import ConfigError, LostRankError
 from megaresnorm.parallel.environment import Environment, read_environment
 from megaresnorm.resilience.launcher import Launcher, end_with
@@ -23,7 +23,7 @@ def add_train(commands: Commands) -> None:
         "one.",
         epilog="example: megaresnorm train configs/quickstart.yaml model.topology=keel train.steps=100",
     )
-    train.add_argument("recipe", help="YAML file, as in configs/")
+    train.add_argument("recipe", type=path_text, help="YAML file, as in configs/")
     train.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file"
     )
@@ -80,7 +80,7 @@ def _train_and_report(arguments: argparse.Namespace, environment: Environment, s
     from megaresnorm.opening import idle, open_recipe, tell_idle_ranks
     from megaresnorm.recipe.load import dump_recipe, load_recipe
     from megaresnorm.run import Run
-    from megaresnorm.telemetry.log import console
+    from megaresnorm.telemetry.log import console, valid_figures
     from megaresnorm.trainer import Trainer
 
     opened = open_recipe(lambda: load_recipe(arguments.recipe, arguments.overrides), environment)
@@ -96,12 +96,13 @@ def _train_and_report(arguments: argparse.Namespace, environment: Environment, s
         text = None if summary.exit_code else run.sample_text()
     if text is not None:
         console.print(f"\n--- sample ---\n{text}\n--------------\n", markup=False)
-    if summary.valid_loss is not None and summary.unigram_entropy is not None:
-        gap = summary.unigram_entropy - summary.valid_loss
+    if summary.evaluation is not None and summary.unigram_entropy is not None:
+        gap = summary.unigram_entropy - summary.evaluation.loss
         verdict = "better" if gap > 0 else "worse"
         console.print(
-            f"validation loss {summary.valid_loss:.4f} nats a token; unigram entropy {summary.unigram_entropy:.4f}, "
-            f"so {abs(gap):.4f} nats {verdict} than knowing only how frequent each token is"
+            f"validation loss {summary.evaluation.loss:.4f} nats a token; unigram entropy "
+            f"{summary.unigram_entropy:.4f}, so {abs(gap):.4f} nats {verdict} than knowing only how frequent each "
+            f"token is\n{valid_figures(summary.evaluation.metrics())}"
         )
     if summary.checkpoint is not None:
         console.print(f"checkpoint {shown(summary.checkpoint)}\nweights    {summary.weights_digest}")
@@ -110,7 +111,7 @@ def _train_and_report(arguments: argparse.Namespace, environment: Environment, s
 
 def _dry_run(arguments: argparse.Namespace) -> int:
     from megaresnorm.checkpoint.format import human_bytes
-    from megaresnorm.data.samples import open_data, open_samples, resolve_vocab
+    from megaresnorm.data.training_data import open_data, open_samples, resolve_vocab
     from megaresnorm.layout import check_layout, split_stages
     from megaresnorm.memory import memory_per_rank
     from megaresnorm.model.lint import check

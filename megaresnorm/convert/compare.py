@@ -5,20 +5,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf, prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megaresnorm.checkpoint.format import human_bytes
-from megaresnorm.convert.config_json import normalized
+from megaresnorm.convert.config_json import normalized, their_config
 from megaresnorm.convert.families import FAMILIES
 from megaresnorm.convert.family import MEGATRON_NAME
-from megaresnorm.convert.files import CONFIG, Weights
-from megaresnorm.convert.native import NativeModel
-from megaresnorm.data.tokenizer import Tokenizer
-from megaresnorm.errors import CheckpointError, ConfigError, ConversionError
-from megaresnorm.reading import first_line, read_plain_file
+from megaresnorm.convert.files import CONFIG, Weights, is_buffer
+from megaresnorm.errors import CheckpointError, ConversionError
+from megaresnorm.reading import first_line
 from megaresnorm.resilience.host import available_memory
 
 TOLERANCE = 2e-5  # share of the largest logit; a wrong conversion is off by orders of magnitude more
@@ -140,18 +138,6 @@ def _sums(a_TV: Tensor, b_TV: Tensor, difference_TV: Tensor) -> Tensor:
     return torch.stack([count.double() for count in counts])
 
 
-TEXTS = (
-    "The quick brown fox jumps over the lazy dog.",
-    "def main(argv):\n    for i, name in enumerate(argv):\n        print(f\"{i}: {name}\")\n",
-    "In the beginning God created the heaven and the earth.\n\nAnd the earth was without form, and void;",
-    "你好，世界。 Привет, мир! 😀 3.14159 = π",
-)  # fmt: skip
-SHORT = 128  # tokens of most sequences of a comparison
-LONG = 512  # tokens of its one long sequence, and of a batch of short ones
-MAX_PROMPTS_BYTES = 1 << 24
-PROMPTS = 3072  # tokens that a conversion is verified on, at most: all logits of one model are kept
-
-
 def of_ours(model: Any) -> Logits:
     """Logits of our Transformer."""
 
@@ -188,18 +174,19 @@ def checked_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_size(folder: Path, loaded: Any) -> None:
+def check_size(folder: Path, loaded: Any, config: Any) -> None:
     """Check that a model is not much larger than its files, since Transformers would make up the missing weights.
 
     Args:
         loaded: the model's class in Transformers.
+        config: its configuration.
 
     Raises:
         CheckpointError: config.json describes over twice as many parameters, or tables that do not fit in memory.
     """
     have = sum(prod(shape) for _, shape, _ in Weights(folder).tensors.values())
     with torch.device("meta"):
-        skeleton = loaded(loaded.config_class.from_pretrained(folder, local_files_only=True))
+        skeleton = loaded(config)
     need = sum(p.numel() for p in skeleton.parameters())
     if need > 2 * have:
         raise CheckpointError(f"{folder / CONFIG}: of a model of {need:,} parameters; its files hold {have:,}")
@@ -224,19 +211,22 @@ def load_theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     kind = checked_config(folder)["model_type"]
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
     classes = {family.name: family.architecture for family in FAMILIES}
-    if kind in classes:
-        loaded: Any = getattr(transformers, classes[kind])
-        options["attn_implementation"] = "eager"  # every class has it, capped scores included
-    else:
-        from megaresnorm.convert.modeling_megaresnorm import MegaResNormForCausalLM as loaded
+    ours = kind not in classes
+    if ours:
+        from megaresnorm.convert.modeling_megaresnorm import MegaResNormForCausalLM
 
+        loaded: Any = MegaResNormForCausalLM
         options["attn_implementation"] = "sdpa"
+    else:
+        loaded = getattr(transformers, classes[kind])
+        options["attn_implementation"] = "eager"  # every class has it, capped scores included
     before, bars = transformers.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        check_size(folder, loaded)
-        model, info = loaded.from_pretrained(folder, output_loading_info=True, **options)
+        config = loaded.config_class.from_pretrained(folder, local_files_only=True) if ours else their_config(folder)
+        check_size(folder, loaded, config)
+        model, info = loaded.from_pretrained(folder, config=config, output_loading_info=True, **options)
     except CheckpointError:
         raise
     except Exception as e:  # noqa: BLE001 - any error that a class of theirs makes of bad values
@@ -246,104 +236,7 @@ def load_theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
         if bars:
             transformers.utils.logging.enable_progress_bar()
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(problem):
-            names = sorted(map(str, info[problem]))
+        names = sorted(name for name in map(str, info.get(problem) or ()) if not is_buffer(name))
+        if names:
             raise CheckpointError(f"{folder}: Transformers finds {problem.replace('_', ' ')}, such as {names[0]}")
     return model.eval()
-
-
-class Opened(NamedTuple):
-    """A model whose logits can be compared.
-
-    Attributes:
-        load: makes the model and returns its logits.
-        seq_len: longest sequence.
-        tokenizer: of a checkpoint of ours that has one, else None.
-    """
-
-    load: Callable[[], Logits]
-    vocab_size: int
-    seq_len: int
-    tokenizer: Tokenizer | None = None
-
-
-def open_model(folder: Path) -> Opened:
-    """A checkpoint of ours, or a folder of Transformers, whose weights are not loaded yet.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    if (folder / CONFIG).exists():
-        config = checked_config(folder)
-        vocab_size, seq_len = config.get("vocab_size"), config.get("max_position_embeddings", config.get("n_positions"))
-        if not isinstance(vocab_size, int) or not isinstance(seq_len, int) or min(vocab_size, seq_len) < 1:
-            raise CheckpointError(
-                f"{folder / CONFIG}: a vocabulary of {vocab_size} and a length of {seq_len} are not sizes of a model"
-            )
-        return Opened(lambda: of_theirs(load_theirs(folder)), vocab_size, seq_len)
-    native = NativeModel(folder)
-    assert native.recipe.vocab_size is not None
-    return Opened(lambda: of_ours(native.model()), native.recipe.vocab_size, native.recipe.seq_len, native.tokenizer())
-
-
-def random_prompts(vocab_size: int, seq_len: int, tokens: int = 2000, seed: int = 0) -> list[Tensor]:
-    """Batches [B, S]: at least ``tokens`` uniform random tokens in sequences of up to SHORT, and one of up to LONG."""
-    generator = torch.Generator().manual_seed(seed)
-    length = min(seq_len, SHORT)
-    rows = torch.randint(vocab_size, (-(-tokens // length), length), generator=generator)
-    long = [torch.randint(vocab_size, (1, min(seq_len, LONG)), generator=generator)] if seq_len > length else []
-    return [*rows.split(LONG // length), *long]
-
-
-def text_prompts(texts: Sequence[str], tokenizer: Tokenizer, vocab_size: int, seq_len: int) -> list[Tensor]:
-    """Batches [1, S] of one text each, a document of its own, cut to the longest sequence.
-
-    Raises:
-        CheckpointError: the tokenizer makes a token that the vocabulary lacks.
-    """
-    rows = [[tokenizer.eod, *tokenizer.encode(text).tolist()][:seq_len] for text in texts]
-    if max(map(max, rows)) >= vocab_size:
-        raise CheckpointError(f"the tokenizer makes token {max(map(max, rows))}, the vocabulary has {vocab_size}")
-    return [torch.tensor([row]) for row in rows]
-
-
-def prompts_of(native: NativeModel, tokenizer: Tokenizer | None) -> list[Tensor]:
-    """The batches that a conversion is verified on: random tokens, and texts where there is a tokenizer."""
-    vocab_size, seq_len = native.recipe.vocab_size, native.recipe.seq_len
-    assert vocab_size is not None
-    texts = [] if tokenizer is None else text_prompts(TEXTS, tokenizer, vocab_size, min(seq_len, SHORT))
-    prompts = random_prompts(vocab_size, seq_len) + texts
-    assert sum(prompt_BS.numel() for prompt_BS in prompts) <= PROMPTS
-    return prompts
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a file that are not blank.
-
-    Raises:
-        ConfigError: the file has none, or is not readable UTF-8 text.
-    """
-    try:
-        text = read_plain_file(path, MAX_PROMPTS_BYTES).decode("utf-8")
-    except OSError as e:
-        raise ConfigError(f"--prompts {path}: cannot be read ({e.strerror})") from None
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"--prompts {path}: not UTF-8 text (byte {e.start})") from None
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise ConfigError(f"--prompts {path}: has no line of text")
-    return lines
-
-
-def check_memory(num_bytes: int, vocab_size: int) -> None:
-    """Check that a model of ``num_bytes`` fits in memory, with the logits of the other one beside it.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    have, need = available_memory(), num_bytes + 4 * (PROMPTS + 2 * LONG) * vocab_size
-    if have is not None and need > have:
-        raise ConfigError(
-            f"verifying needs {human_bytes(need)} of memory, {human_bytes(have)} are free; "
-            "switch it off by --verify off"
-        )

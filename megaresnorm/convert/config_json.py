@@ -1,5 +1,6 @@
 """The config.json of a downloaded model, in the form of the installed Transformers."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,44 @@ _LARGEST = {
 }
 MAX_NUMBER = 1 << 53  # limit of all other fields
 _OTHER_WEIGHTS = {
+    "quantization": "quantized weights are not read",
     "quantization_config": "quantized weights are not read",
     "transformers_weights": "weights of another name are not read; call them model.safetensors",
 }
+
+
+# Fields of a config.json that the logits of a model do not depend on: how it was made, trained and is to be sampled.
+_NAMES = """
+_name_or_path architectures auto_map dtype torch_dtype transformers_version model_type id2label label2id problem_type
+bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id decoder_start_token_id
+initializer_range init_std use_cache return_dict output_attentions output_hidden_states output_router_logits
+attention_dropout attn_pdrop embd_pdrop resid_pdrop dropout hidden_dropout hidden_dropout_prob activation_dropout
+attention_probs_dropout_prob embedding_dropout residual_dropout classifier_dropout layerdrop is_encoder_decoder
+summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
+pretraining_tp chunk_size_feed_forward task_specific_params n_ctx prefix tokenizer_class torchscript pruned_heads
+use_bfloat16 tf_legacy_loss finetuning_task cache_implementation gradient_checkpointing _attn_implementation
+attn_implementation attn_implementation_autoset _attn_implementation_autoset max_window_layers _sliding_window_pattern
+sliding_window_pattern router_aux_loss_coef router_jitter_noise block_size linear_attn_alpha_factor
+linear_attn_beta_factor do_sample temperature top_k top_p typical_p max_length min_length num_beams num_beam_groups
+num_return_sequences repetition_penalty length_penalty diversity_penalty no_repeat_ngram_size early_stopping
+encoder_no_repeat_ngram_size bad_words_ids forced_bos_token_id forced_eos_token_id remove_invalid_values
+exponential_decay_length_penalty suppress_tokens begin_suppress_tokens return_dict_in_generate output_scores
+"""
+IGNORED = frozenset(_NAMES.split())
+# Marks that other tools leave in a config.json, of which none says anything of the model.
+_MARKS = re.compile(
+    r"_.*|unsloth.*|.*[._-](version|revision|commit|commit_hash|date|author|license|url|js_config)|axolotl.*|mergekit.*"
+    r"|transformers\..*|model_(name|creator|author|card)|(creator|author|license|language|trained_by|finetuned_from)"
+)
+
+
+def is_mark(name: str) -> bool:
+    """Whether a field of a config.json is a mark that another tool has left.
+
+    >>> is_mark("unsloth_version"), is_mark("_commit_hash"), is_mark("num_experts")
+    (True, True, False)
+    """
+    return _MARKS.fullmatch(name) is not None
 
 
 def normalized(source: Path) -> dict[str, Any]:
@@ -51,12 +87,34 @@ def normalized(source: Path) -> dict[str, Any]:
     known = list(dict.fromkeys([family.name for family in FAMILIES] + [OURS, MEGATRON_NAME]))
     if kind not in known:
         raise CheckpointError(f"{path}: model_type={kind!r} is not one of {', '.join(known)}")
+    return their_config(source).to_dict()
+
+
+def their_config(source: Path) -> Any:
+    """The configuration object of Transformers of a folder of one of its architectures.
+
+    A null in a field that cannot be null is what older versions of Transformers made of it: false where the field is a
+    switch, and the default where logits do not depend on the field.
+
+    Raises:
+        CheckpointError: its class does not take the fields.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    raw = dict(_raw(source))
     try:
-        return CONFIG_MAPPING[kind].from_dict(dict(raw)).to_dict()
+        made = CONFIG_MAPPING[raw["model_type"]]
+        defaults = made().to_dict()
+        for name in [name for name, value in raw.items() if value is None and defaults.get(name) is not None]:
+            if isinstance(defaults[name], bool):
+                raw[name] = False
+            elif name in IGNORED:
+                del raw[name]
+        return made.from_dict(raw)
     except Exception as e:  # noqa: BLE001 - any error that a class of theirs makes of bad values
-        raise CheckpointError(f"{path}: not a configuration of {kind} ({first_line(e)})") from None
+        raise CheckpointError(
+            f"{source / CONFIG}: not a configuration of {raw['model_type']} ({first_line(e)})"
+        ) from None
 
 
 def is_megatron(source: Path) -> bool:

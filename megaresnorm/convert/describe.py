@@ -1,10 +1,12 @@
 """The model that a config.json describes, as a recipe of ours and the match by which its tensors are read."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from megaresnorm.convert.config_json import IGNORED, is_mark
 from megaresnorm.convert.families import FAMILIES
 from megaresnorm.convert.families.megatron import MEGATRON
 from megaresnorm.convert.family import OURS, Family
@@ -15,27 +17,15 @@ from megaresnorm.convert.signature import different
 from megaresnorm.errors import CheckpointError, ConfigError
 from megaresnorm.recipe import ModelRecipe
 
-# Fields of a config.json that the logits of a model do not depend on: how it was made, trained and is to be sampled.
-_NAMES = """
-_name_or_path architectures auto_map dtype torch_dtype transformers_version model_type id2label label2id problem_type
-bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id decoder_start_token_id
-initializer_range init_std use_cache return_dict output_attentions output_hidden_states output_router_logits
-attention_dropout attn_pdrop embd_pdrop resid_pdrop dropout hidden_dropout hidden_dropout_prob activation_dropout
-attention_probs_dropout_prob embedding_dropout residual_dropout classifier_dropout layerdrop is_encoder_decoder
-summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
-pretraining_tp chunk_size_feed_forward task_specific_params n_ctx prefix tokenizer_class torchscript pruned_heads
-use_bfloat16 tf_legacy_loss finetuning_task cache_implementation gradient_checkpointing _attn_implementation
-attn_implementation attn_implementation_autoset _attn_implementation_autoset max_window_layers _sliding_window_pattern
-sliding_window_pattern router_aux_loss_coef router_jitter_noise block_size linear_attn_alpha_factor
-linear_attn_beta_factor do_sample temperature top_k top_p typical_p max_length min_length num_beams num_beam_groups
-num_return_sequences repetition_penalty length_penalty diversity_penalty no_repeat_ngram_size early_stopping
-encoder_no_repeat_ngram_size bad_words_ids forced_bos_token_id forced_eos_token_id remove_invalid_values
-exponential_decay_length_penalty suppress_tokens begin_suppress_tokens return_dict_in_generate output_scores
-"""
-IGNORED = frozenset(_NAMES.split())
 
-
-def described(source: Path, config: dict[str, Any], seq_len: int | None) -> tuple[Match, ModelRecipe, tuple[str, ...]]:
+def described(
+    source: Path,
+    config: dict[str, Any],
+    seq_len: int | None,
+    *,
+    verified: bool = True,
+    ignore_fields: Sequence[str] = (),
+) -> tuple[Match, ModelRecipe, tuple[str, ...]]:
     """The model of a config.json.
 
     A config.json that we have written brings the recipe that it was made from, which counts while the other fields
@@ -44,6 +34,8 @@ def described(source: Path, config: dict[str, Any], seq_len: int | None) -> tupl
     Args:
         config: as ``normalized`` returns it.
         seq_len: longest sequence, where it is to be shorter than the model's.
+        verified: whether logits will be compared, which shows whether an unknown field matters.
+        ignore_fields: unknown fields that are not to matter.
 
     Returns:
         The architecture as a match, our recipe of the model, and notes for the user.
@@ -61,11 +53,7 @@ def described(source: Path, config: dict[str, Any], seq_len: int | None) -> tupl
     if seq_len is not None:
         config, given = _shortened(family, config, given, seq_len)
     try:
-        unknown = sorted(config.keys() - family.keys - IGNORED - {OURS})
-        if unknown:
-            raise CheckpointError(
-                f"{unknown[0]}={repr(config[unknown[0]])[:60]} is not a field that is known of {family.name}"
-            )
+        left = _unknown_fields(family, config, verified, ignore_fields)
         read = ModelRecipe.model_validate(family.settings(config))
         if read.vocab_size is None:
             raise CheckpointError("vocab_size is missing")
@@ -78,12 +66,35 @@ def described(source: Path, config: dict[str, Any], seq_len: int | None) -> tupl
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path}: a field is missing or has an odd value ({type(e).__name__}: {e})") from None
     if given is None:
-        return Match(family, read), read, ()
+        return Match(family, read), read, left
     before = _as_exported(family, given)
     if before is None or different(_read_back(before), read):
         told = "config.json was changed after the export: its fields count, the recipe in it does not"
-        return Match(family, read), read, (told,)
-    return before, given, before.notes
+        return Match(family, read), read, (told, *left)
+    return before, given, (*before.notes, *left)
+
+
+def _unknown_fields(family: Family, config: dict[str, Any], verified: bool, ignored: Sequence[str]) -> tuple[str, ...]:
+    """A note on the fields that are known neither of the family nor of all models.
+
+    Raises:
+        CheckpointError: one may say something of the model: what it has is not empty, and no mark of another tool; or
+            it is empty or a mark, but no logits are compared.
+        ConfigError: ``ignored`` has a field that is known.
+    """
+    unknown = sorted(config.keys() - family.keys - IGNORED - {OURS})
+    wrong = [name for name in ignored if name not in unknown]
+    if wrong:
+        why = "which is known" if wrong[0] in family.keys | IGNORED else "which is not there"
+        raise ConfigError(f"--ignore-fields {wrong[0]}: a field of config.json {why}; leave it out")
+    for name in unknown:
+        harmless = not config[name] or is_mark(name)  # null, false, 0, and what is empty
+        if name in ignored or (harmless and verified):
+            continue
+        how = f"--ignore-fields {name} passes it over"
+        how = f"compare the logits (without --verify off), or {how}" if harmless else f"if it does not matter, {how}"
+        raise CheckpointError(f"{name}={repr(config[name])[:60]} is not a field that is known of {family.name}; {how}")
+    return (f"fields of config.json that nobody knows were passed over: {', '.join(unknown)}",) if unknown else ()
 
 
 def _family_of(config: dict[str, Any]) -> Family:

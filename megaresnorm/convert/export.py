@@ -16,7 +16,7 @@ from megaresnorm.convert.files import (
     CONFIG,
     Progress,
     check_space,
-    new_folder,
+    output_folder,
     refuse_existing,
     write_json,
     write_weights,
@@ -34,7 +34,7 @@ class ExportSettings:
     """How a checkpoint is written for another framework.
 
     Attributes:
-        dtype: of the written weights; None: the checkpoint's.
+        dtype: of the written weights; None: that of the model that they come from, or the checkpoint's.
         max_shard_bytes: of the largest file.
         max_memory: bytes for tensors while writing.
         with_tokenizer: write the tokenizer, too.
@@ -89,16 +89,16 @@ def export(
         ConfigError: there is no space.
         DataError: the tokenizer would not be the same.
     """
-    dtype = settings.dtype or native.dtype
+    dtype = settings.dtype or native.exported_dtype
     tokenizer = native.tokenizer() if settings.with_tokenizer else None
     tensors = list(weight_tensors(native, match, dtype, settings.max_memory // 8))
     num_bytes = sum(tensor.num_bytes for tensor in tensors)
     check_space(out, num_bytes)
     check(num_bytes // dtype.itemsize)
-    with new_folder(out) as folder:
+    with output_folder(out) as folder:
         write_weights(folder, tensors, settings.max_shard_bytes, settings.progress("writing", num_bytes))
         if tokenizer is not None:
-            write_tokenizer(folder, tokenizer)
+            write_tokenizer(folder, tokenizer, native.provenance)
         yield Export(folder, native, match, dtype, tokenizer, num_bytes)
 
 

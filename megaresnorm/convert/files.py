@@ -4,8 +4,6 @@ import itertools
 import json
 import os
 import re
-import shutil
-import socket
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,12 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megaresnorm.checkpoint.format import UNFINISHED, FileTensor, human_bytes
+from megaresnorm.checkpoint.format import FileTensor, human_bytes
 from megaresnorm.checkpoint.reader import MAX_HEADER_BYTES, check_header
 from megaresnorm.checkpoint.writer import encoded, free_bytes
 from megaresnorm.errors import CheckpointError, ConfigError
+from megaresnorm.files import new_folder, occupied
 from megaresnorm.parallel.sharding import Box
-from megaresnorm.reading import first_line, open_plain_file, read_json_object
+from megaresnorm.reading import LFS_POINTER, first_line, open_plain_file, read_json_object, refuse_pointer
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 MAX_JSON_BYTES = 1 << 26
@@ -42,65 +41,38 @@ BUFFERS = (
 Progress = Callable[[int], None]
 
 
+def is_buffer(name: str) -> bool:
+    """Whether a tensor of this name is a buffer, which nobody reads, here or in Transformers."""
+    return name.endswith(BUFFERS)
+
+
 def refuse_existing(out: Path) -> None:
-    """Check that nothing would be written over.
+    """Check that nothing would be written over. An empty folder, or a link to one or to nothing, may be there.
 
     Raises:
-        ConfigError: ``out`` exists.
+        ConfigError: ``out`` exists, or cannot be looked at.
     """
-    if out.exists() or out.is_symlink():
+    try:
+        there = occupied(out)
+    except OSError as e:
+        raise ConfigError(f"{out}: cannot be read ({e.strerror})") from None
+    if there:
         raise ConfigError(f"{out}: exists already, and nothing is written over; give another folder")
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``out`` when all has gone well, and vanishes when it has not.
+def output_folder(out: Path) -> Iterator[Path]:
+    """``new_folder`` for a conversion.
 
     Raises:
         ConfigError: ``out`` exists or cannot be written.
     """
     refuse_existing(out)
-    temporary = out.with_name(f"{_unfinished(out)}{os.getpid()}")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(out)
-        temporary.mkdir()
-        yield temporary
-        for path in temporary.iterdir():
-            _sync(path)
-        _sync(temporary)
-        refuse_existing(out)  # rename would replace an empty folder
-        os.rename(temporary, out)
-        _sync(out.parent)
+        with new_folder(out) as folder:
+            yield folder
     except OSError as e:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise ConfigError(f"{out}: cannot be written ({e.strerror or e})") from None
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _sweep(out: Path) -> None:
-    """Remove the unfinished folders of conversions to ``out`` that were killed."""
-    for left in out.parent.iterdir():
-        process = left.name.removeprefix(_unfinished(out))
-        if process != left.name and process.isdecimal() and not _alive(int(process)):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _unfinished(out: Path) -> str:
-    """Start of the name of an unfinished ``out``, before the id of its process, which runs on this host."""
-    return f"{UNFINISHED}{out.name}-{socket.gethostname()}-"
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def check_space(out: Path, wanted: int) -> None:
@@ -189,6 +161,7 @@ class Weights:
     Attributes:
         tensors: name -> file, shape, type.
         metadata: of all files.
+        missing: name -> file, of tensors that the index names and the file does not have.
 
     Raises:
         CheckpointError: something is missing, damaged or not what the index says; it is named.
@@ -201,9 +174,8 @@ class Weights:
         where = self._index()
         for file in dict.fromkeys(where.values()) if where is not None else [WEIGHTS]:
             self._look(file, where)
-        for name, file in (where or {}).items():
-            if name not in self.tensors and not name.endswith(BUFFERS):
-                raise CheckpointError(f"{folder / file}: has no tensor {name}, which the index has there")
+        named = (where or {}).items()
+        self.missing = {name: file for name, file in named if name not in self.tensors and not is_buffer(name)}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
@@ -246,7 +218,9 @@ class Weights:
         try:
             with os.fdopen(open_plain_file(path), "rb") as opened:
                 size = os.fstat(opened.fileno()).st_size
-                header = int.from_bytes(opened.read(8), "little")
+                start = opened.read(len(LFS_POINTER))
+                refuse_pointer(start)
+                header = int.from_bytes(start[:8], "little")
             if header > min(size - 8, MAX_HEADER_BYTES):
                 raise ValueError(f"a header of {header} bytes in a file of {size}")
             with safe_open(path, framework="pt") as tensors:
@@ -257,19 +231,12 @@ class Weights:
                         continue  # the index says which copy counts
                     view = tensors.get_slice(name)
                     if view.get_dtype() not in _TYPES:
-                        if name.endswith(BUFFERS):
+                        if is_buffer(name):
                             continue
                         raise ValueError(f"{name} is {view.get_dtype()}; wanted one of {', '.join(_TYPES)}")
                     self.tensors[name] = file, tuple(view.get_shape()), _TYPES[view.get_dtype()]
         except FileNotFoundError:
             raise CheckpointError(f"{path}: is missing") from None
         except (SafetensorError, OSError, ValueError) as e:
-            raise CheckpointError(f"{path}: not a readable safetensors file ({first_line(e)})") from None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            why = e.strerror if isinstance(e, OSError) and e.strerror else first_line(e)
+            raise CheckpointError(f"{path}: not a readable safetensors file ({why})") from None

@@ -9,35 +9,44 @@ import torch
 from torch import Tensor
 
 import megaresnorm
-from megaresnorm.checkpoint.format import TensorSlices
+from megaresnorm.checkpoint.format import SOURCE, TensorSlices
 from megaresnorm.checkpoint.state import EngineState, RunState
 from megaresnorm.checkpoint.writer import save_checkpoint
 from megaresnorm.convert.compare import (
     TOLERANCE,
     Agreement,
-    check_memory,
     compare,
     kept_logits_on,
     load_theirs,
     logits_on,
     of_ours,
     of_theirs,
-    prompts_of,
 )
 from megaresnorm.convert.config_json import normalized
 from megaresnorm.convert.describe import described
 from megaresnorm.convert.family import MEGATRON_NAME, Family
-from megaresnorm.convert.files import BUFFERS, CONFIG, Progress, Weights, check_space, new_folder, refuse_existing
+from megaresnorm.convert.files import (
+    CONFIG,
+    Progress,
+    Weights,
+    check_space,
+    is_buffer,
+    output_folder,
+    refuse_existing,
+)
 from megaresnorm.convert.links import Link, bands_of_rows, constants, links
 from megaresnorm.convert.match import Match
 from megaresnorm.convert.native import NativeModel
+from megaresnorm.convert.prompts import check_memory, prompts_of
+from megaresnorm.convert.provenance import Provenance, provenance_of
 from megaresnorm.convert.tokenizers import read_tokenizer_of
-from megaresnorm.data.tokenizer import HuggingFaceTokenizer, Tokenizer
+from megaresnorm.data.hf_tokenizer import HuggingFaceTokenizer
+from megaresnorm.data.tokenizer import Tokenizer
 from megaresnorm.errors import CheckpointError, ConfigError
 from megaresnorm.model.parameters import parameter_table
 from megaresnorm.model.specs import ParameterSpec
 from megaresnorm.recipe import ModelRecipe, Recipe
-from megaresnorm.recipe.load import build_recipe, dump_recipe
+from megaresnorm.recipe.load import build_recipe, dump_values, load_recipe
 
 
 @dataclass(frozen=True)
@@ -47,15 +56,19 @@ class Imported:
     Attributes:
         checkpoint: its folder.
         recipe: a file to train on with.
+        settings: what it says.
         family: of the original.
+        tokenizer: None without one.
         notes: for the user.
         agreement: with the original; None where it was not verified.
     """
 
     checkpoint: Path
     recipe: Path
+    settings: Recipe
     family: Family
     model: ModelRecipe
+    tokenizer: Tokenizer | None
     notes: tuple[str, ...]
     agreement: Agreement | None
 
@@ -70,6 +83,7 @@ def from_hf(
     verify: bool = True,
     with_tokenizer: bool = True,
     end_token: str | None = None,
+    ignore_fields: Sequence[str] = (),
     tolerance: float = TOLERANCE,
     progress: Callable[[str, int], Progress] = lambda label, total: lambda count: None,
 ) -> Imported:
@@ -82,7 +96,8 @@ def from_hf(
         data: data.path of the recipe.
         max_memory: bytes for tensors while reading and writing.
         verify: load both models, one after the other, in FP32 and compare logits; has no effect for Megatron-Core.
-        end_token: token of a tokenizer.json that ends a document, where its files do not say.
+        end_token: token of a tokenizer.json that ends a document; None for the one that its files name.
+        ignore_fields: of config.json, that nobody knows and that are not to matter.
         tolerance: largest difference, as a share of the largest logit.
         progress: is called with a label and a number of bytes; its result is then called with the bytes done.
 
@@ -94,8 +109,8 @@ def from_hf(
     """
     refuse_existing(out)
     config = normalized(source)
-    chosen, model, notes = described(source, config, seq_len)
     verify = verify and config["model_type"] != MEGATRON_NAME  # its model needs a process group
+    chosen, model, notes = described(source, config, seq_len, verified=verify, ignore_fields=ignore_fields)
     tokenizer = read_tokenizer_of(source, config, end_token) if with_tokenizer else None
     if end_token is not None and not isinstance(tokenizer, HuggingFaceTokenizer):
         raise ConfigError(
@@ -108,7 +123,7 @@ def from_hf(
     if tokenizer is None:
         notes = (
             *notes,
-            "without a tokenizer" if not with_tokenizer else f"{source} has no tokenizer.json and no tokenizer.model",
+            "without a tokenizer" if not with_tokenizer else f"{source} has no tokenizer that is read",
         )
     weights = Weights(source)
     if model.num_blocks > len(weights.tensors):  # listing the tensors of so many would take a while
@@ -118,12 +133,14 @@ def from_hf(
     check_space(out, num_bytes)
     if verify:
         check_memory(num_bytes // dtype.itemsize * 4, model.vocab_size or 0)
-    recipe = training_recipe(model, out, data, dtype)
-    with new_folder(out) as folder:
+    provenance = provenance_of(source, config, weights, tokenizer)
+    values = training_values(model, out.name, data, provenance)
+    with output_folder(out) as folder:
         tell = progress("writing", num_bytes)
-        save(folder, recipe, tokenizer, {name: _counted(slices, tell) for name, slices in sliced.items()})
+        save(folder, values, tokenizer, provenance, {n: _counted(slices, tell) for n, slices in sliced.items()})
         agreement = verify_import(source, folder, tolerance) if verify else None
-    return Imported(out / "checkpoints" / "step-00000000", out / "recipe.yaml", chosen.family, model, notes, agreement)
+    checkpoint, recipe = out / "checkpoints" / "step-00000000", out / "recipe.yaml"
+    return Imported(checkpoint, recipe, load_recipe(recipe), chosen.family, model, tokenizer, notes, agreement)
 
 
 def sliced_weights(
@@ -157,7 +174,7 @@ def matched(weights: Weights, chosen: Match, table: dict[str, ParameterSpec]) ->
     for link in links(chosen.family, chosen.recipe, table, chosen.factor):
         name = there(link.theirs)
         if name not in weights.tensors:
-            raise CheckpointError(f"{weights.folder}: has no tensor {link.theirs}")
+            raise CheckpointError(f"{weights.folder}: has no tensor {link.theirs}{_wrapped(weights)}")
         padding = chosen.family.padded and table[link.ours].parts[0].role in ("embedding", "head")
         rows = max(link.shape[0], weights.shape(name)[0]) if padding else link.shape[0]
         if weights.shape(name) != (rows, *link.shape[1:]):
@@ -178,8 +195,23 @@ def matched(weights: Weights, chosen: Match, table: dict[str, ParameterSpec]) ->
                 )
         used.add(name)
     for name in weights.tensors:
-        if name not in used and not name.endswith(BUFFERS):
+        if name not in used and not is_buffer(name):
             raise CheckpointError(f"{weights.folder}: {name} is a tensor that our model has nothing for")
+    tied = {f"{theirs}.weight" for theirs, of in chosen.family.modules.items() if of.name == "head"}
+    for name in weights.missing:  # what the index names and no file has; a parameter was asked for above
+        if "head.weight" in table or there(name) not in tied:
+            raise CheckpointError(
+                f"{weights.folder / weights.missing[name]}: has no tensor {name}, which the index has"
+            )
+
+
+def _wrapped(weights: Weights) -> str:
+    """What to do where all tensors have the prefix of a wrapper around the model that was saved."""
+    for prefix, whose in (("module.", "DistributedDataParallel"), ("_orig_mod.", "torch.compile"),
+                          ("_fsdp_wrapped_module.", "FSDP")):  # fmt: skip
+        if weights.tensors and all(name.startswith(prefix) for name in weights.tensors):
+            return f"; all names begin with {prefix}, as {whose} has them: save the model inside of it, or rename them"
+    return ""
 
 
 def _same_again(weights: Weights, family: Family, embedding: str) -> Iterator[str]:
@@ -222,10 +254,17 @@ def native_slices(
     return TensorSlices(spec.shape, dtype, None, (tuple((0, size) for size in spec.shape),), owned=True, chunks=chunks)
 
 
-def save(folder: Path, recipe: Recipe, tokenizer: Tokenizer | None, weights: dict[str, TensorSlices]) -> None:
-    """Write the checkpoint of a run that has not taken a step, and its recipe."""
+def save(
+    folder: Path,
+    values: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    provenance: Provenance,
+    weights: dict[str, TensorSlices],
+) -> None:
+    """Write the checkpoint of a run that has not taken a step, and its recipe of these plain values."""
+    recipe = build_recipe(values)
     described_as = None if tokenizer is None else tokenizer.describe()
-    attached = {}
+    attached = {SOURCE: provenance.model_dump_json().encode()}
     if tokenizer is not None and described_as is not None and "file" in described_as:
         attached[described_as["file"]] = tokenizer.model
     state = RunState(
@@ -239,19 +278,24 @@ def save(folder: Path, recipe: Recipe, tokenizer: Tokenizer | None, weights: dic
         versions={"megaresnorm": megaresnorm.__version__, "torch": str(torch.__version__)},
     )
     save_checkpoint(folder / "checkpoints", 0, {"weights": weights}, state.model_dump(), attached=attached)
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(dump_values(values), encoding="utf-8")
 
 
-def training_recipe(model: ModelRecipe, out: Path, data: str, dtype: torch.dtype) -> Recipe:
-    """A recipe that goes on from the converted weights; the user sets its data and number of steps."""
-    values: dict[str, Any] = {
+def training_values(model: ModelRecipe, name: str, data: str, provenance: Provenance) -> dict[str, Any]:
+    """Plain values of a recipe that trains on from converted weights; the user sets its data and number of steps.
+
+    Its paths are relative to the folder that it lies in, called ``name``, which may so be moved. The run is beside it.
+    The learning rate is a usual one to go on with: the one to start with would undo what the model has learned.
+    """
+    compute = {"float64": "fp64", "bfloat16": "bf16"}.get(provenance.dtype, "fp32")
+    return {
         "model": model.model_dump(exclude_none=True),
         "data": {"path": data},
-        "train": {"output": str(out / "training"), "steps": 1000, "initial_weights": str(out)},
+        "train": {"output": f"../{name}-trained", "steps": 1000, "initial_weights": "./"},
+        "optim": {"lr": 1e-5},
+        "schedule": {"kind": "cosine", "warmup_steps": 100, "min_ratio": 0.1},
+        "precision": {"compute": compute},
     }
-    if dtype is torch.float64:
-        values["precision"] = {"compute": "fp64"}
-    return build_recipe(values)
 
 
 def verify_import(source: Path, folder: Path, tolerance: float) -> Agreement:

@@ -1,5 +1,6 @@
 """Our own checkpoints, as the converters read and write them."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import RunState, fitting_table, recipe_of, state_of
 from megaresnorm.convert.family import OURS
 from megaresnorm.convert.links import rescaled
-from megaresnorm.data.tokenizer import Tokenizer, restore_tokenizer
+from megaresnorm.convert.provenance import Provenance, read_provenance
+from megaresnorm.data.tokenizer import Tokenizer
+from megaresnorm.data.tokenizer_files import restore_tokenizer
 from megaresnorm.model.specs import ParameterSpec
 from megaresnorm.model.transformer import Transformer
 from megaresnorm.parallel.sharding import Box
@@ -60,6 +63,23 @@ class NativeModel:
         file = description.get("file")
         content = b"" if file is None else self.checkpoint.attached(file)
         return restore_tokenizer(description, content, str(self.folder))
+
+    @functools.cached_property
+    def provenance(self) -> Provenance | None:
+        """What the model of Transformers that the weights come from said of itself; None for weights of our own.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        return read_provenance(self.checkpoint.source(), self.folder)
+
+    @property
+    def exported_dtype(self) -> torch.dtype:
+        """The type in which the weights are exported: that of the model that they come from, or their own."""
+        name = None if self.provenance is None else self.provenance.dtype
+        found = getattr(torch, name or "", None)
+        narrower = isinstance(found, torch.dtype) and found.itemsize < self.dtype.itemsize
+        return found if narrower and isinstance(found, torch.dtype) else self.dtype
 
     def origin(self, tokenizer: Tokenizer | None) -> dict[str, Any]:
         """The section of a config.json that says which model of ours it comes from, for the way back."""

@@ -4,24 +4,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megaresnorm.convert.compare import (
     TOLERANCE,
     Agreement,
-    check_memory,
     compare,
     kept_logits_on,
     load_theirs,
     logits_on,
     of_ours,
     of_theirs,
-    prompts_of,
 )
 from megaresnorm.convert.export import Export, ExportSettings, export
 from megaresnorm.convert.family import OURS
 from megaresnorm.convert.files import CONFIG, refuse_existing, write_json
 from megaresnorm.convert.match import Match, match_family
 from megaresnorm.convert.native import NativeModel
+from megaresnorm.convert.prompts import check_memory, prompts_of
+from megaresnorm.convert.provenance import Provenance
 from megaresnorm.convert.remote import FILE, code
+from megaresnorm.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -97,18 +100,28 @@ def write_config(made: Export) -> None:
 
 def config_of(made: Export) -> dict[str, Any]:
     """The config.json: what Transformers reads, and the recipe of the model for the way back."""
-    end = None if made.tokenizer is None else made.tokenizer.eod
     return {
         "architectures": [made.match.family.architecture],
         "model_type": made.match.family.name,
         **made.match.family.config(made.match.recipe),
         "dtype": str(made.dtype).removeprefix("torch."),
-        "bos_token_id": end,
-        "eos_token_id": end,
-        "pad_token_id": None,
+        **_ids(made.tokenizer, made.native.provenance),
         "use_cache": True,
         **made.native.origin(made.tokenizer),
     }
+
+
+def _ids(tokenizer: Tokenizer | None, provenance: Provenance | None) -> dict[str, int | list[int] | None]:
+    """Tokens that begin, end and pad texts: those of the model that was trained on, while its tokenizer is the same."""
+    end = None if tokenizer is None else tokenizer.eod
+    begin = end if tokenizer is None or tokenizer.bos is None else tokenizer.bos
+    ids: dict[str, int | list[int] | None] = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": None}
+    if provenance is not None and (tokenizer is None or provenance.belongs_to(tokenizer)):
+        ids |= {key: value for key, value in provenance.ids.items() if key != "eos_token_id"}
+        ends = provenance.ids.get("eos_token_id")
+        if end is None or end in (ends if isinstance(ends, list) else [ends]):
+            ids["eos_token_id"] = ends
+    return ids
 
 
 def verify_export(made: Export, tolerance: float) -> tuple[Agreement, Agreement | None]:
@@ -127,16 +140,11 @@ def verify_export(made: Export, tolerance: float) -> tuple[Agreement, Agreement 
 
 
 _CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- megaresnorm
-- {topology}
----
+{fields}---
 
 # {topology}, {blocks} blocks
 
-A decoder-only language model of {sublayers} sub-layers, trained with MegaResNorm and \
+A decoder-only language model of {sublayers} sub-layers, trained {base}with MegaResNorm and \
 exported as `{architecture}` in {dtype}.
 
 | | |
@@ -147,16 +155,16 @@ exported as `{architecture}` in {dtype}.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH"{trust})
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-```
+{example}```
 
-{start}
 ## Exactness
 
 {exactness}
 """
-_START = """Every document of the training data follows the token that ends the one before, so a text starts with it:
-`tokenizer.eos_token + text`.
+_EXAMPLE = """tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})
+text = {text}  # every document of the training data follows that token
+tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+print(tokenizer.decode(model.generate(**tokens, max_new_tokens=100)[0]))
 """
 
 
@@ -176,17 +184,32 @@ def model_card(made: Export, agreement: Agreement | None, rounding: Agreement | 
     }
     if state.train_loss is not None:
         rows["training loss, nats a token"] = f"{state.train_loss:.4f}"
+    trust = ", trust_remote_code=True" if match.family.name == OURS else ""
+    provenance = native.provenance
+    base = None if provenance is None else provenance.base_model
+    fields: dict[str, Any] = {} if provenance is None else dict(provenance.card)
+    fields |= {} if base is None else {"base_model": base}
+    fields |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    fields["tags"] = ["megaresnorm", recipe.topology]
+    names = [base] if isinstance(base, str) else base or []
     return _CARD.format(
+        fields=yaml.safe_dump(fields, sort_keys=False, allow_unicode=True),
         topology=recipe.topology,
         blocks=recipe.num_blocks,
         sublayers=2 * recipe.num_blocks,
         architecture=match.family.architecture,
+        base=f"on from {', '.join(f'`{name}`' for name in names)} " if names else "",
         dtype=str(made.dtype).removeprefix("torch."),
         rows=_table(rows),
-        trust=", trust_remote_code=True" if match.family.name == OURS else "",
-        start=_START if state.tokenizer is not None else "",
-        exactness="\n".join(_exactness(match, agreement, rounding)),
+        trust=trust,
+        example="" if made.tokenizer is None else _EXAMPLE.format(trust=trust, text=_text(made.tokenizer)),
+        exactness="\n".join(_exactness(match, agreement, rounding)).lstrip("\n"),
     )
+
+
+def _text(tokenizer: Tokenizer) -> str:
+    """The text of the card's example, in Python: it starts as every document of the training data does."""
+    return f'tokenizer.{"eos" if tokenizer.bos is None else "bos"}_token + "Once upon a time"'
 
 
 def _exactness(match: Match, agreement: Agreement | None, rounding: Agreement | None) -> list[str]:

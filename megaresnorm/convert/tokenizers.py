@@ -1,5 +1,6 @@
 """Tokenizers to and from the files of Hugging Face Transformers, compared on texts before they count as the same."""
 
+import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -8,19 +9,19 @@ from typing import Any
 
 from megaresnorm.convert.family import OURS
 from megaresnorm.convert.files import read_json
+from megaresnorm.convert.provenance import CHAT_TEMPLATE, Provenance
+from megaresnorm.data.hf_tokenizer import HuggingFaceTokenizer
 from megaresnorm.data.tokenizer import (
     HUGGINGFACE_FILE,
     MAX_TOKENIZER_BYTES,
     SENTENCEPIECE_FILE,
-    ByteTokenizer,
-    HuggingFaceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
 )
-from megaresnorm.errors import CheckpointError, DataError
+from megaresnorm.data.tokenizer_files import TOKENIZER_CONFIG, read_tokenizer, restore_tokenizer
+from megaresnorm.errors import DataError
 from megaresnorm.reading import first_line, read_plain_file
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
 END_OF_BYTES = "<|endoftext|>"
 _TEXT = """the of and to in Über naïve Ελληνικά Привет мир 你好 世界 日本語 こんにちは 한국어 العربية שלום
 😀 👩\u200d👩\u200d👧 🇫🇷 é e\u0301 ﬁ def return self.x __init__ == != -> {} [] () # // /* */ <div> &amp;
@@ -38,59 +39,76 @@ def sample_texts(count: int = 2000, seed: int = 0) -> Iterator[str]:
         yield "".join(draw.choice(_SPACES) + word for word in words) + draw.choice(_SPACES)
 
 
-def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+def tokenizer_files(tokenizer: Tokenizer, provenance: Provenance | None = None) -> dict[str, bytes]:
     """Files, name -> content, from which AutoTokenizer makes an equal tokenizer; ``check_equal`` says whether it is.
 
     tokenizer.json alone is read, so neither sentencepiece nor protobuf is needed; a SentencePiece model comes along for
     other programs.
+
+    Args:
+        provenance: of the model that was trained on; what it says counts where the tokenizer is still its own.
     """
     files: dict[str, bytes] = {}
+    described = tokenizer.describe()
+    end, begin = tokenizer.end, described.get("begin_token")
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        files[HUGGINGFACE_FILE], end = tokenizer.model, tokenizer.end
+        files[HUGGINGFACE_FILE] = tokenizer.model
     elif isinstance(tokenizer, SentencePieceTokenizer):
-        content, end = _from_sentencepiece(tokenizer)
-        files |= {HUGGINGFACE_FILE: content, SENTENCEPIECE_FILE: tokenizer.model}
+        files |= {HUGGINGFACE_FILE: _from_sentencepiece(tokenizer), SENTENCEPIECE_FILE: tokenizer.model}
     else:
-        content, end = _of_bytes(), END_OF_BYTES
-        files[HUGGINGFACE_FILE] = content
-    settings = {
+        files[HUGGINGFACE_FILE], end = _of_bytes(), END_OF_BYTES
+    settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": end,
+        "bos_token": begin or end,
         "eos_token": end,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
+    if provenance is not None and provenance.belongs_to(tokenizer):
+        settings |= provenance.tokenizer_config | {"eos_token": end}
+        if provenance.chat_template is not None:
+            files[CHAT_TEMPLATE] = provenance.chat_template.encode()
     files[TOKENIZER_CONFIG] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
     return files
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, provenance: Provenance | None = None) -> None:
     """Write a tokenizer's files and check that Transformers makes the same tokens from them.
 
     Raises:
         DataError: it does not.
     """
-    for name, content in tokenizer_files(tokenizer).items():
+    for name, content in tokenizer_files(tokenizer, provenance).items():
         (folder / name).write_bytes(content)
     check_equal(tokenizer, folder, list(sample_texts()))
 
 
 def check_equal(tokenizer: Tokenizer, folder: Path, texts: Sequence[str]) -> None:
-    """Compare a tokenizer with the one that AutoTokenizer makes from the files in ``folder``.
+    """Compare a tokenizer with the one that Transformers makes from the files in ``folder``.
+
+    A text that spells a special token is compared as letters, which is what Transformers makes of it with
+    split_special_tokens.
 
     Raises:
         DataError: the files cannot be read, or the two make other tokens of a text or end a document otherwise.
     """
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    try:
-        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:  # the class itself: AutoTokenizer asks on the terminal whether to run code that the model brings along
+        theirs = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as e:  # noqa: BLE001 - theirs are of any class
         detail = first_line(e)
         raise DataError(
             f"Transformers cannot read the tokenizer ({detail}); export without it by --tokenizer none"
         ) from None
-    wrong = [t for t in texts if theirs.encode(t, add_special_tokens=False) != tokenizer.encode(t).tolist()]
+
+    def same(text: str) -> bool:
+        ours = tokenizer.encode(text).tolist()
+        return ours == theirs.encode(text, add_special_tokens=False) or ours == theirs.encode(
+            text, add_special_tokens=False, split_special_tokens=True
+        )
+
+    wrong = [text for text in texts if not same(text)]
     if wrong:
         raise DataError(
             f"the tokenizer cannot be exported exactly: Transformers makes other tokens of {len(wrong)} of "
@@ -105,7 +123,8 @@ def check_equal(tokenizer: Tokenizer, folder: Path, texts: Sequence[str]) -> Non
 def read_tokenizer_of(folder: Path, config: dict[str, Any], end_token: str | None = None) -> Tokenizer | None:
     """The tokenizer of a Hugging Face folder; None if it has none.
 
-    Files that we have written and nobody has changed are read back as the tokenizer that they were made from.
+    Files that we have written and nobody has changed are read back as the tokenizer that they were made from. Others
+    are read by the rule of ``read_tokenizer``, with a token that begins documents where they begin texts with one.
 
     Args:
         config: of the folder.
@@ -116,18 +135,35 @@ def read_tokenizer_of(folder: Path, config: dict[str, Any], end_token: str | Non
     """
     ours = config.get(OURS)
     description = ours.get("tokenizer") if isinstance(ours, dict) else None
-    kind = description.get("kind") if isinstance(description, dict) else None
-    spm, hf = folder / SENTENCEPIECE_FILE, folder / HUGGINGFACE_FILE
-    before: Tokenizer | None = None
-    if kind == "bytes":
-        before = ByteTokenizer()
-    elif kind == "sentencepiece" and spm.exists():
-        before = SentencePieceTokenizer(_content(spm), str(spm))
-    if before is not None and hf.exists() and tokenizer_files(before)[HUGGINGFACE_FILE] == _content(hf):
+    before = None if end_token is not None else _as_exported(folder, description)
+    if before is not None:
         return before
-    if hf.exists():
-        return HuggingFaceTokenizer(_content(hf), str(hf), end_token or _end_token(folder))
-    return SentencePieceTokenizer(_content(spm), str(spm)) if spm.exists() else None
+    if not any((folder / name).exists() for name in (HUGGINGFACE_FILE, SENTENCEPIECE_FILE, "vocab.json")):
+        return None
+    found = read_tokenizer(folder, end_token)
+    if isinstance(found, HuggingFaceTokenizer):
+        begins = found.adds_begin is not None
+    else:
+        path = folder / TOKENIZER_CONFIG
+        begins = path.exists() and read_json(path).get("add_bos_token") is True
+    return read_tokenizer(folder, end_token, bos=True) if begins else found
+
+
+def _as_exported(folder: Path, description: Any) -> Tokenizer | None:
+    """The tokenizer that the files of an export were made from, if they still are what was written.
+
+    Args:
+        description: the tokenizer's in config.json.
+    """
+    kind = description.get("kind") if isinstance(description, dict) else None
+    files = {"bytes": HUGGINGFACE_FILE, "huggingface": HUGGINGFACE_FILE, "sentencepiece": SENTENCEPIECE_FILE}
+    if kind not in files or not (folder / files[kind]).exists() or not (folder / HUGGINGFACE_FILE).exists():
+        return None
+    content = b"" if kind == "bytes" else _content(folder / files[kind])
+    if kind != "bytes" and hashlib.sha256(content).hexdigest() != description.get("sha256"):
+        return None
+    before = restore_tokenizer(description, content, str(folder / files[kind]))
+    return before if tokenizer_files(before)[HUGGINGFACE_FILE] == _content(folder / HUGGINGFACE_FILE) else None
 
 
 def _content(path: Path) -> bytes:
@@ -135,17 +171,6 @@ def _content(path: Path) -> bytes:
         return read_plain_file(path, MAX_TOKENIZER_BYTES)
     except OSError as e:
         raise DataError(f"{path}: cannot be read ({e.strerror})") from None
-
-
-def _end_token(folder: Path) -> str | None:
-    """The token that ends a document according to the files."""
-    if not (folder / TOKENIZER_CONFIG).exists():
-        return None
-    end = read_json(folder / TOKENIZER_CONFIG).get("eos_token")
-    end = end.get("content") if isinstance(end, dict) else end
-    if end is not None and not isinstance(end, str):
-        raise CheckpointError(f"{folder / TOKENIZER_CONFIG}: eos_token is {str(end)[:60]!r}")
-    return end
 
 
 def _of_bytes() -> bytes:
@@ -168,10 +193,10 @@ def byte_letters() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[bytes, str]:
-    """The tokenizer.json of a SentencePiece model that keeps every space, as ours do, and its end token."""
+def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> bytes:
+    """The tokenizer.json of a SentencePiece model that keeps every space, as ours do."""
     import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
 
     pieces = tokenizer.pieces()
     ids = {piece.text: i for i, piece in enumerate(pieces)}
@@ -190,7 +215,10 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[bytes, str]:
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     special = [piece.text for piece in pieces if piece.kind in ("unknown", "control")]
     made.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in special])
-    return made.to_str().encode(), pieces[tokenizer.eod].text
+    if tokenizer.bos is not None:
+        begin = pieces[tokenizer.bos].text
+        made.post_processor = processors.TemplateProcessing(f"{begin} $A", special_tokens=[(begin, tokenizer.bos)])
+    return made.to_str().encode()
 
 
 def _merges(ids: dict[str, int]) -> list[tuple[str, str]]:

@@ -1,23 +1,19 @@
-"""Documents from text files, JSON lines (also compressed), Parquet, Hugging Face data sets and the built-in corpora."""
+"""Documents of text files, JSON lines (also compressed), Parquet, Hugging Face data sets and the built-in corpora."""
 
 import gzip
-import io
 import json
 import re
-import sysconfig
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megaresnorm.data.english import BOOKS, english_chapters, fetch_english
-from megaresnorm.data.hub import HUB, HubData, hub_address, optional
+from megaresnorm.data.english import BOOKS, english_chapters
+from megaresnorm.data.hub import HUB, HubData, optional
+from megaresnorm.data.sources import Kind, Source, kind_of, opened
 from megaresnorm.errors import DataError
+from megaresnorm.reading import LFS_POINTER, open_plain_file, refuse_pointer
 
-BUILT_IN = ("stdlib", "english")
-_OF_ROWS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-SUFFIXES = (".txt", *_OF_ROWS)
 PIECE_CHARACTERS = 1 << 20  # a longer document is handed on in pieces that end with a line, so that memory is bounded
 # Bytes of a line of JSON, whose values take up to twenty times that in memory; or characters of a document.
 MAX_DOCUMENT = 1 << 26
@@ -27,68 +23,6 @@ EXPANSION, EXPANSION_FREE = 1000, 1 << 28
 BATCH_ROWS = 256  # rows of a Parquet file that are read at a time, fewer where they could exceed BATCH_BYTES together
 BATCH_BYTES = 1 << 31  # for a small file the limit is lower, a multiple of its size: see _batch_rows
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# Installed packages, tests, and sources that are generated tables: code pages (encodings) and help topics (pydoc_data).
-_SKIPPED_FOLDERS = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idle_test",
-    "__pycache__",
-    "encodings",
-    "pydoc_data",
-}
-
-
-@dataclass(frozen=True)
-class Source:
-    """One file of a corpus, or one data set of Hugging Face.
-
-    Attributes:
-        name: path of the file, or hf:NAME.
-        num_bytes: size on disk; 0 where it is not known.
-    """
-
-    name: str
-    num_bytes: int = 0
-
-    @property
-    def identity(self) -> list:
-        """Path, size and modification time of its files, by which a changed source is recognised."""
-        path = Path(self.name)
-        if self.name.startswith(HUB):
-            folder = Path(hub_address(self.name)[0])
-            local = sorted(folder.rglob("*")) if folder.is_dir() else []
-            return [self.name, *([str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in local)]
-        return [str(path.resolve()), self.num_bytes, path.stat().st_mtime_ns]
-
-
-def find_sources(corpus: str | None, paths: Sequence[str]) -> list[Source]:
-    """The sources of a built-in corpus, or of ``paths``, in a fixed order.
-
-    Args:
-        corpus: name of a built-in corpus; None to read ``paths``.
-        paths: files, folders (searched for files of the known kinds) and hf:NAME.
-
-    Raises:
-        ConfigError: a name that begins with hf: has another form than hf:NAME[:CONFIG[:SPLIT]].
-        DataError: a path does not exist, is of no known kind, or holds nothing.
-    """
-    if corpus == "stdlib":
-        return _stdlib_files()
-    if corpus == "english":
-        return [_source(path) for path in fetch_english()]
-    found: list[Source] = []
-    for name in paths:
-        if name.startswith(HUB):
-            hub_address(name)
-            found.append(Source(name))
-            continue
-        try:
-            found += [_source(path) for path in _files_at(Path(name))]
-        except (OSError, ValueError) as e:
-            raise DataError(f"{name}: cannot be read ({getattr(e, 'strerror', e)})") from None
-    return found
 
 
 def read_pieces(source: Source, text_key: str) -> Iterator[tuple[str, bool]]:
@@ -105,26 +39,23 @@ def read_pieces(source: Source, text_key: str) -> Iterator[tuple[str, bool]]:
         DataError: damage, text that is not UTF-8, or a missing ``text_key``; names the file and the line, row or byte.
     """
     path = Path(source.name)
-    if source.name.startswith(HUB):
-        documents = _hub_rows(source.name, text_key)
-    elif path.name.endswith(".parquet"):
-        documents = _parquet_rows(path, text_key)
-    elif path.name.endswith(_OF_ROWS):
-        documents = _json_lines(path, text_key)
-    elif path.name in BOOKS:
-        documents = english_chapters(path)
-    else:
-        yield from _text_pieces(path)
-        return
+    reader = (kind_of(path.name) or Kind("text")).reader
     try:
+        if source.name.startswith(HUB):
+            documents = _hub_rows(source.name, text_key)
+        elif path.name in BOOKS:
+            documents = english_chapters(path)
+        else:
+            _refuse_pointer(path)
+            if reader == "text":
+                yield from _text_pieces(path, max(EXPANSION_FREE, EXPANSION * source.num_bytes))
+                return
+            documents = _parquet_rows(path, text_key) if reader == "parquet" else _json_lines(path, text_key)
         produced, allowed = 0, max(EXPANSION_FREE, EXPANSION * source.num_bytes)
         for text in documents:
             produced += len(text) + 1
             if source.num_bytes and produced > allowed:
-                raise DataError(
-                    f"{source.name}: its text is over {EXPANSION:,} times as large as the file, which no text is; "
-                    "leave it out"
-                )
+                raise _expands(source.name)
             if text:
                 yield from _cut(text)
     except UnicodeDecodeError as e:
@@ -149,29 +80,6 @@ def read_documents(source: Source, text_key: str) -> Iterator[str]:
             parts = []
 
 
-def _source(path: Path) -> Source:
-    return Source(str(path), path.stat().st_size)
-
-
-def _files_at(path: Path) -> list[Path]:
-    """The file itself, or the readable files of a folder."""
-    if path.is_dir():
-        inside = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
-        if not inside:
-            raise DataError(f"{path}: the folder has no {', '.join(SUFFIXES)} file")
-        return inside
-    if not path.exists():
-        raise DataError(
-            f"{path}: no such file or folder; give {', '.join(SUFFIXES)} files, folders of them, or hf:NAME for a data "
-            "set of Hugging Face"
-        )
-    if not path.name.endswith(SUFFIXES):
-        raise DataError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; wanted {', '.join(SUFFIXES)}")
-    if not path.is_file():
-        raise DataError(f"{path}: cannot be read (it is not a plain file)")
-    return [path]
-
-
 def _cut(text: str) -> Iterator[tuple[str, bool]]:
     """Pieces of at most about PIECE_CHARACTERS that end with a line where there is one."""
     start = 0
@@ -182,25 +90,44 @@ def _cut(text: str) -> Iterator[tuple[str, bool]]:
     yield text[start:], True
 
 
-def _text_pieces(path: Path) -> Iterator[tuple[str, bool]]:
-    """Read a text file, which is one document, however long. It is never in memory as a whole."""
+def _refuse_pointer(path: Path) -> None:
+    with open(open_plain_file(path), "rb") as file:
+        refuse_pointer(file.read(len(LFS_POINTER)))
+
+
+def _expands(name: str) -> DataError:
+    return DataError(
+        f"{name}: its text is over {EXPANSION:,} times as large as the file, which no text is; leave it out"
+    )
+
+
+def _text_pieces(path: Path, allowed: int) -> Iterator[tuple[str, bool]]:
+    """Read a text file, which is one document, however long. It is never in memory as a whole.
+
+    A byte order mark at its start is not part of the text.
+
+    Args:
+        allowed: bytes that a compressed file may expand to.
+    """
     at, waiting = 0, ""
+    compressed = bool((kind_of(path.name) or Kind("")).compression)
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             held = b""  # bytes of a character that the next read completes
             while block := file.read(PIECE_CHARACTERS):
                 data = held + block
                 cut = _end_of_characters(data)
-                waiting += data[:cut].decode("utf-8")
+                waiting += data[:cut].decode("utf-8").removeprefix("\ufeff" if at == 0 else "")
+                if compressed and at + cut > allowed:
+                    raise _expands(str(path))
                 at, held = at + cut, data[cut:]
                 *whole, (waiting, _) = _cut(waiting)
                 yield from whole
             waiting += held.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise DataError(f"{path}: not UTF-8 text (byte {at + e.start}); convert it first") from None
-    except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror})") from None
-    if waiting or at:
+        how = "iconv -f UTF-16 -t UTF-8" if e.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "iconv -t UTF-8"
+        raise DataError(f"{path}: not UTF-8 text (byte {at + e.start}); convert it first ({how})") from None
+    if waiting:
         yield waiting, True
 
 
@@ -215,7 +142,7 @@ def _end_of_characters(data: bytes) -> int:
 
 
 def _json_lines(path: Path, text_key: str) -> Iterator[str]:
-    with _opened(path) as file:
+    with opened(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_DOCUMENT + 1), b""), start=1):
             if len(line) > MAX_DOCUMENT:
                 raise DataError(
@@ -224,15 +151,6 @@ def _json_lines(path: Path, text_key: str) -> Iterator[str]:
                 )
             if line.strip():
                 yield _text_of(line, text_key, f"{path}:{number}")
-
-
-def _opened(path: Path) -> Any:  # a binary file, of whichever package
-    if path.name.endswith(".gz"):
-        return gzip.open(path, "rb")
-    if path.name.endswith(".zst"):
-        pyarrow = optional("pyarrow", f"{path}: .zst")
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    return path.open("rb")
 
 
 def _text_of(line: bytes, text_key: str, where: str) -> str:
@@ -250,7 +168,9 @@ def _text_of(line: bytes, text_key: str, where: str) -> str:
 def _checked(text: Any, keys: list[str], text_key: str, where: str) -> str:
     if text is None and text_key in keys:
         raise DataError(f"{where}: its {text_key!r} is null")
-    if not isinstance(text, str):
+    if text is not None and not isinstance(text, str):
+        raise DataError(f"{where}: its {text_key!r} is a {type(text).__name__} and not a string (see --text-key)")
+    if text is None:
         raise DataError(
             f"{where}: no text under {text_key!r}; its keys are {', '.join(sorted(keys)) or 'none'} (see --text-key)"
         )
@@ -305,26 +225,11 @@ def _hub_rows(name: str, text_key: str) -> Iterator[str]:
     """Stream the documents of a Hugging Face data set. Local files that need no ``datasets`` are read without it."""
     data = HubData(name)
     files = data.files() if data.is_local else []
-    if files and all(file.name.endswith(_OF_ROWS) for file in files):
+    kinds = [kind_of(file.name) for file in files]
+    if files and all(kind is not None and kind.reader != "text" for kind in kinds):
         for file in files:
-            yield from _parquet_rows(file, text_key) if file.name.endswith(".parquet") else _json_lines(file, text_key)
+            parquet = file.name.lower().endswith(".parquet")
+            yield from _parquet_rows(file, text_key) if parquet else _json_lines(file, text_key)
         return
     for number, row in enumerate(data.rows()):
         yield _checked(row.get(text_key), list(row), text_key, f"{name}: row {number}")
-
-
-def _stdlib_files() -> list[Source]:
-    """Library sources of the running Python: those written by people, in UTF-8, without tests."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = []
-    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
-        if _SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts[:-1]) and path.is_file():
-            try:
-                num_bytes = len(path.read_text(encoding="utf-8").encode())
-            except (UnicodeDecodeError, OSError):
-                continue
-            if num_bytes:
-                files.append(Source(str(path), num_bytes))
-    if not files:
-        raise DataError(f"{root}: this Python has no library sources; give text files instead of --corpus stdlib")
-    return files

@@ -10,12 +10,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megaresnorm.data.indexed import TokenFiles, spread_chunks
-from megaresnorm.data.tokenizer import Tokenizer, load_tokenizer
+from megaresnorm.data.tokenizer import Tokenizer
+from megaresnorm.data.tokenizer_files import DATASET, load_tokenizer
 from megaresnorm.errors import DataError
 from megaresnorm.reading import open_plain_file, read_json_object
 from megaresnorm.recipe.section import MAX_VOCAB
 
-DESCRIPTION = "dataset.json"
+DESCRIPTION = DATASET
 PREFIX = "tokens"
 DIGEST_CHUNK = 1 << 24  # bytes under one digest
 LARGEST_VOCAB = MAX_VOCAB  # where the vocabulary is not known, a larger token is taken for damage
@@ -58,9 +59,9 @@ def open_dataset(path: str, *, whole: bool = False) -> DataSet:
         raise DataError(f"{path}: cannot be read ({getattr(e, 'strerror', e)})") from None
     if not is_folder:
         if not is_prefix:
-            raise DataError(f"{path}: no such data set; make it with: megaresnorm prepare --out {path} ...")
+            raise DataError(f"{path}: no such data set; {_what_was_meant(folder)}")
         files = TokenFiles(folder)
-        return DataSet(path, files, None, None, _content_digest(files.idx_path, files.bin_path))
+        return DataSet(path, files, None, None, content_digest(files.idx_path, files.bin_path))
     description = read_description(folder)
     tokenizer = load_tokenizer(description["tokenizer"], folder)
     if tokenizer.vocab_size != description["vocab_size"]:
@@ -72,6 +73,14 @@ def open_dataset(path: str, *, whole: bool = False) -> DataSet:
         _verify_digests(folder / name, description["files"][name], 1 << 62 if whole else VERIFY_BYTES)
     files = TokenFiles(folder / PREFIX)
     return DataSet(path, files, tokenizer, tokenizer.vocab_size, json_digest(description["files"]))
+
+
+def _what_was_meant(path: Path) -> str:
+    """What to do where there is no data set."""
+    prefix = path.with_suffix("")
+    if path.suffix in (".bin", ".idx") and Path(f"{prefix}.idx").exists():
+        return f"give the prefix of the two files, {prefix}"
+    return f"make it with: megaresnorm prepare --out {path} ..."
 
 
 def verify_dataset(path: str) -> DataSet:
@@ -99,14 +108,14 @@ def json_digest(value: dict) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _content_digest(*paths: Path) -> str:
-    """Digest of files without a description: of their sizes and chunks, beyond VERIFY_BYTES of evenly spread ones."""
+def content_digest(*paths: Path, max_bytes: int = VERIFY_BYTES) -> str:
+    """Digest of files: of their suffixes, sizes and chunks, beyond ``max_bytes`` of a file of evenly spread ones."""
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size
         digest.update(f"{path.suffix} {size}\n".encode())
         with path.open("rb") as file:
-            for start, stop in spread_chunks(size, VERIFY_BYTES, DIGEST_CHUNK):
+            for start, stop in spread_chunks(size, max_bytes, DIGEST_CHUNK):
                 file.seek(start)
                 digest.update(file.read(stop - start))
     return digest.hexdigest()
@@ -122,7 +131,9 @@ def read_description(folder: Path) -> dict[str, Any]:
     try:
         found = read_json_object(path, MAX_DESCRIPTION_BYTES, MAX_DESCRIPTION_VALUES)
     except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror}); make the data set with megaresnorm prepare") from None
+        inside = next((p for p in (folder / "data", *sorted(folder.glob("*"))) if (p / DESCRIPTION).is_file()), None)
+        meant = f"did you mean {inside}?" if inside else "make the data set with megaresnorm prepare"
+        raise DataError(f"{path}: cannot be read ({e.strerror}); {meant}") from None
     except ValueError as e:
         raise DataError(f"{path}: not the description of a data set: {e}") from None
     try:

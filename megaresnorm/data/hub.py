@@ -136,6 +136,25 @@ class HubData:
         return DataError(f"{self._name}: cannot be read ({type(error).__name__}: {reason[:200]})")
 
 
+def read_card(folder: Path, card: str = "README.md") -> dict[str, Any]:
+    """Fields at the start of the card of a data set or a model; empty where there are none.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    path = folder / card
+    if not path.exists():
+        return {}
+    try:
+        text = read_plain_file(path, MAX_CARD_BYTES).decode("utf-8")
+        described = _described(text, front_matter=card == "README.md")
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read ({e.strerror})") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        raise DataError(f"{path}: not a readable description ({type(e).__name__})") from None
+    return described if isinstance(described, dict) else {}
+
+
 def _check_cards(folder: Path, name: str) -> None:
     """Check the description of a folder, before ``datasets`` looks for the files that it names.
 
@@ -143,17 +162,7 @@ def _check_cards(folder: Path, name: str) -> None:
         DataError: it cannot be read, or names files outside of the folder.
     """
     for card in CARDS:
-        path = folder / card
-        if not path.exists():
-            continue
-        try:
-            text = read_plain_file(path, MAX_CARD_BYTES).decode("utf-8")
-            described = _described(text, front_matter=card == "README.md")
-        except OSError as e:
-            raise DataError(f"{path}: cannot be read ({e.strerror})") from None
-        except (yaml.YAMLError, ValueError, RecursionError) as e:
-            raise DataError(f"{path}: not a readable description of data ({type(e).__name__})") from None
-        for pattern in _patterns(described):
+        for pattern in _patterns(read_card(folder, card)):
             if "://" in pattern or "::" in pattern or pattern[:1] in "/~" or ".." in Path(pattern).parts:
                 raise DataError(f"{name}: only files of the folder are read; its {card} asks for {pattern}")
 
@@ -173,9 +182,9 @@ def _described(text: str, *, front_matter: bool) -> Any:
     return yaml.safe_load(text)
 
 
-def _patterns(described: Any) -> Iterator[str]:
+def _patterns(described: dict[str, Any]) -> Iterator[str]:
     """All strings under data_files and data_dir of the configurations."""
-    configs = described.get("configs") if isinstance(described, dict) else None
+    configs = described.get("configs")
     waiting = [
         one.get(key) for one in configs or [] if isinstance(one, dict) for key in ("data_files", "data_dir")
     ] if isinstance(configs, list) else []  # fmt: skip

@@ -7,6 +7,8 @@ import numpy as np
 
 from megaresnorm.data.dataset import LARGEST_VOCAB, DataSet
 from megaresnorm.data.samples import BlendedSamples, PackedSamples, Samples, unigram_entropy
+from megaresnorm.data.splits import num_tokens, pieces_between
+from megaresnorm.data.training_data import TrainingData, split_of
 from megaresnorm.recipe import Recipe
 
 
@@ -57,6 +59,46 @@ class Draw:
     epochs: float
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of a data set.
+
+    Attributes:
+        part: train, valid or test; or the name of a validation set of its own.
+        documents: documents and pieces of documents.
+        share: of the set's tokens.
+        wanted: the share that the recipe asks for; None where it does not say.
+        sequences: number of sequences of seq_len tokens in one pass.
+    """
+
+    path: str
+    part: str
+    documents: int
+    tokens: int
+    share: float
+    wanted: float | None
+    sequences: int
+
+
+def parts_of(data: TrainingData, recipe: Recipe) -> list[Part]:
+    """The parts of every data set of a recipe, and the validation sets of their own."""
+    shares = recipe.data.shares
+    wanted: dict[str, float | None] = {"train": 1 - sum(shares.values()), **shares}
+    found = []
+    for one in data.sets:
+        split = split_of(one, recipe)
+        found += [_part(one, name, split[name], wanted[name], recipe) for name in wanted if len(split[name])]
+    for name, one in data.valid.items():
+        found.append(_part(one, name, pieces_between(one.files.boundaries, 0, len(one.files.tokens)), None, recipe))
+    return found
+
+
+def _part(data: DataSet, name: str, pieces: np.ndarray, wanted: float | None, recipe: Recipe) -> Part:
+    tokens = num_tokens(pieces)
+    share, sequences = tokens / max(1, len(data.files.tokens)), max(0, tokens - 1) // recipe.model.seq_len
+    return Part(data.path, name, len(pieces), tokens, share, wanted, sequences)
+
+
 def statistics_of(data: DataSet) -> DataStatistics:
     """Compute the figures of a data set, from all of its tokens.
 
@@ -66,7 +108,8 @@ def statistics_of(data: DataSet) -> DataStatistics:
     files = data.files
     files.check_token_range(data.vocab_size or LARGEST_VOCAB, max_bytes=1 << 62)
     lengths = np.diff(files.boundaries)
-    shares = PackedSamples(files, np.arange(files.num_documents), seq_len=1, seed=0).token_shares()
+    everything = pieces_between(files.boundaries, 0, len(files.tokens))
+    shares = PackedSamples(files, everything, seq_len=1, seed=0).token_shares()
     return DataStatistics(
         path=data.path,
         tokenizer="unknown (bare token files)" if data.tokenizer is None else data.tokenizer.describe()["kind"],

@@ -1,4 +1,4 @@
-"""Sample i as a pure function of (seed, i), from one data set's split or from a blend of several."""
+"""Sample i as a pure function of (seed, i), from a part of one data set or from a blend of several."""
 
 import functools
 from collections.abc import Sequence
@@ -7,11 +7,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from megaresnorm.data.dataset import VERIFY_BYTES, DataSet, json_digest, open_dataset
 from megaresnorm.data.indexed import TokenFiles
-from megaresnorm.data.tokenizer import Tokenizer
-from megaresnorm.errors import ConfigError, DataError
-from megaresnorm.recipe import DataRecipe, Recipe
 
 ENTROPY_TOKENS = 1 << 26  # from which token frequencies are taken
 BLEND_WINDOW = 1024  # samples of a blend that are shuffled among each other
@@ -34,7 +30,7 @@ class Samples(Protocol):
 
     Attributes:
         per_epoch: samples of one pass through the data.
-        num_documents: documents that they are cut from.
+        num_documents: documents, or pieces of them, that they are cut from.
     """
 
     per_epoch: int
@@ -61,20 +57,20 @@ class Samples(Protocol):
 
 
 class PackedSamples:
-    """Sequences cut from one split's documents, laid end to end in a new order every epoch.
+    """Sequences cut from documents that are laid end to end in a new order every epoch.
 
     Args:
-        documents: numbers of the split's documents in ``files``.
+        pieces: [n, 2] int64, the tokens of ``files`` at which each document, or piece of one, begins and ends.
 
     Attributes:
-        num_tokens: tokens of the split.
-        longest: tokens of its longest document.
+        num_tokens: tokens of all of them.
+        longest: tokens of the longest.
     """
 
-    def __init__(self, files: TokenFiles, documents: np.ndarray, seq_len: int, seed: int) -> None:
-        self.files, self.documents, self.seq_len, self.seed = files, documents, seq_len, seed
-        self.num_documents = len(documents)
-        lengths = files.boundaries[documents + 1] - files.boundaries[documents]
+    def __init__(self, files: TokenFiles, pieces: np.ndarray, seq_len: int, seed: int) -> None:
+        self.files, self.pieces, self.seq_len, self.seed = files, pieces, seq_len, seed
+        self.num_documents = len(pieces)
+        lengths = pieces[:, 1] - pieces[:, 0]
         self.num_tokens = int(lengths.sum())
         self.longest = int(lengths.max(initial=0))
         self.per_epoch = max(0, self.num_tokens - 1) // seq_len
@@ -88,16 +84,15 @@ class PackedSamples:
     def read(self, i: int, tokens: np.ndarray, documents: np.ndarray | None = None) -> None:
         """As of ``Samples``."""
         epoch, place = divmod(i, self.per_epoch)
-        order, ends, shuffle = self._epoch(epoch)
+        stops, ends, shuffle = self._epoch(epoch)
         start = first = int(shuffle[place]) * self.seq_len
         stop = start + self.seq_len + 1
         number = 0
         d = int(np.searchsorted(ends, start, side="right"))
         while start < stop:
-            document = order[d]
             skipped = ends[d] - start  # tokens of this document from ``start`` to its end
             take = min(stop - start, int(skipped))
-            end = int(self.files.boundaries[document + 1])
+            end = int(stops[d])
             there = slice(start - first, start - first + take)
             tokens[there] = self.files.tokens[end - int(skipped) : end - int(skipped) + take]
             if documents is not None:
@@ -105,11 +100,11 @@ class PackedSamples:
             start, d, number = start + take, d + 1, number + 1
 
     def token_shares(self) -> np.ndarray:
-        """Relative frequency of each token among about the first ENTROPY_TOKENS of the split."""
+        """Relative frequency of each token among about the first ENTROPY_TOKENS."""
         counts = np.zeros(1, dtype=np.int64)
         seen = 0
-        for document in self.documents:
-            tokens = self.files.tokens[self.files.boundaries[document] : self.files.boundaries[document + 1]]
+        for start, stop in self.pieces:
+            tokens = self.files.tokens[start:stop]
             counts = _added(counts, np.bincount(tokens.astype(np.int64), minlength=1))
             seen += len(tokens)
             if seen >= ENTROPY_TOKENS:
@@ -117,10 +112,13 @@ class PackedSamples:
         return counts / max(1, counts.sum())
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The documents in this epoch's order, the token offset at which each ends, and the order of its samples."""
-        order = self.documents[_random(self.seed, 2 * epoch).permutation(len(self.documents))]
-        ends = np.cumsum(self.files.boundaries[order + 1] - self.files.boundaries[order])
-        return order, ends, _random(self.seed, 2 * epoch + 1).permutation(self.per_epoch)
+        """Token offsets, in the files and in the epoch, at which documents end, in order, and the order of samples."""
+        order = self.pieces[_random(self.seed, 2 * epoch).permutation(len(self.pieces))]
+        return (
+            order[:, 1],
+            np.cumsum(order[:, 1] - order[:, 0]),
+            _random(self.seed, 2 * epoch + 1).permutation(self.per_epoch),
+        )
 
 
 class BlendedSamples:
@@ -209,99 +207,6 @@ class BlendedSamples:
         return sources, samples
 
 
-class TrainingData(NamedTuple):
-    """The data sets of a recipe.
-
-    Attributes:
-        sets: in the order of the recipe's sources.
-        tokenizer, vocab_size: shared by all sets; None for bare Megatron files.
-        digest: stands for the content of all sets and, in a blend, their weights.
-    """
-
-    sets: list[DataSet]
-    tokenizer: Tokenizer | None
-    vocab_size: int | None
-    digest: str
-
-
-def open_data(recipe: DataRecipe) -> TrainingData:
-    """Open data.path, or the sets of data.blend.
-
-    Raises:
-        DataError: a set is damaged, or sets have different tokenizers.
-    """
-    sets = [open_dataset(source.path) for source in recipe.sources]
-    described = [None if data.tokenizer is None else data.tokenizer.describe() for data in sets]
-    for data, tokenizer in zip(sets, described, strict=True):
-        if tokenizer != described[0]:
-            raise DataError(
-                f"{data.path}: its tokenizer is not that of {sets[0].path}; prepare both with the same one "
-                "(--tokenizer with the other folder's tokenizer file)"
-            )
-    digest = sets[0].digest
-    if recipe.blend is not None:
-        digest = json_digest({"blend": [[d.digest, s.weight] for d, s in zip(sets, recipe.sources, strict=True)]})
-    return TrainingData(sets, sets[0].tokenizer, sets[0].vocab_size, digest)
-
-
-def resolve_vocab(recipe: Recipe, data: TrainingData) -> Recipe:
-    """The recipe with model.vocab_size set, from the data where the recipe leaves it open.
-
-    Raises:
-        ConfigError: neither says the size, or it is smaller than that of the data.
-        DataError: bare Megatron files hold a token that is outside the vocabulary.
-    """
-    vocab_size, path = recipe.model.vocab_size or data.vocab_size, data.sets[0].path
-    if vocab_size is None:
-        raise ConfigError(f"model.vocab_size is missing, and {path} does not say it; set model.vocab_size=...")
-    if data.vocab_size is not None and vocab_size < data.vocab_size:
-        raise ConfigError(f"model.vocab_size={vocab_size} is smaller than the {data.vocab_size} tokens of {path}")
-    if data.tokenizer is None:  # files with a description were checked against their digests
-        for one in data.sets:
-            one.files.check_token_range(vocab_size, VERIFY_BYTES)
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"vocab_size": vocab_size})})
-
-
-def open_samples(data: TrainingData, recipe: Recipe) -> tuple[Samples, Samples | None]:
-    """Training and validation samples; None instead of the latter where data.valid_fraction is 0.
-
-    Raises:
-        DataError: a split is too small for one sequence, or with data.mask_documents has nothing to predict.
-    """
-    train, valid = [], []
-    for one in data.sets:
-        splits = split_documents(one.files, recipe.data)
-        train.append(_packed(one, splits, "train", recipe))
-        if recipe.data.valid_fraction > 0:
-            valid.append(_packed(one, splits, "valid", recipe))
-    if recipe.data.blend is None:
-        return train[0], valid[0] if valid else None
-    weights = [source.weight for source in recipe.data.blend]
-    blended = BlendedSamples(train, weights, recipe.data.seed, shuffle=True)
-    return blended, BlendedSamples(valid, weights, recipe.data.seed, shuffle=False) if valid else None
-
-
-def split_documents(files: TokenFiles, recipe: DataRecipe) -> dict[str, np.ndarray]:
-    """Assign whole documents to train, valid and test at random, by share of the tokens.
-
-    A split that is asked for has at least one document, as long as one is left to train on.
-
-    Returns:
-        Document numbers of each split, by its name.
-    """
-    order = np.random.Generator(np.random.Philox(key=recipe.seed)).permutation(files.num_documents)
-    lengths = files.boundaries[order + 1] - files.boundaries[order]
-    share = np.cumsum(lengths) / max(1, int(lengths.sum()))  # share of the tokens up to and with each document
-
-    def documents_in(fraction: float, taken: int, wanted: float) -> int:
-        count = int(np.searchsorted(share, fraction, side="right"))
-        return min(max(count, taken + (wanted > 0)), max(taken, files.num_documents - 1))
-
-    num_test = documents_in(recipe.test_fraction, 0, recipe.test_fraction)
-    num_held = documents_in(recipe.test_fraction + recipe.valid_fraction, num_test, recipe.valid_fraction)
-    return {"test": order[:num_test], "valid": order[num_test:num_held], "train": order[num_held:]}
-
-
 def unigram_entropy(shares: np.ndarray) -> float:
     """Entropy of single tokens in nats: the loss of a model that has learned their frequencies and nothing else.
 
@@ -310,24 +215,6 @@ def unigram_entropy(shares: np.ndarray) -> float:
     """
     p = shares[shares > 0]
     return float(-(p * np.log(p)).sum())
-
-
-def _packed(data: DataSet, splits: dict[str, np.ndarray], split: str, recipe: Recipe) -> PackedSamples:
-    seq_len = recipe.model.seq_len
-    samples = PackedSamples(data.files, splits[split], seq_len, recipe.data.seed)
-    if samples.per_epoch:
-        if recipe.data.mask_documents and samples.longest < 2:
-            raise DataError(
-                f"{data.path}: no document of the {split} split has two tokens, so with data.mask_documents there is "
-                "nothing to predict; join short documents, or set data.mask_documents to false"
-            )
-        return samples
-    if split == "train":
-        raise DataError(f"{data.path}: the training split is shorter than one sequence of {seq_len} + 1 tokens")
-    raise DataError(
-        f"{data.path}: the validation split, {len(splits[split])} of {data.files.num_documents} documents, is "
-        f"shorter than one sequence of {seq_len} + 1 tokens; raise data.valid_fraction, or set it to 0"
-    )
 
 
 def _added(a: np.ndarray, b: np.ndarray) -> np.ndarray:

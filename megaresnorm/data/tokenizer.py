@@ -1,41 +1,44 @@
-"""Tokenizers: bytes, Hugging Face's, and SentencePiece with settings under which its Hugging Face form is equal."""
+"""Tokenizers: bytes, and SentencePiece with settings under which its Hugging Face form is equal.
+
+What is spelled like a special token in a text is letters for every tokenizer: only ``eod`` and ``bos`` end and begin a
+document, and only the code that lays documents down writes them.
+"""
 
 import hashlib
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from megaresnorm.errors import DataError
-from megaresnorm.reading import first_line, read_plain_file
-from megaresnorm.recipe.section import MAX_VOCAB
+from megaresnorm.reading import first_line
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 HUGGINGFACE_FILE = "tokenizer.json"
 MAX_TOKENIZER_BYTES = 1 << 27  # four times the largest that is published
-_PROBE = "The quick  brown fox\n\t3.14 «né» 你好 😀 \x00 <|x|> [UNK]"  # on which a tokenizer is tried when it is loaded
-# Names that published tokenizers give to the token that ends a document, the usual first.
-END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>")
+PROBE = "The quick  brown fox\n\t3.14 «né» 你好 😀 \x00 <|x|> [UNK]"  # on which a tokenizer is tried when it is loaded
 
 
 class Tokenizer(Protocol):
     """Text to token ids and back.
 
     Attributes:
-        eod: the token that ends every document.
+        eod, end: the token that ends every document, and its name.
+        bos: the token that begins every document; None where none does.
         model: content of the file that the tokenizer is made from; empty for bytes.
     """
 
     vocab_size: int
     eod: int
+    end: str
+    bos: int | None
     model: bytes
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of a text, [n] int32, without an end-of-document token."""
+        """Token ids of a text, [n] int32, without ``bos`` and ``eod``. What is spelled like one of them is letters."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -56,6 +59,8 @@ class ByteTokenizer:
 
     vocab_size = 257
     eod = 256
+    end = "token 256"
+    bos: int | None = None
     model = b""
 
     def encode(self, text: str) -> np.ndarray:
@@ -92,7 +97,7 @@ def guarded(call: Callable[[], _Result], what: str) -> _Result:
 
 
 @contextmanager
-def _without_stderr() -> Iterator[None]:
+def without_stderr() -> Iterator[None]:
     """Discard stderr, where Rust and C++ print errors that we report ourselves."""
     try:
         before = os.dup(2)
@@ -127,29 +132,37 @@ class SentencePieceTokenizer:
     Args:
         model: content of a .model file.
         where: its path, for errors.
+        begin: whether its beginning-of-sentence piece begins documents.
 
     Raises:
-        DataError: it is no such model, or has no end-of-sentence piece.
+        DataError: it is no such model, or has no such piece.
     """
 
-    def __init__(self, model: bytes, where: str) -> None:
+    def __init__(self, model: bytes, where: str, *, begin: bool = False) -> None:
         import sentencepiece
 
         self.model = model
         self._processor = sentencepiece.SentencePieceProcessor()
         self._where = where
         what = f"{where}: not a SentencePiece model"
-        with _without_stderr():
+        with without_stderr():
             if not model or not guarded(lambda: self._processor.LoadFromSerializedProto(model), what):
                 raise DataError(what)
             self.vocab_size, self.eod = self._processor.vocab_size(), self._processor.eos_id()
             if self.eod < 0:
                 raise DataError(f"{where}: has no end-of-sentence piece to end documents with; train it with one")
-            self.decode(self.encode(_PROBE))
+            self.end = self._processor.IdToPiece(self.eod)
+            if begin and self._processor.bos_id() < 0:
+                raise DataError(f"{where}: has no beginning-of-sentence piece to begin documents with; leave out --bos")
+            self.bos = self._processor.bos_id() if begin else None
+            self.decode(self.encode(PROBE))
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "SentencePieceTokenizer":
+    def train(cls, texts: Iterable[str], vocab_size: int, *, begin: bool = False) -> "SentencePieceTokenizer":
         """Train byte-pair encoding with byte fallback that keeps every space, tab and newline.
+
+        Args:
+            begin: as of the class.
 
         Raises:
             DataError: the text cannot fill ``vocab_size``.
@@ -190,7 +203,7 @@ class SentencePieceTokenizer:
             raise problem[0] from None
         if bad_text:
             raise bad_text[0]
-        return cls(model.getvalue(), "the trained model")
+        return cls(model.getvalue(), "the trained model", begin=begin)
 
     def pieces(self) -> list["Piece"]:
         """The whole vocabulary, by token id."""
@@ -216,116 +229,24 @@ class SentencePieceTokenizer:
 
     def describe(self) -> dict:
         """As in ``Tokenizer``."""
-        return {"kind": "sentencepiece", "file": SENTENCEPIECE_FILE, "sha256": hashlib.sha256(self.model).hexdigest()}
-
-
-class HuggingFaceTokenizer:
-    """A tokenizer.json of Hugging Face's tokenizers.
-
-    Args:
-        model: content of the file.
-        where: its path, for errors.
-        end: the token that ends documents; None for the first of END_TOKENS that it has.
-
-    Raises:
-        DataError: it is no such file, is too large, or has no such token; or the package tokenizers is missing.
-    """
-
-    def __init__(self, model: bytes, where: str, end: str | None = None) -> None:
-        try:
-            import tokenizers
-        except ImportError:
-            raise DataError(f"{where}: needs the package tokenizers; install it with: pip install tokenizers") from None
-        self.model, self._where = model, where
-        with _without_stderr():
-            self._tokenizer = guarded(
-                lambda: tokenizers.Tokenizer.from_str(model.decode("utf-8")), f"{where}: not a tokenizer.json"
-            )
-            self._tokenizer.no_truncation()
-            self._tokenizer.no_padding()
-            ids = self._tokenizer.get_vocab(with_added_tokens=True)
-            self.vocab_size = 1 + max(ids.values(), default=0)
-            if self.vocab_size > MAX_VOCAB:
-                raise DataError(
-                    f"{where}: its largest token is {self.vocab_size - 1}; at most {MAX_VOCAB} tokens are read"
-                )
-            known = [token for token in ([end] if end is not None else END_TOKENS) if token in ids]
-            if not known:
-                wanted = end if end is not None else "one of " + ", ".join(END_TOKENS)
-                raise DataError(f"{where}: has no token {wanted} to end documents with; name one with --end-token")
-            self.end, self.eod = known[0], ids[known[0]]
-            self.decode(self.encode(_PROBE))
-
-    def encode(self, text: str) -> np.ndarray:
-        """As in ``Tokenizer``; no special token is added."""
-        return guarded(
-            lambda: np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32),
-            f"{self._where}: cannot encode a text",
-        )
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """As in ``Tokenizer``; special tokens are written out."""
-        tokens = [int(i) for i in ids]
-        return guarded(
-            lambda: self._tokenizer.decode(tokens, skip_special_tokens=False), f"{self._where}: cannot decode tokens"
-        )
-
-    def describe(self) -> dict:
-        """As in ``Tokenizer``."""
         digest = hashlib.sha256(self.model).hexdigest()
-        return {"kind": "huggingface", "file": HUGGINGFACE_FILE, "sha256": digest, "end_token": self.end}
+        begin = {} if self.bos is None else {"begin_token": self._processor.IdToPiece(self.bos)}
+        return {"kind": "sentencepiece", "file": SENTENCEPIECE_FILE, "sha256": digest, **begin}
 
 
-def read_tokenizer(path: Path, end: str | None = None) -> Tokenizer:
-    """Read a SentencePiece .model, or a Hugging Face .json with ``end`` as in ``HuggingFaceTokenizer``.
+def start_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tokens of the start of a document: what comes before every document of the training data, then the text."""
+    return [tokenizer.eod if tokenizer.bos is None else tokenizer.bos, *tokenizer.encode(text).tolist()]
 
-    Raises:
-        DataError: it is neither, or cannot be read.
+
+def text_bytes(tokenizer: Tokenizer, ids: Iterable[int]) -> int:
+    """Bytes of UTF-8 that tokens stand for; ``eod`` and ``bos`` stand for none.
+
+    A character that is cut by the first or last token counts as one byte there.
     """
-    try:
-        model = read_plain_file(path, MAX_TOKENIZER_BYTES)
-    except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror}); wanted bytes, a .model or a tokenizer.json") from None
-    if path.suffix == ".json":
-        return HuggingFaceTokenizer(model, str(path), end)
-    return SentencePieceTokenizer(model, str(path))
-
-
-def restore_tokenizer(description: dict, model: bytes, where: str) -> Tokenizer:
-    """Make a tokenizer from its description and its file's content; ``where`` is the file's path, for errors.
-
-    Raises:
-        DataError: there is no such tokenizer.
-    """
-    match description:
-        case {"kind": "bytes"}:
-            return ByteTokenizer()
-        case {"kind": "sentencepiece"}:
-            return SentencePieceTokenizer(model, where)
-        case {"kind": "huggingface", "end_token": str(end)}:
-            return HuggingFaceTokenizer(model, where, end)
-    raise DataError(f"{where}: unknown tokenizer {str(description)[:80]}")
-
-
-def load_tokenizer(description: dict, folder: Path) -> Tokenizer:
-    """Load the tokenizer that a dataset.json describes, from its folder.
-
-    Raises:
-        DataError: its file is missing or another one.
-    """
-    kind = description.get("kind")
-    file = {"sentencepiece": SENTENCEPIECE_FILE, "huggingface": HUGGINGFACE_FILE}.get(
-        kind if isinstance(kind, str) else ""
-    )
-    if file is None:
-        return restore_tokenizer(description, b"", str(folder / "dataset.json"))
-    try:
-        model = read_plain_file(folder / file, MAX_TOKENIZER_BYTES)
-    except OSError as e:
-        raise DataError(f"{folder / file}: cannot be read ({e.strerror})") from None
-    if hashlib.sha256(model).hexdigest() != description.get("sha256"):
-        raise DataError(f"{folder / file}: not the tokenizer this data was made with (SHA-256 differs)")
-    return restore_tokenizer(description, model, str(folder / file))
+    text = tokenizer.decode(i for i in ids if i not in (tokenizer.eod, tokenizer.bos))
+    whole = text.strip("\ufffd")
+    return len(whole.encode("utf-8", errors="replace")) + len(text) - len(whole)
 
 
 def _pieces_of_text(texts: Iterable[str], size: int = 4096) -> Iterator[str]:

@@ -78,6 +78,11 @@ class Recipe(Section):
     def _sections_agree(self) -> Self:
         train, schedule = self.train, self.schedule
         micro = train.batch_multiple
+        if train.batch_ramp and train.micro_batch is None and train.batch_ramp.start % micro:
+            raise ValueError(
+                f"train.batch_ramp grows in multiples of train.micro_batch, which is not set; set it to a divisor of "
+                f"start={train.batch_ramp.start} and train.global_batch={train.global_batch}"
+            )
         if train.global_batch % micro:
             raise ValueError(
                 f"train.micro_batch={micro} must divide train.global_batch={train.global_batch}; "

@@ -6,6 +6,7 @@ a boolean and an octal number, and a key given twice is an error.
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megaresnorm.errors import ConfigError
-from megaresnorm.reading import first_line, read_plain_file
+from megaresnorm.reading import first_line, is_beside, read_plain_file
 from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.names import FOREIGN_NAMES, MAX_SHOWN, short, under_new_names
 
@@ -89,6 +90,7 @@ def _check_tag(node: yaml.Node, meant: str) -> None:
         raise ConfigError(f"line {node.start_mark.line + 1}: not valid YAML here: the tag {short(tag)}; leave it out")
 
 
+_COMMENT = re.compile(r"(^|\s)#")
 _KEY = re.compile(rf"\w{{1,{MAX_SHOWN}}}(\.\w{{1,{MAX_SHOWN}}}){{0,{MAX_DEPTH - 1}}}", re.ASCII)
 
 
@@ -99,8 +101,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 for _tag, _pattern, _first in (
-    ("bool", r"true|false", "tf"),
-    ("null", r"null|~|", ["n", "~", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
     ("int", r"[-+]?[0-9]+", "-+0123456789"),
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
 ):
@@ -135,7 +137,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def read_recipe(path: str | Path) -> dict:
-    """The plain values of a recipe file, not checked yet.
+    """The plain values of a recipe file, not checked yet. Its paths that begin with ./ or ../ are absolute here.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -158,7 +160,24 @@ def read_recipe(path: str | Path) -> dict:
             )
     except ConfigError as e:
         raise ConfigError(f"{path}: {e}") from None
-    return values
+    return _beside(values, os.path.dirname(os.path.abspath(path)))
+
+
+_PATHS = (("data", "path"), ("data", "tokenizer"), ("data", "blend", "path"), ("data", "valid"), ("train", "output"),
+          ("train", "initial_weights"))  # fmt: skip
+
+
+def _beside(values: Any, folder: str, keys: tuple[str, ...] = ()) -> Any:
+    """Plain values of a recipe in which paths that are relative to its folder are absolute."""
+    if isinstance(values, dict):
+        return {key: _beside(value, folder, keys if keys in _PATHS else (*keys, key)) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_beside(value, folder, keys) for value in values]
+    return (
+        os.path.normpath(os.path.join(folder, values))
+        if keys in _PATHS and isinstance(values, str) and is_beside(values)
+        else values
+    )
 
 
 def read_yaml(text: str) -> Any:
@@ -189,7 +208,10 @@ def apply_override(values: dict, override: str) -> None:
         if not isinstance(inner, dict):
             raise ConfigError(f"override {short(override)}: {'.'.join(sections[: i + 1])} is a value, not a section")
         values = inner
-    values[leaf] = read_yaml(text)
+    value = read_yaml(text)
+    # A # after a blank begins a comment in a file. Whoever types it behind a = means it.
+    means_it = isinstance(value, str | None) and _COMMENT.search(text) and text[:1] not in "'\""
+    values[leaf] = text if means_it else value
 
 
 def build_recipe(values: dict) -> Recipe:
@@ -208,7 +230,12 @@ def build_recipe(values: dict) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML that load_recipe reads back to an equal recipe."""
-    return yaml.dump(recipe.model_dump(exclude_none=True), Dumper=_Dumper, sort_keys=False)
+    return dump_values(recipe.model_dump(exclude_none=True))
+
+
+def dump_values(values: dict) -> str:
+    """Plain values of a recipe as YAML."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
 def recipe_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
@@ -259,6 +286,7 @@ def _explain(error: Any) -> str:
         allowed = re.findall(r"'([^']*)'", context["expected"])
         return f"{key}={short(value)}: wanted one of {', '.join(allowed)}{suggest(str(value), allowed)}"
     wanted = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    wanted = "true or false" if kind == "bool_type" else wanted
     got = f", got a {type(value).__name__}" if kind.endswith(("_type", "_float", "_parsing")) else ""
     return f"{key}={short(value)}: wanted {wanted[0].lower()}{wanted[1:]}{got}"
 

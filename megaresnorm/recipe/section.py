@@ -1,10 +1,13 @@
 """What all sections of a recipe share: types of settings, and how large a number can be."""
 
+import os
 from math import isqrt
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
+
+from megaresnorm.reading import expanded, is_beside
 
 # Upper bounds of counts: far above anything that has been trained, and small enough that nothing that is listed, summed
 # or multiplied before a tensor is made takes minutes, gigabytes, or more than 64 bits.
@@ -36,6 +39,14 @@ def _no_nul(value: str) -> str:
     return value
 
 
+def _path(value: str) -> str:
+    try:
+        found = expanded(value)
+    except ValueError as e:
+        raise PydanticCustomError("path", "a path that can be used ({why})", {"why": str(e)}) from None
+    return os.path.abspath(found) if is_beside(found) else found
+
+
 Count = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 CountOr0 = Annotated[int, Field(ge=0, le=MAX_STEPS)]
 Blocks = Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
@@ -52,6 +63,9 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Word = Annotated[str, Field(min_length=1, max_length=100)]
 Name = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_nul)]
+# In a recipe's file ./ and ../ are its own folder (recipe.load), elsewhere the working directory; ~ and $NAME are
+# expanded. All other paths are relative to the working directory.
+PathName = Annotated[Name, AfterValidator(_path)]
 
 
 class Section(BaseModel):

@@ -14,7 +14,7 @@ from megaresnorm.recipe.section import (
     Count,
     CountOr0,
     Fraction,
-    Name,
+    PathName,
     Positive,
     PositiveOr0,
     Section,
@@ -22,11 +22,15 @@ from megaresnorm.recipe.section import (
     refuse_ignored,
 )
 
+MAX_VALID = 64  # validation sets, each of which is read at every evaluation
+ValidName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
+VALID_FRACTION = 0.02
+
 
 class BlendSource(Section):
     """One data set of a blend."""
 
-    path: Name
+    path: PathName
     """A data set, as in data.path."""
     weight: Positive
     """Share of the samples, relative to the other sources'."""
@@ -35,16 +39,22 @@ class BlendSource(Section):
 class DataRecipe(Section):
     """The tokens, and their split into training, validation and test."""
 
-    path: Name | None = None
+    path: PathName | None = None
     """Folder made by ``megaresnorm prepare``, or PREFIX of Megatron's PREFIX.bin and PREFIX.idx."""
     blend: Annotated[list[BlendSource], Field(min_length=1, max_length=MAX_SOURCES)] | None = None
     """Several weighted data sets in the place of ``path``; each has its own split and goes through its own epochs."""
+    tokenizer: PathName | None = None
+    """Tokenizer of bare Megatron files, as ``prepare --tokenizer`` takes it: for text samples and bits per byte."""
     mask_documents: bool = False
     """A token sees its own document alone, positions start anew with each, and a document's first token has no loss."""
-    valid_fraction: Fraction = 0.02
-    """Share of the documents kept for validation."""
+    valid_fraction: Fraction = VALID_FRACTION
+    """Share of the tokens kept for validation: documents at random, and the end of one that is too large for it."""
     test_fraction: Fraction = 0.0
-    """Share of the documents never used by training or validation."""
+    """Share of the tokens never used by training or validation, chosen likewise."""
+    split: Annotated[list[PositiveOr0], Field(min_length=3, max_length=3)] | None = None
+    """Megatron's split in place of both: relative numbers of sequences for train, valid and test, in order."""
+    valid: Annotated[dict[ValidName, PathName], Field(min_length=1, max_length=MAX_VALID)] | None = None
+    """Validation sets of their own, name: path as in data.path, in place of a share of the training data."""
     seed: Seed = 1234
     """Seed of the split and of the order of the samples."""
 
@@ -63,6 +73,25 @@ class DataRecipe(Section):
             problem = "data.path is missing" if self.path is None else "data.path and data.blend are both set"
             raise ValueError(f"{problem}; give either data.path or data.blend")
         return self
+
+    @model_validator(mode="after")
+    def _one_kind_of_validation(self) -> Self:
+        if self.split is not None:
+            refuse_ignored(self, "data", "data.split", "valid_fraction", "test_fraction")
+            if self.valid is not None:
+                raise ValueError("data.split and data.valid are both set; give one of them")
+            if not self.split[0]:
+                raise ValueError(f"data.split={self.split} must leave something to train on; raise its first number")
+        if self.valid is not None and self.valid_fraction:
+            refuse_ignored(self, "data", "data.valid", "valid_fraction")
+        return self
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Shares of the training data that are held out: of its sequences with data.split, else of its tokens."""
+        if self.split is not None:
+            return {"valid": self.split[1] / sum(self.split), "test": self.split[2] / sum(self.split)}
+        return {"valid": 0.0 if self.valid else self.valid_fraction, "test": self.test_fraction}
 
     @property
     def sources(self) -> list[BlendSource]:
@@ -136,7 +165,7 @@ class BatchRamp(Section):
 class TrainRecipe(Section):
     """The run: its length, batches, seed, evaluation and output."""
 
-    output: Name
+    output: PathName
     """Folder of the run: recipe, log, metrics, TensorBoard files and checkpoints."""
     steps: Count
     """Optimizer steps of the whole run."""
@@ -148,7 +177,7 @@ class TrainRecipe(Section):
     """Grow the global batch at the start of the run."""
     seed: Seed = 1234
     """Seed of the initial weights and of dropout."""
-    initial_weights: Name | None = None
+    initial_weights: PathName | None = None
     """A checkpoint, or a run, from whose weights this run starts at step 0; unset: from those that the seed gives."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""

@@ -12,7 +12,8 @@ from statistics import mean
 from typing import Any
 
 from megaresnorm.data.dataset import json_digest
-from megaresnorm.data.samples import open_data, unigram_entropy
+from megaresnorm.data.samples import unigram_entropy
+from megaresnorm.data.training_data import open_data
 from megaresnorm.errors import ConfigError, NonFiniteError
 from megaresnorm.files import replace_file
 from megaresnorm.model.topology import beside_others, topology

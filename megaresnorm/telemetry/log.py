@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -122,4 +122,16 @@ def step_line(step: int, steps: int, metrics: dict[str, float | None]) -> str:
         f"step {step:>{len(str(steps))}}/{steps} | loss {loss} | grad {metrics['gradient_norm']:7.3f} "
         f"| lr {metrics['lr']:.3e} | {metrics['tokens_per_second']:9,.0f} tok/s"
     )
-    return line + (f" | valid {metrics['valid_loss']:.4f}" if "valid_loss" in metrics else "")
+    return line + (f" | {valid_figures(metrics)}" if "valid_loss" in metrics else "")
+
+
+def valid_figures(metrics: Mapping[str, float | None]) -> str:
+    """Validation figures of a step in words, then the loss on each set where there are several.
+
+    >>> valid_figures({"valid_loss": 1.5, "valid_perplexity": 4.481689, "valid_bits_per_byte": 0.5})
+    'valid 1.5000 (perplexity 4.482, 0.5000 bits a byte)'
+    """
+    bits = metrics.get("valid_bits_per_byte")
+    units = f"perplexity {metrics['valid_perplexity']:.4g}" + ("" if bits is None else f", {bits:.4f} bits a byte")
+    sets = [f"{name.partition('/')[2]} {loss:.4f}" for name, loss in metrics.items() if name.startswith("valid_loss/")]
+    return f"valid {metrics['valid_loss']:.4f} ({units})" + (f": {', '.join(sets)}" if sets else "")

@@ -11,7 +11,8 @@ from megaresnorm.convert.from_hf import from_hf
 from megaresnorm.convert.native import NativeModel
 from megaresnorm.convert.to_hf import to_hf
 from megaresnorm.convert.tokenizers import byte_letters, check_equal, sample_texts, tokenizer_files
-from megaresnorm.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer
+from megaresnorm.data.hf_tokenizer import HuggingFaceTokenizer
+from megaresnorm.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
 from megaresnorm.errors import DataError
 
 TEXTS = list(sample_texts())

@@ -9,10 +9,11 @@ import torch
 
 from megaresnorm.assemble import build_model
 from megaresnorm.cli import main
-from megaresnorm.data.corpus import find_sources
 from megaresnorm.data.loader import Loader, SampleRange
 from megaresnorm.data.prepare import PrepareJob, prepare
-from megaresnorm.data.samples import BlendedSamples, PackedSamples, open_data, open_samples, resolve_vocab
+from megaresnorm.data.samples import BlendedSamples, PackedSamples
+from megaresnorm.data.sources import find_sources
+from megaresnorm.data.training_data import open_data, open_samples, resolve_vocab
 from megaresnorm.errors import ConfigError, DataError
 from megaresnorm.kernels.cpu import build
 from megaresnorm.model.topology import TOPOLOGIES

@@ -10,7 +10,7 @@ import pytest
 from megaresnorm.cli import main
 from megaresnorm.data.dataset import open_dataset
 from megaresnorm.data.indexed import HEADER, TokenFiles, TokenWriter, spread_chunks
-from megaresnorm.data.samples import open_data, resolve_vocab
+from megaresnorm.data.training_data import open_data, resolve_vocab
 from megaresnorm.errors import DataError
 from megaresnorm.recipe import DataRecipe
 

@@ -118,7 +118,7 @@ def test_bad_requests_cost_one_line(corpus, tmp_path, capsys):
 
 
 def test_stdlib_corpus_is_text_of_this_python_without_its_tests():
-    from megaresnorm.data.corpus import find_sources
+    from megaresnorm.data.sources import find_sources
 
     paths = [f.name for f in find_sources("stdlib", ())]
     assert len(paths) > 300 and any(p.endswith("/argparse.py") for p in paths)
@@ -208,7 +208,7 @@ def test_half_a_surrogate_pair_is_refused_with_its_line(tokenizer, workers, tmp_
 
 def test_a_tokenizer_is_trained_on_the_same_share_of_every_file(tmp_path, monkeypatch):
     from megaresnorm.data import prepare as module
-    from megaresnorm.data.corpus import find_sources
+    from megaresnorm.data.sources import find_sources
 
     monkeypatch.setattr(module, "TRAINING_CHARACTERS", 20_000)
     monkeypatch.setattr(module, "WORK_CHARACTERS", 100)

@@ -12,9 +12,10 @@ import pyarrow.parquet
 import pytest
 
 from megaresnorm.cli import main
-from megaresnorm.data.corpus import PIECE_CHARACTERS, Source, find_sources, read_documents, read_pieces
+from megaresnorm.data.corpus import PIECE_CHARACTERS, read_documents, read_pieces
 from megaresnorm.data.dataset import open_dataset
 from megaresnorm.data.english import BOOKS, english_chapters, fetch_english
+from megaresnorm.data.sources import Source, find_sources
 from megaresnorm.errors import DataError
 
 DOCUMENTS = ["first document\n", "zweites Döcument, 日本語", "x" * 3000, "tabs\tand  blanks "]
