@@ -216,15 +216,15 @@ def _not_finite(checkpoint: Checkpoint, progress: Progress) -> list[str]:
 
 
 def compare_tensors(
-    one: Checkpoint, other: Checkpoint, groups: Sequence[str], advance: Callable[[], None]
+    one: Checkpoint, other: Checkpoint, advance: Callable[[], None], groups: Sequence[str] | None = None
 ) -> Iterator[Difference]:
     """Every tensor that is not the same in both, bit for bit. Two tensors are in memory at a time.
 
     Args:
-        groups: to compare.
+        groups: to compare; None for all.
         advance: called before each tensor.
     """
-    for group in groups:
+    for group in {**one.tensors, **other.tensors} if groups is None else groups:
         ours: Mapping = one.tensors.get(group, {})
         theirs: Mapping = other.tensors.get(group, {})
         for name in {**ours, **theirs}:

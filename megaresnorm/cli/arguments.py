@@ -22,10 +22,7 @@ def path(text: str) -> Path:
     """A path of a file or folder, which need not exist. ``~`` and ``$NAME`` are expanded."""
     if "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} has a NUL character, which no path has")
-    try:
-        text = expanded(text)
-    except ValueError as e:
-        raise argparse.ArgumentTypeError(str(e)) from None
+    text = path_text(text)
     encoded = os.fsencode(text)
     if max(map(len, encoded.split(b"/"))) > MAX_NAME or len(encoded) > MAX_PATH:
         raise argparse.ArgumentTypeError(f"{text[:MAX_SHOWN]!r}... is too long for a path")
@@ -33,12 +30,15 @@ def path(text: str) -> Path:
 
 
 def path_text(text: str) -> str:
-    """A ``path`` as text, as which data sets and recipes are named."""
-    return str(path(text)) if text else text
+    """The path of a file that is only read, as text. ``~`` and ``$NAME`` are expanded."""
+    try:
+        return expanded(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
 
 
 def source(text: str) -> str:
-    """A ``path``, or hf:NAME."""
+    """A ``path_text``, or hf:NAME."""
     return text if text.startswith("hf:") else path_text(text)
 
 

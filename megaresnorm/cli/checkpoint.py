@@ -196,7 +196,7 @@ def _diff(arguments: argparse.Namespace) -> int:
     groups, alone = _groups(one, other, arguments.only)
     total = len({(g, n) for c in (one, other) for g in groups for n in c.tensors[g]})
     with progress_bar("comparing", total) as bar:
-        found = list(compare_tensors(one, other, groups, lambda: bar.advance(bar.task_ids[0])))
+        found = list(compare_tensors(one, other, lambda: bar.advance(bar.task_ids[0]), groups))
     settings = differences(one.state, other.state) if arguments.only is None else {}
     if settings:
         table = Table(title="state")

@@ -92,7 +92,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from megaresnorm.data.prepare import PrepareJob, prepare
-    from megaresnorm.data.sources import NAMES_TOLD, find_sources
+    from megaresnorm.data.sources import find_sources, some
     from megaresnorm.data.tokenizer_files import ends_of_documents
     from megaresnorm.recipe.training import VALID_FRACTION
     from megaresnorm.telemetry.log import console
@@ -117,7 +117,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
         result = prepare(job, sources, lambda num_bytes: progress.advance(task, num_bytes))
     verb = "reused" if result.reused else "prepared"
     if result.without_text:
-        say(f"without text: {len(result.without_text):,} of them, {', '.join(result.without_text[:NAMES_TOLD])}")
+        say(f"without a document: {some(result.without_text)}")
     say(
         f"{verb} {result.folder}: {result.documents:,} documents, {result.tokens:,} tokens, "
         f"vocabulary {result.vocab_size:,}, from {len(sources):,} file{'s' if len(sources) != 1 else ''}"

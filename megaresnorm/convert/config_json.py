@@ -104,17 +104,21 @@ def their_config(source: Path) -> Any:
     raw = dict(_raw(source))
     try:
         made = CONFIG_MAPPING[raw["model_type"]]
-        defaults = made().to_dict()
-        for name in [name for name, value in raw.items() if value is None and defaults.get(name) is not None]:
-            if isinstance(defaults[name], bool):
-                raw[name] = False
-            elif name in IGNORED:
-                del raw[name]
-        return made.from_dict(raw)
+        try:
+            return made.from_dict(dict(raw))
+        except Exception:  # noqa: BLE001 - as below
+            return made.from_dict(_without_nulls(raw, made().to_dict()))
     except Exception as e:  # noqa: BLE001 - any error that a class of theirs makes of bad values
         raise CheckpointError(
             f"{source / CONFIG}: not a configuration of {raw['model_type']} ({first_line(e)})"
         ) from None
+
+
+def _without_nulls(raw: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Fields in which a null that is not the default is what it stood for; those that logits depend on stay null."""
+    nulls = [name for name, value in raw.items() if value is None and defaults.get(name) is not None]
+    switches = {name: False for name in nulls if isinstance(defaults[name], bool)}
+    return {k: v for k, v in (raw | switches).items() if k in switches or k not in nulls or k not in IGNORED}
 
 
 def is_megatron(source: Path) -> bool:

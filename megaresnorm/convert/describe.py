@@ -86,14 +86,15 @@ def _unknown_fields(family: Family, config: dict[str, Any], verified: bool, igno
     wrong = [name for name in ignored if name not in unknown]
     if wrong:
         why = "which is known" if wrong[0] in family.keys | IGNORED else "which is not there"
-        raise ConfigError(f"--ignore-fields {wrong[0]}: a field of config.json {why}; leave it out")
+        raise ConfigError(f"--ignore-fields {wrong[0][:60]}: a field of config.json {why}; leave it out")
     for name in unknown:
         harmless = not config[name] or is_mark(name)  # null, false, 0, and what is empty
         if name in ignored or (harmless and verified):
             continue
-        how = f"--ignore-fields {name} passes it over"
+        how = f"--ignore-fields {name[:60]} passes it over"
         how = f"compare the logits (without --verify off), or {how}" if harmless else f"if it does not matter, {how}"
-        raise CheckpointError(f"{name}={repr(config[name])[:60]} is not a field that is known of {family.name}; {how}")
+        value = repr(config[name])[:60]
+        raise CheckpointError(f"{name[:60]}={value} is not a field that is known of {family.name}; {how}")
     return (f"fields of config.json that nobody knows were passed over: {', '.join(unknown)}",) if unknown else ()
 
 

@@ -47,13 +47,13 @@ def is_buffer(name: str) -> bool:
 
 
 def refuse_existing(out: Path) -> None:
-    """Check that nothing would be written over. An empty folder, or a link to one or to nothing, may be there.
+    """Check that nothing would be written over. An empty folder, or a link to one, may be there.
 
     Raises:
         ConfigError: ``out`` exists, or cannot be looked at.
     """
     try:
-        there = occupied(out)
+        there = occupied(out) or (out.is_symlink() and not out.exists())
     except OSError as e:
         raise ConfigError(f"{out}: cannot be read ({e.strerror})") from None
     if there:

@@ -174,7 +174,8 @@ def matched(weights: Weights, chosen: Match, table: dict[str, ParameterSpec]) ->
     for link in links(chosen.family, chosen.recipe, table, chosen.factor):
         name = there(link.theirs)
         if name not in weights.tensors:
-            raise CheckpointError(f"{weights.folder}: has no tensor {link.theirs}{_wrapped(weights)}")
+            indexed = ", which the index has there" if {name, link.theirs} & weights.missing.keys() else ""
+            raise CheckpointError(f"{weights.folder}: has no tensor {link.theirs}{indexed}{_wrapped(weights)}")
         padding = chosen.family.padded and table[link.ours].parts[0].role in ("embedding", "head")
         rows = max(link.shape[0], weights.shape(name)[0]) if padding else link.shape[0]
         if weights.shape(name) != (rows, *link.shape[1:]):

@@ -135,8 +135,8 @@ def read_tokenizer_of(folder: Path, config: dict[str, Any], end_token: str | Non
     """
     ours = config.get(OURS)
     description = ours.get("tokenizer") if isinstance(ours, dict) else None
-    before = None if end_token is not None else _as_exported(folder, description)
-    if before is not None:
+    before = _as_exported(folder, description)
+    if before is not None and not (end_token is not None and isinstance(before, HuggingFaceTokenizer)):
         return before
     if not any((folder / name).exists() for name in (HUGGINGFACE_FILE, SENTENCEPIECE_FILE, "vocab.json")):
         return None

@@ -169,7 +169,8 @@ def _checked(text: Any, keys: list[str], text_key: str, where: str) -> str:
     if text is None and text_key in keys:
         raise DataError(f"{where}: its {text_key!r} is null")
     if text is not None and not isinstance(text, str):
-        raise DataError(f"{where}: its {text_key!r} is a {type(text).__name__} and not a string (see --text-key)")
+        what = {dict: "an object", list: "a list", bool: "true or false"}.get(type(text), "a number")
+        raise DataError(f"{where}: its {text_key!r} is {what}, not a text (see --text-key)")
     if text is None:
         raise DataError(
             f"{where}: no text under {text_key!r}; its keys are {', '.join(sorted(keys)) or 'none'} (see --text-key)"

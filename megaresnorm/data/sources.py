@@ -165,12 +165,19 @@ def _in_folder(folder: Path, tell: Callable[[str], None]) -> list[Path]:
             left.setdefault(why, []).append(str(path.relative_to(folder)) + "/" * (path.is_dir() and why != ""))
         else:
             read.append(path)
-    for why, names in sorted(left.items()):
-        more = f" and {len(names) - NAMES_TOLD:,} more" if len(names) > NAMES_TOLD else ""
-        tell(f"{folder}: passed over {len(names):,} {why}: {', '.join(names[:NAMES_TOLD])}{more}")
+    told = [f"{len(names):,} {why}: {some(names)}" for why, names in sorted(left.items())]
     if not read:
-        raise DataError(f"{folder}: the folder has nothing that can be read; wanted {SUFFIXES}")
+        has = f"what is in it was passed over ({'; '.join(told)})" if told else "it is empty"
+        raise DataError(f"{folder}: no text in the folder, {has}; wanted {SUFFIXES}")
+    for line in told:
+        tell(f"{folder}: passed over {line}")
     return read
+
+
+def some(names: Sequence[str]) -> str:
+    """The first NAMES_TOLD names, and how many more there are."""
+    more = f" and {len(names) - NAMES_TOLD:,} more" if len(names) > NAMES_TOLD else ""
+    return ", ".join(names[:NAMES_TOLD]) + more
 
 
 def _looked_at(folder: Path) -> Iterator[tuple[Path, str]]:

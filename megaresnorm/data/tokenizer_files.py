@@ -42,11 +42,11 @@ def read_tokenizer(path: Path, end: str | None = None, *, bos: bool = False, beg
         DataError: it is none, cannot be read, or has no such token.
     """
     if str(path) == "bytes":
-        _refuse("bytes", end, begin, "--bos" if bos else None)
+        _refuse("bytes", {"--end-token": end, "--begin-token": begin, "--bos": bos})
         return ByteTokenizer()
     file = _file_at(path)
     if file.suffix != ".json":
-        _refuse(str(path), end, begin)
+        _refuse(str(path), {"--end-token": end, "--begin-token": begin})
         model = _content(file)
         of_data_set = _of_data_set(file, model).get("begin_token") is not None
         return SentencePieceTokenizer(model, str(file), begin=bos or of_data_set)
@@ -63,11 +63,10 @@ def read_tokenizer(path: Path, end: str | None = None, *, bos: bool = False, beg
     return HuggingFaceTokenizer(model, str(file), end, begin)
 
 
-def _refuse(path: str, *given: str | None) -> None:
-    names = [f"--end-token {given[0]}" if given[0] else "", f"--begin-token {given[1]}" if given[1] else "", *given[2:]]
-    used = [name for name in names if name]
-    if used:
-        raise ConfigError(f"{used[0]} has no effect with --tokenizer {path}; remove it")
+def _refuse(path: str, given: dict[str, Any]) -> None:
+    for option, value in given.items():
+        if value:
+            raise ConfigError(f"{option} has no effect with --tokenizer {path}; remove it")
 
 
 def _usual(tokenizer: HuggingFaceTokenizer) -> str:
@@ -86,7 +85,7 @@ def _file_at(path: Path) -> Path:
             names = (HUGGINGFACE_FILE, SENTENCEPIECE_FILE, "vocab.json")
             found = next((path / name for name in names if (path / name).exists()), None)
             if found is None:
-                raise DataError(f"{path}: the folder has no tokenizer; wanted {_FILES}")
+                raise DataError(f"{path}: cannot be read (the folder has no tokenizer; wanted {_FILES})")
             return found
         if path.suffix == ".txt" and "merges" in path.name:
             return path.with_name(path.name.replace("merges", "vocab")).with_suffix(".json")

@@ -286,7 +286,7 @@ def _explain(error: Any) -> str:
         allowed = re.findall(r"'([^']*)'", context["expected"])
         return f"{key}={short(value)}: wanted one of {', '.join(allowed)}{suggest(str(value), allowed)}"
     wanted = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    wanted = "true or false" if kind == "bool_type" else wanted
+    wanted = "boolean, true or false" if kind == "bool_type" else wanted
     got = f", got a {type(value).__name__}" if kind.endswith(("_type", "_float", "_parsing")) else ""
     return f"{key}={short(value)}: wanted {wanted[0].lower()}{wanted[1:]}{got}"
 

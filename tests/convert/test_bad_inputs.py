@@ -510,7 +510,7 @@ def test_what_a_killed_conversion_has_left_is_swept_up(made, tmp_path):
 
 
 def test_too_little_memory_to_verify_is_said_before(made, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("megaresnorm.convert.compare.available_memory", lambda: 10_000)
+    monkeypatch.setattr("megaresnorm.convert.prompts.available_memory", lambda: 10_000)
     assert main(["convert", "to-hf", str(made / "run"), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert "verifying needs" in error and "--verify off" in error and list(tmp_path.iterdir()) == []

@@ -20,7 +20,6 @@ from megaresnorm.convert.compare import (
     logits_on,
     of_ours,
     of_theirs,
-    random_prompts,
 )
 from megaresnorm.convert.export import ExportSettings
 from megaresnorm.convert.families import FAMILIES
@@ -29,6 +28,7 @@ from megaresnorm.convert.from_hf import from_hf
 from megaresnorm.convert.links import links
 from megaresnorm.convert.match import match_family
 from megaresnorm.convert.native import NativeModel
+from megaresnorm.convert.prompts import random_prompts
 from megaresnorm.convert.to_hf import to_hf
 from megaresnorm.errors import CheckpointError, ConfigError, ConversionError
 
@@ -200,7 +200,7 @@ def test_models_that_are_compared_are_in_memory_one_after_the_other(tmp_path, mo
         return made
 
     monkeypatch.setattr(NativeModel, "model", one_at_a_time(NativeModel.model))
-    for module in ("compare", "to_hf", "from_hf"):
+    for module in ("models", "to_hf", "from_hf"):
         monkeypatch.setattr(f"megaresnorm.convert.{module}.load_theirs", one_at_a_time(load_theirs))
     to_hf(
         checkpoint, tmp_path / "rounded", settings=ExportSettings(dtype=torch.bfloat16)

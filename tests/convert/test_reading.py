@@ -15,6 +15,7 @@ from megaresnorm.convert.to_hf import to_hf
 from megaresnorm.generate import load_model
 from megaresnorm.model.rotary import rotary_tables
 from megaresnorm.recipe import ModelRecipe, RopeScaling
+from megaresnorm.recipe.load import load_recipe
 
 
 def exported(folder: Path, settings: dict, arch: str = "auto") -> Path:
@@ -149,8 +150,13 @@ def test_a_tokenizer_that_cannot_be_read_is_told(tmp_path, capsys):
     folder = exported(tmp_path, {**GPT, "topology": "pre", "tied_embeddings": True}, "gpt2")
     for file in ("vocab.json", "merges.txt"):
         (folder / file).write_text("{}")
-    assert main(["convert", "from-hf", str(folder), str(tmp_path / "back")]) == 0
-    assert "has no tokenizer.json and no tokenizer.model" in " ".join(capsys.readouterr().out.split())
+    command = ["convert", "from-hf", str(folder), str(tmp_path / "back")]
+    assert main(command) == 3
+    assert "vocab.json: wanted GPT-2's vocab.json and merges.txt" in capsys.readouterr().err
+    for file in ("vocab.json", "merges.txt"):
+        (folder / file).unlink()
+    assert main(command) == 0
+    assert "has no tokenizer that is read" in " ".join(capsys.readouterr().out.split())
 
 
 def test_our_own_code_can_have_shorter_sequences_too(tmp_path):
@@ -266,9 +272,8 @@ def test_a_converted_model_generates_and_compares_by_the_command_line(tmp_path, 
     folder = exported(tmp_path, {"topology": "deepnorm"})
     assert main(["convert", "from-hf", str(folder), str(tmp_path / "back"), "--data", "runs/text"]) == 0
     out = capsys.readouterr().out
-    assert (
-        "PASS" in out and f"train on  megaresnorm train {tmp_path / 'back' / 'recipe.yaml'} data.path=runs/text" in out
-    )
+    assert "PASS" in out and f"train on  megaresnorm train {tmp_path / 'back' / 'recipe.yaml'}\n" in out
+    assert load_recipe(tmp_path / "back" / "recipe.yaml").data.path == "runs/text"
     assert main(["convert", "compare", str(tmp_path / "back"), str(folder)]) == 0
     assert main(["convert", "compare", str(tmp_path / "run"), str(tmp_path / "back")]) == 0
     assert capsys.readouterr().out.count("PASS") == 2

@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM
 from megaresnorm.checkpoint.inspect import compare_tensors
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.convert import modeling_megaresnorm
-from megaresnorm.convert.compare import compare, logits_on, of_ours, of_theirs, random_prompts
+from megaresnorm.convert.compare import compare, logits_on, of_ours, of_theirs
 from megaresnorm.convert.export import ExportSettings
 from megaresnorm.convert.from_hf import from_hf
 from megaresnorm.convert.match import match_family
 from megaresnorm.convert.native import NativeModel
+from megaresnorm.convert.prompts import random_prompts
 from megaresnorm.convert.to_hf import to_hf
 from megaresnorm.model.topology import TOPOLOGIES, beside_others
 

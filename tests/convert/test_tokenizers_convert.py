@@ -98,7 +98,8 @@ def test_a_tokenizer_that_was_changed_after_the_export_is_the_one_that_is_read(k
     content["added_tokens"].append(token | {"normalized": False, "special": True})
     path.write_text(json.dumps(content))
     after = NativeModel(from_hf(tmp_path / "hf", tmp_path / "back", verify=False).checkpoint).tokenizer()
-    assert after.encode("<|user|>").tolist() == [tokenizer.vocab_size]
+    assert after.vocab_size == tokenizer.vocab_size + 1
+    assert after.encode("<|user|>").tolist() == tokenizer.encode("<|user|>").tolist()  # its letters
     assert after.encode("some text").tolist() == tokenizer.encode("some text").tolist()
 
 
@@ -111,8 +112,7 @@ def test_special_tokens_in_a_text_are_the_documented_difference(tmp_path):
             (folder / file).write_bytes(content)
         theirs = AutoTokenizer.from_pretrained(folder)
         assert theirs.encode(name) == [tokenizer.eod] != tokenizer.encode(name).tolist()
-        with pytest.raises(DataError, match="other tokens of 1 of 1 texts"):
-            check_equal(tokenizer, folder, [name])
+        check_equal(tokenizer, folder, [name])  # letters for both, where Transformers is asked for letters
 
 
 def test_letters_of_bytes_are_those_of_byte_level_tokenizers():

@@ -13,7 +13,7 @@ from megaresnorm.data.loader import Loader, SampleRange
 from megaresnorm.data.prepare import PrepareJob, prepare
 from megaresnorm.data.samples import BlendedSamples, PackedSamples
 from megaresnorm.data.sources import find_sources
-from megaresnorm.data.training_data import open_data, open_samples, resolve_vocab
+from megaresnorm.data.training_data import HELD_OUT, open_data, open_samples, resolve_vocab
 from megaresnorm.errors import ConfigError, DataError
 from megaresnorm.kernels.cpu import build
 from megaresnorm.model.topology import TOPOLOGIES
@@ -54,7 +54,8 @@ def blended(three, tiny):
 
 def samples_of(recipe):
     data = open_data(recipe.data)
-    return open_samples(data, resolve_vocab(recipe, data))
+    samples, valid = open_samples(data, resolve_vocab(recipe, data))
+    return samples, valid[HELD_OUT]
 
 
 def test_shares_of_a_million_samples_are_the_weights(blended):

@@ -76,10 +76,10 @@ BAD_SOURCES = [
     ({"x.jsonl": b'{"text": "a"}\n{"text": \n'}, ["x.jsonl:2", "not JSON"]),
     ({"x.jsonl": b'{"text": "a"}\n[1]\n'}, ["x.jsonl:2", "JSON object"]),
     ({"x.jsonl": b'{"body": "a", "id": 1}\n'}, ["x.jsonl:1", "body, id", "--text-key"]),
-    ({"x.jsonl": b'{"text": 3}\n'}, ["x.jsonl:1", "no text under 'text'"]),
+    ({"x.jsonl": b'{"text": 3}\n'}, ["x.jsonl:1", "its 'text' is a number, not a text"]),
     ({"x.jsonl": b'{"text": "\xff"}\n'}, ["x.jsonl:1", "UTF-8"]),
-    ({"x.txt": b""}, ["x.txt", "no document"]),
-    ({"x.csv": b"a,b"}, ["has no .txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet file"]),
+    ({"x.txt": b""}, ["x.txt", "1 empty"]),
+    ({"x.csv": b"a,b"}, ["no text in the folder", "1 of kind .csv: x.csv"]),
 ]
 
 
