@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import TextIOWrapper
+from types import FrameType
 from typing import NoReturn
 
 from megaresnorm.cli.checkpoint import add_checkpoint
@@ -43,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _prepare_streams()
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        with _sigterm_is_raised():
+            return arguments.run(arguments)
     except UserError as e:
         environment = _environment()
         if environment.rank == 0 or not e.agreed:
@@ -51,12 +56,33 @@ def main(argv: Sequence[str] | None = None) -> int:
             rank = "" if environment.rank == 0 else f"rank {environment.rank}: "
             say(f"megaresnorm: {kind}{rank}{e}", error=True)
         return _code_of(e, environment)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         say("megaresnorm: stopped", error=True)
-        return 130
+        return 128 + (signal.SIGTERM if isinstance(e, _Terminated) else signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, where nothing else hears it: what has begun is undone, as after Ctrl-C."""
+
+
+def _raise_terminated(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+@contextmanager
+def _sigterm_is_raised() -> Iterator[None]:
+    """Raise _Terminated on SIGTERM. Training hears its signals itself."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
 def _environment() -> Environment:

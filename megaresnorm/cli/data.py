@@ -175,6 +175,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _statistics_table(figures: list[DataStatistics]) -> Table:
+    from megaresnorm.recipe.training import VALID_FRACTION
     from megaresnorm.telemetry.log import Table
 
     table = Table()
@@ -191,6 +192,9 @@ def _statistics_table(figures: list[DataStatistics]) -> Table:
         "tokenizer": [f.tokenizer for f in figures],
         "vocabulary": ["" if f.vocab_size is None else f"{f.vocab_size:,}" for f in figures],
         "of it in use": [f"{f.used:,}" for f in figures],
+        f"for validation, unless a recipe says otherwise ({VALID_FRACTION:.0%})": [
+            f"{round(VALID_FRACTION * f.tokens):,}" for f in figures
+        ],
         "unigram entropy, nats": [f"{f.entropy:.4f}" for f in figures],
         "stored as": [f.dtype for f in figures],
     }
