@@ -85,7 +85,10 @@ BAD = [
     (["model.num_kv_heads=3"], ["model.num_kv_heads=3 must divide model.num_heads=4", "[1, 2, 4]"]),
     (["model.head_dim=7"], ["model.head_dim=7 must be even"]),
     (["train.micro_batch=3"], ["train.micro_batch=3 must divide train.global_batch=8", "[1, 2, 4, 8]"]),
-    (["schedule.warmup_steps=11"], ["schedule.warmup_steps=11", "train.steps=10"]),
+    (
+        ["schedule.kind=wsd", "schedule.decay_steps=4", "schedule.warmup_steps=7"],
+        ["schedule.warmup_steps=7", "train.steps=10"],
+    ),
     (["data.valid_fraction=0.6", "data.test_fraction=0.5"], ["must leave something to train on"]),
     (["precision.compute=fp64", "precision.residual_dtype=bf16"], ["fp64 is for both or neither"]),
     (["train.batch_ramp.start=16", "train.batch_ramp.steps=2"],

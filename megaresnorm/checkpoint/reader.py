@@ -100,11 +100,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder / name}: cannot be read ({e.strerror})") from None
 
     def source(self) -> bytes | None:
-        """Content of SOURCE; None in a checkpoint whose weights were not converted.
-
-        Raises:
-            CheckpointError: it cannot be read.
-        """
+        """Content of SOURCE; None in a checkpoint whose weights were not converted. CheckpointError as of ``attached``."""
         return self.attached(SOURCE) if SOURCE in self._manifest["files"] else None
 
     def names(self, group: str) -> list[str]:

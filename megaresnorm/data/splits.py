@@ -55,7 +55,8 @@ def split_in_order(boundaries: np.ndarray, sequences: np.ndarray, weights: list[
     """Megatron-Core's ``--split``: the first sequences to train on, the next for validation, the last for test.
 
     Args:
-        boundaries, sequences: token offsets of documents, and of the sequences that these consist of.
+        boundaries: [num_documents + 1], token offsets of documents.
+        sequences: [num_sequences + 1], token offsets of the sequences that these consist of.
         weights: relative numbers of sequences, of train, valid and test.
 
     Source:

@@ -160,7 +160,7 @@ def _packed(data: DataSet, pieces: np.ndarray, split: str, recipe: Recipe) -> Pa
     if samples.per_epoch:
         if recipe.data.mask_documents and samples.longest < 2:
             raise DataError(
-                f"{data.path}: no document for {_PARTS[split]} has two tokens, so with data.mask_documents there is "
+                f"{data.path}: no document of the {split} split has two tokens, so with data.mask_documents there is "
                 "nothing to predict; join short documents, or set data.mask_documents to false"
             )
         return samples

@@ -58,6 +58,14 @@ def check(recipe: Recipe) -> list[Finding]:
     for finding in findings:
         if finding.refused:
             raise ConfigError(finding.message)
+    if recipe.schedule.warmup_steps > recipe.train.steps:
+        findings.append(
+            Finding(
+                "warmup",
+                f"the run of train.steps={recipe.train.steps} ends within schedule.warmup_steps="
+                f"{recipe.schedule.warmup_steps}: the learning rate does not reach optim.lr={recipe.optim.lr:g}",
+            )
+        )
     return findings
 
 

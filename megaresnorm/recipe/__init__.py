@@ -94,7 +94,7 @@ class Recipe(Section):
                 f"and at most train.global_batch={train.global_batch}"
             )
         decay = (schedule.decay_steps or 0) if schedule.kind == "wsd" else 0
-        if schedule.warmup_steps + decay > train.steps:
+        if decay and schedule.warmup_steps + decay > train.steps:  # without a decay a run may end while it warms up
             raise ValueError(
                 f"schedule.warmup_steps={schedule.warmup_steps} and schedule.decay_steps={decay} "
                 f"do not fit into train.steps={train.steps}"

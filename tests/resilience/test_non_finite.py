@@ -201,9 +201,9 @@ class OneToken(PackedSamples):
 
 def test_a_batch_without_a_label_has_no_loss_and_changes_nothing(tiny, monkeypatch, caplog):
     caplog.set_level(logging.WARNING, logger="megaresnorm")
-    from megaresnorm.data import samples
+    from megaresnorm.data import training_data
 
-    monkeypatch.setattr(samples, "PackedSamples", OneToken)
+    monkeypatch.setattr(training_data, "PackedSamples", OneToken)
     monkeypatch.setattr(OneToken, "bare", (4, 5, 6, 7, 12, 13, 14, 15))
     recipe = tiny(data={"mask_documents": True, "valid_fraction": 0.0}, train={"steps": 4, "eval_every": 0})
     with Run(recipe) as run:
@@ -221,9 +221,9 @@ def test_a_batch_without_a_label_has_no_loss_and_changes_nothing(tiny, monkeypat
 
 
 def test_a_split_without_labels_is_an_error(tiny, monkeypatch):
-    from megaresnorm.data import samples
+    from megaresnorm.data import training_data
 
-    monkeypatch.setattr(samples, "PackedSamples", OneToken)
+    monkeypatch.setattr(training_data, "PackedSamples", OneToken)
     monkeypatch.setattr(OneToken, "bare", tuple(range(99)))
     recipe = tiny(data={"mask_documents": True}, train={"eval_every": 0})
     with Run(recipe) as run, pytest.raises(TrainingError, match=r"none of the .* validation samples has a label"):
