@@ -89,8 +89,6 @@ def occupied(out: Path) -> bool:
 def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder to write into, which becomes ``out`` when all has gone well, and vanishes when it has not.
 
-    What processes that were killed have left on this host is removed first, or put back where it was the only copy.
-
     Args:
         out: nothing, an empty folder, or a link to one of these: the link then stays.
         replace: it may be a folder that is not empty, which stays until the new one is complete.
@@ -101,7 +99,7 @@ def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     out = Path(os.path.realpath(out))
     out.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(out)
+    sweep_beside(out)
     _refuse_occupied(out, replace)
     temporary = out.with_name(f"{_left_by(out, UNFINISHED)}{os.getpid()}")
     temporary.mkdir()
@@ -131,9 +129,14 @@ def _refuse_occupied(out: Path, replace: bool) -> None:
         raise FileExistsError(errno.EEXIST, "it exists already", str(out))
 
 
-def _sweep(out: Path) -> None:
-    """Remove what killed processes have left of ``out``; put back a folder that was about to be replaced."""
-    for left in list(out.parent.iterdir()):
+def sweep_beside(out: Path) -> None:
+    """Remove what killed processes of this host have left of ``new_folder``; put back what they were about to replace.
+
+    Raises:
+        OSError: the folder of ``out`` cannot be read.
+    """
+    out = Path(os.path.realpath(out))
+    for left in list(out.parent.iterdir()) if out.parent.is_dir() else []:
         for kind in (UNFINISHED, REPLACED):
             process = left.name.removeprefix(_left_by(out, kind))
             if process == left.name or not process.isdecimal() or _alive(int(process)):

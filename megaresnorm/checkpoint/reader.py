@@ -25,6 +25,7 @@ MAX_BESIDE = 1024  # slices of the same rows: at most as many as tensor-parallel
 OPEN_FILES = 64
 HASHING_THREADS = 4
 CHUNK_ELEMENTS = 1 << 22  # of a tensor that is read and not kept: 16 MB in FP32
+_UNREADABLE = (SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError)
 _TYPES = {code: name.removeprefix("torch.") for name, code in DTYPES.items()}
 
 
@@ -100,7 +101,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder / name}: cannot be read ({e.strerror})") from None
 
     def source(self) -> bytes | None:
-        """Content of SOURCE; None in a checkpoint whose weights were not converted. CheckpointError as of ``attached``."""
+        """Content of SOURCE; None in a checkpoint whose weights were not converted."""
         return self.attached(SOURCE) if SOURCE in self._manifest["files"] else None
 
     def names(self, group: str) -> list[str]:
@@ -143,14 +144,12 @@ class Checkpoint:
         recorded = self.tensors.get(group, {})
         if recorded.keys() != shapes.keys():
             odd = sorted(recorded.keys() ^ shapes.keys())
-            raise CheckpointError(
-                f"{self.folder}: {group} differ in {len(odd)} tensors, the first is {odd[0]}; is it another model?"
-            )
+            what = f"{group} differ in {len(odd)} tensors, the first is {odd[0]}; is it another model?"
+            raise CheckpointError(f"{self.folder}: {what}")
         for name, shape in shapes.items():
-            if recorded[name]["shape"] != list(shape):
-                raise CheckpointError(
-                    f"{self.folder}: {name} has shape {recorded[name]['shape']}, the model's is {list(shape)}"
-                )
+            have = recorded[name]["shape"]
+            if have != list(shape):
+                raise CheckpointError(f"{self.folder}: {name} has shape {have}, the model's is {list(shape)}")
 
     def _index(self, everyone: list[dict[str, Any]]) -> None:
         """Note what every rank has found in its files; DamagedError unless that is all of every tensor, once."""
@@ -179,9 +178,8 @@ class Checkpoint:
                 )
                 if not inside or [b - a for a, b in box[1:]] != shape[1:]:
                     raise DamagedError(f"{where} of shape {shape} has no slice {box} of {recorded['shape']}")
-                self._file_slices[group].setdefault(name, []).append(
-                    FileSlice(file, row, tuple((a, b) for a, b in box))
-                )
+                piece = FileSlice(file, row, tuple((a, b) for a, b in box))
+                self._file_slices[group].setdefault(name, []).append(piece)
                 row += box[0][1] - box[0][0]
             if [row] != shape[:1]:
                 raise DamagedError(f"{where} of shape {shape} has slices of {row} rows")
@@ -324,16 +322,7 @@ def _slices(path: Path) -> dict[str, tuple[list[int], str, list]]:
                 boxes = [[(int(start), int(stop)) for start, stop in box] for box in slices[name]]
                 found[name] = (list(view.get_shape()), _TYPES[view.get_dtype()], boxes)
             return found
-    except (
-        SafetensorError,
-        OSError,
-        KeyError,
-        TypeError,
-        ValueError,
-        OverflowError,
-        AttributeError,
-        RecursionError,
-    ) as e:
+    except _UNREADABLE as e:
         reason = f"{type(e).__name__} {e}".splitlines()[0][:200]
         raise DamagedError(f"{path}: not a readable safetensors file of slices ({reason})") from None
 

@@ -18,7 +18,7 @@ from megaresnorm.checkpoint.format import FileTensor, human_bytes
 from megaresnorm.checkpoint.reader import MAX_HEADER_BYTES, check_header
 from megaresnorm.checkpoint.writer import encoded, free_bytes
 from megaresnorm.errors import CheckpointError, ConfigError
-from megaresnorm.files import new_folder, occupied
+from megaresnorm.files import new_folder, occupied, sweep_beside
 from megaresnorm.parallel.sharding import Box
 from megaresnorm.reading import LFS_POINTER, first_line, open_plain_file, read_json_object, refuse_pointer
 
@@ -53,6 +53,7 @@ def refuse_existing(out: Path) -> None:
         ConfigError: ``out`` exists, or cannot be looked at.
     """
     try:
+        sweep_beside(out)
         there = occupied(out) or (out.is_symlink() and not out.exists())
     except OSError as e:
         raise ConfigError(f"{out}: cannot be read ({e.strerror})") from None

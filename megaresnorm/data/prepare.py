@@ -22,7 +22,7 @@ from megaresnorm.data.sources import Source, find_sources
 from megaresnorm.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from megaresnorm.data.tokenizer_files import load_tokenizer, read_tokenizer, restore_tokenizer
 from megaresnorm.errors import ConfigError, DataError
-from megaresnorm.files import new_folder, occupied
+from megaresnorm.files import new_folder, occupied, sweep_beside
 
 WORK_CHARACTERS = 1 << 19  # text handed to a worker at a time
 TRAINING_CHARACTERS = 1 << 25  # text that a SentencePiece model is trained on
@@ -132,6 +132,7 @@ def prepare(
     sources = find_sources(job.corpus, job.paths) if sources is None else sources
     tokenizer = job.ready_tokenizer
     try:
+        sweep_beside(job.out)
         request = job.digest(sources, tokenizer)
         if occupied(job.out):
             if not job.overwrite:
