@@ -202,7 +202,7 @@ def matched(weights: Weights, chosen: Match, table: dict[str, ParameterSpec]) ->
     for name in weights.missing:  # what the index names and no file has; a parameter was asked for above
         if "head.weight" in table or there(name) not in tied:
             raise CheckpointError(
-                f"{weights.folder / weights.missing[name]}: has no tensor {name}, which the index has"
+                f"{weights.folder / weights.missing[name]}: has no tensor {name}, which the index has there"
             )
 
 

@@ -114,6 +114,7 @@ GPT_MODULES = {
 }
 gpt2 = Family(
     name="gpt2",
+    unread=("n_special", "predict_special_tokens"),
     architecture="GPT2LMHeadModel",
     fields=(
         *GPT_SIZES, GPT_DROPOUT, Choice("activation_function", UNGATED), PRE,

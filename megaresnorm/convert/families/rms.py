@@ -70,7 +70,7 @@ def _gemma_scale(recipe: ModelRecipe) -> dict[str, Any]:
 
 llama = Family(
     name="llama",
-    unread=('is_llama_config', 'rope_interleaved', 'transformers.js_config'),
+    unread=("is_llama_config", "rope_interleaved", "transformers.js_config", "max_sequence_length"),
     divided_dim=True,
     architecture="LlamaForCausalLM",
     fields=(
