@@ -9,7 +9,7 @@ import pytest
 from megaresnorm.cli import main
 from megaresnorm.cli.train import recipe_schema
 from megaresnorm.errors import ConfigError
-from megaresnorm.recipe.load import build_recipe, dump_recipe, load_recipe, read_yaml, recipe_keys
+from megaresnorm.recipe.load import apply_override, build_recipe, dump_recipe, load_recipe, read_yaml, recipe_keys
 
 ROOT = Path(__file__).parents[1]
 GOOD = """
@@ -249,3 +249,80 @@ def test_an_old_name_that_cannot_be_read_says_the_new_one(tmp_path, overrides, s
     (tmp_path / "recipe.yaml").write_text(GOOD)
     with pytest.raises(ConfigError, match=re.escape(says)):
         load_recipe(tmp_path / "recipe.yaml", overrides)
+
+
+PATHS = """
+model: {dim: 8, num_blocks: 1, num_heads: 1, seq_len: 8}
+data: {blend: [{path: ./near, weight: 1.0}, {path: far, weight: 1.0}], valid: {a: ../up, b: plain}, valid_fraction: 0.0,
+       tokenizer: ./t/tokenizer.json}
+train: {output: ../runs/one, steps: 2, initial_weights: ./}
+"""
+
+
+def test_paths_that_begin_with_a_dot_are_relative_to_the_recipe_and_all_others_to_the_working_directory(
+    tmp_path, monkeypatch
+):
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / "r.yaml").write_text(PATHS)
+    (tmp_path / "elsewhere").mkdir()
+    for here, name in ((tmp_path, "configs/r.yaml"), (folder, "r.yaml"), (tmp_path / "elsewhere", "../configs/r.yaml")):
+        monkeypatch.chdir(here)
+        recipe = load_recipe(name)
+        assert [source.path for source in recipe.data.sources] == [str(folder / "near"), "far"]
+        assert recipe.data.valid == {"a": str(tmp_path / "up"), "b": "plain"}
+        assert recipe.data.tokenizer == str(folder / "t" / "tokenizer.json")
+        assert recipe.train.output == str(tmp_path / "runs" / "one")
+        assert recipe.train.initial_weights == str(folder)
+        # What is typed is relative to where it is typed.
+        typed = load_recipe(name, ["train.output=./out", "data.valid.b=../x"])
+        assert typed.train.output == str(here / "out") and typed.data.valid["b"] == str(here.parent / "x")
+        # The recipe that a run keeps says the same from anywhere.
+        (tmp_path / "elsewhere" / "copy.yaml").write_text(dump_recipe(recipe))
+        assert load_recipe(tmp_path / "elsewhere" / "copy.yaml") == recipe
+
+
+def test_home_and_variables_are_expanded_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    (tmp_path / "r.yaml").write_text(
+        PATHS.replace("./near", "~/near").replace("far", "$SCRATCH/far").replace("../up", "'${SCRATCH}/up'")
+        .replace("./t/tokenizer.json", "~/t").replace("../runs/one", "~").replace("./}", '"$SCRATCH/w"}')
+    )  # fmt: skip
+    recipe = load_recipe("~/r.yaml".replace("~", str(tmp_path)))
+    assert [source.path for source in recipe.data.sources] == [str(tmp_path / "near"), "/scratch/me/far"]
+    assert recipe.data.valid["a"] == "/scratch/me/up" and recipe.data.tokenizer == str(tmp_path / "t")
+    assert recipe.train.output == str(tmp_path) and recipe.train.initial_weights == "/scratch/me/w"
+    from megaresnorm.cli.arguments import path, path_text, source
+
+    for parse in (lambda text: str(path(text)), path_text, source):
+        assert parse("~/a") == str(tmp_path / "a") and parse("$SCRATCH/a") == "/scratch/me/a"
+        assert parse("a$1 b$.txt") == "a$1 b$.txt"  # no name of a variable
+    assert source("hf:~x/$Y") == "hf:~x/$Y"
+
+
+def test_home_is_expanded_by_the_commands(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "t.txt").write_text("some text")
+    assert main(["prepare", "~/t.txt", "--out", "~/data", "--workers", "1"]) == 0
+    assert main(["data", "show", "~/data"]) == 0 and main(["data", "verify", "$HOME/data"]) == 0
+    assert (tmp_path / "data" / "tokens.bin").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("data.path=my #1 data", ("data", "path"), "my #1 data"),
+        ("data.path=#1", ("data", "path"), "#1"),
+        ("data.path='quoted' # a comment", ("data", "path"), "quoted"),
+        ("train.tensorboard=True", ("train", "tensorboard"), True),
+        ("train.tensorboard=FALSE", ("train", "tensorboard"), False),
+        ("train.max_minutes=Null", ("train", "max_minutes"), None),
+        ("train.steps=5 # five", ("train", "steps"), 5),
+        ("train.sample_prompt=a#b", ("train", "sample_prompt"), "a#b"),
+    ],
+)
+def test_what_is_typed_behind_an_equals_sign_is_meant(override, key, value):
+    values: dict = {}
+    apply_override(values, override)
+    assert values == {key[0]: {key[1]: value}} and type(values[key[0]][key[1]]) is type(value)

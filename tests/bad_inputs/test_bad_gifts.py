@@ -55,7 +55,8 @@ FROM = ["convert", "from-hf", "ROOT/thing", "ROOT/out", "--verify", "off"]
 # what is at ROOT/thing*, the command, what the line has. TEXT, DATA, ROOT stand for a text, a data set, the folder.
 CASES: dict[str, tuple[dict, list[str], str]] = {
     # texts
-    "a pointer for a text": ({"thing.txt": POINTER}, ["prepare", "ROOT/thing.txt", "--out", "ROOT/out"], "git lfs pull"),
+    "a pointer for a text": ({"thing.txt": POINTER}, ["prepare", "ROOT/thing.txt", "--out", "ROOT/out"],
+                             "git lfs pull"),
     "a pointer for rows": ({"thing.jsonl": POINTER}, ["prepare", "ROOT/thing.jsonl", "--out", "ROOT/out"],
                            "git lfs pull"),
     "a pointer for packed rows": ({"thing.jsonl.gz": POINTER}, ["prepare", "ROOT/thing.jsonl.gz", "--out", "ROOT/out"],
@@ -77,7 +78,8 @@ CASES: dict[str, tuple[dict, list[str], str]] = {
     "a bomb of text": ({"thing.txt.gz": gzip.compress(bytes(16 << 20), 9)},
                        ["prepare", "ROOT/thing.txt.gz", "--out", "ROOT/out", "--workers", "1"], "which no text is"),
     "a folder of a mark alone": ({"thing": folder(a__txt=b"\xef\xbb\xbf")},
-                                 ["prepare", "ROOT/thing", "--workers", "1", "--out", "ROOT/out"], "no document with text"),
+                                 ["prepare", "ROOT/thing", "--workers", "1", "--out", "ROOT/out"],
+                                 "no document with text"),
     "a folder of hidden files": ({"thing": folder(__a__txt=b"x")}, ["prepare", "ROOT/thing", "--out", "ROOT/out"],
                                  "1 hidden: .a.txt"),
     "a variable that is not set": ({}, ["prepare", "$NO_SUCH_VARIABLE/x.txt", "--out", "ROOT/out"],
