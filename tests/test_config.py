@@ -287,12 +287,12 @@ def test_home_and_variables_are_expanded_in_every_path(tmp_path, monkeypatch):
     monkeypatch.setenv("SCRATCH", "/scratch/me")
     (tmp_path / "r.yaml").write_text(
         PATHS.replace("./near", "~/near").replace("far", "$SCRATCH/far").replace("../up", "'${SCRATCH}/up'")
-        .replace("./t/tokenizer.json", "~/t").replace("../runs/one", "~").replace("./}", '"$SCRATCH/w"}')
+        .replace("./t/tokenizer.json", "~/t").replace("../runs/one", "~/one").replace("./}", '"$SCRATCH/w"}')
     )  # fmt: skip
     recipe = load_recipe("~/r.yaml".replace("~", str(tmp_path)))
     assert [source.path for source in recipe.data.sources] == [str(tmp_path / "near"), "/scratch/me/far"]
     assert recipe.data.valid["a"] == "/scratch/me/up" and recipe.data.tokenizer == str(tmp_path / "t")
-    assert recipe.train.output == str(tmp_path) and recipe.train.initial_weights == "/scratch/me/w"
+    assert recipe.train.output == str(tmp_path / "one") and recipe.train.initial_weights == "/scratch/me/w"
     from megaresnorm.cli.arguments import path, path_text, source
 
     for parse in (lambda text: str(path(text)), path_text, source):
