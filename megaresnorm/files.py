@@ -1,10 +1,11 @@
 """Writing files where somebody else may have put something: no link is followed, and nothing is left half written."""
 
 import errno
+import fcntl
 import os
+import re
 import secrets
 import shutil
-import socket
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 BEING_WRITTEN = ".new-"  # prefix of the names of files that are being written
 UNFINISHED = ".tmp-"  # of folders that are being written
 REPLACED = ".old-"  # of folders whose successors are being put in their places
+_UNIQUE = re.compile("[0-9a-f]{16}")
 
 
 def open_plain(path: str | Path, flags: int, mode: int = 0o666, *, follow: bool = False) -> int:
@@ -90,76 +92,98 @@ def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder to write into, which becomes ``out`` when all has gone well, and vanishes when it has not.
 
     Args:
-        out: nothing, an empty folder, or a link to one of these: the link then stays.
+        out: nothing, an empty folder, or a link to one of these: the link then stays, and what it leads to is made.
         replace: it may be a folder that is not empty, which stays until the new one is complete.
 
     Raises:
         FileExistsError: something is there that may not be replaced.
-        OSError: it cannot be written.
+        OSError: it cannot be written, or is a folder that cannot be replaced: a mount point, the working directory.
     """
     out = Path(os.path.realpath(out))
     out.parent.mkdir(parents=True, exist_ok=True)
     sweep_beside(out)
     _refuse_occupied(out, replace)
-    temporary = out.with_name(f"{_left_by(out, UNFINISHED)}{os.getpid()}")
+    unique = secrets.token_hex(8)
+    temporary, before = (out.with_name(f"{kind}{out.name}-{unique}") for kind in (UNFINISHED, REPLACED))
     temporary.mkdir()
-    try:
-        yield temporary
-        for path in (*temporary.iterdir(), temporary):
-            _sync(path)
-        _refuse_occupied(out, replace)
-        before = out.with_name(f"{_left_by(out, REPLACED)}{os.getpid()}")
-        if occupied(out):
-            os.rename(out, before)
+    with _held(temporary):
         try:
+            yield temporary
+            for path in (*temporary.iterdir(), temporary):
+                _sync(path)
+            _refuse_occupied(out, replace)
+            _put_in_place(temporary, out, before)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _put_in_place(temporary: Path, out: Path, before: Path) -> None:
+    if not occupied(out):
+        os.rename(temporary, out)
+        return _sync(out.parent)
+    with _held(out):
+        try:
+            os.rename(out, before)
             os.rename(temporary, out)
-        except OSError:
-            if before.exists():
+        except BaseException:  # a signal, too
+            if before.exists() and not out.exists():
                 os.rename(before, out)
             raise
         _sync(out.parent)
         shutil.rmtree(before, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    return None
 
 
 def _refuse_occupied(out: Path, replace: bool) -> None:
+    if not os.path.lexists(out):
+        return
     if occupied(out) and not (replace and out.is_dir()):
         raise FileExistsError(errno.EEXIST, "it exists already", str(out))
+    if os.path.ismount(out) or out.stat().st_dev != out.parent.stat().st_dev:
+        raise OSError(errno.EBUSY, "it is a mount point, which cannot be replaced; give a folder in it", str(out))
+    if out.samefile("."):
+        raise OSError(errno.EBUSY, "it is the working directory, which cannot be replaced; give another", str(out))
 
 
 def sweep_beside(out: Path) -> None:
-    """Remove what killed processes of this host have left of ``new_folder``; put back what they were about to replace.
+    """Remove what killed processes have left of ``new_folder``; put back what they were about to replace.
+
+    A folder that a process is at work in is locked. Where folders cannot be locked, what is left stays.
 
     Raises:
         OSError: the folder of ``out`` cannot be read.
     """
     out = Path(os.path.realpath(out))
-    for left in list(out.parent.iterdir()) if out.parent.is_dir() else []:
+    for left in sorted(out.parent.iterdir()) if out.parent.is_dir() else []:
         for kind in (UNFINISHED, REPLACED):
-            process = left.name.removeprefix(_left_by(out, kind))
-            if process == left.name or not process.isdecimal() or _alive(int(process)):
+            unique = left.name.removeprefix(f"{kind}{out.name}-")
+            if unique == left.name or not _UNIQUE.fullmatch(unique) or left.is_symlink() or not left.is_dir():
                 continue
-            if kind == REPLACED and not os.path.lexists(out):
-                os.rename(left, out)
-            else:
-                shutil.rmtree(left, ignore_errors=True)
+            with _held(left) as ours:
+                if ours and kind == REPLACED and not os.path.lexists(out):
+                    os.rename(left, out)
+                elif ours:
+                    shutil.rmtree(left, ignore_errors=True)
 
 
-def _left_by(out: Path, kind: str) -> str:
-    """Start of the name of a folder beside ``out``, before the id of its process, which runs on this host."""
-    return f"{kind}{out.name}-{socket.gethostname()}-"
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Lock a folder, by which others see that its process is alive, whatever it is called in their containers.
 
-
-def _alive(process: int) -> bool:
+    Yields:
+        False where another process holds it, or where folders cannot be locked.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        except OSError:
+            locked = False
+        yield locked
+    finally:
+        os.close(descriptor)
 
 
 def _sync(path: Path) -> None:

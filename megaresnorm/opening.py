@@ -157,6 +157,9 @@ def note_progress(environment: Environment, store: Store | None) -> None:
             store.set(PROGRESS, "")
 
 
+_PLACES = ("data.path", "data.blend", "data.valid.", "data.tokenizer", "train.initial_weights")
+
+
 def facts_of_start(recipe: Recipe) -> dict[str, str]:
     """Facts that must be equal on all ranks: settings by key, versions, and digests of the package's files."""
     versions = {
@@ -165,7 +168,9 @@ def facts_of_start(recipe: Recipe) -> dict[str, str]:
         "the version of Python": platform.python_version(),
         "the version of numpy": numpy.__version__,
     }
-    return versions | dict(_flat(recipe.model_dump(exclude_none=True))) | _package()
+    settings = dict(_flat(recipe.model_dump(exclude_none=True)))
+    # A node may have its data elsewhere: their content is compared.
+    return versions | {key: value for key, value in settings.items() if not key.startswith(_PLACES)} | _package()
 
 
 def facts_of_data(opened: Opened) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 from megaresnorm.files import open_plain
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
-_VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[^}]*\})", re.ASCII)
+_VARIABLE = re.compile(r"\$\{?(\w+)", re.ASCII)
 
 
 def read_plain_file(path: str | Path, max_bytes: int, *, follow: bool = True) -> bytes:
@@ -49,15 +49,17 @@ def expanded(path: str) -> str:
     """A path as a shell would expand it: ``~`` is a home folder, ``$NAME`` and ``${NAME}`` are variables.
 
     Raises:
-        ValueError: a variable is not set, or there is no such home folder; says which.
+        ValueError: a variable is not set or empty, a $ is left, or there is no such home folder; says which.
     """
     found = os.path.expanduser(path)
     if found.startswith("~") and not os.path.lexists(found.split("/")[0]):
         raise ValueError(f"{path}: there is no home folder {path.split('/')[0]}; write the path out")
+    for name in _VARIABLE.findall(found):
+        if not os.environ.get(name):
+            raise ValueError(f"{path}: the variable ${name} is not set; set it, or write the path out")
     found = os.path.expandvars(found)
-    left = _VARIABLE.search(found)
-    if left is not None:
-        raise ValueError(f"{path}: the variable {left[0]} is not set; set it, or write the path out")
+    if "$" in found:
+        raise ValueError(f"{path}: a $ is of no variable's name; write the path out without it")
     return found
 
 

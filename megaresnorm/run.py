@@ -185,12 +185,16 @@ class Run:
                     "(data.mask_documents, documents of one token); raise train.eval_samples, or evaluate on other data"
                 )
             losses[name] = loss
-            if self.context.is_first_rank and self.data.tokenizer is not None and name not in self._bytes_per_label:
-                masked = self.recipe.data.mask_documents
-                self._bytes_per_label[name] = bytes_per_label(
-                    samples, count, self.data.tokenizer, mask_documents=masked
-                )
+            if self.data.tokenizer is not None and name not in self._bytes_per_label:
+                self._bytes_per_label[name] = self._all_or_raise(partial(self._bytes_of_labels, samples, count))
         return Evaluation(losses, self._bytes_per_label) if losses else None
+
+    def _bytes_of_labels(self, samples: Samples, count: int) -> float:
+        """``bytes_per_label`` on the first rank, which alone records what depends on it; 0 on the others."""
+        if not self.context.is_first_rank or self.data.tokenizer is None:
+            return 0.0
+        masked = self.recipe.data.mask_documents
+        return bytes_per_label(samples, count, self.data.tokenizer, mask_documents=masked)
 
     def sample_text(self) -> str | None:
         """A continuation of ``train.sample_prompt``; None without a tokenizer, switched off, or with several ranks."""

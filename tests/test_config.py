@@ -1,5 +1,6 @@
 """Recipes: YAML that means what it says, and one line for everything that is wrong."""
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -285,6 +286,7 @@ def test_paths_that_begin_with_a_dot_are_relative_to_the_recipe_and_all_others_t
 def test_home_and_variables_are_expanded_in_every_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.setenv("EMPTY", "")
     (tmp_path / "r.yaml").write_text(
         PATHS.replace("./near", "~/near").replace("far", "$SCRATCH/far").replace("../up", "'${SCRATCH}/up'")
         .replace("./t/tokenizer.json", "~/t").replace("../runs/one", "~/one").replace("./}", '"$SCRATCH/w"}')
@@ -297,8 +299,10 @@ def test_home_and_variables_are_expanded_in_every_path(tmp_path, monkeypatch):
 
     for parse in (lambda text: str(path(text)), path_text, source):
         assert parse("~/a") == str(tmp_path / "a") and parse("$SCRATCH/a") == "/scratch/me/a"
-        assert parse("a$1 b$.txt") == "a$1 b$.txt"  # no name of a variable
-    assert source("hf:~x/$Y") == "hf:~x/$Y"
+        for odd in ("$(pwd)/x", "cost$", "${NOT_THERE", "$EMPTY/x", "$5"):
+            with pytest.raises(argparse.ArgumentTypeError):
+                parse(odd)
+    assert source("hf:~/x:config") == f"hf:{tmp_path}/x:config"
 
 
 def test_home_is_expanded_by_the_commands(tmp_path, monkeypatch, capsys):
@@ -326,3 +330,27 @@ def test_what_is_typed_behind_an_equals_sign_is_meant(override, key, value):
     values: dict = {}
     apply_override(values, override)
     assert values == {key[0]: {key[1]: value}} and type(values[key[0]][key[1]]) is type(value)
+
+
+def test_every_path_of_a_recipe_can_be_relative_to_it():
+    """The fields that are paths, and those that the reader of a file looks for."""
+    from megaresnorm.recipe.load import _PATHS
+
+    schema = recipe_schema()
+    found = set()
+
+    def walk(node, keys):
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rpartition("/")[2]]
+        if node.get("format") == "path":
+            found.add(keys)
+        for name, inner in node.get("properties", {}).items():
+            walk(inner, (*keys, name))
+        for inner in (*node.get("anyOf", ()), *node.get("allOf", ()), *node.get("patternProperties", {}).values()):
+            walk(inner, keys)
+        for part in ("items", "additionalProperties"):
+            if isinstance(node.get(part), dict):
+                walk(node[part], keys)
+
+    walk(schema, ())
+    assert found == set(_PATHS) and len(found) == 6

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from io import TextIOWrapper
 from types import FrameType
 from typing import NoReturn
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _prepare_streams()
     arguments = _parser().parse_args(argv)
     try:
-        with _sigterm_is_raised():
+        with _sigterm_is_raised() if getattr(arguments, "undone", False) else nullcontext():
             return arguments.run(arguments)
     except UserError as e:
         environment = _environment()
@@ -74,7 +74,7 @@ def _raise_terminated(number: int, frame: FrameType | None) -> NoReturn:
 
 @contextmanager
 def _sigterm_is_raised() -> Iterator[None]:
-    """Raise _Terminated on SIGTERM. Training hears its signals itself."""
+    """Raise _Terminated on SIGTERM, in commands that undo what they have begun."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

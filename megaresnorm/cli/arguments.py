@@ -38,8 +38,8 @@ def path_text(text: str) -> str:
 
 
 def source(text: str) -> str:
-    """A ``path_text``, or hf:NAME."""
-    return text if text.startswith("hf:") else path_text(text)
+    """A ``path_text``, or hf:NAME, where NAME may be one."""
+    return f"hf:{path_text(text[3:])}" if text.startswith("hf:") else path_text(text)
 
 
 def count_up_to(most: int) -> Callable[[str], int]:

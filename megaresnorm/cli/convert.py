@@ -59,7 +59,7 @@ def _add_to_hf(actions: Commands) -> None:
     )
     _add_writing(to_hf)
     _add_verifying(to_hf)
-    to_hf.set_defaults(run=_to_hf)
+    to_hf.set_defaults(run=_to_hf, undone=True)
 
 
 def _add_from_hf(actions: Commands) -> None:
@@ -76,7 +76,7 @@ def _add_from_hf(actions: Commands) -> None:
     )
     _add_reading(from_hf)
     _add_verifying(from_hf)
-    from_hf.set_defaults(run=_from_hf, megatron=False)
+    from_hf.set_defaults(run=_from_hf, undone=True, megatron=False)
 
 
 def _add_megatron(actions: Commands) -> None:
@@ -95,7 +95,7 @@ def _add_megatron(actions: Commands) -> None:
         help="which of Megatron's layers: they have different names [transformer_engine]",
     )
     _add_writing(to_megatron)
-    to_megatron.set_defaults(run=_to_megatron)
+    to_megatron.set_defaults(run=_to_megatron, undone=True)
     from_megatron = actions.add_parser(
         "from-megatron",
         help="weights of Megatron-Core's GPT model as a checkpoint",
@@ -103,7 +103,7 @@ def _add_megatron(actions: Commands) -> None:
         "with its settings; docs/conversion.md has the lines that write them. Logits are not compared.",
     )
     _add_reading(from_megatron)
-    from_megatron.set_defaults(run=_from_hf, megatron=True, seq_len=None, verify="off", tolerance=None)
+    from_megatron.set_defaults(run=_from_hf, undone=True, megatron=True, seq_len=None, verify="off", tolerance=None)
 
 
 def _add_compare(actions: Commands) -> None:
@@ -241,7 +241,9 @@ def _from_hf(arguments: argparse.Namespace) -> int:
         say(f"tokenizer {ends_of_documents(found.tokenizer)}")
         bos = "" if found.tokenizer.bos is None else " --bos"
         end = "" if arguments.end_token is None else f" --end-token {shlex.quote(arguments.end_token)}"
-        folder = shlex.quote(str(arguments.model))
+        kind = found.tokenizer.describe()["kind"]  # bytes and SentencePiece come back from an export of ours
+        file = {"bytes": "bytes", "sentencepiece": str(arguments.model / "tokenizer.model")}.get(kind)
+        folder = shlex.quote(file or str(arguments.model))
         say(f"prepare   megaresnorm prepare TEXT --tokenizer {folder}{bos}{end} --out {shlex.quote(arguments.data)}")
     say(f"train on  megaresnorm train {shlex.quote(str(found.recipe))}")
     settings = found.settings

@@ -61,7 +61,7 @@ def add_prepare(commands: Commands) -> None:
     add("--text-key", default="text", help="key or column of the text [text]")
     add("--workers", type=count_up_to(MAX_WORKERS), default=os.cpu_count() or 1, help="processes [all cores]")
     add("--overwrite", action="store_true", help="replace another data set at --out once the new one is complete")
-    prepare.set_defaults(run=_prepare)
+    prepare.set_defaults(run=_prepare, undone=True)
 
 
 def add_data(commands: Commands) -> None:

@@ -225,6 +225,7 @@ def load_theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     transformers.utils.logging.disable_progress_bar()
     try:
         config = loaded.config_class.from_pretrained(folder, local_files_only=True) if ours else their_config(folder)
+        config._attn_implementation = options["attn_implementation"]
         check_size(folder, loaded, config)
         model, info = loaded.from_pretrained(folder, config=config, output_loading_info=True, **options)
     except CheckpointError:

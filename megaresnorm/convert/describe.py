@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from megaresnorm.convert.config_json import IGNORED, is_mark
 from megaresnorm.convert.families import FAMILIES
 from megaresnorm.convert.families.megatron import MEGATRON
-from megaresnorm.convert.family import OURS, Family
+from megaresnorm.convert.family import MEGATRON_NAME, OURS, Family
 from megaresnorm.convert.files import CONFIG
 from megaresnorm.convert.match import Match, match_family, mismatches
 from megaresnorm.convert.remote import recipe_in, remote_family
@@ -92,7 +92,8 @@ def _unknown_fields(family: Family, config: dict[str, Any], verified: bool, igno
         if name in ignored or (harmless and verified):
             continue
         how = f"--ignore-fields {name[:60]} passes it over"
-        how = f"compare the logits (without --verify off), or {how}" if harmless else f"if it does not matter, {how}"
+        compared = harmless and family.name != MEGATRON_NAME  # whose logits are never compared
+        how = f"compare the logits (without --verify off), or {how}" if compared else f"if it does not matter, {how}"
         value = repr(config[name])[:60]
         raise CheckpointError(f"{name[:60]}={value} is not a field that is known of {family.name}; {how}")
     return (f"fields of config.json that nobody knows were passed over: {', '.join(unknown)}",) if unknown else ()

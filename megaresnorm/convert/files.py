@@ -82,7 +82,7 @@ def check_space(out: Path, wanted: int) -> None:
     Raises:
         ConfigError: they do not.
     """
-    have = free_bytes(out.absolute().parent)
+    have = free_bytes(Path(os.path.realpath(out)).parent)
     if have < wanted:
         raise ConfigError(f"{out}: no space: need {human_bytes(wanted)}, have {human_bytes(have)}")
 

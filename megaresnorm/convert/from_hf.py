@@ -46,7 +46,7 @@ from megaresnorm.errors import CheckpointError, ConfigError
 from megaresnorm.model.parameters import parameter_table
 from megaresnorm.model.specs import ParameterSpec
 from megaresnorm.recipe import ModelRecipe, Recipe
-from megaresnorm.recipe.load import build_recipe, dump_values, load_recipe
+from megaresnorm.recipe.load import beside, build_recipe, dump_values, load_recipe
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,11 @@ def from_hf(
     check_space(out, num_bytes)
     if verify:
         check_memory(num_bytes // dtype.itemsize * 4, model.vocab_size or 0)
-    provenance = provenance_of(source, config, weights, tokenizer)
-    values = training_values(model, out.name, data, provenance)
+    provenance, left_out = provenance_of(source, config, weights, tokenizer)
+    values, notes = training_values(model, out.resolve().name, data, provenance), (*notes, *left_out)
     with output_folder(out) as folder:
         tell = progress("writing", num_bytes)
-        save(folder, values, tokenizer, provenance, {n: _counted(slices, tell) for n, slices in sliced.items()})
+        save(folder, out, values, tokenizer, provenance, {n: _counted(slices, tell) for n, slices in sliced.items()})
         agreement = verify_import(source, folder, tolerance) if verify else None
     checkpoint, recipe = out / "checkpoints" / "step-00000000", out / "recipe.yaml"
     return Imported(checkpoint, recipe, load_recipe(recipe), chosen.family, model, tokenizer, notes, agreement)
@@ -257,13 +257,18 @@ def native_slices(
 
 def save(
     folder: Path,
+    out: Path,
     values: dict[str, Any],
     tokenizer: Tokenizer | None,
     provenance: Provenance,
     weights: dict[str, TensorSlices],
 ) -> None:
-    """Write the checkpoint of a run that has not taken a step, and its recipe of these plain values."""
-    recipe = build_recipe(values)
+    """Write the checkpoint of a run that has not taken a step, and its recipe of these plain values.
+
+    Args:
+        folder: to write into, which will become ``out``.
+    """
+    recipe = build_recipe(beside(values, str(out.absolute())))
     described_as = None if tokenizer is None else tokenizer.describe()
     attached = {SOURCE: provenance.model_dump_json().encode()}
     if tokenizer is not None and described_as is not None and "file" in described_as:
@@ -285,7 +290,8 @@ def save(
 def training_values(model: ModelRecipe, name: str, data: str, provenance: Provenance) -> dict[str, Any]:
     """Plain values of a recipe that trains on from converted weights; the user sets its data and number of steps.
 
-    Its paths are relative to the folder that it lies in, called ``name``, which may so be moved. The run is beside it.
+    All paths but that of the data are relative to the folder that it lies in, called ``name``, which may so be moved.
+    The run is beside it.
     The learning rate is a usual one to go on with: the one to start with would undo what the model has learned.
     """
     compute = {"float64": "fp64", "bfloat16": "bf16"}.get(provenance.dtype, "fp32")

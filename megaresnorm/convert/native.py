@@ -75,11 +75,14 @@ class NativeModel:
 
     @property
     def exported_dtype(self) -> torch.dtype:
-        """The type in which the weights are exported: that of the model that they come from, or their own."""
-        name = None if self.provenance is None else self.provenance.dtype
-        found = getattr(torch, name or "", None)
-        narrower = isinstance(found, torch.dtype) and found.itemsize < self.dtype.itemsize
-        return found if narrower and isinstance(found, torch.dtype) else self.dtype
+        """The type in which the weights are exported: that of the model that they come from, or their own.
+
+        A model of several types is exported in ours, in which it comes back as it was.
+        """
+        if self.provenance is None or not self.provenance.uniform:
+            return self.dtype
+        found: torch.dtype = getattr(torch, self.provenance.dtype)
+        return found if found.itemsize < self.dtype.itemsize else self.dtype
 
     def origin(self, tokenizer: Tokenizer | None) -> dict[str, Any]:
         """The section of a config.json that says which model of ours it comes from, for the way back."""

@@ -7,9 +7,10 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -17,17 +18,20 @@ from megaresnorm.convert.files import Weights, read_json
 from megaresnorm.data.hub import read_card
 from megaresnorm.data.tokenizer import Tokenizer
 from megaresnorm.data.tokenizer_files import TOKENIZER_CONFIG
-from megaresnorm.errors import CheckpointError
+from megaresnorm.errors import CheckpointError, DataError
 from megaresnorm.reading import read_plain_file
 
+T = TypeVar("T")
 CHAT_TEMPLATE = "chat_template.jinja"
 MAX_TEMPLATE_BYTES = 1 << 19
 # Fields of tokenizer_config.json that are taken over. Others name classes or code, or are in tokenizer.json already.
-_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
-_KEPT = (*_TOKENS, "additional_special_tokens", "model_max_length", "padding_side", "chat_template")
+_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token",
+           "additional_special_tokens")  # fmt: skip
+_KEPT = (*_TOKENS, "model_max_length", "padding_side", "chat_template")
 _CARD = ("license", "license_name", "license_link", "language", "base_model")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+Ids = dict[str, int | list[int] | None]
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -37,8 +41,9 @@ class Provenance(BaseModel):
     Attributes:
         name: on the hub; None where its files do not say.
         dtype: of most of its weights, as torch names it.
+        uniform: whether it is the type of all of them.
         card: fields of its README.md.
-        ids: its begin, end and padding tokens according to config.json and generation_config.json.
+        ids, generation_ids: its begin, end and padding tokens according to config.json, and to generation_config.json.
         tokenizer_sha256: of the file of its tokenizer; empty without one. What follows is of this tokenizer alone.
         tokenizer_config: fields of tokenizer_config.json.
         chat_template: content of chat_template.jinja.
@@ -47,8 +52,10 @@ class Provenance(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
     name: str | None = None
     dtype: Dtype = "float32"
+    uniform: bool = True
     card: dict[str, str | list[str]] = {}
-    ids: dict[str, int | list[int] | None] = {}
+    ids: Ids = {}
+    generation_ids: Ids = {}
     tokenizer_sha256: str = ""
     tokenizer_config: dict[str, Any] = {}
     chat_template: str | None = None
@@ -58,44 +65,52 @@ class Provenance(BaseModel):
         return tokenizer is not None and hashlib.sha256(tokenizer.model).hexdigest() == self.tokenizer_sha256
 
     @property
-    def base_model(self) -> str | list[str] | None:
-        """What a card names as the model that this one was trained from: itself, or else what its own card names."""
-        return self.name or self.card.get("base_model")
+    def base_models(self) -> list[str]:
+        """What a card names as the models that this one was trained from: itself, or else those that its card names."""
+        given = self.card.get("base_model") or []
+        names = [self.name] if self.name is not None else [given] if isinstance(given, str) else given
+        return [name for name in names if _HUB_NAME.fullmatch(name)]
 
 
-def provenance_of(source: Path, config: dict[str, Any], weights: Weights, tokenizer: Tokenizer | None) -> Provenance:
-    """What the folder of a model of Transformers says.
+def provenance_of(
+    source: Path, config: dict[str, Any], weights: Weights, tokenizer: Tokenizer | None
+) -> tuple[Provenance, tuple[str, ...]]:
+    """What the folder of a model of Transformers says, and a note on each file of it that cannot be read.
 
     Args:
         config: its config.json.
         tokenizer: that of the folder; None where it is left out.
-
-    Raises:
-        CheckpointError, DataError: a file cannot be read; one line.
     """
+    notes: list[str] = []
+
+    def readable(read: Callable[[], T], empty: T) -> T:
+        try:
+            return read()
+        except (CheckpointError, DataError) as e:
+            notes.append(f"left out what cannot be read: {e}")
+            return empty
+
     sizes: Counter[str] = Counter()
     for _, shape, dtype in weights.tensors.values():
         sizes[str(dtype).removeprefix("torch.")] += prod(shape)
-    given, generation = _json(source / TOKENIZER_CONFIG), _json(source / "generation_config.json")
-    kept = {key: _token(given[key]) if key in _TOKENS else given[key] for key in _KEPT if given.get(key) is not None}
-    ids = {key: generation.get(key, config.get(key)) for key in _IDS}
-    card = {k: v for k, v in read_card(source).items() if k in _CARD and _is_text(v)}
-    template = source / CHAT_TEMPLATE
-    try:
-        text = read_plain_file(template, MAX_TEMPLATE_BYTES).decode("utf-8") if template.exists() else None
-    except (OSError, UnicodeDecodeError) as e:
-        raise CheckpointError(f"{template}: cannot be read ({getattr(e, 'strerror', 'not UTF-8')})") from None
-    if len(json.dumps(kept)) > MAX_TEMPLATE_BYTES:
-        raise CheckpointError(f"{source / TOKENIZER_CONFIG}: over {MAX_TEMPLATE_BYTES:,} bytes of tokens and templates")
+    nothing: dict[str, Any] = {}
+    kept, template = nothing, None
+    if tokenizer is not None:
+        kept = readable(lambda: _tokenizer_config(source / TOKENIZER_CONFIG), nothing)
+        template = readable(lambda: _chat_template(source / CHAT_TEMPLATE), None)
+    generation = readable(lambda: _json(source / "generation_config.json"), nothing)
+    card = readable(lambda: read_card(source), nothing)
     return Provenance(
         name=_hub_name(source, config),
         dtype=cast(Dtype, sizes.most_common(1)[0][0]),
-        card=card,
-        ids={key: value for key, value in ids.items() if _is_id(value)},
+        uniform=len(sizes) == 1,
+        card={key: value for key, value in card.items() if key in _CARD and _is_text(value)},
+        ids=_ids(config),
+        generation_ids=_ids(generation),
         tokenizer_sha256="" if tokenizer is None else hashlib.sha256(tokenizer.model).hexdigest(),
         tokenizer_config=kept,
-        chat_template=text,
-    )
+        chat_template=template,
+    ), tuple(notes)
 
 
 def read_provenance(content: bytes | None, where: Path) -> Provenance | None:
@@ -119,8 +134,31 @@ def _json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
+def _tokenizer_config(path: Path) -> dict[str, Any]:
+    """Its fields that are taken over; tokens by their text alone."""
+    given = _json(path)
+    kept = {key: _token(given[key]) if key in _TOKENS else given[key] for key in _KEPT if key in given}
+    if len(json.dumps(kept)) > MAX_TEMPLATE_BYTES:
+        raise CheckpointError(f"{path}: over {MAX_TEMPLATE_BYTES:,} bytes of tokens and templates")
+    return kept
+
+
+def _chat_template(path: Path) -> str | None:
+    try:
+        return read_plain_file(path, MAX_TEMPLATE_BYTES).decode("utf-8") if path.exists() else None
+    except (OSError, UnicodeDecodeError) as e:
+        raise CheckpointError(f"{path}: cannot be read ({getattr(e, 'strerror', 'not UTF-8')})") from None
+
+
 def _token(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_token(one) for one in value]
     return value.get("content") if isinstance(value, dict) else value
+
+
+def _ids(config: dict[str, Any]) -> Ids:
+    """Its begin, end and padding tokens, of those that it names; None where it says that there is none."""
+    return {key: config[key] for key in _IDS if key in config and (config[key] is None or _is_id(config[key]))}
 
 
 def _is_text(value: Any) -> bool:

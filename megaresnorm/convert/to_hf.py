@@ -22,7 +22,7 @@ from megaresnorm.convert.files import CONFIG, refuse_existing, write_json
 from megaresnorm.convert.match import Match, match_family
 from megaresnorm.convert.native import NativeModel
 from megaresnorm.convert.prompts import check_memory, prompts_of
-from megaresnorm.convert.provenance import Provenance
+from megaresnorm.convert.provenance import Ids, Provenance
 from megaresnorm.convert.remote import FILE, code
 from megaresnorm.data.tokenizer import Tokenizer
 
@@ -90,37 +90,46 @@ def to_hf(
 
 def write_config(made: Export) -> None:
     """Write what Transformers reads beside weights and tokenizer, and our modeling code where the model needs it."""
-    config = config_of(made)
-    write_json(made.folder / CONFIG, config)
-    ends = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    write_json(made.folder / "generation_config.json", {"_from_model_config": True, **ends})
+    write_json(made.folder / CONFIG, config_of(made))
+    provenance = made.native.provenance
+    ids = _ids(made.tokenizer, provenance, {} if provenance is None else provenance.ids | provenance.generation_ids)
+    write_json(made.folder / "generation_config.json", {"_from_model_config": True, **ids})
     if made.match.family.name == OURS:
         (made.folder / FILE).write_bytes(code())
 
 
 def config_of(made: Export) -> dict[str, Any]:
     """The config.json: what Transformers reads, and the recipe of the model for the way back."""
+    provenance = made.native.provenance
     return {
         "architectures": [made.match.family.architecture],
         "model_type": made.match.family.name,
         **made.match.family.config(made.match.recipe),
         "dtype": str(made.dtype).removeprefix("torch."),
-        **_ids(made.tokenizer, made.native.provenance),
+        **_ids(made.tokenizer, provenance, {} if provenance is None else provenance.ids),
         "use_cache": True,
         **made.native.origin(made.tokenizer),
     }
 
 
-def _ids(tokenizer: Tokenizer | None, provenance: Provenance | None) -> dict[str, int | list[int] | None]:
-    """Tokens that begin, end and pad texts: those of the model that was trained on, while its tokenizer is the same."""
+def _ids(tokenizer: Tokenizer | None, provenance: Provenance | None, given: Ids) -> Ids:
+    """Tokens that begin, end and pad texts.
+
+    Args:
+        given: those of the model that was trained on, which count while its tokenizer is the same and documents began
+            and ended with them.
+    """
     end = None if tokenizer is None else tokenizer.eod
     begin = end if tokenizer is None or tokenizer.bos is None else tokenizer.bos
-    ids: dict[str, int | list[int] | None] = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": None}
-    if provenance is not None and (tokenizer is None or provenance.belongs_to(tokenizer)):
-        ids |= {key: value for key, value in provenance.ids.items() if key != "eos_token_id"}
-        ends = provenance.ids.get("eos_token_id")
-        if end is None or end in (ends if isinstance(ends, list) else [ends]):
-            ids["eos_token_id"] = ends
+    ids: Ids = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": None}
+    if provenance is None or not (tokenizer is None or provenance.belongs_to(tokenizer)):
+        return ids
+    ids |= given
+    ends = ids["eos_token_id"]
+    if end is not None and end not in (ends if isinstance(ends, list) else [ends]):
+        ids["eos_token_id"] = end
+    if tokenizer is not None and tokenizer.bos is not None:
+        ids["bos_token_id"] = tokenizer.bos
     return ids
 
 
@@ -186,12 +195,13 @@ def model_card(made: Export, agreement: Agreement | None, rounding: Agreement | 
         rows["training loss, nats a token"] = f"{state.train_loss:.4f}"
     trust = ", trust_remote_code=True" if match.family.name == OURS else ""
     provenance = native.provenance
-    base = None if provenance is None else provenance.base_model
+    names = [] if provenance is None else provenance.base_models
     fields: dict[str, Any] = {} if provenance is None else dict(provenance.card)
-    fields |= {} if base is None else {"base_model": base}
+    fields.pop("base_model", None)
+    if names:
+        fields["base_model"] = names[0] if len(names) == 1 else names
     fields |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
     fields["tags"] = ["megaresnorm", recipe.topology]
-    names = [base] if isinstance(base, str) else base or []
     return _CARD.format(
         fields=yaml.safe_dump(fields, sort_keys=False, allow_unicode=True),
         topology=recipe.topology,

@@ -65,7 +65,7 @@ def tokenizer_files(tokenizer: Tokenizer, provenance: Provenance | None = None) 
         "model_input_names": ["input_ids", "attention_mask"],
     }
     if provenance is not None and provenance.belongs_to(tokenizer):
-        settings |= provenance.tokenizer_config | {"eos_token": end}
+        settings |= provenance.tokenizer_config | {"eos_token": end} | ({"bos_token": begin} if begin else {})
         if provenance.chat_template is not None:
             files[CHAT_TEMPLATE] = provenance.chat_template.encode()
     files[TOKENIZER_CONFIG] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
@@ -142,11 +142,12 @@ def read_tokenizer_of(folder: Path, config: dict[str, Any], end_token: str | Non
         return None
     found = read_tokenizer(folder, end_token)
     if isinstance(found, HuggingFaceTokenizer):
-        begins = found.adds_begin is not None
+        begins = len(found.prefix) == 1
     else:
         path = folder / TOKENIZER_CONFIG
         begins = path.exists() and read_json(path).get("add_bos_token") is True
-    return read_tokenizer(folder, end_token, bos=True) if begins else found
+    begin = found.prefix[0] if begins and isinstance(found, HuggingFaceTokenizer) else None
+    return read_tokenizer(folder, end_token, bos=True, begin=begin) if begins else found
 
 
 def _as_exported(folder: Path, description: Any) -> Tokenizer | None:

@@ -80,10 +80,16 @@ class HuggingFaceTokenizer:
         return self._decoder.token_to_id(token) is not None
 
     @property
-    def adds_begin(self) -> str | None:
-        """The token that the file itself puts before every text; None where it puts none there."""
-        empty = guarded(lambda: self._decoder.encode("").tokens, f"{self._where}: cannot encode a text")
-        return empty[0] if empty and empty[0] != self.end else None
+    def prefix(self) -> list[str]:
+        """The tokens that the file itself puts before every text."""
+
+        def tokens(*, special: bool) -> list[str]:
+            return self._decoder.encode("a", add_special_tokens=special).tokens
+
+        what = f"{self._where}: cannot encode a text"
+        plain, whole = guarded(lambda: tokens(special=False), what), guarded(lambda: tokens(special=True), what)
+        starts = [i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain]
+        return whole[: starts[0]] if plain and starts else []
 
     def encode(self, text: str) -> np.ndarray:
         """As in ``Tokenizer``."""
@@ -151,7 +157,7 @@ def of_vocab_and_merges(vocab: bytes, merges: bytes, where: str) -> bytes:
 
     def make() -> bytes:
         ids = json.loads(vocab)
-        lines = merges.decode("utf-8").split("\n")
+        lines = merges.decode("utf-8").splitlines()
         pairs = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
         if not isinstance(ids, dict) or not ids or not all(type(i) is int for i in ids.values()):
             raise ValueError("vocab.json is no table of tokens")

@@ -7,7 +7,7 @@ import numpy as np
 
 from megaresnorm.data.dataset import LARGEST_VOCAB, DataSet
 from megaresnorm.data.samples import BlendedSamples, PackedSamples, Samples, unigram_entropy
-from megaresnorm.data.splits import num_tokens, pieces_between
+from megaresnorm.data.splits import num_tokens, whole
 from megaresnorm.data.training_data import TrainingData, split_of
 from megaresnorm.recipe import Recipe
 
@@ -89,7 +89,7 @@ def parts_of(data: TrainingData, recipe: Recipe) -> list[Part]:
         split = split_of(one, recipe)
         found += [_part(one, name, split[name], wanted[name], recipe) for name in wanted if len(split[name])]
     for name, one in data.valid.items():
-        found.append(_part(one, name, pieces_between(one.files.boundaries, 0, len(one.files.tokens)), None, recipe))
+        found.append(_part(one, name, whole(one.files.boundaries), None, recipe))
     return found
 
 
@@ -108,8 +108,7 @@ def statistics_of(data: DataSet) -> DataStatistics:
     files = data.files
     files.check_token_range(data.vocab_size or LARGEST_VOCAB, max_bytes=1 << 62)
     lengths = np.diff(files.boundaries)
-    everything = pieces_between(files.boundaries, 0, len(files.tokens))
-    shares = PackedSamples(files, everything, seq_len=1, seed=0).token_shares()
+    shares = PackedSamples(files, whole(files.boundaries), seq_len=1, seed=0).token_shares()
     return DataStatistics(
         path=data.path,
         tokenizer="unknown (bare token files)" if data.tokenizer is None else data.tokenizer.describe()["kind"],

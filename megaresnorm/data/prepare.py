@@ -301,7 +301,8 @@ _worker_tokenizer: Tokenizer  # set once in every worker process
 
 def _start_worker(description: dict, model: bytes) -> None:
     global _worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    for number in (signal.SIGINT, signal.SIGTERM):  # which the main process handles, where the whole group gets them
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker_tokenizer = restore_tokenizer(description, model, "the tokenizer")

@@ -17,7 +17,6 @@ from megaresnorm.data.dataset import content_digest
 from megaresnorm.data.english import fetch_english
 from megaresnorm.data.hub import HUB, hub_address, optional
 from megaresnorm.errors import DataError
-from megaresnorm.reading import expanded
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +71,16 @@ class Source:
         if self.name.startswith(HUB):
             folder = Path(hub_address(self.name)[0])
             files = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []
-            return [self.name, *([str(p), content_digest(p, max_bytes=IDENTITY_BYTES)] for p in files)]
+            return [self.name, *([str(p), *_identity(p)] for p in files)]
         path = Path(self.name)
-        return [str(path.resolve()), content_digest(path, max_bytes=IDENTITY_BYTES)]
+        return [str(path.resolve()), *_identity(path)]
+
+
+def _identity(path: Path) -> list:
+    """Digest of the content of a file; of a large one, of which parts alone are read, also when it was changed."""
+    status = path.stat()
+    large = [status.st_mtime_ns] if status.st_size > IDENTITY_BYTES else []
+    return [content_digest(path, max_bytes=IDENTITY_BYTES), *large]
 
 
 def kind_of(name: str) -> Kind | None:
@@ -112,12 +118,10 @@ def find_sources(corpus: str | None, paths: Sequence[str], tell: Callable[[str],
             found.append(Source(name))
             continue
         try:
-            path = Path(expanded(name))
+            path = Path(name)
             found += map(_source, _in_folder(path, tell) if path.is_dir() else [_file_at(path)])
-        except OSError as e:
-            raise DataError(f"{name}: cannot be read ({e.strerror})") from None
-        except ValueError as e:
-            raise DataError(f"{e}") from None
+        except (OSError, ValueError) as e:
+            raise DataError(f"{name}: cannot be read ({getattr(e, 'strerror', e)})") from None
     return found
 
 

@@ -22,6 +22,11 @@ def pieces_between(boundaries: np.ndarray, start: int, stop: int) -> np.ndarray:
     return _not_empty(np.maximum(boundaries[:-1], start), np.minimum(boundaries[1:], stop))
 
 
+def whole(boundaries: np.ndarray) -> np.ndarray:
+    """All documents as pieces."""
+    return pieces_between(boundaries, int(boundaries[0]), int(boundaries[-1]))
+
+
 def split_by_tokens(boundaries: np.ndarray, shares: dict[str, float], seed: int, least: int) -> Split:
     """Parts of so many tokens: documents at random, and the end of one where whole ones would miss a part's size.
 

@@ -1,7 +1,8 @@
 """Tokenizers: bytes, and SentencePiece with settings under which its Hugging Face form is equal.
 
 What is spelled like a special token in a text is letters for every tokenizer: only ``eod`` and ``bos`` end and begin a
-document, and only the code that lays documents down writes them.
+document, and only the code that lays documents down writes them. (User-defined pieces of a SentencePiece model are part
+of its text, as whoever trained it wanted.)
 """
 
 import hashlib

@@ -57,7 +57,7 @@ def read_tokenizer(path: Path, end: str | None = None, *, bos: bool = False, beg
     if not bos:
         return HuggingFaceTokenizer(model, str(file), end, before.get("begin_token"))
     plain = HuggingFaceTokenizer(model, str(file), end)
-    begin = begin or _named_beside(file, "bos_token") or plain.adds_begin or _usual(plain)
+    begin = begin or _named_beside(file, "bos_token") or "".join(plain.prefix[:1]) or _usual(plain)
     if begin == plain.end:
         raise DataError(f"{file}: {begin} ends every document, and so comes before the next one; leave out --bos")
     return HuggingFaceTokenizer(model, str(file), end, begin)
@@ -105,7 +105,7 @@ def _merges_beside(file: Path) -> Path | None:
     Raises:
         DataError: it is not there.
     """
-    if "vocab" not in file.name:
+    if "vocab" not in file.name or "model" in _json_beside(file):  # which may be a tokenizer.json of another name
         return None
     merges = file.with_name(file.name.replace("vocab", "merges")).with_suffix(".txt")
     if not merges.exists():
@@ -192,5 +192,8 @@ def ends_of_documents(tokenizer: Tokenizer) -> str:
     """How documents begin and end, in words; and a hint where the tokenizer's own file begins texts and we do not."""
     begin = tokenizer.describe().get("begin_token")
     line = f"documents {f'begin with {begin} and ' if begin is not None else ''}end with {tokenizer.end}"
-    adds = tokenizer.adds_begin if begin is None and isinstance(tokenizer, HuggingFaceTokenizer) else None
-    return line + (f"; its own file puts {adds} before every text, which --bos does here" if adds else "")
+    adds = tokenizer.prefix if isinstance(tokenizer, HuggingFaceTokenizer) else []
+    if not adds or adds == [begin]:
+        return line
+    what = "which --bos does here" if len(adds) == 1 else "of which --bos writes one"
+    return f"{line}; its own file puts {' '.join(adds)} before every text, {what}"

@@ -11,10 +11,10 @@ from megaresnorm.data.samples import BlendedSamples, PackedSamples, Samples
 from megaresnorm.data.splits import (
     Split,
     num_tokens,
-    pieces_between,
     split_by_documents,
     split_by_tokens,
     split_in_order,
+    whole,
 )
 from megaresnorm.data.tokenizer import Tokenizer
 from megaresnorm.data.tokenizer_files import read_tokenizer
@@ -89,7 +89,7 @@ def resolve_vocab(recipe: Recipe, data: TrainingData) -> Recipe:
         )
     for one in (*data.sets, *data.valid.values()):
         if one.tokenizer is None:  # files with a description were checked against their digests
-            one.files.check_token_range(vocab_size, VERIFY_BYTES)
+            one.files.check_token_range(data.vocab_size or vocab_size, VERIFY_BYTES)
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"vocab_size": vocab_size})})
 
 
@@ -112,8 +112,7 @@ def open_samples(
             log.warning("warning: %s", line)
     parts = [_packed(one, split["train"], "train", recipe) for one, split in zip(data.sets, splits, strict=True)]
     valid: dict[str, Samples] = {
-        name: _packed(one, pieces_between(one.files.boundaries, 0, len(one.files.tokens)), "valid", recipe)
-        for name, one in data.valid.items()
+        name: _packed(one, whole(one.files.boundaries), "valid", recipe) for name, one in data.valid.items()
     }
     weights = [source.weight for source in recipe.data.sources]
     both = zip(data.sets, splits, weights, strict=True)

@@ -160,19 +160,19 @@ def read_recipe(path: str | Path) -> dict:
             )
     except ConfigError as e:
         raise ConfigError(f"{path}: {e}") from None
-    return _beside(values, os.path.dirname(os.path.abspath(path)))
+    return beside(values, os.path.dirname(os.path.abspath(path)))
 
 
 _PATHS = (("data", "path"), ("data", "tokenizer"), ("data", "blend", "path"), ("data", "valid"), ("train", "output"),
           ("train", "initial_weights"))  # fmt: skip
 
 
-def _beside(values: Any, folder: str, keys: tuple[str, ...] = ()) -> Any:
+def beside(values: Any, folder: str, keys: tuple[str, ...] = ()) -> Any:
     """Plain values of a recipe in which paths that are relative to its folder are absolute."""
     if isinstance(values, dict):
-        return {key: _beside(value, folder, keys if keys in _PATHS else (*keys, key)) for key, value in values.items()}
+        return {key: beside(value, folder, keys if keys in _PATHS else (*keys, key)) for key, value in values.items()}
     if isinstance(values, list):
-        return [_beside(value, folder, keys) for value in values]
+        return [beside(value, folder, keys) for value in values]
     return (
         os.path.normpath(os.path.join(folder, values))
         if keys in _PATHS and isinstance(values, str) and is_beside(values)

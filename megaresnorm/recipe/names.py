@@ -43,8 +43,13 @@ def under_new_names(values: dict) -> dict:
     return values
 
 
+NEWER = {"data": ("tokenizer", "split", "valid")}  # settings that there once were not, which is None today
+
+
 def under_first_names(values: dict) -> dict:
     """The plain values of a recipe with every setting under the name that it had first, to digest or compare them.
+
+    Newer settings that are not set are left out.
 
     >>> under_first_names({"parallel": {"tp": 2, "reshard_after_forward": False}})
     {'parallel': {'tp': 2, 'shard': 'gradients'}}
@@ -55,6 +60,10 @@ def under_first_names(values: dict) -> dict:
             rest = dict(values[section])
             given = rest.pop(new)
             values = values | {section: rest | {key: next(v for v, m in meanings.items() if m is given)}}
+    for section, keys in NEWER.items():
+        if section in values:
+            kept = {key: value for key, value in values[section].items() if key not in keys or value is not None}
+            values = values | {section: kept}
     return values
 
 

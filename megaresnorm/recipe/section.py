@@ -65,7 +65,7 @@ Word = Annotated[str, Field(min_length=1, max_length=100)]
 Name = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_nul)]
 # In a recipe's file ./ and ../ are its own folder (recipe.load), elsewhere the working directory; ~ and $NAME are
 # expanded. All other paths are relative to the working directory.
-PathName = Annotated[Name, AfterValidator(_path)]
+PathName = Annotated[Name, AfterValidator(_path), Field(json_schema_extra={"format": "path"})]
 
 
 class Section(BaseModel):

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from typing_extensions import Self
 
 from megaresnorm.recipe.section import (
@@ -23,8 +23,15 @@ from megaresnorm.recipe.section import (
 )
 
 MAX_VALID = 64  # validation sets, each of which is read at every evaluation
-ValidName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
+# Not the names of the parts of the training data.
+ValidName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$"), AfterValidator(lambda name: _no_part(name))]
 VALID_FRACTION = 0.02
+
+
+def _no_part(name: str) -> str:
+    if name in ("train", "valid", "test"):
+        raise ValueError(f"data.valid.{name}: the name of a part of the training data; call the set otherwise")
+    return name
 
 
 class BlendSource(Section):
@@ -53,7 +60,14 @@ class DataRecipe(Section):
     """Share of the tokens never used by training or validation, chosen likewise."""
     split: Annotated[list[PositiveOr0], Field(min_length=3, max_length=3)] | None = None
     """Megatron's split in place of both: relative numbers of sequences for train, valid and test, in order."""
-    valid: Annotated[dict[ValidName, PathName], Field(min_length=1, max_length=MAX_VALID)] | None = None
+    valid: (
+        Annotated[
+            dict[ValidName, PathName],
+            Field(min_length=1, max_length=MAX_VALID),
+            AfterValidator(lambda sets: dict(sorted(sets.items()))),  # in one order on all ranks
+        ]
+        | None
+    ) = None
     """Validation sets of their own, name: path as in data.path, in place of a share of the training data."""
     seed: Seed = 1234
     """Seed of the split and of the order of the samples."""

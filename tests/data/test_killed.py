@@ -1,10 +1,10 @@
 """A killed prepare or conversion leaves nothing that the next one does not sweep, and a link stays what it was."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -159,12 +159,58 @@ def test_a_full_disk_costs_one_line_and_leaves_nothing(made, disk, tmp_path, cap
 
 
 def test_folders_of_other_commands_stay(made, tmp_path, capsys):
-    """Of another output, another host, or a process that is alive."""
-    host = os.uname().nodename
-    stay = [f".tmp-other-{host}-999999999", ".tmp-out-elsewhere-999999999", f".tmp-out-{host}-1", ".tmp-out"]
-    for name in stay:
+    """Of another output, and those in which a process is at work, whatever its number: a container begins at 1."""
+    unique = "0123456789abcdef"
+    stay = [f".tmp-other-{unique}", f".tmp-out-{unique[::-1]}", ".tmp-out", f".tmp-out-{unique}-x", ".tmp-out-1234"]
+    for name in (*stay, f".tmp-out-{unique}", f".old-out-{unique}"):
         (tmp_path / name).mkdir()
-    (tmp_path / f".tmp-out-{host}-999999999").mkdir()
+    (tmp_path / f".old-out-{unique}" / "thesis.txt").write_text("years of work")
+    (tmp_path / "link").symlink_to(made)
+    (tmp_path / "link").rename(tmp_path / f".tmp-out-{'f' * 16}")
     command = ["prepare", str(made / "text.txt"), "--workers", "1", "--out", str(tmp_path / "out")]
+    with subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); "
+         "print(flush=True); sys.stdin.read()", str(tmp_path / stay[1])],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as at_work:  # fmt: skip
+        at_work.stdout.readline()
+        assert main([*command, "--overwrite"]) == 3  # what was about to be replaced is put back: no data set of ours
+        (tmp_path / "out" / "thesis.txt").unlink()
+        assert main(command) == 0
+        assert sorted(os.listdir(tmp_path)) == sorted([*stay, f".tmp-out-{'f' * 16}", "out"])
+        at_work.stdin.close()
     assert main(command) == 0
-    assert sorted(os.listdir(tmp_path)) == sorted([*stay, "out"]) and Path(tmp_path / "out" / "dataset.json").exists()
+    assert stay[1] not in os.listdir(tmp_path) and (made / "text.txt").exists()
+
+
+def test_what_cannot_be_replaced_is_said_before_the_work(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["prepare", str(made / "text.txt"), "--workers", "1", "--out"]
+    assert main([*command, "."]) == 3
+    assert "it is the working directory, which cannot be replaced" in capsys.readouterr().err
+    (tmp_path / "disk").mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(tmp_path / "disk")], capture_output=True)
+    if mounted.returncode == 0:
+        try:
+            assert main([*command, "disk"]) == 3
+            assert "it is a mount point, which cannot be replaced; give a folder in it" in capsys.readouterr().err
+            assert main([*command, "disk/data"]) == 0
+        finally:
+            subprocess.run(["umount", str(tmp_path / "disk")], check=True)
+    assert os.listdir(tmp_path) == ["disk"]
+
+
+@pytest.mark.parametrize(
+    "where", ["megaresnorm.data.indexed.TokenWriter._write", "megaresnorm.data.prepare.digests_of"]
+)
+def test_no_space_at_any_place_costs_one_line_and_leaves_nothing(where, made, tmp_path, capsys, monkeypatch):
+    """As on a full disk, where none can be mounted."""
+
+    def full(*given, **named):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(f"megaresnorm.data.{where}", full)
+    command = ["prepare", str(made / "text.txt"), "--workers", "1", "--out", str(tmp_path / "out")]
+    assert main(command) == 3
+    assert capsys.readouterr().err.endswith("cannot be written (No space left on device)\n")
+    assert os.listdir(tmp_path) == []

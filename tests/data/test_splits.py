@@ -234,7 +234,11 @@ def test_data_show_tells_every_part(tiny, three, tmp_path, capsys):
     assert "how the tokens are split" in capsys.readouterr().out
     (tmp_path / "r.yaml").write_text(dump_recipe(tiny(data={"valid": three, "valid_fraction": 0.0})))
     assert main(["data", "show", str(tmp_path / "r.yaml"), "--json", str(tmp_path / "j.json")]) == 0
-    assert [p["part"] for p in json.loads((tmp_path / "j.json").read_text())["parts"]] == ["train", "web", "code"]
+    assert [p["part"] for p in json.loads((tmp_path / "j.json").read_text())["parts"]] == [
+        "train",
+        "code",
+        "web",
+    ]  # by name
     assert main(["data", "show", three["web"]]) == 0 and "for validation" in capsys.readouterr().out
 
 
