@@ -131,6 +131,48 @@ def test_bf16_comes_back_bit_for_bit_where_nothing_was_trained(llama, trained, t
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_begin_and_end_are_those_that_were_trained_with(llama, trained, tmp_path):
+    """Where documents began or ended with other tokens than the source's, the export says so."""
+    ids = {token.content: i for i, token in byte_level().get_added_tokens_decoder().items()}
+    (tmp_path / "text.txt").write_text("the quick brown fox\n" * 100)
+    for bos, end, begins, ends in (
+        (["--bos", "--begin-token", "<|im_start|>"], [], "<|im_start|>", "<|im_end|>"),
+        ([], ["--end-token", "<|im_start|>"], "<|begin_of_text|>", "<|im_start|>"),
+    ):
+        work = tmp_path / begins.strip("<|>")
+        command = ["prepare", str(tmp_path / "text.txt"), "--tokenizer", str(llama), *bos, *end, "--workers", "1"]
+        assert main([*command, "--out", str(work / "data")]) == 0
+        overrides = [f"data.path={work / 'data'}", f"train.output={work / 'run'}", "train.steps=1",
+                     "train.global_batch=2", "train.tensorboard=false", "train.sample_tokens=0"]  # fmt: skip
+        assert main(["train", str(trained / "moved" / "recipe.yaml"), *overrides]) == 0
+        to_hf(work / "run", work / "hf", verify=False)
+        config, settings = (json.loads((work / "hf" / f).read_text()) for f in ("config.json", "tokenizer_config.json"))
+        assert (settings["bos_token"], settings["eos_token"]) == (begins, ends)
+        assert config["bos_token_id"] == ids[begins]
+        wanted = [ids["<|endoftext|>"], ids["<|im_end|>"]] if ends == "<|im_end|>" else ids["<|im_start|>"]
+        assert config["eos_token_id"] == wanted
+
+
+def test_a_source_without_a_begin_token_has_none_afterwards(llama, tmp_path):
+    """As Qwen: its files say null."""
+    import shutil
+
+    shutil.copytree(llama, tmp_path / "m")
+    made = byte_level()
+    made.save(str(tmp_path / "m" / "tokenizer.json"))
+    for name in ("tokenizer_config.json", "config.json", "generation_config.json"):
+        path = tmp_path / "m" / name
+        found = json.loads(path.read_text())
+        null = {"bos_token": None} if name.startswith("tokenizer") else {"bos_token_id": None}
+        extra = {"additional_special_tokens": [{"content": "<|im_start|>"}]} if name.startswith("tokenizer") else {}
+        path.write_text(json.dumps(found | null | extra))
+    assert main(["convert", "from-hf", str(tmp_path / "m"), str(tmp_path / "back"), "--verify", "off"]) == 0
+    to_hf(tmp_path / "back", tmp_path / "hf", verify=False)
+    config, settings = (json.loads((tmp_path / "hf" / f).read_text()) for f in ("config.json", "tokenizer_config.json"))
+    assert config["bos_token_id"] is None and settings["bos_token"] is None
+    assert settings["additional_special_tokens"] == ["<|im_start|>"]
+
+
 def test_another_tokenizer_brings_its_own_tokens(trained, tmp_path):
     """What the source said of its tokenizer is not said of another one; its licence still is."""
     from megaresnorm.checkpoint.format import SOURCE, TensorSlices

@@ -266,3 +266,48 @@ def test_a_pointer_of_git_lfs_is_named(name, tmp_path, capsys):
     assert main(["convert", "from-hf", str(folder), str(tmp_path / "back")]) in (3, 4)
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "it is a pointer of Git LFS; fetch the file itself with git lfs pull" in error
+
+
+def test_which_implementation_is_used_is_not_for_a_config_to_say(tmp_path):
+    """A mark of whoever saved the model, which may name a package that is not there, or code to fetch."""
+    for name in ("flash_attention_2", "someone/kernels"):
+        folder = exported(tmp_path / name.replace("/", "-"), {"topology": "pre"})
+        change(folder, _attn_implementation=name, attn_implementation=name, _attn_implementation_autoset=True)
+        assert from_hf(folder, folder.parent / "back", tolerance=5e-6).agreement.passed
+    folder = exported(tmp_path / "own", {"topology": "keel"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "_attn_implementation": "someone/kernels"}))
+    assert main(["convert", "compare", str(folder), str(tmp_path / "own" / "run")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("README.md", b"---\ntitle: foo: bar\n---\n"),
+        ("README.md", b"---\na: &x 1\nlicense: *x\n---\n"),
+        ("README.md", b"\xff\xfe"),
+        ("README.md", b"---\n- a list\n---\n"),
+        ("generation_config.json", b"{"),
+        ("generation_config.json", b"[1]"),
+    ],
+)
+def test_what_a_model_says_and_cannot_be_read_is_left_out(file, content, tmp_path):
+    folder = exported(tmp_path, {"topology": "pre"})
+    (folder / file).write_bytes(content)
+    back = from_hf(folder, tmp_path / "back", verify=False)
+    noted = [note for note in back.notes if note.startswith("left out what cannot be read: ")]
+    assert len(noted) == (content != b"---\n- a list\n---\n") and all(file in note for note in noted)
+
+
+def test_weights_of_several_types_come_back_as_they_were(tmp_path):
+    """Norms in FP32 beside matrices in BF16 are not rounded by an export that nobody asked to round."""
+    folder = exported(tmp_path, {"topology": "pre"})
+    before = load_file(folder / "model.safetensors")
+    before = {name: t.bfloat16() if t.ndim == 2 else t + 1e-4 for name, t in before.items()}
+    save_file(before, folder / "model.safetensors")
+    change(folder, dtype="bfloat16")
+    assert from_hf(folder, tmp_path / "back").settings.precision.compute == "bf16"
+    to_hf(tmp_path / "back", tmp_path / "again")
+    after = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(before[name].float(), after[name]) for name in before)
+    assert main(["convert", "compare", str(folder), str(tmp_path / "back")]) == 0

@@ -16,7 +16,7 @@ from megaresnorm.convert.prompts import prompts_of, text_prompts
 from megaresnorm.data.dataset import open_dataset
 from megaresnorm.data.hf_tokenizer import HuggingFaceTokenizer
 from megaresnorm.data.tokenizer import SentencePieceTokenizer, start_tokens
-from megaresnorm.data.tokenizer_files import read_tokenizer, restore_tokenizer
+from megaresnorm.data.tokenizer_files import ends_of_documents, read_tokenizer, restore_tokenizer
 from megaresnorm.errors import ConfigError, DataError
 from megaresnorm.recipe.load import build_recipe
 from megaresnorm.trainer import train
@@ -141,6 +141,36 @@ def test_one_rule_says_which_tokens_end_and_begin_documents(tmp_path, capsys):
     assert restore_tokenizer(named.describe(), named.model, "x").bos == named.bos == made.token_to_id(named.begin)
     with pytest.raises(DataError, match=r"has no token <\|no\|> to begin documents with"):
         read_tokenizer(tmp_path, bos=True, begin="<|no|>")
+
+
+def test_only_what_a_tokenizer_puts_before_a_text_begins_it(tmp_path, capsys):
+    from tokenizers import processors
+
+    from megaresnorm.convert.tokenizers import read_tokenizer_of
+
+    made = KINDS["byte-level"][0]()
+    ids = [(token, made.token_to_id(token)) for token in KINDS["byte-level"][1]]
+    for template, prefix in (
+        ("$A <|im_start|>", []),
+        ("<|im_start|> $A <|im_end|>", ["<|im_start|>"]),
+        ("<|im_start|> <|begin_of_text|> $A", ["<|im_start|>", "<|begin_of_text|>"]),
+    ):
+        made.post_processor = processors.TemplateProcessing(template, special_tokens=ids)
+        made.save(str(tmp_path / "tokenizer.json"))
+        found = read_tokenizer_of(tmp_path, {})
+        assert found.prefix == prefix and found.begin == (prefix[0] if len(prefix) == 1 else None)
+        said = ends_of_documents(found)
+        assert ("of which --bos writes one" in said) == (len(prefix) == 2)
+
+
+def test_a_tokenizer_json_of_any_name_is_one(tmp_path):
+    KINDS["byte-level"][0]().save(str(tmp_path / "vocab-400.json"))
+    assert read_tokenizer(tmp_path / "vocab-400.json").vocab_size == KINDS["byte-level"][0]().get_vocab_size()
+    KINDS["byte-level"][0]().model.save(str(tmp_path))
+    merges = (tmp_path / "merges.txt").read_bytes()
+    before = read_tokenizer(tmp_path / "vocab.json").model
+    (tmp_path / "merges.txt").write_bytes(merges.replace(b"\n", b"\r\n"))
+    assert read_tokenizer(tmp_path / "vocab.json").model == before
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

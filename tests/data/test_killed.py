@@ -200,9 +200,7 @@ def test_what_cannot_be_replaced_is_said_before_the_work(made, tmp_path, capsys,
     assert os.listdir(tmp_path) == ["disk"]
 
 
-@pytest.mark.parametrize(
-    "where", ["megaresnorm.data.indexed.TokenWriter._write", "megaresnorm.data.prepare.digests_of"]
-)
+@pytest.mark.parametrize("where", ["indexed.TokenWriter._write", "prepare.digests_of"])
 def test_no_space_at_any_place_costs_one_line_and_leaves_nothing(where, made, tmp_path, capsys, monkeypatch):
     """As on a full disk, where none can be mounted."""
 
