@@ -49,8 +49,10 @@ def expanded(path: str) -> str:
     """A path as a shell would expand it: ``~`` is a home folder, ``$NAME`` and ``${NAME}`` are variables.
 
     Raises:
-        ValueError: a variable is not set or empty, a $ is left, or there is no such home folder; says which.
+        ValueError: it or a variable is empty or not set, a $ is left, or there is no such home folder; says which.
     """
+    if not path:
+        raise ValueError("'': cannot be read or written (the path is empty)")
     found = os.path.expanduser(path)
     if found.startswith("~") and not os.path.lexists(found.split("/")[0]):
         raise ValueError(f"{path}: there is no home folder {path.split('/')[0]}; write the path out")

@@ -222,7 +222,7 @@ def test_an_interrupted_run_does_not_go_on_with_other_settings_or_data(small, mo
     (result,) = compare(small("checkpoint.every=1", **one))
     assert len(result.losses) == 4
     monkeypatch.setattr(
-        "megaresnorm.studies.compare_topologies.open_data", lambda recipe: type("D", (), {"digest": "another"})
+        "megaresnorm.studies.compare_topologies.open_data", lambda recipe: type("D", (), {"whole_digest": "another"})
     )
     with pytest.raises(ConfigError, match="other settings or data"):
         list(compare(small("checkpoint.every=1", **one)))

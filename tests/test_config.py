@@ -1,6 +1,5 @@
 """Recipes: YAML that means what it says, and one line for everything that is wrong."""
 
-import argparse
 import json
 import re
 from pathlib import Path
@@ -300,7 +299,7 @@ def test_home_and_variables_are_expanded_in_every_path(tmp_path, monkeypatch):
     for parse in (lambda text: str(path(text)), path_text, source):
         assert parse("~/a") == str(tmp_path / "a") and parse("$SCRATCH/a") == "/scratch/me/a"
         for odd in ("$(pwd)/x", "cost$", "${NOT_THERE", "$EMPTY/x", "$5"):
-            with pytest.raises(argparse.ArgumentTypeError):
+            with pytest.raises(ConfigError):
                 parse(odd)
     assert source("hf:~/x:config") == f"hf:{tmp_path}/x:config"
 

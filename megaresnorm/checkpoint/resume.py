@@ -102,10 +102,20 @@ def open_weights(recipe: Recipe, tokenizer: dict[str, Any] | None, control: Axis
         for key, (old, new) in differences(before, now, "model.").items():
             log.warning("warning: %s was %s for train.initial_weights and is %s now", key, old, new)
         if state.tokenizer is not None and tokenizer is not None and state.tokenizer != tokenizer:
-            log.warning("warning: train.initial_weights were trained with another tokenizer than the one of the data")
+            log.warning("warning: %s", _other_tokenizer(state.tokenizer, tokenizer))
 
     all_or_raise(look, control)
     return checkpoint
+
+
+def _other_tokenizer(before: dict[str, str], now: dict[str, str]) -> str:
+    """How the tokenizer of the weights and that of the data differ."""
+    differing = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
+    for key, verb in (("begin_token", "begin"), ("end_token", "end")):
+        if differing == {key}:
+            tokens = [found.get(key, "no token") for found in (before, now)]
+            return f"documents {verb} with {tokens[0]} for train.initial_weights, and with {tokens[1]} in the data"
+    return "train.initial_weights were trained with another tokenizer than the one of the data"
 
 
 def wait_until_seen(path: Path) -> bool:

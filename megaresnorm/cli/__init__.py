@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     _prepare_streams()
-    arguments = _parser().parse_args(argv)
     try:
+        arguments = _parser().parse_args(argv)
         with _sigterm_is_raised() if getattr(arguments, "undone", False) else nullcontext():
             return arguments.run(arguments)
     except UserError as e:

@@ -30,11 +30,15 @@ def path(text: str) -> Path:
 
 
 def path_text(text: str) -> str:
-    """The path of a file that is only read, as text. ``~`` and ``$NAME`` are expanded."""
+    """The path of a file that is only read, as text. ``~`` and ``$NAME`` are expanded.
+
+    Raises:
+        ConfigError: they cannot be.
+    """
     try:
         return expanded(text)
     except ValueError as e:
-        raise argparse.ArgumentTypeError(str(e)) from None
+        raise ConfigError(str(e)) from None
 
 
 def source(text: str) -> str:

@@ -123,6 +123,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
         f"vocabulary {result.vocab_size:,}, from {len(sources):,} file{'s' if len(sources) != 1 else ''}"
     )
     say(ends_of_documents(result.tokenizer))
+    if result.changed is not None:
+        say("note: not every text comes back from its tokens as it was, such as {!r} as {!r}".format(*result.changed))
     held = round(VALID_FRACTION * result.tokens)
     say(f"unless a recipe says otherwise, {held:,} of the tokens ({VALID_FRACTION:.0%}) are for validation")
     return 0

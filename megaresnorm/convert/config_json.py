@@ -9,7 +9,6 @@ from megaresnorm.convert.families import FAMILIES
 from megaresnorm.convert.family import MEGATRON_NAME, OURS
 from megaresnorm.convert.files import CONFIG, check_plain_files, read_json
 from megaresnorm.errors import CheckpointError
-from megaresnorm.reading import first_line
 from megaresnorm.recipe.section import MAX_BLOCKS, MAX_SEQ_LEN, MAX_VOCAB, MAX_WIDTH
 
 MAX_CONFIG_VALUES = 100_000  # Transformers makes tables of them while it reads them
@@ -55,9 +54,11 @@ exponential_decay_length_penalty suppress_tokens begin_suppress_tokens return_di
 """
 IGNORED = frozenset(_NAMES.split())
 # Marks that other tools leave in a config.json, of which none says anything of the model.
+_TOOLS = "transformers|tokenizers|torch|peft|trl|unsloth|axolotl|mergekit|datasets|diffusers|llama_?factory|mlx|gguf"
 _MARKS = re.compile(
-    r"_.*|unsloth.*|.*[._-](version|revision|commit|commit_hash|date|author|license|url|js_config)|axolotl.*|mergekit.*"
-    r"|transformers\..*|model_(name|creator|author|card)|(creator|author|license|language|trained_by|finetuned_from)"
+    rf"_?({_TOOLS})([._-].*)?|_(name_or_path|commit_hash|num_labels|auto_class|flash_attn\w*|quantization\w*)"
+    r"|_\w+_version|version|revision|commit(_hash)?|model_(name|creator|author|card|version)"
+    r"|(creator|author|date|url|license|language|trained_by|finetuned_from)"
 )
 
 
@@ -79,7 +80,7 @@ def normalized(source: Path) -> dict[str, Any]:
     path, raw = source / CONFIG, _raw(source)
     kind = raw.get("model_type")
     for name, why in _OTHER_WEIGHTS.items():
-        if raw.get(name) is not None:
+        if raw.get(name):
             raise CheckpointError(f"{path}: {name}: {why}")
     if (source / "adapter_config.json").exists():
         raise CheckpointError(f"{source}: has an adapter, which is not read; merge it into the model first")
@@ -113,7 +114,7 @@ def their_config(source: Path) -> Any:
             return made.from_dict(_without_nulls(raw, made().to_dict()))
     except Exception as e:  # noqa: BLE001 - any error that a class of theirs makes of bad values
         raise CheckpointError(
-            f"{source / CONFIG}: not a configuration of {raw['model_type']} ({first_line(e)})"
+            f"{source / CONFIG}: not a configuration of {raw['model_type']} ({' '.join(str(e).split())[:200]})"
         ) from None
 
 

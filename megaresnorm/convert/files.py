@@ -32,6 +32,8 @@ _TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 BUFFERS = (
     "._extra_state",
     ".rotary_emb.inv_freq",
+    ".rotary_emb.cos_cached",
+    ".rotary_emb.sin_cached",
     ".attn.bias",
     ".attn.masked_bias",
     ".attention.bias",
@@ -43,7 +45,7 @@ Progress = Callable[[int], None]
 
 def is_buffer(name: str) -> bool:
     """Whether a tensor of this name is a buffer, which nobody reads, here or in Transformers."""
-    return name.endswith(BUFFERS)
+    return f".{name}".endswith(BUFFERS)
 
 
 def refuse_existing(out: Path) -> None:
@@ -223,7 +225,8 @@ class Weights:
                 refuse_pointer(start)
                 header = int.from_bytes(start[:8], "little")
             if header > min(size - 8, MAX_HEADER_BYTES):
-                raise ValueError(f"a header of {header} bytes in a file of {size}")
+                text = f": it starts with {start[:16].decode()!r}" if start.isascii() and b"\0" not in start else ""
+                raise ValueError(f"a header of {header} bytes in a file of {size}{text}")
             with safe_open(path, framework="pt") as tensors:
                 check_header(path)
                 self.metadata |= tensors.metadata() or {}

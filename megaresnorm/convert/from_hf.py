@@ -207,12 +207,19 @@ def matched(weights: Weights, chosen: Match, table: dict[str, ParameterSpec]) ->
 
 
 def _wrapped(weights: Weights) -> str:
-    """What to do where all tensors have the prefix of a wrapper around the model that was saved."""
-    for prefix, whose in (("module.", "DistributedDataParallel"), ("_orig_mod.", "torch.compile"),
-                          ("_fsdp_wrapped_module.", "FSDP")):  # fmt: skip
-        if weights.tensors and all(name.startswith(prefix) for name in weights.tensors):
-            return f"; all names begin with {prefix}, as {whose} has them: save the model inside of it, or rename them"
+    """What to do where tensors have the prefix of a wrapper around the model, or a part of it, that was saved."""
+    for prefix, whose in _WRAPPERS.items():
+        if any(f".{prefix}" in f".{name}" for name in weights.tensors):
+            return f"; names have {prefix} in them, as {whose} leaves it: save the model inside of it, or rename them"
     return ""
+
+
+_WRAPPERS = {
+    "module.": "DistributedDataParallel",
+    "_orig_mod.": "torch.compile",
+    "_fsdp_wrapped_module.": "FSDP",
+    "base_model.model.": "PEFT",
+}
 
 
 def _same_again(weights: Weights, family: Family, embedding: str) -> Iterator[str]:

@@ -20,13 +20,14 @@ from megaresnorm.data.tokenizer import Tokenizer
 from megaresnorm.data.tokenizer_files import TOKENIZER_CONFIG
 from megaresnorm.errors import CheckpointError, DataError
 from megaresnorm.reading import read_plain_file
+from megaresnorm.recipe.section import MAX_VOCAB
 
 T = TypeVar("T")
-CHAT_TEMPLATE = "chat_template.jinja"
-MAX_TEMPLATE_BYTES = 1 << 19
+CHAT_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+MAX_TEMPLATE_BYTES, MOST_TEMPLATES = 1 << 19, 16
 # Fields of tokenizer_config.json that are taken over. Others name classes or code, or are in tokenizer.json already.
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token",
-           "additional_special_tokens")  # fmt: skip
+           "additional_special_tokens", "extra_special_tokens")  # fmt: skip
 _KEPT = (*_TOKENS, "model_max_length", "padding_side", "chat_template")
 _CARD = ("license", "license_name", "license_link", "language", "base_model")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -46,7 +47,7 @@ class Provenance(BaseModel):
         ids, generation_ids: its begin, end and padding tokens according to config.json, and to generation_config.json.
         tokenizer_sha256: of the file of its tokenizer; empty without one. What follows is of this tokenizer alone.
         tokenizer_config: fields of tokenizer_config.json.
-        chat_template: content of chat_template.jinja.
+        chat_templates: content of chat_template.jinja and of the other templates, by their paths in the folder.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
@@ -58,7 +59,7 @@ class Provenance(BaseModel):
     generation_ids: Ids = {}
     tokenizer_sha256: str = ""
     tokenizer_config: dict[str, Any] = {}
-    chat_template: str | None = None
+    chat_templates: dict[str, str] = {}
 
     def belongs_to(self, tokenizer: Tokenizer | None) -> bool:
         """Whether a tokenizer is that of the model."""
@@ -94,22 +95,22 @@ def provenance_of(
     for _, shape, dtype in weights.tensors.values():
         sizes[str(dtype).removeprefix("torch.")] += prod(shape)
     nothing: dict[str, Any] = {}
-    kept, template = nothing, None
+    kept, templates = nothing, dict[str, str]()
     if tokenizer is not None:
         kept = readable(lambda: _tokenizer_config(source / TOKENIZER_CONFIG), nothing)
-        template = readable(lambda: _chat_template(source / CHAT_TEMPLATE), None)
+        templates = readable(lambda: _chat_templates(source), templates)
     generation = readable(lambda: _json(source / "generation_config.json"), nothing)
     card = readable(lambda: read_card(source), nothing)
     return Provenance(
         name=_hub_name(source, config),
         dtype=cast(Dtype, sizes.most_common(1)[0][0]),
         uniform=len(sizes) == 1,
-        card={key: value for key, value in card.items() if key in _CARD and _is_text(value)},
-        ids=_ids(config),
-        generation_ids=_ids(generation),
+        card={key: value for key, value in _texts(card).items() if key in _CARD and _is_text(value)},
+        ids=_ids(config, config.get("vocab_size")),
+        generation_ids=_ids(generation, config.get("vocab_size")),
         tokenizer_sha256="" if tokenizer is None else hashlib.sha256(tokenizer.model).hexdigest(),
         tokenizer_config=kept,
-        chat_template=template,
+        chat_templates=templates,
     ), tuple(notes)
 
 
@@ -138,16 +139,27 @@ def _tokenizer_config(path: Path) -> dict[str, Any]:
     """Its fields that are taken over; tokens by their text alone."""
     given = _json(path)
     kept = {key: _token(given[key]) if key in _TOKENS else given[key] for key in _KEPT if key in given}
+    kept = {key: value for key, value in kept.items() if key not in _TOKENS or value is None or _is_text(value)}
     if len(json.dumps(kept)) > MAX_TEMPLATE_BYTES:
         raise CheckpointError(f"{path}: over {MAX_TEMPLATE_BYTES:,} bytes of tokens and templates")
     return kept
 
 
-def _chat_template(path: Path) -> str | None:
-    try:
-        return read_plain_file(path, MAX_TEMPLATE_BYTES).decode("utf-8") if path.exists() else None
-    except (OSError, UnicodeDecodeError) as e:
-        raise CheckpointError(f"{path}: cannot be read ({getattr(e, 'strerror', 'not UTF-8')})") from None
+def _chat_templates(folder: Path) -> dict[str, str]:
+    names = [f"{MORE_TEMPLATES}/{path.name}" for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))]
+    found = {}
+    for name in [CHAT_TEMPLATE, *names[:MOST_TEMPLATES]]:
+        try:
+            if (folder / name).exists():
+                found[name] = read_plain_file(folder / name, MAX_TEMPLATE_BYTES).decode("utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise CheckpointError(f"{folder / name}: cannot be read ({getattr(e, 'strerror', 'not UTF-8')})") from None
+    return found
+
+
+def template_path(name: str) -> bool:
+    """Whether a path is one at which an export may have a chat template."""
+    return re.fullmatch(rf"{re.escape(CHAT_TEMPLATE)}|{MORE_TEMPLATES}/[\w-]+\.jinja", name) is not None
 
 
 def _token(value: Any) -> Any:
@@ -156,18 +168,29 @@ def _token(value: Any) -> Any:
     return value.get("content") if isinstance(value, dict) else value
 
 
-def _ids(config: dict[str, Any]) -> Ids:
+def _texts(card: dict[str, Any]) -> dict[str, Any]:
+    """A card in which the language Norwegian is not the answer no."""
+    words = {key: [value] if value is False else value for key, value in card.items()}
+    lists = {key: ["no" if one is False else one for one in value] for key, value in words.items()
+             if isinstance(value, list)}  # fmt: skip
+    return words | lists
+
+
+def _ids(config: dict[str, Any], vocab_size: Any) -> Ids:
     """Its begin, end and padding tokens, of those that it names; None where it says that there is none."""
-    return {key: config[key] for key in _IDS if key in config and (config[key] is None or _is_id(config[key]))}
+    most = vocab_size if isinstance(vocab_size, int) else MAX_VOCAB
+    found = {key: config[key] for key in _IDS if key in config}
+    return {key: value for key, value in found.items() if value is None or _is_id(value, most)}
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
 
 
-def _is_id(value: Any) -> bool:
+def _is_id(value: Any, vocab_size: int) -> bool:
     """Whether a field of a config.json is a token, or several."""
-    return type(value) is int or (isinstance(value, list) and value != [] and all(type(one) is int for one in value))
+    several = value if isinstance(value, list) else [value]
+    return bool(several) and all(type(one) is int and 0 <= one < vocab_size for one in several)
 
 
 def _hub_name(source: Path, config: dict[str, Any]) -> str | None:

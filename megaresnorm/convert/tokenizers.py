@@ -9,7 +9,7 @@ from typing import Any
 
 from megaresnorm.convert.family import OURS
 from megaresnorm.convert.files import read_json
-from megaresnorm.convert.provenance import CHAT_TEMPLATE, Provenance
+from megaresnorm.convert.provenance import Provenance, template_path
 from megaresnorm.data.hf_tokenizer import HuggingFaceTokenizer
 from megaresnorm.data.tokenizer import (
     HUGGINGFACE_FILE,
@@ -65,9 +65,10 @@ def tokenizer_files(tokenizer: Tokenizer, provenance: Provenance | None = None) 
         "model_input_names": ["input_ids", "attention_mask"],
     }
     if provenance is not None and provenance.belongs_to(tokenizer):
-        settings |= provenance.tokenizer_config | {"eos_token": end} | ({"bos_token": begin} if begin else {})
-        if provenance.chat_template is not None:
-            files[CHAT_TEMPLATE] = provenance.chat_template.encode()
+        theirs = {"bos_token": None} | provenance.tokenizer_config
+        settings |= theirs | {"eos_token": end} | ({"bos_token": begin} if begin else {})
+        templates = {name: text.encode() for name, text in provenance.chat_templates.items() if template_path(name)}
+        files |= templates
     files[TOKENIZER_CONFIG] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
     return files
 
@@ -79,6 +80,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, provenance: Provenance |
         DataError: it does not.
     """
     for name, content in tokenizer_files(tokenizer, provenance).items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     check_equal(tokenizer, folder, list(sample_texts()))
 

@@ -38,12 +38,14 @@ class HuggingFaceTokenizer:
         with without_stderr():
             self._decoder = _loaded(model, where)
             ids = self._decoder.get_vocab(with_added_tokens=True)
+            self._special = {i for i, token in self._decoder.get_added_tokens_decoder().items() if token.special}
             self.vocab_size = 1 + max(ids.values(), default=0)
             if self.vocab_size > MAX_VOCAB:
                 raise DataError(
                     f"{where}: its largest token is {self.vocab_size - 1}; at most {MAX_VOCAB} tokens are read"
                 )
             known = [token for token in ([end] if end is not None else END_TOKENS) if token in ids]
+            known.sort(key=lambda token: ids[token] not in self._special)  # an ordinary word may be called so, too
             if not known:
                 wanted = end if end is not None else "one of " + ", ".join(END_TOKENS)
                 raise DataError(
@@ -56,6 +58,12 @@ class HuggingFaceTokenizer:
             self.begin, self.bos = begin, None if begin is None else ids[begin]
             self._encoder = guarded(lambda: self._spelled_out(model), f"{where}: not a tokenizer.json")
             self.decode(self.encode(PROBE))
+        for token, i in ((self.end, self.eod), (self.begin, self.bos)):
+            if token is not None and i in self.encode(token):
+                raise DataError(
+                    f"{where}: a text that has {token} could not be told from a document's end or begin; name another "
+                    "token with --end-token, or --begin-token"
+                )
 
     def _spelled_out(self, model: bytes) -> Any:
         """The same tokenizer for texts alone, in which special tokens have names that no text spells.
@@ -157,7 +165,7 @@ def of_vocab_and_merges(vocab: bytes, merges: bytes, where: str) -> bytes:
 
     def make() -> bytes:
         ids = json.loads(vocab)
-        lines = merges.decode("utf-8").splitlines()
+        lines = merges.decode("utf-8-sig").splitlines()
         pairs = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
         if not isinstance(ids, dict) or not ids or not all(type(i) is int for i in ids.values()):
             raise ValueError("vocab.json is no table of tokens")

@@ -146,7 +146,7 @@ def read_card(folder: Path, card: str = "README.md") -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        text = read_plain_file(path, MAX_CARD_BYTES).decode("utf-8")
+        text = read_plain_file(path, MAX_CARD_BYTES).decode("utf-8-sig")
         described = _described(text, front_matter=card == "README.md")
     except OSError as e:
         raise DataError(f"{path}: cannot be read ({e.strerror})") from None

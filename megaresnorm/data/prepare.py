@@ -1,30 +1,23 @@
 """megaresnorm prepare: from text to a folder with token files, tokenizer and description, made whole or not at all."""
 
-import concurrent.futures
+import itertools
 import json
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from megaresnorm.data.corpus import read_pieces
 from megaresnorm.data.dataset import DESCRIPTION, PREFIX, digests_of, json_digest, read_description
 from megaresnorm.data.hub import HUB
 from megaresnorm.data.indexed import TokenWriter, token_dtype
 from megaresnorm.data.sources import Source, find_sources
-from megaresnorm.data.tokenizer import SentencePieceTokenizer, Tokenizer
-from megaresnorm.data.tokenizer_files import load_tokenizer, read_tokenizer, restore_tokenizer
+from megaresnorm.data.tokenize import WORK_CHARACTERS, tokenize
+from megaresnorm.data.tokenizer import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, SentencePieceTokenizer, Tokenizer
+from megaresnorm.data.tokenizer_files import load_tokenizer, read_tokenizer
 from megaresnorm.errors import ConfigError, DataError
 from megaresnorm.files import new_folder, occupied, sweep_beside
 
-WORK_CHARACTERS = 1 << 19  # text handed to a worker at a time
+LOOKED_AT = 256  # texts, and characters of each, that are decoded again
 TRAINING_CHARACTERS = 1 << 25  # text that a SentencePiece model is trained on
 
 DEFAULT_VOCAB_SIZE = 8192  # of a trained SentencePiece model
@@ -101,6 +94,8 @@ class Prepared:
         reused: it was there already, made from the same files with the same settings.
         tokenizer: with which it was made.
         without_text: names of the sources that hold no document with text.
+        changed: one of the first texts that does not come back from its tokens, as it was and as it comes back; None
+            where all do.
     """
 
     folder: Path
@@ -110,6 +105,7 @@ class Prepared:
     reused: bool
     tokenizer: Tokenizer
     without_text: tuple[str, ...] = ()
+    changed: tuple[str, str] | None = None
 
 
 def prepare(
@@ -137,10 +133,7 @@ def prepare(
         if occupied(job.out):
             if not job.overwrite:
                 return _reuse(job.out, request)
-            if not (job.out / DESCRIPTION).is_file():
-                raise DataError(
-                    f"{job.out}: exists and is not a data set, so --overwrite will not replace it; use another --out"
-                )
+            _refuse_others(job.out)
         with new_folder(job.out, replace=job.overwrite) as folder:
             if tokenizer is None:
                 texts = _training_text(sources, job.text_key)
@@ -151,7 +144,22 @@ def prepare(
     except OSError as e:
         raise DataError(f"{job.out}: cannot be written ({e.strerror})") from None
     counts = description["documents"], description["tokens"], description["vocab_size"]
-    return Prepared(job.out, *counts, reused=False, tokenizer=tokenizer, without_text=tuple(without_text))
+    changed = _changed(sources, job.text_key, tokenizer)
+    return Prepared(job.out, *counts, False, tokenizer, tuple(without_text), changed)
+
+
+def _changed(sources: list[Source], text_key: str, tokenizer: Tokenizer) -> tuple[str, str] | None:
+    """The first of LOOKED_AT texts, cut to so many characters, that does not come back from its tokens."""
+    local = [source for source in sources if not source.name.startswith(HUB)]
+    texts = (text[:LOOKED_AT] for source in local for text, _ in read_pieces(source, text_key))
+    for text in itertools.islice(texts, LOOKED_AT):
+        back = tokenizer.decode(tokenizer.encode(text))
+        if back != text:
+            at = next(
+                (i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back))
+            )
+            return text[max(0, at - 10) : at + 20], back[max(0, at - 10) : at + 20]
+    return None
 
 
 def _write(
@@ -166,7 +174,9 @@ def _write(
         (folder / tokenizer.describe()["file"]).write_bytes(tokenizer.model)
     num_tokens, without_text = 0, list[str]()
     with TokenWriter(folder / PREFIX, token_dtype(tokenizer.vocab_size)) as writer:
-        for (ids, lengths, ends), num_bytes in _tokenize(job, sources, tokenizer, without_text.append):
+        for (ids, lengths, ends), num_bytes in tokenize(
+            sources, tokenizer, job.text_key, job.workers, without_text.append
+        ):
             writer.add(ids, lengths, ends=ends)
             num_tokens += len(ids)
             progress(num_bytes)
@@ -203,124 +213,19 @@ def _training_text(sources: list[Source], text_key: str) -> Iterator[str]:
                 break
 
 
-# Token ids, number of them that belong to each document, whether the last document ends with them.
-Encoded = tuple[np.ndarray, list[int], bool]
-
-
-def _tokenize(
-    job: PrepareJob, sources: list[Source], tokenizer: Tokenizer, without_text: Callable[[str], None]
-) -> Iterator[tuple[Encoded, int]]:
-    """Encode the corpus in the order of the sources.
-
-    Args:
-        without_text: called with the name of every source that has no document.
-
-    Yields:
-        (encoded pieces, number of source bytes that they finish).
-    """
-    work = _work(sources, job.text_key, without_text)
-    if job.workers <= 1:
-        begins = True
-        for pieces, num_bytes in work:
-            yield _encode(tokenizer, pieces, begins), num_bytes
-            begins = pieces[-1][1] if pieces else begins
-        return
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(
-        job.workers, spawn, _start_worker, (tokenizer.describe(), tokenizer.model)
-    ) as pool:
-        pending: deque = deque()
-        try:
-            begins = True
-            for pieces, num_bytes in work:
-                pending.append((pool.submit(_encode_in_worker, pieces, begins), num_bytes))
-                begins = pieces[-1][1] if pieces else begins
-                if len(pending) > 4 * job.workers:
-                    future, done = pending.popleft()
-                    yield future.result(), done
-            for future, done in pending:
-                yield future.result(), done
-        except BrokenProcessPool:
-            raise DataError("a tokenizer process was killed (out of memory?); try fewer --workers") from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _work(
-    sources: list[Source], text_key: str, without_text: Callable[[str], None]
-) -> Iterator[tuple[list[tuple[str, bool]], int]]:
-    """Divide the corpus into units of work.
-
-    Yields:
-        (pieces of documents, about WORK_CHARACTERS together; number of source bytes that they finish).
-    """
-    pieces: list[tuple[str, bool]] = []
-    size = done = 0
-    for source in sources:
-        empty = True
-        for text, ends in read_pieces(source, text_key):
-            empty = False
-            pieces.append((text, ends))
-            size += len(text)
-            if size >= WORK_CHARACTERS:
-                yield pieces, done
-                pieces, size, done = [], 0, 0
-        done += source.num_bytes
-        if empty:
-            without_text(source.name)
-    if pieces or done:
-        yield pieces, done
-
-
-def _encode(tokenizer: Tokenizer, pieces: Iterable[tuple[str, bool]], begins: bool) -> Encoded:
-    """Token ids of all pieces back to back. ``tokenizer.bos``, if any, begins a document, ``tokenizer.eod`` ends it.
-
-    Args:
-        begins: whether the first piece begins a document.
-    """
-    found, lengths, ends = [np.empty(0, np.int32)], [0], begins
-    for text, ends_after in pieces:
-        if ends and tokenizer.bos is not None:
-            found.append(np.array([tokenizer.bos], np.int32))
-            lengths[-1] += 1
-        ends = ends_after
-        ids = tokenizer.encode(text)
-        found.append(ids)
-        lengths[-1] += len(ids)
-        if ends:
-            found.append(np.array([tokenizer.eod], np.int32))
-            lengths[-1] += 1
-            lengths.append(0)
-    if ends:
-        lengths.pop()
-    return np.concatenate(found), lengths, ends
-
-
-_worker_tokenizer: Tokenizer  # set once in every worker process
-
-
-def _start_worker(description: dict, model: bytes) -> None:
-    global _worker_tokenizer
-    for number in (signal.SIGINT, signal.SIGTERM):  # which the main process handles, where the whole group gets them
-        signal.signal(number, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker_tokenizer = restore_tokenizer(description, model, "the tokenizer")
-
-
-def _end_with_parent() -> None:
-    """End this worker when the process that started it is gone: a killed one cannot tell it to."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _encode_in_worker(pieces: list[tuple[str, bool]], begins: bool) -> Encoded:
-    return _encode(_worker_tokenizer, pieces, begins)
+def _refuse_others(folder: Path) -> None:
+    """Refuse to replace anything but a data set, or one in which somebody has put something else."""
+    if not (folder / DESCRIPTION).is_file():
+        raise DataError(f"{folder}: exists and is not a data set, which nothing replaces; use another --out")
+    ours = {DESCRIPTION, f"{PREFIX}.bin", f"{PREFIX}.idx", SENTENCEPIECE_FILE, HUGGINGFACE_FILE}
+    others = sorted(path.name for path in folder.iterdir() if path.name not in ours)
+    if others:
+        raise DataError(f"{folder}: {others[0]} is not part of a data set, and would be lost; move it first")
 
 
 def _reuse(folder: Path, request: str) -> Prepared:
+    if not (folder / DESCRIPTION).is_file():
+        _refuse_others(folder)
     try:
         description = read_description(folder)
         same = description["request"] == request

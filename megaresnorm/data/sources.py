@@ -112,6 +112,7 @@ def find_sources(corpus: str | None, paths: Sequence[str], tell: Callable[[str],
     if corpus == "english":
         return [_source(path) for path in fetch_english()]
     found: list[Source] = []
+    seen: set[str] = set()
     for name in paths:
         if name.startswith(HUB):
             hub_address(name)
@@ -119,7 +120,17 @@ def find_sources(corpus: str | None, paths: Sequence[str], tell: Callable[[str],
             continue
         try:
             path = Path(name)
-            found += map(_source, _in_folder(path, tell) if path.is_dir() else [_file_at(path)])
+            there = _in_folder(path, tell) if path.is_dir() else [_file_at(path)]
+            new = {os.path.realpath(file): file for file in reversed(there)}
+            again = [
+                file for file in there if new[os.path.realpath(file)] is not file or os.path.realpath(file) in seen
+            ]
+            if again:
+                tell(
+                    f"{name}: passed over {len(again):,} that were read already: {some([str(file) for file in again])}"
+                )
+            found += [_source(file) for file in there if file not in again]
+            seen |= new.keys()
         except (OSError, ValueError) as e:
             raise DataError(f"{name}: cannot be read ({getattr(e, 'strerror', e)})") from None
     return found

@@ -91,8 +91,8 @@ def _file_at(path: Path) -> Path:
             return path.with_name(path.name.replace("merges", "vocab")).with_suffix(".json")
         if not path.exists() and not path.is_symlink() and not path.suffix:
             raise DataError(
-                f"{path}: cannot be read (no such file); wanted bytes, sentencepiece, or a file or folder with "
-                f"{_FILES}; for a model of the hub, fetch these first (hf download {path} --local-dir FOLDER)"
+                f"{path}: cannot be read (no such file); wanted bytes, or a file or folder with {_FILES}; for a model "
+                f"of the hub, fetch these first (hf download {path} --local-dir FOLDER)"
             )
     except (OSError, ValueError) as e:
         raise DataError(f"{path}: cannot be read ({getattr(e, 'strerror', e)})") from None

@@ -43,6 +43,12 @@ class TrainingData(NamedTuple):
     vocab_size: int | None
     digest: str
 
+    @property
+    def whole_digest(self) -> str:
+        """Stands for the validation sets of their own, too."""
+        valid = {name: one.digest for name, one in self.valid.items()}
+        return json_digest({"data": self.digest, "valid": valid}) if valid else self.digest
+
 
 def open_data(recipe: DataRecipe) -> TrainingData:
     """Open data.path, or the sets of data.blend, and those of data.valid.
@@ -53,23 +59,26 @@ def open_data(recipe: DataRecipe) -> TrainingData:
     """
     sets = [open_dataset(source.path) for source in recipe.sources]
     valid = {name: open_dataset(path) for name, path in (recipe.valid or {}).items()}
-    described = [None if data.tokenizer is None else data.tokenizer.describe() for data in (*sets, *valid.values())]
-    for data, its in zip((*sets, *valid.values()), described, strict=True):
+    everything = [*sets, *valid.values()]
+    named = None if recipe.tokenizer is None else read_tokenizer(Path(recipe.tokenizer))
+    if named is not None and all(data.tokenizer is not None for data in everything):
+        raise ConfigError(f"data.tokenizer={recipe.tokenizer}: {sets[0].path} has its own tokenizer; remove it")
+    tokenizers = [data.tokenizer or named for data in everything]
+    described = [None if tokenizer is None else tokenizer.describe() for tokenizer in tokenizers]
+    for data, its in zip(everything, described, strict=True):
         if its != described[0]:
             raise DataError(
                 f"{data.path}: its tokenizer is not that of {sets[0].path}; prepare both with the same one "
                 "(--tokenizer with the other folder's tokenizer file)"
             )
-    tokenizer, vocab_size = sets[0].tokenizer, sets[0].vocab_size
-    if recipe.tokenizer is not None:
-        if tokenizer is not None:
-            raise ConfigError(f"data.tokenizer={recipe.tokenizer}: {sets[0].path} has its own tokenizer; remove it")
-        tokenizer = read_tokenizer(Path(recipe.tokenizer))
-        vocab_size = tokenizer.vocab_size
+    for name, data in valid.items():
+        if any(data.digest == one.digest for one in sets):
+            log.warning("warning: data.valid.%s is a set that is trained on", name)
+    vocab_size = None if tokenizers[0] is None else tokenizers[0].vocab_size
     digest = sets[0].digest
     if recipe.blend is not None:
         digest = json_digest({"blend": [[d.digest, s.weight] for d, s in zip(sets, recipe.sources, strict=True)]})
-    return TrainingData(sets, valid, tokenizer, vocab_size, digest)
+    return TrainingData(sets, valid, tokenizers[0], vocab_size, digest)
 
 
 def resolve_vocab(recipe: Recipe, data: TrainingData) -> Recipe:
@@ -166,5 +175,9 @@ def _packed(data: DataSet, pieces: np.ndarray, split: str, recipe: Recipe) -> Pa
     raise DataError(
         f"{data.path}: {samples.num_tokens:,} of its {len(data.files.tokens):,} tokens are for {_PARTS[split]}, less "
         f"than one sequence of {seq_len} + 1; "
-        + ("give more text, or a smaller model.seq_len" if split == "train" else "give a larger share, or none")
+        + (
+            "give more text, hold out less, or set a smaller model.seq_len"
+            if split == "train"
+            else "give a larger one, or none, or set a smaller model.seq_len"
+        )
     )

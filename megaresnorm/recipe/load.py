@@ -208,7 +208,10 @@ def apply_override(values: dict, override: str) -> None:
         if not isinstance(inner, dict):
             raise ConfigError(f"override {short(override)}: {'.'.join(sections[: i + 1])} is a value, not a section")
         values = inner
-    value = read_yaml(text)
+    try:
+        value = read_yaml(text)
+    except ConfigError as e:
+        raise ConfigError(f"override {short(override)}: {e}; put the value in quotes to mean a text") from None
     # A # after a blank begins a comment in a file. Whoever types it behind a = means it.
     means_it = isinstance(value, str | None) and _COMMENT.search(text) and text[:1] not in "'\""
     values[leaf] = text if means_it else value
@@ -288,6 +291,8 @@ def _explain(error: Any) -> str:
     wanted = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     wanted = "boolean, true or false" if kind == "bool_type" else wanted
     got = f", got a {type(value).__name__}" if kind.endswith(("_type", "_float", "_parsing")) else ""
+    if kind == "string_type" and isinstance(value, int | float):
+        got += f"; to mean a text put it in quotes, as in {key}='\"{short(value)}\"'"
     return f"{key}={short(value)}: wanted {wanted[0].lower()}{wanted[1:]}{got}"
 
 

@@ -127,10 +127,7 @@ def compare(comparison: Comparison, stop: StopSignals, advance: Callable[[], Non
         topology(name)
     runs = [(n, d, s) for n in comparison.topologies for d in comparison.depths for s in comparison.seeds]
     recipes = [recipe_of(comparison, *run) for run in runs]
-    opened = open_data(recipes[0].data)
-    data = opened.digest
-    if opened.valid:
-        data = json_digest({"data": data, "valid": {name: one.digest for name, one in opened.valid.items()}})
+    data = open_data(recipes[0].data).whole_digest
     for run, recipe in zip(runs, recipes, strict=True):
         settings = under_first_names(recipe.model_dump(exclude={"train": {"output", "device"}}))
         request = json_digest({"recipe": settings, "data": data})

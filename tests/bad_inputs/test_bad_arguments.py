@@ -69,7 +69,7 @@ ARGUMENTS = [
     (["prepare", "--out", "OUT", "x" * 5000], "cannot be read"),
     (["prepare", "--out", "/dev/null/x", "TEXT", "--workers", "1"], "cannot be written"),
     (["prepare", "--out", "/dev/null", "TEXT", "--workers", "1"], "/dev/null"),
-    (["prepare", "--out", "RUN", "TEXT", "--workers", "1"], "is not a whole data set"),
+    (["prepare", "--out", "RUN", "TEXT", "--workers", "1"], "exists and is not a data set"),
     (["prepare", "--out", "OUT", "TEXT", "--tokenizer", "a\0b"], "cannot be read"),
     (["prepare", "--out", "OUT", "TEXT", "--tokenizer", "x" * 5000], "cannot be read"),
     (["prepare", "--out", "OUT", "TEXT", "--tokenizer", "/dev/zero"], "cannot be read"),

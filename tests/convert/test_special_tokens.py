@@ -176,9 +176,7 @@ def test_a_tokenizer_json_of_any_name_is_one(tmp_path):
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece bpe"], indirect=True)
 def test_bos_begins_every_document_once(kind, file, workers, tmp_path, capsys, monkeypatch):
-    from megaresnorm.data import prepare
-
-    monkeypatch.setattr(prepare, "WORK_CHARACTERS", 10)  # a document is handed on in parts
+    monkeypatch.setattr("megaresnorm.data.tokenize.WORK_CHARACTERS", 10)  # a document is handed on in parts
     monkeypatch.setattr("megaresnorm.data.corpus.PIECE_CHARACTERS", 20)
     texts = ["short", "a line\nand another line\nand more of them\n" * 3, "x"]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

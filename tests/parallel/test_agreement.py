@@ -103,4 +103,6 @@ def test_the_facts_cover_every_setting_and_source_file(tiny):
             found = None if found is None else found.get(part)
         return found
 
-    assert all(value(key) is None for key in unset), unset
+    # Where the data are is a node's own affair: their content is compared.
+    places = {"data.path", "data.blend", "data.valid", "data.tokenizer", "train.initial_weights"}
+    assert all(value(key) is None for key in unset - places), unset
