@@ -54,8 +54,10 @@ def llama(tmp_path_factory) -> Path:
         })
     )  # fmt: skip
     (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools: {{ tools }}")
     (folder / "README.md").write_text(
-        "---\nlicense: other\nlicense_name: tiny\nlanguage:\n- en\n- 'no'\nbase_model: acme/tiny-base\n"
+        "---\nlicense: other\nlicense_name: tiny\nlanguage:\n- en\n- no\nbase_model: acme/tiny-base\n"
         "tags: [x]\n---\nHi\n"
     )
     return folder
@@ -98,6 +100,8 @@ def test_an_export_has_what_the_source_said_of_itself(llama, trained):
     assert generation["eos_token_id"] == before["eos_token_id"] and generation["bos_token_id"] == before["bos_token_id"]
     assert {t.dtype for t in load_file(now["model.safetensors"]).values()} == {torch.bfloat16}
     assert now["chat_template.jinja"].read_text() == TEMPLATE
+    more = trained / "hf" / "additional_chat_templates" / "tool_use.jinja"
+    assert more.read_text() == "tools: {{ tools }}"
     assert now["tokenizer.json"].read_bytes() == was["tokenizer.json"].read_bytes()
     settings = json.loads(now["tokenizer_config.json"].read_text())
     assert (settings["bos_token"], settings["eos_token"], settings["pad_token"], settings["model_max_length"]) == (

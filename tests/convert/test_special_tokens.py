@@ -246,3 +246,44 @@ def test_bare_megatron_files_have_the_tokenizer_that_the_recipe_names(tiny, byte
     with pytest.raises(ConfigError, match=r"data\.tokenizer=bytes: .* has its own tokenizer; remove it"):
         open_data(tiny(data={"tokenizer": "bytes"}).data)
     assert text_prompts(["x"], NativeModel(tmp_path / "run").tokenizer(), 257, 9)[0].tolist() == [[256, 120]]
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_documents_of_several_parts_come_back_as_they_were(scheme, tmp_path, monkeypatch):
+    """Also with a tokenizer that puts a blank before every text, which is not the start of a document here."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+
+    made = Tokenizer.from_str(KINDS["sentencepiece bpe"][0]().to_str())
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    made.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    made.save(str(tmp_path / "tokenizer.json"))
+    monkeypatch.setattr("megaresnorm.data.corpus.PIECE_CHARACTERS", 40)
+    text = "a line of words without its end " * 9 + "x" * 100 + " and the rest"
+    (tmp_path / "t.txt").write_text(text)
+    command = ["prepare", str(tmp_path / "t.txt"), "--tokenizer", str(tmp_path / "tokenizer.json"), "--workers", "1"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    data = open_dataset(str(tmp_path / "out"))
+    assert data.files.num_documents == 1 and data.tokenizer.decode(data.files.tokens[:-1].tolist()) == text
+
+
+def test_an_end_that_is_a_letter_of_texts_is_refused(tmp_path, capsys):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.WordLevel({"[UNK]": 0, "$": 1, "a": 2, "<end>": 3}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.add_special_tokens(["$", "[UNK]", "<end>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match=r"a text that has \$ could not be told from a document's end"):
+        read_tokenizer(tmp_path, "$")
+    assert read_tokenizer(tmp_path, "<end>").encode("a$a").tolist() == [2, 1, 2]
+
+
+def test_texts_that_do_not_come_back_are_told(tmp_path, capsys):
+    """Letters that a vocabulary lacks vanish, or become unknown; a normalizer changes them."""
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("plain", "with Ünknown")))
+    for kind, told in (("wordpiece", True), ("sentencepiece bpe", True), ("byte-level", False)):
+        KINDS[kind][0]().save(str(tmp_path / "tokenizer.json"))
+        command = ["prepare", str(tmp_path / "t.jsonl"), "--tokenizer", str(tmp_path / "tokenizer.json")]
+        assert main([*command, "--workers", "1", "--out", str(tmp_path / kind)]) == 0
+        said = capsys.readouterr().out
+        assert ("note: not every text comes back from its tokens as it was, such as 'with Ünknown'" in said) == told

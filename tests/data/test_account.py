@@ -146,3 +146,33 @@ def test_a_source_that_was_rewritten_at_the_same_size_and_time_is_another_one(tm
     path.write_text("other text")
     os.utime(path, ns=times)
     assert main(command) == 3 and "made from other files or settings" in capsys.readouterr().err
+
+
+def test_a_file_is_read_once_and_that_is_told(tmp_path, capsys):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "a.txt").write_text("text")
+    (tmp_path / "c" / "b.txt").symlink_to("a.txt")
+    sources = [str(tmp_path / "c"), str(tmp_path / "c" / "a.txt")]
+    told = []
+    assert [one.name for one in find_sources(None, sources, told.append)] == [str(tmp_path / "c" / "a.txt")]
+    assert [line.split(": ", 1)[1] for line in told] == [
+        f"passed over 1 that were read already: {tmp_path / 'c' / 'b.txt'}",
+        f"passed over 1 that were read already: {tmp_path / 'c' / 'a.txt'}",
+    ]
+
+
+def test_what_is_not_part_of_a_data_set_is_never_removed(tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("text")
+    out = tmp_path / "out"
+    command = ["prepare", str(tmp_path / "t.txt"), "--out", str(out), "--workers", "1"]
+    assert main(command) == 0
+    (out / "mine.txt").write_text("notes")
+    assert main([*command, "--overwrite"]) == 3
+    assert "mine.txt is not part of a data set, and would be lost; move it first" in capsys.readouterr().err
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("notes")
+    command[command.index(str(out))] = str(tmp_path / "notes")
+    for more in ([], ["--overwrite"]):  # one piece of advice for both
+        assert main([*command, *more]) == 3
+        assert "exists and is not a data set, which nothing replaces; use another --out" in capsys.readouterr().err
+    assert (out / "mine.txt").exists() and (tmp_path / "notes" / "mine.txt").exists()

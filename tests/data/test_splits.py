@@ -202,6 +202,19 @@ def test_a_validation_set_needs_the_tokenizer_of_the_training_data(tiny, three, 
         open_data(tiny(data={"valid": {"other": str(tmp_path / "sp")}, "valid_fraction": 0.0}).data)
 
 
+def test_bare_files_and_data_sets_with_the_same_tokenizer_go_together(tiny, byte_data, three, tmp_path, caplog):
+    import shutil
+
+    for suffix in ("bin", "idx"):
+        shutil.copy(byte_data / f"tokens.{suffix}", tmp_path / f"bare.{suffix}")
+    settings = {"path": str(tmp_path / "bare"), "tokenizer": "bytes", "valid": three, "valid_fraction": 0.0}
+    assert open_data(tiny(data=settings).data).vocab_size == 257
+    with pytest.raises(DataError, match="its tokenizer is not that of"):
+        open_data(tiny(data=settings | {"tokenizer": None}).data)
+    open_data(tiny(data={"valid": {"same": str(byte_data)}, "valid_fraction": 0.0}).data)
+    assert "data.valid.same is a set that is trained on" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("data", "wanted"),
     [
