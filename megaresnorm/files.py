@@ -8,7 +8,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 BEING_WRITTEN = ".new-"  # prefix of the names of files that are being written
@@ -160,7 +160,7 @@ def sweep_beside(out: Path) -> None:
             unique = left.name.removeprefix(f"{kind}{out.name}-")
             if unique == left.name or not _UNIQUE.fullmatch(unique) or left.is_symlink() or not left.is_dir():
                 continue
-            with _held(left) as ours:
+            with suppress(FileNotFoundError), _held(left) as ours:  # another one may sweep as well
                 if ours and kind == REPLACED and not os.path.lexists(out):
                     os.rename(left, out)
                 elif ours:
