@@ -23,7 +23,7 @@ FILES: dict[str, tuple[bytes, list[str] | str]] = {
     "bom.txt": (b"\xef\xbb\xbfafter a mark", ["after a mark"]),
     "c.jsonl": (lines("one", "two"), ["one", "two"]),
     "d.JsonL": (lines("mixed"), ["mixed"]),
-    "e.ndjson": (lines("nd"), ["nd"]),
+    "e.ndjson": (lines("newline"), ["newline"]),
     "f.jsonlines": (lines("long suffix"), ["long suffix"]),
     "g.json": (lines("lines in json"), ["lines in json"]),
     "h.json.gz": (gzip.compress(lines("packed")), ["packed"]),
