@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megaresnorm.convert.compare import (
     TOLERANCE,
     Agreement,
@@ -24,6 +22,7 @@ from megaresnorm.convert.native import NativeModel
 from megaresnorm.convert.prompts import check_memory, prompts_of
 from megaresnorm.convert.provenance import Ids, Provenance
 from megaresnorm.convert.remote import FILE, code
+from megaresnorm.data.hub import card_fields
 from megaresnorm.data.tokenizer import Tokenizer
 
 
@@ -203,7 +202,7 @@ def model_card(made: Export, agreement: Agreement | None, rounding: Agreement | 
     fields |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
     fields["tags"] = ["megaresnorm", recipe.topology]
     return _CARD.format(
-        fields=yaml.safe_dump(fields, sort_keys=False, allow_unicode=True),
+        fields=card_fields(fields),
         topology=recipe.topology,
         blocks=recipe.num_blocks,
         sublayers=2 * recipe.num_blocks,

@@ -155,6 +155,11 @@ def read_card(folder: Path, card: str = "README.md") -> dict[str, Any]:
     return described if isinstance(described, dict) else {}
 
 
+def card_fields(fields: dict[str, Any]) -> str:
+    """Fields as ``read_card`` reads them, without the lines around them."""
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+
+
 def _check_cards(folder: Path, name: str) -> None:
     """Check the description of a folder, before ``datasets`` looks for the files that it names.
 
