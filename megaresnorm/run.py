@@ -85,6 +85,7 @@ class Run:
         try:
             self._build()
             self._resume(fallback)
+            self._bytes_per_label = self._all_or_raise(self._bytes_of_labels)
             self._all_or_raise(self._prepare_output)
         except BaseException:
             self.close()
@@ -185,16 +186,15 @@ class Run:
                     "(data.mask_documents, documents of one token); raise train.eval_samples, or evaluate on other data"
                 )
             losses[name] = loss
-            if self.data.tokenizer is not None and name not in self._bytes_per_label:
-                self._bytes_per_label[name] = self._all_or_raise(partial(self._bytes_of_labels, samples, count))
         return Evaluation(losses, self._bytes_per_label) if losses else None
 
-    def _bytes_of_labels(self, samples: Samples, count: int) -> float:
-        """``bytes_per_label`` on the first rank, which alone records what depends on it; 0 on the others."""
-        if not self.context.is_first_rank or self.data.tokenizer is None:
-            return 0.0
-        masked = self.recipe.data.mask_documents
-        return bytes_per_label(samples, count, self.data.tokenizer, mask_documents=masked)
+    def _bytes_of_labels(self) -> dict[str, float]:
+        """``bytes_per_label`` of the samples of ``evaluate``, on the first rank, which alone records what follows."""
+        tokenizer, masked = self.data.tokenizer, self.recipe.data.mask_documents
+        if not self.context.is_first_rank or tokenizer is None:
+            return {}
+        counts = {name: min(self.recipe.train.eval_samples, one.per_epoch) for name, one in self.valid.items()}
+        return {n: bytes_per_label(self.valid[n], c, tokenizer, mask_documents=masked) for n, c in counts.items()}
 
     def sample_text(self) -> str | None:
         """A continuation of ``train.sample_prompt``; None without a tokenizer, switched off, or with several ranks."""

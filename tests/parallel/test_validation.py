@@ -71,3 +71,16 @@ def test_an_error_of_the_rank_that_counts_bytes_is_that_of_all(tiny):
         run_ranks(2, fails_on_the_first, 2, tiny(train={"steps": 1, "eval_every": 1}))
         == ["the tokenizer cannot decode"] * 2
     )
+
+
+def test_an_evaluation_asks_nothing_of_the_group_through_which_checkpoints_are_saved(tiny, monkeypatch):
+    """A checkpoint may be being written by a thread, whose messages would be mixed up with those of the evaluation."""
+    from megaresnorm.run import Run
+
+    def asked(*given, **named):
+        raise AssertionError("the control group was used")
+
+    with Run(tiny()) as run:
+        monkeypatch.setattr("megaresnorm.run.all_or_raise", asked)
+        monkeypatch.setattr("megaresnorm.run.run_on_all_ranks", asked)
+        assert run.evaluate().bits_per_byte
