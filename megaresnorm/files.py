@@ -110,7 +110,7 @@ def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
         try:
             yield temporary
             for path in (*temporary.iterdir(), temporary):
-                _sync(path)
+                sync(path)
             _refuse_occupied(out, replace)
             _put_in_place(temporary, out, before)
         except BaseException:
@@ -121,7 +121,7 @@ def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
 def _put_in_place(temporary: Path, out: Path, before: Path) -> None:
     if not occupied(out):
         os.rename(temporary, out)
-        return _sync(out.parent)
+        return sync(out.parent)
     with _held(out):
         try:
             os.rename(out, before)
@@ -130,7 +130,7 @@ def _put_in_place(temporary: Path, out: Path, before: Path) -> None:
             if before.exists() and not out.exists():
                 os.rename(before, out)
             raise
-        _sync(out.parent)
+        sync(out.parent)
         shutil.rmtree(before, ignore_errors=True)
     return None
 
@@ -186,7 +186,12 @@ def _held(folder: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, written to disk.
+
+    Raises:
+        OSError: it cannot be.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

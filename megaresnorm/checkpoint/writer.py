@@ -33,6 +33,7 @@ from megaresnorm.checkpoint.format import (
 from megaresnorm.checkpoint.manifest import encode_manifest, plausible
 from megaresnorm.checkpoint.retention import THE_NEWEST_TWO, Retention, remove_old
 from megaresnorm.errors import CheckpointError, NonFiniteTensorError
+from megaresnorm.files import sync
 from megaresnorm.parallel.control import ALONE, run_on_all_ranks
 from megaresnorm.parallel.mesh import Axis
 
@@ -206,10 +207,10 @@ def _commit(temporary: Path, final: Path, manifest: dict[str, Any], attached: Ma
     if not plausible(content):
         raise OSError(errno.EFBIG, f"a manifest of {len(content)} bytes could not be read again", MANIFEST)
     _write_durably(temporary / MANIFEST, [content])
-    _sync_folder(temporary)
+    sync(temporary)
     os.rename(temporary, final)  # the commit: from here on the checkpoint is resumed from
     try:
-        _sync_folder(final.parent)
+        sync(final.parent)
     except OSError as e:  # the checkpoint is there, but may be gone should the machine fail now
         log.warning("warning: %s: the folder cannot be synced (%s)", final.parent, e.strerror)
 
@@ -280,11 +281,3 @@ def _write_durably(path: Path, chunks: Any) -> dict[str, Any]:
     if file_sha256(path, from_disk=True) != digest.hexdigest():
         raise OSError(errno.EIO, "what was read back is not what was written", str(path))
     return {"size": size, "sha256": digest.hexdigest()}
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

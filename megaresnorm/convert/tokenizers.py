@@ -13,14 +13,13 @@ from megaresnorm.convert.provenance import Provenance, template_path
 from megaresnorm.data.hf_tokenizer import HuggingFaceTokenizer
 from megaresnorm.data.tokenizer import (
     HUGGINGFACE_FILE,
-    MAX_TOKENIZER_BYTES,
     SENTENCEPIECE_FILE,
     SentencePieceTokenizer,
     Tokenizer,
 )
-from megaresnorm.data.tokenizer_files import TOKENIZER_CONFIG, read_tokenizer, restore_tokenizer
+from megaresnorm.data.tokenizer_files import TOKENIZER_CONFIG, read_file, read_tokenizer, restore_tokenizer
 from megaresnorm.errors import DataError
-from megaresnorm.reading import first_line, read_plain_file
+from megaresnorm.reading import first_line
 
 END_OF_BYTES = "<|endoftext|>"
 _TEXT = """the of and to in Über naïve Ελληνικά Привет мир 你好 世界 日本語 こんにちは 한국어 العربية שלום
@@ -162,18 +161,11 @@ def _as_exported(folder: Path, description: Any) -> Tokenizer | None:
     files = {"bytes": HUGGINGFACE_FILE, "huggingface": HUGGINGFACE_FILE, "sentencepiece": SENTENCEPIECE_FILE}
     if kind not in files or not (folder / files[kind]).exists() or not (folder / HUGGINGFACE_FILE).exists():
         return None
-    content = b"" if kind == "bytes" else _content(folder / files[kind])
+    content = b"" if kind == "bytes" else read_file(folder / files[kind])
     if kind != "bytes" and hashlib.sha256(content).hexdigest() != description.get("sha256"):
         return None
     before = restore_tokenizer(description, content, str(folder / files[kind]))
-    return before if tokenizer_files(before)[HUGGINGFACE_FILE] == _content(folder / HUGGINGFACE_FILE) else None
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return read_plain_file(path, MAX_TOKENIZER_BYTES)
-    except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror})") from None
+    return before if tokenizer_files(before)[HUGGINGFACE_FILE] == read_file(folder / HUGGINGFACE_FILE) else None
 
 
 def _of_bytes() -> bytes:

@@ -20,7 +20,6 @@ from megaresnorm.errors import DataError
 
 log = logging.getLogger(__name__)
 
-BUILT_IN = ("stdlib", "english")
 _READERS = {".txt": "text", ".jsonl": "json", ".ndjson": "json", ".jsonlines": "json", ".json": "json",
             ".parquet": "parquet"}  # fmt: skip
 COMPRESSED = (".gz", ".zst")

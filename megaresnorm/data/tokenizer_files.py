@@ -47,11 +47,11 @@ def read_tokenizer(path: Path, end: str | None = None, *, bos: bool = False, beg
     file = _file_at(path)
     if file.suffix != ".json":
         _refuse(str(path), {"--end-token": end, "--begin-token": begin})
-        model = _content(file)
+        model = read_file(file)
         of_data_set = _of_data_set(file, model).get("begin_token") is not None
         return SentencePieceTokenizer(model, str(file), begin=bos or of_data_set)
     merges = _merges_beside(file)
-    model = _content(file) if merges is None else of_vocab_and_merges(_content(file), _content(merges), str(file))
+    model = read_file(file) if merges is None else of_vocab_and_merges(read_file(file), read_file(merges), str(file))
     before = _of_data_set(file, model)
     end = end or before.get("end_token") or _named_beside(file, "eos_token")
     if not bos:
@@ -113,7 +113,12 @@ def _merges_beside(file: Path) -> Path | None:
     return merges
 
 
-def _content(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """Content of the file of a tokenizer.
+
+    Raises:
+        DataError: it cannot be read, or is too large.
+    """
     try:
         return read_plain_file(path, MAX_TOKENIZER_BYTES)
     except OSError as e:

@@ -92,7 +92,7 @@ def test_a_data_set_that_is_replaced_is_never_lost(moved, made, tmp_path, capsys
     assert main(arguments) == 0
     before = (out / "tokens.bin").read_bytes()
     text.write_text("the new and longer text")
-    where = "megaresnorm.files._sync" if not moved else "megaresnorm.files.os.rename"
+    where = "megaresnorm.files.sync" if not moved else "megaresnorm.files.os.rename"
     script = KILLED
     if moved:  # at the second rename
         script = KILLED.replace("def kill(*given, **named):", "seen = []\ndef kill(*given, **named):\n"
