@@ -10,7 +10,7 @@ __version__ = "0.2.0.dev0"
 
 _PUBLIC = {
     "Recipe": "megaresnorm.recipe",
-    "load_recipe": "megaresnorm.recipe.load",
+    "load_recipe": "megaresnorm.model.lint",
     "TOPOLOGIES": "megaresnorm.model.topology",
     "Topology": "megaresnorm.model.topology",
     "ResidualSpec": "megaresnorm.model.topology",

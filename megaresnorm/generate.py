@@ -13,10 +13,10 @@ from megaresnorm.checkpoint.state import fitting_table, recipe_of, state_of
 from megaresnorm.data.tokenizer import Tokenizer, start_tokens
 from megaresnorm.data.tokenizer_files import read_tokenizer, restore_tokenizer
 from megaresnorm.errors import CheckpointError, DataError
+from megaresnorm.limits import FP32_TINY
 from megaresnorm.model.sequence import KeyValueCache
 from megaresnorm.model.transformer import Transformer
 from megaresnorm.precision.bf16 import Bf16Copies
-from megaresnorm.recipe.section import FP32_TINY
 
 
 def generate(

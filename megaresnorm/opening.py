@@ -4,7 +4,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -28,8 +28,10 @@ from megaresnorm.parallel.environment import Environment, read_environment
 from megaresnorm.parallel.mesh import Sizes, usable_ranks
 from megaresnorm.parallel.rendezvous import agree, open_store, wait_until_heard
 from megaresnorm.recipe import Recipe
+from megaresnorm.recipe.names import flat
 from megaresnorm.resilience.launcher import Launcher
 from megaresnorm.resilience.memory_check import check_memory
+from megaresnorm.telemetry.loggers import check_loggers
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +90,7 @@ def open_recipe(load: Callable[[], Recipe], environment: Environment | None = No
 
 
 def _look(recipe: Recipe, environment: Environment, store: Store | None) -> Opened:
+    check_loggers(recipe.train.loggers)
     for finding in check(recipe):
         log.warning("warning: %s", finding.message)
     data = open_data(recipe.data)
@@ -168,7 +171,7 @@ def facts_of_start(recipe: Recipe) -> dict[str, str]:
         "the version of Python": platform.python_version(),
         "the version of numpy": numpy.__version__,
     }
-    settings = dict(_flat(recipe.model_dump(exclude_none=True)))
+    settings = {key: json.dumps(value) for key, value in flat(recipe.model_dump(exclude_none=True)).items()}
     # A node may have its data elsewhere: their content is compared.
     return versions | {key: value for key, value in settings.items() if not key.startswith(_PLACES)} | _package()
 
@@ -178,14 +181,6 @@ def facts_of_data(opened: Opened) -> dict[str, str]:
     tokenizer = None if opened.data.tokenizer is None else opened.data.tokenizer.describe()
     valid = {f"the content of data.valid.{name}": one.digest for name, one in opened.data.valid.items()}
     return {"the content of the data": opened.data.digest, "the tokenizer of the data": json.dumps(tokenizer)} | valid
-
-
-def _flat(values: Mapping, prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, json.dumps(value)
 
 
 def _package() -> dict[str, str]:

@@ -18,7 +18,7 @@ from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.resume import check_same_run, open_newest, open_weights
 from megaresnorm.checkpoint.retention import Retention
 from megaresnorm.checkpoint.saver import Saver
-from megaresnorm.checkpoint.state import RunState, state_of
+from megaresnorm.checkpoint.state import RunState, recipe_of, state_of
 from megaresnorm.data.loader import Loader, SampleRange, StepBatch
 from megaresnorm.data.samples import Samples
 from megaresnorm.data.training_data import open_samples
@@ -33,8 +33,9 @@ from megaresnorm.parallel.control import all_or_raise, run_on_all_ranks
 from megaresnorm.parallel.mesh import ParallelContext, start_process_group
 from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import dump_recipe
+from megaresnorm.recipe.names import flat
 from megaresnorm.resilience.output import OutputFolder
-from megaresnorm.schedule import batch_size
+from megaresnorm.schedule import batch_size, lr_jump
 from megaresnorm.telemetry.describe import data_name, describe_run
 from megaresnorm.telemetry.log import progress_bar
 from megaresnorm.telemetry.metrics import MetricsWriter
@@ -129,9 +130,9 @@ class Run:
         """Leave the output folder to others. The end of the process does so too."""
         self.folder.release()
 
-    def describe(self) -> list[str]:
-        """What this run is, in lines for the console."""
-        return describe_run(self.recipe, self.engine.assembled, self.samples)
+    def describe(self, *, full: bool = False) -> list[str]:
+        """Lines for the console, with the settings that differ from the defaults, or all (``full``)."""
+        return describe_run(self.recipe, self.engine.assembled, self.samples, full=full)
 
     def _loader(self, samples: Samples) -> Loader:
         """What reads this rank's share of samples as the engine takes it."""
@@ -144,6 +145,11 @@ class Run:
             mask_documents=self.recipe.data.mask_documents,
             stack=self.engine.stack,
         )
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps of the recipe are done."""
+        return self.steps_done >= self.recipe.train.steps
 
     def next_batch(self) -> StepBatch:
         """This rank's share of the next step; that of the one after it begins to be read."""
@@ -164,8 +170,8 @@ class Run:
 
     def open_metrics(self) -> MetricsWriter | None:
         """The first rank's metrics from this step on; None on the other ranks."""
-        tensorboard = self.recipe.train.tensorboard
-        return self._all_or_raise(lambda: self.folder.open_metrics(self.steps_done, tensorboard=tensorboard))
+        loggers, settings = self.recipe.train.loggers, flat(self.recipe.model_dump(exclude_none=True))
+        return self._all_or_raise(lambda: self.folder.open_metrics(self.steps_done + 1, loggers, settings))
 
     def evaluate(self) -> Evaluation | None:
         """Losses on the first ``train.eval_samples`` samples of every validation set, always the same ones.
@@ -295,9 +301,8 @@ class Run:
     def _resume(self, fallback: bool) -> None:
         """Take over the newest whole checkpoint of the output folder, if there is one; else the initial weights."""
         with progress_bar("verifying the checkpoint", None, of_bytes=True) as bar:
-            advance = partial(bar.advance, bar.task_ids[0])
             root = self.output / "checkpoints"
-            checkpoint = open_newest(root, self.context.control, fallback=fallback, progress=advance)
+            checkpoint = open_newest(root, self.context.control, fallback=fallback, progress=bar.advance)
         if checkpoint is None:
             self._start_from_weights()
         else:
@@ -319,7 +324,10 @@ class Run:
             self.protect_checkpoints(state.first_refused)
         self._all_or_raise(lambda: self.engine.check_finite(f"{checkpoint.folder}: "))
         self.saver.newest = (checkpoint.step, checkpoint.folder)
-        log.info("resumed   %s: step %d of %d", checkpoint.folder, self.steps_done, self.recipe.train.steps)
+        word = "finished " if self.is_finished else "resumed  "
+        log.info("%s %s: step %d of %d", word, checkpoint.folder, self.steps_done, self.recipe.train.steps)
+        if jump := lr_jump(self.steps_done, recipe_of(checkpoint.folder, state), self.recipe):
+            log.warning("warning: %s", jump)
 
     def _start_from_weights(self) -> None:
         """At step 0: those of train.initial_weights, if it is set."""

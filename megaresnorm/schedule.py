@@ -1,6 +1,5 @@
 """Learning rate and batch size as pure functions of the step, counted from 0."""
 
-from itertools import pairwise
 from math import cos, pi, sqrt
 
 from megaresnorm.recipe import Recipe, TrainRecipe
@@ -9,12 +8,13 @@ from megaresnorm.recipe import Recipe, TrainRecipe
 def learning_rate(step: int, recipe: Recipe) -> float:
     """Learning rate of one step, before the multiplier of a parameter's role."""
     schedule, peak, steps = recipe.schedule, recipe.optim.lr, recipe.train.steps
-    warmup = schedule.warmup_steps
+    warmup = schedule.warmup(steps)
     if step < warmup:
         return peak * (step + 1) / warmup
-    floor = schedule.min_ratio
-    # 0 at the first step after the warm-up, 1 at the last step of the run.
-    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    floor = schedule.min_ratio if schedule.min_lr is None else schedule.min_lr / peak
+    # 0 at the first step after the warm-up, 1 at the last step of the decay, which is that of the run unless set.
+    decay = steps - warmup if schedule.decay_steps is None else schedule.decay_steps
+    progress = min(1.0, (step - warmup) / max(1, decay - 1))
     match schedule.kind:
         case "linear":
             return peak * (1 - (1 - floor) * progress)
@@ -28,20 +28,29 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return peak
 
 
+def lr_jump(step: int, before: Recipe, now: Recipe) -> str | None:
+    """What to say where changed settings move the learning rate at once by over a tenth; None where they do not.
+
+    Args:
+        step: steps that are done.
+        before: the recipe that they were done with.
+    """
+    if not 0 < step < now.train.steps:
+        return None
+    last, following = learning_rate(step - 1, before), learning_rate(step, now)
+    if learning_rate(step - 1, now) == last or abs(following - last) <= 0.1 * last:
+        return None
+    return (
+        f"the learning rate goes from {last:.2e} at step {step} to {following:.2e} at step {step + 1}, since the "
+        "settings that it follows from have changed; schedule.kind=wsd, or schedule.decay_steps, does not depend on "
+        "train.steps"
+    )
+
+
 def wsd_decay_steps(recipe: Recipe) -> int:
     """Number of steps of the final decay: the recipe's, or a tenth of the run; at most what the warm-up leaves."""
     decay = recipe.schedule.decay_steps or max(1, recipe.train.steps // 10)
-    return max(1, min(decay, recipe.train.steps - recipe.schedule.warmup_steps))
-
-
-def total_variation(recipe: Recipe) -> float:
-    """Sum of |lr_t - lr_(t-1)| over the run, from the rate of the first step on: how far from flat the schedule is.
-
-    Every schedule rises to its peak and falls from there on, so the rates at the turning points are enough.
-    """
-    last, warmup = recipe.train.steps - 1, recipe.schedule.warmup_steps
-    turns = sorted({0, min(max(warmup - 1, 0), last), min(warmup, last), last})
-    return sum(abs(b - a) for a, b in pairwise(learning_rate(step, recipe) for step in turns))
+    return max(1, min(decay, recipe.train.steps - recipe.schedule.warmup(recipe.train.steps)))
 
 
 def batch_size(step: int, train: TrainRecipe) -> int:

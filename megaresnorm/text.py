@@ -7,6 +7,7 @@ stored.
 import logging
 import re
 import sys
+from io import TextIOWrapper
 
 # C0, DEL and C1 controls, line and paragraph separators, characters that change the direction of writing (embeddings,
 # overrides, isolates), and halves of surrogate pairs, which stand for bytes that are not UTF-8. Marks and joiners that
@@ -53,6 +54,25 @@ class OneLine(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The record as one line, also with a traceback."""
         return shown(super().format(record))
+
+
+class _WarningsOnStderr(logging.Handler):
+    """Prints the warnings of commands that do not configure logging."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record), error=True)
+
+
+def prepare_streams() -> None:
+    """Escape characters that the terminal's encoding lacks, and print each warning as a line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    logger = logging.getLogger("megaresnorm")
+    if not logger.handlers:
+        handler = _WarningsOnStderr(logging.WARNING)
+        handler.setFormatter(OneLine())
+        logger.addHandler(handler)
 
 
 def _written_out(character: re.Match[str]) -> str:

@@ -8,59 +8,34 @@ bit for bit.
 
 import logging
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
 from megaresnorm.data.samples import unigram_entropy
 from megaresnorm.engines.engine import StepStats
-from megaresnorm.errors import NonFiniteError
+from megaresnorm.errors import NonFiniteError, TrainingError
 from megaresnorm.evaluation import Evaluation
 from megaresnorm.recipe import Recipe
 from megaresnorm.resilience.signals import StopSignals, exit_reason
 from megaresnorm.run import Run
 from megaresnorm.schedule import learning_rate
-from megaresnorm.telemetry.log import log_to_console_by_default, progress_bar, step_line
+from megaresnorm.telemetry.log import bar_note, log_lines, log_to_console_by_default, progress_bar, step_line
+from megaresnorm.telemetry.summary import RunSummary
+from megaresnorm.telemetry.throughput import Meter
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class RunSummary:
-    """How a run ended.
-
-    Attributes:
-        steps: optimizer steps done in all.
-        train_loss, unigram_entropy: means a token in nats; None where a signal came before them.
-        evaluation: on the validation sets; None without any, or where a signal came before it.
-        checkpoint: the newest; None where a signal came before one could be written.
-        weights_digest: SHA-256 over the digests of its weight files. Equal runs in one layout have equal digests,
-            where printed losses can hide a difference. Empty without a checkpoint.
-        exit_code: as of ``StopSignals``; 0 where all steps are done.
-    """
-
-    steps: int
-    train_loss: float | None
-    evaluation: Evaluation | None
-    unigram_entropy: float | None
-    checkpoint: Path | None
-    weights_digest: str
-    exit_code: int
-
-    @property
-    def valid_loss(self) -> float | None:
-        """Mean validation loss of the sets, in nats a token."""
-        return None if self.evaluation is None else self.evaluation.loss
-
-
 def train(recipe: Recipe) -> RunSummary:
-    """Train, or go on training, the run in ``recipe.train.output``.
+    """Train, or go on training, the run in ``recipe.train.output``, and say what it does.
 
     Raises:
         ConfigError, DataError, CheckpointError, TrainingError: one line each, on all ranks.
     """
     log_to_console_by_default()
     with StopSignals() as stop, Run(recipe) as run:
-        return Trainer(run).train(stop)
+        log_lines(run.describe())
+        summary = Trainer(run).train(stop)
+        log_lines(summary.describe())
+    return summary
 
 
 class Trainer:
@@ -68,6 +43,7 @@ class Trainer:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self.meter = Meter.of(run.recipe, run.context.world.size, run.device)
         self._stop: StopSignals | None = None
         self._asked_to_stop = False
         self._warned_of_no_labels = False
@@ -83,17 +59,21 @@ class Trainer:
         self._stop = stop
         stop.begin(train.max_minutes)
         stopped = run.largest(stop.exit_code) if run.steps_done < train.steps else 0
+        evaluation = None
         try:
             with progress_bar("training", train.steps, run.steps_done) as progress:
                 while run.steps_done < train.steps and not stopped:
                     record = self.step()
+                    if self._due(train.eval_every) or run.steps_done == train.steps:
+                        evaluation = self._evaluate()
+                        record |= {} if evaluation is None else evaluation.metrics()
                     if metrics is not None:
-                        metrics.write(run.steps_done - 1, record)
-                    if self._due(train.log_every) or "valid_loss" in record:
-                        log.info(step_line(run.steps_done, train.steps, record))
+                        metrics.write(run.steps_done, record)
+                    if self._due(train.log_every) or "valid_loss" in record or run.steps_done == train.steps:
+                        log.info(step_line(run.steps_done, train.steps, record | self.meter.mean()))
                     if saves := self._due(run.recipe.checkpoint.every):
                         run.save()
-                    progress.advance(progress.task_ids[0])
+                    progress.advance(note=bar_note(record))
                     # A signal of the step came with its vector; what takes time beside a step is asked about here.
                     asks = self._asked_to_stop or saves or "valid_loss" in record or run.context.world.size == 1
                     stopped = run.largest(stop.exit_code) if asks and run.steps_done < train.steps else 0
@@ -104,7 +84,7 @@ class Trainer:
         return RunSummary(
             steps=run.steps_done,
             train_loss=run.train_loss,
-            evaluation=None if stopped else run.evaluate(),
+            evaluation=None if stopped else evaluation or run.evaluate(),
             unigram_entropy=None if stopped else unigram_entropy(run.samples.token_shares()),
             checkpoint=checkpoint,
             weights_digest=run.digest_of(checkpoint),
@@ -117,7 +97,7 @@ class Trainer:
         Raises:
             NonFiniteError: ``train.max_skipped_steps`` were refused in a row.
         """
-        run, start = self.run, time.perf_counter()
+        run, start, samples = self.run, time.perf_counter(), self.run.samples_done
         lr, batch = learning_rate(run.steps_done, run.recipe), run.next_batch()
         stats = run.engine.step(batch, lr, lambda: self._stop is not None and self._stop.exit_code != 0)
         self._asked_to_stop = stats.stop
@@ -129,16 +109,26 @@ class Trainer:
                 "warning: no token of step %d has a label; it and others like it change nothing", run.steps_done
             )
         run.train_loss = stats.loss if stats.applied else run.train_loss
+        seq_len = run.recipe.model.seq_len
         record: dict[str, float | None] = {
             "loss": stats.loss,
             "gradient_norm": stats.gradient_norm,
             "lr": lr,
             "samples": run.samples_done,
-            "tokens_per_second": stats.tokens / (time.perf_counter() - start),
+            "tokens": run.samples_done * seq_len,
+            "time": time.time(),
         }
-        if self._due(run.recipe.train.eval_every) and (evaluation := run.evaluate()) is not None:
-            record |= evaluation.metrics()
-        return record
+        seconds = time.perf_counter() - start
+        return record | self.meter.step(stats.tokens, (run.samples_done - samples) * seq_len, seconds)
+
+    def _evaluate(self) -> Evaluation | None:
+        """``run.evaluate``. What is wrong with a validation set does not cost the last checkpoint."""
+        try:
+            return self.run.evaluate()
+        except TrainingError:
+            if self.run.steps_done == self.run.recipe.train.steps:
+                self.run.save_last(None)
+            raise
 
     def _judge(self, stats: StepStats) -> None:
         """Count refused steps: the engine refuses one that would put NaN or Inf into the weights."""

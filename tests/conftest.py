@@ -60,7 +60,7 @@ def tiny(byte_data, tmp_path):
                 "output": str(tmp_path / "run"),
                 "steps": 6,
                 "global_batch": 4,
-                "tensorboard": False,
+                "loggers": [],
                 "sample_tokens": 0,
             },
         }

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from megaresnorm.cli import main
-from megaresnorm.cli.train import recipe_schema
+from megaresnorm.cli.recipes import recipe_schema
 from megaresnorm.errors import ConfigError
-from megaresnorm.recipe.load import apply_override, build_recipe, dump_recipe, load_recipe, read_yaml, recipe_keys
+from megaresnorm.recipe.explain import recipe_keys
+from megaresnorm.recipe.load import apply_override, build_recipe, dump_recipe, load_recipe, read_yaml
 
 ROOT = Path(__file__).parents[1]
 GOOD = """
@@ -51,8 +52,8 @@ BAD = [
     (["data.paths=x"], ["did you mean data.path?"]),
     (["kernels.addnorm=auto"], ["did you mean kernels.add_norm?"]),
     # typos of sections, and keys in the wrong section
-    (["modle.dim=4"], ["modle", "did you mean model?"]),
-    (["optimizer.lr=1.0"], ["optimizer", "did you mean optim?"]),
+    (["modle.dim=4"], ["modle.dim", "did you mean model.dim?"]),
+    (["optimizer.lr=1.0"], ["optimizer.lr", "did you mean optim.lr?"]),
     (["train.lr=0.1"], ["did you mean optim.lr?"]),
     (["model.weight_decay=0.1"], ["did you mean optim.weight_decay?"]),
     (["train.warmup_steps=1"], ["did you mean schedule.warmup_steps?"]),
@@ -61,7 +62,7 @@ BAD = [
     (["model.positions=ropee"], ["did you mean rope?"]),
     (["model.ffn=swglu"], ["did you mean swiglu?"]),
     (["schedule.kind=cosin"], ["did you mean cosine?"]),
-    (["precision.compute=bfloat16"], ["fp32, bf16, fp64", "did you mean bf16?"]),
+    (["precision.compute=bfloat16"], ["fp32, bf16, fp64", "it is called bf16 here"]),
     (["optim.clip=adaGC"], ["did you mean adagc?"]),
     (["train.device=gpu"], ["auto, cpu, cuda"]),
     # types and ranges
@@ -87,7 +88,7 @@ BAD = [
     (["train.micro_batch=3"], ["train.micro_batch=3 must divide train.global_batch=8", "[1, 2, 4, 8]"]),
     (
         ["schedule.kind=wsd", "schedule.decay_steps=4", "schedule.warmup_steps=7"],
-        ["schedule.warmup_steps=7", "train.steps=10"],
+        ["7 steps of warm-up", "train.steps=10"],
     ),
     (["data.valid_fraction=0.6", "data.test_fraction=0.5"], ["must leave something to train on"]),
     (["precision.compute=fp64", "precision.residual_dtype=bf16"], ["fp64 is for both or neither"]),
@@ -98,7 +99,13 @@ BAD = [
     (["model.init.position_std=0.1"], ["model.init.position_std=0.1 has no effect with model.positions=rope"]),
     (["model.init.std=0.1"], ["model.init.std=0.1 has no effect with model.init.distribution=xavier"]),
     (["optim.adagc_ratio=1.5"], ["optim.adagc_ratio=1.5 has no effect with optim.clip=global"]),
-    (["schedule.decay_steps=2"], ["schedule.decay_steps=2 has no effect with schedule.kind=cosine"]),
+    (["schedule.kind=constant", "schedule.decay_steps=2"], ["schedule.decay_steps=2 has no effect"]),
+    (["schedule.warmup_ratio=0.1", "schedule.warmup_steps=2"], ["schedule.warmup_steps=2 has no effect"]),
+    (["schedule.min_lr=0.0001", "schedule.min_ratio=0.2"], ["schedule.min_ratio=0.2 has no effect"]),
+    (["schedule.min_lr=0.1"], ["schedule.min_lr=0.1 must be at most optim.lr=0.001"]),
+    (["schedule.kind=inverse_sqrt", "schedule.min_lr=0.0001"], ["schedule.min_lr=0.0001 has no effect"]),
+    (["train.loggers=[tensorbord]"], ["tensorboard, wandb, mlflow", "did you mean tensorboard?"]),
+    (["train.loggers=[mlflow]", "train.tensorboard=true"], ["both are given"]),
     (["schedule.kind=constant", "schedule.min_ratio=0.5"], ["schedule.min_ratio=0.5 has no effect"]),
     # overrides that are not overrides
     (["model.dim"], ["'model.dim'", "section.key=value"]),

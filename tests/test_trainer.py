@@ -23,6 +23,7 @@ from megaresnorm.data.loader import SampleRange, StepBatch
 from megaresnorm.engines.engine import StepStats
 from megaresnorm.errors import CheckpointError, StoppedError, TrainingError
 from megaresnorm.kernels.cpu.build import unavailable
+from megaresnorm.model.cost import training_flops
 from megaresnorm.model.topology import TOPOLOGIES
 from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import dump_recipe
@@ -95,15 +96,15 @@ def test_stopping_at_any_of_20_steps_resumes_bit_for_bit(stops, tiny, tmp_path):
 def test_steps_after_a_checkpoint_that_were_lost_are_done_again(tiny):
     recipe = tiny(checkpoint={"every": 2})
     run = opened(recipe)
-    for _ in range(5):  # the process dies at step 5 without a word; steps 0 to 3 are in the checkpoint of step 4
+    for _ in range(5):  # the process dies at step 5 without a word; steps 1 to 4 are in the checkpoint of step 4
         Trainer(run).step()
         if run.steps_done in (2, 4):
             run.save_now()
     (Path(recipe.train.output) / "metrics.jsonl").write_text(
-        '{"step": 3, "loss": 1.0}\n{"step": 4, "loss": 9.0}\n{"step": 5, "lo'
+        '{"step": 4, "loss": 1.0}\n{"step": 5, "loss": 9.0}\n{"step": 6, "lo'
     )
     train(recipe)
-    assert sorted(losses(recipe)) == [3, 4, 5] and losses(recipe)[4] != (9.0).hex()
+    assert sorted(losses(recipe)) == [4, 5, 6] and losses(recipe)[5] != (9.0).hex()
 
 
 def test_a_finished_run_does_nothing_more(tiny):
@@ -359,18 +360,34 @@ def test_evaluation_changes_nothing_and_repeats(tiny):
 
 
 def test_metrics_tensorboard_and_recipe_are_written(tiny, tmp_path):
-    recipe = tiny(train={"tensorboard": True, "eval_every": 3})
-    train(recipe)
+    recipe = tiny(train={"loggers": ["tensorboard"], "eval_every": 4})
+    summary = train(recipe)
     out = Path(recipe.train.output)
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert (
-        [r["step"] for r in records] == list(range(6)) and records[2]["valid_loss"] > 0 and records[-1]["samples"] == 24
-    )
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6] and records[3]["valid_loss"] > 0
+    last = records[-1]
+    assert last["samples"] == 24 and last["tokens"] == 24 * 16 and abs(last["time"] - time.time()) < 60
+    assert last["tflops"] * 1e12 == pytest.approx(training_flops(recipe_with_vocab(recipe)) * 64 / last["seconds"])
+    assert last["peak_memory"] > 10**8 and last["tokens_per_second"] == pytest.approx(64 / last["seconds"])
+    # The last evaluation is in all three places.
+    assert last["valid_loss"] == summary.valid_loss
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(out / "tensorboard")).Reload()
-    assert len(events.Scalars("loss")) == 6 and len(events.Scalars("valid_loss")) == 2
+    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [e.step for e in events.Scalars("valid/loss")] == [4, 6]
+    assert {"optim/lr", "perf/tokens_per_second", "perf/seconds_per_step"} <= set(events.Tags()["scalars"])
+    (text,) = (
+        events.Tensors("recipe/text_summary")
+        if "recipe/text_summary" in events.Tags()["tensors"]
+        else (events.Tensors("recipe"))
+    )
+    assert b"| `model.vocab_size` | `257` |" in text.tensor_proto.string_val[0]
     assert "vocab_size: 257" in (out / "recipe.yaml").read_text()
+
+
+def recipe_with_vocab(recipe):
+    return recipe.model.model_copy(update={"vocab_size": 257})
 
 
 def start(recipe, tmp_path, *overrides):
@@ -459,14 +476,20 @@ def test_command_line_trains_shows_and_resumes(tiny, tmp_path, capsys):
     path.write_text(dump_recipe(tiny(train={"sample_tokens": 5, "sample_prompt": "def "})))
     assert main(["train", str(path), "train.steps=3"]) == 0
     first = capsys.readouterr().out
-    kernel = f"add_norm on cpu: {'cpu' if unavailable() is None else 'reference'}"
-    for part in ("vocab_size: 257", "3 blocks = 6 sub-layers", kernel, "step 3/3",
-                 "total variation of the lr 0.0009", "--- sample ---\ndef ", "unigram entropy", "step-00000003",
+    kernel = f"kernels   add_norm {'cpu' if unavailable() is None else 'reference'}, "
+    for part in ("vocab_size: 257", "3 blocks = 6 sub-layers", kernel, "step 3/3", " TFLOP/s | ", "192 tokens | ",
+                 "192 tokens in all", "--- sample ---\ndef ", "unigram entropy", "step-00000003",
                  ):  # fmt: skip
         assert part in first, part
     assert main(["train", str(path), "train.steps=5"]) == 0
     second = capsys.readouterr().out
     assert "resumed" in second and "step 3 of 5" in second and "step 4/5" in second and "step 2/5" not in second
+    assert "weight_decay" not in second, "a default"
+    assert "the learning rate goes from 1.00e-04 at step 3 to 2.32e-04 at step 4" in second
+    assert main(["train", str(path), "train.steps=5"]) == 0
+    assert capsys.readouterr().out == f"finished  {tmp_path}/run/checkpoints/step-00000005: step 5 of 5\n"
+    assert main(["train", str(path), "train.steps=6", "--full"]) == 0
+    assert "  weight_decay: 0.1\n" in capsys.readouterr().out
 
 
 def test_unwritable_output_is_refused_before_step_0(tiny, tmp_path):
@@ -480,7 +503,7 @@ def test_dry_run_touches_nothing(tiny, tmp_path, capsys):
     path.write_text(dump_recipe(tiny(model={"topology": "post"})))
     assert main(["train", str(path), "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "vocab_size: 257" in out and "recipe and data can be used" in out and "warning: B = 2N" in out
+    assert "vocab_size: 257" in out and "\nranks      1; micro batch 4" in out and "warning    B = 2N" in out
     assert not Path(tiny().train.output).exists()
 
 
@@ -570,10 +593,10 @@ def test_metrics_are_strict_json_whatever_happens(tiny):
     run = opened(tiny())
     from megaresnorm.telemetry.metrics import MetricsWriter
 
-    writer = MetricsWriter(run.output, first_step=0, tensorboard=False)
-    writer.write(0, {"loss": float("nan"), "lr": 1.0})
+    writer = MetricsWriter(run.output, first_step=1)
+    writer.write(1, {"loss": float("nan"), "lr": 1.0})
     writer.close()
-    assert (run.output / "metrics.jsonl").read_text() == '{"step": 0, "loss": null, "lr": 1.0}\n'
+    assert (run.output / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "lr": 1.0}\n'
 
 
 def test_a_reader_that_goes_away_does_not_end_the_run(tiny, tmp_path):

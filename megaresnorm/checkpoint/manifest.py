@@ -10,8 +10,8 @@ from typing import Any
 
 from megaresnorm.checkpoint.format import FILE_NAME, FORMAT, MANIFEST, MAX_MANIFEST_BYTES, step_of
 from megaresnorm.errors import CheckpointError, DamagedError
+from megaresnorm.limits import MAX_STEPS
 from megaresnorm.reading import first_line, read_plain_file
-from megaresnorm.recipe.section import MAX_STEPS
 
 BLANK = "0" * 64
 LARGE, SPARSE = 1 << 20, 12  # in a manifest of over LARGE bytes a value takes at least SPARSE bytes on average

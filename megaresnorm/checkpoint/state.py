@@ -7,11 +7,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.errors import CheckpointError, ConfigError
+from megaresnorm.limits import MAX_STEPS
 from megaresnorm.model.parameters import parameter_table
 from megaresnorm.model.specs import ParameterSpec
 from megaresnorm.recipe import ModelRecipe, Recipe
 from megaresnorm.recipe.load import build_recipe
-from megaresnorm.recipe.section import MAX_STEPS
 
 
 class _Typed(BaseModel):

@@ -1,31 +1,52 @@
-"""Argument types that several commands share."""
+"""Types of arguments and options that several commands share. Each is written once, with its help."""
 
-import argparse
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from megaresnorm.errors import ConfigError
+from megaresnorm.limits import MAX_BLOCKS, MAX_STEPS
 from megaresnorm.reading import expanded
-from megaresnorm.recipe.section import MAX_BLOCKS, MAX_STEPS
 
-Commands = Any  # argparse keeps the type of add_subparsers() private
 MAX_SHOWN = 60  # characters of an argument that an error shows
 MAX_NAME, MAX_PATH = 255, 4095  # bytes, the limits of Linux
 _UNITS = {"": 1} | {f"{prefix}B": 1000**n for n, prefix in enumerate(["", "K", "M", "G", "T"])}
 _UNITS |= {f"{prefix}IB": 1024**n for n, prefix in enumerate(["K", "M", "G", "T"], start=1)}
 
 
-def path(text: str) -> Path:
+def new_app(**settings: Any) -> typer.Typer:
+    """A group of commands. Help is plain text, which takes a tenth of a second, and is what is shown without arguments.
+
+    Args:
+        **settings: as of Typer.
+    """
+    return typer.Typer(
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+        **settings,
+    )
+
+
+def examples(*lines: str) -> str:
+    """Examples as the end of a command's help, each in its own line."""
+    head = "example: " if len(lines) == 1 else "examples: "
+    return "\b\n" + "\n".join(f"{head if i == 0 else ' ' * len(head)}{line}" for i, line in enumerate(lines))
+
+
+def path(text: str | Path) -> Path:
     """A path of a file or folder, which need not exist. ``~`` and ``$NAME`` are expanded."""
-    if "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} has a NUL character, which no path has")
-    text = path_text(text)
+    if "\0" in str(text):
+        raise typer.BadParameter(f"{text!r} has a NUL character, which no path has")
+    text = path_text(str(text))
     encoded = os.fsencode(text)
     if max(map(len, encoded.split(b"/"))) > MAX_NAME or len(encoded) > MAX_PATH:
-        raise argparse.ArgumentTypeError(f"{text[:MAX_SHOWN]!r}... is too long for a path")
+        raise typer.BadParameter(f"{text[:MAX_SHOWN]!r}... is too long for a path")
     return Path(text)
 
 
@@ -46,10 +67,11 @@ def source(text: str) -> str:
     return f"hf:{path_text(text[3:])}" if text.startswith("hf:") else path_text(text)
 
 
-def count_up_to(most: int) -> Callable[[str], int]:
-    """The type of whole numbers from 1 to ``most``."""
+def count_up_to(most: int) -> Callable[[str | int], int]:
+    """The parser of whole numbers from 1 to ``most``."""
 
-    def count(text: str) -> int:
+    def count(text: str | int) -> int:
+        text = str(text)
         digits = text.lstrip("0")
         if (
             not (text.isascii() and text.isdecimal())
@@ -58,32 +80,40 @@ def count_up_to(most: int) -> Callable[[str], int]:
             or int(digits) > most
         ):
             given = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
-            raise argparse.ArgumentTypeError(f"{given!r} is not a whole number from 1 to {most}")
+            raise typer.BadParameter(f"{given!r} is not a whole number from 1 to {most}")
         return int(digits)
 
     return count
 
 
 count = count_up_to(MAX_STEPS)
-blocks = count_up_to(MAX_BLOCKS)
 
 
-def depths(text: str) -> list[int]:
-    """Numbers of blocks, separated by commas."""
-    return [blocks(part) for part in text.split(",")]
+class Words(tuple[str, ...]):
+    """Words that were separated by commas."""
 
 
-def names(text: str) -> list[str]:
+class Depths(tuple[int, ...]):
+    """Numbers of blocks that were separated by commas."""
+
+
+def words(text: str | Words) -> Words:
     """Words, separated by commas."""
-    return [part.strip() for part in text.split(",")]
+    return text if isinstance(text, Words) else Words(part.strip() for part in text.split(","))
 
 
-def size(text: str) -> int:
+def depths(text: str | Depths) -> Depths:
+    """Numbers of blocks, separated by commas."""
+    return text if isinstance(text, Depths) else Depths(map(count_up_to(MAX_BLOCKS), text.split(",")))
+
+
+def size(text: str | int) -> int:
     """A number of bytes.
 
     >>> size("1GB"), size("1.5 GiB"), size("4096")
     (1000000000, 1610612736, 4096)
     """
+    text = str(text)
     number = text.strip().rstrip("BbKkMmGgTtIi ").strip()
     unit = text.strip()[len(number) :].strip().upper()
     try:
@@ -91,38 +121,95 @@ def size(text: str) -> int:
     except (ValueError, KeyError):
         num_bytes = 0.0
     if not 1 <= num_bytes < 2**60:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB, 4GB or 2GiB")
+        raise typer.BadParameter(f"{text[:MAX_SHOWN]!r} is not a size such as 500MB, 4GB or 2GiB")
     return int(num_bytes)
 
 
-def memory(text: str) -> int:
+def memory(text: str | int) -> int:
     """A ``size`` that some tensors fit into."""
     num_bytes = size(text)
     if num_bytes < 64 * 10**6:
-        raise argparse.ArgumentTypeError(f"{text!r} is too little; give at least 64MB")
+        raise typer.BadParameter(f"{text!r} is too little; give at least 64MB")
     return num_bytes
 
 
-def share(text: str) -> float:
-    """A number from 0 to 1."""
+def number(text: str | float) -> float:
+    """A number; -1 where it is none."""
     try:
-        value = float(text)
+        return float(text)
     except ValueError:
-        value = -1.0
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1")
-    return value
+        return -1.0
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write the file that --json names.
+def share(text: str | float) -> float:
+    """A number from 0 to 1."""
+    if not 0.0 <= number(text) <= 1.0:
+        raise typer.BadParameter(f"{text!r} is not a share from 0 to 1")
+    return number(text)
+
+
+def _keys(incomplete: str) -> list[str]:
+    """Settings that an override may begin with, for completion in a shell."""
+    from megaresnorm.recipe.explain import recipe_keys
+
+    return [f"{key}=" for key in recipe_keys() if key.startswith(incomplete)]
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[section.key=value]...",
+        help="settings that replace those of the file, anywhere on the line",
+        autocompletion=_keys,
+    ),
+]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", parser=path, metavar="FILE", help="write every figure here (- prints it)")
+]
+_CHECKPOINT = "a checkpoint, or the output folder of a run: its newest one"
+CheckpointFolder = Annotated[Path, typer.Argument(parser=path, metavar="CHECKPOINT", help=_CHECKPOINT)]
+RunFolder = Annotated[Path, typer.Argument(parser=path, metavar="RUN", help="output folder of a run")]
+NewFolder = Annotated[Path, typer.Argument(parser=path, metavar="OUT", help="folder to make")]
+EndToken = Annotated[
+    str | None,
+    typer.Option(metavar="TOKEN", help="token of a tokenizer.json that ends documents; unset: the one its files name"),
+]
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write what --json names; - is standard output.
 
     Raises:
         ConfigError: it cannot be written.
     """
+    from megaresnorm.text import write
+
+    text = json.dumps(value, indent=1) + "\n"
+    if str(file) == "-":
+        write(text)
+        return
     try:
-        path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
     except OSError as e:
-        raise ConfigError(f"--json {path}: cannot be written ({e.strerror})") from None
+        raise ConfigError(f"--json {file}: cannot be written ({e.strerror})") from None
     except ValueError:
-        raise ConfigError(f"--json {path}: cannot be written (no file can have this name)") from None
+        raise ConfigError(f"--json {file}: cannot be written (no file can have this name)") from None
+
+
+def report(json_file: Path | None, value: Any, *tables: Any) -> None:
+    """Print tables, and write what --json names; JSON that goes to standard output stands there alone.
+
+    Args:
+        value: lists, dictionaries and figures.
+        tables: whatever rich prints.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    from megaresnorm.telemetry.log import console
+
+    if json_file is None or str(json_file) != "-":
+        for table in tables:
+            console.print(table)
+    if json_file is not None:
+        write_json(json_file, value)

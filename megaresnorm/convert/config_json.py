@@ -9,7 +9,7 @@ from megaresnorm.convert.families import FAMILIES
 from megaresnorm.convert.family import MEGATRON_NAME, OURS
 from megaresnorm.convert.files import CONFIG, check_plain_files, read_json
 from megaresnorm.errors import CheckpointError
-from megaresnorm.recipe.section import MAX_BLOCKS, MAX_SEQ_LEN, MAX_VOCAB, MAX_WIDTH
+from megaresnorm.limits import MAX_BLOCKS, MAX_SEQ_LEN, MAX_VOCAB, MAX_WIDTH
 
 MAX_CONFIG_VALUES = 100_000  # Transformers makes tables of them while it reads them
 # Limits of the numbers that classes of Transformers make a list, a table or a tensor of before a weight is looked at.

@@ -18,7 +18,7 @@ from megaresnorm.errors import CheckpointError, ConfigError
 from megaresnorm.model.topology import residual_at, topology
 from megaresnorm.model.transformer import has_embedding_norm
 from megaresnorm.recipe import ModelRecipe, TopologyOptions
-from megaresnorm.recipe.load import suggest
+from megaresnorm.recipe.explain import suggest
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from megaresnorm.data.hub import read_card
 from megaresnorm.data.tokenizer import Tokenizer
 from megaresnorm.data.tokenizer_files import TOKENIZER_CONFIG
 from megaresnorm.errors import CheckpointError, DataError
+from megaresnorm.limits import MAX_VOCAB
 from megaresnorm.reading import read_plain_file
-from megaresnorm.recipe.section import MAX_VOCAB
 
 T = TypeVar("T")
 CHAT_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"

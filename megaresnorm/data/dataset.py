@@ -13,8 +13,8 @@ from megaresnorm.data.indexed import TokenFiles, spread_chunks
 from megaresnorm.data.tokenizer import Tokenizer
 from megaresnorm.data.tokenizer_files import DATASET, load_tokenizer
 from megaresnorm.errors import DataError
+from megaresnorm.limits import MAX_VOCAB
 from megaresnorm.reading import open_plain_file, read_json_object
-from megaresnorm.recipe.section import MAX_VOCAB
 
 DESCRIPTION = DATASET
 PREFIX = "tokens"

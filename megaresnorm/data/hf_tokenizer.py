@@ -10,7 +10,7 @@ import numpy as np
 
 from megaresnorm.data.tokenizer import HUGGINGFACE_FILE, PROBE, guarded, without_stderr
 from megaresnorm.errors import DataError
-from megaresnorm.recipe.section import MAX_VOCAB
+from megaresnorm.limits import MAX_VOCAB
 
 # Names that published tokenizers give to the token that ends a document, and to the one that begins it, usual first.
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>", "[SEP]")

@@ -43,13 +43,14 @@ def benchmark_backends(device: torch.device, dtype: torch.dtype, shapes: list[tu
     for op in OPS:
         taken = choose_kernel(op, "auto", device, dtype)[0]
         for shape in shapes:
-            findings += [_try(kernel, kernel is taken, shape, device, dtype) for kernel in backends(op)]
+            findings += [_try(kernel, taken, shape, device, dtype) for kernel in backends(op)]
     return findings
 
 
 def _try(
-    kernel: Kernel, chosen: bool, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
+    kernel: Kernel, taken: Kernel, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
 ) -> BackendTiming:
+    chosen = kernel is taken
     reason = kernel.requires(device, dtype)
     if reason is not None:
         return BackendTiming(kernel.op, shape, kernel.backend, chosen, None, f"cannot run: {reason}")
@@ -66,7 +67,7 @@ def _try(
             None,
             f"failed: {(str(e) or type(e).__name__).splitlines()[0][:100]}",
         )
-    reason = "" if chosen else kernel.avoid(device, dtype) or "auto takes a faster one"
+    reason = "" if chosen else kernel.avoid(device, dtype) or f"auto takes {taken.backend}"
     return BackendTiming(kernel.op, shape, kernel.backend, chosen, milliseconds, reason)
 
 

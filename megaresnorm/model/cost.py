@@ -10,6 +10,14 @@ def block_flops(recipe: ModelRecipe) -> int:
     return sum(BRANCHES[kind].flops(recipe) for kind in SUBLAYERS)
 
 
+def training_flops(recipe: ModelRecipe) -> int:
+    """Forward and backward pass of the whole model for one token of a whole sequence.
+
+    The backward pass takes twice the products of the forward pass. Attention is causal: half of its scores are counted.
+    """
+    return 3 * (recipe.num_blocks * block_flops(recipe) + head_flops(recipe))
+
+
 def head_flops(recipe: ModelRecipe) -> int:
     """The output matrix, and about five operations per logit for the loss."""
     return (2 * recipe.dim + 5) * recipe.padded_vocab_size

@@ -5,9 +5,10 @@ matrices, for which a branch with unit input has an output of RMS v * w (v, w: g
 Xavier).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import sqrt
+from pathlib import Path
 
 from megaresnorm.errors import ConfigError
 from megaresnorm.model.parameters import default_embedding_std, default_position_std
@@ -15,6 +16,7 @@ from megaresnorm.model.specs import matrix_std
 from megaresnorm.model.topology import SUBLAYERS, ResidualSpec, residual_at, topology
 from megaresnorm.model.transformer import has_embedding_norm
 from megaresnorm.recipe import ModelRecipe, PrecisionRecipe, Recipe
+from megaresnorm.recipe.load import load_recipe as read
 
 BF16_HALF_ULP = 2.0**-8  # an add smaller than this share of its BF16 sum can vanish in the rounding
 
@@ -48,6 +50,17 @@ class SublayerEstimate:
     branch_to_trunk: float
 
 
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, with overrides of the form section.key=value, and check it as the command line does.
+
+    Raises:
+        ConfigError: it cannot be read, or describes a model that cannot be; one line.
+    """
+    recipe = read(path, overrides)
+    check(recipe)
+    return recipe
+
+
 def check(recipe: Recipe) -> list[Finding]:
     """The warnings for a recipe.
 
@@ -58,12 +71,13 @@ def check(recipe: Recipe) -> list[Finding]:
     for finding in findings:
         if finding.refused:
             raise ConfigError(finding.message)
-    if recipe.schedule.warmup_steps > recipe.train.steps:
+    warmup = recipe.schedule.warmup(recipe.train.steps)
+    if warmup > recipe.train.steps:
         findings.append(
             Finding(
                 "warmup",
                 f"the run of train.steps={recipe.train.steps} ends within schedule.warmup_steps="
-                f"{recipe.schedule.warmup_steps}: the learning rate does not reach optim.lr={recipe.optim.lr:g}",
+                f"{warmup}: the learning rate does not reach optim.lr={recipe.optim.lr:g}",
             )
         )
     return findings

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from megaresnorm.errors import ConfigError
 from megaresnorm.recipe import ModelRecipe
 from megaresnorm.recipe import TopologyOptions as Options
-from megaresnorm.recipe.load import suggest
+from megaresnorm.recipe.explain import suggest
 
 SUBLAYERS = ("attention", "ffn")  # of every block, in order: kinds of model/branches
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from uuid import uuid4
 
 from megaresnorm.errors import ConfigError
+from megaresnorm.limits import MAX_RANKS
 
 LAUNCHER = "MEGARESNORM_LAUNCHER"  # a private folder of this node's ranks and their supervisor
 ELASTIC = "MEGARESNORM_ELASTIC"  # nodes may come and go
 MAX_RESTARTS = "MEGARESNORM_MAX_RESTARTS"  # how often ranks are started again without a new checkpoint
-MAX_RANKS = 1 << 20  # ten times the largest cluster; more is a mistake that would be waited for
 MAX_PORT = 65535
 UNLIMITED = 1_000_000  # torchrun's own limit of restarts; ranks count by progress (resilience/signals.py)
 

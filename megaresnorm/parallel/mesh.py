@@ -179,8 +179,14 @@ def resolve_sizes(num_ranks: int, *, pp: int, dp_replicate: int | None, dp_shard
         for t, p in ((tp, 1), (1, pp), (1, 1))
         if (t, p) != (tp, pp) and (num_ranks == t * p * data if chosen else num_ranks % (t * p * data) == 0)
     ]
-    offers = [f"start {sizes.num_ranks} ranks", *dict.fromkeys(smaller)]
-    raise ConfigError(f"parallel: {spelled}, but {num_ranks} ranks were started; {', or '.join(offers)}")
+    start = f"start {sizes.num_ranks} ranks"
+    if num_ranks == 1:
+        start += f" (RANKS_PER_NODE={sizes.num_ranks} bash launch/torchrun.sh RECIPE ...)"
+    rest = num_ranks // (pp * tp) if num_ranks % (pp * tp) == 0 else 0
+    shards = [s for s in range(1, min(rest, 1024) + 1) if rest % s == 0] if dp_shard > 1 and not chosen else []
+    offers = [start, *dict.fromkeys(smaller), *([f"parallel.dp_shard in {shards}"] if shards else [])]
+    count = f"{num_ranks} rank{'s were' if num_ranks > 1 else ' was'} started"
+    raise ConfigError(f"parallel: {spelled}, but {count}; {', or '.join(offers)}")
 
 
 def usable_ranks(num_ranks: int, *, pp: int, dp_replicate: int | None, dp_shard: int, tp: int) -> int:

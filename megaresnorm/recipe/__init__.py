@@ -93,12 +93,13 @@ class Recipe(Section):
                 f"train.batch_ramp.start={train.batch_ramp.start} must be a multiple of train.micro_batch={micro} "
                 f"and at most train.global_batch={train.global_batch}"
             )
-        decay = (schedule.decay_steps or 0) if schedule.kind == "wsd" else 0
-        if decay and schedule.warmup_steps + decay > train.steps:  # without a decay a run may end while it warms up
+        warmup, decay = schedule.warmup(train.steps), (schedule.decay_steps or 0) if schedule.kind == "wsd" else 0
+        if decay and warmup + decay > train.steps:  # without a decay a run may end while it warms up
             raise ValueError(
-                f"schedule.warmup_steps={schedule.warmup_steps} and schedule.decay_steps={decay} "
-                f"do not fit into train.steps={train.steps}"
+                f"{warmup} steps of warm-up and schedule.decay_steps={decay} do not fit into train.steps={train.steps}"
             )
+        if schedule.min_lr is not None and schedule.min_lr > self.optim.lr:
+            raise ValueError(f"schedule.min_lr={schedule.min_lr} must be at most optim.lr={self.optim.lr}, the peak")
         return self
 
     @model_validator(mode="after")

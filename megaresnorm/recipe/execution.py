@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from megaresnorm.recipe.section import MAX_BLOCKS, MAX_CHUNKS, BlocksOr0, Ranks, Section, Word, refuse_ignored
+from megaresnorm.limits import MAX_BLOCKS, MAX_CHUNKS
+from megaresnorm.recipe.section import BlocksOr0, Ranks, Section, Word, refuse_ignored
 
 
 class PrecisionRecipe(Section):

@@ -4,21 +4,21 @@ The YAML read here is the safe subset of YAML 1.2's core schema: ``3e-4`` is a n
 a boolean and an octal number, and a key given twice is an error.
 """
 
-import difflib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from megaresnorm.errors import ConfigError
 from megaresnorm.reading import first_line, is_beside, read_plain_file
 from megaresnorm.recipe import Recipe
-from megaresnorm.recipe.names import FOREIGN_NAMES, MAX_SHOWN, short, under_new_names
+from megaresnorm.recipe.explain import explain
+from megaresnorm.recipe.names import MAX_SHOWN, short, under_new_names
 
 MAX_RECIPE_BYTES = 1 << 18  # a blend of a thousand sources with long paths; PyYAML takes two seconds for so much
 MAX_VALUES = 8_000  # of a recipe, every alias counted as all that it stands for
@@ -228,99 +228,21 @@ def build_recipe(values: dict) -> Recipe:
     except ValidationError as e:
         # An unknown key explains a missing one better than the other way round.
         errors = sorted(e.errors(), key=lambda error: error["type"] != "extra_forbidden")
-        raise ConfigError(_explain(errors[0])) from None
+        raise ConfigError(explain(errors[0])) from None
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML that load_recipe reads back to an equal recipe."""
-    return dump_values(recipe.model_dump(exclude_none=True))
+def dump_recipe(recipe: Recipe, *, full: bool = True) -> str:
+    """The recipe as YAML that load_recipe reads back to an equal recipe.
+
+    Args:
+        full: with every setting, rather than those that differ from the defaults.
+    """
+    return dump_values(recipe.model_dump(exclude_none=True, exclude_defaults=not full))
 
 
 def dump_values(values: dict) -> str:
     """Plain values of a recipe as YAML."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
-
-
-def recipe_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of a recipe.
-
-    >>> "model.init.std" in set(recipe_keys())
-    True
-    """
-    for name, field in model.model_fields.items():
-        inner = _section_of(field.annotation)
-        if inner is None:
-            yield prefix + name
-        else:
-            yield from recipe_keys(inner, f"{prefix}{name}.")
-
-
-def suggest(word: str, allowed: Sequence[str]) -> str:
-    """'; did you mean X?' for the allowed word that is nearest, or nothing.
-
-    >>> suggest("deepnrom", ["deepnorm", "keel"])
-    '; did you mean deepnorm?'
-    """
-    close = difflib.get_close_matches(word[:MAX_SHOWN], allowed, n=1, cutoff=0.55)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    for kind in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
-
-
-def _explain(error: Any) -> str:
-    """One line for one pydantic error: key, value, what is allowed, a suggestion."""
-    key = ".".join(str(part) for part in error["loc"])
-    key = key if len(key) <= 2 * MAX_SHOWN else f"{key[: 2 * MAX_SHOWN]}..."
-    value, kind, context = error["input"], error["type"], error.get("ctx", {})
-    if kind == "extra_forbidden":
-        return f"{key}: no such setting{_suggest_key(key)}"
-    if kind == "missing":
-        return f"{key} is missing; set it in the file or as {key}=..."
-    if kind == "value_error":  # our own validators already name the keys
-        return str(context["error"])
-    if kind == "model_type":
-        return f"{key}={short(value)}: wanted a section with keys, got a {type(value).__name__}"
-    if kind == "literal_error":
-        allowed = re.findall(r"'([^']*)'", context["expected"])
-        return f"{key}={short(value)}: wanted one of {', '.join(allowed)}{suggest(str(value), allowed)}"
-    wanted = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    wanted = "boolean, true or false" if kind == "bool_type" else wanted
-    got = f", got a {type(value).__name__}" if kind.endswith(("_type", "_float", "_parsing")) else ""
-    if kind == "string_type" and isinstance(value, int | float):
-        got += f"; to mean a text put it in quotes, as in {key}='\"{short(value)}\"'"
-    return f"{key}={short(value)}: wanted {wanted[0].lower()}{wanted[1:]}{got}"
-
-
-def _suggest_key(key: str) -> str:
-    """The key meant by a misspelt one: in the same section first, else the same name in another section."""
-    keys = list(recipe_keys())
-    names = {".".join(k.split(".")[: i + 1]) for k in keys for i in range(k.count(".") + 1)}
-    section, _, leaf = key.rpartition(".")
-    for ours, theirs in FOREIGN_NAMES.items():
-        if leaf in theirs:
-            return f"; did you mean {ours}?"
-    siblings = sorted(n for n in names if n.rpartition(".")[0] == section)
-    close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.0)
-    best = close[0] if close and _similar(leaf, close[0].rpartition(".")[2]) else None
-    if best is None:
-        elsewhere = sorted(keys, key=lambda n: _ratio(leaf, n.rpartition(".")[2]), reverse=True)[0]
-        best = elsewhere if _similar(leaf, elsewhere.rpartition(".")[2], 0.7) else None
-    if best:
-        return f"; did you mean {best}?"
-    return f"; {section or 'a recipe'} has {', '.join(n.rpartition('.')[2] for n in siblings)}"
-
-
-def _ratio(a: str, b: str) -> float:
-    return difflib.SequenceMatcher(None, a, b).ratio()
-
-
-def _similar(a: str, b: str, least: float = 0.6) -> bool:
-    return _ratio(a, b) >= least
 
 
 def differences(before: dict, now: dict, prefix: str = "") -> dict[str, tuple[str, str]]:

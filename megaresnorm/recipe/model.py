@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from megaresnorm.limits import MAX_WIDTH
 from megaresnorm.recipe.section import (
-    MAX_WIDTH,
     AtLeast1,
     Blocks,
     Fraction,

@@ -1,29 +1,72 @@
 """What settings are called elsewhere, and what they were called before."""
 
+import json
 import reprlib
-from typing import Any
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from megaresnorm.errors import ConfigError
 
 MAX_SHOWN = 60  # characters of a name or value in an error
-# Names that other frameworks have for our settings.
-FOREIGN_NAMES = {
-    "model.num_blocks": ("num_layers", "n_layer", "n_layers", "num_hidden_layers", "depth"),
-    "model.dim": ("hidden_size", "d_model", "n_embd", "embed_dim", "width"),
-    "model.ffn_dim": ("intermediate_size", "ffn_hidden_size", "hidden_dim", "d_ff"),
-    "model.num_heads": ("num_attention_heads", "n_head", "n_heads"),
-    "model.num_kv_heads": ("num_key_value_heads", "num_query_groups", "n_kv_heads"),
-    "model.seq_len": ("seq_length", "max_seq_len", "max_position_embeddings", "block_size", "context_length"),
-    "model.tied_embeddings": ("tie_word_embeddings",),
-    "optim.lr": ("learning_rate", "max_lr", "peak_lr"),
-    "optim.clip_norm": ("clip_grad", "max_grad_norm", "gradient_clipping", "grad_clip"),
-    "train.global_batch": ("batch_size", "global_batch_size"),
-    "train.micro_batch": ("micro_batch_size", "per_device_train_batch_size"),
-    "train.steps": ("max_steps", "train_iters", "max_iters", "num_train_steps"),
-    "precision.compute": ("dtype", "bf16", "mixed_precision"),
-}
+FOREIGN_NAMES = Path(__file__).with_name("foreign_names.tsv")
+
+
+class Foreign(NamedTuple):
+    """What another framework calls a setting.
+
+    Attributes:
+        framework: megatron, torchtitan, deepspeed, hf or others.
+        key: our dotted key; empty where there is none.
+        sentence: how it differs, or what to do instead; may be empty where there is a key.
+    """
+
+    framework: str
+    name: str
+    key: str
+    sentence: str
+
+    @property
+    def meaning(self) -> str:
+        """Our key, the sentence, or both."""
+        return f"{self.key}, {self.sentence}" if self.key and self.sentence else self.key or self.sentence
+
+
+@cache
+def foreign_names() -> tuple[Foreign, ...]:
+    """Names that other frameworks have, the most used ones first in each."""
+    lines = FOREIGN_NAMES.read_text(encoding="utf-8").splitlines()
+    return tuple(Foreign(*line.split("\t")) for line in lines if not line.startswith("#"))
+
+
+def meaning_of(name: str) -> str | None:
+    """What to say of a name that another framework has; None where none has it.
+
+    Where frameworks mean different things by it, all are said.
+
+    >>> meaning_of("learning_rate")
+    'did you mean optim.lr?'
+    """
+    found = [one for one in foreign_names() if one.name == name]
+    if not found:
+        return None
+    if len({one.key for one in found}) == 1 and found[0].key:
+        sentences = list(dict.fromkeys(one.sentence for one in found if one.sentence))
+        return f"did you mean {found[0].key}?" + (f" ({'; '.join(sentences)})" if sentences else "")
+    meanings: dict[str, list[str]] = {}
+    for one in found:
+        meanings.setdefault(one.meaning, []).append(one.framework)
+    if len(meanings) == 1:
+        return found[0].sentence
+    return "; ".join(f"in {' and '.join(dict.fromkeys(names))}: {meaning}" for meaning, names in meanings.items())
+
+
 # Settings of older versions: their present names, and the present value for each of theirs.
-OLD_NAMES = {"parallel.shard": ("reshard_after_forward", {"parameters": True, "gradients": False})}
+OLD_NAMES: dict[str, tuple[str, dict]] = {
+    "parallel.shard": ("reshard_after_forward", {"parameters": True, "gradients": False}),
+    "train.tensorboard": ("loggers", {True: ["tensorboard"], False: []}),
+}
 
 
 def under_new_names(values: dict) -> dict:
@@ -35,15 +78,18 @@ def under_new_names(values: dict) -> dict:
             continue
         if new in given:
             raise ConfigError(f"{old} is called {section}.{new} now, and both are given; remove {old}")
-        if not isinstance(given[key], str) or given[key] not in meanings:
-            meant = ", ".join(f"{meaning} ({value})".lower() for value, meaning in meanings.items())
+        if not isinstance(given[key], str | bool) or given[key] not in meanings:
+            meant = ", ".join(f"{json.dumps(meaning)} ({value})".lower() for value, meaning in meanings.items())
             raise ConfigError(f"{old}={short(given[key])}: it is called {section}.{new} now; set that to {meant}")
         rest = {name: value for name, value in given.items() if name != key}
         values = values | {section: rest | {new: meanings[given[key]]}}
     return values
 
 
-NEWER = {"data": ("tokenizer", "split", "valid")}  # settings that there once were not, which is None today
+NEWER = {  # settings that there once were not, which is None today
+    "data": ("tokenizer", "split", "valid"),
+    "schedule": ("warmup_ratio", "min_lr"),
+}
 
 
 def under_first_names(values: dict) -> dict:
@@ -59,12 +105,24 @@ def under_first_names(values: dict) -> dict:
         if new in values.get(section, {}):
             rest = dict(values[section])
             given = rest.pop(new)
-            values = values | {section: rest | {key: next(v for v, m in meanings.items() if m is given)}}
+            values = values | {section: rest | {key: next((v for v, m in meanings.items() if m == given), given)}}
     for section, keys in NEWER.items():
         if section in values:
             kept = {key: value for key, value in values[section].items() if key not in keys or value is not None}
             values = values | {section: kept}
     return values
+
+
+def flat(values: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of every setting.
+
+    >>> flat({"train": {"steps": 3}})
+    {'train.steps': 3}
+    """
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
 def short(value: Any) -> str:

@@ -5,10 +5,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 from typing_extensions import Self
 
+from megaresnorm.limits import MAX_SOURCES, MAX_STEPS, MAX_TOKENS
 from megaresnorm.recipe.section import (
-    MAX_SOURCES,
-    MAX_STEPS,
-    MAX_TOKENS,
     AtLeast1,
     Batch,
     Count,
@@ -153,18 +151,29 @@ class ScheduleRecipe(Section):
     """Shape of the learning rate after the warm-up; wsd: constant, then linear over ``decay_steps``."""
     warmup_steps: CountOr0 = 0
     """Steps of linear warm-up from 0."""
+    warmup_ratio: Fraction | None = None
+    """The warm-up as a share of train.steps, in place of ``warmup_steps``."""
     decay_steps: Count | None = None
-    """wsd: steps of the final decay; unset: a tenth of train.steps."""
+    """linear, cosine: steps of the decay after the warm-up, with the lowest rate from there on (unset: all that are
+    left); wsd: the last steps of the run, in which the rate decays (unset: a tenth of train.steps)."""
     min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Learning rate at the end, as a share of optim.lr (linear, cosine, wsd)."""
+    """Lowest learning rate of the decay, as a share of optim.lr (linear, cosine, wsd)."""
+    min_lr: PositiveOr0 | None = None
+    """The lowest learning rate itself, in place of ``min_ratio``."""
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Self:
         if self.kind in ("constant", "inverse_sqrt"):
-            refuse_ignored(self, "schedule", f"schedule.kind={self.kind}", "min_ratio")
-        if self.kind != "wsd":
-            refuse_ignored(self, "schedule", f"schedule.kind={self.kind}", "decay_steps")
+            refuse_ignored(self, "schedule", f"schedule.kind={self.kind}", "min_ratio", "min_lr", "decay_steps")
+        if self.warmup_ratio is not None:
+            refuse_ignored(self, "schedule", "schedule.warmup_ratio", "warmup_steps")
+        if self.min_lr is not None:
+            refuse_ignored(self, "schedule", "schedule.min_lr", "min_ratio")
         return self
+
+    def warmup(self, steps: int) -> int:
+        """Steps of warm-up in a run of so many steps, whichever way they are given."""
+        return self.warmup_steps if self.warmup_ratio is None else round(self.warmup_ratio * steps)
 
 
 class BatchRamp(Section):
@@ -205,8 +214,8 @@ class TrainRecipe(Section):
     """Validation samples of one evaluation (fewer if the split has fewer)."""
     log_every: Count = 1
     """Steps between console lines; metrics are recorded at every step."""
-    tensorboard: bool = True
-    """Write TensorBoard files beside the JSON lines."""
+    loggers: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], Field(max_length=3)] = ["tensorboard"]
+    """Where metrics go besides metrics.jsonl; wandb and mlflow are packages of their own (extras of those names)."""
     max_skipped_steps: Count = 10
     """Steps in a row refused for a non-finite gradient before the run gives up."""
     max_minutes: Positive | None = None

@@ -1,6 +1,8 @@
 """The output folder of a run: held by one job at a time, seen by all of its ranks, and found writable before step 0."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megaresnorm.checkpoint.format import Groups
 from megaresnorm.checkpoint.resume import wait_until_seen
@@ -70,8 +72,13 @@ class OutputFolder:
         except OSError as e:
             raise TrainingError(f"train.output={self.path}: cannot be written ({e.strerror})") from None
 
-    def open_metrics(self, first_step: int, *, tensorboard: bool) -> MetricsWriter | None:
-        """The first rank's metrics file, written from ``first_step`` on; None on the other ranks.
+    def open_metrics(self, first_step: int, loggers: Sequence[str], settings: dict[str, Any]) -> MetricsWriter | None:
+        """The first rank's metrics, written from ``first_step`` on; None on the other ranks.
+
+        Args:
+            first_step: counted from 1.
+            loggers: as in train.loggers.
+            settings: the recipe's, by dotted key.
 
         Raises:
             TrainingError: the file cannot be written.
@@ -79,7 +86,7 @@ class OutputFolder:
         if self._control.rank > 0:
             return None
         try:
-            return MetricsWriter(self.path, first_step=first_step, tensorboard=tensorboard)
+            return MetricsWriter(self.path, first_step=first_step, loggers=loggers, settings=settings)
         except OSError as e:
             raise TrainingError(f"train.output={self.path}: cannot be written ({e.strerror})") from None
 

@@ -10,8 +10,10 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 from megaresnorm.errors import StoppedError
 from megaresnorm.parallel.environment import Environment, read_environment
@@ -32,7 +34,7 @@ class StopSignals:
 
     After ``stop.begin()`` the first SIGINT, SIGTERM or SIGUSR1 only sets ``stop.exit_code``. The second ends the
     process at once, even where its main thread waits for other ranks. That tears no checkpoint, since each is renamed
-    into place when it is complete.
+    into place when it is complete. In a notebook or a shell of Python a second Ctrl-C raises KeyboardInterrupt instead.
 
     Before ``begin`` there is nothing to save: the first signal raises StoppedError in the main thread, or ends a rank
     that is waiting for others. Ranks that torchrun itself signals, because others have died or nodes have come, are to
@@ -141,7 +143,7 @@ class StopSignals:
             self.received, self._first = number, time.monotonic()
             if not self._begun and (self._launcher is not None or self._environment.world_size > 1):
                 threading.Timer(0.0 if self._launcher else PATIENCE, self._end_before_begin).start()
-        elif time.monotonic() - self._first > repeats:
+        elif time.monotonic() - self._first > repeats and not (number == signal.SIGINT and _is_interactive()):
             self._end_at_once(128 + number, "a second signal: ended at once, without saving")
 
     def _end_before_begin(self) -> None:
@@ -166,6 +168,35 @@ class StopSignals:
             raise StoppedError(
                 f"{signal.Signals(number).name} before the first step; nothing was to be saved", 128 + number
             )
+        second = self.received is not None and time.monotonic() - self._first > REPEATS
+        if second and number == signal.SIGINT and _is_interactive():
+            raise KeyboardInterrupt
+
+
+def _is_interactive() -> bool:
+    """Whether this is a notebook's kernel or a shell of Python, which is not to end with a run."""
+    return "ipykernel" in sys.modules or hasattr(sys, "ps1")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where nothing else hears it: what has begun is undone, as after Ctrl-C."""
+
+
+def _raise_terminated(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+@contextmanager
+def undone_on_sigterm() -> Iterator[None]:
+    """Raise Terminated on SIGTERM, in commands that undo what they have begun."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
 def end_on_purpose(code: int, environment: Environment | None = None) -> int:

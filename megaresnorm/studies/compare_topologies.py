@@ -38,7 +38,7 @@ SET_BY_COMPARISON = ("model.topology=", "model.num_blocks=", "train.seed=", "tra
 DEFAULTS: dict[str, Any] = {
     "model": {"dim": 48, "num_heads": 2, "ffn_dim": 96, "seq_len": 64, "ffn": "gelu", "norm": "layernorm",
               "norm_bias": False, "positions": "learned"},
-    "train": {"steps": 150, "global_batch": 8, "eval_every": 0, "sample_tokens": 0, "tensorboard": False,
+    "train": {"steps": 150, "global_batch": 8, "eval_every": 0, "sample_tokens": 0, "loggers": [],
               "log_every": 50},
     "checkpoint": {"every": 0},
     "optim": {"lr": 1e-3},
@@ -331,11 +331,12 @@ def _draw(results: Sequence[Result], path: Path) -> bool:
         for r in (r for r in results if r.num_blocks == depth):
             label = r.topology if r.seed == results[0].seed else None
             panel.plot(_running_mean(r.losses), color=f"C{names.index(r.topology)}", label=label, linewidth=1.2)
-        panel.axhline(results[0].unigram_entropy, color="grey", linestyle=":", linewidth=1)
+        panel.axhline(results[0].unigram_entropy, color="grey", linestyle=":", linewidth=1, label="unigram entropy")
         panel.set(title=f"{2 * depth} sub-layers", xlabel="step")
         panel.grid(alpha=0.3)
-    top = results[0].unigram_entropy
-    panels[0][0].set(ylabel="loss, nats (mean of 10 steps)", ylim=(min(r.best for r in results) - 0.1, top + 0.6))
+    lowest = min(r.best for r in results)  # of short runs above the unigram entropy
+    top = max(results[0].unigram_entropy + 0.6, lowest + 1.0)
+    panels[0][0].set(ylabel="loss, nats (mean of 10 steps)", ylim=(lowest - 0.1, top))
     panels[0][-1].legend(fontsize="small")
     figure.tight_layout()
     picture = BytesIO()

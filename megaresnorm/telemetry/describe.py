@@ -1,33 +1,58 @@
 """Description of a run, in lines for the console."""
 
+import re
+
 import torch
 
 from megaresnorm.assemble import Assembled
 from megaresnorm.data.samples import Samples
 from megaresnorm.layout import split_stages
 from megaresnorm.recipe import Recipe
-from megaresnorm.schedule import total_variation
+from megaresnorm.recipe.load import dump_recipe
+from megaresnorm.schedule import samples_before
+from megaresnorm.telemetry.log import large
 from megaresnorm.text import shown
 
 
-def describe_run(recipe: Recipe, assembled: Assembled, samples: Samples) -> list[str]:
-    """Lines on the model, ranks, precision, kernels, data and schedule of a run, control characters written out."""
-    model = recipe.model
+def describe_run(recipe: Recipe, assembled: Assembled, samples: Samples, *, full: bool = False) -> list[str]:
+    """Lines on the settings, model, ranks, precision, kernels, data and schedule of a run.
+
+    Args:
+        full: every setting, rather than those that differ from the defaults.
+    """
+    model, train = recipe.model, recipe.train
     parameters = sum(spec.num_elements for spec in assembled.table.values())
-    tokens = recipe.train.global_batch * model.seq_len
+    drawn = samples_before(train.steps, train)
     lines = [
+        f"recipe    {train.output}/recipe.yaml{'' if full else ', where it differs from the defaults'}",
+        *(f"  {line}" for line in dump_recipe(recipe, full=full).rstrip().splitlines()),
         f"model     {model.topology}, {model.num_blocks} blocks = {2 * model.num_blocks} sub-layers, "
         f"width {model.dim}, {parameters:,} parameters",
         *_ranks(recipe, assembled),
         f"precision {recipe.precision.compute}, residual stream {recipe.precision.stream}, {assembled.device.type}, "
         f"{torch.get_num_threads()} threads",
-        *(f"kernel    {choice}" for choice in assembled.kernel_choices.values()),
+        *_kernels(assembled),
         f"data      {data_name(recipe)}: {samples.num_documents:,} documents, "
         f"{samples.per_epoch:,} sequences of {model.seq_len} tokens to train on",
-        f"schedule  {recipe.train.steps:,} steps of {tokens:,} tokens, {recipe.schedule.kind}, "
-        f"peak lr {recipe.optim.lr:g}, total variation of the lr {total_variation(recipe):.3g}",
+        f"schedule  {train.steps:,} steps of {train.global_batch * model.seq_len:,} tokens, {recipe.schedule.kind}, "
+        f"peak lr {recipe.optim.lr:g}; {large(drawn * model.seq_len)} tokens in all, "
+        f"{drawn / samples.per_epoch:.3g} epochs",
     ]
     return [shown(line) for line in lines]
+
+
+def _kernels(assembled: Assembled) -> list[str]:
+    """The chosen backends in one line, then each reason for which another one was not taken, once."""
+    chosen: list[str] = []
+    ops_by_reason: dict[str, list[str]] = {}
+    for op, choice in assembled.kernel_choices.items():  # "op on device: backend (why; not another: reason; ...)"
+        backend, _, why = choice.partition(": ")[2].partition(" (")
+        chosen.append(f"{op} {backend}")
+        for reason in re.split(r"; (?=not \w+: )", why.removesuffix(")"))[1:]:
+            if assembled.device.type != "cpu" or "NVIDIA GPUs" not in reason:  # known to whoever has none
+                ops_by_reason.setdefault(reason, []).append(op)
+    reasons = [f"          {reason} ({', '.join(ops)})" for reason, ops in ops_by_reason.items()]
+    return [f"kernels   {', '.join(chosen)}", *reasons]
 
 
 def data_name(recipe: Recipe) -> str:

@@ -3,9 +3,9 @@
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import rich.console
@@ -50,7 +50,19 @@ def _cell(content: RenderableType | list[str] | None) -> RenderableType | None:
     return "\n".join(map(shown, lines)) if isinstance(lines, list) else lines
 
 
-console = Console(soft_wrap=True)
+class _Shell(Console):
+    """The console of commands. Where it is no terminal, tables are as wide as their content."""
+
+    @property
+    def options(self) -> rich.console.ConsoleOptions:
+        """How wide things may be."""
+        options = super().options
+        return options if self.is_terminal or self.is_jupyter else options.update(width=UNLIMITED)
+
+
+UNLIMITED = 100_000  # columns
+console = _Shell(soft_wrap=True)
+log = logging.getLogger(__name__)
 
 
 class _ConsoleHandler(logging.Handler):
@@ -76,9 +88,30 @@ def log_to_console_by_default() -> None:
         configure_logging(read_environment().rank)
 
 
+def log_lines(lines: list[str]) -> None:
+    """Log several lines, each as one record."""
+    for line in lines:
+        log.info("%s", line)
+
+
+class Bar:
+    """A progress bar with room for a few words, as ``progress_bar`` makes it."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def advance(self, num: float = 1, note: str | None = None) -> None:
+        """Move it, and say something beside it."""
+        bar = self._progress.task_ids[0]
+        if note is None:
+            self._progress.advance(bar, num)
+        else:
+            self._progress.update(bar, advance=num, note=shown(note))
+
+
 @contextmanager
-def progress_bar(label: str, total: int | None, done: int = 0, *, of_bytes: bool = False) -> Iterator[Progress]:
-    """A bar on a terminal, nothing elsewhere. ``progress.advance(progress.task_ids[0], n)`` moves it.
+def progress_bar(label: str, total: int | None, done: int = 0, *, of_bytes: bool = False) -> Iterator[Bar]:
+    """A bar on a terminal, nothing elsewhere.
 
     Args:
         total: None where it is not known.
@@ -86,10 +119,11 @@ def progress_bar(label: str, total: int | None, done: int = 0, *, of_bytes: bool
         of_bytes: whether the unit is bytes.
     """
     amount = DownloadColumn() if of_bytes else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), amount, TimeRemainingColumn())
+    note = TextColumn("{task.fields[note]}", markup=False)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), amount, TimeRemainingColumn(), note)
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        progress.add_task(shown(label), total=total, completed=done)
-        yield progress
+        progress.add_task(shown(label), total=total, completed=done, note="")
+        yield Bar(progress)
 
 
 @contextmanager
@@ -103,26 +137,49 @@ def progress_bars() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
 
         def start(label: str, total: int) -> Callable[[int], None]:
             current.close()
-            bar = current.enter_context(progress_bar(label, total or None, of_bytes=True))
-            return partial(bar.advance, bar.task_ids[0])
+            return current.enter_context(progress_bar(label, total or None, of_bytes=True)).advance
 
         yield start
 
 
-def step_line(step: int, steps: int, metrics: dict[str, float | None]) -> str:
+def step_line(step: int, steps: int, metrics: Mapping[str, float | None]) -> str:
     """One aligned line: its columns stay in place from the first step of a run to the last.
 
-    A step without labels has no loss.
+    Speeds are means over the steps since the line before, TFLOP/s those of one rank. A step without labels has no loss.
 
-    >>> step_line(7, 1000, {"loss": 5.25, "gradient_norm": 1.5, "lr": 1e-3, "tokens_per_second": 10500.0})
-    'step    7/1000 | loss  5.2500 | grad   1.500 | lr 1.000e-03 |    10,500 tok/s'
+    >>> figures = {"loss": 5.25, "gradient_norm": 1.5, "lr": 1e-3, "tokens_per_second": 10500.0, "seconds": 0.0975}
+    >>> step_line(7, 1000, figures | {"tflops": 0.021, "peak_memory": 530_000_000, "tokens": 7168, "time": 0.0})[:70]
+    'step    7/1000 | loss  5.2500 | grad   1.500 | lr 1.000e-03 |    10,50'
     """
     loss = "   none" if metrics["loss"] is None else f"{metrics['loss']:7.4f}"
-    line = (
+    parts = [
         f"step {step:>{len(str(steps))}}/{steps} | loss {loss} | grad {metrics['gradient_norm']:7.3f} "
-        f"| lr {metrics['lr']:.3e} | {metrics['tokens_per_second']:9,.0f} tok/s"
-    )
-    return line + (f" | {valid_figures(metrics)}" if "valid_loss" in metrics else "")
+        f"| lr {metrics['lr']:.3e} | {metrics['tokens_per_second']:9,.0f} tok/s | {metrics['seconds']:6.3f} s",
+        f"{metrics['tflops']:.3g} TFLOP/s" + (f", {metrics['mfu']:.1%} MFU" if metrics.get("mfu") is not None else ""),
+    ]
+    if metrics.get("peak_memory") is not None:
+        parts.append(f"{(metrics['peak_memory'] or 0) / 1e9:.2f} GB")
+    parts.append(f"{large(metrics['tokens'] or 0)} tokens")
+    parts.append(time.strftime("%H:%M:%S", time.localtime(metrics["time"])))
+    return " | ".join(parts) + (f" | {valid_figures(metrics)}" if "valid_loss" in metrics else "")
+
+
+def bar_note(metrics: Mapping[str, float | None]) -> str:
+    """What stands beside the bar of a run."""
+    loss = "" if metrics["loss"] is None else f"loss {metrics['loss']:.4f}  "
+    return f"{loss}{large(metrics['tokens_per_second'] or 0)} tok/s"
+
+
+def large(number: float) -> str:
+    """A large number in few characters.
+
+    >>> large(999), large(20480), large(1_049_733_760), large(3e12)
+    ('999', '20.5 K', '1.05 G', '3 T')
+    """
+    power = 0
+    while number >= 999.5 and power < 7:
+        number, power = number / 1000, power + 1
+    return f"{number:.3g}{['', ' K', ' M', ' G', ' T', ' P', ' E', ' Z'][power]}"
 
 
 def valid_figures(metrics: Mapping[str, float | None]) -> str:

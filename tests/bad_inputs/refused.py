@@ -34,9 +34,6 @@ def refused(argv: list, wanted: str, root: Path, capture) -> str:
     signal.alarm(HANGS)
     try:
         code = main(argv)
-        usage = 0
-    except SystemExit as e:  # of argparse, which says how the command is used first
-        code, usage = e.code, None
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
@@ -46,7 +43,7 @@ def refused(argv: list, wanted: str, root: Path, capture) -> str:
     lines = error.splitlines()
     assert code in CODES, (code, error[-2000:])
     assert "Traceback" not in error and "panicked" not in error, error[-2000:]
-    assert usage is None or len(lines) == 1, error[-2000:]
+    assert len(lines) == 1, error[-2000:]
     line = lines[-1]
     assert line.startswith("megaresnorm") and "error: " in line and len(line) < 2500, line[:500]
     assert wanted in line, line

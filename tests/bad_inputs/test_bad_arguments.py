@@ -40,7 +40,7 @@ ARGUMENTS = [
     (["generate", "RUN", "--prompt", "abc\udce9"], "--prompt: not UTF-8 text (byte 3)"),
     (["generate", "RUN", "--end-token", "</s>", "--tokenizer", "bytes"], "has its own tokenizer"),
     (["doctor", "--shapes", "1000000000x1000000000"], "is no shape"),
-    (["doctor", "--shapes", "100000000x100000000"], "of memory"),
+    (["doctor", "--kernels", "--shapes", "100000000x100000000"], "of memory"),
     (["doctor", "--shapes", "1x1x1"], "is no shape"),
     (["doctor", "--shapes", "0x1"], "is no shape"),
     (["doctor", "--shapes", ""], "is no shape"),
@@ -94,8 +94,7 @@ ARGUMENTS = [
     (["checkpoint", "diff", "RUN", "x" * 300], "too long"),
     (["schema", "x" * 5000], "xxx"),
     (["x" * 5000], "xxx"),
-    ([], "COMMAND"),
-    (["train"], "recipe"),
+    (["train"], "Missing argument 'RECIPE'; see megaresnorm train --help"),
 ]  # fmt: skip
 
 

@@ -127,7 +127,7 @@ CASES: dict[str, tuple[dict, list[str], str]] = {
     "the folder of a run": ({}, ["train", "RECIPE", "data.path=ROOT"], "did you mean"),
     "a path with an unset variable": ({}, ["train", "RECIPE", "train.output=$NO_SUCH_VARIABLE/run"],
                                       "the variable $NO_SUCH_VARIABLE is not set"),
-    "yes": ({}, ["train", "RECIPE", "train.tensorboard=yes"], "wanted boolean, true or false"),
+    "yes": ({}, ["train", "RECIPE", "train.tensorboard=yes"], "it is called train.loggers now; set that to"),
     "a ramp without microbatches": (
         {}, ["train", "RECIPE", "train.global_batch=8", "train.batch_ramp={start: 2, steps: 2}"],
         "train.micro_batch, which is not set",

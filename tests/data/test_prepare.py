@@ -226,8 +226,7 @@ def test_a_tokenizer_is_trained_on_the_same_share_of_every_file(tmp_path, monkey
 def test_names_too_long_for_a_file_cost_one_line(tmp_path, capsys):
     long = "x" * 300
     assert main(["prepare", long, "--out", str(tmp_path / "out")]) == 3
-    with pytest.raises(SystemExit, match="2"):
-        main(["prepare", __file__.replace(".py", ".txt"), "--out", long])
+    assert main(["prepare", __file__.replace(".py", ".txt"), "--out", long]) == 2
     first, *_, last = capsys.readouterr().err.splitlines()
     assert "File name too long" in first and "is too long for a path" in last
     with pytest.raises(DataError, match="File name too long"):

@@ -97,7 +97,7 @@ def test_a_library_is_built_once_and_another_source_or_flag_is_another_library(c
 @needs_compiler
 def test_the_kernels_run_after_their_library_was_torn(tmp_path, monkeypatch):
     build.load()  # where all tests have it
-    folder = os.open(build._folder(), os.O_RDONLY)
+    folder = os.open(build.cache_folder(), os.O_RDONLY)
     name = f"{build.levels()[0]}-{build._identity(build._compiler(), FLAGS_OF_BEST)[:24]}.so"
     whole = trusted.read(folder, name)
     os.close(folder)

@@ -89,7 +89,7 @@ def test_versions_files_recipes_and_data_that_differ_are_named(tiny):
 
 
 def test_the_facts_cover_every_setting_and_source_file(tiny):
-    from megaresnorm.recipe.load import recipe_keys
+    from megaresnorm.recipe.explain import recipe_keys
 
     facts = facts_of_start(tiny())
     files = list(Path(megaresnorm.__file__).parent.rglob("*.py"))

@@ -68,7 +68,7 @@ def at_steps(monkeypatch, actions: dict) -> None:
 def test_a_full_disk_costs_checkpoints_and_nothing_else(tiny, disk, tmp_path, monkeypatch, caplog, case):
     """Full from step 14 to 26 of 36, with more or less left; in every second case found in the middle of a write."""
     chance = random.Random(case)
-    common = {"steps": 36, "eval_every": 0, "tensorboard": True}
+    common = {"steps": 36, "eval_every": 0, "loggers": ["tensorboard"]}
     recipe = tiny(train=common | {"output": str(disk / "run")}, checkpoint={"every": 4, "max_failures": 4})
     want = train(tiny(train=common | {"output": str(tmp_path / "plain")}))
     if case % 2:

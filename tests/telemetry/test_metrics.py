@@ -6,12 +6,13 @@ import time
 
 import pytest
 
-from megaresnorm.telemetry.metrics import MAX_LINE_BYTES, MetricsWriter, stamp_after
+from megaresnorm.telemetry.events import stamp_after
+from megaresnorm.telemetry.metrics import MAX_LINE_BYTES, MetricsWriter
 
 
-def resumed(folder, first_step: int = 3) -> list[str]:
+def resumed(folder, first_step: int = 4) -> list[str]:
     """The lines that a resume leaves."""
-    MetricsWriter(folder, first_step=first_step, tensorboard=False).close()
+    MetricsWriter(folder, first_step=first_step).close()
     return (folder / "metrics.jsonl").read_text().splitlines()
 
 
@@ -40,41 +41,41 @@ def test_whole_lines_before_the_first_step_stay_whatever_stands_between_them(tmp
         b'{"step": ' + b"9" * 5000 + b"}",
         b'{"step": 2, "lo',
     ]
-    content = b"".join(line(0).encode() + b"\n" + one + b"\n" for one in strange) + line(2).encode() + b"\n"
-    (tmp_path / "metrics.jsonl").write_bytes(content + line(3).encode() + b"\n")
-    assert resumed(tmp_path) == [line(0)] * len(strange) + [line(2)]
+    content = b"".join(line(1).encode() + b"\n" + one + b"\n" for one in strange) + line(3).encode() + b"\n"
+    (tmp_path / "metrics.jsonl").write_bytes(content + line(4).encode() + b"\n")
+    assert resumed(tmp_path) == [line(1)] * len(strange) + [line(3)]
     assert f"{len(strange)} of its lines cannot be read and are left out" in caplog.text
     assert len(caplog.records) == 1
-    assert resumed(tmp_path) == [line(0)] * len(strange) + [line(2)] and len(caplog.records) == 1
+    assert resumed(tmp_path) == [line(1)] * len(strange) + [line(3)] and len(caplog.records) == 1
 
 
 def test_a_last_line_without_its_end_is_kept_if_it_is_whole(tmp_path, caplog):
-    (tmp_path / "metrics.jsonl").write_text(line(0) + "\n" + line(1))
-    writer = MetricsWriter(tmp_path, first_step=2, tensorboard=False)
-    writer.write(2, {"loss": 1.5})
+    (tmp_path / "metrics.jsonl").write_text(line(1) + "\n" + line(2))
+    writer = MetricsWriter(tmp_path, first_step=3)
+    writer.write(3, {"loss": 1.5})
     writer.close()
-    assert resumed(tmp_path) == [line(0), line(1), line(2)] and not caplog.records
+    assert resumed(tmp_path) == [line(1), line(2), line(3)] and not caplog.records
 
 
 def test_a_line_that_is_no_number_of_ours_stays_as_it_is(tmp_path):
-    odd = '{"step": 0, "loss": NaN, "note": "a\u2028b\x85"}'
+    odd = '{"step": 1, "loss": NaN, "note": "a\u2028b\x85"}'
     (tmp_path / "metrics.jsonl").write_text(odd + "\n", encoding="utf-8")
-    MetricsWriter(tmp_path, first_step=1, tensorboard=False).close()
+    MetricsWriter(tmp_path, first_step=2).close()
     assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == odd + "\n"
 
 
 def test_a_file_that_needs_no_change_is_not_written(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(line(0) + "\n")
+    path.write_text(line(1) + "\n")
     before = path.stat().st_ino
-    assert resumed(tmp_path) == [line(0)] and path.stat().st_ino == before
+    assert resumed(tmp_path) == [line(1)] and path.stat().st_ino == before
 
 
 def test_the_old_file_stays_when_the_new_one_cannot_be_written(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    content = line(0) + "\n" + line(7) + "\n"
+    content = line(1) + "\n" + line(7) + "\n"
     (tmp_path / "metrics.jsonl").write_text(content)
     monkeypatch.setattr("megaresnorm.files.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
@@ -86,7 +87,7 @@ def test_event_files_sort_after_those_that_are_there_whatever_the_clock_says(tmp
     now = time.time_ns()
     for moment in (now, now - 3600 * 10**9, now - 7200 * 10**9, now + 10**9):
         monkeypatch.setattr(time, "time_ns", lambda moment=moment: moment)
-        MetricsWriter(tmp_path, first_step=0, tensorboard=True).close()
+        MetricsWriter(tmp_path, first_step=1, loggers=["tensorboard"]).close()
         folder = tmp_path / "tensorboard"
         newest = max(folder.iterdir(), key=lambda p: p.stat().st_ctime_ns)
         assert newest.name == max(p.name for p in folder.iterdir())
@@ -101,11 +102,17 @@ def test_tensorboard_shows_steps_written_by_a_clock_that_went_back(tmp_path, mon
 
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     now = time.time_ns()
-    for first, moment in ((0, now), (2, now - 3600 * 10**9)):
+    for first, moment in ((1, now), (3, now - 3600 * 10**9)):
         monkeypatch.setattr(time, "time_ns", lambda moment=moment: moment)
-        writer = MetricsWriter(tmp_path, first_step=first, tensorboard=True)
+        writer = MetricsWriter(tmp_path, first_step=first, loggers=["tensorboard"])
         for step in (first, first + 1):
             writer.write(step, {"loss": float(step)})
         writer.close()
     shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in shown.Scalars("loss")] == [0, 1, 2, 3]
+    assert [event.step for event in shown.Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+def test_steps_that_an_earlier_version_counted_from_0_are_renumbered(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("".join(line(step) + "\n" for step in range(5)))
+    assert resumed(tmp_path, first_step=5) == [line(step) for step in (1, 2, 3, 4)]
+    assert resumed(tmp_path, first_step=4) == [line(step) for step in (1, 2, 3)]

@@ -17,6 +17,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -80,7 +81,7 @@ def load(level: str | None = None) -> ctypes.CDLL:
     level = level or levels()[0]
     compiler, flags, deadline = _compiler(), [*FLAGS, *LEVELS[level][1]], time.monotonic() + BUILD_SECONDS
     name = f"{level}-{_identity(compiler, flags)[:24]}.so"
-    path = _folder()
+    path = cache_folder()
     try:
         folder = trusted.open_folder(path)
         try:
@@ -89,6 +90,7 @@ def load(level: str | None = None) -> ctypes.CDLL:
                 with trusted.locked(folder, deadline):  # processes that start together wait for the first to compile
                     content = trusted.read(folder, name)
                     if content is None:
+                        log.info("compiling the C kernels (once; a few seconds to a minute)")
                         content = _compile(compiler, flags, folder, path, deadline)
                         trusted.write(folder, name, content)
             return _open(content, folder, path, deadline)
@@ -205,13 +207,15 @@ def _sources(suffix: str) -> list[Path]:
     return sorted(SOURCES.glob(f"*.{suffix}"))
 
 
-def _folder() -> Path:
+def cache_folder() -> Path:
     """Absolute path of the folder of the libraries."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = Path(os.environ.get("MEGARESNORM_CACHE") or os.path.join(cache, "megaresnorm")) / "kernels"
     try:
         return folder.expanduser().absolute()
-    except (RuntimeError, OSError) as e:  # a user without a home, and a working folder that is gone
+    except RuntimeError:  # a user without a home, as in containers
+        return Path(tempfile.gettempdir()).absolute() / f"megaresnorm-{os.getuid()}" / "kernels"
+    except OSError as e:  # a working folder that is gone
         raise BuildError(f"{folder} cannot be used ({e}); set MEGARESNORM_CACHE to an absolute path of yours") from None
 
 

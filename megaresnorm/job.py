@@ -1,0 +1,145 @@
+"""A training process from its recipe to its exit code: what the launcher starts on every rank.
+
+The command line calls it, and it needs none itself: ``python -m megaresnorm.job RECIPE [section.key=value ...]``.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from megaresnorm.errors import ConfigError, LostRankError, StoppedError, TooManyRestartsError, UserError
+from megaresnorm.parallel.environment import Environment, read_environment
+from megaresnorm.resilience.launcher import Launcher, end_with
+from megaresnorm.resilience.signals import StopSignals, Terminated, end_on_purpose
+from megaresnorm.text import prepare_streams, say
+
+if TYPE_CHECKING:
+    from megaresnorm.recipe import Recipe
+
+
+def run_job(recipe: str, overrides: Sequence[str] = (), *, fallback: bool = True, full: bool = False) -> int:
+    """Train the run of a recipe, as one rank of however many, and say what it does.
+
+    Args:
+        recipe: a recipe's file.
+        overrides: of the form section.key=value.
+        fallback: whether a damaged newest checkpoint may be passed over for an older one.
+        full: print every setting, rather than those that differ from the defaults.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: one line.
+    """
+    from megaresnorm.telemetry.log import configure_logging, console
+
+    environment = read_environment()
+    if environment.launcher is not None or environment.agent_store:  # a child of torchrun
+        end_with(os.getppid(), None if environment.launcher is None else Launcher(environment.launcher))
+    configure_logging(environment.rank)
+    console.quiet = environment.rank > 0
+    with StopSignals(environment) as stop:  # before torch is imported, which takes seconds
+        from megaresnorm.parallel.mesh import end_process_group, lost_contact
+        from megaresnorm.recipe.load import load_recipe
+
+        try:
+            exit_code = _train(lambda: load_recipe(recipe, overrides), environment, stop, fallback, full)
+        except RuntimeError as e:
+            reason = lost_contact(e)
+            if reason is None:
+                raise
+            raise LostRankError(
+                f"another rank is gone ({reason}); start again to go on from the newest checkpoint"
+            ) from None
+    end_process_group()
+    return end_on_purpose(exit_code, environment)
+
+
+def _train(
+    load: "Callable[[], Recipe]", environment: Environment, stop: StopSignals, fallback: bool, full: bool
+) -> int:
+    from megaresnorm.opening import idle, open_recipe, tell_idle_ranks
+    from megaresnorm.run import Run
+    from megaresnorm.telemetry.log import console, log_lines
+    from megaresnorm.trainer import Trainer
+
+    opened = open_recipe(load, environment)
+    if opened.idles:
+        return idle(opened)
+    with tell_idle_ranks(opened) as tell, Run(opened, fallback=fallback) as run:
+        if run.is_finished:
+            tell(0)
+            return 0
+        log_lines(run.describe(full=full))
+        summary = Trainer(run).train(stop)
+        tell(summary.exit_code)
+        text = None if summary.exit_code else run.sample_text()
+    if text is not None:
+        console.print(f"\n--- sample ---\n{text}\n--------------\n", markup=False)
+    log_lines(summary.describe())
+    return summary.exit_code
+
+
+def exit_code_of(work: Callable[[], int]) -> int:
+    """Do some work of a command. Errors that the user can cause are one line on stderr.
+
+    Returns:
+        The work's exit code, or that of its error.
+    """
+    try:
+        return work()
+    except UserError as e:
+        environment = _environment()
+        if environment.rank == 0 or not e.agreed:
+            kind = "" if isinstance(e, StoppedError) else "error: "
+            rank = "" if environment.rank == 0 else f"rank {environment.rank}: "
+            say(f"megaresnorm: {kind}{rank}{e}", error=True)
+        return _code_of(e, environment)
+    except KeyboardInterrupt as e:
+        say("megaresnorm: stopped", error=True)
+        return 128 + (signal.SIGTERM if isinstance(e, Terminated) else signal.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _environment() -> Environment:
+    """This process's environment; that of one rank if its variables are wrong, which is then the error printed."""
+    try:
+        return read_environment()
+    except ConfigError:
+        return Environment()
+
+
+def _code_of(error: UserError, environment: Environment) -> int:
+    """The exit code for an error. One that other ranks may not have must end them too: they may wait for this rank."""
+    if isinstance(error, LostRankError) and not isinstance(error, TooManyRestartsError):
+        return error.exit_code
+    code = end_on_purpose(error.exit_code, environment)
+    return code if error.agreed or environment.world_size == 1 else error.exit_code
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train as ``python -m megaresnorm.job`` does.
+
+    Args:
+        argv: a recipe's file, then overrides.
+
+    Returns:
+        The exit code.
+    """
+
+    def work() -> int:
+        if not argv or argv[0].startswith("-"):
+            raise ConfigError("usage: python -m megaresnorm.job RECIPE [section.key=value ...]")
+        return run_job(argv[0], argv[1:])
+
+    prepare_streams()
+    return exit_code_of(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

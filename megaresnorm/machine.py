@@ -1,0 +1,188 @@
+"""What a run needs of a machine, looked at piece by piece: nothing is changed, and nothing is downloaded."""
+
+import importlib.metadata
+import os
+import platform
+import resource
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import megaresnorm
+from megaresnorm.checkpoint.format import human_bytes
+from megaresnorm.kernels import load_backends
+from megaresnorm.kernels.benchmark import OPS
+from megaresnorm.kernels.cpu import build
+from megaresnorm.kernels.cpu.trusted import BuildError
+from megaresnorm.kernels.registry import choose_kernel
+from megaresnorm.resilience.host import host_memory
+
+Verdict = Literal["PASS", "WARN", "FAIL"]
+EXTRAS = {  # of pyproject.toml, and a module of each
+    "data": "datasets", "hf": "transformers", "plots": "matplotlib", "wandb": "wandb", "mlflow": "mlflow",
+    "deepspeed": "deepspeed", "te": "transformer_engine",
+}  # fmt: skip
+LEAST_TORCH = (2, 11)
+LEAST_SHM = 1 << 30  # bytes: ranks of a node exchange tensors there; a container has 64 MB unless told otherwise
+LEAST_DISK = 10 * 10**9
+LEAST_FILES = 1024  # open files: every rank has sockets to others
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        verdict: FAIL where no run can work, WARN where some cannot or are slow.
+        found: what is there.
+        advice: what to do; empty where nothing is wrong.
+    """
+
+    name: str
+    verdict: Verdict
+    found: str
+    advice: str = ""
+
+
+def _check(name: str, found: str, right: bool, advice: str, otherwise: Verdict = "WARN") -> Check:
+    return Check(name, "PASS", found) if right else Check(name, otherwise, found, advice)
+
+
+def look_at_machine(device: torch.device) -> Iterator[Check]:
+    """Look at everything that a run on a device needs."""
+    yield Check("megaresnorm", "PASS", f"{megaresnorm.__version__}, {Path(megaresnorm.__file__).parent}")
+    yield _python()
+    yield _torch()
+    yield from _gpus() if device.type == "cuda" else [_no_gpu()]
+    yield _processor()
+    yield _memory()
+    yield _compiler()
+    yield _cache()
+    yield from _kernels(device)
+    yield _space("shared memory", Path("/dev/shm"), LEAST_SHM, "docker run --shm-size=8g, or run one rank")
+    yield _space("temporary files", Path(tempfile.gettempdir()), 10**8, "set TMPDIR to a folder with space")
+    yield _space("this folder", Path.cwd(), LEAST_DISK, "checkpoints need space: set train.output elsewhere")
+    yield _open_files()
+    yield _extras()
+
+
+def _python() -> Check:
+    found = f"{platform.python_version()}, {sys.executable}"
+    return _check("Python", found, sys.version_info >= (3, 10), "3.10 or newer is needed", "FAIL")
+
+
+def _torch() -> Check:
+    version = str(torch.__version__)
+    build_of = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a build for CPUs"
+    found = f"{version}, {build_of}, {Path(torch.__file__).parent}"
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+    return _check("torch", found, numbers >= LEAST_TORCH, "2.11 or newer is needed", "FAIL")
+
+
+def _driver() -> str | None:
+    """Version of NVIDIA's driver; None without one."""
+    try:
+        line = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return None
+    return next((word for word in line.split() if word[:1].isdigit()), line)
+
+
+def _no_gpu() -> Check:
+    driver = _driver()
+    if driver is None:
+        return Check("GPU", "PASS", "none; runs are on the CPU")
+    if torch.version.cuda is None:
+        found = f"driver {driver}, but torch is a build for CPUs"
+        return Check("GPU", "WARN", found, "install a build of torch for CUDA")
+    found = f"driver {driver}, but torch sees no GPU"
+    return Check("GPU", "WARN", found, "look at nvidia-smi and CUDA_VISIBLE_DEVICES")
+
+
+def _gpus() -> Iterator[Check]:
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        kind = f"{properties.name}, sm_{properties.major}{properties.minor}"
+        found = f"{kind}, {human_bytes(free)} of {human_bytes(total)} free"
+        yield _check(f"GPU {index}", found, free > 0.9 * total, "another program uses it")
+    yield Check("driver", "PASS", f"{_driver() or 'unknown'}; NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
+    triton = _version("triton")
+    yield _check("triton", triton or "missing", triton is not None, "pip install triton")
+    if not torch.cuda.is_bf16_supported():
+        yield Check("BF16", "WARN", "these GPUs have none", "precision.compute: fp32")
+
+
+def _processor() -> Check:
+    cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    found = f"{cores} cores for this job, {threads} threads of torch, instructions {build.levels()[0]}"
+    advice = "other programs use it, and threads wait for each other: OMP_NUM_THREADS=1 may be faster"
+    return _check("processor", found, os.getloadavg()[0] <= cores, advice)
+
+
+def _memory() -> Check:
+    found = host_memory()
+    if found is None:
+        return Check("memory", "WARN", "unknown", "the check before a run is left out")
+    text = f"{human_bytes(found.free)} of {human_bytes(found.total)} free, with swap and the job's limits"
+    return _check("memory", text, found.free > 2 * 10**9, "that is little")
+
+
+def _compiler() -> Check:
+    reason = build.unavailable()
+    if reason is None:
+        return Check("C kernels", "PASS", "compiled, and loaded")
+    return Check("C kernels", "WARN", f"cannot be used: {reason}", "training on CPUs is slower without them")
+
+
+def _cache() -> Check:
+    try:
+        folder = build.cache_folder()
+    except BuildError as e:
+        return Check("cache", "WARN", str(e))
+    there = next(one for one in (folder, *folder.parents) if one.exists())
+    return _check("cache", str(folder), os.access(there, os.W_OK), "not writable: set MEGARESNORM_CACHE")
+
+
+def _kernels(device: torch.device) -> Iterator[Check]:
+    load_backends()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    chosen = {op: choose_kernel(op, "auto", device, dtype)[0].backend for op in OPS}
+    fast = device.type == "cpu" or chosen["add_norm"] != "reference"
+    found = ", ".join(f"{op} {backend}" for op, backend in chosen.items())
+    yield _check("kernels", found, fast, "megaresnorm doctor --kernels says why")
+
+
+def _space(name: str, folder: Path, least: int, advice: str) -> Check:
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as e:
+        return Check(name, "WARN", f"{folder} cannot be looked at ({e.strerror})", advice)
+    enough = free >= least and os.access(folder, os.W_OK)
+    return _check(name, f"{human_bytes(free)} free in {folder}", enough, advice)
+
+
+def _open_files() -> Check:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _check("open files", f"{soft} (at most {hard})", soft >= LEAST_FILES, f"ulimit -n {hard}")
+
+
+def _extras() -> Check:
+    there = [f"{extra} ({_version(module) or 'there'})" for extra, module in EXTRAS.items() if find_spec(module)]
+    missing = [extra for extra, module in EXTRAS.items() if not find_spec(module)]
+    more = f"; not installed: {', '.join(missing)} (pip install 'megaresnorm[NAME]')" if missing else ""
+    return Check("extras", "PASS", (", ".join(there) or "none") + more)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package.replace("_", "-"))
+    except importlib.metadata.PackageNotFoundError:
+        return None

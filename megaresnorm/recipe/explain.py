@@ -1,0 +1,117 @@
+"""What an error says of a setting that is not known or has a wrong value: in one line, with what was meant."""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from megaresnorm.recipe import Recipe
+from megaresnorm.recipe.names import MAX_SHOWN, flat, meaning_of, short
+
+_NAME = re.compile(r"\w+", re.ASCII)
+
+
+def recipe_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a recipe.
+
+    >>> "model.init.std" in set(recipe_keys())
+    True
+    """
+    for name, field in model.model_fields.items():
+        inner = _section_of(field.annotation)
+        if inner is None:
+            yield prefix + name
+        else:
+            yield from recipe_keys(inner, f"{prefix}{name}.")
+
+
+def explain(error: Any) -> str:
+    """One line for one pydantic error: key, value, what is allowed, a suggestion."""
+    key = ".".join(str(part) for part in error["loc"])
+    key = key if len(key) <= 2 * MAX_SHOWN else f"{key[: 2 * MAX_SHOWN]}..."
+    value, kind, context = error["input"], error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        if _NAME.fullmatch(key) and isinstance(value, dict) and value:  # a section of another framework: what is in it?
+            key = f"{key}.{next(iter(flat(value)))}"
+        return f"{key}: no such setting{_suggest_key(key)}"
+    if kind == "missing":
+        return f"{key} is missing; set it in the file or as {key}=..."
+    if kind == "value_error":  # our own validators already name the keys
+        return str(context["error"])
+    if kind == "model_type":
+        return f"{key}={short(value)}: wanted a section with keys, got a {type(value).__name__}"
+    if kind == "literal_error":
+        allowed = re.findall(r"'([^']*)'", context["expected"])
+        return f"{key}={short(value)}: wanted one of {', '.join(allowed)}{suggest(str(value), allowed)}"
+    wanted = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    wanted = "boolean, true or false" if kind == "bool_type" else wanted
+    got = f", got a {type(value).__name__}" if kind.endswith(("_type", "_float", "_parsing")) else ""
+    if kind == "string_type" and isinstance(value, int | float):
+        got += f"; to mean a text put it in quotes, as in {key}='\"{short(value)}\"'"
+    return f"{key}={short(value)}: wanted {wanted[0].lower()}{wanted[1:]}{got}"
+
+
+def suggest(word: str, allowed: Sequence[str]) -> str:
+    """'; did you mean X?' for the allowed word that is nearest, or nothing.
+
+    >>> suggest("deepnrom", ["deepnorm", "keel"])
+    '; did you mean deepnorm?'
+    """
+    if meaning := meaning_of(word):
+        return f"; {meaning}"
+    # Of short words and numbers half the letters are not enough: fp16 is not a misspelt fp64.
+    cutoff = 0.55 if len(word) > 4 and not any(map(str.isdigit, word)) else 0.8
+    close = difflib.get_close_matches(word[:MAX_SHOWN], allowed, n=1, cutoff=cutoff)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def meant_by_option(option: str) -> str | None:
+    """What to say where a setting was given as an option, as in ``--num-layers``; None where it is none.
+
+    >>> meant_by_option("--steps")
+    'settings are given as section.key=value, this one as train.steps=...'
+    """
+    name = option.lstrip("-").replace("-", "_")
+    keys = [key for key in recipe_keys() if key.partition(".")[2] == name]
+    if len(keys) == 1:
+        return f"settings are given as section.key=value, this one as {keys[0]}=..."
+    meaning = meaning_of(name)
+    return None if meaning is None else f"settings are given as section.key=value; {meaning}"
+
+
+def _suggest_key(key: str) -> str:
+    """The key meant by a misspelt one: in the same section first, else the same name in another section."""
+    keys = list(recipe_keys())
+    names = {".".join(k.split(".")[: i + 1]) for k in keys for i in range(k.count(".") + 1)}
+    section, _, leaf = key.rpartition(".")
+    if meaning := meaning_of(leaf):
+        return f"; {meaning}"
+    siblings = sorted(n for n in names if n.rpartition(".")[0] == section)
+    close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.0)
+    best = close[0] if close and _similar(leaf, close[0].rpartition(".")[2]) else None
+    if best is None:
+        elsewhere = sorted(keys, key=lambda n: _ratio(leaf, n.rpartition(".")[2]), reverse=True)[0]
+        best = elsewhere if _similar(leaf, elsewhere.rpartition(".")[2], 0.75) else None
+    if best:
+        return f"; did you mean {best}?"
+    if section in names:
+        return f"; {section} has {', '.join(n.rpartition('.')[2] for n in siblings)}"
+    return f"; a recipe has {', '.join(sorted({name.partition('.')[0] for name in names}))}"
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    for kind in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _ratio(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()
+
+
+def _similar(a: str, b: str, least: float = 0.65) -> bool:
+    """Whether one may be the other misspelt. Of names of two or three letters most must be right."""
+    return _ratio(a, b) >= (least if min(len(a), len(b)) > 3 else 0.8)

@@ -1,0 +1,94 @@
+"""Speed and memory of training steps: tokens, floating-point operations, the share of a GPU's peak, peak memory."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from megaresnorm.model.cost import training_flops
+from megaresnorm.recipe import Recipe
+
+# Dense BF16 products of one GPU in TFLOP/s, from NVIDIA's data sheets, by a part of its name; the first that fits.
+PEAK_BF16 = {
+    "H100 NVL": 835.0, "H100 PCIe": 756.0, "H100": 989.4, "H200 NVL": 835.0, "H200": 989.4, "GH200": 989.4,
+    "GB200": 2500.0, "B200": 2250.0, "A100": 312.0, "A800": 312.0, "H800": 989.4, "L40S": 362.0, "L4": 121.0,
+    "A10G": 70.0, "A10": 125.0, "RTX 4090": 165.2, "RTX 3090": 71.0,
+}  # fmt: skip
+
+
+def peak_tflops(device: torch.device, compute: str) -> float | None:
+    """Peak of one GPU in TFLOP/s for products in BF16; None where it is not known.
+
+    Args:
+        compute: type of the products, as precision.compute.
+    """
+    if device.type != "cuda" or compute != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_BF16.items() if part in name), None)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes that this process has had so far: of tensors on a GPU, or of host memory; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None
+
+
+@dataclass
+class Meter:
+    """Speed of each step, and the mean since the last line of the log. Evaluations and checkpoints do not count.
+
+    Attributes:
+        flops: floating-point operations of a token, forward and backward (model/cost.py).
+        num_ranks: over which they are shared.
+        peak: of one rank, in TFLOP/s; None where unknown.
+    """
+
+    flops: int
+    num_ranks: int
+    device: torch.device
+    peak: float | None = None
+    _labels: int = field(default=0, init=False)
+    _tokens: int = field(default=0, init=False)
+    _seconds: float = field(default=0.0, init=False)
+    _steps: int = field(default=0, init=False)
+
+    @classmethod
+    def of(cls, recipe: Recipe, num_ranks: int, device: torch.device) -> "Meter":
+        """The meter of a run on so many ranks."""
+        return cls(training_flops(recipe.model), num_ranks, device, peak_tflops(device, recipe.precision.compute))
+
+    def step(self, labels: int, tokens: int, seconds: float) -> dict[str, float | None]:
+        """Figures of one step.
+
+        Args:
+            labels: tokens of the global batch that have a loss.
+            tokens: all of its tokens.
+        """
+        self._labels += labels
+        self._tokens += tokens
+        self._seconds += seconds
+        self._steps += 1
+        return self._figures(labels, tokens, seconds, 1) | {"peak_memory": peak_memory(self.device)}
+
+    def mean(self) -> dict[str, float | None]:
+        """Means over the steps since the last call."""
+        found = self._figures(self._labels, self._tokens, self._seconds, max(1, self._steps))
+        self._labels = self._tokens = self._steps = 0
+        self._seconds = 0.0
+        return found
+
+    def _figures(self, labels: int, tokens: int, seconds: float, steps: int) -> dict[str, float | None]:
+        seconds = max(seconds, 1e-9)
+        tflops = self.flops * tokens / seconds / self.num_ranks / 1e12
+        found: dict[str, float | None] = {
+            "tokens_per_second": labels / seconds,
+            "seconds": seconds / steps,
+            "tflops": tflops,
+        }
+        return found if self.peak is None else found | {"mfu": tflops / self.peak}
