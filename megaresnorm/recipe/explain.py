@@ -86,6 +86,9 @@ def _suggest_key(key: str) -> str:
     keys = list(recipe_keys())
     names = {".".join(k.split(".")[: i + 1]) for k in keys for i in range(k.count(".") + 1)}
     section, _, leaf = key.rpartition(".")
+    ours = [k for k in keys if k.partition(".")[2] == leaf]
+    if len(ours) == 1:
+        return f"; did you mean {ours[0]}?"
     if meaning := meaning_of(leaf):
         return f"; {meaning}"
     siblings = sorted(n for n in names if n.rpartition(".")[0] == section)

@@ -110,6 +110,14 @@ for _tag, _pattern, _first in (
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    """In one line, whatever is in it."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     """In base ten: PyYAML's own constructor would read 010 as octal."""
     text = loader.construct_scalar(node)
@@ -146,7 +154,8 @@ def read_recipe(path: str | Path) -> dict:
         text = read_plain_file(path, MAX_RECIPE_BYTES).decode("utf-8")
     except OSError as e:
         raise ConfigError(
-            f"{path}: cannot be read ({e.strerror}); give a recipe such as configs/quickstart.yaml"
+            f"{path}: cannot be read ({e.strerror}); give a recipe such as configs/quickstart.yaml; "
+            "megaresnorm recipe quickstart > my.yaml writes one"
         ) from None
     except UnicodeDecodeError as e:
         raise ConfigError(f"{path}: not UTF-8 text (byte {e.start}); a recipe is a YAML file") from None
@@ -242,7 +251,7 @@ def dump_recipe(recipe: Recipe, *, full: bool = True) -> str:
 
 def dump_values(values: dict) -> str:
     """Plain values of a recipe as YAML."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=10**6)
 
 
 def differences(before: dict, now: dict, prefix: str = "") -> dict[str, tuple[str, str]]:
