@@ -54,14 +54,19 @@ class _Shell(Console):
     """The console of commands. Where it is no terminal, tables are as wide as their content."""
 
     @property
+    def is_terminal(self) -> bool:
+        """Whether lines can be written over. A notebook says that they can, and shows each attempt."""
+        return super().is_terminal and "ipykernel" not in sys.modules
+
+    @property
     def options(self) -> rich.console.ConsoleOptions:
         """How wide things may be."""
         options = super().options
-        return options if self.is_terminal or self.is_jupyter else options.update(width=UNLIMITED)
+        return options if self.is_terminal else options.update(width=UNLIMITED)
 
 
 UNLIMITED = 100_000  # columns
-console = _Shell(soft_wrap=True)
+console = _Shell(soft_wrap=True, force_jupyter=False)  # a notebook shows it as plain lines
 log = logging.getLogger(__name__)
 
 

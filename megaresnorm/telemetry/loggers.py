@@ -34,7 +34,7 @@ TAGS = {
     "seconds": "perf/seconds_per_step",
     "tflops": "perf/tflops_per_rank",
     "mfu": "perf/mfu",
-    "peak_memory": "perf/peak_memory_bytes",
+    "peak_memory": "perf/peak_memory_gb",
 }
 
 
@@ -96,7 +96,7 @@ def tagged(metrics: Mapping[str, float]) -> dict[str, float]:
     for name, value in metrics.items():
         tag = f"valid/{name.removeprefix('valid_')}" if name.startswith("valid_") else TAGS.get(name)
         if tag is not None:
-            found[tag] = value
+            found[tag] = value / 1e9 if tag.endswith("_gb") else value
     return found
 
 
