@@ -13,14 +13,24 @@ make_environment ""
 say "preparing text: the sources of Python's own library"
 "${MEGARESNORM[@]}" prepare --corpus stdlib --tokenizer sentencepiece --vocab-size 1024 --out runs/quickstart/data
 
+output=runs/quickstart/deepnorm-50 # where the run is, unless an override says otherwise
+for override in "$@"; do
+  case "$override" in train.output=*) output=${override#train.output=} ;; esac
+done
+load=$(cut -d. -f1 /proc/loadavg 2>/dev/null || echo 0)
+[ "$load" -lt "$(nproc 2>/dev/null || echo 1)" ] || [ -n "${OMP_NUM_THREADS:-}" ] \
+  || say "other programs use this machine, and threads would wait for them: OMP_NUM_THREADS=1 may be faster"
 say "training configs/quickstart.yaml"
 "${MEGARESNORM[@]}" train configs/quickstart.yaml "$@"
 
-say "done in $((SECONDS - started)) s
-    curves:   $VENV/bin/python -m tensorboard.main --logdir runs/quickstart
-    go on:    bash launch/quickstart.sh train.steps=2000
-    write:    ${MEGARESNORM[*]} generate runs/quickstart/deepnorm-50 --prompt 'import os' --top-p 0.95
-    export:   $VENV/bin/python -m pip install -q -c constraints.txt transformers
-              ${MEGARESNORM[*]} convert to-hf runs/quickstart/deepnorm-50 runs/quickstart/hf
+activate=""
+[ ! -f "$VENV/bin/activate" ] || activate="
+    activate: source $VENV/bin/activate"
+say "done in $((SECONDS - started)) s; then${activate}
+    curves:   tensorboard --logdir $output
+    go on:    bash launch/quickstart.sh ${*:+$* }train.steps=2000
+    write:    megaresnorm generate $output --prompt 'import os' --top-p 0.95
+    export:   pip install -q -c constraints.txt transformers
+              megaresnorm convert to-hf $output $output-hf
     compare:  bash launch/quickstart.sh model.topology=keel train.output=runs/quickstart/keel-50
-    probe:    ${MEGARESNORM[*]} depth --probe --topologies post,deepnorm,keel"
+    probe:    megaresnorm depth --probe --topologies post,deepnorm,keel"

@@ -79,7 +79,9 @@ def section(node: dict[str, Any], name: str, schema: dict[str, Any], parts: list
         default = "required" if needed else f"default {shown(field['default'])}"
         rows.append(item(f"`{full}` ({kind_of(field, schema)}; {default})", field.get("description", "")))
     if rows:
-        parts.append("\n".join([f"## {name}\n\n{' '.join(node.get('description', '').split())}\n", *rows]))
+        parts.append(
+            "\n".join([f"## {name}\n\n{' '.join(node.get('description', '').replace('``', '`').split())}\n", *rows])
+        )
     for full, one in inner:
         section(one, full, schema, parts)
 

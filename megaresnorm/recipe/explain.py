@@ -87,9 +87,10 @@ def _suggest_key(key: str) -> str:
     names = {".".join(k.split(".")[: i + 1]) for k in keys for i in range(k.count(".") + 1)}
     section, _, leaf = key.rpartition(".")
     ours = [k for k in keys if k.partition(".")[2] == leaf]
-    if len(ours) == 1:
+    meaning = meaning_of(leaf)
+    if len(ours) == 1 and (meaning is None or section not in names):  # in a section of another framework's
         return f"; did you mean {ours[0]}?"
-    if meaning := meaning_of(leaf):
+    if meaning:
         return f"; {meaning}"
     siblings = sorted(n for n in names if n.rpartition(".")[0] == section)
     close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.0)

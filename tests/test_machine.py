@@ -1,0 +1,77 @@
+"""doctor looks at everything a run needs, and says what to do where something is wrong."""
+
+import json
+import os
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+
+from megaresnorm import machine
+from megaresnorm.cli import main
+from megaresnorm.machine import look_at_machine
+from megaresnorm.resilience.host import HostMemory
+
+CPU = torch.device("cpu")
+
+
+def found(name: str) -> machine.Check:
+    (one,) = [check for check in look_at_machine(CPU) if check.name == name]
+    return one
+
+
+def test_everything_that_a_run_needs_is_looked_at(capsys):
+    assert main(["doctor", "--json", "-"]) == 0
+    checks = json.loads(capsys.readouterr().out)
+    names = {"megaresnorm", "Python", "torch", "GPU", "processor", "memory", "C kernels", "cache", "kernels",
+             "shared memory", "temporary files", "this folder", "open files", "extras"}  # fmt: skip
+    assert names <= {one["name"] for one in checks}
+    assert all(one["verdict"] in ("PASS", "WARN") and one["found"] for one in checks)
+    assert all(one["advice"] for one in checks if one["verdict"] == "WARN" and one["name"] != "cache")
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in names) and out.count("PASS") > 8
+
+
+def test_what_cannot_work_fails(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "__version__", "2.4.0+cpu")
+    assert found("torch").verdict == "FAIL" and "2.11" in found("torch").advice
+    assert main(["doctor"]) == 1 and "FAIL  torch" in capsys.readouterr().out
+
+
+def little(path):
+    return namedtuple("Usage", "free")(64 << 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "patch", "wanted"),
+    [
+        ("shared memory", (shutil, "disk_usage", little), "--shm-size"),
+        ("this folder", (shutil, "disk_usage", little), "train.output"),
+        ("memory", (machine, "host_memory", lambda: HostMemory(10**9, 10**9)), "little"),
+        ("processor", (os, "getloadavg", lambda: (99.0, 9.0, 9.0)), "OMP_NUM_THREADS=1"),
+        ("open files", (machine.resource, "getrlimit", lambda what: (256, 4096)), "ulimit -n 4096"),
+        ("C kernels", (machine.build, "unavailable", lambda: "nosuchcc was not found"), "slower"),
+        ("GPU", (machine, "_driver", lambda: "580.12"), "install a build of torch for CUDA"),
+    ],
+)
+def test_what_is_wrong_is_a_warning_with_advice(name, patch, wanted, monkeypatch):
+    monkeypatch.setattr(*patch)
+    check = found(name)
+    if name == "GPU" and torch.version.cuda is not None:
+        wanted = "nvidia-smi"
+    assert check.verdict == "WARN" and wanted in check.advice, check
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch, tmp_path):
+    for name in ("HOME", "XDG_CACHE_HOME", "MEGARESNORM_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where the user is not in /etc/passwd
+    assert machine.build.cache_folder() == tmp_path / f"megaresnorm-{os.getuid()}" / "kernels"
+
+
+def test_options_of_the_kernels_need_kernels(capsys):
+    assert main(["doctor", "--shapes", "8x8"]) == 2
+    assert "--shapes has no effect without --kernels" in capsys.readouterr().err

@@ -1,0 +1,173 @@
+"""What settings are called in other frameworks leads to our key or to a sentence, and the page says the same."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megaresnorm.cli import main
+from megaresnorm.errors import ConfigError
+from megaresnorm.recipe.explain import recipe_keys, suggest
+from megaresnorm.recipe.load import apply_override, build_recipe
+from megaresnorm.recipe.names import foreign_names
+
+ROOT = Path(__file__).parents[1]
+# (as it is typed, what the line must say): from the sources of the frameworks, not from our table.
+MEGATRON = {
+    "model.num_layers=24": "did you mean model.num_blocks?",
+    "model.hidden_size=1024": "did you mean model.dim?",
+    "model.ffn_hidden_size=4096": "did you mean model.ffn_dim?",
+    "model.num_attention_heads=16": "did you mean model.num_heads?",
+    "model.num_query_groups=4": "did you mean model.num_kv_heads?",
+    "model.kv_channels=64": "did you mean model.head_dim?",
+    "model.seq_length=2048": "did you mean model.seq_len?",
+    "parallel.tensor_model_parallel_size=2": "did you mean parallel.tp?",
+    "parallel.pipeline_model_parallel_size=2": "did you mean parallel.pp?",
+    "parallel.sequence_parallel=true": "did you mean parallel.tensor_layout? (tokens, not true)",
+    "parallel.context_parallel_size=2": "there is no context parallelism yet",
+    "parallel.use_distributed_optimizer=true": "parallel.dp_shard",
+    "model.untie_embeddings_and_output_weights=true": "model.tied_embeddings",
+    "model.make_vocab_size_divisible_by=128": "did you mean model.vocab_multiple?",
+    "model.init_method_std=0.02": "did you mean model.init.std?",
+    "optim.adam_beta1=0.9": "did you mean optim.beta1?",
+    "optim.clip_grad=1.0": "did you mean optim.clip_norm?",
+    "schedule.lr_warmup_iters=100": "did you mean schedule.warmup_steps?",
+    "schedule.lr_decay_iters=1000": "did you mean schedule.decay_steps?",
+    "train.recompute_granularity='full'": "there is no recomputation of blocks or branches yet",
+    "checkpoint.save_interval=500": "did you mean checkpoint.every?",
+    "train.train_iters=100": "did you mean train.steps?",
+}
+TORCHTITAN = {
+    "training.steps=4": "did you mean train.steps?",
+    "training.local_batch_size=8": "did you mean train.micro_batch?",
+    "training.seq_len=2048": "did you mean model.seq_len?",
+    "training.max_norm=1.0": "did you mean optim.clip_norm?",
+    "optimizer.lr=3e-4": "did you mean optim.lr?",
+    "optimizer.weight_decay=0.1": "did you mean optim.weight_decay?",
+    "lr_scheduler.warmup_steps=100": "did you mean schedule.warmup_steps?",
+    "lr_scheduler.decay_ratio=0.1": "schedule.decay_steps",
+    "parallelism.data_parallel_shard_degree=8": "did you mean parallel.dp_shard?",
+    "parallelism.data_parallel_replicate_degree=2": "did you mean parallel.dp_replicate?",
+    "parallelism.tensor_parallel_degree=2": "did you mean parallel.tp?",
+    "parallelism.pipeline_parallel_degree=2": "did you mean parallel.pp?",
+    "parallelism.context_parallel_degree=2": "there is no context parallelism yet",
+    "parallelism.expert_parallel_degree=2": "there are no mixtures of experts",
+    "parallelism.fsdp_reshard_after_forward=always": "did you mean parallel.reshard_after_forward?",
+    "checkpoint.interval=500": "did you mean checkpoint.every?",
+    "checkpoint.async_mode=async": "did you mean checkpoint.asynchronous?",
+    "activation_checkpoint.mode=full": "there is no recomputation",
+    "metrics.log_freq=10": "did you mean train.log_every?",
+    "metrics.enable_wandb=true": "did you mean train.loggers?",
+    "profiling.enable_profiling=true": "there is no profiler yet",
+}
+HUGGING_FACE_AND_DEEPSPEED = {
+    "train.per_device_train_batch_size=4": "did you mean train.micro_batch?",
+    "train.gradient_accumulation_steps=8": "set train.global_batch and train.micro_batch: the rest is accumulated",
+    "train.max_steps=100": "did you mean train.steps?",
+    "train.num_train_epochs=3": "set train.steps",
+    "train.learning_rate=1e-4": "did you mean optim.lr?",
+    "train.max_grad_norm=1.0": "did you mean optim.clip_norm?",
+    "train.lr_scheduler_type=cosine": "did you mean schedule.kind?",
+    "train.warmup_ratio=0.1": "did you mean schedule.warmup_ratio?",
+    "train.output_dir=x": "did you mean train.output?",
+    "train.save_steps=500": "did you mean checkpoint.every?",
+    "train.save_total_limit=2": "did you mean checkpoint.keep?",
+    "train.logging_steps=10": "did you mean train.log_every?",
+    "train.eval_steps=100": "did you mean train.eval_every?",
+    "train.report_to=wandb": "did you mean train.loggers?",
+    "train.gradient_checkpointing=true": "there is no recomputation",
+    "train.resume_from_checkpoint=true": "a run resumes by itself",
+    "train.bf16=true": "did you mean precision.compute?",
+    "train.fp16=true": "there is no FP16",
+    "model.num_hidden_layers=12": "did you mean model.num_blocks?",
+    "model.intermediate_size=3072": "did you mean model.ffn_dim?",
+    "model.hidden_act=silu": "did you mean model.ffn?",
+    "model.rms_norm_eps=1e-6": "did you mean model.norm_eps?",
+    "model.tie_word_embeddings=true": "did you mean model.tied_embeddings?",
+    "optim.adam_epsilon=1e-8": "did you mean optim.eps?",
+    "train.train_micro_batch_size_per_gpu=4": "did you mean train.micro_batch?",
+    "train.train_batch_size=32": "did you mean train.global_batch?",
+    "engine.zero_optimization=2": "parallel.dp_shard",
+    "train.gradient_clipping=1.0": "did you mean optim.clip_norm?",
+}
+NEVER = {  # guesses by letters alone, which once misled
+    "precision.compute=fp16": "fp64",
+    "parallel.ep=2": "optim.eps",
+    "train.recompute=true": "train.compile",
+    "model.attention_dropout=0.1": "attention_softcap",
+    "model.seed=1": "did you mean data.seed",
+    "model.activation=gelu": "did you mean kernels.activation",
+    "optim.kind=adam": "did you mean schedule.kind",
+    "train.save_every=5": "eval_every",
+    "train.eval_iters=5": "did you mean train.eval_every",
+    "parallel.dp=2": "train.steps",
+    "parallel.cp=2": "did you mean",
+}
+
+
+def said(override: str) -> str:
+    values: dict = {
+        "model": {"dim": 64, "num_blocks": 2, "num_heads": 4, "seq_len": 16},
+        "data": {"path": "d"},
+        "train": {"output": "o", "steps": 10},
+    }
+    apply_override(values, override)
+    with pytest.raises(ConfigError) as refused:
+        build_recipe(values)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"), [*MEGATRON.items(), *TORCHTITAN.items(), *HUGGING_FACE_AND_DEEPSPEED.items()]
+)
+def test_a_foreign_name_leads_to_our_key_or_to_a_sentence(override, wanted):
+    line = said(override)
+    assert wanted in line and "\n" not in line
+
+
+@pytest.mark.parametrize(("override", "wrong"), NEVER.items())
+def test_no_wrong_guess_is_made(override, wrong):
+    assert wrong not in said(override).partition("wanted one of fp32, bf16, fp64")[2 if "fp16" in override else 0]
+
+
+def test_every_row_leads_somewhere():
+    keys = set(recipe_keys())
+    rows = foreign_names()
+    assert len(rows) > 450 and {one.framework for one in rows} == {
+        "megatron",
+        "torchtitan",
+        "deepspeed",
+        "hf",
+        "others",
+    }
+    assert not [one for one in rows if not (one.key or one.sentence) or (one.key and one.key not in keys)]
+    assert all(one.name.isidentifier() for one in rows)
+    assert len({(one.framework, one.name, one.key) for one in rows}) == len(rows)
+
+
+def test_options_with_such_names_lead_there_too(capsys):
+    for option, wanted in (
+        ("--num-layers", "did you mean model.num_blocks?"),
+        ("--tensor-model-parallel-size", "did you mean parallel.tp?"),
+        ("--steps", "this one as train.steps=..."),
+        ("--lr", "this one as optim.lr=..."),
+        ("--fp16", "there is no FP16"),
+    ):
+        assert main(["train", "recipe.yaml", option, "4"]) == 2
+        line = capsys.readouterr().err
+        assert (
+            line.startswith(f"megaresnorm: error: {option}: settings are given as section.key=value") and wanted in line
+        )
+
+
+def test_words_with_digits_and_short_ones_are_not_guessed():
+    assert suggest("fp32x", ["fp32", "bf16"]) == "; did you mean fp32?"
+    assert suggest("int8", ["fp32", "bf16", "fp64"]) == "" and suggest("cpu", ["gpu2", "auto"]) == ""
+
+
+def test_the_pages_are_what_the_code_says():
+    got = subprocess.run([sys.executable, ROOT / "tools" / "make_docs.py", "--check"], capture_output=True, text=True)
+    assert got.returncode == 0, got.stdout + "run: python tools/make_docs.py"
+    page = (ROOT / "docs" / "coming-from.md").read_text()
+    assert all(f"* `{one.name}`: " in page for one in foreign_names())
