@@ -1,0 +1,183 @@
+"""Every command that README, CONTRIBUTING and docs show: understood in every run of the tests, run with -m slow."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from megaresnorm.cli import app
+from megaresnorm.recipe.load import load_recipe
+
+ROOT = Path(__file__).parents[1]
+# In the order in which a newcomer would meet them: a later page uses what an earlier one has made.
+NAMES = ("README", "configs/README", "launch/README", "CONTRIBUTING", "docs/quickstart", "docs/configuration",
+         "docs/coming-from", "docs/conversion", "docs/data", "docs/checkpoints", "docs/clusters", "docs/depth",
+         "docs/kernels", "docs/numerics", "docs/parallel", "docs/speed")  # fmt: skip
+PAGES = [ROOT / f"{name}.md" for name in NAMES]
+NOT_RUN = {  # pattern -> why
+    r"git clone ": "the test has cloned it",
+    r"source \.venv/bin/activate": "every command is run behind it",
+    r"pre-commit install": "a package of its own",
+    r"NODES=4 ": "four hosts; tests/resilience starts two simulated ones",
+    r"#!|#SBATCH|export |srun |exec bash launch/torchrun": "a batch script, read by bash -n below",
+    r"bash launch/test\.sh .*-m (slow|gpu)|bash launch/test\.sh tests/checkpoint": "these are the tests",
+    r"train\.loggers='\[tensorboard, wandb\]'": "a service of its own; tests/telemetry/test_loggers.py",
+}
+SMALL = "model.num_blocks=2 train.sample_tokens=4 train.global_batch=4"
+SHORTER = [  # (pattern, what takes its place), all that fit, in turn
+    (r"^pip install ", "pip install --dry-run --quiet --no-deps --no-build-isolation "),
+    (r"--vocab-size \d+", "--vocab-size 300"),
+    (r"--corpus english", "--corpus stdlib"),  # which would be fetched
+    (r"train\.steps=\d+", "train.steps=4"),
+    (r"--seq-len 4096", "--seq-len 32"),
+    (r"\bTEXT\b", "my_text/"),
+    (r"^(megaresnorm data \w+) runs/a runs/b", r"\1 runs/my-data runs/quickstart/data"),
+    (r"^(megaresnorm data \w+) runs/a", r"\1 runs/my-data"),
+    (r"my_recipe\.yaml", "configs/quickstart.yaml"),
+    (r"^(megaresnorm checkpoint diff) runs/a runs/b",
+     r"\1 runs/quickstart/deepnorm-50 runs/quickstart/keel-50 || test $? = 1"),
+    (r"^(bash launch/quickstart\.sh.*)", rf"\1 {SMALL}"),
+    (r"^(megaresnorm train (?!runs/)(?!.*--dry-run).*)", rf"\1 {SMALL}"),
+    (r"^(megaresnorm train runs/.*)", r"\1 train.global_batch=1 train.sample_tokens=4"),
+    (r"^(.*bash launch/torchrun\.sh.*)", rf"OMP_NUM_THREADS=1 RANKS_PER_NODE=2 \1 {SMALL}"),
+    (r"^((megaresnorm train (?!.*--dry-run)|bash launch/quickstart|.*launch/torchrun)(?!.*train\.steps).*)",
+     r"\1 train.steps=3"),
+    (r"^(megaresnorm train configs/(pre-24|english).*)", r"\1 model.dim=64 model.seq_len=32 data.valid_fraction=0.1"),
+    (r"data\.split='\[969, 30, 1\]'(.*) data\.valid_fraction=0\.1", r"data.split='[80, 15, 5]'\1"),
+    (r"^(megaresnorm train configs/keel.*)", r"\1 model.dim=64"),
+    (r"^(megaresnorm generate .*)", r"\1 --tokens 4"),
+    (r"^(megaresnorm depth --probe.*)", r"\1 --depths 2 --seeds 1"),
+    (r"^(megaresnorm depth --train.*?)( train\.steps=4)?$", r"\1 --depths 2 --seeds 1 train.steps=3"),
+    (r"--shapes 1024x1024", "--shapes 64x64"),
+    (r"^(python tools/\S+).*", r"\1 --help"),
+    (r"^bash launch/test\.sh$", "bash launch/test.sh tests/test_optim.py"),
+    (r"^mkdocs serve", "mkdocs build --quiet --site-dir site-of-test"),
+    (r"^(tensorboard .*)", r"timeout 10 \1 --port 0 || test $? = 124"),
+]  # fmt: skip
+
+
+def commands(page: Path) -> list[str]:
+    """The commands in a page's blocks of shell, continued lines joined, comments left out."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    cut = (re.sub(r"(^|\s+)#(?!!|SBATCH).*", "", line) for line in lines)
+    return [" ".join(line.split()) for line in cut if line.strip()]
+
+
+def short(command: str) -> str | None:
+    """A form of a command that takes seconds; None where it is not run."""
+    if any(re.search(pattern, command) for pattern in NOT_RUN):
+        return None
+    for pattern, shorter in SHORTER:
+        command = re.sub(pattern, shorter, command)
+    return command
+
+
+ALL = [(page, command) for page in PAGES for command in commands(page)]
+
+
+def test_the_pages_have_commands():
+    assert len(ALL) > 60 and {page for page, _ in ALL} >= set(PAGES) - {ROOT / "docs/numerics.md"}
+    assert set(PAGES) >= {page for page in ROOT.glob("docs/*.md") if commands(page)}
+    assert all(any(re.search(pattern, command) for _, command in ALL) for pattern in NOT_RUN)
+
+
+@pytest.mark.parametrize(("page", "command"), ALL, ids=[f"{page.stem}: {command[:60]}" for page, command in ALL])
+def test_our_commands_are_understood(page, command):
+    """Options and arguments exist, and overrides fit the recipe that is named."""
+    words = shlex.split(command)
+    launched = [word for word in words if word.endswith("launch/torchrun.sh")]
+    if launched:
+        words = ["megaresnorm", "train", *words[words.index(launched[0]) + 1 :]]
+    if words[0] != "megaresnorm":
+        return
+    words, found, name = words[1:], get_command(app), "megaresnorm"
+    words = words[: words.index(">")] if ">" in words else words
+    while hasattr(found, "commands"):
+        name, found = words[0], found.commands[words[0]]
+        words = words[1:]
+    context = found.make_context(name, words)
+    recipe = context.params.get("recipe")
+    if name == "train" and recipe.startswith("configs/"):
+        load_recipe(ROOT / recipe, context.params["overrides"] or [])
+
+
+def make_inputs(folder: Path) -> None:
+    """What the pages take for given: texts, two models of Transformers, a pair of Megatron's files."""
+    import gzip
+    import json
+
+    import pyarrow
+    import pyarrow.parquet
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from megaresnorm.data.prepare import PrepareJob, prepare
+
+    texts = [page.read_text() for page in sorted(ROOT.glob("docs/*.md"))]
+    (folder / "my_text").mkdir()
+    for i, text in enumerate(texts):
+        (folder / "my_text" / f"{i}.txt").write_text(text)
+    with gzip.open(folder / "more.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / "table.parquet")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "intermediate_size": 48, "vocab_size": len(fast), "max_position_embeddings": 64}  # fmt: skip
+    torch.manual_seed(0)
+    for name, kind, more in (
+        ("Qwen3-0.6B", "qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
+        ("Llama-3.2-1B", "llama", {}),
+    ):
+        config = transformers.AutoConfig.for_model(kind, **shape, **more)
+        target = folder / "models" / name
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(target)
+        fast.save_pretrained(target)
+    made = prepare(PrepareJob(out=folder / "runs" / "made", paths=(str(folder / "my_text"),), workers=1,
+                              tokenizer=str(folder / "models" / "Llama-3.2-1B"))).folder  # fmt: skip
+    (folder / "runs" / "gpt2").mkdir()
+    for name in ("tokens.bin", "tokens.idx", "tokenizer.json"):
+        (folder / "runs" / "gpt2" / name).write_bytes((made / name).read_bytes())
+
+
+@pytest.mark.slow
+def test_every_command_runs_from_a_fresh_clone(tmp_path):
+    """In its short form, one after the other, in the environment that the README activates."""
+    clone = tmp_path / "megaresnorm"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    (clone / ".venv").symlink_to(sys.prefix)
+    make_inputs(clone)
+    environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH", "VENV")}
+    environment |= {"PYTHONPATH": str(clone), "MEGARESNORM_CACHE": str(tmp_path / "cache")}
+    failed, done = [], set()
+    for page, command in ALL:
+        shorter = short(command)
+        if shorter is None or shorter in done:
+            continue
+        done.add(shorter)
+        if shorter.startswith("megaresnorm prepare") and "--out runs/my-data" in shorter:
+            shorter += " --overwrite"  # two pages make another one there
+        script = f"set -eo pipefail; source .venv/bin/activate; {shorter}"
+        got = subprocess.run(["bash", "-c", script], cwd=clone, env=environment, capture_output=True, text=True)
+        print(f"{got.returncode} {page.stem}: {shorter}")
+        if got.returncode:
+            failed.append(f"{page.stem}: {shorter}\n{(got.stdout + got.stderr)[-600:]}")
+    assert not failed, "\n\n".join(failed)
+    assert len(done) > 40
+
+
+@pytest.mark.parametrize("page", ["docs/clusters.md", "docs/checkpoints.md"])
+def test_batch_scripts_are_shell(page):
+    (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", (ROOT / page).read_text(), re.S)
+    got = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+    assert got.returncode == 0, got.stderr
