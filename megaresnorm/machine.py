@@ -1,4 +1,4 @@
-"""What a run needs of a machine, looked at piece by piece: nothing is changed, and nothing is downloaded."""
+"""What a run needs of a machine, looked at piece by piece. Nothing is downloaded; the C kernels are compiled, once."""
 
 import importlib.metadata
 import os
@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +22,7 @@ from megaresnorm.kernels.cpu import build
 from megaresnorm.kernels.cpu.trusted import BuildError
 from megaresnorm.kernels.registry import choose_kernel
 from megaresnorm.resilience.host import host_memory
+from megaresnorm.telemetry.loggers import installed
 
 Verdict = Literal["PASS", "WARN", "FAIL"]
 EXTRAS = {  # of pyproject.toml, and a module of each
@@ -175,8 +175,8 @@ def _open_files() -> Check:
 
 
 def _extras() -> Check:
-    there = [f"{extra} ({_version(module) or 'there'})" for extra, module in EXTRAS.items() if find_spec(module)]
-    missing = [extra for extra, module in EXTRAS.items() if not find_spec(module)]
+    there = [f"{extra} ({_version(module) or 'there'})" for extra, module in EXTRAS.items() if installed(module)]
+    missing = [extra for extra, module in EXTRAS.items() if not installed(module)]
     more = f"; not installed: {', '.join(missing)} (pip install 'megaresnorm[NAME]')" if missing else ""
     return Check("extras", "PASS", (", ".join(there) or "none") + more)
 

@@ -37,14 +37,16 @@ def lr_jump(step: int, before: Recipe, now: Recipe) -> str | None:
     """
     if not 0 < step < now.train.steps:
         return None
-    last, following = learning_rate(step - 1, before), learning_rate(step, now)
-    if learning_rate(step - 1, now) == last or abs(following - last) <= 0.1 * last:
+    unchanged, following = learning_rate(min(step, before.train.steps - 1), before), learning_rate(step, now)
+    if abs(following - unchanged) <= 0.1 * unchanged:
         return None
-    return (
-        f"the learning rate goes from {last:.2e} at step {step} to {following:.2e} at step {step + 1}, since the "
-        "settings that it follows from have changed; schedule.kind=wsd, or schedule.decay_steps, does not depend on "
-        "train.steps"
-    )
+    last = learning_rate(step - 1, before)
+    said = f"the learning rate goes from {last:.2e} at step {step} to {following:.2e} at step {step + 1}"
+    if now.train.steps == before.train.steps or now.schedule != before.schedule:
+        return said
+    if now.schedule.kind == "wsd":
+        return f"{said}: a run with schedule.kind=wsd is extended before its decay begins"
+    return f"{said}, since {now.schedule.kind} follows train.steps; schedule.decay_steps, or wsd, does not"
 
 
 def wsd_decay_steps(recipe: Recipe) -> int:

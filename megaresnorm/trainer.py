@@ -11,13 +11,13 @@ import time
 
 from megaresnorm.data.samples import unigram_entropy
 from megaresnorm.engines.engine import StepStats
-from megaresnorm.errors import NonFiniteError, TrainingError
-from megaresnorm.evaluation import Evaluation
+from megaresnorm.errors import NonFiniteError
 from megaresnorm.recipe import Recipe
 from megaresnorm.resilience.signals import StopSignals, exit_reason
 from megaresnorm.run import Run
 from megaresnorm.schedule import learning_rate
 from megaresnorm.telemetry.log import bar_note, log_lines, log_to_console_by_default, progress_bar, step_line
+from megaresnorm.telemetry.metrics import MetricsWriter
 from megaresnorm.telemetry.summary import RunSummary
 from megaresnorm.telemetry.throughput import Meter
 
@@ -55,41 +55,57 @@ class Trainer:
             NonFiniteError: the last steps were refused, or weights are not finite; then nothing is saved.
         """
         run, train = self.run, self.run.recipe.train
-        metrics = run.open_metrics()
+        metrics, code = run.open_metrics(), 1
         self._stop = stop
         stop.begin(train.max_minutes)
-        stopped = run.largest(stop.exit_code) if run.steps_done < train.steps else 0
-        evaluation = None
         try:
-            with progress_bar("training", train.steps, run.steps_done) as progress:
-                while run.steps_done < train.steps and not stopped:
-                    record = self.step()
-                    if self._due(train.eval_every) or run.steps_done == train.steps:
-                        evaluation = self._evaluate()
-                        record |= {} if evaluation is None else evaluation.metrics()
-                    if metrics is not None:
-                        metrics.write(run.steps_done, record)
-                    if self._due(train.log_every) or "valid_loss" in record or run.steps_done == train.steps:
-                        log.info(step_line(run.steps_done, train.steps, record | self.meter.mean()))
-                    if saves := self._due(run.recipe.checkpoint.every):
-                        run.save()
-                    progress.advance(note=bar_note(record))
-                    # A signal of the step came with its vector; what takes time beside a step is asked about here.
-                    asks = self._asked_to_stop or saves or "valid_loss" in record or run.context.world.size == 1
-                    stopped = run.largest(stop.exit_code) if asks and run.steps_done < train.steps else 0
+            record, stopped = self._steps(metrics)
+            checkpoint = run.save_last(exit_reason(stopped) if stopped else None)
+            evaluation = None if stopped else run.evaluate()
+            if record is not None and not stopped:
+                more = {} if evaluation is None else evaluation.metrics()
+                if metrics is not None and more:
+                    metrics.amend(run.steps_done, more)
+                log.info(step_line(run.steps_done, train.steps, record | self.meter.mean() | more))
+            code = stopped
         finally:
             if metrics is not None:
-                metrics.close()
-        checkpoint = run.save_last(exit_reason(stopped) if stopped else None)
+                metrics.close(code)
         return RunSummary(
             steps=run.steps_done,
             train_loss=run.train_loss,
-            evaluation=None if stopped else evaluation or run.evaluate(),
+            evaluation=evaluation,
             unigram_entropy=None if stopped else unigram_entropy(run.samples.token_shares()),
             checkpoint=checkpoint,
             weights_digest=run.digest_of(checkpoint),
             exit_code=stopped,
         )
+
+    def _steps(self, metrics: MetricsWriter | None) -> tuple[dict[str, float | None] | None, int]:
+        """All steps that are left, until something stops them. The last one is evaluated when it has been saved.
+
+        Returns:
+            What is recorded of the last step, and the exit code of what stopped the run; None and 0 without.
+        """
+        run, train = self.run, self.run.recipe.train
+        stopped = run.largest(self._stop.exit_code) if self._stop and not run.is_finished else 0
+        record: dict[str, float | None] | None = None
+        with progress_bar("training", train.steps, run.steps_done) as progress:
+            while not run.is_finished and not stopped:
+                record = self.step()
+                if self._due(train.eval_every) and not run.is_finished and (evaluation := run.evaluate()) is not None:
+                    record |= evaluation.metrics()
+                if metrics is not None:
+                    metrics.write(run.steps_done, record)
+                if (self._due(train.log_every) or "valid_loss" in record) and not run.is_finished:
+                    log.info(step_line(run.steps_done, train.steps, record | self.meter.mean()))
+                if saves := self._due(run.recipe.checkpoint.every):
+                    run.save()
+                progress.advance(note=bar_note(record))
+                # A signal of the step came with its vector; what takes time beside a step is asked about here.
+                asks = self._asked_to_stop or saves or "valid_loss" in record or run.context.world.size == 1
+                stopped = run.largest(self._stop.exit_code) if self._stop and asks and not run.is_finished else 0
+        return record, stopped
 
     def step(self) -> dict[str, float | None]:
         """One optimizer step, and what is recorded of it; its loss is None where no token had a label.
@@ -120,15 +136,6 @@ class Trainer:
         }
         seconds = time.perf_counter() - start
         return record | self.meter.step(stats.tokens, (run.samples_done - samples) * seq_len, seconds)
-
-    def _evaluate(self) -> Evaluation | None:
-        """``run.evaluate``. What is wrong with a validation set does not cost the last checkpoint."""
-        try:
-            return self.run.evaluate()
-        except TrainingError:
-            if self.run.steps_done == self.run.recipe.train.steps:
-                self.run.save_last(None)
-            raise
 
     def _judge(self, stats: StepStats) -> None:
         """Count refused steps: the engine refuses one that would put NaN or Inf into the weights."""

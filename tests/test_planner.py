@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from megaresnorm.cli import main
+from megaresnorm.data.prepare import PrepareJob, prepare
 from megaresnorm.errors import ConfigError
 from megaresnorm.memory import memory_of_stages
 from megaresnorm.model.parameters import parameter_table
-from megaresnorm.planner.estimate import estimate
+from megaresnorm.planner.estimate import RESERVE, estimate
 from megaresnorm.recipe.load import dump_recipe, load_recipe
 from megaresnorm.resilience.host import HostMemory
 
@@ -40,7 +41,7 @@ def test_epochs_are_told_and_too_many_warned_of(tiny, tmp_path, capsys):
     few, many = dry_run(capsys, path), dry_run(capsys, path, "train.steps=100000")
     assert "warning    more than 4 epochs" in many and "more than 4 epochs" not in few
     epochs = float(many.split(" tokens to train on, ")[1].split(" epochs")[0].replace(" K", "e3"))
-    there = many.split("data       ")[1].split(" tokens")[0]
+    there = many.split("# data       ")[1].split(" tokens")[0]
     assert there.endswith(" K") and epochs == pytest.approx(100_000 * 64 / (float(there[:-2]) * 1000), rel=0.01)
 
 
@@ -70,7 +71,7 @@ def test_what_does_not_fit_is_said(capsys, monkeypatch):
 def test_large_recipes_take_what_their_page_says(name, ranks, billions):
     recipe = load_recipe(ROOT / "configs" / f"{name}.yaml")
     found = estimate(recipe, ranks=ranks, device_memory=80 * 10**9, with_data=False)
-    assert billions < found.parameters / 1e9 < billions + 0.1 and found.fits
+    assert billions < found.parameters / 1e9 < billions + 0.1 and found.fits(likely=True)
     certain, likely = (max(getattr(m.device, kind) for m in found.stages) for kind in ("certain", "likely"))
     row = next(r for r in (ROOT / "configs" / "README.md").read_text().splitlines() if r.startswith(f"| `{name}` |"))
     assert row.endswith(f"| {certain / 1e9:.1f} GB | {likely / 1e9:.1f} GB |") and f"| {ranks} |" in row
@@ -81,7 +82,43 @@ def test_a_pipelines_fullest_rank_decides(tiny):
     found = estimate(recipe, ranks=2, device_memory=10**9, with_data=False)
     each = [memory.device.certain for memory in found.stages]
     assert len(each) == 2 and each[0] != each[1]
-    assert dataclasses.replace(found, room=max(each)).fits and not dataclasses.replace(found, room=max(each) - 1).fits
+    assert dataclasses.replace(found, room=max(each)).fits()
+    assert not dataclasses.replace(found, room=max(each) - 1).fits()
+
+
+def test_a_reserve_of_a_gpu_stays_free(tiny):
+    found = estimate(tiny(model={"vocab_size": 500}), device_memory=10**10, with_data=False)
+    need = found.stages[0].device.likely
+    assert dataclasses.replace(found, room=need + RESERVE).fits(likely=True)
+    assert not dataclasses.replace(found, room=need + RESERVE - 1).fits(likely=True)
+
+
+def test_a_gpu_of_this_machine_is_looked_at(tiny, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (1, 10**11))
+    recipe = tiny(model={"vocab_size": 500})
+    assert estimate(recipe, with_data=False).room == 10**11 and estimate(recipe, with_data=False).on_gpus
+    on_cpu = recipe.model_copy(update={"train": recipe.train.model_copy(update={"device": "cpu"})})
+    assert not estimate(on_cpu, with_data=False).on_gpus
+
+
+def test_the_epochs_of_a_blend_are_those_of_the_source_that_ends_first(tiny, byte_data, tmp_path):
+    small = tmp_path / "small"
+    (tmp_path / "small.txt").write_text("a small text of some words. " * 20)
+    prepare(PrepareJob(out=small, paths=(str(tmp_path / "small.txt"),)))
+    sources = [{"path": str(byte_data), "weight": 1.0}, {"path": str(small), "weight": 1.0}]
+    recipe = tiny(data={"blend": sources, "path": None}, train={"steps": 100})
+    (line, *rest) = [line for line in estimate(recipe).describe() if line.startswith(("data", "warning"))]
+    epochs = {draw.path: draw.epochs for draw in estimate(recipe).draws}
+    assert epochs[str(small)] > 4 > 0 < epochs[str(byte_data)] < epochs[str(small)] / 5
+    assert line.endswith(f"{epochs[str(small)]:.3g} epochs (of {small})") and "more than 4 epochs" in rest[0]
+
+
+def test_a_dry_run_prints_a_recipe(tiny, tmp_path, capsys):
+    path, again = tmp_path / "recipe.yaml", tmp_path / "again.yaml"
+    path.write_text(dump_recipe(tiny()))
+    again.write_text(dry_run(capsys, path))
+    assert load_recipe(again).model_dump() == tiny(model={"vocab_size": 257}).model_dump()
 
 
 def test_options_of_a_dry_run_are_refused_without_it(capsys):

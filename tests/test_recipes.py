@@ -26,7 +26,7 @@ def test_recipe_can_be_used(path, byte_data, tmp_path, capsys):
     """A dry run as it stands, and two steps of it made small."""
     data = [f"data.path={byte_data}", f"train.output={tmp_path / 'run'}", "data.valid_fraction=0.2"]
     assert main(["train", str(path), *data, "model.seq_len=16", "--dry-run"]) == 0
-    assert re.search(r"^model .* parameters, .*FLOP a token", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^# model .* parameters, .*FLOP a token", capsys.readouterr().out, re.MULTILINE)
     small = [
         "model.dim=32",
         "model.num_blocks=2",

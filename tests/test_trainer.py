@@ -503,7 +503,7 @@ def test_dry_run_touches_nothing(tiny, tmp_path, capsys):
     path.write_text(dump_recipe(tiny(model={"topology": "post"})))
     assert main(["train", str(path), "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "vocab_size: 257" in out and "\nranks      1; micro batch 4" in out and "warning    B = 2N" in out
+    assert "vocab_size: 257" in out and "\n# ranks      1; micro batch 4" in out and "# warning    B = 2N" in out
     assert not Path(tiny().train.output).exists()
 
 

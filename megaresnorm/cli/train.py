@@ -70,6 +70,6 @@ def _dry_run(
     recipe = load_recipe(recipe_file, overrides)
     found = estimate(recipe, ranks=ranks, device_memory=memory, with_data=not no_data)
     write(dump_recipe(found.recipe, full=full))
-    for line in found.describe():
-        say(line)
+    for line in found.describe():  # comments, so that the whole is a recipe
+        say(f"# {line}")
     return 0

@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from megaresnorm.checkpoint.format import human_bytes
+from megaresnorm.data.inspect import Draw, draws_of
 from megaresnorm.data.training_data import open_data, open_samples, resolve_vocab
 from megaresnorm.errors import ConfigError
 from megaresnorm.layout import check_layout, split_stages
@@ -20,6 +23,7 @@ from megaresnorm.telemetry.throughput import PEAK_BF16
 EPOCHS = 4  # more repetitions of the same data than these are worth much less (arXiv:2305.16264)
 SHARE_OF_PEAK = 0.4  # assumed where a time is told
 GPU = "H100"  # whose peak is taken for it
+RESERVE = 2 * 10**9  # bytes of a GPU for CUDA, libraries and fragments
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Estimate:
         recipe: resolved against the data, where they were read.
         flops: floating-point operations of a token, forward and backward.
         tokens: that the run draws.
-        tokens_there: of the training data; None without data.
+        draws: what it draws from each source; None without data.
         stages: memory by pp rank.
         room: bytes of device memory that a rank has, or of host memory that all ranks have; None where unknown.
         on_gpus: whether ``stages`` and ``room`` are of GPUs.
@@ -42,21 +46,26 @@ class Estimate:
     parameters: int
     flops: int
     tokens: int
-    tokens_there: int | None
+    draws: list[Draw] | None
     stages: list[MemoryPerRank]
     room: int | None
     on_gpus: bool
     warnings: list[str]
 
-    @property
-    def fits(self) -> bool | None:
-        """Whether what is allocated for certain fits into the memory there is; None where that is unknown."""
+    def fits(self, *, likely: bool = False) -> bool | None:
+        """Whether it fits into the memory there is; None where that is unknown.
+
+        Args:
+            likely: with the estimate of the activations, and on a GPU a reserve for CUDA and fragmentation; otherwise
+                what is allocated for certain.
+        """
         if self.room is None:
             return None
+        kind = "likely" if likely else "certain"
         if self.on_gpus:
-            return max(memory.device.certain for memory in self.stages) <= self.room
+            return max(getattr(memory.device, kind) for memory in self.stages) <= self.room - likely * RESERVE
         ranks_per_stage = self.sizes.num_ranks // self.sizes.pp
-        return sum(ranks_per_stage * memory.host.certain for memory in self.stages) <= self.room
+        return sum(ranks_per_stage * getattr(memory.host, kind) for memory in self.stages) <= self.room
 
     def describe(self) -> list[str]:
         """Lines for the console."""
@@ -85,7 +94,7 @@ class Estimate:
         return f"{count}; micro batch {micro}, {passes} microbatch{'es' if passes > 1 else ''} a step{split}"
 
     def _memory(self) -> list[str]:
-        largest = max(self.stages, key=lambda memory: memory.total)
+        largest = max(self.stages, key=lambda memory: memory.device if self.on_gpus else memory.host)
         need = largest.device if self.on_gpus else largest.host
         where = "GPU memory" if self.on_gpus else "host memory"
         lines = [
@@ -98,26 +107,22 @@ class Estimate:
         if self.room is None:
             return [*lines, "           the machines: not known here; --memory 80GB compares with GPUs of that size"]
         who = "a rank's GPU" if self.on_gpus else "this machine, for all ranks,"
-        verdict = "fits" if self._likely_fits() else "may not fit" if self.fits else "does NOT fit"
+        verdict = "fits" if self.fits(likely=True) else "may not fit" if self.fits() else "does NOT fit"
         return [*lines, f"           {who} has {human_bytes(self.room)}: {verdict}"]
 
-    def _likely_fits(self) -> bool:
-        if self.on_gpus:
-            return max(memory.device.likely for memory in self.stages) <= (self.room or 0)
-        ranks_per_stage = self.sizes.num_ranks // self.sizes.pp
-        return sum(ranks_per_stage * memory.host.likely for memory in self.stages) <= (self.room or 0)
-
     def _data(self) -> list[str]:
-        if self.tokens_there is None:
+        if self.draws is None:
             return ["data       not read"]
-        epochs = self.tokens / max(1, self.tokens_there)
-        lines = [f"data       {large(self.tokens_there)} tokens to train on, {epochs:.3g} epochs"]
-        if epochs > EPOCHS:
+        most = max(self.draws, key=lambda draw: draw.epochs)
+        of = f" (of {most.path})" if len(self.draws) > 1 else ""
+        there = sum(draw.tokens for draw in self.draws)
+        lines = [f"data       {large(there)} tokens to train on, {most.epochs:.3g} epochs{of}"]
+        if most.epochs > EPOCHS:
             lines.append(f"warning    more than {EPOCHS} epochs: tokens teach less each time (arXiv:2305.16264)")
         return lines
 
     def _time(self) -> str:
-        if not self.on_gpus:
+        if not self.on_gpus or self.recipe.precision.compute != "bf16":
             return ""
         seconds = self.flops * self.tokens / (self.sizes.num_ranks * PEAK_BF16[GPU] * 1e12 * SHARE_OF_PEAK)
         days = f"{seconds / 86400:.1f} days" if seconds > 2 * 86400 else f"{seconds / 3600:.1f} hours"
@@ -131,35 +136,43 @@ def estimate(
 
     Args:
         ranks: None for the fewest that the layout needs.
-        device_memory: bytes of a GPU that the ranks are to fit into; None: the memory of this machine is looked at.
+        device_memory: bytes of a GPU that the ranks are to fit into; None for those of this machine, or its host memory.
         with_data: whether to open the data. Without them model.vocab_size must be set.
 
     Raises:
         ConfigError, DataError: the recipe cannot be used; one line.
     """
-    tokens_there = None
+    draws = None
     warnings = [finding.message for finding in check(recipe)]
     if with_data:
         data = open_data(recipe.data)
         recipe = resolve_vocab(recipe, data)
         samples, _ = open_samples(data, recipe)
-        tokens_there = samples.per_epoch * recipe.model.seq_len
+        draws = draws_of(recipe, samples, samples_before(recipe.train.steps, recipe.train))
     elif recipe.model.vocab_size is None:
         raise ConfigError("model.vocab_size is missing, which the data would tell; set model.vocab_size=32000, say")
     parallel = recipe.parallel
     needed = parallel.pp * parallel.dp_shard * parallel.tp * (parallel.dp_replicate or 1)
     sizes = check_layout(recipe, ranks or needed)
-    on_gpus = device_memory is not None or recipe.train.device == "cuda"
-    host = None if on_gpus else host_memory()
+    on_gpus, room = _room(recipe, device_memory)
     return Estimate(
         recipe=recipe,
         sizes=sizes,
         parameters=sum(spec.num_elements for spec in parameter_table(recipe.model).values()),
         flops=training_flops(recipe.model),
         tokens=samples_before(recipe.train.steps, recipe.train) * recipe.model.seq_len,
-        tokens_there=tokens_there,
+        draws=draws,
         stages=memory_of_stages(recipe, sizes, device_type="cuda" if on_gpus else "cpu"),
-        room=device_memory if on_gpus else None if host is None else host.total,
+        room=room,
         on_gpus=on_gpus,
         warnings=warnings,
     )
+
+
+def _room(recipe: Recipe, device_memory: int | None) -> tuple[bool, int | None]:
+    """Whether the ranks are on GPUs, and the memory of one, or that of this machine for all ranks."""
+    here = torch.cuda.is_available() and recipe.train.device != "cpu"
+    if device_memory is not None or here or recipe.train.device == "cuda":
+        return True, torch.cuda.mem_get_info()[1] if device_memory is None and here else device_memory
+    host = host_memory()
+    return False, None if host is None else host.total

@@ -74,7 +74,9 @@ def meant_by_option(option: str) -> str | None:
     'settings are given as section.key=value, this one as train.steps=...'
     """
     name = option.lstrip("-").replace("-", "_")
-    keys = [key for key in recipe_keys() if key.partition(".")[2] == name]
+    keys = [key for key in recipe_keys() if name in (key, key.partition(".")[2])]
+    name = name.rpartition(".")[2]
+    keys = keys or [key for key in recipe_keys() if key.partition(".")[2] == name]
     if len(keys) == 1:
         return f"settings are given as section.key=value, this one as {keys[0]}=..."
     meaning = meaning_of(name)

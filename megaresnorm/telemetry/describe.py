@@ -5,6 +5,7 @@ import re
 import torch
 
 from megaresnorm.assemble import Assembled
+from megaresnorm.data.inspect import draws_of
 from megaresnorm.data.samples import Samples
 from megaresnorm.layout import split_stages
 from megaresnorm.recipe import Recipe
@@ -23,6 +24,7 @@ def describe_run(recipe: Recipe, assembled: Assembled, samples: Samples, *, full
     model, train = recipe.model, recipe.train
     parameters = sum(spec.num_elements for spec in assembled.table.values())
     drawn = samples_before(train.steps, train)
+    epochs = max(draw.epochs for draw in draws_of(recipe, samples, drawn))
     lines = [
         f"recipe    {train.output}/recipe.yaml{'' if full else ', where it differs from the defaults'}",
         *(f"  {line}" for line in dump_recipe(recipe, full=full).rstrip().splitlines()),
@@ -36,7 +38,7 @@ def describe_run(recipe: Recipe, assembled: Assembled, samples: Samples, *, full
         f"{samples.per_epoch:,} sequences of {model.seq_len} tokens to train on",
         f"schedule  {train.steps:,} steps of {train.global_batch * model.seq_len:,} tokens, {recipe.schedule.kind}, "
         f"peak lr {recipe.optim.lr:g}; {large(drawn * model.seq_len)} tokens in all, "
-        f"{drawn / samples.per_epoch:.3g} epochs",
+        f"{epochs:.3g} epochs{' of the source that is drawn from most often' if recipe.data.blend else ''}",
     ]
     return [shown(line) for line in lines]
 

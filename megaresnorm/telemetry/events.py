@@ -51,6 +51,14 @@ class Appended:
         self._size += done
         self._waiting.clear()
 
+    def amend(self, last: bytes, record: bytes) -> None:
+        """Put a record in the place of the last one, which it must be longer than."""
+        if self._waiting:
+            del self._waiting[-len(last) :]
+        else:
+            self._size -= len(last)
+        self.write(record)
+
     def close(self) -> None:
         """Close the file. What cannot be written even now is lost, with a warning."""
         self._next_warning = 0.0
@@ -83,14 +91,15 @@ class EventFile:
         # START: what an earlier process wrote from here on is void
         self._append(step=first_step, session_log={"status": 1})
         if settings:
-            rows = [f"| `{key}` | `{value}` |" for key, value in settings.items()]
+            cells = {key: str(value).replace("|", "\\|").replace("`", "'") for key, value in settings.items()}
+            rows = [f"| `{key}` | `{value}` |" for key, value in cells.items()]
             self._write_text("recipe", "\n".join(["| setting | value |", "| --- | --- |", *rows]), first_step - 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the scalars of one step, counted from 1, by their tags."""
         self._append(step=step, summary={"value": [{"tag": n, "simple_value": v} for n, v in metrics.items()]})
 
-    def close(self) -> None:
+    def close(self, code: int = 0) -> None:
         """Close the file, as ``Appended.close``."""
         self._file.close()
 

@@ -160,7 +160,7 @@ def step_line(step: int, steps: int, metrics: Mapping[str, float | None]) -> str
     parts = [
         f"step {step:>{len(str(steps))}}/{steps} | loss {loss} | grad {metrics['gradient_norm']:7.3f} "
         f"| lr {metrics['lr']:.3e} | {metrics['tokens_per_second']:9,.0f} tok/s | {metrics['seconds']:6.3f} s",
-        f"{metrics['tflops']:6.3g} TFLOP/s" + (f", {metrics['mfu']:.1%} MFU" if metrics.get("mfu") is not None else ""),
+        f"{metrics['tflops']:8.3g} TFLOP/s" + (f", {metrics['mfu']:.1%} MFU" if metrics.get("mfu") is not None else ""),
     ]
     if metrics.get("peak_memory") is not None:
         parts.append(f"{(metrics['peak_memory'] or 0) / 1e9:.2f} GB")

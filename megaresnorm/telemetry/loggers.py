@@ -1,11 +1,14 @@
 """Where metrics go besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow, behind one small interface.
 
-A service that cannot be reached costs a warning; it never ends a run. Settings of the services are their own
-environment variables (WANDB_PROJECT, WANDB_MODE, MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, ...).
+A service takes metrics in a thread of its own: however slow it is, training goes on, and where it fails there is a
+warning. Settings of the services are their own environment variables (WANDB_PROJECT, WANDB_MODE, MLFLOW_TRACKING_URI,
+MLFLOW_EXPERIMENT_NAME, ...). Both are told the whole recipe, paths included.
 """
 
 import json
 import logging
+import queue
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -16,14 +19,14 @@ from uuid import uuid4
 from megaresnorm.errors import ConfigError
 from megaresnorm.files import replace_file
 from megaresnorm.reading import first_line, read_plain_file
-from megaresnorm.telemetry.events import EventFile
+from megaresnorm.telemetry.events import SECONDS_BETWEEN_WARNINGS, EventFile
 
 log = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_WARNINGS = 60.0
+MAX_WAITING = 10_000  # steps that a service may be behind
+SECONDS_TO_END = 60.0  # that a service has to take what is waiting when the run has ended
 IDS = "loggers.json"  # in the run's folder: what the services call this run, so that a resumed one goes on there
 MAX_IDS_BYTES = 1 << 16
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 TAGS = {
     "loss": "train/loss",
     "gradient_norm": "train/gradient_norm",
@@ -42,10 +45,24 @@ class MetricsLogger(Protocol):
     """What takes the metrics of steps."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one step, counted from 1, by their tags."""
+        """Record metrics of one step, counted from 1, by their tags. A step may come twice, with other metrics."""
 
-    def close(self) -> None:
-        """Record what is still waiting, and end."""
+    def close(self, code: int = 0) -> None:
+        """Record what is still waiting, and end.
+
+        Args:
+            code: the run's exit code.
+        """
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported; it is not, which would take seconds. A mere folder of that name is none.
+
+    >>> installed("json"), installed("no_such_package")
+    (True, False)
+    """
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def check_loggers(names: Sequence[str]) -> None:
@@ -55,34 +72,40 @@ def check_loggers(names: Sequence[str]) -> None:
         ConfigError: one is not; the line says how to install it.
     """
     for name in names:
-        if find_spec(PACKAGES[name]) is None:
-            raise ConfigError(f"train.loggers: {name} is not installed; install it with: pip install {PACKAGES[name]}")
+        if not installed(name):
+            raise ConfigError(f"train.loggers: {name} is not installed; install it with: pip install {name}")
 
 
-def open_loggers(names: Sequence[str], folder: Path, first_step: int, settings: Mapping[str, Any]) -> list["_Guarded"]:
-    """Start the loggers of a run.
+def open_loggers(
+    names: Sequence[str], folder: Path, first_step: int, settings: Mapping[str, Any]
+) -> list[MetricsLogger]:
+    """Start the loggers of a run. A service that does not start again where a run goes on costs a warning.
 
     Args:
         folder: the run's.
-        first_step: from which on what an earlier process wrote is void, counted from 1.
+        first_step: where the run begins or goes on, counted from 1.
         settings: the recipe's, by dotted key, to be shown beside the curves.
 
     Raises:
-        ConfigError: a service refuses to start; the line says why.
+        ConfigError: a service refuses to start before the first step; the line says why.
         OSError: TensorBoard's files cannot be written.
     """
-    found: list[_Guarded] = []
-    for name in names:
+    found: list[MetricsLogger] = []
+    for name in dict.fromkeys(names):
         if name == "tensorboard":
-            found.append(_Guarded(name, EventFile(folder / "tensorboard", first_step, settings)))
+            found.append(EventFile(folder / "tensorboard", first_step, settings))
             continue
         service = _Wandb if name == "wandb" else _MLflow
         try:
-            found.append(_Guarded(name, service(folder, first_step == 1, settings)))
+            found.append(InBackground(name, service(folder, first_step == 1, settings)))
         except Exception as e:  # noqa: BLE001 - of a service's own making, of whatever kind
-            raise ConfigError(
-                f"train.loggers: {name} cannot start ({first_line(e)}); see its own documentation, or leave it out"
-            ) from None
+            why = f"{name} cannot start ({first_line(e)})"
+            if first_step > 1:
+                log.warning("warning: %s; the run goes on without it", why)
+                continue
+            for one in found:
+                one.close(1)
+            raise ConfigError(f"train.loggers: {why}; see its own documentation, or leave it out") from None
     return found
 
 
@@ -100,26 +123,49 @@ def tagged(metrics: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-class _Guarded:
-    """A logger whose failures are warnings, at most one a minute."""
+class InBackground:
+    """A logger behind a thread and a queue, whose failures are warnings, at most one a minute."""
 
     def __init__(self, name: str, logger: MetricsLogger) -> None:
         self._name, self._logger, self._next_warning = name, logger, 0.0
+        self._waiting: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue(MAX_WAITING)
+        self._code = 0
+        self._thread = threading.Thread(target=self._take, name=name, daemon=True)
+        self._thread.start()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._try(lambda: self._logger.write(step, tagged(metrics)))
+        """Leave metrics to the thread."""
+        try:
+            self._waiting.put_nowait((step, metrics))
+        except queue.Full:
+            self._warn(f"is {MAX_WAITING:,} steps behind, and does not get this one")
 
-    def close(self) -> None:
-        self._next_warning = 0.0
-        self._try(self._logger.close)
+    def close(self, code: int = 0) -> None:
+        """Let the thread take what is waiting, for a minute at most."""
+        self._code, self._next_warning = code, 0.0
+        try:
+            self._waiting.put(None, timeout=SECONDS_TO_END)
+            self._thread.join(SECONDS_TO_END)
+        except queue.Full:
+            pass
+        if self._thread.is_alive():
+            self._warn(f"did not take everything within {SECONDS_TO_END:.0f} s")
+
+    def _take(self) -> None:
+        while (taken := self._waiting.get()) is not None:
+            self._try(lambda taken=taken: self._logger.write(*taken))  # type: ignore[misc]
+        self._try(lambda: self._logger.close(self._code))
 
     def _try(self, work: Callable[[], None]) -> None:
         try:
             work()
         except Exception as e:  # noqa: BLE001 - whatever a service does, training goes on
-            if time.monotonic() >= self._next_warning:
-                self._next_warning = time.monotonic() + SECONDS_BETWEEN_WARNINGS
-                log.warning("warning: %s does not take metrics (%s); training goes on", self._name, e)
+            self._warn(f"does not take metrics ({first_line(e)}); training goes on")
+
+    def _warn(self, what: str) -> None:
+        if time.monotonic() >= self._next_warning:
+            self._next_warning = time.monotonic() + SECONDS_BETWEEN_WARNINGS
+            log.warning("warning: %s %s", self._name, what)
 
 
 def _run_id(folder: Path, service: str, new: bool, make: Callable[[], str]) -> str:
@@ -155,47 +201,38 @@ class _Wandb:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log({**metrics, "step": step})
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, code: int = 0) -> None:
+        self._run.finish(exit_code=code)
 
 
 class _MLflow:
-    """MLflow: https://mlflow.org/docs/latest/tracking."""
+    """MLflow, by its client alone: https://mlflow.org/docs/latest/api_reference/python_api/mlflow.client.html."""
 
-    BATCH = 50  # steps that are sent together: a call is a transaction or a request
+    PARAMS = 100  # that one call may have
 
     def __init__(self, folder: Path, new: bool, settings: Mapping[str, Any]) -> None:
-        import mlflow
-        from mlflow.entities import Metric
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param
+        from mlflow.environment_variables import MLFLOW_EXPERIMENT_NAME
 
-        self._metric, self._client = Metric, mlflow.MlflowClient()
-        self._waiting: list[Any] = []
-        made: list[str] = []
+        self._metric, self._client = Metric, MlflowClient()
 
         def make() -> str:
-            run = mlflow.start_run(run_name=folder.name)
-            mlflow.end_run("RUNNING")
-            made.append(run.info.run_id)
+            name = MLFLOW_EXPERIMENT_NAME.get()
+            there = None if name is None else self._client.get_experiment_by_name(name)
+            experiment = "0" if name is None else there.experiment_id if there else self._client.create_experiment(name)
+            run = self._client.create_run(experiment, run_name=folder.name)
+            params = [Param(key, str(value)[:500]) for key, value in settings.items()]
+            for start in range(0, len(params), self.PARAMS):
+                self._client.log_batch(run.info.run_id, params=params[start : start + self.PARAMS])
             return run.info.run_id
 
         self._id = _run_id(folder, "mlflow", new, make)
-        if made:
-            for key, value in settings.items():
-                self._client.log_param(self._id, key, str(value)[:500])
-        else:
-            self._client.update_run(self._id, status="RUNNING")
+        self._client.update_run(self._id, status="RUNNING")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
-        self._waiting += [self._metric(name, value, now, step) for name, value in metrics.items()]
-        if step % self.BATCH == 0:
-            self._send()
+        self._client.log_batch(self._id, metrics=[self._metric(k, v, now, step) for k, v in metrics.items()])
 
-    def close(self) -> None:
-        self._send()
-        self._client.set_terminated(self._id)
-
-    def _send(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for start in range(0, len(waiting), 1000):  # as many as one call may have
-            self._client.log_batch(self._id, metrics=waiting[start : start + 1000])
+    def close(self, code: int = 0) -> None:
+        self._client.set_terminated(self._id, "FINISHED" if code == 0 else "FAILED" if code < 124 else "KILLED")

@@ -13,7 +13,7 @@ from typing import Any
 
 from megaresnorm.files import open_plain, replace_file
 from megaresnorm.telemetry.events import Appended
-from megaresnorm.telemetry.loggers import open_loggers
+from megaresnorm.telemetry.loggers import open_loggers, tagged
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class MetricsWriter:
         path = folder / "metrics.jsonl"
         if os.path.lexists(path):
             _drop_from(path, first_step)
-        self._lines = Appended(path)
+        self._lines, self._last = Appended(path), b""
         self._loggers = open_loggers(loggers, folder, first_step, settings or {})
 
     def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
@@ -50,18 +50,37 @@ class MetricsWriter:
             step: counted from 1.
             metrics: by name; None where a step has no such figure.
         """
-        # JSON has no NaN
-        finite = {name: value if value is not None and isfinite(value) else None for name, value in metrics.items()}
-        self._lines.write((json.dumps({"step": step, **finite}) + "\n").encode())
-        known = {name: value for name, value in metrics.items() if value is not None}
-        for logger in self._loggers:
-            logger.write(step, known)
+        self._last = _line(step, metrics)
+        self._lines.write(self._last)
+        self._to_loggers(step, metrics)
 
-    def close(self) -> None:
-        """Close the files, as ``Appended.close``, and end the loggers."""
+    def amend(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Add metrics to those of the step that was recorded last."""
+        line = _line(step, {**json.loads(self._last), **metrics})
+        self._lines.amend(self._last, line)
+        self._last = line
+        self._to_loggers(step, metrics)
+
+    def close(self, code: int = 0) -> None:
+        """Close the files, as ``Appended.close``, and end the loggers.
+
+        Args:
+            code: the run's exit code.
+        """
         self._lines.close()
         for logger in self._loggers:
-            logger.close()
+            logger.close(code)
+
+    def _to_loggers(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        known = {name: value for name, value in metrics.items() if value is not None}
+        for logger in self._loggers:
+            logger.write(step, tagged(known))
+
+
+def _line(step: int, metrics: Mapping[str, float | None]) -> bytes:
+    """JSON of one step; it has no NaN."""
+    finite = {name: value if value is not None and isfinite(value) else None for name, value in metrics.items()}
+    return (json.dumps({**finite, "step": step} if "step" in finite else {"step": step, **finite}) + "\n").encode()
 
 
 def _drop_from(path: Path, first_step: int) -> None:

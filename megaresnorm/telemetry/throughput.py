@@ -1,5 +1,6 @@
 """Speed and memory of training steps: tokens, floating-point operations, the share of a GPU's peak, peak memory."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,12 +9,13 @@ import torch
 from megaresnorm.model.cost import training_flops
 from megaresnorm.recipe import Recipe
 
-# Dense BF16 products of one GPU in TFLOP/s, from NVIDIA's data sheets, by a part of its name; the first that fits.
+# Dense BF16 products of one GPU in TFLOP/s, from NVIDIA's data sheets, by words of its name; the first that fit.
 PEAK_BF16 = {
     "H100 NVL": 835.0, "H100 PCIe": 756.0, "H100": 989.4, "H200 NVL": 835.0, "H200": 989.4, "GH200": 989.4,
-    "GB200": 2500.0, "B200": 2250.0, "A100": 312.0, "A800": 312.0, "H800": 989.4, "L40S": 362.0, "L4": 121.0,
+    "GB200": 2500.0, "B200": 2250.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0, "L40": 181.0, "L4": 121.0,
     "A10G": 70.0, "A10": 125.0, "RTX 4090": 165.2, "RTX 3090": 71.0,
 }  # fmt: skip
+_OTHERS = re.compile(r"\b(MIG|Laptop|RTX 4090 D)\b")  # a share of such a GPU, or another one
 
 
 def peak_tflops(device: torch.device, compute: str) -> float | None:
@@ -25,7 +27,9 @@ def peak_tflops(device: torch.device, compute: str) -> float | None:
     if device.type != "cuda" or compute != "bf16":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_BF16.items() if part in name), None)
+    if _OTHERS.search(name):
+        return None
+    return next((peak for words, peak in PEAK_BF16.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 def peak_memory(device: torch.device) -> int | None:
