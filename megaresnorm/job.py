@@ -1,4 +1,4 @@
-"""A training process from its recipe to its exit code: what the launcher starts on every rank.
+"""A training process from its recipe to its exit code, as every rank of a job runs it.
 
 The command line calls it, and it needs none itself: ``python -m megaresnorm.job RECIPE [section.key=value ...]``.
 """

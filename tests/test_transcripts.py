@@ -51,6 +51,8 @@ SHORTER = [  # (pattern, what takes its place), all that fit, in turn
     (r"^(megaresnorm train configs/(pre-24|english).*)", r"\1 model.dim=64 model.seq_len=32 data.valid_fraction=0.1"),
     (r"data\.split='\[969, 30, 1\]'(.*) data\.valid_fraction=0\.1", r"data.split='[80, 15, 5]'\1"),
     (r"^(megaresnorm train configs/keel.*)", r"\1 model.dim=64"),
+    (r"^(megaresnorm convert compare )(\S+) (\S+/hf)$",  # of the run as it is by then
+     r"rm -r \3; megaresnorm convert to-hf \2 \3; \1\2 \3"),
     (r"^(megaresnorm generate .*)", r"\1 --tokens 4"),
     (r"^(megaresnorm depth --probe.*)", r"\1 --depths 2 --seeds 1"),
     (r"^(megaresnorm depth --train.*?)( train\.steps=4)?$", r"\1 --depths 2 --seeds 1 train.steps=3"),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def read_losses(run: Path) -> dict[int, float]:
-    """Step -> loss from a run's metrics.jsonl."""
+    """Step -> loss from a run's metrics.jsonl, whose steps count from 1, or from 0 in runs of versions before 0.2."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return {record["step"]: record["loss"] for record in map(json.loads, lines)}
 

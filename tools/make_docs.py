@@ -58,7 +58,7 @@ def meaning(one: Foreign) -> str:
 
 
 def settings() -> str:
-    """A table for each section of a recipe, from its JSON schema."""
+    """A list for each section of a recipe, from its JSON schema."""
     schema = recipe_schema()
     parts: list[str] = []
     section(schema, "", schema, parts)
@@ -66,13 +66,14 @@ def settings() -> str:
 
 
 def section(node: dict[str, Any], name: str, schema: dict[str, Any], parts: list[str]) -> None:
-    """Append the table of one section, then those of the sections in it."""
+    """Append the list of one section, then those of the sections in it, and of the items of its lists."""
     rows, inner = [], []
     for key, field in node["properties"].items():
         reference = reference_of(field)
         full = f"{name}.{key}" if name else key
         if reference is not None:
             inner.append((full, schema["$defs"][reference]))
+        inner += [(f"{full}[]", schema["$defs"][one]) for one in items_of(field)]
         needed = key in node.get("required", [])
         if reference is not None:
             continue
@@ -92,6 +93,12 @@ def reference_of(field: dict[str, Any]) -> str | None:
         if "$ref" in one:
             return one["$ref"].rpartition("/")[2]
     return None
+
+
+def items_of(field: dict[str, Any]) -> list[str]:
+    """Names of the sections that a list holds."""
+    found = [reference_of(one["items"]) for one in field.get("anyOf", [field]) if "items" in one]
+    return [one for one in found if one is not None]
 
 
 def kind_of(field: dict[str, Any], schema: dict[str, Any]) -> str:

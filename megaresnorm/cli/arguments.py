@@ -9,10 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from megaresnorm.errors import ConfigError
-from megaresnorm.limits import MAX_BLOCKS, MAX_STEPS
+from megaresnorm.limits import MAX_BLOCKS, MAX_SHOWN, MAX_STEPS
 from megaresnorm.reading import expanded
 
-MAX_SHOWN = 60  # characters of an argument that an error shows
 MAX_NAME, MAX_PATH = 255, 4095  # bytes, the limits of Linux
 _UNITS = {"": 1} | {f"{prefix}B": 1000**n for n, prefix in enumerate(["", "K", "M", "G", "T"])}
 _UNITS |= {f"{prefix}IB": 1024**n for n, prefix in enumerate(["K", "M", "G", "T"], start=1)}
@@ -166,8 +165,8 @@ Overrides = Annotated[
 JsonFile = Annotated[
     Path | None, typer.Option("--json", parser=path, metavar="FILE", help="write every figure here (- prints it)")
 ]
-_CHECKPOINT = "a checkpoint, or the output folder of a run: its newest one"
-CheckpointFolder = Annotated[Path, typer.Argument(parser=path, metavar="CHECKPOINT", help=_CHECKPOINT)]
+CHECKPOINT_OR_RUN = "a checkpoint, or the output folder of a run: its newest one"
+CheckpointFolder = Annotated[Path, typer.Argument(parser=path, metavar="CHECKPOINT", help=CHECKPOINT_OR_RUN)]
 RunFolder = Annotated[Path, typer.Argument(parser=path, metavar="RUN", help="output folder of a run")]
 NewFolder = Annotated[Path, typer.Argument(parser=path, metavar="OUT", help="folder to make")]
 EndToken = Annotated[

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from megaresnorm.cli.arguments import CheckpointFolder, JsonFile, RunFolder, count, new_app, path, report
+from megaresnorm.cli.arguments import (
+    CHECKPOINT_OR_RUN,
+    CheckpointFolder,
+    JsonFile,
+    RunFolder,
+    count,
+    new_app,
+    path,
+    report,
+)
 from megaresnorm.errors import CheckpointError, ConfigError
 from megaresnorm.text import shown, write
 
@@ -22,8 +31,7 @@ _Tensors = Annotated[bool, typer.Option("--tensors", help="every tensor with its
 _Recipe = Annotated[bool, typer.Option("--recipe", help="the recipe that it was trained with")]
 _ALL = "checkpoints, or output folders of runs: all of theirs"
 _Checkpoints = Annotated[list[Path], typer.Argument(parser=path, metavar="CHECKPOINT...", help=_ALL)]
-_ONE = "a checkpoint, or the output folder of a run: its newest one"
-_A = Annotated[Path, typer.Argument(parser=path, metavar="A", help=_ONE)]
+_A = Annotated[Path, typer.Argument(parser=path, metavar="A", help=CHECKPOINT_OR_RUN)]
 _B = Annotated[Path, typer.Argument(parser=path, metavar="B", help="another one")]
 _Only = Annotated[Literal["weights", "optimizer", "clipper"] | None, typer.Option(help="compare these tensors alone")]
 _Rows = Annotated[int, typer.Option(parser=count, metavar="N", help="largest differences to show")]

@@ -7,8 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from megaresnorm.limits import MAX_SHOWN
 from megaresnorm.recipe import Recipe
-from megaresnorm.recipe.names import MAX_SHOWN, flat, meaning_of, short
+from megaresnorm.recipe.names import flat, meaning_of, short
 
 _NAME = re.compile(r"\w+", re.ASCII)
 

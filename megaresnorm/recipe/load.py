@@ -15,10 +15,11 @@ import yaml
 from pydantic import ValidationError
 
 from megaresnorm.errors import ConfigError
+from megaresnorm.limits import MAX_SHOWN
 from megaresnorm.reading import first_line, is_beside, read_plain_file
 from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.explain import explain
-from megaresnorm.recipe.names import MAX_SHOWN, short, under_new_names
+from megaresnorm.recipe.names import short, under_new_names
 
 MAX_RECIPE_BYTES = 1 << 18  # a blend of a thousand sources with long paths; PyYAML takes two seconds for so much
 MAX_VALUES = 8_000  # of a recipe, every alias counted as all that it stands for

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megaresnorm.errors import ConfigError
+from megaresnorm.limits import MAX_SHOWN
 
-MAX_SHOWN = 60  # characters of a name or value in an error
 FOREIGN_NAMES = Path(__file__).with_name("foreign_names.tsv")
 
 
