@@ -3,6 +3,7 @@
 The command line calls it, and it needs none itself: ``python -m megaresnorm.job RECIPE [section.key=value ...]``.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -55,7 +56,12 @@ def run_job(recipe: str, overrides: Sequence[str] = (), *, fallback: bool = True
                 f"another rank is gone ({reason}); start again to go on from the newest checkpoint"
             ) from None
     end_process_group()
-    return end_on_purpose(exit_code, environment)
+    code = end_on_purpose(exit_code, environment)
+    if environment.world_size > 1:  # threads of torch may outlive the group, and abort the interpreter at its end
+        console.file.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _train(
@@ -90,7 +96,9 @@ def exit_code_of(work: Callable[[], int]) -> int:
         The work's exit code, or that of its error.
     """
     try:
-        return work()
+        code = work()
+        sys.stdout.flush()
+        return code
     except UserError as e:
         environment = _environment()
         if environment.rank == 0 or not e.agreed:
@@ -102,8 +110,19 @@ def exit_code_of(work: Callable[[], int]) -> int:
         say("megaresnorm: stopped", error=True)
         return 128 + (signal.SIGTERM if isinstance(e, Terminated) else signal.SIGINT)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 141
+    except OSError as e:
+        if e.errno != errno.ENOSPC or e.filename is not None:
+            raise
+        _discard_output()
+        say(f"megaresnorm: error: the output cannot be written ({e.strerror})", error=True)
+        return 1
+
+
+def _discard_output() -> None:
+    """Let what is still to be printed go nowhere: Python would try once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _environment() -> Environment:

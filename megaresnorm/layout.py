@@ -29,6 +29,17 @@ def split_stages(recipe: ModelRecipe, parallel: ParallelRecipe) -> list[Stage]:
     return [Stage(blocks, has_embedding=i == 0, has_head=i == last) for i, blocks in enumerate(ranges)]
 
 
+def ranks_without_samples(recipe: Recipe, sizes: Sizes) -> str | None:
+    """What to say where a global batch has fewer samples than there are data-parallel ranks; None otherwise."""
+    ranks, batch = sizes.dp_replicate * sizes.dp_shard, recipe.train.global_batch
+    if ranks <= batch:
+        return None
+    return (
+        f"train.global_batch={batch} has samples for {batch:,} of {ranks:,} data-parallel ranks, and the others have "
+        "nothing to do; raise it, or use fewer ranks"
+    )
+
+
 def check_layout(recipe: Recipe, num_ranks: int) -> Sizes:
     """The sizes of all axes for a recipe whose vocab_size is set; called before anything starts.
 

@@ -122,9 +122,9 @@ def _gpus() -> Iterator[Check]:
 
 def _processor() -> Check:
     cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
-    found = f"{cores} cores for this job, {threads} threads of torch, instructions {build.levels()[0]}"
+    found = f"{cores} cores for this job, torch's threads {threads}, instructions {build.levels()[0]}"
     advice = "other programs use it, and threads wait for each other: OMP_NUM_THREADS=1 may be faster"
-    return _check("processor", found, os.getloadavg()[0] <= cores, advice)
+    return _check("processor", found, os.getloadavg()[0] <= cores or threads == 1, advice)
 
 
 def _memory() -> Check:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import ceil
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from megaresnorm.checkpoint.format import human_bytes
 from megaresnorm.layout import check_layout, gathers_stream, split_stages
@@ -26,6 +26,7 @@ from megaresnorm.schedule import batch_size
 
 # Private memory of Python, torch and this package once a model is built; the libraries' code is shared.
 PROCESS = 250_000_000
+_ON_HOST = ("checkpoint", "building", "process")  # also where the rest is on a GPU
 _LINEAR_ROLES = ("q", "gate", "up", "out", "down", "head")  # the first parts of matrices that linear layers multiply by
 
 
@@ -95,12 +96,11 @@ class MemoryPerRank:
         """``needed`` with the estimate of the activations."""
         return self.device.likely + self.host.likely
 
-    def describe(self) -> str:
-        """The kinds that are not zero, in one line, largest first."""
-        kinds = {name: size for name, size in asdict(self).items() if isinstance(size, int) and size}
-        return ", ".join(
-            f"{name} {human_bytes(size)}" for name, size in sorted(kinds.items(), key=lambda kind: -kind[1])
-        )
+    def describe(self, where: Literal["all", "device", "host"] = "all") -> str:
+        """The kinds that are not zero, in one line, largest first: all, or those that are on a GPU, or beside it."""
+        kinds = [(size, name) for name, size in asdict(self).items() if isinstance(size, int) and size]
+        wanted = [(size, name) for size, name in kinds if where == "all" or (name in _ON_HOST) == (where == "host")]
+        return ", ".join(f"{name} {human_bytes(size)}" for size, name in sorted(wanted, reverse=True))
 
 
 def memory_per_rank(recipe: Recipe, ranks: int | Sizes, *, device_type: str = "cpu") -> MemoryPerRank:

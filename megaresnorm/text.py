@@ -5,6 +5,7 @@ stored.
 """
 
 import logging
+import os
 import re
 import sys
 from io import TextIOWrapper
@@ -64,7 +65,12 @@ class _WarningsOnStderr(logging.Handler):
 
 
 def prepare_streams() -> None:
-    """Escape characters that the terminal's encoding lacks, and print each warning as a line on stderr."""
+    """Escape characters that the terminal's encoding lacks, and print each warning as a line on stderr.
+
+    A stream that is closed is replaced by one that goes nowhere.
+    """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - for as long as the process
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -11,7 +11,7 @@ import time
 
 from megaresnorm.data.samples import unigram_entropy
 from megaresnorm.engines.engine import StepStats
-from megaresnorm.errors import NonFiniteError
+from megaresnorm.errors import ConfigError, NonFiniteError
 from megaresnorm.recipe import Recipe
 from megaresnorm.resilience.signals import StopSignals, exit_reason
 from megaresnorm.run import Run
@@ -30,6 +30,8 @@ def train(recipe: Recipe) -> RunSummary:
     Raises:
         ConfigError, DataError, CheckpointError, TrainingError: one line each, on all ranks.
     """
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(f"train takes a recipe, train(load_recipe(PATH)), not a {type(recipe).__name__}")
     log_to_console_by_default()
     with StopSignals() as stop, Run(recipe) as run:
         log_lines(run.describe())

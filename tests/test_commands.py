@@ -179,5 +179,33 @@ def test_the_second_interrupt_leaves_a_notebooks_kernel_alive(tiny, tmp_path):
     assert got.returncode == 0 and got.stdout.endswith("alive\n"), got
 
 
+def test_output_that_cannot_be_written_costs_a_line_and_no_run(recipe_file):
+    """A full disk under the log, and streams that are closed."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "megaresnorm", "train", recipe_file, "train.steps=3"]
+        got = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert "Traceback" not in got.stderr and "the output cannot be written (No space left on device)" in got.stderr
+        command = [sys.executable, "-m", "megaresnorm", "schema"]
+        schema = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (schema.returncode, len(schema.stderr.splitlines())) == (1, 1)
+    assert run("-m", "megaresnorm", "checkpoint", "ls", recipe_file.parent / "run").stdout.count("step-00000003") == 1
+    for arguments in ("--version", "recipe quickstart", "doctor"):
+        shell = f"{sys.executable} -m megaresnorm {arguments} >&-"
+        closed = subprocess.run(["bash", "-c", shell], stderr=subprocess.PIPE, text=True)
+        assert closed.returncode == 0 and not closed.stderr, (arguments, closed)
+
+
+def test_the_python_interface_says_what_it_takes(recipe_file):
+    from megaresnorm import UserError, load_recipe, train
+
+    for wrong in ("model.dim=64", [5], ["model.topology=kell"]):
+        with pytest.raises(UserError):
+            load_recipe(recipe_file, wrong)
+    with pytest.raises(UserError, match="takes the path of a file, not a dict"):
+        load_recipe({})
+    with pytest.raises(UserError, match=r"train\(load_recipe\(PATH\)\), not a str"):
+        train(str(recipe_file))
+
+
 def test_the_version_is_that_of_the_package():
     assert megaresnorm.__version__ in run("-m", "megaresnorm.cli", "--version").stdout

@@ -50,13 +50,14 @@ def little(path):
         ("shared memory", (shutil, "disk_usage", little), "--shm-size"),
         ("this folder", (shutil, "disk_usage", little), "train.output"),
         ("memory", (machine, "host_memory", lambda: HostMemory(10**9, 10**9)), "little"),
-        ("processor", (os, "getloadavg", lambda: (99.0, 9.0, 9.0)), "OMP_NUM_THREADS=1"),
+        ("processor", (torch, "get_num_threads", lambda: 64), "OMP_NUM_THREADS=1"),
         ("open files", (machine.resource, "getrlimit", lambda what: (256, 4096)), "ulimit -n 4096"),
         ("C kernels", (machine.build, "unavailable", lambda: "nosuchcc was not found"), "slower"),
         ("GPU", (machine, "_driver", lambda: "580.12"), "install a build of torch for CUDA"),
     ],
 )
 def test_what_is_wrong_is_a_warning_with_advice(name, patch, wanted, monkeypatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: (99.0, 9.0, 9.0))
     monkeypatch.setattr(*patch)
     check = found(name)
     if name == "GPU" and torch.version.cuda is not None:

@@ -91,7 +91,26 @@ HUGGING_FACE_AND_DEEPSPEED = {
     "engine.zero_optimization=2": "parallel.dp_shard",
     "train.gradient_clipping=1.0": "did you mean optim.clip_norm?",
 }
-NEVER = {  # guesses by letters alone, which once misled
+QUALIFIED = {  # words that mean something in their own section alone
+    "optimizer.name=AdamW": "the only optimizer is AdamW",
+    "model.name=llama3": "a recipe gives the shape itself",
+    "validation.enable=true": "did you mean train.eval_every?",
+    "validation.steps=5": "did you mean train.eval_samples?",
+    "fault_tolerance.enable=true": "launch/torchrun.sh restarts dead ranks",
+    "training.seed=5": "did you mean train.seed?",
+    "zero_optimization.offload_optimizer.device=cpu": "nothing is offloaded",
+    "bf16.enabled=true": "did you mean precision.compute? (bf16, not true)",
+    "fp16.enabled=true": "there is no FP16",
+    "recompute.num_layers=1": "there is no recomputation",
+    "parallel.vpp=2": "parallel.pipeline: interleaved",
+    "kernels.norm=apex": "did you mean kernels.add_norm?",
+    "schedule.steps=5": "did you mean train.steps?",
+    "architectures='[LlamaForCausalLM]'": "megaresnorm convert from-hf",
+    "train.loggers=[comet]": "wanted one of tensorboard, wandb, mlflow",
+    "train.loggers=wandb": "write train.loggers='[wandb]'",
+}
+NEVER = {
+    "train.loggers=[comet]": "did you mean train.loggers",  # guesses by letters alone, which once misled
     "precision.compute=fp16": "fp64",
     "parallel.ep=2": "optim.eps",
     "train.recompute=true": "train.compile",
@@ -119,7 +138,8 @@ def said(override: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("override", "wanted"), [*MEGATRON.items(), *TORCHTITAN.items(), *HUGGING_FACE_AND_DEEPSPEED.items()]
+    ("override", "wanted"),
+    [*MEGATRON.items(), *TORCHTITAN.items(), *HUGGING_FACE_AND_DEEPSPEED.items(), *QUALIFIED.items()],
 )
 def test_a_foreign_name_leads_to_our_key_or_to_a_sentence(override, wanted):
     line = said(override)
@@ -142,7 +162,7 @@ def test_every_row_leads_somewhere():
         "others",
     }
     assert not [one for one in rows if not (one.key or one.sentence) or (one.key and one.key not in keys)]
-    assert all(one.name.isidentifier() for one in rows)
+    assert all(one.name.replace(".", "_").isidentifier() for one in rows)
     assert len({(one.framework, one.name, one.key) for one in rows}) == len(rows)
 
 
@@ -153,6 +173,11 @@ def test_options_with_such_names_lead_there_too(capsys):
         ("--steps", "this one as train.steps=..."),
         ("--lr", "this one as optim.lr=..."),
         ("--fp16", "there is no FP16"),
+        ("--training.local_batch_size", "did you mean train.micro_batch?"),
+        ("--parallelism.tensor_parallel_degree", "did you mean parallel.tp?"),
+        ("--model.dim", "this one as model.dim=..."),
+        ("--optimizer.lr", "this one as optim.lr=..."),
+        ("--nproc_per_node", "RANKS_PER_NODE=N bash launch/torchrun.sh"),
     ):
         assert main(["train", "recipe.yaml", option, "4"]) == 2
         line = capsys.readouterr().err
@@ -170,4 +195,4 @@ def test_the_pages_are_what_the_code_says():
     got = subprocess.run([sys.executable, ROOT / "tools" / "make_docs.py", "--check"], capture_output=True, text=True)
     assert got.returncode == 0, got.stdout + "run: python tools/make_docs.py"
     page = (ROOT / "docs" / "coming-from.md").read_text()
-    assert all(f"* `{one.name}`: " in page for one in foreign_names())
+    assert all(f"* `{one.name}`:" in page for one in foreign_names())

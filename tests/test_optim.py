@@ -12,7 +12,7 @@ from megaresnorm.model.parameters import parameter_table
 from megaresnorm.model.specs import ParameterSpec, Part
 from megaresnorm.optim import GradientClipper, Optimizer, check_eps
 from megaresnorm.recipe import ModelRecipe, OptimRecipe, TopologyOptions
-from megaresnorm.schedule import batch_size, learning_rate
+from megaresnorm.schedule import batch_size, learning_rate, lr_jump
 
 
 def groups_by_name(recipe: ModelRecipe, optim: OptimRecipe):
@@ -146,6 +146,21 @@ def test_schedules(tiny):
     assert got == rates(tiny, 10, kind="cosine", warmup_steps=2, min_ratio=0.2)[0]
     got, _ = rates(tiny, 9, kind="inverse_sqrt", warmup_steps=4)
     assert got == pytest.approx([0.25, 0.5, 0.75, 1.0, sqrt(4 / 5), sqrt(4 / 6), sqrt(4 / 7), sqrt(4 / 8), sqrt(4 / 9)])
+
+
+def test_a_jump_of_the_rate_is_said_and_nothing_else(tiny):
+    def jump(step, before, now, steps=(100, 100)):
+        return lr_jump(step, *(rates(tiny, n, **s)[1] for n, s in zip(steps, (before, now), strict=True)))
+
+    cosine, wsd = {"kind": "cosine"}, {"kind": "wsd"}
+    assert "cosine follows train.steps; schedule.decay_steps, or wsd, does not" in jump(100, cosine, cosine, (100, 200))
+    assert "extended before its decay begins" in jump(100, wsd, wsd, (100, 200))
+    assert jump(80, wsd, wsd, (100, 200)) is None, "its decay had not begun"
+    assert jump(50, {**cosine, "decay_steps": 100}, {**cosine, "decay_steps": 100}, (100, 200)) is None
+    assert jump(5, {"warmup_steps": 100}, {"warmup_steps": 101}, (1000, 1000)) is None, "as it would have grown anyway"
+    assert jump(50, cosine, cosine) is None and jump(0, cosine, wsd) is None
+    changed = jump(50, {"kind": "constant"}, {"kind": "constant", "lr": 2.0})
+    assert changed == "the learning rate goes from 1.00e+00 at step 50 to 2.00e+00 at step 51"
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "wsd", "inverse_sqrt"])

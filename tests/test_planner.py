@@ -62,7 +62,10 @@ def test_what_does_not_fit_is_said(capsys, monkeypatch):
     assert "has 1.0 GB: does NOT fit" in dry_run(capsys, path, *plan, "--memory", "1GB")
     monkeypatch.setattr("megaresnorm.planner.estimate.host_memory", lambda: HostMemory(10**9, 10**9))
     here = dry_run(capsys, path, *plan)
-    assert "this machine, for all ranks, has 1.0 GB: does NOT fit" in here and "of host memory" in here
+    assert (
+        "this machine, for all ranks (--memory plans for GPUs), has 1.0 GB: does NOT fit" in here
+        and "of host memory" in here
+    )
     gpus = dry_run(capsys, path, *plan, "train.device=cuda")
     assert "of GPU memory" in gpus and "not known here; --memory 80GB" in gpus
 
@@ -119,6 +122,17 @@ def test_a_dry_run_prints_a_recipe(tiny, tmp_path, capsys):
     path.write_text(dump_recipe(tiny()))
     again.write_text(dry_run(capsys, path))
     assert load_recipe(again).model_dump() == tiny(model={"vocab_size": 257}).model_dump()
+
+
+def test_ranks_that_would_have_nothing_to_do_are_warned_of(tiny):
+    found = estimate(tiny(model={"vocab_size": 257}), ranks=8)
+    assert any("samples for 4 of 8 data-parallel ranks" in line for line in found.describe())
+    assert not [w for w in estimate(tiny(model={"vocab_size": 257}), ranks=4).warnings if "data-parallel" in w]
+
+
+def test_backends_that_do_not_exist_are_refused(tiny):
+    with pytest.raises(ConfigError, match=r"kernels\.attention='bogus': wanted one of auto, cpu"):
+        estimate(tiny(kernels={"attention": "bogus"}))
 
 
 def test_options_of_a_dry_run_are_refused_without_it(capsys):

@@ -19,6 +19,7 @@ from megaresnorm.job import exit_code_of
 from megaresnorm.text import prepare_streams, say, write
 
 PROGRAM = "megaresnorm"
+LONGEST = 300  # characters of what is wrong with an argument
 COMPLETE = "_MEGARESNORM_COMPLETE"  # set by the scripts that --install-completion writes
 UsageError: Any = typer.BadParameter.__base__  # what Typer raises for arguments that it cannot use
 EPILOG = """\b
@@ -96,4 +97,5 @@ def _one_line(error: Any) -> str:
         if found is not None:
             return f"{option}: {found}"
     text = re.sub(r"^Invalid value for '?(.*?)'?: (Value error, )?", r"\1: ", error.format_message())
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
     return f"{text.rstrip('.')}; see {command} --help"

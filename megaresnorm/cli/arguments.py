@@ -14,6 +14,7 @@ from megaresnorm.reading import expanded
 
 MAX_NAME, MAX_PATH = 255, 4095  # bytes, the limits of Linux
 _UNITS = {"": 1} | {f"{prefix}B": 1000**n for n, prefix in enumerate(["", "K", "M", "G", "T"])}
+_UNITS |= {prefix: 1000**n for n, prefix in enumerate(["K", "M", "G", "T"], start=1)}
 _UNITS |= {f"{prefix}IB": 1024**n for n, prefix in enumerate(["K", "M", "G", "T"], start=1)}
 
 
@@ -109,8 +110,8 @@ def depths(text: str | Depths) -> Depths:
 def size(text: str | int) -> int:
     """A number of bytes.
 
-    >>> size("1GB"), size("1.5 GiB"), size("4096")
-    (1000000000, 1610612736, 4096)
+    >>> size("1GB"), size("1.5 GiB"), size("4096"), size("80G")
+    (1000000000, 1610612736, 4096, 80000000000)
     """
     text = str(text)
     number = text.strip().rstrip("BbKkMmGgTtIi ").strip()

@@ -29,14 +29,15 @@ OutRun = Annotated[
 _WRITTEN = "type of the written weights; unset: that of the model that was trained on, or the checkpoint's"
 Dtype = Annotated[Literal["fp32", "bf16", "fp16", "fp64"] | None, typer.Option(help=_WRITTEN)]
 ShardSize = Annotated[
-    int, typer.Option("--max-shard-size", parser=size, metavar="SIZE", help="largest file, such as 500MB")
+    int,
+    typer.Option("--max-shard-size", parser=size, metavar="SIZE", show_default="5GB", help="largest file, as 500MB"),
 ]
 WithTokenizer = Annotated[Literal["auto", "none"], typer.Option("--tokenizer", help="none: leave the tokenizer out")]
 _KNOWN = "fields of config.json that are not known, and that you know not to matter, separated by commas"
 IgnoreFields = Annotated[Words, typer.Option(parser=words, metavar="NAMES", help=_KNOWN)]
 DataPath = Annotated[str, typer.Option("--data", parser=path_text, metavar="PATH", help="the recipe's data.path")]
 _BUFFER = "memory for tensors while reading and writing"
-Memory = Annotated[int, typer.Option("--max-memory", parser=memory, metavar="SIZE", help=_BUFFER)]
+Memory = Annotated[int, typer.Option("--max-memory", parser=memory, metavar="SIZE", show_default="4GB", help=_BUFFER)]
 
 
 def check_kind(model: Path, *, megatron: bool) -> None:

@@ -87,18 +87,15 @@ def _look(device: torch.device, json: Path | None) -> int:
     from rich.text import Text
 
     from megaresnorm.machine import look_at_machine
-    from megaresnorm.telemetry.log import Table
 
     checks = list(look_at_machine(device))
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    table.add_column("", overflow="fold")
-    styles = {"PASS": "green", "WARN": "yellow", "FAIL": "red"}
+    width, styles = max(len(one.name) for one in checks), {"PASS": "green", "WARN": "yellow", "FAIL": "red"}
+    lines = []
     for one in checks:
         advice = f"; {one.advice}" if one.advice else ""
-        table.add_row(Text(one.verdict, style=styles[one.verdict]), one.name, one.found + advice)
-    report(json, [asdict(one) for one in checks], table)
+        words = f"  {one.name:{width}}  {one.found}{advice}"
+        lines.append(Text.assemble((one.verdict, styles[one.verdict]), words))
+    report(json, [asdict(one) for one in checks], *lines)
     return int(any(one.verdict == "FAIL" for one in checks))
 
 

@@ -56,7 +56,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ConfigError: it cannot be read, or describes a model that cannot be; one line.
     """
-    recipe = read(path, overrides)
+    if not isinstance(path, str | Path):
+        raise ConfigError(f"load_recipe takes the path of a file, not a {type(path).__name__}")
+    if isinstance(overrides, str) or not all(isinstance(one, str) for one in overrides or ()):
+        raise ConfigError('load_recipe takes overrides as a list of texts, as in ["model.dim=64"]')
+    recipe = read(path, overrides or ())
     check(recipe)
     return recipe
 

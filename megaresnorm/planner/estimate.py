@@ -8,7 +8,9 @@ from megaresnorm.checkpoint.format import human_bytes
 from megaresnorm.data.inspect import Draw, draws_of
 from megaresnorm.data.training_data import open_data, open_samples, resolve_vocab
 from megaresnorm.errors import ConfigError
-from megaresnorm.layout import check_layout, split_stages
+from megaresnorm.kernels import load_backends
+from megaresnorm.kernels.registry import backends
+from megaresnorm.layout import check_layout, ranks_without_samples, split_stages
 from megaresnorm.memory import MemoryPerRank, memory_of_stages
 from megaresnorm.model.cost import training_flops
 from megaresnorm.model.lint import check
@@ -79,7 +81,11 @@ class Estimate:
             f"run        {train.steps:,} steps of up to {train.global_batch * model.seq_len:,} tokens, "
             f"{large(self.tokens)} tokens, {large(self.flops * self.tokens)}FLOP{self._time()}",
         ]
-        return lines + [f"warning    {line}" for line in self.warnings]
+        return [
+            *lines,
+            *(f"warning    {line}" for line in self.warnings),
+            "not read   the output folder and what is in it; loggers and GPUs of the machine that will train",
+        ]
 
     def _ranks(self) -> str:
         axes = {"pp": self.sizes.pp, "dp_replicate": self.sizes.dp_replicate, "dp_shard": self.sizes.dp_shard,
@@ -100,13 +106,14 @@ class Estimate:
         lines = [
             f"memory     a rank: {human_bytes(need.likely)} of {where}; {human_bytes(need.certain)} of it for certain, "
             "the rest is an estimate of the activations",
-            f"           by kind, each at its fullest moment: {largest.describe()}",
+            f"           by kind, each at its fullest moment: {largest.describe('device' if self.on_gpus else 'all')}",
         ]
         if self.on_gpus:
-            lines.append(f"           host memory of a rank, with checkpoints: {human_bytes(largest.host.likely)}")
+            host = f"{human_bytes(largest.host.likely)} ({largest.describe('host')})"
+            lines.append(f"           host memory of a rank: {host}")
         if self.room is None:
             return [*lines, "           the machines: not known here; --memory 80GB compares with GPUs of that size"]
-        who = "a rank's GPU" if self.on_gpus else "this machine, for all ranks,"
+        who = "a rank's GPU" if self.on_gpus else "this machine, for all ranks (--memory plans for GPUs),"
         verdict = "fits" if self.fits(likely=True) else "may not fit" if self.fits() else "does NOT fit"
         return [*lines, f"           {who} has {human_bytes(self.room)}: {verdict}"]
 
@@ -136,7 +143,7 @@ def estimate(
 
     Args:
         ranks: None for the fewest that the layout needs.
-        device_memory: bytes of a GPU that the ranks are to fit into; None for those of this machine, or its host memory.
+        device_memory: bytes of a GPU that the ranks are to fit into; None: those of this machine, or its host memory.
         with_data: whether to open the data. Without them model.vocab_size must be set.
 
     Raises:
@@ -154,6 +161,8 @@ def estimate(
     parallel = recipe.parallel
     needed = parallel.pp * parallel.dp_shard * parallel.tp * (parallel.dp_replicate or 1)
     sizes = check_layout(recipe, ranks or needed)
+    warnings += [idle] if (idle := ranks_without_samples(recipe, sizes)) else []
+    _check_kernels(recipe)
     on_gpus, room = _room(recipe, device_memory)
     return Estimate(
         recipe=recipe,
@@ -167,6 +176,19 @@ def estimate(
         on_gpus=on_gpus,
         warnings=warnings,
     )
+
+
+def _check_kernels(recipe: Recipe) -> None:
+    """Check the names of backends; whether they can run depends on the machine.
+
+    Raises:
+        ConfigError: there is no such backend.
+    """
+    load_backends()
+    for op, named in recipe.kernels.model_dump().items():
+        known = ["auto", *(kernel.backend for kernel in backends(op))]
+        if named not in known:
+            raise ConfigError(f"kernels.{op}={named!r}: wanted one of {', '.join(known)}")
 
 
 def _room(recipe: Recipe, device_memory: int | None) -> tuple[bool, int | None]:

@@ -45,10 +45,14 @@ def explain(error: Any) -> str:
         return f"{key}={short(value)}: wanted a section with keys, got a {type(value).__name__}"
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", context["expected"])
-        return f"{key}={short(value)}: wanted one of {', '.join(allowed)}{suggest(str(value), allowed)}"
+        own = re.sub(r"\.\d+$", "", key)
+        meant = suggest(str(value), allowed).replace(f"; did you mean {own}?", ";")
+        return f"{key}={short(value)}: wanted one of {', '.join(allowed)}{meant}"
     wanted = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     wanted = "boolean, true or false" if kind == "bool_type" else wanted
     got = f", got a {type(value).__name__}" if kind.endswith(("_type", "_float", "_parsing")) else ""
+    if kind == "list_type" and isinstance(value, str):
+        got += f"; write {key}='[{short(value)[1:-1]}]'"
     if kind == "string_type" and isinstance(value, int | float):
         got += f"; to mean a text put it in quotes, as in {key}='\"{short(value)}\"'"
     return f"{key}={short(value)}: wanted {wanted[0].lower()}{wanted[1:]}{got}"
@@ -80,7 +84,7 @@ def meant_by_option(option: str) -> str | None:
     keys = keys or [key for key in recipe_keys() if key.partition(".")[2] == name]
     if len(keys) == 1:
         return f"settings are given as section.key=value, this one as {keys[0]}=..."
-    meaning = meaning_of(name)
+    meaning = meaning_of(option.lstrip("-").replace("-", "_")) or meaning_of(name)
     return None if meaning is None else f"settings are given as section.key=value; {meaning}"
 
 
@@ -89,6 +93,8 @@ def _suggest_key(key: str) -> str:
     keys = list(recipe_keys())
     names = {".".join(k.split(".")[: i + 1]) for k in keys for i in range(k.count(".") + 1)}
     section, _, leaf = key.rpartition(".")
+    if meaning := meaning_of(key):  # names that mean something in their own section alone
+        return f"; {meaning}"
     ours = [k for k in keys if k.partition(".")[2] == leaf]
     meaning = meaning_of(leaf)
     if len(ours) == 1 and (meaning is None or section not in names):  # in a section of another framework's

@@ -24,6 +24,7 @@ def read_shipped(name: str) -> str:
     Raises:
         ConfigError: there is none of this name.
     """
+    name = name.removeprefix("configs/").removesuffix(".yaml")
     if name not in shipped_recipes():
         raise ConfigError(f"no recipe is called {name[:60]!r}; there are {', '.join(shipped_recipes())}")
     return (configs_folder() / f"{name}.yaml").read_text(encoding="utf-8")

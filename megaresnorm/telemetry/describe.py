@@ -21,7 +21,7 @@ def describe_run(recipe: Recipe, assembled: Assembled, samples: Samples, *, full
     Args:
         full: every setting, rather than those that differ from the defaults.
     """
-    model, train = recipe.model, recipe.train
+    model, train, threads = recipe.model, recipe.train, torch.get_num_threads()
     parameters = sum(spec.num_elements for spec in assembled.table.values())
     drawn = samples_before(train.steps, train)
     epochs = max(draw.epochs for draw in draws_of(recipe, samples, drawn))
@@ -32,7 +32,7 @@ def describe_run(recipe: Recipe, assembled: Assembled, samples: Samples, *, full
         f"width {model.dim}, {parameters:,} parameters",
         *_ranks(recipe, assembled),
         f"precision {recipe.precision.compute}, residual stream {recipe.precision.stream}, {assembled.device.type}, "
-        f"{torch.get_num_threads()} threads",
+        f"{threads} thread{'s' * (threads > 1)}",
         *_kernels(assembled),
         f"data      {data_name(recipe)}: {samples.num_documents:,} documents, "
         f"{samples.per_epoch:,} sequences of {model.seq_len} tokens to train on",

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from rich.text import Text
 
 from megaresnorm.parallel.environment import read_environment
-from megaresnorm.text import OneLine, shown
+from megaresnorm.text import OneLine, say, shown
 
 
 class Console(rich.console.Console):
@@ -25,12 +25,23 @@ class Console(rich.console.Console):
     reader may go away (``| head``, a closed terminal): the run goes on without it.
     """
 
+    _said_that_it_waits = False
+
     def __init__(self, **settings: Any) -> None:
         super().__init__(highlight=False, markup=False, emoji=False, **settings)
 
     def render_str(self, text: str, **settings: Any) -> Text:
         """Text of a string, without control characters. Printed strings, cells and titles of tables all pass here."""
         return super().render_str(shown(text, lines=True), **settings | {"markup": False, "emoji": False})
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        """Print. Where a disk is full, lines wait until there is room; training goes on, and a warning says so once."""
+        try:
+            super().print(*objects, **settings)
+        except OSError as e:
+            if not self._said_that_it_waits:
+                self._said_that_it_waits = True
+                say(f"warning: the output cannot be written ({e.strerror}); work goes on, the rest follows", error=True)
 
     def on_broken_pipe(self) -> None:
         """Discard further output once the reader has gone away."""

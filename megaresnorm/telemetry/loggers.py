@@ -142,14 +142,14 @@ class InBackground:
 
     def close(self, code: int = 0) -> None:
         """Let the thread take what is waiting, for a minute at most."""
-        self._code, self._next_warning = code, 0.0
+        self._code = code
         try:
             self._waiting.put(None, timeout=SECONDS_TO_END)
             self._thread.join(SECONDS_TO_END)
         except queue.Full:
             pass
         if self._thread.is_alive():
-            self._warn(f"did not take everything within {SECONDS_TO_END:.0f} s")
+            log.warning("warning: %s did not take everything within %.0f s", self._name, SECONDS_TO_END)
 
     def _take(self) -> None:
         while (taken := self._waiting.get()) is not None:
