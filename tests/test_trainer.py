@@ -477,7 +477,7 @@ def test_command_line_trains_shows_and_resumes(tiny, tmp_path, capsys):
     assert main(["train", str(path), "train.steps=3"]) == 0
     first = capsys.readouterr().out
     kernel = f"kernels   add_norm {'cpu' if unavailable() is None else 'reference'}, "
-    for part in ("vocab_size: 257", "3 blocks = 6 sub-layers", kernel, "step 3/3", " TFLOP/s | ", "192 tokens | ",
+    for part in ("vocab_size: 257", "3 blocks = 6 sub-layers", kernel, "step 3/3", "FLOP/s | ", "192 tokens | ",
                  "192 tokens in all", "--- sample ---\ndef ", "unigram entropy", "step-00000003",
                  ):  # fmt: skip
         assert part in first, part

@@ -161,17 +161,21 @@ def progress_bars() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
 def step_line(step: int, steps: int, metrics: Mapping[str, float | None]) -> str:
     """One aligned line: its columns stay in place from the first step of a run to the last.
 
-    Speeds are means over the steps since the line before, TFLOP/s those of one rank. A step without labels has no loss.
+    Speeds are means over the steps since the line before. FLOP/s are those of one rank, peak memory is the first
+    rank's. A step without labels has no loss.
 
     >>> figures = {"loss": 5.25, "gradient_norm": 1.5, "lr": 1e-3, "tokens_per_second": 10500.0, "seconds": 0.0975}
-    >>> step_line(7, 1000, figures | {"tflops": 0.021, "peak_memory": 530_000_000, "tokens": 7168, "time": 0.0})[:70]
-    'step    7/1000 | loss  5.2500 | grad   1.500 | lr 1.000e-03 |    10,50'
+    >>> line = step_line(7, 1000, figures | {"tflops": 0.021, "peak_memory": 5.3e8, "tokens": 7168, "time": 0.0})
+    >>> line[:77]
+    'step    7/1000 | loss  5.2500 | grad   1.500 | lr 1.000e-03 |    10,500 tok/s'
+    >>> line[77:-8]
+    ' |  0.098 s |   21 GFLOP/s | 0.53 GB | 7.17 K tokens | '
     """
-    loss = "   none" if metrics["loss"] is None else f"{metrics['loss']:7.4f}"
+    loss, mfu = "   none" if metrics["loss"] is None else f"{metrics['loss']:7.4f}", metrics.get("mfu")
     parts = [
         f"step {step:>{len(str(steps))}}/{steps} | loss {loss} | grad {metrics['gradient_norm']:7.3f} "
         f"| lr {metrics['lr']:.3e} | {metrics['tokens_per_second']:9,.0f} tok/s | {metrics['seconds']:6.3f} s",
-        f"{metrics['tflops']:8.3g} TFLOP/s" + (f", {metrics['mfu']:.1%} MFU" if metrics.get("mfu") is not None else ""),
+        f"{large(1e12 * (metrics['tflops'] or 0)):>6}FLOP/s" + ("" if mfu is None else f", {mfu:.1%} MFU"),
     ]
     if metrics.get("peak_memory") is not None:
         parts.append(f"{(metrics['peak_memory'] or 0) / 1e9:.2f} GB")
