@@ -56,8 +56,8 @@ def test_help_takes_a_moment_and_is_what_stands_alone():
 def test_a_misspelt_option_or_command_says_which_was_meant(capsys):
     for arguments, wanted in (
         (["train", "x.yaml", "--dry-rn"], "--dry-run"),
-        (["checkpoin"], "checkpoint"),
-        (["checkpoint", "verifi"], "verify"),
+        (["convertt"], "convert"),
+        (["checkpoint", "prunee"], "prune"),
         (["generate", "x", "--tokens", "-3"], "--tokens: '-3' is not a whole number from 1 to"),
         (["generate"], "Missing argument 'CHECKPOINT'"),
     ):
