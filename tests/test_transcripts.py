@@ -185,6 +185,14 @@ def test_every_command_runs_from_a_fresh_clone(tmp_path):
         print(f"{got.returncode} {page.stem}: {shorter}")
         if got.returncode:
             failed.append(f"{page.stem}: {shorter}\n{(got.stdout + got.stderr)[-600:]}")
+    for page in (ROOT / "README.md", ROOT / "docs" / "speed.md"):
+        (program,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+        small = program.replace('["', '["model.num_blocks=2", "train.steps=3", "train.global_batch=4", "')
+        command = [clone / ".venv" / "bin" / "python", "-c", small]
+        got = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True)
+        print(f"{got.returncode} {page.stem}: {got.stdout.splitlines()[-1:]}")
+        if got.returncode:
+            failed.append(f"{page.stem}: {small}\n{got.stderr[-600:]}")
     assert not failed, "\n\n".join(failed)
     assert len(done) > 40
 
