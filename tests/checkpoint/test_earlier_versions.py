@@ -78,6 +78,6 @@ def test_ten_more_steps_are_those_of_the_run_that_nothing_interrupted(layout, le
     run_ranks(num_ranks, go_on, num_ranks, build_recipe(values))
     rows = [json.loads(line) for line in (left / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = {row["step"]: row["loss"] for row in rows}
-    assert losses.keys() == set(range(STEP, STEPS))
+    assert losses.keys() == set(range(STEP + 1, STEPS + 1))
     expected = EXPECTED["losses of 14 uninterrupted steps"]
-    assert all(abs(losses[i] - expected[i]) < 1e-11 for i in losses), (losses, expected)
+    assert all(abs(losses[i] - expected[i - 1]) < 1e-11 for i in losses), (losses, expected)
