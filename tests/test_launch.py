@@ -63,8 +63,8 @@ def test_what_is_missing_there_is_named_with_the_command_that_installs_it(tmp_pa
         f"error: {venv} was not made here and is used as it is, but torch is missing, numpy is missing, "
     )
     command = shlex.split(line.split("install it there: ")[1])
-    assert command[-8:] == ["torch>=2.11", "numpy>=1.26", "pydantic>=2.7", "pyyaml>=6.0", "rich>=14.1",
-                            "safetensors>=0.5", "sentencepiece>=0.2", "tensorboard>=2.16"]  # fmt: skip
+    assert command[-9:] == ["torch>=2.11", "numpy>=1.26", "pydantic>=2.7", "pyyaml>=6.0", "rich>=14.1",
+                            "safetensors>=0.5", "sentencepiece>=0.2", "tensorboard>=2.16", "typer>=0.19"]  # fmt: skip
 
 
 def test_an_activated_environment_is_used_if_it_has_everything(tmp_path):

@@ -321,12 +321,16 @@ def test_a_relative_cache_lies_in_the_working_folder(tmp_path, cache, monkeypatc
     assert load("scalar").answer() == 42 and library_of(tmp_path / "here" / "kernels")
 
 
-def test_a_user_without_a_home_is_told_of_the_setting(monkeypatch):
+def test_a_user_without_a_home_gets_a_cache_in_the_temporary_folder(monkeypatch, tmp_path):
     for name in ("MEGARESNORM_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
-    with pytest.raises(build.BuildError, match=r"~/.cache/megaresnorm/kernels cannot be used .* set MEGARESNORM_CACHE"):
-        load("scalar")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    own = tmp_path / f"megaresnorm-{os.getuid()}" / "kernels"
+    assert load("scalar") and library_of(own) and stat.S_IMODE(own.stat().st_mode) == 0o700
+
+
+def test_a_setting_that_names_no_folder_is_named(monkeypatch):
     monkeypatch.setenv("MEGARESNORM_CACHE", "~no-such-user/cache")
     with pytest.raises(build.BuildError, match=r"~no-such-user/cache/kernels cannot be used .* set MEGARESNORM_CACHE"):
         load("scalar")

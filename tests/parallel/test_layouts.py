@@ -1,5 +1,6 @@
 """What cannot be sharded is refused in one line, before any process group starts; what can is sharded completely."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -40,7 +41,7 @@ def checked(num_ranks, model=None, train=None, precision=None, **parallel):
 
 IMPOSSIBLE = [
     # the product of the axes and the number of ranks
-    (1, {"tp": 2}, "= 2, but 1 ranks"),
+    (1, {"tp": 2}, "= 2, but 1 rank was"),
     (3, {"tp": 2}, "= 2, but 3 ranks"),
     (2, {"pp": 3}, "= 3, but 2 ranks"),
     (2, {"tp": 2, "pp": 2}, "= 4, but 2 ranks"),
@@ -111,10 +112,15 @@ def test_impossible_layouts_are_refused_in_one_line(num_ranks, parallel, says):
 def test_what_is_offered_instead_fits(num_ranks, parallel):
     with pytest.raises(ConfigError) as caught:
         checked(num_ranks, **parallel)
-    offers = str(caught.value).split("were started; ")[1].split(", or ")
-    needed = int(offers[0].removeprefix("start ").removesuffix(" ranks"))
+    offers = re.split(r"(?:were|was) started; ", str(caught.value))[1].split(", or ")
+    needed = int(offers[0].split()[1])
     assert checked(needed, **parallel)[1].num_ranks == needed
+    assert num_ranks > 1 or f"(RANKS_PER_NODE={needed} bash launch/torchrun.sh" in offers[0]
     for offer in offers[1:]:
+        if offer.startswith("parallel.dp_shard in "):
+            for shard in json.loads(offer.removeprefix("parallel.dp_shard in ")):
+                assert checked(num_ranks, **parallel | {"dp_shard": shard})[1].num_ranks == num_ranks
+            continue
         sizes = {key: int(value) for key, value in (pair.split("=") for pair in offer.split())}
         assert checked(num_ranks, **parallel | sizes)[1].num_ranks == num_ranks
 

@@ -98,7 +98,7 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(tiny, disk, tmp_path, mo
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(disk / "run" / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("loss")] == list(range(36))
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 37))
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

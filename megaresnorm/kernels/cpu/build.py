@@ -209,13 +209,13 @@ def _sources(suffix: str) -> list[Path]:
 
 def cache_folder() -> Path:
     """Absolute path of the folder of the libraries."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(os.environ.get("MEGARESNORM_CACHE") or os.path.join(cache, "megaresnorm")) / "kernels"
+    cache, named = os.environ.get("XDG_CACHE_HOME") or "~/.cache", os.environ.get("MEGARESNORM_CACHE")
+    folder = Path(named or os.path.join(cache, "megaresnorm")) / "kernels"
     try:
         return folder.expanduser().absolute()
-    except RuntimeError:  # a user without a home, as in containers
-        return Path(tempfile.gettempdir()).absolute() / f"megaresnorm-{os.getuid()}" / "kernels"
-    except OSError as e:  # a working folder that is gone
+    except (RuntimeError, OSError) as e:  # a user without a home, as in containers; a working folder that is gone
+        if isinstance(e, RuntimeError) and not named:
+            return Path(tempfile.gettempdir()).absolute() / f"megaresnorm-{os.getuid()}" / "kernels"
         raise BuildError(f"{folder} cannot be used ({e}); set MEGARESNORM_CACHE to an absolute path of yours") from None
 
 
