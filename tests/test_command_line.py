@@ -144,6 +144,7 @@ def test_checkpoints_as_json(tiny, tmp_path, capsys):
     run_folder, one = str(tmp_path / "run"), str(tmp_path / "run" / "checkpoints" / "step-00000001")
 
     def read(*arguments, code=0):
+        capsys.readouterr()  # what training has said, unless another test has configured logging
         assert main(["checkpoint", *arguments, "--json", "-"]) == code
         return json.loads(capsys.readouterr().out)
 
