@@ -26,7 +26,6 @@ NOT_RUN = {  # pattern -> why
     r"source \.venv/bin/activate": "every command is run behind it",
     r"pre-commit install": "a package of its own",
     r"NODES=4 ": "four hosts; tests/resilience starts two simulated ones",
-    r"#!|#SBATCH|export |srun |exec bash launch/torchrun": "a batch script, read by bash -n below",
     r"bash launch/test\.sh .*-m (slow|gpu)|bash launch/test\.sh tests/checkpoint": "these are the tests",
     r"train\.loggers='\[tensorboard, wandb\]'": "a service of its own; tests/telemetry/test_loggers.py",
 }
@@ -65,10 +64,10 @@ SHORTER = [  # (pattern, what takes its place), all that fit, in turn
 
 
 def commands(page: Path) -> list[str]:
-    """The commands in a page's blocks of shell, continued lines joined, comments left out."""
+    """The commands in a page's blocks of shell, continued lines joined, comments left out; not batch scripts."""
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    cut = (re.sub(r"(^|\s+)#(?!!|SBATCH).*", "", line) for line in lines)
+    lines = "\n".join(block for block in blocks if not block.startswith("#!")).replace("\\\n", " ").splitlines()
+    cut = (re.sub(r"(^|\s+)#.*", "", line) for line in lines)
     return [" ".join(line.split()) for line in cut if line.strip()]
 
 
