@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from megaresnorm.errors import ConfigError, LostRankError, StoppedError, TooManyRestartsError, UserError
@@ -58,8 +59,9 @@ def run_job(recipe: str, overrides: Sequence[str] = (), *, fallback: bool = True
     end_process_group()
     code = end_on_purpose(exit_code, environment)
     if environment.world_size > 1:  # threads of torch may outlive the group, and abort the interpreter at its end
-        console.file.flush()
-        sys.stderr.flush()
+        with suppress(OSError):  # a full disk under the log, or a reader that went away
+            console.file.flush()
+            sys.stderr.flush()
         os._exit(code)
     return code
 

@@ -84,6 +84,17 @@ def kernel_named(op: str, backend: str) -> Kernel:
     return _KERNELS[op][backend]
 
 
+def check_backend(op: str, backend: str) -> None:
+    """Check that a backend of ``op`` exists, or that it is ``auto``; whether it can run is not asked.
+
+    Raises:
+        ConfigError: it does not; the line names those that do.
+    """
+    known = ["auto", *(kernel.backend for kernel in backends(op))]
+    if backend not in known:
+        raise ConfigError(f"kernels.{op}={backend!r}: wanted one of {', '.join(known)}")
+
+
 def choose_kernel(
     op: str, backend: str, device: torch.device, dtype: torch.dtype, kind: str | None = None
 ) -> tuple[Kernel, str]:
@@ -98,11 +109,9 @@ def choose_kernel(
     Raises:
         ConfigError: the backend does not exist, or was asked for by name and cannot run here.
     """
-    kernels = backends(op)
+    check_backend(op, backend)
     refusals: list[str] = []
-    if backend != "auto" and backend not in {k.backend for k in kernels}:
-        raise ConfigError(f"kernels.{op}={backend!r}: wanted one of auto, {', '.join(k.backend for k in kernels)}")
-    for kernel in kernels:
+    for kernel in backends(op):
         if backend not in ("auto", kernel.backend):
             continue
         reason = kernel.requires(device, dtype)

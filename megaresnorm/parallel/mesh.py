@@ -58,6 +58,11 @@ class Sizes:
         """Number of ranks of the whole mesh."""
         return prod(getattr(self, name) for name in MESH_AXES)
 
+    @property
+    def product(self) -> str:
+        """The axes with more than one rank, as in ``dp_replicate 4 * tp 2``; empty where there is none."""
+        return " * ".join(f"{name} {getattr(self, name)}" for name in MESH_AXES if getattr(self, name) > 1)
+
 
 @dataclass(frozen=True)
 class ParallelContext:

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from megaresnorm.limits import MAX_SHOWN
 from megaresnorm.recipe import Recipe
-from megaresnorm.recipe.names import flat, meaning_of, short
+from megaresnorm.recipe.names import meaning_of, short
 
 _NAME = re.compile(r"\w+", re.ASCII)
 
@@ -30,12 +30,11 @@ def recipe_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[s
 
 def explain(error: Any) -> str:
     """One line for one pydantic error: key, value, what is allowed, a suggestion."""
-    key = ".".join(str(part) for part in error["loc"])
-    key = key if len(key) <= 2 * MAX_SHOWN else f"{key[: 2 * MAX_SHOWN]}..."
+    key = _shortened(".".join(str(part) for part in error["loc"]))
     value, kind, context = error["input"], error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
-        if _NAME.fullmatch(key) and isinstance(value, dict) and value:  # a section of another framework: what is in it?
-            key = f"{key}.{next(iter(flat(value)))}"
+        if _NAME.fullmatch(key):  # may be a section of another framework: what is in it?
+            key = _shortened(".".join([key, *_first_inside(value)]))
         return f"{key}: no such setting{_suggest_key(key)}"
     if kind == "missing":
         return f"{key} is missing; set it in the file or as {key}=..."
@@ -56,6 +55,19 @@ def explain(error: Any) -> str:
     if kind == "string_type" and isinstance(value, int | float):
         got += f"; to mean a text put it in quotes, as in {key}='\"{short(value)}\"'"
     return f"{key}={short(value)}: wanted {wanted[0].lower()}{wanted[1:]}{got}"
+
+
+def _shortened(key: str) -> str:
+    return key if len(key) <= 2 * MAX_SHOWN else f"{key[: 2 * MAX_SHOWN]}..."
+
+
+def _first_inside(value: Any) -> list[str]:
+    """Names that lead to the first setting in a section, whatever a YAML file has as keys."""
+    names = []
+    while isinstance(value, dict) and value:
+        name, value = next(iter(value.items()))
+        names.append(str(name))
+    return names
 
 
 def suggest(word: str, allowed: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from megaresnorm.assemble import Assembled
 from megaresnorm.data.inspect import draws_of
 from megaresnorm.data.samples import Samples
 from megaresnorm.layout import split_stages
+from megaresnorm.parallel.mesh import MESH_AXES, Sizes
 from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import dump_recipe
 from megaresnorm.schedule import samples_before
@@ -67,9 +68,8 @@ def _ranks(recipe: Recipe, assembled: Assembled) -> list[str]:
     context, parallel = assembled.context, recipe.parallel
     if context.world.size == 1:
         return []
-    axes = (context.pp, context.dp_replicate, context.dp_shard, context.tp)
+    sizes = Sizes(**{name: getattr(context, name).size for name in MESH_AXES})
     split = f", stream in {parallel.tensor_layout}" if context.tp.size > 1 else ""
     stages = [len(stage.blocks) for stage in split_stages(recipe.model, parallel)]
     schedule = f", {parallel.pipeline}, blocks of the stages {stages}" if context.pp.size > 1 else ""
-    sizes = " * ".join(f"{axis.name} {axis.size}" for axis in axes if axis.size > 1)
-    return [f"ranks     {context.world.size} = {sizes}{split}{schedule}"]
+    return [f"ranks     {context.world.size} = {sizes.product}{split}{schedule}"]

@@ -1,6 +1,7 @@
 """Speed and memory of training steps: tokens, floating-point operations, the share of a GPU's peak, peak memory."""
 
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,6 +62,8 @@ class Meter:
     _tokens: int = field(default=0, init=False)
     _seconds: float = field(default=0.0, init=False)
     _steps: int = field(default=0, init=False)
+    _peak_bytes: int | None = field(default=None, init=False)
+    _look_again: float = field(default=0.0, init=False)
 
     @classmethod
     def of(cls, recipe: Recipe, num_ranks: int, device: torch.device) -> "Meter":
@@ -78,7 +81,9 @@ class Meter:
         self._tokens += tokens
         self._seconds += seconds
         self._steps += 1
-        return self._figures(labels, tokens, seconds, 1) | {"peak_memory": peak_memory(self.device)}
+        if self._peak_bytes is None or time.monotonic() > self._look_again:  # it takes a tenth of a millisecond
+            self._peak_bytes, self._look_again = peak_memory(self.device), time.monotonic() + 1.0
+        return self._figures(labels, tokens, seconds, 1) | {"peak_memory": self._peak_bytes}
 
     def mean(self) -> dict[str, float | None]:
         """Means over the steps since the last call."""
