@@ -23,14 +23,17 @@ load=$(cut -d. -f1 /proc/loadavg 2>/dev/null || echo 0)
 say "training configs/quickstart.yaml"
 "${MEGARESNORM[@]}" train configs/quickstart.yaml "$@"
 
-activate=""
-[ ! -f "$VENV/bin/activate" ] || activate="
+activate="" command=${MEGARESNORM[*]} run="$VENV/bin/python -m"
+if [ ${#MEGARESNORM[@]} -eq 1 ]; then # installed there
+  activate="
     activate: source $VENV/bin/activate"
+  command=megaresnorm run="python -m"
+fi
 say "done in $((SECONDS - started)) s; then${activate}
-    curves:   tensorboard --logdir $output
+    curves:   $run tensorboard.main --logdir $output
     go on:    bash launch/quickstart.sh ${*:+$* }train.steps=2000
-    write:    megaresnorm generate $output --prompt 'import os' --top-p 0.95
-    export:   pip install -q -c constraints.txt transformers
-              megaresnorm convert to-hf $output $output-hf
+    write:    $command generate $output --prompt 'import os' --top-p 0.95
+    export:   $run pip install -q -c constraints.txt transformers
+              $command convert to-hf $output $output-hf
     compare:  bash launch/quickstart.sh model.topology=keel train.output=runs/quickstart/keel-50
-    probe:    megaresnorm depth --probe --topologies post,deepnorm,keel"
+    probe:    $command depth --probe --topologies post,deepnorm,keel"
