@@ -3,8 +3,10 @@
 Meta model in its tensor layout and precision, compile, the engine's sharding, materialise, initialise.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,8 @@ from megaresnorm.kernels.attention import FusedAttention
 from megaresnorm.kernels.cross_entropy import CrossEntropyKernel
 from megaresnorm.kernels.registry import choose_kernel
 from megaresnorm.layout import gathers_stream, split_stages
+from megaresnorm.model.block import Block
+from megaresnorm.model.compiled import TOGETHER, CompiledBlocks, num_kinds
 from megaresnorm.model.init import materialize
 from megaresnorm.model.norm import Norm
 from megaresnorm.model.parameters import global_name, parameter_table
@@ -24,14 +28,17 @@ from megaresnorm.model.stream import AddNorm, Kernels
 from megaresnorm.model.transformer import Transformer
 from megaresnorm.parallel.control import all_gather_json
 from megaresnorm.parallel.layouts import FullLayout, TensorLayout, tensor_layout
-from megaresnorm.parallel.linear import PlainLinear
+from megaresnorm.parallel.linear import PLAIN, LinearKernel
 from megaresnorm.parallel.mesh import Axis, ParallelContext
 from megaresnorm.parallel.sharded_norm import ShardedNorm
 from megaresnorm.parallel.stages import stages_of_rank
 from megaresnorm.parallel.vocab import first_row, vocab_parallel_cross_entropy
-from megaresnorm.precision.bf16 import Bf16Linear
+from megaresnorm.precision.bf16 import bf16_linear
 from megaresnorm.precision.dtypes import DTYPES, weight_dtype
 from megaresnorm.recipe import KernelRecipe, ModelRecipe, ParallelRecipe, PrecisionRecipe, RecomputeRecipe
+
+WIDEST_COMPILED, MOST_KINDS = 512, 3  # where ``train.compile: auto`` still compiles on a CPU
+FUSED_BY_COMPILER = ("add_norm", "activation")  # whose reference a compiler makes faster than a call of our C
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,8 @@ class Assembled:
         models: this rank's stages by number; one process has stage 0 alone.
         table: parameters of the whole model by global name.
         backends: chosen kernel backend by op.
-        kernel_choices: the same with their reasons, for people to read.
+        kernel_choices: the same with their reasons, and of compiling, for people to read.
+        compiled: what ``train.compile`` came to.
         cross_entropy: logits of the last stage, labels, z_loss, scale -> (nll, objective).
     """
 
@@ -53,6 +61,7 @@ class Assembled:
     device: torch.device
     backends: dict[str, str]
     kernel_choices: dict[str, str]
+    compiled: str
     cross_entropy: CrossEntropyKernel
 
     @property
@@ -104,11 +113,17 @@ def build_model(
         ConfigError: a topology, kernel or device cannot be used.
     """
     load_backends()
+    device = torch.device(device)
     precision, kernels = precision or PrecisionRecipe(), kernels or KernelRecipe()
-    parallel, context, device = parallel or ParallelRecipe(), context or ParallelContext.single(), torch.device(device)
+    parallel, context = parallel or ParallelRecipe(), context or ParallelContext.single()
+    compiled, why = compile_mode(compiled, recipe, device, tp=context.tp.size, sharded=shard is not None)
+    fused = compiled != "none" and device.type == "cpu" and context.tp.size == 1
     compute, stored = DTYPES[precision.compute], DTYPES[precision.stream]
     kinds = {"activation": recipe.ffn, "attention": "plain" if recipe.attention_softcap is None else "softcap"}
-    chosen = {op: choose_kernel(op, backend, device, compute, kinds.get(op)) for op, backend in kernels}
+    chosen = {
+        op: choose_kernel(op, backend, device, compute, kinds.get(op), fused=fused and op in FUSED_BY_COMPILER)
+        for op, backend in kernels
+    }
     norm = ShardedNorm(context.tp, sharded_norm_kernels(chosen["add_norm"][0].backend), parallel.merge_chunks)
     layout = tensor_layout(
         parallel.tensor_layout,
@@ -119,6 +134,8 @@ def build_model(
     )
     cross_entropy = chosen["cross_entropy"][0].function
     choices = {op: line for op, (_, line) in chosen.items()}
+    if compiled != "none" or why != "asked for":
+        choices["compile"] = f"compile on {device.type}: {compiled} ({why})"
     backends = {op: kernel.backend for op, (kernel, _) in chosen.items()}
     if context.tp.size > 1:
         if kernels.cross_entropy != "auto":
@@ -128,7 +145,9 @@ def build_model(
         cross_entropy = vocab_parallel_cross_entropy(context.tp, first_row(recipe.padded_vocab_size, context.tp))
         choices["cross_entropy"] = f"cross_entropy on {device.type}: vocabulary sharded over {context.tp.size} ranks"
     functions = {op: kernel.function for op, (kernel, _) in chosen.items()}
-    model_kernels = _model_kernels(functions, layout, chosen["attention"][0].implementation, norm, stored, compute)
+    linear = bf16_linear(device) if compute == torch.bfloat16 else PLAIN
+    attention = chosen["attention"][0].implementation
+    model_kernels = _model_kernels(functions, layout, attention, norm, linear, stored, compute)
     stages = split_stages(recipe, parallel)
     table = parameter_table(recipe, parallel.tensor_layout if context.tp.size > 1 else "full")
     models: dict[int, Transformer] = {}
@@ -136,12 +155,12 @@ def build_model(
         with torch.device("meta"):
             model = Transformer(recipe, model_kernels, layout, stages[number])
         if compiled != "none":
-            compile_blocks(model, cuda_graphs=compiled == "cuda_graphs", device=device)
+            compile_blocks(model, device, sharded=shard is not None)
         if shard is not None:
             shard(model)
         materialize(model, table, context, seed=seed, dtype=weight_dtype(precision.compute), device=device)
         models[number] = model
-    return Assembled(models, table, layout, context, device, backends, choices, cross_entropy)
+    return Assembled(models, table, layout, context, device, backends, choices, compiled, cross_entropy)
 
 
 def compare_kernels(assembled: Assembled) -> None:
@@ -168,6 +187,7 @@ def _model_kernels(
     layout: TensorLayout,
     fused_attention: FusedAttention | None,
     sharded: ShardedNorm,
+    linear: LinearKernel,
     stored: torch.dtype,
     compute: torch.dtype,
 ) -> Kernels:
@@ -180,7 +200,7 @@ def _model_kernels(
 
     return Kernels(
         AddNorm(add_norm, layout, stored, compute),
-        Bf16Linear if compute == torch.bfloat16 else PlainLinear,
+        linear,
         functions["attention"],
         fused_attention,
         functions["activation"],
@@ -189,21 +209,46 @@ def _model_kernels(
     )
 
 
-def compile_blocks(model: Transformer, *, cuda_graphs: bool, device: torch.device) -> None:
-    """torch.compile every block by itself, so that equal blocks share their code.
+def compile_blocks(model: Transformer, device: torch.device, *, sharded: bool) -> None:
+    """torch.compile the blocks, equal ones with the same code.
 
-    Raises:
-        ConfigError: CUDA graphs without a GPU.
+    Args:
+        sharded: whether FSDP2 will shard the blocks; its hooks stand between them, and are not compiled.
     """
-    if cuda_graphs and device.type != "cuda":
-        raise ConfigError(f"train.compile=cuda_graphs needs a GPU, this is {device.type}; try train.compile=blocks")
-    # Blocks differ in plain numbers (a topology's constants): each may need code of its own, and none may fall back
-    # silently.
+    # Blocks may differ in a topology's constants: each then needs code of its own, and none may fall back silently.
     limits, wanted = torch._dynamo.config, 8 + 2 * model.recipe.num_blocks
     limits.recompile_limit = max(limits.recompile_limit, wanted)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * wanted)
-    for block in model.blocks.values():
-        block.compile(mode="reduce-overhead" if cuda_graphs else None)
+    if sharded:
+        for block in model.blocks.values():
+            block.compile()
+        return
+    blocks = {int(number): cast(Block, block) for number, block in model.blocks.items()}
+    model.compiled = CompiledBlocks(model.recipe, blocks, together=TOGETHER if device.type == "cpu" else 1)
+
+
+def compile_mode(
+    setting: str, recipe: ModelRecipe, device: torch.device, *, tp: int = 1, sharded: bool = False
+) -> tuple[str, str]:
+    """What ``train.compile`` comes to: none, blocks or cuda_graphs, and why.
+
+    ``auto`` compiles where that was measured to pay: on a CPU narrow models whose blocks are of few kinds. On a GPU it
+    takes compiled blocks.
+    """
+    if setting != "auto":
+        return setting, "asked for"
+    if device.type != "cpu":
+        return "blocks", "auto on a GPU"
+    kinds = num_kinds(recipe)
+    reasons = {
+        "no C++ compiler was found": shutil.which("g++") is None and shutil.which("clang++") is None,
+        f"at model.dim={recipe.dim} products take nearly all the time": recipe.dim > WIDEST_COMPILED,
+        "its C kernels are faster under parallel.tp": tp > 1,
+        "FSDP2's hooks stand between the blocks": sharded,
+        f"its blocks are of {kinds} kinds, each of which would be compiled": kinds > MOST_KINDS,
+    }
+    against = next((reason for reason, holds in reasons.items() if holds), None)
+    return ("blocks", "auto: narrow, equal blocks on a CPU") if against is None else ("none", f"auto: {against}")
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

@@ -282,7 +282,7 @@ def test_bf16_weights_are_refreshed_after_every_update(tiny):
     run = opened(recipe)
     Trainer(run).step()
     head = run.engine.model.head
-    assert torch.equal(head.kernel.copy, head.weight.detach().bfloat16())
+    assert torch.equal(head.operand, head.weight.detach().bfloat16())
 
 
 def test_a_bad_gradient_changes_nothing_and_goes_on_for_a_while_only(tiny, caplog):

@@ -96,7 +96,7 @@ def check_backend(op: str, backend: str) -> None:
 
 
 def choose_kernel(
-    op: str, backend: str, device: torch.device, dtype: torch.dtype, kind: str | None = None
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, kind: str | None = None, *, fused: bool = False
 ) -> tuple[Kernel, str]:
     """Choose the kernel that runs ``op``.
 
@@ -104,12 +104,15 @@ def choose_kernel(
         backend: a backend's name, or ``auto`` for the first that can run and has no reason to be avoided.
         dtype: of the model's matrix products.
         kind: the form of the op that is wanted, where it has several.
+        fused: whether ``auto`` takes the reference, which torch.compile fuses with what is around it.
     Returns:
         The kernel, and a line that says which it is and why.
     Raises:
         ConfigError: the backend does not exist, or was asked for by name and cannot run here.
     """
     check_backend(op, backend)
+    if fused and backend == "auto":
+        return kernel_named(op, "reference"), f"{op} on {device.type}: reference (fused by torch.compile)"
     refusals: list[str] = []
     for kernel in backends(op):
         if backend not in ("auto", kernel.backend):

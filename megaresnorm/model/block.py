@@ -11,7 +11,7 @@ from megaresnorm.model.norm import Norm
 from megaresnorm.model.residual import Residual
 from megaresnorm.model.sequence import SequenceInfo
 from megaresnorm.model.stream import Kernels, Stream
-from megaresnorm.model.topology import SUBLAYERS, position_of, residual_at
+from megaresnorm.model.topology import SUBLAYERS, residual_at
 from megaresnorm.parallel.layouts import TensorLayout
 from megaresnorm.recipe import ModelRecipe
 
@@ -36,8 +36,8 @@ class Block(nn.Module):
         layout: TensorLayout,
     ) -> None:
         super().__init__()
-        for kind in SUBLAYERS:
-            spec, site = residual_at(recipe, block, kind), position_of(recipe, block, kind).index
+        for site, kind in enumerate(SUBLAYERS):
+            spec = residual_at(recipe, block, kind)
             branch = BRANCHES[kind](recipe, kernels, layout, norm if spec.norm_inner else None)
             residual = Residual(
                 spec, branch, norm, recipe.dim, kernels.add_norm, layout, site=site, dropout=recipe.dropout
@@ -46,7 +46,11 @@ class Block(nn.Module):
         self.sublayers = tuple(residual for residual in self.children() if isinstance(residual, Residual))
 
     def forward(self, stream: Stream, rows: SequenceInfo, masks: DropoutMasks | None) -> Stream:
-        """The stream after all sub-layers."""
+        """The stream after all sub-layers.
+
+        Args:
+            masks: of this block.
+        """
         # One pre-norm sub-layer, as textbooks have it:
         #     u = norm(x)
         #     x = x + F(u)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megaresnorm.kernels.dropout import dropout
+from megaresnorm.model.topology import SUBLAYERS
 from megaresnorm.parallel.layouts import TensorLayout
 
 
@@ -35,7 +36,7 @@ class DropoutMasks(NamedTuple):
     """The dropout masks of a stream, or of a rank's share of it.
 
     Attributes:
-        keys: 64 random bits for every place of the model.
+        keys: 64 random bits for every place of the model, or of some of its blocks.
         rows: the global number of every row, [T].
         first_column: the global number of the first column.
     """
@@ -44,11 +45,16 @@ class DropoutMasks(NamedTuple):
     rows: Tensor
     first_column: int
 
+    def of_blocks(self, first: int, count: int) -> "DropoutMasks":
+        """The masks of some blocks. Their numbers are gone: equal blocks then differ in the keys' values alone."""
+        sites = slice(first * len(SUBLAYERS), (first + count) * len(SUBLAYERS))
+        return self._replace(keys=self.keys[sites])
+
     def drop(self, x: Tensor, probability: float, site: int) -> Tensor:
         """Dropout at one place of the model.
 
         Args:
-            site: the index of the sub-layer, or after the last the embedding.
+            site: the index of the sub-layer among those that ``keys`` are of, or after the model's last the embedding.
         """
         return dropout(x, probability, self.keys[site], self.rows, self.first_column)
 

@@ -36,7 +36,7 @@ class Residual(nn.Module):
     Args:
         norm: makes a norm of a given width.
         dim: width of the whole stream, of which ``layout`` gives this rank its columns.
-        site: the branch's place in the model for dropout, see ``DropoutMasks.drop``.
+        site: the branch's place in its block for dropout, see ``DropoutMasks.drop``.
         dropout: the share of the branch's output that is dropped.
     """
 
@@ -117,7 +117,7 @@ class Residual(nn.Module):
 
         Args:
             x: the trunk, which a token gate mixes y with.
-            masks: None where nothing is dropped.
+            masks: of the block; None where nothing is dropped.
 
         Returns:
             y, laid out as x.

@@ -116,7 +116,7 @@ class Kernels(NamedTuple):
     """The chosen backends.
 
     Attributes:
-        linear: makes the products of one linear layer.
+        linear: the products of all linear layers.
         attend: attention on rotated heads.
         fused_attention: the same backend's form for fused q, k, v with rotary positions; None where it has none.
         activate: the FFN's activation, as ``activation`` of kernels/activation.py describes it.
@@ -125,7 +125,7 @@ class Kernels(NamedTuple):
     """
 
     add_norm: AddNorm
-    linear: Callable[[], LinearKernel]
+    linear: LinearKernel
     attend: AttentionKernel
     fused_attention: FusedAttention | None
     activate: ActivationKernel

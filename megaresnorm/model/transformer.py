@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megaresnorm.kernels.attention import Segments
 from megaresnorm.model.block import Block
+from megaresnorm.model.compiled import CompiledBlocks
 from megaresnorm.model.dropout import DropoutKey, DropoutMasks
 from megaresnorm.model.norm import norm_of
 from megaresnorm.model.rotary import rotary_tables
@@ -44,6 +45,9 @@ class Transformer(nn.Module):
         recipe: resolved, so that model.vocab_size is set.
         layout: tensor layout of the stream; None: that of one rank.
         stage: None: the whole model.
+
+    Attributes:
+        compiled: the blocks compiled; None: they run as they are.
     """
 
     def __init__(
@@ -69,8 +73,9 @@ class Transformer(nn.Module):
         self.embedding_norm = norm(width) if stage.has_embedding and has_embedding_norm(recipe) else None
         # Named by global block number, so that a pipeline stage has the same names as the whole model.
         self.blocks = nn.ModuleDict({str(i): Block(recipe, i, norm, kernels, layout) for i in stage.blocks})
+        self.compiled: CompiledBlocks | None = None
         self.final_norm = norm(width) if stage.has_head and wiring.final_norm else None
-        self.head = ColumnLinear(recipe.dim, rows, layout.axis, kernel=kernels.linear()) if stage.has_head else None
+        self.head = ColumnLinear(recipe.dim, rows, layout.axis, kernel=kernels.linear) if stage.has_head else None
         if recipe.tied_embeddings and self.embedding is not None and self.head is not None:
             self.head.weight = self.embedding.weight
 
@@ -156,8 +161,10 @@ class Transformer(nn.Module):
 
     def run_blocks(self, stream: Stream, rows: SequenceInfo, masks: DropoutMasks | None = None) -> Stream:
         """The stream after the last block."""
-        for block in self.blocks.values():
-            stream = block(stream, rows, masks)
+        if self.compiled is not None and self.compiled.take(rows):
+            return self.compiled(stream, rows, masks)
+        for number, block in self.blocks.items():
+            stream = block(stream, rows, None if masks is None else masks.of_blocks(int(number), 1))
         return stream
 
     def finish(self, stream: Stream) -> BranchInput:

@@ -17,12 +17,15 @@ from megaresnorm.parallel.mesh import Axis
 
 
 class LinearKernel(Protocol):
-    """The three products of a linear layer. Each layer has a kernel of its own, chosen when the model is built."""
+    """The three products of a linear layer. One object serves all layers of a model, so that equal blocks share code.
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    An operand is the weight as products read it: the weight itself, or what a layer keeps beside it.
+    """
+
+    def forward(self, x: Tensor, operand: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + b [T, out_dim], in x's type."""
 
-    def input_grad(self, dy: Tensor, weight: Tensor) -> Tensor:
+    def input_grad(self, dy: Tensor, operand: Tensor) -> Tensor:
         """dy W [T, in_dim], in dy's type."""
 
     def weight_grad(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -32,21 +35,20 @@ class LinearKernel(Protocol):
 class PlainLinear:
     """Products in the type of the input; a weight of another type is cast for each of them."""
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, operand: Tensor, bias: Tensor | None) -> Tensor:
         """See ``LinearKernel``."""
-        return F.linear(x, self.operand(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(x, operand.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
-    def input_grad(self, dy: Tensor, weight: Tensor) -> Tensor:
+    def input_grad(self, dy: Tensor, operand: Tensor) -> Tensor:
         """See ``LinearKernel``."""
-        return dy @ self.operand(weight, dy.dtype)
+        return dy @ operand.to(dy.dtype)
 
     def weight_grad(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """See ``LinearKernel``."""
         return (dy.t() @ x).to(dtype)
 
-    def operand(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight in the type of a product."""
-        return weight.to(dtype)
+
+PLAIN = PlainLinear()
 
 
 class WeightGradQueue:
@@ -92,26 +94,26 @@ def linear(
     x: BranchInput | Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    kernel: LinearKernel | None = None,
+    kernel: LinearKernel = PLAIN,
     queue: WeightGradQueue | None = None,
+    operand: Tensor | None = None,
 ) -> Tensor:
     """x W^T + b. Gradients of weight and bias arrive in their own types.
 
     Args:
         x: [T, in_dim], or the input of a branch, whose rows are gathered here.
-        kernel: None for ``PlainLinear``.
         queue: takes the weight's gradient; None: it is computed in backward.
+        operand: the weight as ``kernel`` reads it; None: the weight itself.
 
     Communication:
         Where x is a ``BranchInput`` with a collective: in forward that of ``BranchInput.whole``; in backward one
         reduce-scatter or all-reduce of [T, in_dim], and unless x keeps its rows one more all-gather of its sources.
     """
-    kernel = kernel or PlainLinear()
     local, source = (x, None) if isinstance(x, Tensor) else (x.local, x)
     alone = source is None or source.collective is None
     if alone and queue is None and local.dtype == weight.dtype and isinstance(kernel, PlainLinear):
         return F.linear(local, weight, bias)
-    return _Linear.apply(local, weight, bias, None if alone else source, kernel, queue)
+    return _Linear.apply(local, weight, operand, bias, None if alone else source, kernel, queue)
 
 
 class _Linear(torch.autograd.Function):
@@ -122,6 +124,7 @@ class _Linear(torch.autograd.Function):
         ctx: Any,
         local: Tensor,
         weight: Tensor,
+        operand: Tensor | None,
         bias: Tensor | None,
         source: BranchInput | None,
         kernel: LinearKernel,
@@ -129,30 +132,33 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         x = local if source is None else source.whole()
         again = source is not None and not source.keeps
-        ctx.save_for_backward(weight, *(source.sources if source is not None and again else (x,)))
-        ctx.kernel, ctx.queue, ctx.bias_dtype = kernel, queue, None if bias is None else bias.dtype
+        read = weight if operand is None else operand
+        kept = None if queue is None else weight  # whose ``grad`` the queue adds to
+        ctx.save_for_backward(read, kept, *(source.sources if source is not None and again else (x,)))
+        ctx.kernel, ctx.queue, ctx.dtype, ctx.bias_dtype = (
+            kernel, queue, weight.dtype, None if bias is None else bias.dtype,
+        )  # fmt: skip
         collective, axis = (None, None) if source is None else (source.collective, source.axis)
         ctx.start_gather = collective.start if again and collective is not None else _kept
         ctx.start_transpose = None if collective is None else collective.start_transpose
         ctx.axis = axis
-        return kernel.forward(x, weight, bias)
+        return kernel.forward(x, read, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None, None]:
-        (dy,), (weight, *sources) = grads, ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, Tensor | None, None, None, None]:
+        (dy,), (operand, weight, *sources) = grads, ctx.saved_tensors
         d_bias = None if ctx.bias_dtype is None else dy.sum(0, dtype=ctx.bias_dtype)
-        kernel, axis, start_gather = ctx.kernel, ctx.axis, ctx.start_gather
+        kernel, axis, start_gather, dtype = ctx.kernel, ctx.axis, ctx.start_gather, ctx.dtype
         if ctx.queue is not None:
-            dtype = weight.dtype
             ctx.queue.put(weight, lambda: kernel.weight_grad(dy, start_gather(tuple(sources), axis)(), dtype))
-            dx = kernel.input_grad(dy, weight)
-            return _sent(dx, ctx.start_transpose, axis)(), None, d_bias, None, None, None
+            dx = kernel.input_grad(dy, operand)
+            return _sent(dx, ctx.start_transpose, axis)(), None, None, d_bias, None, None, None
         rows = start_gather(tuple(sources), axis)  # under the product for the input's gradient
-        dx = kernel.input_grad(dy, weight)
+        dx = kernel.input_grad(dy, operand)
         x = rows()
         arriving = _sent(dx, ctx.start_transpose, axis)  # under the product for the weight's gradient
-        d_weight = kernel.weight_grad(dy, x, weight.dtype)
-        return arriving(), d_weight, d_bias, None, None, None
+        d_weight = kernel.weight_grad(dy, x, dtype)
+        return arriving(), d_weight, None, d_bias, None, None, None
 
 
 def _kept(sources: tuple[Tensor, ...], axis: Axis | None) -> Callable[[], Tensor]:
@@ -171,17 +177,21 @@ class ColumnLinear(nn.Module):
     Attributes:
         kernel: its products.
         queue: takes the weight's gradients; None: backward computes them (``queue_weight_grads``).
+        operand: the weight as ``kernel`` reads it, which whoever changes the weight renews; None: the weight itself.
     """
 
+    operand: Tensor | None
+
     def __init__(
-        self, in_dim: int, out_dim: int, axis: Axis, *, bias: bool = False, kernel: LinearKernel | None = None
+        self, in_dim: int, out_dim: int, axis: Axis, *, bias: bool = False, kernel: LinearKernel = PLAIN
     ) -> None:
         super().__init__()
         assert out_dim % axis.size == 0, "checked with the recipe"
         self.weight = nn.Parameter(torch.empty(out_dim // axis.size, in_dim))
         self.bias = nn.Parameter(torch.empty(out_dim // axis.size)) if bias else None
-        self.kernel = kernel or PlainLinear()
+        self.kernel = kernel
         self.queue: WeightGradQueue | None = None
+        self.register_buffer("operand", None, persistent=False)
 
     def forward(self, x: BranchInput) -> Tensor:
         """This rank's outputs [T, out_dim / p].
@@ -189,7 +199,7 @@ class ColumnLinear(nn.Module):
         Communication:
             As ``linear``.
         """
-        return linear(x, self.weight, self.bias, self.kernel, self.queue)
+        return linear(x, self.weight, self.bias, self.kernel, self.queue, self.operand)
 
     def without_bias(self, x: BranchInput) -> Tensor:
         """x W^T, for a kernel that adds the bias itself.
@@ -197,7 +207,7 @@ class ColumnLinear(nn.Module):
         Communication:
             As ``forward``.
         """
-        return linear(x, self.weight, None, self.kernel, self.queue)
+        return linear(x, self.weight, None, self.kernel, self.queue, self.operand)
 
 
 class RowLinear(nn.Module):
@@ -205,8 +215,10 @@ class RowLinear(nn.Module):
 
     Attributes:
         bias: in the stream's layout, [out_dim] or this rank's columns of it.
-        kernel, queue: as in ``ColumnLinear``.
+        kernel, queue, operand: as in ``ColumnLinear``.
     """
+
+    operand: Tensor | None
 
     def __init__(
         self,
@@ -215,14 +227,15 @@ class RowLinear(nn.Module):
         layout: TensorLayout,
         *,
         bias: bool = False,
-        kernel: LinearKernel | None = None,
+        kernel: LinearKernel = PLAIN,
     ) -> None:
         super().__init__()
         assert in_dim % layout.axis.size == 0, "checked with the recipe"
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim // layout.axis.size))
         self.bias = nn.Parameter(torch.empty(layout.width(out_dim))) if bias else None
-        self.kernel, self.layout = kernel or PlainLinear(), layout
+        self.kernel, self.layout = kernel, layout
         self.queue: WeightGradQueue | None = None
+        self.register_buffer("operand", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """y in the stream's layout.
@@ -234,8 +247,8 @@ class RowLinear(nn.Module):
             One ``layout.reduce`` of [T, out_dim].
         """
         if self.layout.axis.size == 1:
-            return linear(x, self.weight, self.bias, self.kernel, self.queue)
-        y = self.layout.reduce(linear(x, self.weight, None, self.kernel, self.queue))
+            return linear(x, self.weight, self.bias, self.kernel, self.queue, self.operand)
+        y = self.layout.reduce(linear(x, self.weight, None, self.kernel, self.queue, self.operand))
         return y if self.bias is None else (y.to(self.bias.dtype) + self.bias).to(y.dtype)
 
 

@@ -1,26 +1,55 @@
 """BF16 products on FP32 weights."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaresnorm.parallel.linear import Linear, PlainLinear
 
 
 class Bf16Linear(PlainLinear):
-    """The products of one linear layer in BF16, by a copy of its weight where there is one.
+    """BF16 products, by a BF16 copy of the weight where the layer has one (``Bf16Copies``).
 
-    The model's parameters stay FP32. A microbatch's gradient is a BF16 product; from there on it is accumulated over
-    microbatches, clipped and applied in FP32. A checkpoint holds the FP32 weights.
-
-    Attributes:
-        copy: of the weight, which ``Bf16Copies`` renews; None: the weight is cast for each product.
+    The model's parameters stay FP32. A microbatch's gradient of a weight is FP32 where the product can write that, else
+    rounded to BF16; from there on it is accumulated over microbatches, clipped and applied in FP32. A checkpoint holds
+    the FP32 weights.
     """
 
-    copy: Tensor | None = None
+    def weight_grad(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """See ``LinearKernel``. On a GPU the product's FP32 sums are written as they are."""
+        if dy.is_cuda and dtype == torch.float32:
+            return torch.mm(dy.t(), x, out_dtype=torch.float32)
+        return super().weight_grad(dy, x, dtype)
 
-    def operand(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The copy, or the weight cast."""
-        return weight.to(dtype) if self.copy is None else self.copy
+
+class WidenedBf16Linear(PlainLinear):
+    """The same products of the same BF16 numbers by FP32 instructions, for CPUs without those of BF16.
+
+    There torch's BF16 product is a plain loop, many times slower than one in FP32. Sums are FP32 in either.
+    """
+
+    def forward(self, x: Tensor, operand: Tensor, bias: Tensor | None) -> Tensor:
+        """See ``LinearKernel``."""
+        return F.linear(x.float(), _widened(operand), None if bias is None else bias.to(x.dtype).float()).to(x.dtype)
+
+    def input_grad(self, dy: Tensor, operand: Tensor) -> Tensor:
+        """See ``LinearKernel``."""
+        return (dy.float() @ _widened(operand)).to(dy.dtype)
+
+    def weight_grad(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """See ``LinearKernel``."""
+        return (dy.float().t() @ x.float()).to(dtype)
+
+
+def _widened(operand: Tensor) -> Tensor:
+    """BF16 numbers of a copy, or of a weight that is rounded here, in FP32."""
+    return operand.to(torch.bfloat16).float()
+
+
+def bf16_linear(device: torch.device) -> PlainLinear:
+    """The products of a model that computes in BF16 on this device."""
+    native = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return Bf16Linear() if native else WidenedBf16Linear()
 
 
 class Bf16Copies:
@@ -30,17 +59,17 @@ class Bf16Copies:
     copies of all would undo the sharding.
 
     Args:
-        model: with memory; its linear layers have a ``Bf16Linear`` each.
+        model: with memory; the kernel of its linear layers is ``bf16_linear``.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._copies: dict[nn.Parameter, Tensor] = {}
         for module in model.modules():
             if isinstance(module, Linear):
-                assert isinstance(module.kernel, Bf16Linear)
+                assert isinstance(module.kernel, Bf16Linear | WidenedBf16Linear)
                 if module.weight not in self._copies:  # tied ones share a copy
-                    self._copies[module.weight] = torch.empty_like(module.weight, dtype=torch.bfloat16)
-                module.kernel.copy = self._copies[module.weight]
+                    self._copies[module.weight] = torch.empty_like(module.weight.detach(), dtype=torch.bfloat16)
+                module.operand = self._copies[module.weight]
         self.refresh()
 
     @property

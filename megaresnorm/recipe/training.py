@@ -204,8 +204,9 @@ class TrainRecipe(Section):
     """A checkpoint, or a run, from whose weights this run starts at step 0; unset: from those that the seed gives."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
-    compile: Literal["none", "blocks", "cuda_graphs"] = "none"
-    """torch.compile every block by itself; cuda_graphs: also replay it as a CUDA graph."""
+    compile: Literal["none", "blocks", "cuda_graphs", "auto"] = "none"
+    """blocks: torch.compile, equal blocks with the same code; cuda_graphs: also replay a whole microbatch as one CUDA
+    graph; auto: compiled blocks where that is known to be faster, which costs half a minute at the first start."""
     z_loss: PositiveOr0 = 0.0
     """Coefficient of log(Z)^2 per token, added to the loss (PaLM: 1e-4)."""
     eval_every: CountOr0 = 100

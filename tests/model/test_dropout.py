@@ -48,8 +48,10 @@ def test_every_place_has_its_own_mask_of_the_given_rows_and_seed(monkeypatch):
         DropoutMasks, "drop", lambda self, x, p, site: calls.append((self, p, site)) or original(self, x, p, site)
     )
     build("pre", 0.25)(TOKENS, dropout=DropoutKey(7, ROWS))
-    assert [site for _, _, site in calls] == [6, 0, 1, 2, 3, 4, 5]  # the embedding, then the sub-layers
-    assert all(key.keys is calls[0][0].keys and torch.equal(key.rows, ROWS) and p == 0.25 for key, p, _ in calls)
+    keys = masks_of(7, ROWS).keys
+    drawn = [masks.keys[site] for masks, _, site in calls]
+    assert torch.equal(torch.stack(drawn), keys[[6, 0, 1, 2, 3, 4, 5]])  # the embedding, then the sub-layers
+    assert all(torch.equal(masks.rows, ROWS) and p == 0.25 for masks, p, _ in calls)
     one = torch.ones(16, 32)
     masks = [
         masks_of(seed, rows).drop(one, 0.5, site)

@@ -38,9 +38,9 @@ class Attention(Branch):
         self.num_heads, self.kv_heads = recipe.num_heads // axis.size, recipe.kv_heads // axis.size
         q_dim, kv_dim = recipe.num_heads * self.head_dim, recipe.kv_heads * self.head_dim
         self.qkv = ColumnLinear(
-            recipe.dim, q_dim + 2 * kv_dim, axis, bias=recipe.has_bias("qkv"), kernel=kernels.linear()
+            recipe.dim, q_dim + 2 * kv_dim, axis, bias=recipe.has_bias("qkv"), kernel=kernels.linear
         )
-        self.out = RowLinear(q_dim, recipe.dim, layout, bias=recipe.has_bias("out"), kernel=kernels.linear())
+        self.out = RowLinear(q_dim, recipe.dim, layout, bias=recipe.has_bias("out"), kernel=kernels.linear)
         self.norm_inner = None if norm_inner is None else norm_inner(q_dim // axis.size)
         self.norm_per_head = recipe.qk_norm == "head"
         self.normalize_qk = kernels.normalize if self.norm_per_head else kernels.normalize_shared

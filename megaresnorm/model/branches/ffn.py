@@ -33,14 +33,12 @@ class FeedForward(Branch):
         axis = layout.axis
         self.gated = recipe.gated_ffn
         into, width = ("gate_up", 2 * recipe.ffn_width) if self.gated else ("up", recipe.ffn_width)
-        linear = ColumnLinear(recipe.dim, width, axis, bias=recipe.has_bias(into), kernel=kernels.linear())
+        linear = ColumnLinear(recipe.dim, width, axis, bias=recipe.has_bias(into), kernel=kernels.linear)
         if self.gated:
             self.gate_up = linear
         else:
             self.up = linear
-        self.down = RowLinear(
-            recipe.ffn_width, recipe.dim, layout, bias=recipe.has_bias("down"), kernel=kernels.linear()
-        )
+        self.down = RowLinear(recipe.ffn_width, recipe.dim, layout, bias=recipe.has_bias("down"), kernel=kernels.linear)
         self.norm_inner = None if norm_inner is None else norm_inner(recipe.ffn_width // axis.size)
 
     def forward(self, u_TD: BranchInput, rows: SequenceInfo) -> Tensor:
