@@ -3,6 +3,7 @@
 Meta model in its tensor layout and precision, compile, the engine's sharding, materialise, initialise.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils import deterministic
 
 from megaresnorm.errors import ConfigError
 from megaresnorm.kernels import load_backends
@@ -249,6 +251,20 @@ def compile_mode(
     }
     against = next((reason for reason, holds in reasons.items() if holds), None)
     return ("blocks", "auto: narrow, equal blocks on a CPU") if against is None else ("none", f"auto: {against}")
+
+
+def be_deterministic(device: torch.device) -> None:
+    """Let this process repeat every sum in one order; operations that cannot raise an error. CPUs do so anyway.
+
+    Of attention's kernels flash has a deterministic gradient, cuDNN's has none.
+    """
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is made
+    torch.use_deterministic_algorithms(True)
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

@@ -40,6 +40,38 @@ def ranks_without_samples(recipe: Recipe, sizes: Sizes) -> str | None:
     )
 
 
+def check_execution(recipe: Recipe, sizes: Sizes, device_type: str) -> None:
+    """Check that a layout can be compiled, captured or made deterministic as the recipe says, on this kind of device.
+
+    Raises:
+        ConfigError: something cannot; the line says what would.
+    """
+    mode, gpu = recipe.train.compile, device_type == "cuda"
+    if mode == "cuda_graphs":
+        reasons = {
+            f"needs a GPU, this is {device_type}": not gpu,
+            f"records one rank's microbatch, not the messages of {sizes.num_ranks} ranks": sizes.num_ranks > 1,
+            "has graphs of one length of document, data.mask_documents=true of many": recipe.data.mask_documents,
+            "replays what has one shape, train.batch_ramp needs train.micro_batch for that": (
+                recipe.train.batch_ramp is not None and recipe.train.micro_batch is None
+            ),
+        }
+        against = next((reason for reason, holds in reasons.items() if holds), None)
+        if against:
+            raise ConfigError(f"train.compile=cuda_graphs {against}; try train.compile=blocks")
+    if recipe.train.deterministic and gpu:
+        if recipe.kernels.add_norm in ("te", "apex"):
+            raise ConfigError(
+                f"train.deterministic=true: kernels.add_norm={recipe.kernels.add_norm} is not known to repeat its sums; "
+                "use triton"
+            )
+        if recipe.data.mask_documents:
+            raise ConfigError(
+                "train.deterministic=true: on a GPU data.mask_documents=true takes attention whose gradient is summed "
+                "in any order; set one of them to false"
+            )
+
+
 def check_layout(recipe: Recipe, num_ranks: int) -> Sizes:
     """The sizes of all axes for a recipe whose vocab_size is set; called before anything starts.
 

@@ -20,7 +20,7 @@ from megaresnorm.assemble import choose_device
 from megaresnorm.data.samples import Samples
 from megaresnorm.data.training_data import TrainingData, open_data, open_samples, resolve_vocab
 from megaresnorm.errors import LostRankError, TooManyRestartsError, UserError
-from megaresnorm.layout import check_layout, ranks_without_samples
+from megaresnorm.layout import check_execution, check_layout, ranks_without_samples
 from megaresnorm.model.lint import check
 from megaresnorm.model.parameters import parameter_table
 from megaresnorm.optim import check_eps
@@ -99,6 +99,8 @@ def _look(recipe: Recipe, environment: Environment, store: Store | None) -> Open
     check_eps(recipe.optim, parameter_table(recipe.model, blocks=[0, recipe.model.num_blocks - 1]))
     device = choose_device(recipe.train.device, environment.local_rank)
     sizes = _sizes(recipe, environment)
+    if sizes is not None:
+        check_execution(recipe, sizes, device.type)
     opened = Opened(recipe, data, samples, valid, device, sizes, environment, store)
     if sizes is not None and (idle := ranks_without_samples(recipe, sizes)):
         log.warning("warning: %s", idle)

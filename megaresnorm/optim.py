@@ -183,6 +183,19 @@ class Optimizer:
             group.tensors = large + ([self._pack(small)] if small else [])
         self.groups = list(groups.values())
         self.rule = AdamW(recipe)
+        self._keeps_gradients = False
+
+    def keep_gradients(self) -> None:
+        """Let every gradient stay where it is from now on, of packed parameters as slices, as a CUDA graph needs it.
+
+        Backward passes then add to them, ``collect`` has nothing to gather, and ``zero_grad`` fills them with zeros.
+        """
+        assert not self._locals, "FSDP2 makes its gradients itself"
+        self._keeps_gradients = True
+        for tensor in self.tensors:
+            tensor.grad = torch.zeros_like(tensor)
+        for parameter in self._parameters:
+            parameter.grad = self._slice_for(parameter, _gradient_of(self.updated_as(parameter)))
 
     @property
     def tensors(self) -> list[nn.Parameter]:
@@ -199,7 +212,7 @@ class Optimizer:
         Returns:
             Gradients of ``tensors``, or with ``per_parameter`` one for each parameter of the model, as a slice.
         """
-        for packed, members in self._members.items():
+        for packed, members in self._members.items() if not self._keeps_gradients else ():
             assert packed.grad is not None
             torch.cat([_gradient_of(p).flatten() for p in members], out=packed.grad)
             for p in members:
@@ -219,7 +232,10 @@ class Optimizer:
         self.rule.update(self.groups, lr, divisor=divisor, refused=refused)
 
     def zero_grad(self) -> None:
-        """Drop the gradients of the parameters; packed ones are overwritten by ``collect``."""
+        """Drop the gradients of the parameters, or zero those that stay; packed ones are overwritten by ``collect``."""
+        if self._keeps_gradients:
+            torch._foreach_zero_([_gradient_of(tensor) for tensor in self.tensors])
+            return
         for parameter in (*self._parameters, *self._locals.values()):
             parameter.grad = None
 

@@ -16,6 +16,7 @@ from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import EngineState
 from megaresnorm.data.loader import Batch, SampleRange, StepBatch
 from megaresnorm.engines.engine import StepStats
+from megaresnorm.engines.graphs import MicrobatchGraph
 from megaresnorm.engines.state import FullState, clipper_slices, placements
 from megaresnorm.engines.step_vector import (
     OwnShares,
@@ -88,6 +89,10 @@ class NativeEngine:
         # The next step's samples and their valid tokens on all ranks, which the last step has summed.
         self._counted: tuple[SampleRange | None, int] | None = None
         self._pipeline = self._make_pipeline(recipe) if context.pp.size > 1 else None
+        self._graph: MicrobatchGraph | None = None
+        if assembled.compiled == "cuda_graphs":
+            self._optimizer.keep_gradients()
+            self._graph = MicrobatchGraph(self._forward_backward, assembled.device)
 
     def _sharding(self, recipe: Recipe) -> Callable[[Transformer], None]:
         """What shards a stage over dp_shard while it is on the meta device."""
@@ -264,14 +269,21 @@ class NativeEngine:
         return loss
 
     def _accumulate(self, batch: StepBatch, scale: float) -> Tensor:
-        (module,), last = self.modules.values(), len(batch.microbatches) - 1
-        loss = self._no_loss()
+        if self._graph is not None:
+            return self._graph.accumulate(batch.microbatches, scale)
+        (module,), loss, last = self.modules.values(), self._no_loss(), len(batch.microbatches) - 1
         for i, part in enumerate(batch.microbatches):
             with grad_sync(module, last=i == last, sharded=self._shards_gradients):
-                nll, objective = self._losses(module, part, self._dropout(part), scale)
-                objective.backward()
-            loss += nll.detach()
+                loss += self._forward_backward(part, scale)
         return loss
+
+    def _forward_backward(self, part: Batch, scale: float | Tensor) -> Tensor:
+        """Sum of a microbatch's losses; its gradients, times ``scale``, are added to the parameters'."""
+        (module,) = self.modules.values()
+        constant = 1.0 if isinstance(scale, Tensor) else scale
+        nll, objective = self._losses(module, part, self._dropout(part), constant)
+        objective.backward(scale.to(objective.dtype) if isinstance(scale, Tensor) else None)
+        return nll.detach()
 
     def _run_pipeline(self, batch: StepBatch, scale: float | None) -> Tensor:
         """Sum of the losses on the last stage, 0 on the others. A ``scale`` of None means forward alone."""

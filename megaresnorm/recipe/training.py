@@ -207,6 +207,9 @@ class TrainRecipe(Section):
     compile: Literal["none", "blocks", "cuda_graphs", "auto"] = "none"
     """blocks: torch.compile, equal blocks with the same code; cuda_graphs: also replay a whole microbatch as one CUDA
     graph; auto: compiled blocks where that is known to be faster, which costs half a minute at the first start."""
+    deterministic: bool = False
+    """On a GPU: only operations that repeat their sums in one order, so that a resumed run is equal to one that never
+    stopped bit for bit, as runs on a CPU always are."""
     z_loss: PositiveOr0 = 0.0
     """Coefficient of log(Z)^2 per token, added to the loss (PaLM: 1e-4)."""
     eval_every: CountOr0 = 100
