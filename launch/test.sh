@@ -18,7 +18,7 @@ say "mypy"
 "$VENV/bin/python" -m mypy
 say "pytest"
 [ $# -eq 0 ] || exec "$VENV/bin/python" -m pytest -q "$@"
-usual="not slow and not gpu and not te and not apex"
+usual="not slow and not gpu and not gpu_all and not te and not apex"
 workers=$(nproc 2>/dev/null || echo 2)
 OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest -q -n "$((workers < 4 ? workers : 4))" --dist worksteal \
   -m "$usual and not alone"

@@ -54,7 +54,9 @@ def steps(count, device="cpu", sizes=(2, 2, 1)):
         for size in sizes:
             tokens, labels = torch.randint(64, (2, size, 8), generator=generator)
             labels[:, : step % 5] = -1
-            parts.append(Batch(*(t.to(device) for t in (tokens, labels, torch.tensor([next(samples) for _ in tokens])))))
+            parts.append(
+                Batch(*(t.to(device) for t in (tokens, labels, torch.tensor([next(samples) for _ in tokens]))))
+            )
         yield StepBatch.of(parts)
 
 
@@ -137,7 +139,9 @@ def test_what_changes_between_steps_is_copied_not_remembered():
     for i, part in enumerate(batches):
         assert graph.accumulate((part,), 0.5 + i).item() == 1.0
     assert len({pointer for pointer, _, _ in seen}) == 1
-    assert [(total, scale) for _, total, scale in seen] == [(b.tokens.sum().item(), 0.5 + i) for i, b in enumerate(batches)]
+    assert [(total, scale) for _, total, scale in seen] == [
+        (b.tokens.sum().item(), 0.5 + i) for i, b in enumerate(batches)
+    ]
 
 
 @pytest.mark.gpu

@@ -30,6 +30,8 @@ class CustomOp:
         save: called with (ctx, arguments, results), as torch.autograd.Function's ``setup_context``.
         backward: called with (ctx, *gradients). Returns one gradient for each tensor. Operators without ``save`` and
             ``backward`` are the gradients of others.
+        is_triton: called with the constants: whether ``forward`` then is Triton kernels (``launcher``) and operators of
+            torch. torch.compile sees them: it launches the kernels itself, without the way through Python.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class CustomOp:
         fake: Callable,
         save: Callable | None = None,
         backward: Callable | None = None,
+        is_triton: Callable[[Any], bool] | None = None,
     ) -> None:
         self._name = schema.split("(")[0]
         self._num_tensors, self._constants, self._forward = num_tensors, constants, forward
@@ -49,6 +52,10 @@ class CustomOp:
             _library.impl(self._name, self._flat(forward), device)
         torch.library.register_fake(f"megaresnorm::{self._name}", self._flat(fake), lib=_library)
         self._operator = getattr(torch.ops.megaresnorm, self._name).default
+        if is_triton is not None:
+            _show_kernels(
+                f"megaresnorm::{self._name}", self._flat(forward), lambda rest: is_triton(constants(*rest)), num_tensors
+            )
         self._function: type[torch.autograd.Function] | None = None
         if save is not None and backward is not None:
             self._function = _function(self._name, save, backward)
@@ -85,6 +92,24 @@ class CustomOp:
         with torch._C._AutoDispatchBelowAutograd():
             results = self._operator(*arguments[:-1], *arguments[-1].values())
         return results if isinstance(results, Tensor) else tuple(results)
+
+
+def _show_kernels(name: str, forward: Callable, is_triton: Callable[[tuple], bool], num_tensors: int) -> None:
+    """Let compilers trace through an operator where it is made of Triton kernels, as torch.library.triton_op does."""
+    from torch._subclasses.functional_tensor import FunctionalTensorMode
+
+    def traced(mode: Any, operator: Any, types: tuple, arguments: tuple, keywords: dict) -> Any:
+        if not is_triton(arguments[num_tensors:]):
+            return mode.__torch_dispatch__(operator, types, arguments, keywords)
+        with mode:
+            return forward(*arguments)
+
+    torch.library.register_torch_dispatch(name, FunctionalTensorMode, traced, lib=_library)
+
+
+def launcher(kernel: Any) -> Any:
+    """A Triton kernel as it is, or where a compiler is tracing as a node that it sees; used as ``kernel[grid](...)``."""
+    return torch.library.wrap_triton(kernel) if torch._C._len_torch_dispatch_stack() else kernel
 
 
 def _are_plain(arguments: tuple) -> bool:

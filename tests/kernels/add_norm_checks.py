@@ -1,5 +1,7 @@
 """What every backend of add_norm is held to, against FP64 from the same stored sum."""
 
+import functools
+
 import torch
 
 from megaresnorm.kernels.add_norm.reference import AddNormArgs, NormWeights, add_norm
@@ -31,8 +33,9 @@ SUMS = 1e-5
 def make_norm(kind, columns, g, device="cpu"):
     if kind is None:
         return None
-    weight = (1 + 0.3 * torch.randn(columns, generator=g)).to(device).requires_grad_()
-    bias = (0.3 * torch.randn(columns, generator=g)).to(device).requires_grad_() if kind == "layernorm" else None
+    draw = functools.partial(torch.randn, columns, generator=g, device=g.device)
+    weight = (1 + 0.3 * draw()).to(device).requires_grad_()
+    bias = (0.3 * draw()).to(device).requires_grad_() if kind == "layernorm" else None
     return NormWeights(kind, weight, bias, 1e-5)
 
 
@@ -63,14 +66,11 @@ class Stored(torch.autograd.Function):
 
 def check(kernel, rows, columns, pattern, gate_kind, dtypes, alpha=2.5, device="cpu"):
     """Values and gradients of one call. Raises AssertionError."""
-    g = torch.Generator().manual_seed(rows * 31 + columns)
+    g = torch.Generator(device).manual_seed(rows * 31 + columns)  # on the device: a CPU would draw for minutes
+    draw = functools.partial(torch.randn, rows, columns, generator=g, device=device)
     x_dtype, delta_dtype, residual_dtype, out_dtype = DTYPES[dtypes]
-    x = torch.randn(rows, columns, generator=g).to(device, x_dtype).requires_grad_()
-    delta = (
-        None
-        if gate_kind == "no delta"
-        else torch.randn(rows, columns, generator=g).to(device, delta_dtype).requires_grad_()
-    )
+    x = draw().to(x_dtype).requires_grad_()
+    delta = None if gate_kind == "no delta" else draw().to(delta_dtype).requires_grad_()
     gate = {"scalar": torch.tensor([0.7]), "vector": torch.linspace(0.5, 1.5, columns)}.get(gate_kind, 0.3)
     if isinstance(gate, torch.Tensor):
         gate = gate.to(device).requires_grad_()
@@ -109,8 +109,7 @@ def check(kernel, rows, columns, pattern, gate_kind, dtypes, alpha=2.5, device="
     if columns <= 3 and any(PATTERNS[pattern]):
         # One or two normalised columns are a constant or signs, and three nearly so: gradients are rounding alone.
         return
-    d_trunk, d_branch = (torch.randn(rows, columns, generator=g) for _ in range(2))
-    d_trunk, d_branch = d_trunk.to(device, residual_dtype), d_branch.to(device, out_dtype)
+    d_trunk, d_branch = draw().to(residual_dtype), draw().to(out_dtype)
     # Where both outputs are one tensor its gradient is one too: adding two in BF16 is not the kernel's doing.
     several = 2 if out.branch_input is not out.trunk else 1
     got = torch.autograd.grad((out.trunk, out.branch_input)[:several], leaves, (d_trunk, d_branch)[:several])

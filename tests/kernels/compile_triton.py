@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for sm_90 without a GPU and prints what their machine code uses, as JSON.
 
-With --write it sets new ceilings. Run by test_triton.py in a process of its own, in which Triton does not interpret.
+With --write it sets new ceilings for this version of Triton. Run by test_triton.py in a process of its own, in which Triton does not interpret.
 """
 
 import json
@@ -37,7 +37,8 @@ def compiled(kernel, absent, types, constants, warps):
             signature[name], values[name] = "constexpr", constants.get(name)
         else:
             signature[name] = types[name]
-            if signature[name][0] in "*i":  # aligned to 16 bytes, or a multiple of 16
+            specialized = not kernel.params[i].do_not_specialize
+            if specialized and signature[name][0] in "*i":  # aligned to 16 bytes, or a multiple of 16
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, values, attributes)
     made = triton.compile(
@@ -149,5 +150,6 @@ if __name__ == "__main__":
     usage = everything("--some" in sys.argv)
     print(json.dumps(usage, indent=1))
     if "--write" in sys.argv:
-        ceilings = {name: u["registers"] for name, u in usage.items()}
-        Path(__file__).with_name("registers.json").write_text(json.dumps(ceilings, indent=1) + "\n")
+        file, version = Path(__file__).with_name("registers.json"), ".".join(triton.__version__.split(".")[:2])
+        ceilings = json.loads(file.read_text()) | {version: {name: u["registers"] for name, u in usage.items()}}
+        file.write_text(json.dumps(dict(sorted(ceilings.items())), indent=1) + "\n")

@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from itertools import combinations, product
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from add_norm_checks import BF16, DTYPES, GATES, PATTERNS, check, check_fp8, make_norm
@@ -15,9 +17,10 @@ from megaresnorm.kernels.add_norm import op
 from megaresnorm.kernels.add_norm.reference import AddNormArgs, add_norm
 from megaresnorm.kernels.registry import backends
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 load_backends()
 HERE = Path(__file__).parent
+VERSION = ".".join(triton.__version__.split(".")[:2])
 
 
 def run_alone(*arguments, **environment):
@@ -26,6 +29,10 @@ def run_alone(*arguments, **environment):
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, env=environment)
 
 
+@pytest.mark.skipif(
+    VERSION < "3.7" and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0",
+    reason="the interpreter of this Triton takes int() of an array of one element, an error since NumPy 2.4",
+)
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_numbers_in_the_interpreter(which):
     done = run_alone(
@@ -46,31 +53,61 @@ def test_numbers_in_the_interpreter(which):
 def test_machine_code_for_sm_90(some):
     """Every kernel, as it is launched, compiled ahead of time: no spills up to 8192 columns, 128-bit accesses.
 
-    Registers are as in registers.json, which ``python tests/kernels/compile_triton.py --write`` renews.
+    Registers are as in registers.json for this version of Triton, whose ceilings ``python
+    tests/kernels/compile_triton.py --write`` renews; with a version that is not there they are not compared.
     """
     done = run_alone(HERE / "compile_triton.py", *(["--some"] if some else []))
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    ceilings = json.loads((HERE / "registers.json").read_text())
-    assert set(found) <= set(ceilings) if some else set(found) == set(ceilings)
+    known = json.loads((HERE / "registers.json").read_text())
+    ceilings = known.get(VERSION, {})
+    names = set(next(iter(known.values())))
+    assert set(found) <= names if some else set(found) == names
     assert len(found) > 30
     for name, usage in found.items():
         assert usage["spilled_bytes"] == 0, (name, usage)
-        assert usage["registers"] <= ceilings[name], (name, usage)
+        assert usage["registers"] <= ceilings.get(name, 255), (name, usage)
         # A program of the columns kernels stores 128 sums, one a thread; one of stats and sums a number or two.
         few = any(word in name for word in ("columns", "stats", "sums"))
         assert usage["loads_128"] > 0 and (usage["stores_128"] > 0 or few), (name, usage)
 
 
+def pairwise(*factors):
+    """Combinations in which every two values of two factors meet at least once."""
+    left = {(i, a, j, b) for (i, x), (j, y) in combinations(enumerate(factors), 2) for a in x for b in y}
+    found = []
+    while left:
+        met = lambda c: {(i, c[i], j, c[j]) for i, j in combinations(range(len(c)), 2)}  # noqa: E731
+        best = max(product(*factors), key=lambda c: len(met(c) & left))
+        found.append(best)
+        left -= met(best)
+    return found
+
+
+FACTORS = (list(PATTERNS), list(GATES), list(DTYPES), [192, 1128, 4096, 8192, 12288], [199, 4097])
+
+
+def test_a_cover_has_every_pair():
+    cover = pairwise(*FACTORS)
+    assert 40 <= len(cover) <= 60  # each is three kernels: forward, the stored sum alone, backward
+    for i, j in combinations(range(len(FACTORS)), 2):
+        assert {(c[i], c[j]) for c in cover} == set(product(FACTORS[i], FACTORS[j]))
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize(("pattern", "gate", "dtypes", "columns", "rows"), pairwise(*FACTORS))
+def test_on_a_gpu(pattern, gate, dtypes, columns, rows):
+    check(op.fused_add_norm("triton"), rows, columns, pattern, gate, dtypes, device="cuda")
+
+
+@pytest.mark.gpu_all
 @pytest.mark.parametrize("columns", [1, 192, 760, 1128, 4096, 8192, 12288])
 @pytest.mark.parametrize("rows", [1, 199, 8192])
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_on_a_gpu(rows, columns, dtypes):
-    kernel = op.fused_add_norm("triton")
-    for pattern in PATTERNS:
-        for gate in GATES:
-            check(kernel, rows, columns, pattern, gate, dtypes, device="cuda")
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_all_on_a_gpu(rows, columns, dtypes, pattern):
+    for gate in GATES:
+        check(op.fused_add_norm("triton"), rows, columns, pattern, gate, dtypes, device="cuda")
 
 
 @pytest.mark.gpu
@@ -81,15 +118,35 @@ def test_fp8_on_a_gpu():
 
 @pytest.mark.gpu
 def test_more_elements_than_two_to_the_31_on_a_gpu():
+    """Values and gradients of the last row, whose offsets an int32 does not hold."""
     rows, columns = (1 << 31) // 4096 + 5, 4096
     x = torch.zeros(rows, columns, device="cuda", dtype=BF16)
     x[-1] = torch.linspace(-1, 1, columns, device="cuda").to(BF16)
     norm = make_norm("rmsnorm", columns, torch.Generator().manual_seed(0))
-    norm = norm._replace(weight=norm.weight.detach().cuda())
-    out = op.fused_add_norm("triton")(AddNormArgs(x, next_norm=norm, residual_dtype=BF16, out_dtype=BF16))
-    want = add_norm(AddNormArgs(x[-1:], next_norm=norm, residual_dtype=BF16, out_dtype=BF16))
-    assert not out.branch_input[0].any()
-    torch.testing.assert_close(out.branch_input[-1:], want.branch_input, rtol=1e-2, atol=1e-2)
+    norm = norm._replace(weight=norm.weight.detach().cuda().requires_grad_())
+    found = []
+    for rows_of, kernel in ((x, op.fused_add_norm("triton")), (x[-1:].clone(), add_norm)):
+        leaf = rows_of.requires_grad_()
+        out = kernel(AddNormArgs(leaf, next_norm=norm, residual_dtype=BF16, out_dtype=BF16)).branch_input
+        gradient = torch.zeros_like(out)
+        gradient[-1] = torch.linspace(1, -1, columns, device="cuda").to(BF16)
+        dx, dw = torch.autograd.grad(out, (leaf, norm.weight), gradient)
+        found.append((out[-1:].detach(), dx[-1:], dw))
+        assert rows_of is not x or not (out[0].any() or dx[0].any())
+        del out, gradient, dx
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
+def test_a_compiler_sees_the_kernels():
+    """In the graphs each call is one kernel that is launched without Python, no input is copied, and it runs once."""
+    done = run_alone(HERE / "traced_triton.py")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    for operators in found["graphs"]:
+        assert sum("triton_kernel_wrapper" in name for name in operators) == 1
+        assert not [name for name in operators if "clone" in name or "megaresnorm" in name]
+    assert len(found["graphs"]) == 2 and found["launches"] == {"forward_kernel": 1, "backward_kernel": 1}
 
 
 @pytest.mark.parametrize(

@@ -254,6 +254,7 @@ _add_norm = CustomOp(
     _fake,
     _save,
     _differentiate,
+    is_triton=lambda spec: spec.backend == "triton",
 )
 
 
@@ -264,4 +265,5 @@ _add_norm_backward = CustomOp(
     make_grad_spec,
     _backward,
     _fake_backward,
+    is_triton=lambda spec: spec.forward.backend == "triton",
 )

@@ -36,6 +36,7 @@ from megaresnorm.kernels.add_norm.triton_common import (
     store_statistics,
     tile_of,
 )
+from megaresnorm.kernels.custom_op import launcher
 
 MAX_COLUMNS = 8192  # above, the column sums of the gradients would no longer fit in registers
 WIDE_BLOCK = 4096
@@ -43,7 +44,7 @@ KINDS = {"none": 0, "rmsnorm": 1, "layernorm": 2}
 NUMBER, SCALAR, VECTOR = 0, 1, 2  # forms of a gate: constant, learned [1], learned [N]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     x, delta, gate, z, trunk, branch, amax, fp8_scale,
     branch_weight, branch_bias, branch_statistics, weight, bias, statistics, next_weight, next_bias, next_statistics,
@@ -103,7 +104,7 @@ def _norm_gradient(dy, v, mean, reciprocal, weight, cols, col_mask, columns, KIN
     return inner * reciprocal[:, None], unit
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_per_program"])
 def backward_kernel(
     d_trunk, d_branch, z, trunk, delta, gate, dx, d_delta,
     branch_weight, branch_bias, branch_statistics, weight, statistics, next_weight, next_statistics,
@@ -206,7 +207,7 @@ def forward(inputs: Inputs, spec: AddNormSpec, outputs: Outputs) -> None:
     shape = _shape(columns, 1) if not wide else Shape(1, WIDE_BLOCK, 8)
     kernel = triton_wide.forward_kernel if wide else forward_kernel
     z, trunk, branch, branch_statistics, statistics, next_statistics, amax = outputs
-    kernel[(triton.cdiv(rows, shape.block_m),)](
+    launcher(kernel)[(triton.cdiv(rows, shape.block_m),)](
         x, delta, gate, z, trunk, branch, amax, fp8_scale,
         w[0], w[1], branch_statistics, w[2], w[3], statistics, w[4], w[5], next_statistics,
         rows, columns, spec.alpha, spec.constant_gate, *spec.eps,
@@ -241,7 +242,7 @@ def backward(
         parts[i] = partial[slot]
     kinds = *_kinds(spec), _kind_of_gate(gate)
     if not wide:
-        backward_kernel[(programs,)](
+        launcher(backward_kernel)[(programs,)](
             d_trunk, d_branch, z, trunk, delta, gate, dx, d_delta,
             w[0], w[1], branch_statistics, w[2], statistics, w[4], next_statistics, *parts,
             rows, columns, rows_per_program, spec.alpha, spec.constant_gate, *kinds,
@@ -249,14 +250,14 @@ def backward(
         )  # fmt: skip
     else:
         coefficients = z.new_zeros((rows, 6), dtype=torch.float32)
-        triton_wide.rows_kernel[(rows,)](
+        launcher(triton_wide.rows_kernel)[(rows,)](
             d_trunk, d_branch, z, trunk, delta, gate, dx, d_delta, coefficients,
             w[0], branch_statistics, w[2], statistics, w[4], next_statistics,
             rows, columns, spec.alpha, spec.constant_gate, *kinds,
             1, min(WIDE_BLOCK, triton.next_power_of_2(columns)), num_warps=8,
         )  # fmt: skip
         if used:
-            triton_wide.columns_kernel[(programs, triton.cdiv(columns, shape.block_n))](
+            launcher(triton_wide.columns_kernel)[(programs, triton.cdiv(columns, shape.block_n))](
                 d_trunk, d_branch, z, trunk, delta, gate, coefficients,
                 w[0], w[1], branch_statistics, w[2], statistics, w[4], next_statistics, *parts,
                 rows, columns, rows_per_program, spec.constant_gate, *kinds,

@@ -44,7 +44,7 @@ def _statistics(source, row, columns, eps, KIND: tl.constexpr, BLOCK_N: tl.const
     return mean, tl.div_rn(variance * 0.0 + 1.0, tl.sqrt_rn(variance + eps))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     x, delta, gate, z, trunk, branch, amax, fp8_scale,
     branch_weight, branch_bias, branch_statistics, weight, bias, statistics, next_weight, next_bias, next_statistics,
@@ -160,7 +160,7 @@ def _store_pair(coefficients, row, row_mask, along, average, columns, PLACE: tl.
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rows_kernel(
     d_trunk, d_branch, z, trunk, delta, gate, dx, d_delta, coefficients,
     branch_weight, branch_statistics, weight, statistics, next_weight, next_statistics, rows, columns, alpha, scale,
@@ -241,7 +241,7 @@ def rows_kernel(
             tl.store(d_delta + offsets, gated.to(d_delta.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_per_program"])
 def columns_kernel(
     d_trunk, d_branch, z, trunk, delta, gate, coefficients,
     branch_weight, branch_bias, branch_statistics, weight, statistics, next_weight, next_statistics,
