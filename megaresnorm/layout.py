@@ -41,7 +41,7 @@ def ranks_without_samples(recipe: Recipe, sizes: Sizes) -> str | None:
 
 
 def check_execution(recipe: Recipe, sizes: Sizes, device_type: str) -> None:
-    """Check that a layout can be compiled, captured or made deterministic as the recipe says, on this kind of device.
+    """Check that a layout can be compiled, recorded or made deterministic as the recipe says, on this kind of device.
 
     Raises:
         ConfigError: something cannot; the line says what would.
@@ -62,8 +62,8 @@ def check_execution(recipe: Recipe, sizes: Sizes, device_type: str) -> None:
     if recipe.train.deterministic and gpu:
         if recipe.kernels.add_norm in ("te", "apex"):
             raise ConfigError(
-                f"train.deterministic=true: kernels.add_norm={recipe.kernels.add_norm} is not known to repeat its sums; "
-                "use triton"
+                f"train.deterministic=true: kernels.add_norm={recipe.kernels.add_norm} is not known to repeat its "
+                "sums; use triton"
             )
         if recipe.data.mask_documents:
             raise ConfigError(

@@ -41,8 +41,7 @@ def captured(settings, **train) -> tuple[NativeEngine, list]:
         recorded.append(function)
         return function
 
-    engine._optimizer.keep_gradients()
-    engine._graph = MicrobatchGraph(engine._forward_backward, torch.device("cpu"), record)
+    engine.record_microbatches(record)
     return engine, recorded
 
 

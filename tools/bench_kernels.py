@@ -35,7 +35,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Bytes an element, x and delta of the same type: forward reads x and delta, writes the sum and the output; backward
 # reads the gradients of both and the sum, and writes one gradient, which is that of x and of delta.
 BYTES = {"fp32": (16, 16), "bf16": (8, 8), "fp8": (7, 8)}
-Step = Callable[[int], None]  # with the number of the buffers to use
+Step = Callable[[int], object]  # with the number of the buffers to use; returns what it has made
+CALLS, SPIN = (
+    20,
+    2_000_000,
+)  # calls in a graph at least; cycles that a GPU waits before it, so that its launch is hidden
 
 
 def main() -> None:
@@ -113,11 +117,17 @@ def same(a: dict, b: dict) -> bool:
     return all(a[key] == b[key] for key in ("columns", "precision", "norm"))
 
 
-def measure(device: torch.device, rows: int, columns: int, precision: str, kind: str, rounds: int) -> list[dict]:
-    """Forward and backward of every contender, and the copy that they are compared with."""
+def measure(
+    device: torch.device, rows: int, columns: int, precision: str, kind: str, rounds: int, working_set: int = 256 << 20
+) -> list[dict]:
+    """Forward and backward of every contender, and the copy that they are compared with.
+
+    Args:
+        working_set: bytes of all buffers together, well above the last cache.
+    """
     dtype = DTYPES.get(precision, torch.bfloat16)
     size = rows * columns * dtype.itemsize
-    count = max(2, -(-(256 << 20) // (4 * size)))  # sets of buffers, together well above the last cache of a GPU
+    count = max(2, -(-working_set // (4 * size)))  # sets of buffers
     x, delta, d_sum, d_out = (
         [torch.randn(rows, columns, device=device).to(dtype) for _ in range(count)] for _ in range(4)
     )
@@ -160,6 +170,7 @@ class Timer:
 
     def __init__(self, device: torch.device, count: int) -> None:
         self.device, self.count = device, count
+        self.calls = -(-CALLS // count) * count
         self.graphs: dict[Step, torch.cuda.CUDAGraph] = {}
 
     def seconds(self, step: Step) -> float:
@@ -180,29 +191,32 @@ class Timer:
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                for i in range(self.count):
-                    step(i)
+                # Kept until the end of the recording: otherwise every call would write the same memory, which stays
+                # in the last cache.
+                kept = [step(i % self.count) for i in range(self.calls)]
+            del kept
             self.graphs[step] = graph
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(SPIN)
         begin.record()
         self.graphs[step].replay()
         end.record()
         torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3 / self.count
+        return begin.elapsed_time(end) / 1e3 / self.calls
 
 
 def both(function: Callable, x: list, delta: list, d_sum: list, d_out: list) -> tuple[Step, Step]:
     """(forward alone, forward and backward)."""
 
-    def forward(i: int) -> None:
+    def forward(i: int) -> object:
         with torch.no_grad():
-            function(x[i], delta[i])
+            return function(x[i], delta[i])
 
-    def whole(i: int) -> None:
+    def whole(i: int) -> object:
         a, b = x[i].detach().requires_grad_(), delta[i].detach().requires_grad_()
         z, y = function(a, b)
         d = d_out[i].to(y.dtype) if y.dtype == torch.float8_e4m3fn else d_out[i]
-        torch.autograd.grad((z, y), (a, b), (d_sum[i], d))
+        return z, y, torch.autograd.grad((z, y), (a, b), (d_sum[i], d))
 
     return forward, whole
 

@@ -79,7 +79,7 @@ class Peer:
         self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.mode == "autocast"):
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.mode == "autocast"):
             return self._logits(tokens)
 
     def step(self, tokens: Tensor, labels: Tensor) -> float:
@@ -93,18 +93,18 @@ class Peer:
         return loss
 
     def _accumulate(self, tokens: Tensor, labels: Tensor) -> float:
-        batch, total = self._batch or len(tokens), 0.0
+        batch, total = self._batch or len(tokens), torch.zeros((), device=tokens.device)
         for some, wanted in zip(tokens.split(batch), labels.split(batch), strict=True):
             if self._loss is None:
                 loss = F.cross_entropy(self.logits(some).float().flatten(0, 1), wanted.flatten())
             else:
-                with torch.autocast("cpu", torch.bfloat16, enabled=self.mode == "autocast"):
+                with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.mode == "autocast"):
                     loss = self._loss(some, wanted)
             if batch < len(tokens):
                 loss = loss * (batch / len(tokens))
             loss.backward()
-            total += loss.item()
-        return total
+            total += loss.detach()
+        return total.item()
 
     def _clip_over_ranks(self, divided: Callable[[nn.Parameter], bool]) -> None:
         """By the norm of all ranks' gradients; what is not divided counts once."""
@@ -162,7 +162,7 @@ def hf_gpt2(shape: Shape, weights: dict[str, Tensor], mode: str, place: Place) -
             turned
         )
     model.load_state_dict(state)
-    return Peer(model, lambda tokens: model(input_ids=tokens).logits, mode)
+    return Peer(model, lambda tokens: model(input_ids=tokens).logits, mode, batch=shape.batch)
 
 
 def hf_llama(shape: Shape, weights: dict[str, Tensor], mode: str, place: Place) -> Peer:
@@ -203,7 +203,7 @@ def hf_llama(shape: Shape, weights: dict[str, Tensor], mode: str, place: Place) 
             for part, rows in zip(parts, value.chunk(len(parts)), strict=True):
                 state[f"model.layers.{block}.{part}.{kind}"] = rows
     model.load_state_dict(state)
-    return Peer(model, lambda tokens: model(input_ids=tokens).logits, mode)
+    return Peer(model, lambda tokens: model(input_ids=tokens).logits, mode, batch=shape.batch)
 
 
 def megatron(shape: Shape, weights: dict[str, Tensor], mode: str, place: Place) -> Peer:

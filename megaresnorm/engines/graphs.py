@@ -1,4 +1,4 @@
-"""Forward and backward of a whole microbatch as one CUDA graph: the host launches one thing where it launched thousands.
+"""Forward and backward of a whole microbatch as one CUDA graph: the host launches one thing instead of thousands.
 
 A graph repeats the same kernels on the same memory. So everything that changes from one microbatch to the next is
 copied into tensors that stay: tokens, labels, sample numbers (of which dropout masks are a hash), and the number that
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megaresnorm.data.loader import Batch
 
+Recorder = Callable[[Callable[[], None]], Callable[[], None]]  # records a function, and returns what replays it
 WARMUPS = 3  # passes as they are before the recording: libraries make their workspaces, compilers compile
 
 
@@ -21,14 +22,14 @@ class MicrobatchGraph:
 
     Args:
         run: (microbatch, scale) -> sum of its losses; adds its gradients times ``scale``, a tensor on the device.
-        record: records a function as a graph, and returns what replays it.
+        record: what makes a graph of a function; None: a ``CudaRecorder``.
     """
 
     def __init__(
         self,
         run: Callable[[Batch, Tensor], Tensor],
         device: torch.device,
-        record: "Callable[[Callable[[], None]], Callable[[], None]] | None" = None,
+        record: Recorder | None = None,
     ) -> None:
         self._run, self._record = run, record or CudaRecorder(device)
         self._loss, self._scale = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))

@@ -16,7 +16,7 @@ from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import EngineState
 from megaresnorm.data.loader import Batch, SampleRange, StepBatch
 from megaresnorm.engines.engine import StepStats
-from megaresnorm.engines.graphs import MicrobatchGraph
+from megaresnorm.engines.graphs import MicrobatchGraph, Recorder
 from megaresnorm.engines.state import FullState, clipper_slices, placements
 from megaresnorm.engines.step_vector import (
     OwnShares,
@@ -91,8 +91,12 @@ class NativeEngine:
         self._pipeline = self._make_pipeline(recipe) if context.pp.size > 1 else None
         self._graph: MicrobatchGraph | None = None
         if assembled.compiled == "cuda_graphs":
-            self._optimizer.keep_gradients()
-            self._graph = MicrobatchGraph(self._forward_backward, assembled.device)
+            self.record_microbatches()
+
+    def record_microbatches(self, record: Recorder | None = None) -> None:
+        """Replay microbatches from now on; the arguments are those of ``MicrobatchGraph``."""
+        self._optimizer.keep_gradients()
+        self._graph = MicrobatchGraph(self._forward_backward, self.assembled.device, record)
 
     def _sharding(self, recipe: Recipe) -> Callable[[Transformer], None]:
         """What shards a stage over dp_shard while it is on the meta device."""

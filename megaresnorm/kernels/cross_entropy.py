@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megaresnorm.kernels.registry import register_kernel
 
+GPU_ELEMENTS = 1 << 27  # at a time on a GPU: BF16 logits have two copies in FP32 of as many, together 1 GiB
 CACHED_ELEMENTS = 1 << 19  # FP32 logits processed at a time on a CPU: 2 MiB, the size of a second-level cache
 
 
@@ -37,9 +38,9 @@ def chunked_cross_entropy(
 
 
 def row_chunks(logits_TV: Tensor) -> list[slice]:
-    """Rows to process together: on a GPU all, on a CPU as many as a cache holds."""
+    """Rows to process together: on a CPU as many as a cache holds, on a GPU as many as keep it busy."""
     rows, vocab = logits_TV.shape
-    chunk = rows if logits_TV.is_cuda else max(1, CACHED_ELEMENTS // vocab)
+    chunk = max(1, (GPU_ELEMENTS if logits_TV.is_cuda else CACHED_ELEMENTS) // vocab)
     return [slice(start, start + chunk) for start in range(0, rows, chunk)]
 
 

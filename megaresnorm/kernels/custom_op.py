@@ -108,7 +108,7 @@ def _show_kernels(name: str, forward: Callable, is_triton: Callable[[tuple], boo
 
 
 def launcher(kernel: Any) -> Any:
-    """A Triton kernel as it is, or where a compiler is tracing as a node that it sees; used as ``kernel[grid](...)``."""
+    """A Triton kernel as it is, or where a compiler is tracing as a node that it sees."""
     return torch.library.wrap_triton(kernel) if torch._C._len_torch_dispatch_stack() else kernel
 
 

@@ -1,6 +1,7 @@
 """Compiles the Triton kernels for sm_90 without a GPU and prints what their machine code uses, as JSON.
 
-With --write it sets new ceilings for this version of Triton. Run by test_triton.py in a process of its own, in which Triton does not interpret.
+With --write it sets new ceilings for this version of Triton. Run by test_triton.py in a process of its own, in which
+Triton does not interpret.
 """
 
 import json

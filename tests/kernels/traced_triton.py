@@ -1,4 +1,4 @@
-"""add_norm by Triton as torch.compile sees it. Run by test_triton.py in a process of its own, with a driver that is a stub.
+"""add_norm by Triton as torch.compile sees it. Run by test_triton.py in a process of its own, with a stub for a driver.
 
 Prints the operators of the forward and the backward graph, and how often each kernel was launched when they ran.
 """

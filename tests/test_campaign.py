@@ -1,0 +1,82 @@
+"""The GPU campaign on a CPU: every stage runs, one that fails or hangs costs itself alone, and its time adds up."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).parents[1] / "tools" / "gpu_campaign.py"
+STAGES = ["machine", "tests", "kernels", "dense", "deep", "profile", "trainer"]
+pytest.importorskip("transformers")
+
+
+def campaign(*arguments):
+    return subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_plan_adds_up_to_less_than_seven_and_a_half_minutes():
+    done = campaign("--plan")
+    lines = [re.fullmatch(r"(\w+) +(\d+) s, ends by +(\d+) s(?: of (\d+) s)?", line) for line in done.stdout.splitlines()]
+    assert all(lines), done.stdout
+    names, boxes, ends = ([line[i] for line in lines] for i in (1, 2, 3))
+    assert names == [*STAGES, "report"]
+    assert int(ends[-1]) == sum(map(int, boxes)) <= int(lines[-1][4]) <= 450
+
+
+def test_a_smoke_run_goes_through_all_stages(tmp_path):
+    done = campaign("--smoke", "--out", str(tmp_path / "out"), "--results", str(tmp_path / "results"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "out" / "campaign.json").read_text())
+    assert report["schema_version"] == 1 and report["commit"]
+    assert {name: stage["state"] for name, stage in report["stages"].items()} == dict.fromkeys(STAGES, "done")
+    rows = [(item["title"], item["row"]) for stage in report["stages"].values() for item in stage["found"] if "row" in item]
+    assert not [row for _, row in rows if "failed" in row]
+    for title, contenders in (("dense, 2 x 32", 6), ("deep, 3 x 32", 4)):
+        losses = [row["losses"] for t, row in rows if t == title]
+        assert len(losses) == contenders
+        for found in losses:  # BF16 products, summed in another order
+            assert found == pytest.approx(losses[0], abs=0.02) and found[1] < found[0]
+    assert all(row["rc"] == 0 for title, row in rows if title in ("tests", "trainer"))
+    made = sorted(path.name for path in (tmp_path / "out").rglob("*"))
+    assert made == ["campaign.json", "campaign.md"]
+    copied = sorted(path.suffix for path in (tmp_path / "results").iterdir())
+    assert copied == [".json", ".md"]
+
+
+def test_a_stage_that_fails_or_hangs_costs_itself_alone(tmp_path):
+    out, start = tmp_path / "out", time.monotonic()
+    done = campaign("--smoke", "--out", str(out), "--only", "fails,hangs,machine", "--deadline", "90")
+    assert done.returncode == 1 and time.monotonic() - start < 60
+    stages = json.loads((out / "campaign.json").read_text())["stages"]
+    assert {name: stage["state"] for name, stage in stages.items()} == {
+        "fails": "failed", "hangs": "out of time", "machine": "done"
+    }  # fmt: skip
+    assert "this stage is made to fail" in stages["fails"]["output"]
+    assert stages["fails"]["found"] == [{"title": "fails", "row": {"name": "before the error"}}]
+    assert stages["hangs"]["found"] == [{"title": "hangs", "row": {"name": "before it hangs"}}]
+    text = (out / "campaign.md").read_text()
+    assert "| dense | not run | |" in text and "made to fail" in text
+
+    # Once more, with no time left: what was found stays, and what is left out is named.
+    done = campaign("--smoke", "--out", str(out), "--only", "machine,deep", "--deadline", "6")
+    stages = json.loads((out / "campaign.json").read_text())["stages"]
+    assert done.returncode == 1 and stages["deep"]["state"] == "left out"
+    assert stages["machine"]["found"] and "earlier run" in stages["machine"]["why"]
+    assert set(stages) == {"fails", "hangs", "machine", "deep"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--out", "x", "--only", "dance"], "--only dance: no such stage; choose of machine,"),
+        ([], "--out FOLDER is missing"),
+        (["--out", "x", "--deadline", "3"], "--deadline 3: wanted more than 5 seconds"),
+    ],
+)
+def test_a_wrong_argument_costs_one_line(arguments, says):
+    done = campaign(*arguments)
+    assert done.returncode == 2 and says in done.stderr.splitlines()[-1]

@@ -1,0 +1,459 @@
+"""The stages of gpu_campaign.py, each run as a process of its own: ``campaign_stages.py STAGE FILE [--smoke]``.
+
+A stage writes what it has found into FILE as it finds it, one JSON object a line: {"title", "row"} for a row of a
+table, {"note"} for a sentence. What a stage had found when it was ended counts.
+"""
+
+import functools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+SMOKE = "--smoke" in sys.argv
+DEVICE = torch.device("cpu" if SMOKE or not torch.cuda.is_available() else "cuda")
+if SMOKE:  # graphs are made as on a GPU, but code for them takes longer than the whole smoke run
+    torch.compile = functools.partial(torch.compile, backend="eager")
+
+
+def emit(**what: Any) -> None:
+    """Hand a row or a note to the parent."""
+    with open(sys.argv[2], "a") as file:
+        file.write(json.dumps(what) + "\n")
+
+
+def row(title: str, **cells: Any) -> None:
+    emit(title=title, row=cells)
+
+
+@contextmanager
+def attempt(title: str, name: str) -> Iterator[None]:
+    """One contender: where it fails, that is its row, and the stage goes on."""
+    try:
+        yield
+    except Exception as e:  # noqa: BLE001  (a report of what failed is the purpose)
+        row(title, name=name, failed=f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"[:300])
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(run: Callable[[], Any], least: float = 0.3) -> float:
+    """Median seconds of a call, of five at least."""
+    run()
+    wait()
+    times: list[float] = []
+    end = time.perf_counter() + (0.01 if SMOKE else least)
+    while len(times) < 5 or (time.perf_counter() < end and len(times) < 200):
+        start = time.perf_counter()
+        run()
+        wait()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+# --- machine ----------------------------------------------------------------------------------------------------------
+
+
+def machine() -> None:
+    facts: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version()}
+    if DEVICE.type == "cuda":
+        properties = torch.cuda.get_device_properties(DEVICE)
+        smi = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        facts |= {
+            "device": properties.name, "memory GiB": round(properties.total_memory / 2**30, 1),
+            "multiprocessors": properties.multi_processor_count, "CUDA": torch.version.cuda,
+            "cuDNN": torch.backends.cudnn.version(),
+            "driver": subprocess.run(smi, capture_output=True, text=True, check=False).stdout.strip(),
+        }  # fmt: skip
+    else:
+        facts["device"] = f"{platform.machine()}, {os.cpu_count()} CPUs"
+    for name in (
+        "triton",
+        "transformers",
+        "liger_kernel",
+        "transformer_engine_torch",
+        "quack",
+        "fused_layer_norm_cuda",
+    ):
+        facts[name] = _version(name)
+    row("machine", **facts)
+    size = 1 << (20 if SMOKE else 29)  # elements of BF16
+    a, b = (torch.empty(size, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    row("copy", name=f"copy of {a.nbytes >> 20} MiB", gb_s=round(4 * size / seconds(lambda: b.copy_(a)) / 1e9, 1))
+    _products()
+    _attention_backends()
+
+
+def _version(module: str) -> str:
+    import importlib.metadata
+    import importlib.util
+
+    if importlib.util.find_spec(module) is None:
+        return "no"
+    try:
+        return importlib.metadata.version(module.replace("_", "-"))
+    except importlib.metadata.PackageNotFoundError:
+        return "yes"
+
+
+def _products() -> None:
+    """The matrix products of the models below: the ceiling of everything."""
+    tokens = 64 if SMOKE else 8192
+    shapes = [(tokens, 64, 96)] if SMOKE else [
+        (tokens, 2048, 6144), (tokens, 2048, 2048), (tokens, 2048, 11264), (tokens, 5632, 2048), (tokens, 2048, 50304),
+        (4096, 1024, 3072), (4096, 1024, 1024), (4096, 1024, 5632), (4096, 2816, 1024), (4096, 1024, 32768),
+    ]  # fmt: skip
+    for t, k, n in shapes:
+        with attempt("products", f"{t} x {k} x {n}"):
+            cells = _three_products(t, k, n)
+            flops = 2e-12 * t * k * n
+            row("products", name=f"{t} x {k} x {n}", **{f"{c}, TFLOP/s": round(flops / s, 2) for c, s in cells.items()})
+
+
+def _three_products(t: int, k: int, n: int) -> dict[str, float]:
+    x, w, dy = (torch.randn(size, device=DEVICE).bfloat16() for size in ((t, k), (n, k), (t, n)))
+    products: dict[str, Callable[[], Tensor]] = {
+        "y = x W^T": lambda: x @ w.t(),
+        "dx = dy W": lambda: dy @ w,
+        "dW = dy^T x": lambda: dy.t() @ x,
+    }
+    if DEVICE.type == "cuda":
+        products["dW in FP32"] = lambda: torch.mm(dy.t(), x, out_dtype=torch.float32)
+    return {name: seconds(product, 0.1) for name, product in products.items()}
+
+
+def _attention_backends() -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    batch, heads, seq, width = (1, 2, 32, 16) if SMOKE else (4, 16, 2048, 128)
+    kinds = ["MATH"] if DEVICE.type == "cpu" else ["FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"]
+    q = torch.randn(batch, heads, seq, width, device=DEVICE).bfloat16().requires_grad_()
+    for kind in kinds:
+        with attempt("attention", kind), sdpa_kernel(getattr(SDPBackend, kind)):
+
+            def both() -> None:
+                torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
+
+            tflops = 7e-12 * batch * heads * seq * seq * width  # two products forward, five backward, half masked
+            row("attention", name=kind, tflop_s=round(tflops / seconds(both, 0.1), 2))
+
+
+# --- tests and kernels ------------------------------------------------------------------------------------------------
+
+
+def tests() -> None:
+    """The gpu tests with workers; beside them one process compiles what later stages use."""
+    warm = None
+    if DEVICE.type == "cuda":
+        warm = subprocess.Popen([sys.executable, __file__, "warm", os.devnull])
+    chosen = ["tests/test_graphs.py", "-k", "copied"] if SMOKE else ["tests", "-m", "gpu", "-n", "12"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", *chosen]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["no output"]
+    row("tests", name=" ".join(chosen), rc=done.returncode, summary=lines[-1])
+    for line in [line for line in lines if line.startswith(("FAILED", "ERROR"))][:40]:
+        row("tests that fail", name=line[:300])
+    if warm is not None:
+        emit(note=f"compile warm-up beside the tests ended with {warm.wait()}")
+
+
+def warm() -> None:
+    for settings in (DENSE, DEEP):
+        step = ours(settings, "blocks")
+        step(*tokens(settings, 1))
+
+
+def kernels() -> None:
+    from bench_kernels import load_backends, measure
+
+    load_backends()
+    torch.set_num_threads(1)
+    rounds, rows_ = (2, 64) if SMOKE else (5, 8192)
+    cases = [(1024, "bf16"), (4096, "bf16"), (2048, "bf16"), (8192, "bf16"), (4096, "fp32"), (4096, "fp8")]
+    for columns, precision in [(32, "fp32")] if SMOKE else cases:
+        for kind in ("rmsnorm", "layernorm"):
+            with attempt("kernels", f"{columns} {kind} {precision}"):
+                for found in measure(DEVICE, rows_, columns, precision, kind, rounds, 1 << (16 if SMOKE else 28)):
+                    row(
+                        "kernels", name=f"{columns} {kind} {precision}: {found['name']}",
+                        **{"forward GB/s": round(found["forward_gb_s"], 1),
+                           "forward / copy": round(found["forward_of_copy"], 3),
+                           "backward / copy": round(found["backward_of_copy"], 3),
+                           "forward and backward, us": round(1e3 * found["both_ms"], 1)},
+                    )  # fmt: skip
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+Step = Callable[[Tensor, Tensor], float]
+DENSE = {
+    "num_blocks": 24,
+    "dim": 2048,
+    "num_heads": 16,
+    "ffn_dim": 5632,
+    "seq_len": 2048,
+    "vocab_size": 50304,
+    "batch": 4,
+}
+DEEP = {
+    "num_blocks": 200,
+    "dim": 1024,
+    "num_heads": 16,
+    "ffn_dim": 2816,
+    "seq_len": 1024,
+    "vocab_size": 32768,
+    "batch": 4,
+}
+if SMOKE:
+    DENSE = {
+        **DENSE,
+        "num_blocks": 2,
+        "dim": 32,
+        "num_heads": 2,
+        "ffn_dim": 64,
+        "seq_len": 16,
+        "vocab_size": 128,
+        "batch": 2,
+    }
+    DEEP = {**DENSE, "num_blocks": 3}
+elif DEVICE.type == "cuda" and torch.cuda.get_device_properties(DEVICE).total_memory < 100 * 2**30:
+    DEEP["batch"] = 2  # 84 GB of states and activations with 4
+
+
+def recipe_of(settings: dict, compiled: str, microbatches: int = 1) -> Any:
+    from megaresnorm.recipe.load import build_recipe
+
+    model = {k: v for k, v in settings.items() if k != "batch"}
+    batch = settings["batch"]
+    train = {
+        "output": "none",
+        "steps": 1,
+        "global_batch": batch * microbatches,
+        "micro_batch": batch,
+        "compile": compiled,
+    }
+    return build_recipe({
+        "model": {**model, "topology": "pre", "norm": "rmsnorm", "positions": "rope", "ffn": "swiglu"},
+        "data": {"path": "none"}, "train": train, "precision": {"compute": "bf16"},
+    })  # fmt: skip
+
+
+def engine_of(settings: dict, mode: str) -> Any:
+    from megaresnorm.engines.native import NativeEngine
+
+    if DEVICE.type == "cuda" or mode != "cuda_graphs":
+        return NativeEngine(recipe_of(settings, mode), device=DEVICE)
+    engine = NativeEngine(recipe_of(settings, "blocks"), device=DEVICE)
+    engine.record_microbatches(lambda function: function)  # what a graph is to the engine, without a GPU
+    return engine
+
+
+def ours(settings: dict, mode: str, engine: Any = None) -> Step:
+    from megaresnorm.data.loader import Batch, StepBatch
+
+    engine = engine or engine_of(settings, mode)
+
+    def step(rows: Tensor, labels: Tensor) -> float:
+        size = settings["batch"]
+        numbers = torch.arange(len(rows), device=DEVICE)
+        parts = zip(rows.split(size), labels.split(size), numbers.split(size), strict=True)
+        microbatches = tuple(Batch(*part) for part in parts)
+        return engine.step(StepBatch(microbatches, len(microbatches), labels.numel()), 1e-3).loss  # the peers' rate
+
+    return step
+
+
+def peer(settings: dict, mode: str, weights: dict[str, Tensor]) -> Step:
+    """Transformers' Llama, or the plain model below, under autocast: FP32 weights and BF16 products, as ours."""
+    from peers import PEERS, Peer, Place, Shape
+    from plain_llama import PlainLlama
+
+    names = ("num_blocks", "dim", "num_heads", "seq_len", "batch", "vocab_size", "ffn_dim")
+    shape = Shape("llama", *(settings[name] for name in names))
+    with torch.device(DEVICE):
+        if mode.startswith("plain"):
+            model = PlainLlama(shape.num_blocks, shape.dim, shape.num_heads, shape.ffn_dim, shape.vocab_size).load(
+                weights
+            )
+            made = Peer(model, model, "autocast", batch=shape.batch)
+        else:
+            made = PEERS["llama"]["transformers Llama"](shape, weights, "autocast", Place())
+    if "compiled" in mode:
+        layers = made.model.layers if mode.startswith("plain") else made.model.model.layers
+        for layer in layers:
+            layer.compile(dynamic=False)
+    return made.step
+
+
+def tokens(settings: dict, microbatches: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    size = (settings["batch"] * microbatches, settings["seq_len"] + 1)
+    rows = torch.randint(settings["vocab_size"], size, generator=generator).to(DEVICE)
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def race(title: str, settings: dict, contenders: list[str], microbatches: list[int]) -> None:
+    """Tokens a second, MFU and peak memory of each, one after the other, and the losses of the first steps."""
+    from megaresnorm.model.cost import training_flops
+    from megaresnorm.telemetry.throughput import peak_tflops
+
+    title = f"{title}, {settings['num_blocks']} x {settings['dim']}"
+    flops, peak = training_flops(recipe_of(settings, "none").model), peak_tflops(DEVICE, "bf16")
+    emit(note=f"{title}: MFU is tokens/s x {flops / 1e9:.3f} GFLOP (three times the products of a forward pass, causal "
+              f"attention at half, five operations a logit) / {peak} TFLOP/s")  # fmt: skip
+    first = engine_of(settings, "none")  # only to make the weights that all begin with
+    weights = {name: t.detach().cpu().clone() for name, t in first.full_state().items()}
+    del first
+    for name in contenders:
+        with attempt(title, name):
+            if DEVICE.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            step = ours(settings, name.split()[-1]) if name.startswith("ours") else peer(settings, name, weights)
+            one = tokens(settings, 1)
+            losses = [step(*one) for _ in range(2 if SMOKE else 6)]  # compiles, records
+            ready = time.perf_counter() - start
+            cells: dict[str, Any] = {"losses": [round(loss, 4) for loss in losses[:3]], "ready, s": round(ready, 1)}
+            for count in microbatches:
+                data = tokens(settings, count)
+                rate = data[0].numel() / seconds(lambda step=step, data=data: step(*data), 4.0 / count**0.5)
+                cells[f"tokens/s, {count} microbatches"] = round(rate)
+                cells[f"MFU, {count}"] = None if peak is None else round(rate * flops / 1e12 / peak, 4)
+            if DEVICE.type == "cuda":
+                cells["peak GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
+            row(title, name=name, **cells)
+            del step
+
+
+def dense() -> None:
+    contenders = [
+        "ours none",
+        "Transformers eager",
+        "ours cuda_graphs",
+        "plain compiled",
+        "ours blocks",
+        "Transformers compiled",
+    ]
+    race("dense", DENSE, contenders, [1, 4])
+
+
+def deep() -> None:
+    race("deep", DEEP, ["ours cuda_graphs", "ours none", "Transformers eager", "ours blocks"], [1])
+
+
+def profile() -> None:
+    """One step of the deep model: what runs on the GPU, how long it has nothing to do, how often the host waits."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if DEVICE.type == "cuda" else [])
+    for mode in ("none", "cuda_graphs"):
+        with attempt("profile", mode):
+            step, data = ours(DEEP, mode), tokens(DEEP, 1)
+            for _ in range(5):
+                step(*data)
+            wait()
+            with profiler(activities=activities) as trace:
+                start = time.perf_counter()
+                step(*data)
+                wait()
+                wall = time.perf_counter() - start
+            _report_profile(mode, trace.key_averages(), wall)
+            del step
+
+
+def _report_profile(mode: str, events: Any, wall: float) -> None:
+    def spent(event: Any) -> float:
+        return getattr(event, "self_device_time_total", 0) or event.self_cpu_time_total
+
+    def count(*names: str) -> int:
+        return sum(event.count for event in events if event.key in names)
+
+    busy = sum(getattr(event, "self_device_time_total", 0) for event in events) / 1e6
+    cells = {
+        "step, ms": round(1e3 * wall, 2),
+        "idle share": round(max(0.0, 1 - busy / wall), 3),
+        "launches": count("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx"),
+        "graphs": count("cudaGraphLaunch"),
+        "waits": count("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"),
+    }
+    row("profile", name=f"ours {mode}", **cells)
+    for event in sorted(events, key=spent, reverse=True)[:12]:
+        ms = round(spent(event) / 1e3, 3)
+        row(f"kernels of a step, ours {mode}", name=event.key[:100], ms=ms, calls=event.count)
+
+
+def trainer() -> None:
+    """A run of ``python -m megaresnorm.job`` on text of this repository: data, loop, checkpoint, resume."""
+    from megaresnorm.data.prepare import PrepareJob, prepare
+
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder, "text.jsonl")
+        lines = [path.read_text() for path in sorted((ROOT / "megaresnorm").rglob("*.py"))]
+        text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+        prepare(PrepareJob(out=Path(folder, "bytes"), paths=(str(text),)))
+        steps, size = (4, "model.dim=32 model.num_blocks=2 model.num_heads=2 model.seq_len=32") if SMOKE else (
+            60, "model.dim=1024 model.num_blocks=48 model.num_heads=16 model.seq_len=1024")  # fmt: skip
+        recipe = Path(folder, "recipe.yaml")
+        recipe.write_text(RECIPE.format(folder=folder, steps=steps))
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        mode = "none" if DEVICE.type == "cpu" else "cuda_graphs"
+        for what, end in (("half of a run", steps // 2), ("resumed", steps)):
+            command = [sys.executable, "-m", "megaresnorm.job", str(recipe), *size.split(), f"train.compile={mode}"]
+            command += [f"train.device={DEVICE.type}", f"train.steps={end}", "schedule.kind=constant"]
+            start = time.perf_counter()
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+            lines = done.stdout.splitlines() + done.stderr.splitlines()
+            shown = [line for line in lines if line.lstrip().startswith("step")] or lines or [""]
+            row(
+                "trainer",
+                name=what,
+                rc=done.returncode,
+                seconds=round(time.perf_counter() - start, 1),
+                last=shown[-1][:200],
+            )
+
+
+RECIPE = """
+model: {{topology: deepnorm, dim: 64, num_blocks: 4, num_heads: 4, seq_len: 32}}
+data: {{path: {folder}/bytes}}
+train: {{output: {folder}/run, steps: {steps}, global_batch: 8, micro_batch: 4, loggers: [], sample_tokens: 0}}
+precision: {{compute: bf16}}
+"""
+
+
+# --- for the tests of the campaign itself -----------------------------------------------------------------------------
+
+
+def fails() -> None:
+    row("fails", name="before the error")
+    raise RuntimeError("this stage is made to fail")
+
+
+def hangs() -> None:
+    row("hangs", name="before it hangs")
+    time.sleep(3600)
+
+
+STAGES = {f.__name__: f for f in (machine, tests, warm, kernels, dense, deep, profile, trainer, fails, hangs)}
+
+if __name__ == "__main__":
+    STAGES[sys.argv[1]]()
