@@ -20,7 +20,9 @@ def campaign(*arguments):
 
 def test_the_plan_adds_up_to_less_than_seven_and_a_half_minutes():
     done = campaign("--plan")
-    lines = [re.fullmatch(r"(\w+) +(\d+) s, ends by +(\d+) s(?: of (\d+) s)?", line) for line in done.stdout.splitlines()]
+    lines = [
+        re.fullmatch(r"(\w+) +(\d+) s, ends by +(\d+) s(?: of (\d+) s)?", line) for line in done.stdout.splitlines()
+    ]
     assert all(lines), done.stdout
     names, boxes, ends = ([line[i] for line in lines] for i in (1, 2, 3))
     assert names == [*STAGES, "report"]
@@ -33,7 +35,9 @@ def test_a_smoke_run_goes_through_all_stages(tmp_path):
     report = json.loads((tmp_path / "out" / "campaign.json").read_text())
     assert report["schema_version"] == 1 and report["commit"]
     assert {name: stage["state"] for name, stage in report["stages"].items()} == dict.fromkeys(STAGES, "done")
-    rows = [(item["title"], item["row"]) for stage in report["stages"].values() for item in stage["found"] if "row" in item]
+    rows = [
+        (item["title"], item["row"]) for stage in report["stages"].values() for item in stage["found"] if "row" in item
+    ]
     assert not [row for _, row in rows if "failed" in row]
     for title, contenders in (("dense, 2 x 32", 6), ("deep, 3 x 32", 4)):
         losses = [row["losses"] for t, row in rows if t == title]
