@@ -2,14 +2,15 @@
 """Training speed beside the peers: the same weights, batches and optimizer, one thread, in turn.
 
 python tools/bench_train.py --out bench
-python tools/bench_train.py --shapes 200x64 --architectures gpt2 --precisions fp32 --rounds 7
+python tools/bench_train.py --shapes 200x64 --architectures gpt2 --precisions fp32 --rounds 7 --compile
 python tools/bench_train.py --layouts 1,tp2,pp2,dp2 --shapes 12x256 --architectures gpt2 --precisions fp32
 
 Every contender is a process of its own with one thread and the same malloc settings. Before anything is timed, its
 logits and the losses of its first steps are compared with ours. A round gives each contender the same number of steps
 in turn, the order changing from round to round; rates are tokens per CPU second, medians over the rounds, and a ratio
 is the median of the rounds' ratios. In BF16 a peer runs under autocast and with BF16 weights, and the faster one
-counts. We run a second time with the reference kernels, which shows what the others give.
+counts. We run a second time with the reference kernels, which shows what the others give. With --compile we run with
+train.compile=auto (and once without), and every peer once more with its layers compiled.
 
 With --layouts every layout is a contender, ours and megatron-core's (1, tp2, pp2), with one thread a rank; a step is
 one global batch of four microbatches for all, the losses of the first steps are compared, and rates are tokens per
@@ -26,7 +27,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from contenders import CLASSES, LAYOUTS, MALLOC, OURS, REFERENCE, Contender, compare, serve
+from contenders import AUTO, CLASSES, COMPILED, LAYOUTS, MALLOC, OURS, REFERENCE, Contender, compare, serve
 from peers import MEGATRON, PEERS, Shape
 
 
@@ -58,6 +59,10 @@ def parse() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--architectures", **names, default=list(PEERS), help=f"[{','.join(PEERS)}]")
     parser.add_argument("--precisions", **names, default=["fp32", "bf16"], help="[fp32,bf16]")
+    parser.add_argument(
+        "--compile", action="store_true",
+        help="ours with train.compile=auto; the peers' layers compiled as well as eager, and the faster counts"
+    )  # fmt: skip
     parser.add_argument("--layouts", **names, help=f"of {','.join(LAYOUTS)}")
     parser.add_argument("--vocab-size", type=int, default=8192, help="[8192]")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each, in turn [5]")
@@ -89,17 +94,20 @@ def race(shape: Shape, precision: str, arguments: argparse.Namespace) -> dict:
     """All contenders of one shape and precision, checked and then timed in turn."""
     modes = ["fp32"] if precision == "fp32" else ["autocast", "bf16"]
     with tempfile.TemporaryDirectory() as folder:
-        contenders = [Contender(OURS, precision, shape, folder, arguments.malloc)]  # writes the weights that peers load
+        ours = AUTO if arguments.compile else OURS
+        contenders = [Contender(ours, precision, shape, folder, arguments.malloc)]  # writes the weights that peers load
         try:
             contenders += [
-                Contender(name, mode, shape, folder, arguments.malloc)
+                Contender(name + suffix, mode, shape, folder, arguments.malloc)
                 for name in PEERS[shape.architecture]
                 for mode in modes
+                for suffix in ("", COMPILED)[: 1 + arguments.compile]
             ]
             for peer in contenders[1:]:
                 compare(contenders[0], peer)
+            contenders += [Contender(OURS, precision, shape, folder, arguments.malloc)] if arguments.compile else []
             contenders.append(Contender(REFERENCE, precision, shape, folder, arguments.malloc))
-            drift = compare(contenders[0], contenders[-1])
+            drift = max(compare(contenders[0], other) for other in contenders if other.name.startswith(OURS))
             rates: dict[str, list[float]] = {c.label: [] for c in contenders}
             for turn in range(arguments.rounds):
                 shift = turn % len(contenders)
@@ -206,7 +214,7 @@ def markdown(report: dict) -> str:
         ]
         for row in result["rows"]:
             cells = [f"{row['milliseconds'][c]:.0f}" for c in [*CLASSES, "rest"]]
-            ratio = "" if row["name"] == OURS else f"{row['ours_over_this']:.2f}x"
+            ratio = "" if row is result["rows"][0] else f"{row['ours_over_this']:.2f}x"
             lines.append(
                 f"| {row['name']} | {row['tokens_per_cpu_second']:,.0f} | {ratio} | {row['peak_mib']:,} "
                 f"| {' | '.join(cells)} |"

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from peers import PEERS, Place, Shape
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from megaresnorm.data.loader import Batch, StepBatch
 from megaresnorm.engines.native import NativeEngine
@@ -23,6 +23,8 @@ from megaresnorm.recipe.load import build_recipe
 
 OURS = "megaresnorm"
 REFERENCE = f"{OURS}, reference kernels"
+AUTO = f"{OURS}, compile auto"
+COMPILED = ", layers compiled"
 REFERENCE_KERNELS = {
     "add_norm": "reference",
     "attention": "sdpa",
@@ -51,7 +53,7 @@ MALLOC = {
     "MALLOC_TOP_PAD_": "268435456",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
-CHECK_STEPS = {OURS: 10, REFERENCE: 10}  # a peer: 3
+CHECK_STEPS = {OURS: 10, REFERENCE: 10, AUTO: 10}  # a peer: 3
 LOGIT_TOLERANCE = {"fp32": 2e-4, "autocast": 0.25, "bf16": 0.25}  # of logits with a deviation of about 1
 LOSS_TOLERANCE = {"fp32": 1e-3, "autocast": 0.05, "bf16": 0.05}
 CLASSES = {  # of an operator by what its name contains, the first that fits
@@ -156,14 +158,17 @@ def serve(name: str, mode: str, shape: dict, folder: str, layout: str, rank: int
     weights_file = Path(folder, "weights.safetensors")
     step: Callable[[Tensor, Tensor], float]
     if name.startswith(OURS):
-        engine = build_ours(made, mode, {} if name == OURS else REFERENCE_KERNELS, layout, num_ranks)
-        if name == OURS and num_ranks == 1:
+        kernels = REFERENCE_KERNELS if name == REFERENCE else {}
+        engine = build_ours(made, mode, kernels, layout, num_ranks, "auto" if name == AUTO else "none")
+        if num_ranks == 1 and not weights_file.exists():
             save_file({n: t.clone() for n, t in engine.full_state().items()}, weights_file)
         logits = engine.model if num_ranks == 1 else None
         step = lambda tokens, labels: ours_step(engine, made, tokens, labels)  # noqa: E731
     else:
         place = Place(rank, parallel.get("tp", 1), parallel.get("pp", 1))
-        peer = PEERS[made.architecture][name](made, load_file(weights_file), mode, place)
+        peer = PEERS[made.architecture][name.removesuffix(COMPILED)](made, load_file(weights_file), mode, place)
+        if name.endswith(COMPILED):
+            compile_layers(peer.model)
         logits, step = peer.logits if num_ranks == 1 else None, peer.step
     data = batches(made)
     answer: dict = {}
@@ -184,7 +189,17 @@ def serve(name: str, mode: str, shape: dict, folder: str, layout: str, rank: int
         answer = timed(step, data, steps) if request["what"] == "time" else profiled(step, data, steps)
 
 
-def build_ours(shape: Shape, mode: str, kernels: dict[str, str], layout: str, num_ranks: int) -> NativeEngine:
+def compile_layers(model: nn.Module) -> None:
+    """torch.compile every layer of a peer: of the longest list of modules that it has."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for layer in max(lists, key=len):
+        layer.compile(dynamic=False)
+
+
+def build_ours(
+    shape: Shape, mode: str, kernels: dict[str, str], layout: str, num_ranks: int, compiled: str = "none"
+) -> NativeEngine:
     wiring = (
         {"norm": "layernorm", "positions": "learned", "ffn": "gelu", "bias": True}
         if shape.architecture == "gpt2"
@@ -196,7 +211,7 @@ def build_ours(shape: Shape, mode: str, kernels: dict[str, str], layout: str, nu
         {
             "model": {"topology": "pre", **sizes, **wiring},
             "data": {"path": "none"},
-            "train": {"output": "none", "steps": 1, **batch},
+            "train": {"output": "none", "steps": 1, **batch, "compile": compiled},
             "precision": {"compute": mode},
             "kernels": kernels,
             "parallel": LAYOUTS[layout][1],

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaresnorm.checkpoint.format import Groups, TensorSlices
+from megaresnorm.checkpoint.format import Groups
+from megaresnorm.checkpoint.host_memory import HostCopies
 from megaresnorm.checkpoint.retention import Retention
 from megaresnorm.checkpoint.writer import save_checkpoint
 from megaresnorm.errors import CheckpointError, NonFiniteError, NonFiniteTensorError, TrainingError
@@ -63,7 +64,8 @@ class Saver:
         self._max_failures, self._check, self._saved = max_failures, check, saved
         self.protected: int | None = None
         self._copies: Groups | None = None
-        self._sources, self._targets = list[Tensor](), list[Tensor]()
+        self._sources = list[Tensor]()
+        self._memory = HostCopies([])
         self._thread: threading.Thread | None = None
         self._mistake: BaseException | None = None
         self.failures = 0
@@ -156,21 +158,19 @@ class Saver:
     def _copied(self) -> Groups:
         """The groups, with the slices that this rank writes copied to host memory, which is kept for the next time."""
         if self._copies is None:
+            written = [
+                s for members in self._groups.values() for s in members.values() if s.owned and s.local is not None
+            ]
+            self._sources = [slices.local for slices in written if slices.local is not None]
+            self._memory = HostCopies(self._sources)
+            memory = {id(slices): target for slices, target in zip(written, self._memory.tensors, strict=True)}
             self._copies = {
-                group: {name: self._with_memory(slices) for name, slices in members.items()}
+                group: {n: replace(s, local=memory.get(id(s), s.local)) for n, s in members.items()}
                 for group, members in self._groups.items()
             }
-        if self._targets:  # empty where other ranks write all that this one holds
+        if self._sources:  # empty where other ranks write all that this one holds
             with torch.no_grad():
-                torch._foreach_copy_(self._targets, self._sources, non_blocking=True)
+                torch._foreach_copy_(self._memory.tensors, self._sources, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return self._copies
-
-    def _with_memory(self, slices: TensorSlices) -> TensorSlices:
-        if not slices.owned or slices.local is None:
-            return slices
-        memory = torch.empty_like(slices.local, device="cpu", pin_memory=slices.local.device.type == "cuda")
-        self._sources.append(slices.local)
-        self._targets.append(memory)
-        return replace(slices, local=memory)

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from megaresnorm.checkpoint import host_memory
 from megaresnorm.checkpoint.format import TensorSlices, list_checkpoints
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.retention import Retention
@@ -114,3 +115,50 @@ def test_a_rank_that_writes_nothing_has_nothing_to_copy(tmp_path, live):
     saver.save(1, {}, {})
     saver.wait()
     assert saver.newest[0] == 1 and not list((tmp_path / "step-00000001").glob("*.safetensors"))
+
+
+def test_host_copies_have_the_shapes_and_types_of_what_they_are_copies_of(monkeypatch):
+    """Many in one piece of memory, each aligned; what is larger than a piece has one of its own."""
+    monkeypatch.setattr(host_memory, "ARENA", 4096)
+    kinds = [
+        ((3, 5), torch.float32),
+        ((7,), torch.bfloat16),
+        ((), torch.float64),
+        ((2000,), torch.float32),
+        ((0, 4), torch.float32),
+    ]
+    tensors = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape, dtype in kinds * 3]
+    copies = host_memory.HostCopies(tensors).tensors
+    torch._foreach_copy_(copies, tensors)
+    for tensor, copy in zip(tensors, copies, strict=True):
+        assert copy.dtype == tensor.dtype and copy.shape == tensor.shape and torch.equal(copy, tensor)
+        assert copy.is_contiguous() and (copy.storage_offset() * copy.element_size()) % host_memory.ALIGNMENT == 0
+    pieces = {copy.untyped_storage().data_ptr(): copy.untyped_storage().nbytes() for copy in copies}
+    assert len(pieces) == 6 and all(size <= 4096 or size == 8192 for size in pieces.values())
+
+
+def test_memory_for_a_gpu_is_pinned_in_large_pieces_and_released_with_the_copies(monkeypatch):
+    """With a runtime that only notes what it is asked."""
+    registered = {}
+
+    class Runtime:
+        cudaHostRegister = staticmethod(lambda address, size, flags: registered.update({address: size}) or 0)
+        cudaHostUnregister = staticmethod(registered.pop)
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime)
+    monkeypatch.setattr(host_memory, "_on_gpu", lambda tensor: True)
+    copies = host_memory.HostCopies([torch.zeros(1000), torch.zeros(24)])
+    assert list(registered) == [copies.tensors[0].data_ptr()] and list(registered.values()) == [4096 + 256]
+    del copies
+    assert not registered
+
+
+@pytest.mark.gpu
+def test_copies_of_a_gpus_tensors_are_pinned():
+    tensors = [torch.randn(1000, device="cuda"), torch.randn(24, device="cuda")]
+    memory = host_memory.HostCopies(tensors)
+    copies = memory.tensors
+    assert all(copy.is_pinned() for copy in copies)
+    torch._foreach_copy_(copies, tensors, non_blocking=True)
+    torch.cuda.synchronize()
+    assert all(torch.equal(copy, tensor.cpu()) for copy, tensor in zip(copies, tensors, strict=True))
