@@ -3,15 +3,11 @@
 Meta model in its tensor layout and precision, compile, the engine's sharding, materialise, initialise.
 """
 
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils import deterministic
 
 from megaresnorm.errors import ConfigError
 from megaresnorm.kernels import load_backends
@@ -20,8 +16,7 @@ from megaresnorm.kernels.attention import FusedAttention
 from megaresnorm.kernels.cross_entropy import CrossEntropyKernel
 from megaresnorm.kernels.registry import choose_kernel
 from megaresnorm.layout import gathers_stream, split_stages
-from megaresnorm.model.block import Block
-from megaresnorm.model.compiled import TOGETHER, CompiledBlocks, num_kinds
+from megaresnorm.model.compiled import choose_compiling, compile_blocks
 from megaresnorm.model.init import materialize
 from megaresnorm.model.norm import Norm
 from megaresnorm.model.parameters import global_name, parameter_table
@@ -38,9 +33,6 @@ from megaresnorm.parallel.vocab import first_row, vocab_parallel_cross_entropy
 from megaresnorm.precision.bf16 import bf16_linear
 from megaresnorm.precision.dtypes import DTYPES, weight_dtype
 from megaresnorm.recipe import KernelRecipe, ModelRecipe, ParallelRecipe, PrecisionRecipe, RecomputeRecipe
-
-WIDEST_COMPILED, MOST_KINDS = 512, 3  # where ``train.compile: auto`` still compiles on a CPU
-FUSED_BY_COMPILER = ("add_norm", "activation")  # whose reference a compiler makes faster than a call of our C
 
 
 @dataclass(frozen=True)
@@ -118,12 +110,11 @@ def build_model(
     device = torch.device(device)
     precision, kernels = precision or PrecisionRecipe(), kernels or KernelRecipe()
     parallel, context = parallel or ParallelRecipe(), context or ParallelContext.single()
-    compiled, why = compile_mode(compiled, recipe, device, tp=context.tp.size, sharded=shard is not None)
-    fused = compiled != "none" and device.type == "cpu" and context.tp.size == 1
+    compiling = choose_compiling(compiled, recipe, device.type, tp=context.tp.size, sharded=shard is not None)
     compute, stored = DTYPES[precision.compute], DTYPES[precision.stream]
     kinds = {"activation": recipe.ffn, "attention": "plain" if recipe.attention_softcap is None else "softcap"}
     chosen = {
-        op: choose_kernel(op, backend, device, compute, kinds.get(op), fused=fused and op in FUSED_BY_COMPILER)
+        op: choose_kernel(op, backend, device, compute, kinds.get(op), fused=op in compiling.fused)
         for op, backend in kernels
     }
     norm = ShardedNorm(context.tp, sharded_norm_kernels(chosen["add_norm"][0].backend), parallel.merge_chunks)
@@ -135,9 +126,7 @@ def build_model(
         keeps=(recompute or RecomputeRecipe()).gathered == "keep",
     )
     cross_entropy = chosen["cross_entropy"][0].function
-    choices = {op: line for op, (_, line) in chosen.items()}
-    if compiled != "none" or why != "asked for":
-        choices["compile"] = f"compile on {device.type}: {compiled} ({why})"
+    choices = {op: line for op, (_, line) in chosen.items()} | compiling.choices(device.type)
     backends = {op: kernel.backend for op, (kernel, _) in chosen.items()}
     if context.tp.size > 1:
         if kernels.cross_entropy != "auto":
@@ -156,13 +145,12 @@ def build_model(
     for number in stages_of_rank(context.pp.rank, context.pp.size, len(stages)):
         with torch.device("meta"):
             model = Transformer(recipe, model_kernels, layout, stages[number])
-        if compiled != "none":
-            compile_blocks(model, device, sharded=shard is not None)
+        compile_blocks(model, compiling)
         if shard is not None:
             shard(model)
         materialize(model, table, context, seed=seed, dtype=weight_dtype(precision.compute), device=device)
         models[number] = model
-    return Assembled(models, table, layout, context, device, backends, choices, compiled, cross_entropy)
+    return Assembled(models, table, layout, context, device, backends, choices, compiling.mode, cross_entropy)
 
 
 def compare_kernels(assembled: Assembled) -> None:
@@ -209,62 +197,6 @@ def _model_kernels(
         whole.normalize,
         normalize_shared if layout.axis.size > 1 else whole.normalize,
     )
-
-
-def compile_blocks(model: Transformer, device: torch.device, *, sharded: bool) -> None:
-    """torch.compile the blocks, equal ones with the same code.
-
-    Args:
-        sharded: whether FSDP2 will shard the blocks; its hooks stand between them, and are not compiled.
-    """
-    # Blocks may differ in a topology's constants: each then needs code of its own, and none may fall back silently.
-    limits, wanted = torch._dynamo.config, 8 + 2 * model.recipe.num_blocks
-    limits.recompile_limit = max(limits.recompile_limit, wanted)
-    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * wanted)
-    if sharded:
-        for block in model.blocks.values():
-            block.compile()
-        return
-    blocks = {int(number): cast(Block, block) for number, block in model.blocks.items()}
-    model.compiled = CompiledBlocks(model.recipe, blocks, together=TOGETHER if device.type == "cpu" else 1)
-
-
-def compile_mode(
-    setting: str, recipe: ModelRecipe, device: torch.device, *, tp: int = 1, sharded: bool = False
-) -> tuple[str, str]:
-    """What ``train.compile`` comes to: none, blocks or cuda_graphs, and why.
-
-    ``auto`` compiles where that was measured to pay: on a CPU narrow models whose blocks are of few kinds. On a GPU it
-    takes compiled blocks.
-    """
-    if setting != "auto":
-        return setting, "asked for"
-    if device.type != "cpu":
-        return "blocks", "auto on a GPU"
-    kinds = num_kinds(recipe)
-    reasons = {
-        "no C++ compiler was found": shutil.which("g++") is None and shutil.which("clang++") is None,
-        f"at model.dim={recipe.dim} products take nearly all the time": recipe.dim > WIDEST_COMPILED,
-        "its C kernels are faster under parallel.tp": tp > 1,
-        "FSDP2's hooks stand between the blocks": sharded,
-        f"its blocks are of {kinds} kinds, each of which would be compiled": kinds > MOST_KINDS,
-    }
-    against = next((reason for reason, holds in reasons.items() if holds), None)
-    return ("blocks", "auto: narrow, equal blocks on a CPU") if against is None else ("none", f"auto: {against}")
-
-
-def be_deterministic(device: torch.device) -> None:
-    """Let this process repeat every sum in one order; operations that cannot raise an error. CPUs do so anyway.
-
-    Of attention's kernels flash has a deterministic gradient, cuDNN's has none.
-    """
-    if device.type != "cuda":
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is made
-    torch.use_deterministic_algorithms(True)
-    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

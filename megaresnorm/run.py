@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 import torch
 
 import megaresnorm
-from megaresnorm.assemble import be_deterministic, compare_kernels
+from megaresnorm.assemble import compare_kernels
 from megaresnorm.checkpoint.format import SOURCE
 from megaresnorm.checkpoint.manifest import weights_digest
 from megaresnorm.checkpoint.reader import Checkpoint
@@ -94,8 +94,6 @@ class Run:
 
     def _build(self) -> None:
         recipe = self.recipe
-        if recipe.train.deterministic:
-            be_deterministic(self.device)
         self.engine: Engine = make_engine(recipe, self.context, self.device)
         self.loader = self._loader(self.samples)
         settings = recipe.checkpoint

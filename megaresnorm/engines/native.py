@@ -1,8 +1,6 @@
 """The native engine: plain PyTorch, one optimizer step at a time, on however many ranks."""
 
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cached_property
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -16,6 +14,7 @@ from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import EngineState
 from megaresnorm.data.loader import Batch, SampleRange, StepBatch
 from megaresnorm.engines.engine import StepStats
+from megaresnorm.engines.garbage import no_garbage_collection
 from megaresnorm.engines.graphs import MicrobatchGraph, Recorder
 from megaresnorm.engines.state import FullState, clipper_slices, placements
 from megaresnorm.engines.step_vector import (
@@ -148,7 +147,7 @@ class NativeEngine:
             That of ``gradients``, but one all-reduce of 4 numbers FP64 over all ranks in the place of its own; with
             ``clip: adagc`` one more over model_shards, of a number for each parameter.
         """
-        with _no_garbage_collection():
+        with no_garbage_collection():
             tokens = self._valid_tokens(batch)
             loss = self._backward(batch, tokens)
             gradients = self._optimizer.collect(per_parameter=self._clipper.clips_each) if tokens else []
@@ -336,19 +335,3 @@ class NativeEngine:
             self._clipper.clip_each([gradient.tensor for gradient in gradients], whole, total, refused)
         self._optimizer.step(lr, divisor=self._clipper.divisor(total), refused=refused)
         self.weights_changed()
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Switch Python's search for cycles off during a step.
-
-    A step of a deep model makes thousands of small objects, none of them in a cycle. Looking for cycles among them, and
-    among all that was imported, took 30 of 450 ms at 200 blocks.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

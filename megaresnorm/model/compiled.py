@@ -4,8 +4,10 @@ Equal blocks share their code. For that all that differs between them reaches a 
 copies, the keys of dropout masks); only a topology's constants are compiled in.
 """
 
+import shutil
 from collections.abc import Sequence
 from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -17,9 +19,13 @@ from megaresnorm.model.stream import Stream
 from megaresnorm.model.topology import SUBLAYERS, residual_at
 from megaresnorm.recipe import ModelRecipe
 
+if TYPE_CHECKING:
+    from megaresnorm.model.transformer import Transformer
+
 # A call of compiled code costs a CPU what a small matrix product does, and compiling takes longer the more blocks are
 # one graph: at width 64, 8 blocks together were 12 % faster than one by one, 20 no faster than 8.
 TOGETHER = 8
+WIDEST, MOST_KINDS = 512, 3  # model.dim and kinds of blocks up to which ``auto`` compiles on a CPU
 
 
 class BlockRun(nn.Module):
@@ -91,3 +97,72 @@ def _wiring(recipe: ModelRecipe, block: int) -> tuple[str, ...]:
     return tuple(
         repr((s.norm_in, s.norm_in_scale, s.norm_inner, s.norm_branch, s.norm_out, s.alpha, s.gate)) for s in specs
     )
+
+
+class Compiling(NamedTuple):
+    """What ``train.compile`` has come to.
+
+    Attributes:
+        mode: none, blocks or cuda_graphs.
+        why: in a few words.
+        together: blocks in one graph, at most; 0: each is compiled as it is, for FSDP2, whose hooks stand between them.
+        fused: ops whose reference the compiler makes faster than a call of our C.
+    """
+
+    mode: str
+    why: str
+    together: int = 1
+    fused: tuple[str, ...] = ()
+
+    def choices(self, device_type: str) -> dict[str, str]:
+        """Its line among those of the kernels; none where nobody has asked for anything."""
+        silent = self.mode == "none" and self.why == "asked for"
+        return {} if silent else {"compile": f"compile on {device_type}: {self.mode} ({self.why})"}
+
+
+def choose_compiling(
+    setting: str, recipe: ModelRecipe, device_type: str, *, tp: int = 1, sharded: bool = False
+) -> Compiling:
+    """What a setting of ``train.compile`` comes to.
+
+    ``auto`` compiles where that was measured to pay: on a CPU narrow models whose blocks are of few kinds. On a GPU it
+    takes compiled blocks.
+
+    Args:
+        tp: ranks of tensor parallelism.
+        sharded: whether FSDP2 will shard the blocks.
+    """
+    cpu, why = device_type == "cpu", "asked for"
+    if setting == "auto":
+        kinds = num_kinds(recipe)
+        reasons = {
+            "no C++ compiler was found": shutil.which("g++") is None and shutil.which("clang++") is None,
+            f"at model.dim={recipe.dim} products take nearly all the time": recipe.dim > WIDEST,
+            "its C kernels are faster under parallel.tp": tp > 1,
+            "FSDP2's hooks stand between the blocks": sharded,
+            f"its blocks are of {kinds} kinds, each of which would be compiled": kinds > MOST_KINDS,
+        }
+        against = next((reason for reason, holds in reasons.items() if holds and cpu), None)
+        if against is not None:
+            return Compiling("none", f"auto: {against}")
+        setting, why = "blocks", "auto: narrow, equal blocks on a CPU" if cpu else "auto on a GPU"
+    if setting == "none":
+        return Compiling("none", why)
+    fused = ("add_norm", "activation") if cpu and tp == 1 else ()
+    return Compiling(setting, why, 0 if sharded else TOGETHER if cpu else 1, fused)
+
+
+def compile_blocks(model: "Transformer", compiling: Compiling) -> None:
+    """torch.compile a model's blocks, equal ones with the same code."""
+    if compiling.mode == "none":
+        return
+    # Blocks may differ in a topology's constants: each then needs code of its own, and none may fall back silently.
+    limits, wanted = torch._dynamo.config, 8 + 2 * model.recipe.num_blocks
+    limits.recompile_limit = max(limits.recompile_limit, wanted)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * wanted)
+    blocks = {int(number): cast(Block, block) for number, block in model.blocks.items()}
+    if compiling.together:
+        model.compiled = CompiledBlocks(model.recipe, blocks, compiling.together)
+        return
+    for block in blocks.values():
+        block.compile()

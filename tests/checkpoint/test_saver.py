@@ -102,10 +102,10 @@ def test_host_memory_is_taken_once(make, live):
     saver = make()
     saver.save(1, {}, {})
     saver.wait()
-    (first,) = saver._targets
+    (first,) = saver._memory.tensors
     saver.save(2, {}, {})
     saver.wait()
-    assert saver._targets == [first] and first.data_ptr() != live.data_ptr()
+    assert saver._memory.tensors == [first] and first.data_ptr() != live.data_ptr()
 
 
 def test_a_rank_that_writes_nothing_has_nothing_to_copy(tmp_path, live):

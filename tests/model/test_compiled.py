@@ -6,18 +6,17 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from megaresnorm.assemble import build_model, compile_mode
+from megaresnorm.assemble import build_model
 from megaresnorm.data.loader import Batch, StepBatch
 from megaresnorm.engines.native import NativeEngine
 from megaresnorm.kernels.cross_entropy import cross_entropy_sums
-from megaresnorm.model.compiled import equal_runs, num_kinds
+from megaresnorm.model.compiled import choose_compiling, equal_runs, num_kinds
 from megaresnorm.model.dropout import DropoutKey
 from megaresnorm.model.topology import TOPOLOGIES
 from megaresnorm.precision.bf16 import Bf16Copies
 from megaresnorm.recipe import KernelRecipe, ModelRecipe, PrecisionRecipe
 from megaresnorm.recipe.load import build_recipe
 
-CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 TOKENS, LABELS = torch.randint(64, (2, 2, 8), generator=torch.Generator().manual_seed(0))
 
@@ -65,7 +64,7 @@ def backward(model, tokens=TOKENS, labels=LABELS, dropout=None):
 @pytest.mark.parametrize("settings", [{}, {"dropout": 0.25}, {"compute": "bf16"}, {"bias": True, "ffn": "gelu"}])
 def test_a_model_is_two_graphs_at_any_depth(settings, graphs, monkeypatch):
     """The blocks that get the stream with an add pending, and the first ones."""
-    monkeypatch.setattr("megaresnorm.assemble.TOGETHER", 2)
+    monkeypatch.setattr("megaresnorm.model.compiled.TOGETHER", 2)
     settings = dict(settings)
     compute = settings.pop("compute", "fp32")
     model = built(model_recipe(12, **settings), compute)
@@ -158,12 +157,12 @@ def test_runs_are_of_equal_blocks_and_of_one_length_where_that_divides():
 def test_auto_compiles_narrow_equal_blocks_on_a_cpu_alone(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/" + name)
     narrow, wide = model_recipe(200), model_recipe(4).model_copy(update={"dim": 1024})
-    assert compile_mode("auto", narrow, CPU)[0] == "blocks"
-    assert compile_mode("auto", narrow, torch.device("cuda"))[0] == "blocks"
+    assert choose_compiling("auto", narrow, "cpu").mode == "blocks"
+    assert choose_compiling("auto", narrow, "cuda").mode == "blocks"
     for recipe, options in ((wide, {}), (narrow, {"tp": 2}), (narrow, {"sharded": True})):
-        mode, why = compile_mode("auto", recipe, CPU, **options)
-        assert mode == "none" and why.startswith("auto: ")
+        chosen = choose_compiling("auto", recipe, "cpu", **options)
+        assert chosen.mode == "none" and chosen.why.startswith("auto: ")
     scaled = next(t for t in TOPOLOGIES if num_kinds(model_recipe(12, t)) > 3)  # constants that depend on the depth
-    assert compile_mode("auto", model_recipe(12, scaled), CPU)[0] == "none"
+    assert choose_compiling("auto", model_recipe(12, scaled), "cpu").mode == "none"
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert "compiler" in compile_mode("auto", narrow, CPU)[1]
+    assert "compiler" in choose_compiling("auto", narrow, "cpu").why
