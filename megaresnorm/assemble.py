@@ -154,7 +154,7 @@ def build_model(
 
 
 def compare_kernels(assembled: Assembled) -> None:
-    """Check that all ranks have chosen the same kernels. Collective.
+    """Check that all ranks have chosen the same kernels, and compile alike. Collective.
 
     Communication:
         One ``all_gather_json`` over control, of the backend of each op.
@@ -162,13 +162,14 @@ def compare_kernels(assembled: Assembled) -> None:
     Raises:
         ConfigError: ranks would compute with different kernels.
     """
-    everyone = all_gather_json(assembled.backends, assembled.context.control)
+    chosen = {f"kernels.{op}": backend for op, backend in assembled.backends.items()}
+    everyone = all_gather_json(chosen | {"train.compile": assembled.compiled}, assembled.context.control)
     for rank, other in enumerate(everyone):
-        for op, backend in other.items():
-            if backend != everyone[0][op]:
+        for key, choice in other.items():
+            if choice != everyone[0][key]:
                 raise ConfigError(
-                    f"ranks have chosen different kernels: {op} is {everyone[0][op]} on the first, {backend} on rank "
-                    f"{rank}; name it in the recipe, kernels.{op}"
+                    f"ranks have chosen different kernels: {key} is {everyone[0][key]} on the first, {choice} on rank "
+                    f"{rank}; name it in the recipe"
                 )
 
 

@@ -48,14 +48,24 @@ def _kernels(assembled: Assembled) -> list[str]:
     """The chosen backends in one line, then each reason for which another one was not taken, once."""
     chosen: list[str] = []
     ops_by_reason: dict[str, list[str]] = {}
-    for op, choice in assembled.kernel_choices.items():  # "op on device: backend (why; not another: reason; ...)"
+    for op in assembled.backends:
+        choice = assembled.kernel_choices[op]  # "op on device: backend (why; not another: reason; ...)"
         backend, _, why = choice.partition(": ")[2].partition(" (")
         chosen.append(f"{op} {backend}")
         for reason in re.split(r"; (?=not \w+: )", why.removesuffix(")"))[1:]:
             if not any(known in reason for known in ("NVIDIA GPUs", "only by name", "only BF16 gains")):
                 ops_by_reason.setdefault(reason, []).append(op)
     reasons = [f"          {reason} ({', '.join(ops)})" for reason, ops in ops_by_reason.items()]
-    return [f"kernels   {', '.join(chosen)}", *reasons]
+    return [f"kernels   {', '.join(chosen)}", *reasons, *_compiling(assembled)]
+
+
+def _compiling(assembled: Assembled) -> list[str]:
+    """What train.compile has come to, and what that means for the first step."""
+    choice = assembled.kernel_choices.get("compile")  # "compile on device: mode (why)"
+    if choice is None:
+        return []
+    patience = "" if assembled.compiled == "none" else "; the first step compiles, for half a minute or more"
+    return [f"compile   {choice.partition(': ')[2]}{patience}"]
 
 
 def data_name(recipe: Recipe) -> str:
