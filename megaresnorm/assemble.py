@@ -16,7 +16,7 @@ from megaresnorm.kernels.attention import FusedAttention
 from megaresnorm.kernels.cross_entropy import CrossEntropyKernel
 from megaresnorm.kernels.registry import choose_kernel
 from megaresnorm.layout import gathers_stream, split_stages
-from megaresnorm.model.compiled import choose_compiling, compile_blocks
+from megaresnorm.model.compiled import compile_blocks, resolve_compile_mode
 from megaresnorm.model.init import materialize
 from megaresnorm.model.norm import Norm
 from megaresnorm.model.parameters import global_name, parameter_table
@@ -110,7 +110,7 @@ def build_model(
     device = torch.device(device)
     precision, kernels = precision or PrecisionRecipe(), kernels or KernelRecipe()
     parallel, context = parallel or ParallelRecipe(), context or ParallelContext.single()
-    compiling = choose_compiling(compiled, recipe, device.type, tp=context.tp.size, sharded=shard is not None)
+    compiling = resolve_compile_mode(compiled, recipe, device.type, tp=context.tp.size, sharded=shard is not None)
     compute, stored = DTYPES[precision.compute], DTYPES[precision.stream]
     kinds = {"activation": recipe.ffn, "attention": "plain" if recipe.attention_softcap is None else "softcap"}
     chosen = {

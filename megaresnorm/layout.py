@@ -52,9 +52,6 @@ def check_execution(recipe: Recipe, sizes: Sizes, device_type: str) -> None:
             f"needs a GPU, this is {device_type}": not gpu,
             f"records one rank's microbatch, not the messages of {sizes.num_ranks} ranks": sizes.num_ranks > 1,
             "has graphs of one length of document, data.mask_documents=true of many": recipe.data.mask_documents,
-            "replays what has one shape, train.batch_ramp needs train.micro_batch for that": (
-                recipe.train.batch_ramp is not None and recipe.train.micro_batch is None
-            ),
         }
         against = next((reason for reason, holds in reasons.items() if holds), None)
         if against:

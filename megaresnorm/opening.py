@@ -20,7 +20,7 @@ from megaresnorm.assemble import choose_device
 from megaresnorm.data.samples import Samples
 from megaresnorm.data.training_data import TrainingData, open_data, open_samples, resolve_vocab
 from megaresnorm.errors import LostRankError, TooManyRestartsError, UserError
-from megaresnorm.kernels.deterministic import be_deterministic
+from megaresnorm.kernels.deterministic import set_deterministic
 from megaresnorm.layout import check_execution, check_layout, ranks_without_samples
 from megaresnorm.model.lint import check
 from megaresnorm.model.parameters import parameter_table
@@ -103,7 +103,7 @@ def _look(recipe: Recipe, environment: Environment, store: Store | None) -> Open
     if sizes is not None:
         check_execution(recipe, sizes, device.type)
     if recipe.train.deterministic:
-        be_deterministic(device)
+        set_deterministic(device)
     opened = Opened(recipe, data, samples, valid, device, sizes, environment, store)
     if sizes is not None and (idle := ranks_without_samples(recipe, sizes)):
         log.warning("warning: %s", idle)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaresnorm.errors import ConfigError
@@ -17,6 +18,9 @@ from megaresnorm.parallel.data_parallel import local
 from megaresnorm.recipe import OptimRecipe
 
 SMALL = 1 << 16  # elements; below this, calling an operation costs about as much as its work
+ALIGNED = (
+    8  # elements: slices begin at multiples of 32 bytes, since code that is compiled for one block serves them all
+)
 SMALLEST_EPS = torch.finfo(torch.float32).tiny  # below it AdamW divides zero by zero
 
 
@@ -186,10 +190,7 @@ class Optimizer:
         self._keeps_gradients = False
 
     def keep_gradients(self) -> None:
-        """Let every gradient stay where it is from now on, of packed parameters as slices, as a CUDA graph needs it.
-
-        Backward passes then add to them, ``collect`` has nothing to gather, and ``zero_grad`` fills them with zeros.
-        """
+        """Let every gradient stay in its memory, as a CUDA graph needs it: backward adds to it, ``zero_grad`` zeroes it."""
         assert not self._locals, "FSDP2 makes its gradients itself"
         self._keeps_gradients = True
         for tensor in self.tensors:
@@ -214,7 +215,7 @@ class Optimizer:
         """
         for packed, members in self._members.items() if not self._keeps_gradients else ():
             assert packed.grad is not None
-            torch.cat([_gradient_of(p).flatten() for p in members], out=packed.grad)
+            torch.cat([_padded(_gradient_of(p)) for p in members], out=packed.grad)
             for p in members:
                 p.grad = None
         for p, mine in self._locals.items():
@@ -246,14 +247,14 @@ class Optimizer:
 
     @torch.no_grad()
     def _pack(self, parameters: list[nn.Parameter]) -> nn.Parameter:
-        """Move the parameters' values into one tensor, whose slices they become."""
-        packed = nn.Parameter(torch.cat([p.flatten() for p in parameters]))
+        """Move the parameters' values into one tensor, whose slices they become, with zeros between them."""
+        packed = nn.Parameter(torch.cat([_padded(p) for p in parameters]))
         packed.grad = torch.zeros_like(packed)
         start = 0
         for p in parameters:
             self._slices[p] = packed, start
             p.data = self._slice_for(p, packed.data)
-            start += p.numel()
+            start += _padded(p).numel()
         self._members[packed] = parameters
         return packed
 
@@ -263,6 +264,12 @@ class Optimizer:
             return tensor
         start = self._slices[parameter][1]
         return tensor[start : start + parameter.numel()].view_as(parameter)
+
+
+def _padded(tensor: Tensor) -> Tensor:
+    """A tensor's elements, with zeros up to a multiple of ALIGNED."""
+    missing = -tensor.numel() % ALIGNED
+    return F.pad(tensor.flatten(), (0, missing)) if missing else tensor.flatten()
 
 
 def _gradient_of(parameter: nn.Parameter) -> Tensor:

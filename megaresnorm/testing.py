@@ -27,6 +27,26 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 LOST_NEIGHBOUR = "Connection closed by peer"
 
 
+class RunAgain:
+    """A recorder of microbatches (engines/graphs.py) that runs the function again, as a CUDA graph would on a GPU.
+
+    Attributes:
+        recorded: the functions.
+    """
+
+    def __init__(self) -> None:
+        self.recorded: list[Callable[[], None]] = []
+
+    def warm_up(self, function: Callable[[], None]) -> None:
+        """See ``Recorder``."""
+        function()
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """See ``Recorder``."""
+        self.recorded.append(function)
+        return function
+
+
 def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300.0) -> list[Any]:
     """Call ``function(rank, *arguments)`` on every rank of a new gloo process group on this host.
 

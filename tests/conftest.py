@@ -1,8 +1,11 @@
 """Fixtures and small recipes shared by the tests."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first product of a process on a GPU
 import torch
 
 from megaresnorm.data.prepare import PrepareJob, prepare
@@ -26,6 +29,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def determinism_of_its_own():
+    """A test that asks for it leaves nothing of it to others."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.enable_cudnn_sdp(before[0])
+    torch.backends.cuda.enable_mem_efficient_sdp(before[1])
 
 
 @pytest.fixture(autouse=True)

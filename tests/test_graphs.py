@@ -12,6 +12,7 @@ from megaresnorm.engines import graphs
 from megaresnorm.engines.graphs import MicrobatchGraph
 from megaresnorm.engines.native import NativeEngine
 from megaresnorm.recipe.load import build_recipe
+from megaresnorm.testing import RunAgain
 
 SETTINGS = {
     "fp32": {},
@@ -35,14 +36,9 @@ def engine_of(settings, device="cpu", **train):
 
 def captured(settings, **train) -> tuple[NativeEngine, list]:
     """An engine that replays, and a list of what it has recorded."""
-    engine, recorded = engine_of(settings, **train), []
-
-    def record(function):
-        recorded.append(function)
-        return function
-
-    engine.record_microbatches(record)
-    return engine, recorded
+    engine, recorder = engine_of(settings, **train), RunAgain()
+    engine.record_microbatches(recorder)
+    return engine, recorder.recorded
 
 
 def steps(count, device="cpu", sizes=(2, 2, 1)):
@@ -133,7 +129,7 @@ def test_what_changes_between_steps_is_copied_not_remembered():
         seen.append((batch.tokens.data_ptr(), batch.tokens.sum().item(), scale.item()))
         return scale * 0 + 1
 
-    graph = MicrobatchGraph(run, torch.device("cpu"), lambda function: function)
+    graph = MicrobatchGraph(run, torch.device("cpu"), RunAgain())
     batches = [part for batch in steps(graphs.WARMUPS + 2, sizes=(2,)) for part in batch.microbatches]
     for i, part in enumerate(batches):
         assert graph.accumulate((part,), 0.5 + i).item() == 1.0
@@ -148,6 +144,19 @@ def test_what_changes_between_steps_is_copied_not_remembered():
 def test_a_cuda_graph_is_the_step(name):
     plain = engine_of(SETTINGS[name], device="cuda")
     replayed = engine_of(SETTINGS[name], device="cuda", compile="cuda_graphs")
-    for batch in steps(8, "cuda"):
+    for number, batch in enumerate(steps(8, "cuda")):
+        if number == 5:  # between two replays: an evaluation, and a step that is refused
+            assert replayed.evaluate(batch) == pytest.approx(plain.evaluate(batch), rel=1e-3)
+            for engine in (plain, replayed):
+                with torch.no_grad():
+                    weight = engine.model.final_norm.weight
+                    kept, weight[0] = weight[0].clone(), torch.nan
+                    engine.weights_changed()
+                    assert not engine.step(batch, 1e-3).applied
+                    weight[0] = kept
+                    engine.weights_changed()
         want, got = plain.step(batch, 1e-3), replayed.step(batch, 1e-3)
         assert got.loss == pytest.approx(want.loss, rel=1e-9 if name == "fp64" else 1e-3)
+        assert got.gradient_norm == pytest.approx(want.gradient_norm, rel=1e-8 if name == "fp64" else 2e-2)
+    for (key, a), (_, b) in zip(plain.full_state().items(), replayed.full_state().items(), strict=True):
+        assert (a - b).norm() <= (1e-9 if name == "fp64" else 2e-2) * a.norm(), key

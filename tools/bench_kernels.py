@@ -171,6 +171,7 @@ class Timer:
     def __init__(self, device: torch.device, count: int) -> None:
         self.device, self.count = device, count
         self.calls = -(-CALLS // count) * count
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.graphs: dict[Step, torch.cuda.CUDAGraph] = {}
 
     def seconds(self, step: Step) -> float:
@@ -190,7 +191,7 @@ class Timer:
                     step(i % self.count)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self.pool):  # one for all: nobody reads what an earlier one has made
                 # Kept until the end of the recording: otherwise every call would write the same memory, which stays
                 # in the last cache.
                 kept = [step(i % self.count) for i in range(self.calls)]

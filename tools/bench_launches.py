@@ -92,7 +92,7 @@ def contenders_of(architecture: str) -> dict[str, Callable[[int], Callable[[], A
         model = build_ours(shape(num_blocks), "bf16", kernels, "1", 1).model
         if compiled:
             blocks = {int(number): block for number, block in model.blocks.items()}
-            model.compiled = CompiledBlocks(model.recipe, blocks, together=1)
+            model.compiled = CompiledBlocks(model.recipe, blocks, per_graph=1)
         return lambda: cross_entropy_sums(model(tokens), labels.flatten())[1].backward()
 
     def peer(name: str, num_blocks: int) -> Callable[[], Any]:

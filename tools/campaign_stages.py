@@ -5,6 +5,7 @@ table, {"note"} for a sentence. What a stage had found when it was ended counts.
 """
 
 import functools
+import gc
 import json
 import os
 import platform
@@ -40,13 +41,15 @@ def row(title: str, **cells: Any) -> None:
 
 @contextmanager
 def attempt(title: str, name: str) -> Iterator[None]:
-    """One contender: where it fails, that is its row, and the stage goes on."""
+    """One contender: where it fails, that is its row, and the stage goes on with all memory back."""
     try:
         yield
     except Exception as e:  # noqa: BLE001  (a report of what failed is the purpose)
         row(title, name=name, failed=f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"[:300])
+    gc.collect()  # graphs and engines hold each other
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def wait() -> None:
@@ -160,24 +163,32 @@ def _attention_backends() -> None:
 
 def tests() -> None:
     """The gpu tests with workers; beside them one process compiles what later stages use."""
-    warm = None
     if DEVICE.type == "cuda":
-        warm = subprocess.Popen([sys.executable, __file__, "warm", os.devnull])
-    chosen = ["tests/test_graphs.py", "-k", "copied"] if SMOKE else ["tests", "-m", "gpu", "-n", "12"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", *chosen]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["no output"]
-    row("tests", name=" ".join(chosen), rc=done.returncode, summary=lines[-1])
-    for line in [line for line in lines if line.startswith(("FAILED", "ERROR"))][:40]:
-        row("tests that fail", name=line[:300])
-    if warm is not None:
-        emit(note=f"compile warm-up beside the tests ended with {warm.wait()}")
+        process = subprocess.Popen([sys.executable, __file__, "warm", os.devnull])
+    workers = ["-n", "8"] if _version("xdist") != "no" else []
+    chosen = ["tests/test_graphs.py", "-k", "copied"] if SMOKE else ["tests", "-m", "gpu", *workers]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--no-header", "--tb=line", *chosen]
+    passed = 0
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pytest:
+        assert pytest.stdout is not None
+        for line in pytest.stdout:  # as they come: a stage that is ended has told of those before
+            passed += "PASSED" in line
+            if "PASSED" in line and passed % 20 == 0:
+                emit(note=f"{passed} tests have passed")
+            if any(word in line for word in ("FAILED", "ERROR")):
+                row("tests that fail", name=line.strip()[:300])
+    row("tests", name=" ".join(chosen), rc=pytest.returncode, summary=line.strip())
+    if DEVICE.type == "cuda":
+        emit(note=f"compile warm-up beside the tests ended with {process.wait()}")
 
 
 def warm() -> None:
+    """Compile the blocks of the models below: equal blocks share code, so two of them are enough."""
     for settings in (DENSE, DEEP):
-        step = ours(settings, "blocks")
-        step(*tokens(settings, 1))
+        with attempt("warm", str(settings["dim"])):
+            step = ours({**settings, "num_blocks": 2}, "blocks")
+            step(*tokens(settings, 1))
+            del step
 
 
 def kernels() -> None:
@@ -255,13 +266,28 @@ def recipe_of(settings: dict, compiled: str, microbatches: int = 1) -> Any:
     })  # fmt: skip
 
 
+def drawn_on_the_device(spec: Any, seed: int, dtype: torch.dtype, device: torch.device, buffer: Any = None) -> Tensor:
+    """``initial_value`` drawn where the model will be: a CPU would take half a minute for each model of 2.6 B."""
+    generator = torch.Generator(DEVICE).manual_seed(seed + sum(spec.name.encode()))
+    parts = [
+        torch.full((part.rows, *spec.shape[1:]), part.mean, device=DEVICE)
+        if part.std == 0.0
+        else torch.randn(part.rows, *spec.shape[1:], device=DEVICE, generator=generator) * part.std + part.mean
+        for part in spec.parts
+    ]
+    return torch.cat(parts).to(dtype)
+
+
 def engine_of(settings: dict, mode: str) -> Any:
     from megaresnorm.engines.native import NativeEngine
+    from megaresnorm.model import init
+    from megaresnorm.testing import RunAgain
 
+    init.initial_value = drawn_on_the_device
     if DEVICE.type == "cuda" or mode != "cuda_graphs":
         return NativeEngine(recipe_of(settings, mode), device=DEVICE)
     engine = NativeEngine(recipe_of(settings, "blocks"), device=DEVICE)
-    engine.record_microbatches(lambda function: function)  # what a graph is to the engine, without a GPU
+    engine.record_microbatches(RunAgain())  # what a graph is to the engine, without a GPU
     return engine
 
 
@@ -318,29 +344,39 @@ def race(title: str, settings: dict, contenders: list[str], microbatches: list[i
     flops, peak = training_flops(recipe_of(settings, "none").model), peak_tflops(DEVICE, "bf16")
     emit(note=f"{title}: MFU is tokens/s x {flops / 1e9:.3f} GFLOP (three times the products of a forward pass, causal "
               f"attention at half, five operations a logit) / {peak} TFLOP/s")  # fmt: skip
-    first = engine_of(settings, "none")  # only to make the weights that all begin with
-    weights = {name: t.detach().cpu().clone() for name, t in first.full_state().items()}
-    del first
+    weights: dict[str, Tensor] = {}
     for name in contenders:
         with attempt(title, name):
-            if DEVICE.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            step = ours(settings, name.split()[-1]) if name.startswith("ours") else peer(settings, name, weights)
-            one = tokens(settings, 1)
-            losses = [step(*one) for _ in range(2 if SMOKE else 6)]  # compiles, records
-            ready = time.perf_counter() - start
-            cells: dict[str, Any] = {"losses": [round(loss, 4) for loss in losses[:3]], "ready, s": round(ready, 1)}
-            for count in microbatches:
-                data = tokens(settings, count)
-                rate = data[0].numel() / seconds(lambda step=step, data=data: step(*data), 4.0 / count**0.5)
-                cells[f"tokens/s, {count} microbatches"] = round(rate)
-                cells[f"MFU, {count}"] = None if peak is None else round(rate * flops / 1e12 / peak, 4)
-            if DEVICE.type == "cuda":
-                cells["peak GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
-            row(title, name=name, **cells)
-            del step
+            _contend(title, name, settings, microbatches, weights, (flops, peak))
+
+
+def _contend(
+    title: str, name: str, settings: dict, microbatches: list[int], weights: dict, formula: tuple[int, float | None]
+) -> None:
+    before, start = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0, time.perf_counter()
+    if before > 1e9:
+        emit(note=f"{name}: {before / 1e9:.1f} GB of an earlier contender are still there")
+    if name.startswith("ours"):
+        engine = engine_of(settings, name.split()[-1])
+        if not weights:  # with which the peers begin as well
+            weights.update({key: t.detach().cpu().clone() for key, t in engine.full_state().items()})
+        step = ours(settings, "", engine)
+    else:
+        step = peer(settings, name, weights)
+    one = tokens(settings, 1)
+    losses = [step(*one) for _ in range(2 if SMOKE else 6)]  # compiles, records
+    cells: dict[str, Any] = {
+        "losses": [round(x, 4) for x in losses[:3]],
+        "ready, s": round(time.perf_counter() - start, 1),
+    }
+    for count in microbatches:
+        data = tokens(settings, count)
+        rate = data[0].numel() / seconds(lambda data=data: step(*data), 3.0 / count**0.5)
+        cells[f"tokens/s, {count} microbatches"] = round(rate)
+        cells[f"MFU, {count}"] = None if formula[1] is None else round(rate * formula[0] / 1e12 / formula[1], 4)
+    if DEVICE.type == "cuda":
+        cells["peak GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
+    row(title, name=name, **cells)
 
 
 def dense() -> None:
@@ -367,27 +403,40 @@ def profile() -> None:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if DEVICE.type == "cuda" else [])
     for mode in ("none", "cuda_graphs"):
         with attempt("profile", mode):
-            step, data = ours(DEEP, mode), tokens(DEEP, 1)
-            for _ in range(5):
-                step(*data)
-            wait()
-            with profiler(activities=activities) as trace:
-                start = time.perf_counter()
-                step(*data)
-                wait()
-                wall = time.perf_counter() - start
-            _report_profile(mode, trace.key_averages(), wall)
-            del step
+            _profile(mode, activities, profiler)
+
+
+def _profile(mode: str, activities: list, profiler: Any) -> None:
+    step, data = ours(DEEP, mode), tokens(DEEP, 1)
+    for _ in range(5):
+        step(*data)
+    wait()
+    with profiler(activities=activities) as trace:
+        start = time.perf_counter()
+        step(*data)
+        wait()
+        wall = time.perf_counter() - start
+    _report_profile(mode, trace.key_averages(), wall)
+
+
+def kernels_of(events: Any) -> tuple[list, Callable[[Any], float]]:
+    """Of a profile what ran on the GPU, and its microseconds; where nothing did, the operators on the CPU.
+
+    Operators of the CPU have the time of the kernels that they have launched: counted together each would count twice.
+    """
+    on_gpu = [e for e in events if str(e.device_type).endswith("CUDA") and not getattr(e, "is_user_annotation", False)]
+    if on_gpu:
+        return on_gpu, lambda event: event.self_device_time_total
+    return list(events), lambda event: event.self_cpu_time_total
 
 
 def _report_profile(mode: str, events: Any, wall: float) -> None:
-    def spent(event: Any) -> float:
-        return getattr(event, "self_device_time_total", 0) or event.self_cpu_time_total
+    kernels, spent = kernels_of(events)
 
     def count(*names: str) -> int:
         return sum(event.count for event in events if event.key in names)
 
-    busy = sum(getattr(event, "self_device_time_total", 0) for event in events) / 1e6
+    busy = sum(map(spent, kernels)) / 1e6 if DEVICE.type == "cuda" else 0.0
     cells = {
         "step, ms": round(1e3 * wall, 2),
         "idle share": round(max(0.0, 1 - busy / wall), 3),
@@ -396,7 +445,7 @@ def _report_profile(mode: str, events: Any, wall: float) -> None:
         "waits": count("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"),
     }
     row("profile", name=f"ours {mode}", **cells)
-    for event in sorted(events, key=spent, reverse=True)[:12]:
+    for event in sorted(kernels, key=spent, reverse=True)[:12]:
         ms = round(spent(event) / 1e3, 3)
         row(f"kernels of a step, ours {mode}", name=event.key[:100], ms=ms, calls=event.count)
 
@@ -411,7 +460,7 @@ def trainer() -> None:
         text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
         prepare(PrepareJob(out=Path(folder, "bytes"), paths=(str(text),)))
         steps, size = (4, "model.dim=32 model.num_blocks=2 model.num_heads=2 model.seq_len=32") if SMOKE else (
-            60, "model.dim=1024 model.num_blocks=48 model.num_heads=16 model.seq_len=1024")  # fmt: skip
+            60, "model.dim=512 model.num_blocks=24 model.num_heads=8 model.seq_len=512")  # fmt: skip
         recipe = Path(folder, "recipe.yaml")
         recipe.write_text(RECIPE.format(folder=folder, steps=steps))
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """All that a GPU can be asked in one call of seven minutes: tests, kernels, training beside peers, a profile.
 
-python tools/gpu_campaign.py --out campaign                     # needs PYTHONPATH=. and pydantic beside torch, no more
+python tools/gpu_campaign.py --out campaign                     # needs torch, pydantic, pytest; Transformers for peers
 python tools/gpu_campaign.py --out campaign --only deep,profile # once more what was mended; the rest stays
 python tools/gpu_campaign.py --plan                             # the stages and their time, without running any
 python tools/gpu_campaign.py --smoke --out /tmp/smoke           # every stage on a CPU, small
@@ -126,7 +126,6 @@ class Campaign:
         # What a stage compiles serves those after it.
         cache = {"TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir(), f"campaign-cache-{os.getuid()}"))}
         environment = {**cache, **os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRANSFORMERS_OFFLINE": "1"}
-        environment["PYTORCH_ALLOC_CONF"] = environment.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         if self.smoke:
             command.append("--smoke")
             environment["OMP_NUM_THREADS"] = "1"

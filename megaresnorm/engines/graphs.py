@@ -7,14 +7,24 @@ on the device. Nothing inside waits for the device.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megaresnorm.data.loader import Batch
 
-Recorder = Callable[[Callable[[], None]], Callable[[], None]]  # records a function, and returns what replays it
 WARMUPS = 3  # passes as they are before the recording: libraries make their workspaces, compilers compile
+
+
+class Recorder(Protocol):
+    """Makes graphs of functions."""
+
+    def warm_up(self, function: Callable[[], None]) -> None:
+        """Run a function as it will be recorded."""
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Record a function, which need not be run by that, and return what replays it."""
 
 
 class MicrobatchGraph:
@@ -22,16 +32,16 @@ class MicrobatchGraph:
 
     Args:
         run: (microbatch, scale) -> sum of its losses; adds its gradients times ``scale``, a tensor on the device.
-        record: what makes a graph of a function; None: a ``CudaRecorder``.
+        recorder: None: a ``CudaRecorder``.
     """
 
     def __init__(
         self,
         run: Callable[[Batch, Tensor], Tensor],
         device: torch.device,
-        record: Recorder | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
-        self._run, self._record = run, record or CudaRecorder(device)
+        self._run, self._recorder = run, recorder or CudaRecorder(device)
         self._loss, self._scale = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
         self._static: Batch | None = None
         self._passes = 0
@@ -51,7 +61,8 @@ class MicrobatchGraph:
     def _fits(self, batch: Batch) -> bool:
         if self._static is None:
             self._static = Batch(*(None if t is None else torch.empty_like(t) for t in batch))  # type: ignore[arg-type]
-        return batch.tokens.shape == self._static.tokens.shape
+        kinds = ([None if t is None else (t.shape, t.dtype) for t in each] for each in (batch, self._static))
+        return next(kinds) == next(kinds)
 
     def _next(self, batch: Batch) -> None:
         assert self._static is not None
@@ -59,13 +70,11 @@ class MicrobatchGraph:
             if static is not None and new is not None:
                 static.copy_(new, non_blocking=True)
         if self._replay is None and self._passes == WARMUPS:
-            self._replay = self._record(self._add_static)
-        if self._replay is not None:
-            self._replay()
-        elif isinstance(self._record, CudaRecorder):
-            self._record.warm_up(self._add_static)
+            self._replay = self._recorder.record(self._add_static)
+        if self._replay is None:
+            self._recorder.warm_up(self._add_static)
         else:
-            self._add_static()
+            self._replay()
         self._passes += 1
 
     def _add_static(self) -> None:
@@ -90,8 +99,8 @@ class CudaRecorder:
             function()
         current.wait_stream(self._stream)
 
-    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Record a function, which is not run by that."""
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """See ``Recorder``; the function is not run."""
         graph = torch.cuda.CUDAGraph()
         # Threads that read data or write checkpoints may go on calling CUDA.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):

@@ -92,10 +92,11 @@ class NativeEngine:
         if assembled.compiled == "cuda_graphs":
             self.record_microbatches()
 
-    def record_microbatches(self, record: Recorder | None = None) -> None:
-        """Replay microbatches from now on; the arguments are those of ``MicrobatchGraph``."""
+    def record_microbatches(self, recorder: Recorder | None = None) -> None:
+        """Replay microbatches from now on; the recorder is that of ``MicrobatchGraph``. For one rank alone."""
+        assert self.context.world.size == 1, "checked with the recipe: other ranks' messages are not recorded"
         self._optimizer.keep_gradients()
-        self._graph = MicrobatchGraph(self._forward_backward, self.assembled.device, record)
+        self._graph = MicrobatchGraph(self._forward_backward, self.assembled.device, recorder)
 
     def _sharding(self, recipe: Recipe) -> Callable[[Transformer], None]:
         """What shards a stage over dp_shard while it is on the meta device."""

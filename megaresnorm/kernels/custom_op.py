@@ -99,7 +99,9 @@ def _show_kernels(name: str, forward: Callable, is_triton: Callable[[tuple], boo
     from torch._subclasses.functional_tensor import FunctionalTensorMode
 
     def traced(mode: Any, operator: Any, types: tuple, arguments: tuple, keywords: dict) -> Any:
-        if not is_triton(arguments[num_tensors:]):
+        from torch.export._trace import custom_triton_ops_decomposition_disabled  # which imports much
+
+        if not is_triton(arguments[num_tensors:]) or custom_triton_ops_decomposition_disabled():  # torch.export
             return mode.__torch_dispatch__(operator, types, arguments, keywords)
         with mode:
             return forward(*arguments)

@@ -5,15 +5,29 @@ import os
 import torch
 from torch.utils import deterministic
 
+from megaresnorm.errors import ConfigError
 
-def be_deterministic(device: torch.device) -> None:
+WORKSPACES = (":4096:8", ":16:8")
+
+
+def set_deterministic(device: torch.device) -> None:
     """Let this process repeat every sum in one order; operations that cannot raise an error. CPUs do so anyway.
 
-    Of attention's kernels flash has a deterministic gradient, cuDNN's has none.
+    Of the kernels of scaled_dot_product_attention flash has a deterministic gradient, those of cuDNN and of memory
+    efficiency have none; FP32 is left with the written-out one. Call it before the process's first product, when cuBLAS
+    reads its setting.
+
+    Raises:
+        ConfigError: CUBLAS_WORKSPACE_CONFIG is set to what is not deterministic.
     """
     if device.type != "cuda":
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is made
+    found = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACES[0])
+    if found not in WORKSPACES:
+        raise ConfigError(
+            f"train.deterministic=true: CUBLAS_WORKSPACE_CONFIG={found} lets cuBLAS add in any order; unset it, or set "
+            f"it to {' or '.join(WORKSPACES)}"
+        )
     torch.use_deterministic_algorithms(True)
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cuda.enable_cudnn_sdp(False)

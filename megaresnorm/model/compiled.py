@@ -4,6 +4,7 @@ Equal blocks share their code. For that all that differs between them reaches a 
 copies, the keys of dropout masks); only a topology's constants are compiled in.
 """
 
+import os
 import shutil
 from collections.abc import Sequence
 from itertools import groupby
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch import nn
 
+from megaresnorm.errors import ConfigError
 from megaresnorm.model.block import Block
 from megaresnorm.model.dropout import DropoutMasks
 from megaresnorm.model.sequence import SequenceInfo
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 # A call of compiled code costs a CPU what a small matrix product does, and compiling takes longer the more blocks are
 # one graph: at width 64, 8 blocks together were 12 % faster than one by one, 20 no faster than 8.
-TOGETHER = 8
+BLOCKS_PER_GRAPH = 8
 WIDEST, MOST_KINDS = 512, 3  # model.dim and kinds of blocks up to which ``auto`` compiles on a CPU
 
 
@@ -50,18 +52,18 @@ class CompiledBlocks:
 
     Args:
         blocks: by their global number.
-        together: blocks in one graph, at most.
+        per_graph: blocks in one graph, at most.
     """
 
-    def __init__(self, recipe: ModelRecipe, blocks: dict[int, Block], together: int) -> None:
+    def __init__(self, recipe: ModelRecipe, blocks: dict[int, Block], per_graph: int) -> None:
         self.runs: dict[int, BlockRun] = {}
-        for numbers in equal_runs(recipe, list(blocks), together):
+        for numbers in equal_runs(recipe, list(blocks), per_graph):
             run = BlockRun([blocks[number] for number in numbers])
             run.compile(fullgraph=True, dynamic=False)
             self.runs[numbers[0]] = run
         self._shape: tuple[int, int] | None = None
 
-    def take(self, rows: SequenceInfo) -> bool:
+    def serves(self, rows: SequenceInfo) -> bool:
         """Whether this pass is theirs; the first one in training decides on the shape."""
         if rows.cache is not None or not torch.is_grad_enabled():
             return False
@@ -80,13 +82,13 @@ def num_kinds(recipe: ModelRecipe) -> int:
     return len({_wiring(recipe, block) for block in range(recipe.num_blocks)})
 
 
-def equal_runs(recipe: ModelRecipe, blocks: Sequence[int], together: int) -> list[list[int]]:
-    """Consecutive equal blocks in lists of at most ``together``, all of one length where that is possible."""
+def equal_runs(recipe: ModelRecipe, blocks: Sequence[int], per_graph: int) -> list[list[int]]:
+    """Consecutive equal blocks in lists of at most ``per_graph``, all of one length where that is possible."""
     found: list[list[int]] = []
     for _, group in groupby(blocks, key=lambda block: _wiring(recipe, block)):
         same = list(group)
-        lengths = range(min(together, len(same)), max(1, together // 2), -1)
-        length = min(lengths, key=lambda n: -len(same) % n, default=together)
+        lengths = range(min(per_graph, len(same)), max(1, per_graph // 2), -1)
+        length = min(lengths, key=lambda n: -len(same) % n, default=per_graph)
         found += [same[i : i + length] for i in range(0, len(same), length)]
     return found
 
@@ -105,13 +107,13 @@ class Compiling(NamedTuple):
     Attributes:
         mode: none, blocks or cuda_graphs.
         why: in a few words.
-        together: blocks in one graph, at most; 0: each is compiled as it is, for FSDP2, whose hooks stand between them.
+        per_graph: blocks in one graph, at most; 0: each is compiled as it is, for FSDP2, whose hooks are between them.
         fused: ops whose reference the compiler makes faster than a call of our C.
     """
 
     mode: str
     why: str
-    together: int = 1
+    per_graph: int = 1
     fused: tuple[str, ...] = ()
 
     def choices(self, device_type: str) -> dict[str, str]:
@@ -120,7 +122,7 @@ class Compiling(NamedTuple):
         return {} if silent else {"compile": f"compile on {device_type}: {self.mode} ({self.why})"}
 
 
-def choose_compiling(
+def resolve_compile_mode(
     setting: str, recipe: ModelRecipe, device_type: str, *, tp: int = 1, sharded: bool = False
 ) -> Compiling:
     """What a setting of ``train.compile`` comes to.
@@ -131,25 +133,34 @@ def choose_compiling(
     Args:
         tp: ranks of tensor parallelism.
         sharded: whether FSDP2 will shard the blocks.
+
+    Raises:
+        ConfigError: there is no C++ compiler, which code for a CPU needs.
     """
     cpu, why = device_type == "cpu", "asked for"
     if setting == "auto":
         kinds = num_kinds(recipe)
         reasons = {
-            "no C++ compiler was found": shutil.which("g++") is None and shutil.which("clang++") is None,
-            f"at model.dim={recipe.dim} products take nearly all the time": recipe.dim > WIDEST,
-            "its C kernels are faster under parallel.tp": tp > 1,
+            "no C++ compiler was found": cpu and not _has_compiler(),
+            f"at model.dim={recipe.dim} products take nearly all the time": cpu and recipe.dim > WIDEST,
+            "not measured with parallel.tp": tp > 1,
             "FSDP2's hooks stand between the blocks": sharded,
             f"its blocks are of {kinds} kinds, each of which would be compiled": kinds > MOST_KINDS,
         }
-        against = next((reason for reason, holds in reasons.items() if holds and cpu), None)
+        against = next((reason for reason, holds in reasons.items() if holds), None)
         if against is not None:
             return Compiling("none", f"auto: {against}")
         setting, why = "blocks", "auto: narrow, equal blocks on a CPU" if cpu else "auto on a GPU"
     if setting == "none":
         return Compiling("none", why)
+    if cpu and not _has_compiler():
+        raise ConfigError(f"train.compile={setting} needs a C++ compiler on a CPU, g++ or clang++")
     fused = ("add_norm", "activation") if cpu and tp == 1 else ()
-    return Compiling(setting, why, 0 if sharded else TOGETHER if cpu else 1, fused)
+    return Compiling(setting, why, 0 if sharded else BLOCKS_PER_GRAPH if cpu else 1, fused)
+
+
+def _has_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
 
 
 def compile_blocks(model: "Transformer", compiling: Compiling) -> None:
@@ -161,8 +172,8 @@ def compile_blocks(model: "Transformer", compiling: Compiling) -> None:
     limits.recompile_limit = max(limits.recompile_limit, wanted)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * wanted)
     blocks = {int(number): cast(Block, block) for number, block in model.blocks.items()}
-    if compiling.together:
-        model.compiled = CompiledBlocks(model.recipe, blocks, compiling.together)
+    if compiling.per_graph:
+        model.compiled = CompiledBlocks(model.recipe, blocks, compiling.per_graph)
         return
     for block in blocks.values():
         block.compile()

@@ -110,7 +110,7 @@ class Transformer(nn.Module):
         rows = self.rows(tokens_BS, documents_BS, cache)
         masks = None
         if dropout is not None:
-            masks = dropout.of_stream(self.layout, self.recipe.dim, self.num_sublayers)
+            masks = self._masks = dropout.of_stream(self.layout, self.recipe.dim, self.num_sublayers)
         stream = self.embed(tokens_BS, rows, masks) if self.stage.has_embedding else Stream.from_wire(received)
         stream = self.run_blocks(stream, rows, masks)
         if cache is not None:
@@ -143,6 +143,7 @@ class Transformer(nn.Module):
         wide = torch.promote_types(self.add_norm.compute_dtype, torch.float32)
         recipe, length = self.recipe, max(self.recipe.seq_len, start + seq)
         tables = _rotary_tables(recipe, length, wide, tokens_BS.device)
+        self._tables = tables  # a CUDA graph goes on reading them, also where the cache has dropped them
         cos, sin = (table[start : start + seq] if segments is None else table[positions] for table in tables)
         return SequenceInfo(batch, seq, positions, cos, sin, segments, cache)
 
@@ -161,7 +162,7 @@ class Transformer(nn.Module):
 
     def run_blocks(self, stream: Stream, rows: SequenceInfo, masks: DropoutMasks | None = None) -> Stream:
         """The stream after the last block."""
-        if self.compiled is not None and self.compiled.take(rows):
+        if self.compiled is not None and self.compiled.serves(rows):
             return self.compiled(stream, rows, masks)
         for number, block in self.blocks.items():
             stream = block(stream, rows, None if masks is None else masks.of_blocks(int(number), 1))

@@ -107,8 +107,10 @@ def replicate_model(model: nn.Module, data: Axis) -> DistributedDataParallel:
         In the backward pass of a step's last microbatch (``grad_sync``) one all-reduce of each of DDP's buckets, which
         together are all gradients.
     """
-    # Buffers are copies of weights, which every rank renews itself.
-    ddp = DistributedDataParallel(model, process_group=data.group, init_sync=False, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames the option; 2.11 does not know the new name
+        # Buffers are copies of weights, which every rank renews itself.
+        ddp = DistributedDataParallel(model, process_group=data.group, init_sync=False, broadcast_buffers=False)
     ddp.register_comm_hook(data.group, _sum)
     return ddp
 

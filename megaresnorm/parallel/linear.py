@@ -261,8 +261,11 @@ def queue_weight_grads(model: nn.Module, queue: WeightGradQueue | None) -> None:
     Not for a model inside DistributedDataParallel, whose hooks see no gradient that is added later.
 
     Raises:
-        ValueError: FSDP2 has sharded the weights; the same holds for its hooks.
+        ValueError: FSDP2 has sharded the weights, the same holds for its hooks; or blocks are compiled, whose code
+            would not see a queue.
     """
+    if queue is not None and any(getattr(module, "compiled", None) is not None for module in model.modules()):
+        raise ValueError("weight gradients of compiled blocks cannot be left for later")
     if queue is not None and any(is_sharded(module) for module in model.modules()):
         raise ValueError("weight gradients that FSDP2 reduces cannot be left for later")
     for module in model.modules():

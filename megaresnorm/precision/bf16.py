@@ -48,7 +48,9 @@ def _widened(operand: Tensor) -> Tensor:
 
 def bf16_linear(device: torch.device) -> PlainLinear:
     """The products of a model that computes in BF16 on this device."""
-    native = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    native = device.type != "cpu" or (
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
     return Bf16Linear() if native else WidenedBf16Linear()
 
 

@@ -116,7 +116,7 @@ def test_fp8_on_a_gpu():
         check_fp8(op.fused_add_norm("triton"), 199, columns, "pre, rms", device="cuda")
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu_all
 def test_more_elements_than_two_to_the_31_on_a_gpu():
     """Values and gradients of the last row, whose offsets an int32 does not hold."""
     rows, columns = (1 << 31) // 4096 + 5, 4096

@@ -10,7 +10,7 @@ from megaresnorm.assemble import build_model
 from megaresnorm.data.loader import Batch, StepBatch
 from megaresnorm.engines.native import NativeEngine
 from megaresnorm.kernels.cross_entropy import cross_entropy_sums
-from megaresnorm.model.compiled import choose_compiling, equal_runs, num_kinds
+from megaresnorm.model.compiled import equal_runs, num_kinds, resolve_compile_mode
 from megaresnorm.model.dropout import DropoutKey
 from megaresnorm.model.topology import TOPOLOGIES
 from megaresnorm.precision.bf16 import Bf16Copies
@@ -64,7 +64,7 @@ def backward(model, tokens=TOKENS, labels=LABELS, dropout=None):
 @pytest.mark.parametrize("settings", [{}, {"dropout": 0.25}, {"compute": "bf16"}, {"bias": True, "ffn": "gelu"}])
 def test_a_model_is_two_graphs_at_any_depth(settings, graphs, monkeypatch):
     """The blocks that get the stream with an add pending, and the first ones."""
-    monkeypatch.setattr("megaresnorm.model.compiled.TOGETHER", 2)
+    monkeypatch.setattr("megaresnorm.model.compiled.BLOCKS_PER_GRAPH", 2)
     settings = dict(settings)
     compute = settings.pop("compute", "fp32")
     model = built(model_recipe(12, **settings), compute)
@@ -157,12 +157,12 @@ def test_runs_are_of_equal_blocks_and_of_one_length_where_that_divides():
 def test_auto_compiles_narrow_equal_blocks_on_a_cpu_alone(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/" + name)
     narrow, wide = model_recipe(200), model_recipe(4).model_copy(update={"dim": 1024})
-    assert choose_compiling("auto", narrow, "cpu").mode == "blocks"
-    assert choose_compiling("auto", narrow, "cuda").mode == "blocks"
+    assert resolve_compile_mode("auto", narrow, "cpu").mode == "blocks"
+    assert resolve_compile_mode("auto", narrow, "cuda").mode == "blocks"
     for recipe, options in ((wide, {}), (narrow, {"tp": 2}), (narrow, {"sharded": True})):
-        chosen = choose_compiling("auto", recipe, "cpu", **options)
+        chosen = resolve_compile_mode("auto", recipe, "cpu", **options)
         assert chosen.mode == "none" and chosen.why.startswith("auto: ")
     scaled = next(t for t in TOPOLOGIES if num_kinds(model_recipe(12, t)) > 3)  # constants that depend on the depth
-    assert choose_compiling("auto", model_recipe(12, scaled), "cpu").mode == "none"
+    assert resolve_compile_mode("auto", model_recipe(12, scaled), "cpu").mode == "none"
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert "compiler" in choose_compiling("auto", narrow, "cpu").why
+    assert "compiler" in resolve_compile_mode("auto", narrow, "cpu").why
