@@ -49,9 +49,9 @@ def check_execution(recipe: Recipe, sizes: Sizes, device_type: str) -> None:
     mode, gpu = recipe.train.compile, device_type == "cuda"
     if mode == "cuda_graphs":
         reasons = {
-            f"needs a GPU, this is {device_type}": not gpu,
             f"records one rank's microbatch, not the messages of {sizes.num_ranks} ranks": sizes.num_ranks > 1,
             "has graphs of one length of document, data.mask_documents=true of many": recipe.data.mask_documents,
+            f"needs a GPU, this is {device_type}": not gpu,
         }
         against = next((reason for reason, holds in reasons.items() if holds), None)
         if against:

@@ -17,7 +17,18 @@ LAYERS = [
     ["model"],
     ["precision"],
     ["assemble", "layout"],
-    ["checkpoint", "resilience", "telemetry", "optim", "schedule", "data", "evaluation", "generate", "memory"],
+    [
+        "checkpoint",
+        "resilience",
+        "telemetry",
+        "optim",
+        "clipping",
+        "schedule",
+        "data",
+        "evaluation",
+        "generate",
+        "memory",
+    ],
     ["engines", "opening"],
     ["run", "convert", "planner", "machine"],
     ["trainer"],
@@ -244,7 +255,6 @@ def test_who_a_process_is_is_read_from_the_environment_in_one_file():
     of_environ = {name for name in touched if "os.environ" in (ROOT / name).read_text()}
     assert of_environ == {
         "parallel/environment.py",
-        "model/compiled.py",  # CXX
         "kernels/deterministic.py",  # sets what cuBLAS reads
         "resilience/supervisor.py",  # passes it on to torchrun
         "kernels/cpu/build.py",  # CC and the cache folder

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from megaresnorm.assemble import build_model
+from megaresnorm.clipping import GradientClipper
 from megaresnorm.engines.step_vector import gradient_norms
 from megaresnorm.errors import ConfigError
 from megaresnorm.model.parameters import parameter_table
 from megaresnorm.model.specs import ParameterSpec, Part
-from megaresnorm.optim import GradientClipper, Optimizer, check_eps
+from megaresnorm.optim import Optimizer, check_eps
 from megaresnorm.recipe import ModelRecipe, OptimRecipe, TopologyOptions
 from megaresnorm.schedule import batch_size, learning_rate, lr_jump
 

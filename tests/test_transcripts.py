@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 # In the order in which a newcomer would meet them: a later page uses what an earlier one has made.
 NAMES = ("README", "configs/README", "launch/README", "CONTRIBUTING", "docs/quickstart", "docs/configuration",
          "docs/coming-from", "docs/conversion", "docs/data", "docs/checkpoints", "docs/clusters", "docs/depth",
-         "docs/kernels", "docs/numerics", "docs/parallel", "docs/speed")  # fmt: skip
+         "docs/kernels", "docs/numerics", "docs/parallel", "docs/speed",
+         "docs/gpu")  # fmt: skip
 PAGES = [ROOT / f"{name}.md" for name in NAMES]
 NOT_RUN = {  # pattern -> why
     r"git clone ": "the test has cloned it",
@@ -27,6 +28,7 @@ NOT_RUN = {  # pattern -> why
     r"pre-commit install": "a package of its own",
     r"NODES=4 ": "four hosts; tests/resilience starts two simulated ones",
     r"bash launch/test\.sh .*-m (slow|gpu)|bash launch/test\.sh tests/checkpoint": "these are the tests",
+    r"python -m pytest -m gpu": "they need a GPU",
     r"train\.loggers='\[tensorboard, wandb\]'": "a service of its own; tests/telemetry/test_loggers.py",
 }
 SMALL = "model.num_blocks=2 train.sample_tokens=4 train.global_batch=4"

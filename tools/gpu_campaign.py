@@ -39,15 +39,20 @@ def main() -> int:
     if arguments.plan:
         print(plan(boxes, arguments.deadline))
         return 0
-    folder = Path(arguments.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    campaign = Campaign(folder, arguments.deadline, smoke=arguments.smoke)
+    try:
+        folder, target = Path(arguments.out), None if arguments.results is None else Path(arguments.results)
+        for path in filter(None, (folder, target)):
+            path.mkdir(parents=True, exist_ok=True)
+        campaign = Campaign(folder, arguments.deadline, smoke=arguments.smoke)
+    except (OSError, ValueError) as e:
+        print(f"gpu_campaign: {e}", file=sys.stderr)
+        return 2
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     for name, box in boxes.items():
         campaign.run(name, box * (4 if arguments.smoke and name in BOXES else 1))
     print(campaign.markdown())
-    if arguments.results:
-        target = Path(arguments.results)
-        target.mkdir(parents=True, exist_ok=True)
+    if target is not None:
         for end in ("json", "md"):
             shutil.copyfile(folder / f"campaign.{end}", target / f"{datetime.date.today()}-gpu.{end}")
     return 0 if all(stage["state"] == "done" for stage in campaign.stages.values()) else 1
@@ -62,15 +67,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="tiny, on a CPU")
     parser.add_argument("--plan", action="store_true", help="print the stages and their time, and end")
     arguments = parser.parse_args()
-    arguments.only = arguments.only.split(",")
+    arguments.only = [name.strip() for name in arguments.only.split(",") if name.strip()] or list(BOXES)
     for name in arguments.only:
         if name not in BOXES | HIDDEN:
             parser.error(f"--only {name}: no such stage; choose of {','.join(BOXES)}")
     if not arguments.plan and not arguments.out:
         parser.error("--out FOLDER is missing")
+    if arguments.smoke and arguments.results:
+        parser.error("--results is for figures of a GPU, those of --smoke mean nothing")
     if arguments.deadline <= WRITING:
         parser.error(f"--deadline {arguments.deadline}: wanted more than {WRITING} seconds")
     return arguments
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise Interrupted(number)
+
+
+class Interrupted(BaseException):
+    """A signal, by its number."""
 
 
 def plan(boxes: dict[str, int], deadline: int) -> str:
@@ -93,14 +108,28 @@ class Campaign:
 
     def __init__(self, folder: Path, deadline: int, *, smoke: bool) -> None:
         self.folder, self.smoke, self.end = folder, smoke, time.monotonic() + deadline - WRITING
-        before = folder / "campaign.json"
-        self.stages: dict[str, dict[str, Any]] = json.loads(before.read_text())["stages"] if before.exists() else {}
         commit = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
         found = subprocess.run(commit, capture_output=True, text=True, check=False).stdout.strip()
-        self.head = {
-            "schema_version": 1, "date": datetime.datetime.now().isoformat(timespec="seconds"),
-            "commit": found or "unknown", "smoke": smoke,
-        }  # fmt: skip
+        self.commit = found or "unknown"
+        self.stages: dict[str, dict[str, Any]] = self._earlier()
+        self.cache = tempfile.TemporaryDirectory(prefix="campaign-")  # what a stage compiles serves those after it
+
+    def _earlier(self) -> dict[str, dict[str, Any]]:
+        """The stages of an earlier call with the same folder."""
+        file = self.folder / "campaign.json"
+        if not file.exists():
+            return {}
+        try:
+            report = json.loads(file.read_text())
+            stages = report["stages"]
+            table("", [item["row"] for stage in stages.values() for item in stage["found"] if "title" in item])
+            assert all({"state", "why", "seconds", "commit", "date"} <= set(stage) for stage in stages.values())
+            smoke = report["smoke"]
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as e:
+            raise ValueError(f"{file} is not of this tool ({type(e).__name__}); move it away") from None
+        if smoke != self.smoke:
+            raise ValueError(f"{file} is of a {'smoke run' if smoke else 'GPU'}; take another --out")
+        return stages
 
     def run(self, name: str, box: int) -> None:
         """Run one stage in its box, or in what is left of the time."""
@@ -112,20 +141,28 @@ class Campaign:
         with tempfile.TemporaryDirectory() as temporary:
             found, output = Path(temporary, "found.jsonl"), Path(temporary, "output.txt")
             found.touch()
-            state, why = self._process(name, min(box, left), found, output)
+            try:
+                state, why = self._process(name, min(box, left), found, output)
+            except Interrupted as e:
+                state, why = "interrupted", signal.Signals(e.args[0]).name
             lines = [line for line in found.read_text().splitlines() if line.endswith("}")]
             stage = {"state": state, "why": why, "seconds": round(time.monotonic() - start, 1)}
             stage["found"] = [json.loads(line) for line in lines]
-            if state != "done":
+            rows = [item["row"] for item in stage["found"] if "row" in item]
+            failures = sum(bool(row.get("failed") or row.get("rc")) for row in rows)
+            if state == "done" and failures:
+                stage |= {"state": "done, with failures", "why": f"{failures} of {len(rows)} rows"}
+            if state not in ("done", "interrupted"):
                 stage["output"] = output.read_text(errors="replace")[-1500:]
         self._keep(name, stage)
+        if state == "interrupted":
+            sys.exit(128 + signal.Signals[why])
 
     def _process(self, name: str, box: float, found: Path, output: Path) -> tuple[str, str]:
         command = [sys.executable, str(HERE / "campaign_stages.py"), name, str(found)]
         paths = [str(HERE.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
-        # What a stage compiles serves those after it.
-        cache = {"TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir(), f"campaign-cache-{os.getuid()}"))}
-        environment = {**cache, **os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRANSFORMERS_OFFLINE": "1"}
+        environment = {"TORCHINDUCTOR_CACHE_DIR": self.cache.name, **os.environ, "TRANSFORMERS_OFFLINE": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
         if self.smoke:
             command.append("--smoke")
             environment["OMP_NUM_THREADS"] = "1"
@@ -146,10 +183,15 @@ class Campaign:
         earlier = self.stages.get(name)
         if earlier and earlier["found"] and not stage["found"]:
             stage = {**earlier, "state": stage["state"], "why": f"{stage['why']}; what is here is of an earlier run"}
+        stage = {"commit": self.commit, "date": datetime.datetime.now().isoformat(timespec="seconds"), **stage}
         self.stages[name] = stage
         print(f"{name}: {stage['state']} {stage['why']} ({stage['seconds']} s)", file=sys.stderr, flush=True)
+        report = {"schema_version": 1, "smoke": self.smoke, "stages": self.stages}
         for file, text in (
-            ("campaign.json", json.dumps({**self.head, "stages": self.stages}, indent=1) + "\n"),
+            (
+                "campaign.json",
+                json.dumps(report, indent=1) + "\n",
+            ),
             ("campaign.md", self.markdown()),
         ):
             new = self.folder / f".{file}"
@@ -158,13 +200,14 @@ class Campaign:
 
     def markdown(self) -> str:
         """The report: a table for every title, and what was left out."""
-        made = "a smoke run on a CPU, whose figures mean nothing" if self.smoke else "one run"
-        lines = ["# GPU campaign", "", f"Commit {self.head['commit']}, {self.head['date']}, {made}."]
-        lines += ["", "| stage | state | seconds |", "| --- | --- | --- |"]
+        lines = ["# GPU campaign", ""]
+        lines += ["A smoke run on a CPU, whose figures mean nothing."] if self.smoke else []
+        lines += ["", "| stage | state | seconds | commit, time |", "| --- | --- | --- | --- |"]
         lines += [
-            f"| {n} | {s['state']}{': ' * bool(s['why'])}{s['why']} | {s['seconds']} |" for n, s in self.stages.items()
+            f"| {name} | {s['state']}{': ' * bool(s['why'])}{s['why']} | {s['seconds']} | {s['commit']}, {s['date']} |"
+            for name, s in self.stages.items()
         ]
-        lines += [f"| {name} | not run | |" for name in BOXES if name not in self.stages]
+        lines += [f"| {name} | not run | | |" for name in BOXES if name not in self.stages]
         for name, stage in self.stages.items():
             lines += ["", f"## {name}", "", *(f"{item['note']}\n" for item in stage["found"] if "note" in item)]
             titles = dict.fromkeys(item["title"] for item in stage["found"] if "title" in item)

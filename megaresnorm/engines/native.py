@@ -12,6 +12,7 @@ from megaresnorm.assemble import build_model
 from megaresnorm.checkpoint.format import FINITE, TensorSlices, is_finite
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import EngineState
+from megaresnorm.clipping import GradientClipper
 from megaresnorm.data.loader import Batch, SampleRange, StepBatch
 from megaresnorm.engines.engine import StepStats
 from megaresnorm.engines.garbage import no_garbage_collection
@@ -28,7 +29,7 @@ from megaresnorm.engines.step_vector import (
 from megaresnorm.errors import CheckpointError
 from megaresnorm.model.dropout import DropoutKey
 from megaresnorm.model.transformer import Transformer
-from megaresnorm.optim import Gradient, GradientClipper, GradientPlacement, Optimizer
+from megaresnorm.optim import Gradient, GradientPlacement, Optimizer
 from megaresnorm.parallel.collectives import all_reduce
 from megaresnorm.parallel.data_parallel import grad_sync, local, pad_uneven_shards, replicate_model, shard_model
 from megaresnorm.parallel.gradients import reduce_gradients, reductions

@@ -3,8 +3,12 @@
 T rows (tokens)   D columns (model dim)
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from megaresnorm.kernels.custom_op import CustomOp
 
 
 def dropout(x_TD: Tensor, probability: float, key: int | Tensor, rows_T: Tensor, first_column: int = 0) -> Tensor:
@@ -18,11 +22,26 @@ def dropout(x_TD: Tensor, probability: float, key: int | Tensor, rows_T: Tensor,
         rows_T: [T] int64, the global number of every row.
         first_column: the global number of the first column of x.
     """
-    row_hash_T = _mix32(_mix32(rows_T ^ _mix32(rows_T >> 32)) ^ (key & _MASK))
-    columns_D = torch.arange(first_column, first_column + x_TD.shape[-1], device=x_TD.device)
-    column_hash_D = _mix32(columns_D ^ (key >> 32))
-    keep_TD = _mix32(row_hash_T.unsqueeze(-1) ^ column_hash_D) >= int(probability * 2**32)
+    if isinstance(key, int):
+        key = torch.tensor(key, device=rows_T.device)
+    keep_TD = _keep(rows_T, key, _Place(x_TD.shape[-1], first_column, int(probability * 2**32)))
     return torch.where(keep_TD, x_TD * (1.0 / (1.0 - probability)), 0.0)
+
+
+class _Place(NamedTuple):
+    columns: int
+    first_column: int
+    threshold: int
+
+    def values(self) -> tuple:
+        return tuple(self)
+
+
+def _mask(rows_T: Tensor, key: Tensor, place: _Place) -> Tensor:
+    row_hash_T = _mix32(_mix32(rows_T ^ _mix32(rows_T >> 32)) ^ (key & _MASK))
+    columns_D = torch.arange(place.first_column, place.first_column + place.columns, device=rows_T.device)
+    column_hash_D = _mix32(columns_D ^ (key >> 32))
+    return _mix32(row_hash_T.unsqueeze(-1) ^ column_hash_D) >= place.threshold
 
 
 _MASK = 0xFFFFFFFF
@@ -34,3 +53,13 @@ def _mix32(h: Tensor) -> Tensor:
     h = ((h ^ (h >> 16)) * 0x7FEB352D) & _MASK
     h = ((h ^ (h >> 15)) * 0x846CA68B) & _MASK
     return h ^ (h >> 16)
+
+
+# One operator: a code generator that sees the forty integer operations of a mask takes minutes for a few blocks.
+_keep = CustomOp(
+    "dropout_mask(Tensor rows, Tensor key, int columns, int first_column, int threshold) -> Tensor",
+    2,
+    _Place,
+    _mask,
+    lambda rows_T, key, place: rows_T.new_empty((rows_T.shape[0], place.columns), dtype=torch.bool),
+)

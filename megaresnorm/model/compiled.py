@@ -5,7 +5,6 @@ copies, the keys of dropout masks); only a topology's constants are compiled in.
 """
 
 import os
-import shutil
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -135,32 +134,47 @@ def resolve_compile_mode(
         sharded: whether FSDP2 will shard the blocks.
 
     Raises:
-        ConfigError: there is no C++ compiler, which code for a CPU needs.
+        ConfigError: no code can be generated here.
     """
     cpu, why = device_type == "cpu", "asked for"
     if setting == "auto":
         kinds = num_kinds(recipe)
         reasons = {
-            "no C++ compiler was found": cpu and not _has_compiler(),
             f"at model.dim={recipe.dim} products take nearly all the time": cpu and recipe.dim > WIDEST,
             "not measured with parallel.tp": tp > 1,
             "FSDP2's hooks stand between the blocks": sharded,
             f"its blocks are of {kinds} kinds, each of which would be compiled": kinds > MOST_KINDS,
         }
-        against = next((reason for reason, holds in reasons.items() if holds), None)
+        against = next((reason for reason, holds in reasons.items() if holds), None) or _cannot_generate(device_type)
         if against is not None:
             return Compiling("none", f"auto: {against}")
         setting, why = "blocks", "auto: narrow, equal blocks on a CPU" if cpu else "auto on a GPU"
     if setting == "none":
         return Compiling("none", why)
-    if cpu and not _has_compiler():
-        raise ConfigError(f"train.compile={setting} needs a C++ compiler on a CPU, g++ or clang++")
+    if broken := _cannot_generate(device_type):
+        raise ConfigError(f"train.compile={setting}: {broken}")
     fused = ("add_norm", "activation") if cpu and tp == 1 else ()
     return Compiling(setting, why, 0 if sharded else BLOCKS_PER_GRAPH if cpu else 1, fused)
 
 
-def _has_compiler() -> bool:
-    return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
+def _cannot_generate(device_type: str) -> str | None:
+    """Why torch.compile can generate no code here; None where it can."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # which imports much
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    try:
+        folder = cache_dir()
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} cannot be written")
+    except OSError as e:
+        return f"TORCHINDUCTOR_CACHE_DIR, where generated code is kept, cannot be used ({e})"
+    try:
+        if device_type == "cpu":
+            get_cpp_compiler()
+    except (InvalidCxxCompiler, OSError):
+        return "no C++ compiler was found (CXX, or g++)"
+    return None
 
 
 def compile_blocks(model: "Transformer", compiling: Compiling) -> None:

@@ -10,7 +10,7 @@ from megaresnorm.data.training_data import open_data, open_samples, resolve_voca
 from megaresnorm.errors import ConfigError
 from megaresnorm.kernels import load_backends
 from megaresnorm.kernels.registry import check_backend
-from megaresnorm.layout import check_layout, ranks_without_samples, split_stages
+from megaresnorm.layout import check_execution, check_layout, ranks_without_samples, split_stages
 from megaresnorm.memory import MemoryPerRank, memory_of_stages
 from megaresnorm.model.cost import training_flops
 from megaresnorm.model.lint import check
@@ -158,6 +158,7 @@ def estimate(
     parallel = recipe.parallel
     needed = parallel.pp * parallel.dp_shard * parallel.tp * (parallel.dp_replicate or 1)
     sizes = check_layout(recipe, ranks or needed)
+    check_execution(recipe, sizes, "cpu" if recipe.train.device == "cpu" else "cuda")  # the plan may be for elsewhere
     warnings += [idle] if (idle := ranks_without_samples(recipe, sizes)) else []
     load_backends()
     for op, backend in recipe.kernels.model_dump().items():  # whether they can run depends on the machine

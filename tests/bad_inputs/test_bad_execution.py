@@ -1,8 +1,6 @@
 """What cannot be compiled, recorded or made deterministic costs one line, before anything is built."""
 
-import os
-import subprocess
-import sys
+import re
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ import torch
 from megaresnorm.errors import ConfigError
 from megaresnorm.kernels import deterministic
 from megaresnorm.layout import check_execution
+from megaresnorm.model.compiled import resolve_compile_mode
 from megaresnorm.parallel.mesh import Sizes
 from megaresnorm.recipe.load import build_recipe
 
@@ -89,16 +88,22 @@ def test_a_setting_of_cublas_that_is_not_deterministic_is_refused(found, monkeyp
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_blocks_without_a_compiler_cost_one_line(byte_data, tmp_path):
-    """torch.compile would raise from the middle of the first step."""
-    command = [sys.executable, "-m", "megaresnorm.job", str(tmp_path / "recipe.yaml"), "train.compile=blocks"]
-    (tmp_path / "recipe.yaml").write_text(
-        f"model: {{dim: 16, num_blocks: 2, num_heads: 2, seq_len: 8}}\ndata: {{path: {byte_data}}}\n"
-        f"train: {{output: {tmp_path}/run, steps: 2, loggers: [], sample_tokens: 0, device: cpu}}\n"
-    )
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "PATH": str(tmp_path), "CXX": ""}
-    )
-    assert done.returncode == 2, done.stderr[-2000:]
-    assert "train.compile=blocks" in done.stderr and "C++ compiler" in done.stderr
-    assert "Traceback" not in done.stderr and done.stderr.count("\n") <= 2
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"CXX": "/nonexistent"}, "no C++ compiler was found"),
+        ({"TORCHINDUCTOR_CACHE_DIR": "/proc/nope"}, "TORCHINDUCTOR_CACHE_DIR"),
+        ({"TORCHINDUCTOR_CACHE_DIR": "/dev/full"}, "TORCHINDUCTOR_CACHE_DIR"),
+    ],
+)
+def test_where_no_code_can_be_generated_blocks_cost_one_line_and_auto_goes_without(variables, says, monkeypatch):
+    import torch._inductor.config as inductor
+
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    model = recipe().model
+    with inductor.patch({"cpp.cxx": (None, variables.get("CXX", "g++"))}):  # read from CXX when torch is imported
+        with pytest.raises(ConfigError, match=f"train.compile=blocks: .*{re.escape(says)}"):
+            resolve_compile_mode("blocks", model, "cpu")
+        chosen = resolve_compile_mode("auto", model, "cpu")
+    assert chosen.mode == "none" and says in chosen.why

@@ -155,7 +155,8 @@ def test_runs_are_of_equal_blocks_and_of_one_length_where_that_divides():
 
 
 def test_auto_compiles_narrow_equal_blocks_on_a_cpu_alone(monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/" + name)
+    why_not = "megaresnorm.model.compiled._cannot_generate"
+    monkeypatch.setattr(why_not, lambda device_type: None)
     narrow, wide = model_recipe(200), model_recipe(4).model_copy(update={"dim": 1024})
     assert resolve_compile_mode("auto", narrow, "cpu").mode == "blocks"
     assert resolve_compile_mode("auto", narrow, "cuda").mode == "blocks"
@@ -164,5 +165,5 @@ def test_auto_compiles_narrow_equal_blocks_on_a_cpu_alone(monkeypatch):
         assert chosen.mode == "none" and chosen.why.startswith("auto: ")
     scaled = next(t for t in TOPOLOGIES if num_kinds(model_recipe(12, t)) > 3)  # constants that depend on the depth
     assert resolve_compile_mode("auto", model_recipe(12, scaled), "cpu").mode == "none"
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(why_not, lambda device_type: "no C++ compiler was found (CXX, or g++)")
     assert "compiler" in resolve_compile_mode("auto", narrow, "cpu").why
