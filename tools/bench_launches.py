@@ -28,6 +28,7 @@ import megaresnorm.assemble
 from megaresnorm.kernels import load_backends, registry
 from megaresnorm.kernels.cross_entropy import cross_entropy_sums
 from megaresnorm.model.compiled import CompiledBlocks
+from megaresnorm.precision.bf16 import Bf16Linear
 
 FEW, MANY = 6, 18
 NO_LAUNCH = {  # operators that compute nothing
@@ -73,10 +74,7 @@ def be_on_a_gpu() -> None:
     load_backends()
     kernels = registry._KERNELS["add_norm"]
     kernels["triton"] = replace(kernels["triton"], requires=lambda device, dtype: None)
-    if hasattr(megaresnorm.assemble, "bf16_linear"):
-        from megaresnorm.precision.bf16 import Bf16Linear
-
-        megaresnorm.assemble.bf16_linear = lambda device: Bf16Linear()
+    megaresnorm.assemble.bf16_linear = lambda device: Bf16Linear()
 
 
 def contenders_of(architecture: str) -> dict[str, Callable[[int], Callable[[], Any]]]:
