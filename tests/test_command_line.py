@@ -112,7 +112,7 @@ def test_training_needs_no_command_line(recipe_file, tmp_path):
         "import sys\n"
         "class Refuse:\n"
         "    def find_spec(self, name, *rest):\n"
-        "        assert name.partition('.')[0] != 'typer' and not name.startswith('megaresnorm.cli'), name\n"
+        "        assert name.partition('.')[0] != 'typer' and not f'{name}.'.startswith('megaresnorm.cli.'), name\n"
         "sys.meta_path.insert(0, Refuse())\n"
         "from megaresnorm.job import main\n"
         "sys.exit(main(sys.argv[1:]))\n"

@@ -23,7 +23,7 @@ def dropout(x_TD: Tensor, probability: float, key: int | Tensor, rows_T: Tensor,
         first_column: the global number of the first column of x.
     """
     if isinstance(key, int):
-        key = torch.tensor(key, device=rows_T.device)
+        key = torch.tensor((key + 2**63) % 2**64 - 2**63, device=rows_T.device)  # the same bits as a signed number
     keep_TD = _keep(rows_T, key, _Place(x_TD.shape[-1], first_column, int(probability * 2**32)))
     return torch.where(keep_TD, x_TD * (1.0 / (1.0 - probability)), 0.0)
 
