@@ -17,7 +17,7 @@ from megaresnorm.model.parameters import parameter_table
 from megaresnorm.model.specs import ParameterSpec
 from megaresnorm.model.topology import topology
 from megaresnorm.model.transformer import Stage
-from megaresnorm.optim import SMALL, AdamW
+from megaresnorm.optim import ALIGNED, SMALL, AdamW
 from megaresnorm.parallel.mesh import Sizes
 from megaresnorm.parallel.stages import smallest_batch, stages_of_rank
 from megaresnorm.precision.dtypes import DTYPES, weight_dtype
@@ -226,7 +226,7 @@ class _Accounts:
 
     def _small(self, spec: ParameterSpec) -> int:
         """Elements that the optimizer packs with others (optim.py)."""
-        return self._held(spec) if self._held(spec) <= SMALL else 0
+        return -(-self._held(spec) // ALIGNED) * ALIGNED if self._held(spec) <= SMALL else 0
 
     def _whole(self, spec: ParameterSpec) -> int:
         """Elements once FSDP2 has gathered them."""
