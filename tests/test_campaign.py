@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,6 +119,7 @@ def test_a_signal_ends_the_stage_and_keeps_what_it_has_found(tmp_path, number):
         deadline = time.monotonic() + 60
         while "hangs" not in (children := stages_of(process.pid)) and time.monotonic() < deadline:
             time.sleep(0.1)
+        assert "hangs" in children
         time.sleep(3)  # until it has written its row
         process.send_signal(number)
         assert process.wait(30) == 128 + number
@@ -128,10 +130,15 @@ def test_a_signal_ends_the_stage_and_keeps_what_it_has_found(tmp_path, number):
 
 
 def stages_of(parent: int) -> str:
-    """Command lines of the stages that a campaign has started."""
-    done = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True, check=True)
-    found = [line for line in done.stdout.splitlines() if "campaign_stages.py" in line]
-    return "\n".join(line for line in found if line.split()[0] in (str(parent), "1"))
+    """Command lines of the stages that a campaign has started, also of those that outlived it."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            command = (folder / "cmdline").read_text().replace("\0", " ")
+            above = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            if "campaign_stages.py" in command and above in (str(parent), "1"):
+                found.append(command)
+    return "\n".join(found)
 
 
 def event(device, us):
