@@ -60,7 +60,8 @@ def test_topologies_are_the_same_in_fp64(layout):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != IN_FULL])
 def test_every_topology_in_both_variants_is_the_same_in_fp64(layout):
-    compare_with_one_process(layout, PAIRS, blocks_of(layout))
+    for first in range(0, len(PAIRS), 8):  # ranks start anew: each model has groups of its own, with threads
+        compare_with_one_process(layout, PAIRS[first : first + 8], blocks_of(layout))
 
 
 def blocks_of(layout: str) -> int:
