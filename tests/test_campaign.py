@@ -96,6 +96,7 @@ def test_a_wrong_argument_costs_one_line(arguments, says):
         '{"stages": ',
         "[]",
         '{"smoke": true, "stages": {"machine": {}}}',
+        '{"smoke": true, "stages": {"machine": {"found": []}}}',
         '{"smoke": true, "stages": {"a": {"found": [3]}}}',
     ],
 )

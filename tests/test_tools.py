@@ -13,7 +13,15 @@ import torch.multiprocessing as mp
 TOOLS = Path(__file__).parents[1] / "tools"
 
 
-NO_COMMANDS = {"peers.py", "plain_llama.py", "contenders.py", "campaign_stages.py", "stub_driver.py"}
+NO_COMMANDS = {
+    "peers.py",
+    "plain_llama.py",
+    "contenders.py",
+    "campaign_stages.py",
+    "campaign_engines.py",
+    "campaign_report.py",
+    "stub_driver.py",
+}
 
 
 def run(script, *arguments):

@@ -123,9 +123,10 @@ class Campaign:
             report = json.loads(file.read_text())
             stages = report["stages"]
             table("", [item["row"] for stage in stages.values() for item in stage["found"] if "title" in item])
-            assert all({"state", "why", "seconds", "commit", "date"} <= set(stage) for stage in stages.values())
+            if not all({"state", "why", "seconds", "commit", "date"} <= set(stage) for stage in stages.values()):
+                raise KeyError("a stage without its state")
             smoke = report["smoke"]
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{file} is not of this tool ({type(e).__name__}); move it away") from None
         if smoke != self.smoke:
             raise ValueError(f"{file} is of a {'smoke run' if smoke else 'GPU'}; take another --out")
@@ -188,10 +189,7 @@ class Campaign:
         print(f"{name}: {stage['state']} {stage['why']} ({stage['seconds']} s)", file=sys.stderr, flush=True)
         report = {"schema_version": 1, "smoke": self.smoke, "stages": self.stages}
         for file, text in (
-            (
-                "campaign.json",
-                json.dumps(report, indent=1) + "\n",
-            ),
+            ("campaign.json", json.dumps(report, indent=1) + "\n"),
             ("campaign.md", self.markdown()),
         ):
             new = self.folder / f".{file}"
