@@ -18,9 +18,8 @@ from megaresnorm.parallel.data_parallel import local
 from megaresnorm.recipe import OptimRecipe
 
 SMALL = 1 << 16  # elements; below this, calling an operation costs about as much as its work
-ALIGNED = (
-    8  # elements: slices begin at multiples of 32 bytes, since code that is compiled for one block serves them all
-)
+# Elements: slices begin at multiples of 32 bytes, since code that is compiled for one block serves them all.
+ALIGNED = 8
 SMALLEST_EPS = torch.finfo(torch.float32).tiny  # below it AdamW divides zero by zero
 
 

@@ -126,8 +126,8 @@ def resolve_compile_mode(
 ) -> Compiling:
     """What a setting of ``train.compile`` comes to.
 
-    ``auto`` compiles where that was measured to pay: on a CPU narrow models whose blocks are of few kinds. On a GPU it
-    takes compiled blocks.
+    ``auto`` compiles on a CPU where that was measured to pay: narrow models whose blocks are of few kinds. On a GPU it
+    takes compiled blocks, which were not measured there yet.
 
     Args:
         tp: ranks of tensor parallelism.

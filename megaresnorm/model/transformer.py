@@ -109,7 +109,7 @@ class Transformer(nn.Module):
         tokens_BS = received[0] if tokens_BS is None else tokens_BS
         rows = self.rows(tokens_BS, documents_BS, cache)
         masks = None
-        if dropout is not None:
+        if dropout is not None:  # kept for a CUDA graph, as the tables of ``rows`` are
             masks = self._masks = dropout.of_stream(self.layout, self.recipe.dim, self.num_sublayers)
         stream = self.embed(tokens_BS, rows, masks) if self.stage.has_embedding else Stream.from_wire(received)
         stream = self.run_blocks(stream, rows, masks)

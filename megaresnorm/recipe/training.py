@@ -206,7 +206,8 @@ class TrainRecipe(Section):
     """auto: the GPU if there is one."""
     compile: Literal["none", "blocks", "cuda_graphs", "auto"] = "none"
     """blocks: torch.compile, equal blocks with the same code; cuda_graphs: also replay a whole microbatch as one CUDA
-    graph; auto: compiled blocks where that is known to be faster, which costs half a minute at the first start."""
+    graph; auto: compiled blocks on a GPU (not measured there yet) and, on a CPU, for narrow models, where they were
+    faster; compiling costs half a minute at the first start."""
     deterministic: bool = False
     """On a GPU: only operations that repeat their sums in one order, so that a resumed run is equal to one that never
     stopped bit for bit, as runs on a CPU always are."""
