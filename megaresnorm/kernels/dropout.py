@@ -11,6 +11,25 @@ from torch import Tensor
 from megaresnorm.kernels.custom_op import CustomOp
 
 
+class Dropout(NamedTuple):
+    """Which elements of a tensor are dropped, as plain values; ``dropout`` describes them.
+
+    Attributes:
+        probability: more than 0 and less than 1.
+        key: 64 random bits, an int64 tensor of one number.
+        rows: [T] int64.
+    """
+
+    probability: float
+    key: Tensor
+    rows: Tensor
+    first_column: int = 0
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        """x with these elements dropped."""
+        return dropout(x_TD, *self)
+
+
 def dropout(x_TD: Tensor, probability: float, key: int | Tensor, rows_T: Tensor, first_column: int = 0) -> Tensor:
     """Zero each element with ``probability`` and scale the rest by 1 / (1 - probability).
 
@@ -24,8 +43,18 @@ def dropout(x_TD: Tensor, probability: float, key: int | Tensor, rows_T: Tensor,
     """
     if isinstance(key, int):
         key = torch.tensor((key + 2**63) % 2**64 - 2**63, device=rows_T.device)  # the same bits as a signed number
-    keep_TD = _keep(rows_T, key, _Place(x_TD.shape[-1], first_column, int(probability * 2**32)))
-    return torch.where(keep_TD, x_TD * (1.0 / (1.0 - probability)), 0.0)
+    keep_TD = _keep(rows_T, key, _Place(x_TD.shape[-1], first_column, threshold_of(probability)))
+    return torch.where(keep_TD, x_TD * factor_of(probability), 0.0)
+
+
+def factor_of(probability: float) -> float:
+    """What elements that are kept are multiplied by."""
+    return 1.0 / (1.0 - probability)
+
+
+def threshold_of(probability: float) -> int:
+    """The least hash of 32 bits whose element is kept."""
+    return int(probability * 2**32)
 
 
 class _Place(NamedTuple):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megaresnorm.kernels.dropout import dropout
+from megaresnorm.kernels.dropout import Dropout
 from megaresnorm.model.topology import SUBLAYERS
 from megaresnorm.parallel.layouts import TensorLayout
 
@@ -50,13 +50,13 @@ class DropoutMasks(NamedTuple):
         sites = slice(first * len(SUBLAYERS), (first + count) * len(SUBLAYERS))
         return self._replace(keys=self.keys[sites])
 
-    def drop(self, x: Tensor, probability: float, site: int) -> Tensor:
+    def at(self, site: int, probability: float) -> Dropout:
         """Dropout at one place of the model.
 
         Args:
             site: the index of the sub-layer among those that ``keys`` are of, or after the model's last the embedding.
         """
-        return dropout(x, probability, self.keys[site], self.rows, self.first_column)
+        return Dropout(probability, self.keys[site], self.rows, self.first_column)
 
 
 @functools.lru_cache(maxsize=4)

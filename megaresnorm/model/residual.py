@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megaresnorm.kernels.add_norm.reference import NormWeights
+from megaresnorm.kernels.dropout import Dropout
 from megaresnorm.model.branches import Branch
 from megaresnorm.model.dropout import DropoutMasks
 from megaresnorm.model.norm import Norm
@@ -27,16 +28,16 @@ class Residual(nn.Module):
     A block runs it in three parts, so that everything between two branches is a single kernel:
 
         open            stream -> (x, u)      the pending add, then c * norm_in
-        run             (x, u) -> y           F, dropout, the token gate
-        close_and_open  (x, y) -> (x', u')    norm_branch, this add and norm_out, then the next connection's c * norm_in
-        close           (x, y) -> stream      norm_branch, this add and norm_out; a plain add is left pending
+        run             (x, u) -> y           F, the token gate
+        close_and_open  (x, y) -> (x', u')    norm_branch, dropout, this add and norm_out, then the next c * norm_in
+        close           (x, y) -> stream      norm_branch, dropout, this add and norm_out; a plain add is left pending
 
-    Dropout and the token gate act after norm_branch: with one of them that norm is a kernel of its own, inside run.
+    The token gate acts after norm_branch and dropout, which then are kernels of their own, inside run.
 
     Args:
         norm: makes a norm of a given width.
         dim: width of the whole stream, of which ``layout`` gives this rank its columns.
-        site: the branch's place in its block for dropout, see ``DropoutMasks.drop``.
+        site: the branch's place in its block for dropout, see ``DropoutMasks.at``.
         dropout: the share of the branch's output that is dropped.
     """
 
@@ -99,15 +100,15 @@ class Residual(nn.Module):
     ) -> tuple[Tensor, BranchInput]:
         """The trunk x' after this connection and the branch input u' of ``following``, in one kernel."""
         return self.add_norm(
-            self._pending(x, y),
+            self._pending(x, y, masks),
             self.norm_out,
             following._norm_in_weights(),
-            branch_norm=self._fused_branch_norm(masks),
+            branch_norm=self._fused_branch_norm,
         )
 
     def close(self, x: Tensor, y: Tensor, masks: DropoutMasks | None) -> Stream:
         """The stream after this connection; its add stays pending where no norm or learned gate of its own needs it."""
-        stream, branch_norm = self._pending(x, y), self._fused_branch_norm(masks)
+        stream, branch_norm = self._pending(x, y, masks), self._fused_branch_norm
         if self.norm_out is None and self.gate is None and branch_norm is None:
             return stream
         return Stream(self.add_norm.trunk(stream, self.norm_out, branch_norm=branch_norm))
@@ -124,28 +125,34 @@ class Residual(nn.Module):
         """
         u = u if self.token_gate is None else u.gathered()  # which reads it, too
         y = self.branch(u, rows)
-        if self.norm_branch is not None and self._fused_branch_norm(masks) is None:
-            y = self.add_norm.normalize(y, self.norm_branch)
-        if masks is not None and self.dropout > 0.0:  # after the norm, which would undo its scaling
-            y = masks.drop(y, self.dropout, self.site)
         if self.token_gate is not None:
+            if self.norm_branch is not None:
+                y = self.add_norm.normalize(y, self.norm_branch)
+            if (dropout := self._dropout(masks)) is not None:  # after the norm, which would undo its scaling
+                y = dropout(y)
             # (1 - T) x + T y = x + T (y - x), in FP32 (or FP64) so that x loses nothing.
             wide = self.token_gate.weight.dtype
             share = self.layout.token_weights(torch.sigmoid(self.token_gate(whole_rows(u).to(wide))))
             y = share * (y.to(wide) - x)
         return y
 
-    def _fused_branch_norm(self, masks: DropoutMasks | None) -> Norm | None:
-        """norm_branch, if nothing comes between it and the add."""
-        drops = masks is not None and self.dropout > 0.0
-        return None if drops or self.token_gate is not None else self.norm_branch
+    @property
+    def _fused_branch_norm(self) -> Norm | None:
+        """norm_branch, if no token gate comes between it and the add."""
+        return None if self.token_gate is not None else self.norm_branch
+
+    def _dropout(self, masks: DropoutMasks | None) -> Dropout | None:
+        return None if masks is None or self.dropout == 0.0 else masks.at(self.site, self.dropout)
 
     def _norm_in_weights(self) -> NormWeights | None:
         return None if self.norm_in is None else self.norm_in.weights(self.spec.norm_in_scale)
 
-    def _pending(self, x: Tensor, y: Tensor) -> Stream:
+    def _pending(self, x: Tensor, y: Tensor, masks: DropoutMasks | None) -> Stream:
+        if self.token_gate is not None:  # which run applied, after dropout
+            return Stream(x, y, self.spec.alpha)
         gate = self.spec.constant_gate if self.gate is None else self.gate
-        return Stream(x, y, self.spec.alpha, 1.0 if gate is None else gate)  # None: run applied a token gate
+        assert gate is not None
+        return Stream(x, y, self.spec.alpha, gate, self._dropout(masks))
 
 
 def gate_size(gate: Learned, dim: int) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from megaresnorm.kernels.activation import ActivationKernel
 from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, NormWeights
 from megaresnorm.kernels.attention import AttentionKernel, FusedAttention
+from megaresnorm.kernels.dropout import Dropout
 from megaresnorm.model.norm import Norm
 from megaresnorm.parallel.branch_input import BranchInput
 from megaresnorm.parallel.layouts import TensorLayout
@@ -20,16 +21,18 @@ from megaresnorm.parallel.linear import LinearKernel
 
 
 class Stream(NamedTuple):
-    """The residual stream with at most one add pending: alpha * x + gate * delta.
+    """The residual stream with at most one add pending: alpha * x + gate * dropout(delta).
 
     A pre-norm add belongs to the next norm's kernel, a post-norm add to its own: so the pending add travels with the
-    data, and whoever owns the next norm closes it. Only plain numbers travel; a learned gate is applied in its block.
+    data, and whoever owns the next norm closes it. Numbers and dropout's key travel with it; a learned gate is applied
+    in its block.
     """
 
     x: Tensor
     delta: Tensor | None = None
     alpha: float = 1.0
     gate: float | Tensor = 1.0
+    dropout: Dropout | None = None
 
     def to_wire(self, add_norm: "AddNorm") -> tuple[Tensor, ...]:
         """The tensors that a pipeline sends from one stage to the next: the stream with its add closed."""
@@ -104,6 +107,7 @@ class AddNorm:
             stream.delta,
             alpha=stream.alpha,
             gate=stream.gate,
+            dropout=stream.dropout,
             branch_norm=None if branch_norm is None else branch_norm.weights(),
             norm=None if norm is None else norm.weights(),
             next_norm=next_norm,

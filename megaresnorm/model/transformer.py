@@ -157,7 +157,7 @@ class Transformer(nn.Module):
             x_TD = self._add_positions(x_TD, rows)
         x_TD = self.add_norm.trunk(Stream(x_TD), self.embedding_norm)
         if masks is not None and self.recipe.dropout > 0.0:
-            x_TD = masks.drop(x_TD, self.recipe.dropout, site=self.num_sublayers)
+            x_TD = masks.at(self.num_sublayers, self.recipe.dropout)(x_TD)
         return Stream(x_TD)
 
     def run_blocks(self, stream: Stream, rows: SequenceInfo, masks: DropoutMasks | None = None) -> Stream:

@@ -5,6 +5,7 @@ import functools
 import torch
 
 from megaresnorm.kernels.add_norm.reference import AddNormArgs, NormWeights, add_norm
+from megaresnorm.kernels.dropout import Dropout
 
 F32, BF16, FP8 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
 # branch_norm, norm, next_norm: the patterns of the topologies, and all at once.
@@ -64,8 +65,8 @@ class Stored(torch.autograd.Function):
         return gradient, None
 
 
-def check(kernel, rows, columns, pattern, gate_kind, dtypes, alpha=2.5, device="cpu"):
-    """Values and gradients of one call. Raises AssertionError."""
+def check(kernel, rows, columns, pattern, gate_kind, dtypes, alpha=2.5, device="cpu", drops=False):
+    """Values and gradients of one call, with ``drops`` of one with dropout. Raises AssertionError."""
     g = torch.Generator(device).manual_seed(rows * 31 + columns)  # on the device: a CPU would draw for minutes
     draw = functools.partial(torch.randn, rows, columns, generator=g, device=device)
     x_dtype, delta_dtype, residual_dtype, out_dtype = DTYPES[dtypes]
@@ -76,16 +77,21 @@ def check(kernel, rows, columns, pattern, gate_kind, dtypes, alpha=2.5, device="
         gate = gate.to(device).requires_grad_()
     branch_norm, norm, next_norm = (make_norm(kind, columns, g, device) for kind in PATTERNS[pattern])
     branch_norm = None if delta is None else branch_norm
+    dropout = None
+    if drops and delta is not None:
+        numbers = torch.arange(rows, device=device) * 3 + (1 << 33)
+        dropout = Dropout(0.3, torch.tensor(-0x123456789ABCDEF, device=device), numbers, first_column=5)
     out = kernel(AddNormArgs(
         x, delta, alpha=alpha, gate=gate, branch_norm=branch_norm, norm=norm, next_norm=next_norm,
-        residual_dtype=residual_dtype, out_dtype=out_dtype,
+        residual_dtype=residual_dtype, out_dtype=out_dtype, dropout=dropout,
     ))  # fmt: skip
     assert out.trunk.dtype == residual_dtype and out.branch_input.dtype == out_dtype
     # The stored sum: by the same kernel without the norms behind it.
     stored = kernel(
         AddNormArgs(
-            x, delta, alpha=alpha, gate=gate, branch_norm=branch_norm, residual_dtype=residual_dtype, out_dtype=None
-        )
+            x, delta, alpha=alpha, gate=gate, branch_norm=branch_norm, residual_dtype=residual_dtype, out_dtype=None,
+            dropout=dropout,
+        )  # fmt: skip
     ).trunk
 
     weights = [w for n in (branch_norm, norm, next_norm) if n is not None for w in (n.weight, n.bias) if w is not None]
@@ -94,6 +100,8 @@ def check(kernel, rows, columns, pattern, gate_kind, dtypes, alpha=2.5, device="
     branch = None if delta is None else wide[id(delta)]
     if branch_norm is not None:
         branch = textbook_norm(branch, branch_norm, wide)
+    if dropout is not None:
+        branch = dropout(branch)
     z = wide[id(x)] if branch is None else alpha * wide[id(x)] + wide.get(id(gate), gate) * branch
     near(
         stored, z, residual_dtype, scale=alpha * x.detach().double().abs().amax(-1, keepdim=True)

@@ -16,18 +16,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megaresnorm.kernels.add_norm import triton_fp8 as triton_fp8
-from megaresnorm.kernels.add_norm import triton_rows as triton_rows
-from megaresnorm.kernels.add_norm import triton_sharded, triton_wide
-from megaresnorm.kernels.add_norm.triton_rows import _shape
+from megaresnorm.kernels.add_norm import triton_fp8, triton_launch, triton_rows, triton_sharded, triton_wide
+from megaresnorm.kernels.dropout import threshold_of
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 POINTERS_OF_FP32 = ("weight", "bias", "statistics", "sums", "sum_", "gate", "amax", "scale", "coefficients", "inverse")
 KINDS = {"rmsnorm": 1, "layernorm": 2}
+TILE = {what: rf"tt\.{what} [^\n]*? : tensor<([^\n]*?)> loc" for what in ("load", "store")}
+WIDTHS = {"bf16": 2, "f8E4M3FN": 1}
 
 
 def compiled(kernel, absent, types, constants, warps):
-    """Registers, spilled bytes and 128-bit accesses of a kernel.
+    """Registers, spilled bytes and 128-bit accesses of a kernel, and what it moves.
+
+    ``loads_behind_a_barrier`` are loads in the machine code that wait until all threads have met at a sum over columns.
+    ``loaded`` and ``stored`` are bytes an element of all tiles [m, n] that the program names, of which rows that are
+    read a block of columns at a time have one for each time that they are read.
 
     Args:
         types: of pointers and numbers by name; everything else is FP32.
@@ -52,13 +56,35 @@ def compiled(kernel, absent, types, constants, warps):
             subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
             for what in ("-res-usage", "-sass")
         )
+    loaded, stored = (sum(map(bytes_of, re.findall(TILE[what], made.asm["ttir"]))) for what in ("load", "store"))
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     return {
         "registers": int(registers),
         "spilled_bytes": int(stack),
         "loads_128": len(re.findall(r"LDG\.E\.(?:\S*\.)?128", code)),
         "stores_128": len(re.findall(r"STG\.E\.(?:\S*\.)?128", code)),
+        "loads_behind_a_barrier": loads_behind_a_barrier(code),
+        "loaded": loaded,
+        "stored": stored,
     }
+
+
+def loads_behind_a_barrier(code):
+    """Loads behind the first barrier of the longest loop, or of all code where there is no loop."""
+    lines = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^/;]*);", code)]
+    jumps = [(int(to[1], 16), at) for at, what in lines if (to := re.search(r"BRA.* 0x([0-9a-f]+)", what))]
+    start, end = max((jump for jump in jumps if jump[0] < jump[1]), key=lambda jump: jump[1] - jump[0], default=(0, 1e9))
+    loop = [what for at, what in lines if start <= at <= end]
+    first = next((i for i, what in enumerate(loop) if "BAR." in what), len(loop))
+    return sum("LDG." in what for what in loop[first:])
+
+
+def bytes_of(tile):
+    """Bytes an element of a tile [m, n] as Triton writes it, 8x256x!tt.ptr<bf16>.
+
+    0 for numbers of rows or columns, which are FP32, also where they are a tile [1, n].
+    """
+    return WIDTHS.get(re.search(r"<(\w+)", tile)[1], 0) if re.match(r"\d+x\d+x!", tile) else 0
 
 
 def types_of(kernel, fp8):
@@ -73,44 +99,53 @@ def types_of(kernel, fp8):
         "whole_columns": "i32",
         "fp8": "*fp8e4nv",
     }
-    types |= dict.fromkeys(("alpha", "eps", "branch_eps", "next_eps"), "fp32")
+    types |= {"first_column": "i64", "key": "*i64", "numbers": "*i64"}
+    types |= dict.fromkeys(("alpha", "factor", "eps", "branch_eps", "next_eps"), "fp32")
     types["scale"] = "*fp32" if "fp8" in kernel.arg_names else "fp32"
     return types | ({"branch": "*fp8e4nv"} if fp8 else {})
 
 
 def add_norm(columns, kind, mode):
-    """The kernels of a call: one norm, two (KEEL), a branch norm and one (sandwich), or one with FP8 and amax."""
-    branch, two, fp8 = mode == "sandwich", mode == "keel", mode == "fp8"
+    """The kernels of a call.
+
+    One norm, also with dropout; two (KEEL); a branch norm and one (sandwich); one with FP8 and amax.
+    """
+    branch, two, fp8, drops = mode == "sandwich", mode == "keel", mode == "fp8", mode == "dropout"
     number = KINDS[kind]
     norms = {"BRANCH_NORM": number * branch, "NORM": number * two, "NEXT_NORM": number, "GATE": 0}
+    norms |= {"THRESHOLD": threshold_of(0.1) if drops else 0}
     absent = {"gate", "sum_gate"} | ({"bias", "branch_bias", "next_bias"} if number == 1 else set())
     absent |= {f"sum_{name}" for name in absent if name.endswith("bias")}
     absent |= set() if fp8 else {"amax", "fp8_scale"}
+    absent |= set() if drops else {"key", "numbers"}
     absent |= set() if two else {"trunk", "weight", "bias", "statistics", "sum_weight", "sum_bias"}
     if not branch:
         absent |= {"branch_weight", "branch_bias", "branch_statistics", "sum_branch_weight", "sum_branch_bias"}
-    name = f"{columns} {kind} {mode}"
-    wide = columns > triton_rows.MAX_COLUMNS
-    forward = (triton_wide if wide else triton_rows).forward_kernel
-    shape = triton_rows.Shape(1, triton_rows.WIDE_BLOCK, 8) if wide else _shape(columns, 1)
-    blocks = {"BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n}
-    yield (
-        f"forward {name}",
-        compiled(forward, absent, types_of(forward, fp8), {**norms, "FP8": fp8, **blocks}, shape.warps),
-    )
+    name = f"{mode} {columns} {kind}"
+
+    def of(kernel, without, shape, **constants):
+        constants |= {"BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n}
+        return compiled(kernel, without, types_of(kernel, fp8), {**norms, **constants}, shape.warps)
+
+    shape = triton_launch.forward_shape(columns, 1 + two + branch, drops)
+    kernel = (triton_wide if shape is None else triton_rows).forward_kernel
+    wide = ", in blocks" if shape is None else ""
+    yield f"forward{wide} {name}", of(kernel, absent, shape or triton_launch.WIDE, FP8=fp8)
     if fp8:
         return  # its gradient is the other's
-    absent |= set() if branch else {"delta", "d_delta"}
-    if columns * (1 + two + branch) > triton_rows.MAX_COLUMNS:
-        for what, blocks, warps in (("rows", (1, triton_rows.WIDE_BLOCK), 8), ("columns", (8, 128), 4)):
-            kernel = getattr(triton_wide, f"{what}_kernel")
-            constants = {**norms, "BLOCK_M": blocks[0], "BLOCK_N": blocks[1]}
-            yield f"backward, {what} {name}", compiled(kernel, absent, types_of(kernel, False), constants, warps)
+    absent |= set() if branch or drops else {"d_delta"}
+    absent |= set() if branch else {"delta"}
+    shape = triton_launch.backward_shape(columns, 1 + two + branch, drops)
+    if shape is not None:
+        yield f"backward {name}", of(triton_rows.backward_kernel, absent | {"coefficients"}, shape)
         return
-    kernel = triton_rows.backward_kernel
-    shape = _shape(columns, 1 + two + branch)
-    blocks = {"BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n}
-    yield f"backward {name}", compiled(kernel, absent, types_of(kernel, False), {**norms, **blocks}, shape.warps)
+    sums = {argument for argument in triton_rows.backward_kernel.arg_names if argument.startswith("sum_")}
+    shape = triton_launch.shape_without_sums(columns)
+    if shape is None:
+        yield f"backward, in blocks {name}", of(triton_wide.rows_kernel, absent, triton_launch.WIDE_BACKWARD)
+    else:
+        yield f"backward without sums {name}", of(triton_rows.backward_kernel, absent | sums, shape)
+    yield f"backward, columns {name}", of(triton_wide.columns_kernel, absent, triton_launch.COLUMNS)
 
 
 def sharded(columns, kind):
@@ -129,12 +164,18 @@ def sharded(columns, kind):
 
 
 def everything(some=False):
-    """All kernels; with ``some`` as they are launched for 4096 columns, and for 16384, which have their own."""
+    """All kernels; with ``some`` as they are launched for 4096 columns, and those that only wider rows have."""
     found = {}
-    sizes = (4096, 16384) if some else (1024, 4096, 8192, 16384)
-    for columns, kind, mode in product(sizes, KINDS, ("pre", "keel", "sandwich", "fp8")):
-        if columns != 16384 or mode in ("pre", "keel"):
+    sizes = (4096,) if some else (1024, 2048, 4096, 8192, 16384, 32768)
+    for columns, kind, mode in product(sizes, KINDS, ("pre", "keel", "sandwich", "fp8", "dropout")):
+        if columns <= 8192 or mode in ("pre", "keel"):
             found |= dict(add_norm(columns, kind, mode))
+    for columns in (8192, 32768) if some else ():
+        found |= dict(add_norm(columns, "layernorm", "keel"))
+    kernel, shape = triton_rows.sum_kernel, triton_launch.SUMS_TILE
+    sizes = {"USED": 16, "BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n}
+    types = types_of(kernel, False) | {"partial": "*fp32", "programs": "i32"}
+    found["sums of programs"] = compiled(kernel, set(), types, sizes, shape.warps)
     kernel = triton_fp8.norm_quant_kernel
     for blocks in (False, True):
         absent = {"scale"} if blocks else {"inverse"}

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megaresnorm.assemble import build_model
+from megaresnorm.kernels.dropout import Dropout
 from megaresnorm.model.dropout import DropoutKey, DropoutMasks
 from megaresnorm.model.topology import TOPOLOGIES
 from megaresnorm.recipe import ModelRecipe, PrecisionRecipe
@@ -43,18 +44,15 @@ ROWS = torch.arange(16) + 160
 
 def test_every_place_has_its_own_mask_of_the_given_rows_and_seed(monkeypatch):
     calls = []
-    original = DropoutMasks.drop
-    monkeypatch.setattr(
-        DropoutMasks, "drop", lambda self, x, p, site: calls.append((self, p, site)) or original(self, x, p, site)
-    )
+    original = Dropout.__call__
+    monkeypatch.setattr(Dropout, "__call__", lambda self, x: calls.append(self) or original(self, x))
     build("pre", 0.25)(TOKENS, dropout=DropoutKey(7, ROWS))
     keys = masks_of(7, ROWS).keys
-    drawn = [masks.keys[site] for masks, _, site in calls]
-    assert torch.equal(torch.stack(drawn), keys[[6, 0, 1, 2, 3, 4, 5]])  # the embedding, then the sub-layers
-    assert all(torch.equal(masks.rows, ROWS) and p == 0.25 for masks, p, _ in calls)
+    assert torch.equal(torch.stack([dropout.key for dropout in calls]), keys[[6, 0, 1, 2, 3, 4, 5]])  # the embedding, then the sub-layers
+    assert all(torch.equal(dropout.rows, ROWS) and dropout.probability == 0.25 for dropout in calls)
     one = torch.ones(16, 32)
     masks = [
-        masks_of(seed, rows).drop(one, 0.5, site)
+        masks_of(seed, rows).at(site, 0.5)(one)
         for seed, rows, site in [(7, ROWS, 0), (7, ROWS, 1), (8, ROWS, 0), (7, ROWS + 1, 0)]
     ]
     for i, mask in enumerate(masks):
@@ -107,6 +105,6 @@ def test_the_normalised_embedding_keeps_its_mean():
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 def test_compiled_masks_are_the_same_at_every_place():
     key, ones = masks_of(7, ROWS), torch.ones(16, 32)
-    drop = torch.compile(DropoutMasks.drop, fullgraph=True)
+    drop = torch.compile(lambda masks, x, site: masks.at(site, 0.5)(x), fullgraph=True)
     for site in range(4):
-        assert torch.equal(drop(key, ones, 0.5, site), key.drop(ones, 0.5, site))
+        assert torch.equal(drop(key, ones, site), key.at(site, 0.5)(ones))

@@ -68,14 +68,14 @@ def _triton_forward(inputs: Inputs, spec: AddNormSpec, outputs: Outputs) -> None
     if spec.out_dtype == FP8 and x.is_cuda and (reason := _fp8_requires(x.device, torch.float32)):
         raise ValueError(f"add_norm/triton cannot write FP8: {reason}")
     with torch.cuda.device_of(x):
-        _module("triton_rows").forward(inputs, spec, outputs)
+        _module("triton_launch").forward(inputs, spec, outputs)
 
 
 def _triton_backward(
     d_trunk: Tensor | None, d_branch: Tensor | None, saved: Saved, spec: AddNormSpec, dx: Tensor, d_delta: Tensor | None
 ) -> Tensor:
     with torch.cuda.device_of(saved.z):
-        return _module("triton_rows").backward(d_trunk, d_branch, saved, spec, dx, d_delta)
+        return _module("triton_launch").backward(d_trunk, d_branch, saved, spec, dx, d_delta)
 
 
 def _triton_sharded(name: str) -> Callable:
@@ -87,7 +87,10 @@ def _triton_sharded(name: str) -> Callable:
 
 
 _TRITON = AddNormBackend(
-    _triton_forward, _triton_backward, ShardedNormKernels(*map(_triton_sharded, ShardedNormKernels._fields))
+    _triton_forward,
+    _triton_backward,
+    ShardedNormKernels(*map(_triton_sharded, ShardedNormKernels._fields)),
+    drops=True,
 )
 register_add_norm("triton", _TRITON, requires=_triton_requires)
 

@@ -7,6 +7,7 @@ T rows (tokens)   D columns (model dim)
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,8 +37,11 @@ def fused_add_norm(backend: str) -> AddNormKernel:
     """``reference.add_norm`` computed by the fused backend of that name, for FP32 and BF16 tensors."""
 
     def add_norm(args: AddNormArgs) -> AddNormOutput:
+        if args.dropout is not None and (args.delta is None or not backend_named(backend).drops):
+            args = _dropped(args, add_norm)
         x, delta, gate, out_dtype = args.x, args.delta, args.gate, args.out_dtype
         alpha, branch_norm = args.alpha, args.branch_norm
+        probability, key, rows, first_column = _NO_DROPOUT if args.dropout is None else args.dropout
         if delta is None:
             alpha, gate, branch_norm = 1.0, 1.0, None
             if args.norm is None and args.next_norm is None and out_dtype != FP8:  # nothing to fuse
@@ -55,10 +59,10 @@ def fused_add_norm(backend: str) -> AddNormKernel:
         make = AddNormSpec if torch.compiler.is_compiling() else _one_spec
         spec = make(
             (kind_0, kind_1, kind_2), (eps_0, eps_1, eps_2), alpha, constant_gate, args.residual_dtype, out_dtype,
-            backend,
+            backend, probability, first_column,
         )  # fmt: skip
         tensors = _add_norm(
-            x, delta, learned, args.fp8_scale, weight_0, bias_0, weight_1, bias_1, weight_2, bias_2, spec
+            x, delta, learned, args.fp8_scale, key, rows, weight_0, bias_0, weight_1, bias_1, weight_2, bias_2, spec
         )  # fmt: skip
         outputs = _unflatten(tensors, spec, spec.stores_sum(x, delta))
         stored = x if outputs.z is None else outputs.z
@@ -71,6 +75,16 @@ def fused_add_norm(backend: str) -> AddNormKernel:
     return add_norm
 
 
+def _dropped(args: AddNormArgs, add_norm: AddNormKernel) -> AddNormArgs:
+    """The same call with a branch that is normalized and dropped already, for backends without dropout."""
+    delta, norm, drop = args.delta, args.branch_norm, args.dropout
+    if delta is not None and drop is not None:
+        if norm is not None:
+            delta = add_norm(AddNormArgs(delta, norm=norm, residual_dtype=delta.dtype, out_dtype=None)).trunk
+        delta = drop(delta)
+    return replace(args, delta=delta, branch_norm=None, dropout=None)
+
+
 def register_add_norm(
     name: str, backend: AddNormBackend, requires: Refusal, avoid: Refusal = lambda device, dtype: None
 ) -> None:
@@ -79,6 +93,7 @@ def register_add_norm(
 
 
 _NO_NORM = ("none", None, None, 0.0)
+_NO_DROPOUT = (0.0, None, None, 0)
 
 
 def largest_of_rows(amax_T: Tensor) -> Tensor:
@@ -114,11 +129,14 @@ def _allocate(x: Tensor, delta: Tensor | None, spec: AddNormSpec) -> Outputs:
 
 
 def _forward(
-    x: Tensor, delta: Tensor | None, gate: Tensor | None, fp8_scale: Tensor | None, *rest: Any
-) -> tuple[Tensor, ...]:
+    x: Tensor, delta: Tensor | None, gate: Tensor | None, fp8_scale: Tensor | None, key: Tensor | None,
+    rows: Tensor | None, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     *weights, spec = rest
     _check(x, delta, gate, fp8_scale, weights, spec)
-    inputs = Inputs(x.contiguous(), None if delta is None else delta.contiguous(), gate, fp8_scale, weights)
+    _check_dropout(x, delta, key, rows, spec)
+    delta = None if delta is None else delta.contiguous()
+    inputs = Inputs(x.contiguous(), delta, gate, fp8_scale, key, rows, weights)
     outputs = _allocate(inputs.x, delta, spec)
     backend_named(spec.backend).forward(inputs, spec, outputs)
     return tuple([t for t in outputs if t is not None])
@@ -160,12 +178,26 @@ def _check(
         raise ValueError(f"add_norm/{spec.backend}: out_dtype={FP8} needs fp8_scale, one number in float32")
 
 
+def _check_dropout(
+    x: Tensor, delta: Tensor | None, key: Tensor | None, rows: Tensor | None, spec: AddNormSpec
+) -> None:
+    if not spec.probability:
+        return
+    there = delta is not None and key is not None and rows is not None
+    if not there or key.numel() != 1 or rows.shape != x.shape[:1] or not rows.is_contiguous():  # type: ignore
+        raise ValueError(
+            f"add_norm/{spec.backend}: dropout needs a branch, a key of one number and {x.shape[0]} numbers of rows"
+        )
+    if key.dtype != torch.int64 or rows.dtype != torch.int64:  # type: ignore[union-attr]
+        raise TypeError(f"add_norm/{spec.backend}: key and numbers of rows of dropout are to be int64")
+
+
 def _fake(x: Tensor, delta: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     return tuple([t for t in _allocate(x, delta, rest[-1]) if t is not None])
 
 
 def _save(ctx: Any, arguments: tuple, results: tuple[Tensor, ...]) -> None:
-    x, delta, gate, _, *weights, spec = arguments
+    x, delta, gate, _, key, rows, *weights, spec = arguments
     stores_sum = spec.stores_sum(x, delta)
     z, trunk, _, *statistics, amax = _unflatten(results, spec, stores_sum)
     ctx.mark_non_differentiable(*[t for t in (*statistics, amax) if t is not None])
@@ -175,6 +207,8 @@ def _save(ctx: Any, arguments: tuple, results: tuple[Tensor, ...]) -> None:
         trunk if spec.next_norm else None,
         delta if gate is not None or spec.branch_norm else None,
         gate,
+        key,
+        rows,
         *weights,
         *statistics,
     )
@@ -188,11 +222,11 @@ def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple:
     # With a norm on the sum, the sum itself is no output and has no gradient.
     d_trunk = d_trunk if ctx.spec.norm else d_z
     dx, *d_delta, sums = _add_norm_backward(z, d_trunk, d_branch, *saved, ctx.grad_spec)
-    gate, weights = saved[2], saved[3:9]
+    gate, weights = saved[2], saved[5:11]
     d_gate = None if gate is None else sums[6] if gate.numel() > 1 else sums[6].sum().view(1)
     d_weights = [None if w is None else sums[i] for i, w in enumerate(weights)]
     delta_dtype = ctx.grad_spec.delta_dtype
-    return dx, None if delta_dtype is None else d_delta[0] if d_delta else dx, d_gate, None, *d_weights
+    return dx, None if delta_dtype is None else d_delta[0] if d_delta else dx, d_gate, None, None, None, *d_weights
 
 
 def _allocate_gradients(z: Tensor, gate: Tensor | None, spec: AddNormGradSpec) -> tuple[Tensor, Tensor | None]:
@@ -204,7 +238,7 @@ def _allocate_gradients(z: Tensor, gate: Tensor | None, spec: AddNormGradSpec) -
 
 def _backward(
     z: Tensor, d_trunk: Tensor | None, d_branch: Tensor | None, trunk: Tensor | None, delta: Tensor | None,
-    gate: Tensor | None, *rest: Any,
+    gate: Tensor | None, key: Tensor | None, rows: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     *saved, spec = rest
     z = z.contiguous()
@@ -212,7 +246,7 @@ def _backward(
     sums = backend_named(spec.forward.backend).backward(
         None if d_trunk is None else _readable(d_trunk),
         None if d_branch is None else _readable(d_branch),
-        Saved(z, trunk, None if delta is None else delta.contiguous(), gate, saved[:6], saved[6:]),
+        Saved(z, trunk, None if delta is None else delta.contiguous(), gate, key, rows, saved[:6], saved[6:]),
         spec.forward,
         dx,
         d_delta,
@@ -242,13 +276,15 @@ _STATISTICS = ", ".join(f"Tensor? {place}_statistics" for place in _PLACES)
 
 
 _SPEC = (
-    "str[] kinds, float[] eps, float alpha, float scale, ScalarType residual_dtype, ScalarType? out_dtype, str backend"
+    "str[] kinds, float[] eps, float alpha, float scale, ScalarType residual_dtype, ScalarType? out_dtype, "
+    "str backend, float probability, int first_column"
 )
 
 
 _add_norm = CustomOp(
-    f"add_norm(Tensor x, Tensor? delta, Tensor? gate, Tensor? fp8_scale, {_WEIGHTS}, {_SPEC}) -> Tensor[]",
-    10,
+    f"add_norm(Tensor x, Tensor? delta, Tensor? gate, Tensor? fp8_scale, Tensor? key, Tensor? rows, "
+    f"{_WEIGHTS}, {_SPEC}) -> Tensor[]",
+    12,
     make_spec,
     _forward,
     _fake,
@@ -260,8 +296,9 @@ _add_norm = CustomOp(
 
 _add_norm_backward = CustomOp(
     "add_norm_backward(Tensor z, Tensor? d_trunk, Tensor? d_branch, Tensor? trunk, Tensor? delta, Tensor? gate, "
+    "Tensor? key, Tensor? rows, "
     f"{_WEIGHTS}, {_STATISTICS}, {_SPEC}, ScalarType x_dtype, ScalarType? delta_dtype) -> Tensor[]",
-    15,
+    17,
     make_grad_spec,
     _backward,
     _fake_backward,

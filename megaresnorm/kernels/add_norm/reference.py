@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from megaresnorm.kernels.dropout import Dropout
 from megaresnorm.kernels.registry import register_kernel
 
 
@@ -35,7 +36,8 @@ class AddNormArgs:
         delta: a branch's output [T, D], in any floating type; None for no add.
         alpha: factor of x.
         gate: factor of the branch: a number, or a learned scalar [1] or vector [D].
-        branch_norm: norm of delta before the gate.
+        branch_norm: norm of delta before dropout and the gate.
+        dropout: elements of the branch that are dropped before the gate; None for none.
         norm: norm of the sum, whose output is the trunk.
         next_norm: norm of the trunk, whose output is the branch input.
         residual_dtype: of the stored sum and the trunk.
@@ -57,6 +59,7 @@ class AddNormArgs:
     residual_dtype: torch.dtype
     out_dtype: torch.dtype | None
     fp8_scale: Tensor | None = None
+    dropout: Dropout | None = None
 
 
 class AddNormOutput(NamedTuple):
@@ -86,9 +89,9 @@ class AddNormKernel(Protocol):
 def add_norm(args: AddNormArgs) -> AddNormOutput:
     """Close one residual connection and open the next: the one op that serves every topology.
 
-        z      = alpha * x + gate * branch_norm(delta)   summed in FP32, rounded to ``residual_dtype``
-        trunk  = norm(z), or z                           in ``residual_dtype``
-        branch = next_norm(trunk), or trunk              in ``out_dtype``
+        z      = alpha * x + gate * dropout(branch_norm(delta))   summed in FP32, rounded to ``residual_dtype``
+        trunk  = norm(z), or z                                    in ``residual_dtype``
+        branch = next_norm(trunk), or trunk                       in ``out_dtype``
 
     The statistics of a norm are taken in FP32 from the *stored* tensor before it, and its output is rounded once:
     each result is a function of what is stored, so recomputing it is exact. FP64 input is computed in FP64.
@@ -105,6 +108,8 @@ def add_norm(args: AddNormArgs) -> AddNormOutput:
         branch = delta.to(wide)
         if args.branch_norm is not None:
             branch = normalize(branch, args.branch_norm)
+        if args.dropout is not None:
+            branch = args.dropout(branch)
         if not isinstance(gate, float):
             branch = branch * gate.to(wide)
         elif gate != 1.0:

@@ -26,6 +26,8 @@ class AddNormSpec:
         constant_gate: the gate where it is a number; 1 for a learned gate.
         out_dtype: of the branch input; None where nobody reads it.
         backend: name of the fused backend.
+        probability: of dropout of the branch; 0 for none.
+        first_column: the global number of the first column, for the mask of dropout.
 
     Attributes:
         branch_norm, norm, next_norm: whether there is that norm.
@@ -42,16 +44,22 @@ class AddNormSpec:
         residual_dtype: torch.dtype,
         out_dtype: torch.dtype | None,
         backend: str,
+        probability: float = 0.0,
+        first_column: int = 0,
     ) -> None:
         self.kinds, self.eps, self.alpha, self.constant_gate = kinds, eps, alpha, constant_gate
         self.residual_dtype, self.out_dtype, self.backend = residual_dtype, out_dtype, backend
+        self.probability, self.first_column = probability, first_column
         self.branch_norm, self.norm, self.next_norm = (kind != "none" for kind in kinds)
         self.writes_branch = out_dtype is not None and (self.next_norm or out_dtype != residual_dtype)
         self.wants_amax = out_dtype == FP8 or (out_dtype is None and self.next_norm)
 
     def values(self) -> tuple:
         """The constructor's arguments, in the order of the operator's schema."""
-        return self.kinds, self.eps, self.alpha, self.constant_gate, self.residual_dtype, self.out_dtype, self.backend
+        return (
+            self.kinds, self.eps, self.alpha, self.constant_gate, self.residual_dtype, self.out_dtype, self.backend,
+            self.probability, self.first_column,
+        )  # fmt: skip
 
     def without_next_norm(self) -> "AddNormSpec":
         """The same spec without ``next_norm``, for the backward pass when the branch input has no gradient."""
@@ -77,6 +85,7 @@ class Inputs(NamedTuple):
         x, delta: the residual stream and the branch's output [T, D]; delta is None where nothing is added.
         gate: learned gate, FP32 [1] or [D].
         fp8_scale: FP32, one number.
+        key, rows: of dropout, as in ``kernels.dropout.Dropout``; None without it.
         weights: weight and bias of the three norms, FP32 [D] or None, six in all.
     """
 
@@ -84,6 +93,8 @@ class Inputs(NamedTuple):
     delta: Tensor | None
     gate: Tensor | None
     fp8_scale: Tensor | None
+    key: Tensor | None
+    rows: Tensor | None
     weights: Sequence[Tensor | None]
 
 
@@ -114,7 +125,7 @@ class Saved(NamedTuple):
         z: the stored sum.
         trunk: the trunk between two norms, else None.
         delta: the branch's output, for a learned gate or a norm of its own, else None.
-        gate, weights: as in ``Inputs``.
+        gate, key, rows, weights: as in ``Inputs``. The mask of dropout is computed anew.
         statistics: of the branch's norm, of ``norm`` and of ``next_norm``, as in ``Outputs``.
     """
 
@@ -122,6 +133,8 @@ class Saved(NamedTuple):
     trunk: Tensor | None
     delta: Tensor | None
     gate: Tensor | None
+    key: Tensor | None
+    rows: Tensor | None
     weights: Sequence[Tensor | None]
     statistics: Sequence[Tensor | None]
 
@@ -132,13 +145,16 @@ class AddNormBackend(NamedTuple):
     Attributes:
         forward: called with (inputs, spec, outputs); fills ``outputs``.
         backward: called with (d_trunk, d_branch, saved, spec, dx, d_delta); fills dx and d_delta and returns the column
-            sums [SUMS, D] in FP32. d_delta is None where it equals dx or nothing was added.
+            sums [SUMS, D] in FP32, 0 for those that a call does not have. d_delta is None where it equals dx or nothing
+            was added.
+        drops: whether it computes dropout of the branch; otherwise it is given what eager PyTorch has dropped.
         sharded: kernels of its norm over a sharded hidden dimension.
     """
 
     forward: Callable[[Inputs, AddNormSpec, Outputs], None]
     backward: Callable[[Tensor | None, Tensor | None, Saved, AddNormSpec, Tensor, Tensor | None], Tensor]
     sharded: ShardedNormKernels = REFERENCE
+    drops: bool = False
 
 
 def backend_named(name: str) -> AddNormBackend:
@@ -166,7 +182,8 @@ class AddNormGradSpec:
     def __init__(self, spec: AddNormSpec, x_dtype: torch.dtype, delta_dtype: torch.dtype | None) -> None:
         self.forward, self.x_dtype, self.delta_dtype = spec, x_dtype, delta_dtype
         # The gradients of x and delta are then g times the same factor, in the same type.
-        self.shared = not spec.branch_norm and spec.alpha == spec.constant_gate and x_dtype == delta_dtype
+        plain = not spec.branch_norm and not spec.probability
+        self.shared = plain and spec.alpha == spec.constant_gate and x_dtype == delta_dtype
 
     def values(self) -> tuple:
         """The operator's constants, in the order of its schema."""
@@ -178,4 +195,4 @@ _one_grad_spec = functools.lru_cache(maxsize=4096)(AddNormGradSpec)
 
 def make_grad_spec(*values: Any) -> AddNormGradSpec:
     """The one ``AddNormGradSpec`` whose ``values()`` these are, from a cache."""
-    return _one_grad_spec(make_spec(*values[:7]), *values[7:])
+    return _one_grad_spec(make_spec(*values[:9]), *values[9:])

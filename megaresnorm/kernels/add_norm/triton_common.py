@@ -12,8 +12,11 @@ def tile_of(ptr, offsets, mask):
 
 @triton.jit
 def columns_of(ptr, cols, mask):
-    """Load a row of FP32 numbers, one a column, as [1, n]; 0 where it is masked."""
-    return tl.load(ptr + cols, mask=mask, other=0.0)[None, :]
+    """Load a row of FP32 numbers, one a column, as [1, n]; 0 where it is masked.
+
+    As a tile, so that its threads have the columns that they have of other tiles, and none waits for another.
+    """
+    return tl.load(ptr + cols[None, :], mask=mask[None, :], other=0.0)
 
 
 @triton.jit
@@ -67,6 +70,39 @@ def gate_of(gate, scale, cols, col_mask, GATE: tl.constexpr):
 
 
 @triton.jit
+def _mix32(h):
+    """kernels/dropout.py: a bijection of 32-bit numbers in which every input bit moves every output bit."""
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def hash_of_rows(bits, numbers, row, row_mask):
+    """The rows' part of the mask of dropout (kernels/dropout.py), in 32 bits.
+
+    ``bits`` is the key, and ``numbers`` [M] are the rows' global numbers; both are int64.
+    """
+    number = tl.load(numbers + row, mask=row_mask, other=0)
+    return _mix32(_mix32(number.to(tl.uint32) ^ _mix32((number >> 32).to(tl.uint32))) ^ bits.to(tl.uint32))
+
+
+@triton.jit
+def kept(bits, row_hash, cols, first_column, THRESHOLD: tl.constexpr):
+    """Which elements of a tile dropout keeps; ``first_column`` is the global number of column 0."""
+    column_hash = _mix32((cols + first_column).to(tl.uint32) ^ (bits >> 32).to(tl.uint32))
+    return _mix32(row_hash[:, None] ^ column_hash[None, :]) >= tl.full([1, 1], THRESHOLD, tl.uint32)
+
+
+@triton.jit
+def store_pair(coefficients, row, row_mask, along, average, PLACE: tl.constexpr):
+    """Store mean(g unit) and mean(g) of every row for the norm at PLACE: 0 the branch's, 1 the sum's, 2 the next."""
+    at = coefficients + 6 * row + 2 * PLACE
+    tl.store(at, along, mask=row_mask)
+    tl.store(at + 1, average, mask=row_mask)
+
+
+@triton.jit
 def largest_of(v, mask):
     """The largest |v| of every row, compared as bit patterns: NaN is the largest."""
     size = tl.where(mask, tl.abs(v), 0.0).to(tl.int32, bitcast=True)
@@ -74,10 +110,10 @@ def largest_of(v, mask):
 
 
 @triton.jit
-def as_output(y, fp8_scale, branch, FP8: tl.constexpr):
-    """y in the type of ``branch``; for FP8 scaled and saturated at 448, the largest number of E4M3."""
+def as_output(y, factor, branch, FP8: tl.constexpr):
+    """y in the type of ``branch``; for FP8 times ``factor`` and saturated at 448, the largest number of E4M3."""
     if FP8:
-        y = y * tl.load(fp8_scale)
+        y = y * factor
         y = tl.where(y > 448.0, 448.0, y)
         y = tl.where(y < -448.0, -448.0, y)
     return y.to(branch.dtype.element_ty)

@@ -11,7 +11,7 @@ from megaresnorm.kernels.add_norm.fp8 import BLOCK
 from megaresnorm.kernels.add_norm.reference import NormWeights
 from megaresnorm.kernels.add_norm.spec import AddNormSpec, Saved, make_spec
 from megaresnorm.kernels.add_norm.triton_common import load_statistics, normalized, tile_of
-from megaresnorm.kernels.add_norm.triton_rows import backward
+from megaresnorm.kernels.add_norm.triton_launch import backward
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def norm_quant_kernel(
 def norm_quant(
     trunk_TD: Tensor, norm: NormWeights, statistics_T2: Tensor, *, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``fp8.norm_quant`` by one kernel, which reads the statistics; in backward ``triton_rows.backward``."""
+    """``fp8.norm_quant`` by one kernel, which reads the statistics; in backward ``triton_launch.backward``."""
     fp8, inverse = _NormQuant.apply(trunk_TD, norm.weight, norm.bias, statistics_T2, scale, norm.kind, norm.eps)
     return fp8, inverse if scale is None else 1.0 / scale
 
@@ -84,7 +84,7 @@ class _NormQuant(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         trunk, weight, bias, statistics = ctx.saved_tensors
-        saved = Saved(trunk, None, None, None, (None, None, None, None, weight, bias), (None, None, statistics))
+        saved = Saved(trunk, None, None, None, None, None, (None, None, None, None, weight, bias), (None, None, statistics))
         spec: AddNormSpec = ctx.spec
         dx = torch.empty_like(trunk)
         sums = backward(None, grads[0].float().contiguous(), saved, spec, dx, None)

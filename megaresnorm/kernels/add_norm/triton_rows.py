@@ -1,8 +1,7 @@
-"""add_norm in Triton: one pass over the rows forward, one backward.
+"""add_norm in Triton: whole rows in registers, one pass over them forward and one backward.
 
-A program holds whole rows in registers, up to MAX_COLUMNS; wider rows are read a block of columns at a time, with one
-more kernel for the column sums. Every program writes its sums over rows as one row of FP32, and these rows are added in
-a fixed order: no atomics.
+Every program writes its sums over rows as one row of FP32, and these rows are added in a fixed order: no atomics.
+``triton_launch`` chooses kernels and tiles; rows that do not fit in registers are those of ``triton_wide``.
 
 In the equations, norm(v) = (v - mean) / sqrt(variance + eps) * weight + bias (RMSNorm: mean 0, variance the mean
 square), and ' is a norm's gradient: with unit = (v - mean) / sqrt(variance + eps) and g = weight dy,
@@ -10,52 +9,61 @@ square), and ' is a norm's gradient: with unit = (v - mean) / sqrt(variance + ep
     norm'(dy) = (g - mean(g) - unit mean(g unit)) / sqrt(variance + eps)    (RMSNorm: without mean(g))
     d_weight  = sum over rows of dy unit          d_bias = sum over rows of dy
 
+Whatever a tile needs is loaded before the first sum over its columns: threads wait for each other there, and a load
+behind it would begin when they are through.
+
 Bytes an element leave out statistics, weights and column sums, which are one number a row or column.
 
 M rows   N columns
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from megaresnorm.kernels.add_norm import triton_wide
-from megaresnorm.kernels.add_norm.spec import FP8, SUMS, AddNormSpec, Inputs, Outputs, Saved
 from megaresnorm.kernels.add_norm.triton_common import (
     as_output,
     columns_of,
     gate_of,
+    hash_of_rows,
+    kept,
     largest_of,
     load_statistics,
-    normalized,
     statistics_of,
+    store_pair,
     store_statistics,
     tile_of,
 )
-from megaresnorm.kernels.custom_op import launcher
-
-MAX_COLUMNS = 8192  # above, the column sums of the gradients would no longer fit in registers
-WIDE_BLOCK = 4096
-KINDS = {"none": 0, "rmsnorm": 1, "layernorm": 2}
-NUMBER, SCALAR, VECTOR = 0, 1, 2  # forms of a gate: constant, learned [1], learned [N]
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
+def _affine(v, mean, reciprocal, weight, bias, bias_pointer):
+    """(v - mean) * reciprocal * weight + bias, with weight and bias as tiles [1, n]; no bias without its pointer."""
+    y = (v - mean[:, None]) * reciprocal[:, None] * weight
+    if bias_pointer is not None:
+        y += bias
+    return y
+
+
+@triton.jit
+def _weight_and_bias(weight, bias, cols, mask):
+    """Weight and bias of a norm as tiles [1, n]; without a bias anything in its place."""
+    w = columns_of(weight, cols, mask)
+    return w, columns_of(bias, cols, mask) if bias is not None else w
+
+
+@triton.jit(do_not_specialize=["rows", "first_column"])
 def forward_kernel(
-    x, delta, gate, z, trunk, branch, amax, fp8_scale,
+    x, delta, gate, z, trunk, branch, amax, fp8_scale, key, numbers,
     branch_weight, branch_bias, branch_statistics, weight, bias, statistics, next_weight, next_bias, next_statistics,
-    rows, columns, alpha, scale, branch_eps, eps, next_eps,
+    rows, columns, alpha, scale, factor, first_column, branch_eps, eps, next_eps,
     BRANCH_NORM: tl.constexpr, NORM: tl.constexpr, NEXT_NORM: tl.constexpr, GATE: tl.constexpr, FP8: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """z = alpha x + gate branch_norm(delta), trunk = norm(z), branch = next_norm(trunk); a program has BLOCK_M rows.
+    """z = alpha x + gate dropout(branch_norm(delta)), trunk = norm(z), branch = next_norm(trunk) of BLOCK_M rows.
 
-    Tensors are [M, N], statistics [M, 2], amax [M], weights and biases [N]; None where a call has none. Each norm reads
-    the rounded tensor before it. amax is the largest |branch| of a row before ``fp8_scale``.
+    Tensors are [M, N], statistics [M, 2], amax and numbers [M], weights and biases [N]; None where a call has none.
+    Each norm reads the rounded tensor before it. amax is the largest |branch| of a row before ``fp8_scale``. With a
+    THRESHOLD there is dropout (``triton_common.kept``), and what is kept is multiplied by ``factor``.
 
     Reads x and delta, writes z, trunk (with NORM) and branch, each once. With next_norm alone that is 8 bytes an
     element in BF16, 12 with an FP32 stream, 7 with branch in FP8, 4 without delta; NORM adds the trunk.
@@ -66,13 +74,30 @@ def forward_kernel(
     mask = row_mask[:, None] & col_mask[None, :]
     offsets = row[:, None] * columns + cols[None, :]
     v = tile_of(x, offsets, mask)
+    if FP8:
+        fp8_factor = tl.load(fp8_scale)
+    else:
+        fp8_factor = 1.0
     if delta is not None:
         d = tile_of(delta, offsets, mask)
+        factors = gate_of(gate, scale, cols, col_mask, GATE)
+        if THRESHOLD:
+            bits = tl.load(key)
+            row_hash = hash_of_rows(bits, numbers, row, row_mask)
+        if BRANCH_NORM:
+            branch_w, branch_b = _weight_and_bias(branch_weight, branch_bias, cols, col_mask)
+    if NORM:
+        w, b = _weight_and_bias(weight, bias, cols, col_mask)
+    if NEXT_NORM:
+        next_w, next_b = _weight_and_bias(next_weight, next_bias, cols, col_mask)
+    if delta is not None:
+        if THRESHOLD:
+            factors = tl.where(kept(bits, row_hash, cols, first_column, THRESHOLD), factors * factor, 0.0)
         if BRANCH_NORM:
             mean, reciprocal = statistics_of(d, mask, columns, branch_eps, BRANCH_NORM)
             store_statistics(branch_statistics, row, row_mask, mean, reciprocal)
-            d = normalized(d, mean, reciprocal, branch_weight, branch_bias, cols, col_mask)
-        v = alpha * v + gate_of(gate, scale, cols, col_mask, GATE) * d
+            d = _affine(d, mean, reciprocal, branch_w, branch_b, branch_bias)
+        v = alpha * v + factors * d
     if z is not None:
         stored = v.to(z.dtype.element_ty)
         tl.store(z + offsets, stored, mask=mask)
@@ -80,44 +105,48 @@ def forward_kernel(
     if NORM:
         mean, reciprocal = statistics_of(v, mask, columns, eps, NORM)
         store_statistics(statistics, row, row_mask, mean, reciprocal)
-        stored = normalized(v, mean, reciprocal, weight, bias, cols, col_mask).to(trunk.dtype.element_ty)
+        stored = _affine(v, mean, reciprocal, w, b, bias).to(trunk.dtype.element_ty)
         tl.store(trunk + offsets, stored, mask=mask)
         v = tl.where(mask, stored.to(tl.float32), 0.0)
     if NEXT_NORM:
         mean, reciprocal = statistics_of(v, mask, columns, next_eps, NEXT_NORM)
         store_statistics(next_statistics, row, row_mask, mean, reciprocal)
-        v = normalized(v, mean, reciprocal, next_weight, next_bias, cols, col_mask)
+        v = _affine(v, mean, reciprocal, next_w, next_b, next_bias)
     if amax is not None:
         tl.store(amax + row, largest_of(v, mask), mask=row_mask)
     if branch is not None:
-        tl.store(branch + offsets, as_output(v, fp8_scale, branch, FP8), mask=mask)
+        tl.store(branch + offsets, as_output(v, fp8_factor, branch, FP8), mask=mask)
 
 
 @triton.jit
-def _norm_gradient(dy, v, mean, reciprocal, weight, cols, col_mask, columns, KIND: tl.constexpr):
-    """norm'(dy), the gradient of the norm's input, and the unit rows."""
-    unit = (v - mean[:, None]) * reciprocal[:, None]
-    gy = dy * columns_of(weight, cols, col_mask)
-    inner = gy - unit * (tl.sum(gy * unit, 1) / columns)[:, None]
+def _norm_gradient(dy, unit, reciprocal, weight, columns, KIND: tl.constexpr):
+    """norm'(dy), the gradient of the norm's input, and mean(g unit) and mean(g) of every row."""
+    gy = dy * weight
+    along = tl.sum(gy * unit, 1) / columns
+    inner = gy - unit * along[:, None]
+    average = along * 0.0
     if KIND == 2:
-        inner -= (tl.sum(gy, 1) / columns)[:, None]
-    return inner * reciprocal[:, None], unit
+        average = tl.sum(gy, 1) / columns
+        inner -= average[:, None]
+    return inner * reciprocal[:, None], along, average
 
 
-@triton.jit(do_not_specialize=["rows", "rows_per_program"])
+@triton.jit(do_not_specialize=["rows", "rows_per_program", "first_column"])
 def backward_kernel(
-    d_trunk, d_branch, z, trunk, delta, gate, dx, d_delta,
+    d_trunk, d_branch, z, trunk, delta, gate, dx, d_delta, coefficients, key, numbers,
     branch_weight, branch_bias, branch_statistics, weight, statistics, next_weight, next_statistics,
     sum_branch_weight, sum_branch_bias, sum_weight, sum_bias, sum_next_weight, sum_next_bias, sum_gate,
-    rows, columns, rows_per_program, alpha, scale,
+    rows, columns, rows_per_program, alpha, scale, factor, first_column,
     BRANCH_NORM: tl.constexpr, NORM: tl.constexpr, NEXT_NORM: tl.constexpr, GATE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """g = norm'(d_trunk + next_norm'(d_branch)), dx = alpha g, d_delta = branch_norm'(gate g), and the column sums.
+    """g = norm'(d_trunk + next_norm'(d_branch)), dx = alpha g, d_delta = branch_norm'(dropout'(gate g)), column sums.
 
-    The column sums are d_weight and d_bias of the norms and d_gate, the sum of g branch_norm(delta). A program goes
-    over ``rows_per_program`` rows and stores its share of them, [programs, N], at each sum_*; None where there is none.
-    d_delta is None without delta, or where it is the very tensor of dx.
+    The column sums are d_weight and d_bias of the norms and d_gate, the sum of g dropout(branch_norm(delta)). A program
+    goes over ``rows_per_program`` rows and stores its share of them, [programs, N], at each sum_*; None where there is
+    none. With ``coefficients`` [M, 6] there are no sums: mean(g unit) and mean(g) of every row and norm are stored
+    instead, from which triton_wide.columns_kernel makes them. d_delta is None without delta, or where it is the very
+    tensor of dx.
 
     Reads d_trunk, d_branch and z, the trunk with two norms, and delta for a learned gate or a branch norm; writes dx
     and d_delta; each once. With next_norm alone that is 8 bytes an element in BF16 where d_delta is dx and 10 where it
@@ -126,13 +155,21 @@ def backward_kernel(
     program = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_N)
     col_mask = cols < columns
-    a_branch_weight = tl.zeros([BLOCK_N], tl.float32)
-    a_branch_bias = tl.zeros([BLOCK_N], tl.float32)
-    a_weight = tl.zeros([BLOCK_N], tl.float32)
-    a_bias = tl.zeros([BLOCK_N], tl.float32)
-    a_next_weight = tl.zeros([BLOCK_N], tl.float32)
-    a_next_bias = tl.zeros([BLOCK_N], tl.float32)
-    a_gate = tl.zeros([BLOCK_N], tl.float32)
+    if BRANCH_NORM and (d_delta is not None) and (coefficients is None):
+        branch_w, branch_b = _weight_and_bias(branch_weight, branch_bias, cols, col_mask)
+    if NORM:
+        w = columns_of(weight, cols, col_mask)
+    if NEXT_NORM and (d_branch is not None):
+        next_w = columns_of(next_weight, cols, col_mask)
+    if THRESHOLD:
+        bits = tl.load(key)
+    a_branch_weight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    a_branch_bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    a_weight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    a_bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    a_next_weight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    a_next_bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    a_gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, rows_per_program, BLOCK_M):
         row = program * rows_per_program + start + tl.arange(0, BLOCK_M)
         row_mask = (row < rows) & (start + tl.arange(0, BLOCK_M) < rows_per_program)
@@ -140,166 +177,95 @@ def backward_kernel(
         offsets = row[:, None] * columns + cols[None, :]
         if d_branch is not None:
             g = tile_of(d_branch, offsets, mask)
-            if NEXT_NORM:
-                dy = g
-                v = tile_of(trunk if NORM else z, offsets, mask)
-                mean, reciprocal = load_statistics(next_statistics, row, row_mask)
-                g, unit = _norm_gradient(dy, v, mean, reciprocal, next_weight, cols, col_mask, columns, NEXT_NORM)
-                a_next_weight += tl.sum(dy * unit, 0)
-                if sum_next_bias is not None:
-                    a_next_bias += tl.sum(dy, 0)
             if d_trunk is not None:
-                g += tile_of(d_trunk, offsets, mask)
+                passed = tile_of(d_trunk, offsets, mask)
         else:
             g = tile_of(d_trunk, offsets, mask)
+        if NEXT_NORM and (d_branch is not None):
+            next_v = tile_of(trunk if NORM else z, offsets, mask)
+            next_mean, next_reciprocal = load_statistics(next_statistics, row, row_mask)
         if NORM:
-            dy = tl.where(mask, g, 0.0)
             v = tile_of(z, offsets, mask)
             mean, reciprocal = load_statistics(statistics, row, row_mask)
-            g, unit = _norm_gradient(dy, v, mean, reciprocal, weight, cols, col_mask, columns, NORM)
-            a_weight += tl.sum(dy * unit, 0)
+        if THRESHOLD:
+            row_hash = hash_of_rows(bits, numbers, row, row_mask)
+        if (d_delta is not None) and (delta is not None):
+            d = tile_of(delta, offsets, mask)
+            if BRANCH_NORM:
+                branch_mean, branch_reciprocal = load_statistics(branch_statistics, row, row_mask)
+        if NEXT_NORM and (d_branch is not None):
+            unit = (next_v - next_mean[:, None]) * next_reciprocal[:, None]
+            if sum_next_weight is not None:
+                a_next_weight += g * unit
+            if sum_next_bias is not None:
+                a_next_bias += g
+            g, along, average = _norm_gradient(g, unit, next_reciprocal, next_w, columns, NEXT_NORM)
+            if coefficients is not None:
+                store_pair(coefficients, row, row_mask, along, average, 2)
+        if (d_branch is not None) and (d_trunk is not None):
+            g += passed
+        if NORM:
+            g = tl.where(mask, g, 0.0)
+            unit = (v - mean[:, None]) * reciprocal[:, None]
+            if sum_weight is not None:
+                a_weight += g * unit
             if sum_bias is not None:
-                a_bias += tl.sum(dy, 0)
+                a_bias += g
+            g, along, average = _norm_gradient(g, unit, reciprocal, w, columns, NORM)
+            if coefficients is not None:
+                store_pair(coefficients, row, row_mask, along, average, 1)
         tl.store(dx + offsets, (g * alpha).to(dx.dtype.element_ty), mask=mask)
         if d_delta is not None:
-            if delta is not None:
-                d = tile_of(delta, offsets, mask)
-            gated = tl.where(mask, g * gate_of(gate, scale, cols, col_mask, GATE), 0.0)
+            g = tl.where(mask, g, 0.0)
+            if THRESHOLD:
+                g = tl.where(kept(bits, row_hash, cols, first_column, THRESHOLD), g * factor, 0.0)
+            gated = g * gate_of(gate, scale, cols, col_mask, GATE)
             if BRANCH_NORM:
-                mean, reciprocal = load_statistics(branch_statistics, row, row_mask)
+                if coefficients is not None:  # here, or registers would not do
+                    branch_w, branch_b = _weight_and_bias(branch_weight, branch_bias, cols, col_mask)
+                unit = (d - branch_mean[:, None]) * branch_reciprocal[:, None]
                 if sum_gate is not None:
-                    y = normalized(d, mean, reciprocal, branch_weight, branch_bias, cols, col_mask)
-                    a_gate += tl.sum(tl.where(mask, g * y, 0.0), 0)
-                dy = gated
-                gated, unit = _norm_gradient(
-                    dy, d, mean, reciprocal, branch_weight, cols, col_mask, columns, BRANCH_NORM
-                )
-                a_branch_weight += tl.sum(dy * unit, 0)
+                    a_gate += g * _affine(d, branch_mean, branch_reciprocal, branch_w, branch_b, branch_bias)
+                if sum_branch_weight is not None:
+                    a_branch_weight += gated * unit
                 if sum_branch_bias is not None:
-                    a_branch_bias += tl.sum(dy, 0)
+                    a_branch_bias += gated
+                gated, along, average = _norm_gradient(gated, unit, branch_reciprocal, branch_w, columns, BRANCH_NORM)
+                if coefficients is not None:
+                    store_pair(coefficients, row, row_mask, along, average, 0)
             elif sum_gate is not None:
-                a_gate += tl.sum(g * d, 0)
+                a_gate += g * d
             tl.store(d_delta + offsets, gated.to(d_delta.dtype.element_ty), mask=mask)
     at = program * columns + cols
     if sum_branch_weight is not None:
-        tl.store(sum_branch_weight + at, a_branch_weight, mask=col_mask)
+        tl.store(sum_branch_weight + at, tl.sum(a_branch_weight, 0), mask=col_mask)
     if sum_branch_bias is not None:
-        tl.store(sum_branch_bias + at, a_branch_bias, mask=col_mask)
+        tl.store(sum_branch_bias + at, tl.sum(a_branch_bias, 0), mask=col_mask)
     if sum_weight is not None:
-        tl.store(sum_weight + at, a_weight, mask=col_mask)
+        tl.store(sum_weight + at, tl.sum(a_weight, 0), mask=col_mask)
     if sum_bias is not None:
-        tl.store(sum_bias + at, a_bias, mask=col_mask)
+        tl.store(sum_bias + at, tl.sum(a_bias, 0), mask=col_mask)
     if sum_next_weight is not None:
-        tl.store(sum_next_weight + at, a_next_weight, mask=col_mask)
+        tl.store(sum_next_weight + at, tl.sum(a_next_weight, 0), mask=col_mask)
     if sum_next_bias is not None:
-        tl.store(sum_next_bias + at, a_next_bias, mask=col_mask)
+        tl.store(sum_next_bias + at, tl.sum(a_next_bias, 0), mask=col_mask)
     if sum_gate is not None:
-        tl.store(sum_gate + at, a_gate, mask=col_mask)
+        tl.store(sum_gate + at, tl.sum(a_gate, 0), mask=col_mask)
 
 
-def forward(inputs: Inputs, spec: AddNormSpec, outputs: Outputs) -> None:
-    """Fill ``outputs``, as ``AddNormBackend.forward``."""
-    x, delta, gate, fp8_scale, w = inputs
-    rows, columns = x.shape
-    if rows == 0:
-        return
-    wide = columns > MAX_COLUMNS
-    shape = _shape(columns, 1) if not wide else Shape(1, WIDE_BLOCK, 8)
-    kernel = triton_wide.forward_kernel if wide else forward_kernel
-    z, trunk, branch, branch_statistics, statistics, next_statistics, amax = outputs
-    launcher(kernel)[(triton.cdiv(rows, shape.block_m),)](
-        x, delta, gate, z, trunk, branch, amax, fp8_scale,
-        w[0], w[1], branch_statistics, w[2], w[3], statistics, w[4], w[5], next_statistics,
-        rows, columns, spec.alpha, spec.constant_gate, *spec.eps,
-        *_kinds(spec), _kind_of_gate(gate), spec.out_dtype == FP8,
-        shape.block_m, shape.block_n, num_warps=shape.warps,
-    )  # fmt: skip
-
-
-def backward(
-    d_trunk: Tensor | None, d_branch: Tensor | None, saved: Saved, spec: AddNormSpec, dx: Tensor, d_delta: Tensor | None
-) -> Tensor:
-    """Fill dx and d_delta and return the column sums, as ``AddNormBackend.backward``."""
-    z, trunk, delta, gate, w, (branch_statistics, statistics, next_statistics) = saved
-    rows, columns = z.shape
-    if d_branch is None:
-        spec = spec.without_next_norm()
-    used = [i for i, there in enumerate(_sums(saved, spec)) if there]
-    sums = z.new_zeros((SUMS, columns), dtype=torch.float32)
-    if rows == 0:
-        return sums
-    norms = sum(kind != "none" for kind in spec.kinds)
-    wide = columns * max(1, norms) > MAX_COLUMNS
-    shape = _shape(columns, max(1, norms)) if not wide else Shape(8, 128, 4)
-    programs = max(
-        1, min(triton.cdiv(rows, shape.block_m), _programs(z.device) if not wide else triton.cdiv(rows, 256))
-    )
-    rows_per_program = triton.cdiv(triton.cdiv(rows, programs), shape.block_m) * shape.block_m
-    programs = triton.cdiv(rows, rows_per_program)
-    partial = z.new_empty((len(used), programs, columns), dtype=torch.float32)
-    parts: list[Tensor | None] = [None] * SUMS
-    for slot, i in enumerate(used):
-        parts[i] = partial[slot]
-    kinds = *_kinds(spec), _kind_of_gate(gate)
-    if not wide:
-        launcher(backward_kernel)[(programs,)](
-            d_trunk, d_branch, z, trunk, delta, gate, dx, d_delta,
-            w[0], w[1], branch_statistics, w[2], statistics, w[4], next_statistics, *parts,
-            rows, columns, rows_per_program, spec.alpha, spec.constant_gate, *kinds,
-            shape.block_m, shape.block_n, num_warps=shape.warps,
-        )  # fmt: skip
-    else:
-        coefficients = z.new_zeros((rows, 6), dtype=torch.float32)
-        launcher(triton_wide.rows_kernel)[(rows,)](
-            d_trunk, d_branch, z, trunk, delta, gate, dx, d_delta, coefficients,
-            w[0], branch_statistics, w[2], statistics, w[4], next_statistics,
-            rows, columns, spec.alpha, spec.constant_gate, *kinds,
-            1, min(WIDE_BLOCK, triton.next_power_of_2(columns)), num_warps=8,
-        )  # fmt: skip
-        if used:
-            launcher(triton_wide.columns_kernel)[(programs, triton.cdiv(columns, shape.block_n))](
-                d_trunk, d_branch, z, trunk, delta, gate, coefficients,
-                w[0], w[1], branch_statistics, w[2], statistics, w[4], next_statistics, *parts,
-                rows, columns, rows_per_program, spec.constant_gate, *kinds,
-                shape.block_m, shape.block_n, num_warps=shape.warps,
-            )  # fmt: skip
-    for slot, i in enumerate(used):
-        torch.sum(partial[slot], 0, out=sums[i])
-    return sums
-
-
-class Shape(NamedTuple):
-    """A program's tile of block_m rows and block_n columns, and its warps of 32 threads."""
-
-    block_m: int
-    block_n: int
-    warps: int
-
-
-def _shape(columns: int, norms: int) -> Shape:
-    """Tiles of 2048 numbers or one row, 16 numbers a thread: 128-bit accesses and no register spills.
-
-    tests/kernels/registers.json has the registers that each kernel may use.
-    """
-    block_n = triton.next_power_of_2(columns)
-    block_m = max(1, 2048 // block_n)
-    return Shape(block_m, block_n, min(16, max(4, block_m * block_n // 512)))
-
-
-def _programs(device: torch.device) -> int:
-    """Two programs a multiprocessor: their partial sums are then about two percent of the bytes that a kernel moves."""
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def _kinds(spec: AddNormSpec) -> list[int]:
-    return [KINDS[kind] for kind in spec.kinds]
-
-
-def _kind_of_gate(gate: Tensor | None) -> int:
-    return NUMBER if gate is None else SCALAR if gate.numel() == 1 else VECTOR
-
-
-def _sums(saved: Saved, spec: AddNormSpec) -> Sequence[bool]:
-    """Which of the SUMS column sums exist."""
-    weights = [w is not None and spec.kinds[i // 2] != "none" for i, w in enumerate(saved.weights)]
-    return *weights, saved.gate is not None
+@triton.jit(do_not_specialize=["programs"])
+def sum_kernel(partial, sums, programs, columns, USED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """sums [7, N]: for every bit of USED the sum over the programs of the next [programs, N] of partial, else 0."""
+    slot = tl.program_id(1)
+    place, used = slot * 0, slot * 0
+    for i in tl.static_range(7):
+        place += ((USED >> i) & 1) * tl.where(slot > i, 1, 0)
+        used += ((USED >> i) & 1) * tl.where(slot == i, 1, 0)
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_mask = cols < columns
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, programs * used, BLOCK_M):
+        program = start + tl.arange(0, BLOCK_M)
+        at = (place * programs + program).to(tl.int64)[:, None] * columns + cols[None, :]
+        total += tile_of(partial, at, (program < programs)[:, None] & col_mask[None, :])
+    tl.store(sums + slot * columns + cols, tl.sum(total, 0), mask=col_mask)

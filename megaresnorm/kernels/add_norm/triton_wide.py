@@ -3,7 +3,7 @@
 The forward pass and the gradients of rows have one program a row, which reads its row once for each sum that it needs.
 The column sums are a second kernel, over blocks of columns, that reads the few numbers a row which the first one left.
 
-triton_rows has the equations. Bytes an element count every load and store of the code; a row that is read again may
+triton_rows has the equations, triton_launch the tiles. Bytes an element count every load and store of the code; a row that is read again may
 come from a cache.
 
 M rows   N columns
@@ -16,9 +16,12 @@ from megaresnorm.kernels.add_norm.triton_common import (
     as_output,
     columns_of,
     gate_of,
+    hash_of_rows,
+    kept,
     largest_of,
     load_statistics,
     normalized,
+    store_pair,
     store_statistics,
     tile_of,
 )
@@ -44,13 +47,27 @@ def _statistics(source, row, columns, eps, KIND: tl.constexpr, BLOCK_N: tl.const
     return mean, tl.div_rn(variance * 0.0 + 1.0, tl.sqrt_rn(variance + eps))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
+def _factors(
+    gate, scale, key, numbers, factor, row, row_mask, cols, col_mask, first_column,
+    GATE: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    """What a tile of the branch is multiplied by: its gate, and with a THRESHOLD the mask of dropout and ``factor``."""
+    found = gate_of(gate, scale, cols, col_mask, GATE)
+    if THRESHOLD:
+        bits = tl.load(key)
+        row_hash = hash_of_rows(bits, numbers, row, row_mask)
+        found = tl.where(kept(bits, row_hash, cols, first_column, THRESHOLD), found * factor, 0.0)
+    return found
+
+
+@triton.jit(do_not_specialize=["rows", "first_column"])
 def forward_kernel(
-    x, delta, gate, z, trunk, branch, amax, fp8_scale,
+    x, delta, gate, z, trunk, branch, amax, fp8_scale, key, numbers,
     branch_weight, branch_bias, branch_statistics, weight, bias, statistics, next_weight, next_bias, next_statistics,
-    rows, columns, alpha, scale, branch_eps, eps, next_eps,
+    rows, columns, alpha, scale, factor, first_column, branch_eps, eps, next_eps,
     BRANCH_NORM: tl.constexpr, NORM: tl.constexpr, NEXT_NORM: tl.constexpr, GATE: tl.constexpr, FP8: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Equations and arguments of triton_rows.forward_kernel; BLOCK_M is 1.
 
@@ -72,7 +89,9 @@ def forward_kernel(
                 d = tile_of(delta, offsets, mask)
                 if BRANCH_NORM:
                     d = normalized(d, b_mean, b_reciprocal, branch_weight, branch_bias, cols, col_mask)
-                v = alpha * v + gate_of(gate, scale, cols, col_mask, GATE) * d
+                v = alpha * v + d * _factors(
+                    gate, scale, key, numbers, factor, row, row_mask, cols, col_mask, first_column, GATE, THRESHOLD
+                )
             tl.store(z + offsets, v.to(z.dtype.element_ty), mask=mask)
         tl.debug_barrier()  # other threads of the program read what was stored
     stored = x if z is None else z
@@ -91,6 +110,10 @@ def forward_kernel(
         mean, reciprocal = _statistics(summed, row, columns, next_eps, NEXT_NORM, BLOCK_N)
         store_statistics(next_statistics, row, row_mask, mean, reciprocal)
     largest = tl.zeros([BLOCK_M], tl.int32)
+    if FP8:
+        fp8_factor = tl.load(fp8_scale)
+    else:
+        fp8_factor = 1.0
     if (branch is not None) or (amax is not None):
         for start in range(0, columns, BLOCK_N):
             cols = start + tl.arange(0, BLOCK_N)
@@ -101,7 +124,7 @@ def forward_kernel(
                 v = normalized(v, mean, reciprocal, next_weight, next_bias, cols, col_mask)
             largest = tl.maximum(largest, largest_of(v, mask).to(tl.int32, bitcast=True))
             if branch is not None:
-                tl.store(branch + offsets, as_output(v, fp8_scale, branch, FP8), mask=mask)
+                tl.store(branch + offsets, as_output(v, fp8_factor, branch, FP8), mask=mask)
     if amax is not None:
         tl.store(amax + row, largest.to(tl.float32, bitcast=True), mask=row_mask)
 
@@ -153,19 +176,19 @@ def _gradients(
 
 
 @triton.jit
-def _store_pair(coefficients, row, row_mask, along, average, columns, PLACE: tl.constexpr, KIND: tl.constexpr):
-    at = coefficients + 6 * row + 2 * PLACE
-    tl.store(at, tl.sum(along, 1) / columns, mask=row_mask)
-    tl.store(at + 1, tl.sum(average, 1) / columns if KIND == 2 else tl.sum(average, 1) * 0.0, mask=row_mask)
-    tl.debug_barrier()
+def _store_means(coefficients, row, row_mask, along, average, columns, PLACE: tl.constexpr, KIND: tl.constexpr):
+    average = tl.sum(average, 1) / columns if KIND == 2 else tl.sum(average, 1) * 0.0
+    store_pair(coefficients, row, row_mask, tl.sum(along, 1) / columns, average, PLACE)
+    tl.debug_barrier()  # other threads of the program read what was stored
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "first_column"])
 def rows_kernel(
-    d_trunk, d_branch, z, trunk, delta, gate, dx, d_delta, coefficients,
-    branch_weight, branch_statistics, weight, statistics, next_weight, next_statistics, rows, columns, alpha, scale,
+    d_trunk, d_branch, z, trunk, delta, gate, dx, d_delta, coefficients, key, numbers,
+    branch_weight, branch_statistics, weight, statistics, next_weight, next_statistics,
+    rows, columns, alpha, scale, factor, first_column,
     BRANCH_NORM: tl.constexpr, NORM: tl.constexpr, NEXT_NORM: tl.constexpr, GATE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dx and d_delta of a row, as triton_rows.backward_kernel, and coefficients [M, 6].
 
@@ -189,7 +212,7 @@ def rows_kernel(
             gy = dy * columns_of(next_weight, cols, col_mask)
             along += gy * unit
             average += gy
-        _store_pair(coefficients, row, row_mask, along, average, columns, 2, NEXT_NORM)
+        _store_means(coefficients, row, row_mask, along, average, columns, 2, NEXT_NORM)
     if NORM:
         along, average = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, columns, BLOCK_N):
@@ -203,7 +226,7 @@ def rows_kernel(
             gy = dy * columns_of(weight, cols, col_mask)
             along += gy * unit
             average += gy
-        _store_pair(coefficients, row, row_mask, along, average, columns, 1, NORM)
+        _store_means(coefficients, row, row_mask, along, average, columns, 1, NORM)
     along, average = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, columns, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
@@ -215,7 +238,9 @@ def rows_kernel(
         )  # fmt: skip
         tl.store(dx + offsets, (g * alpha).to(dx.dtype.element_ty), mask=mask)
         if d_delta is not None:
-            gated = tl.where(mask, g * gate_of(gate, scale, cols, col_mask, GATE), 0.0)
+            gated = tl.where(mask, g, 0.0) * _factors(
+                gate, scale, key, numbers, factor, row, row_mask, cols, col_mask, first_column, GATE, THRESHOLD
+            )
             if BRANCH_NORM:
                 mean, reciprocal = load_statistics(branch_statistics, row, row_mask)
                 gy = gated * columns_of(branch_weight, cols, col_mask)
@@ -224,7 +249,7 @@ def rows_kernel(
             else:
                 tl.store(d_delta + offsets, gated.to(d_delta.dtype.element_ty), mask=mask)
     if BRANCH_NORM:
-        _store_pair(coefficients, row, row_mask, along, average, columns, 0, BRANCH_NORM)
+        _store_means(coefficients, row, row_mask, along, average, columns, 0, BRANCH_NORM)
         along_mean, average_mean = _load_pair(coefficients, row, row_mask, 0)
         for start in range(0, columns, BLOCK_N):
             cols = start + tl.arange(0, BLOCK_N)
@@ -234,21 +259,23 @@ def rows_kernel(
                 d_trunk, d_branch, z, trunk, weight, statistics, next_weight, next_statistics, coefficients,
                 row, row_mask, offsets, mask, cols, col_mask, NORM, NEXT_NORM, 2,
             )  # fmt: skip
-            gated = g * gate_of(gate, scale, cols, col_mask, GATE)
+            gated = g * _factors(
+                gate, scale, key, numbers, factor, row, row_mask, cols, col_mask, first_column, GATE, THRESHOLD
+            )
             mean, reciprocal = load_statistics(branch_statistics, row, row_mask)
             unit = (tile_of(delta, offsets, mask) - mean[:, None]) * reciprocal[:, None]
             gated = _norm_gradient(gated, unit, reciprocal, along_mean, average_mean, branch_weight, cols, col_mask)
             tl.store(d_delta + offsets, gated.to(d_delta.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "rows_per_program"])
+@triton.jit(do_not_specialize=["rows", "rows_per_program", "first_column"])
 def columns_kernel(
-    d_trunk, d_branch, z, trunk, delta, gate, coefficients,
+    d_trunk, d_branch, z, trunk, delta, gate, coefficients, key, numbers,
     branch_weight, branch_bias, branch_statistics, weight, statistics, next_weight, next_statistics,
     sum_branch_weight, sum_branch_bias, sum_weight, sum_bias, sum_next_weight, sum_next_bias, sum_gate,
-    rows, columns, rows_per_program, scale,
+    rows, columns, rows_per_program, scale, factor, first_column,
     BRANCH_NORM: tl.constexpr, NORM: tl.constexpr, NEXT_NORM: tl.constexpr, GATE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Column sums of triton_rows.backward_kernel over ``rows_per_program`` rows of BLOCK_N columns.
 
@@ -258,13 +285,13 @@ def columns_kernel(
     program = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     col_mask = cols < columns
-    a_branch_weight = tl.zeros([BLOCK_N], tl.float32)
-    a_branch_bias = tl.zeros([BLOCK_N], tl.float32)
-    a_weight = tl.zeros([BLOCK_N], tl.float32)
-    a_bias = tl.zeros([BLOCK_N], tl.float32)
-    a_next_weight = tl.zeros([BLOCK_N], tl.float32)
-    a_next_bias = tl.zeros([BLOCK_N], tl.float32)
-    a_gate = tl.zeros([BLOCK_N], tl.float32)
+    a_branch_weight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    a_branch_bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    a_weight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    a_bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    a_next_weight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    a_next_bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    a_gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, rows_per_program, BLOCK_M):
         row = program * rows_per_program + start + tl.arange(0, BLOCK_M)
         row_mask = (row < rows) & (start + tl.arange(0, BLOCK_M) < rows_per_program)
@@ -275,35 +302,40 @@ def columns_kernel(
             row, row_mask, offsets, mask, cols, col_mask, NORM, NEXT_NORM, 2,
         )  # fmt: skip
         if sum_next_weight is not None:
-            a_next_weight += tl.sum(d_next * next_unit, 0)
+            a_next_weight += d_next * next_unit
         if sum_next_bias is not None:
-            a_next_bias += tl.sum(d_next, 0)
+            a_next_bias += d_next
         if sum_weight is not None:
-            a_weight += tl.sum(d_norm * unit, 0)
+            a_weight += d_norm * unit
         if sum_bias is not None:
-            a_bias += tl.sum(d_norm, 0)
+            a_bias += d_norm
         if delta is not None:
             d = tile_of(delta, offsets, mask)
             if BRANCH_NORM:
                 mean, reciprocal = load_statistics(branch_statistics, row, row_mask)
-                gated = g * gate_of(gate, scale, cols, col_mask, GATE)
-                a_branch_weight += tl.sum(gated * ((d - mean[:, None]) * reciprocal[:, None]), 0)
-                a_branch_bias += tl.sum(gated, 0)
+                gated = g * _factors(
+                    gate, scale, key, numbers, factor, row, row_mask, cols, col_mask, first_column, GATE, THRESHOLD
+                )
+                a_branch_weight += gated * ((d - mean[:, None]) * reciprocal[:, None])
+                a_branch_bias += gated
                 d = normalized(d, mean, reciprocal, branch_weight, branch_bias, cols, col_mask)
             if sum_gate is not None:
-                a_gate += tl.sum(tl.where(mask, g * d, 0.0), 0)
+                ones = _factors(
+                    gate, 1.0, key, numbers, factor, row, row_mask, cols, col_mask, first_column, 0, THRESHOLD
+                )
+                a_gate += tl.where(mask, g * ones * d, 0.0)
     at = program * columns + cols
     if sum_branch_weight is not None:
-        tl.store(sum_branch_weight + at, a_branch_weight, mask=col_mask)
+        tl.store(sum_branch_weight + at, tl.sum(a_branch_weight, 0), mask=col_mask)
     if sum_branch_bias is not None:
-        tl.store(sum_branch_bias + at, a_branch_bias, mask=col_mask)
+        tl.store(sum_branch_bias + at, tl.sum(a_branch_bias, 0), mask=col_mask)
     if sum_weight is not None:
-        tl.store(sum_weight + at, a_weight, mask=col_mask)
+        tl.store(sum_weight + at, tl.sum(a_weight, 0), mask=col_mask)
     if sum_bias is not None:
-        tl.store(sum_bias + at, a_bias, mask=col_mask)
+        tl.store(sum_bias + at, tl.sum(a_bias, 0), mask=col_mask)
     if sum_next_weight is not None:
-        tl.store(sum_next_weight + at, a_next_weight, mask=col_mask)
+        tl.store(sum_next_weight + at, tl.sum(a_next_weight, 0), mask=col_mask)
     if sum_next_bias is not None:
-        tl.store(sum_next_bias + at, a_next_bias, mask=col_mask)
+        tl.store(sum_next_bias + at, tl.sum(a_next_bias, 0), mask=col_mask)
     if sum_gate is not None:
-        tl.store(sum_gate + at, a_gate, mask=col_mask)
+        tl.store(sum_gate + at, tl.sum(a_gate, 0), mask=col_mask)

@@ -49,7 +49,7 @@ class _Backward(ctypes.Structure):
 
 
 def _forward(inputs: Inputs, spec: AddNormSpec, outputs: Outputs) -> None:
-    x, delta, gate, fp8_scale, weights = inputs
+    x, delta, gate, fp8_scale, _, _, weights = inputs
     z, trunk, branch, *statistics, amax = outputs
     rows, columns = x.shape
     at, type_of = build.address, build.type_of
@@ -65,7 +65,7 @@ def _forward(inputs: Inputs, spec: AddNormSpec, outputs: Outputs) -> None:
 def _backward(
     d_trunk: Tensor | None, d_branch: Tensor | None, saved: Saved, spec: AddNormSpec, dx: Tensor, d_delta: Tensor | None
 ) -> Tensor:
-    z, trunk, delta, gate, weights, statistics = saved
+    z, trunk, delta, gate, _, _, weights, statistics = saved
     rows, columns = z.shape
     blocks = -(-rows // ROWS_PER_BLOCK)
     partial = z.new_empty((blocks, SUMS, columns), dtype=torch.float32)
