@@ -71,7 +71,7 @@ def check(kernel, rows, columns, pattern, gate_kind, dtypes, alpha=2.5, device="
     x_dtype, delta_dtype, residual_dtype, out_dtype = DTYPES[dtypes]
     x = draw().to(x_dtype).requires_grad_()
     delta = None if gate_kind == "no delta" else draw().to(delta_dtype).requires_grad_()
-    gate = {"scalar": torch.tensor([0.7]), "vector": torch.linspace(0.5, 1.5, columns)}.get(gate_kind, 0.3)
+    gate = {"scalar": torch.tensor([0.7]), "vector": torch.linspace(0.5, 1.5, columns), "one": 1.0}.get(gate_kind, 0.3)
     if isinstance(gate, torch.Tensor):
         gate = gate.to(device).requires_grad_()
     branch_norm, norm, next_norm = (make_norm(kind, columns, g, device) for kind in PATTERNS[pattern])
