@@ -49,7 +49,10 @@ class EngineRecipe(Section):
 
 
 class KernelRecipe(Section):
-    """``auto`` takes the fastest backend that can run here; ``megaresnorm doctor --kernels`` lists them."""
+    """``auto`` takes the fastest backend that can run here; ``megaresnorm doctor --kernels`` lists them.
+
+    Backends of other packages (te, apex, liger, quack, torch) run only when they are named.
+    """
 
     add_norm: Word = "auto"
     """Backend of the residual-add + norm op."""
