@@ -49,10 +49,7 @@ class EngineRecipe(Section):
 
 
 class KernelRecipe(Section):
-    """``auto`` takes the fastest backend that can run here; ``megaresnorm doctor --kernels`` lists them.
-
-    Backends of other packages (te, apex, liger, quack, torch) run only when they are named.
-    """
+    """``auto`` takes the fastest of our backends that can run; ``megaresnorm doctor --kernels`` lists all."""
 
     add_norm: Word = "auto"
     """Backend of the residual-add + norm op."""
