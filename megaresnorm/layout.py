@@ -51,6 +51,9 @@ def check_execution(recipe: Recipe, sizes: Sizes, device_type: str) -> None:
         reasons = {
             f"records one rank's microbatch, not the messages of {sizes.num_ranks} ranks": sizes.num_ranks > 1,
             "has graphs of one length of document, data.mask_documents=true of many": recipe.data.mask_documents,
+            "records no host that waits for its labels, as kernels.cross_entropy=liger does": (
+                recipe.kernels.cross_entropy == "liger"
+            ),
             f"needs a GPU, this is {device_type}": not gpu,
         }
         against = next((reason for reason, holds in reasons.items() if holds), None)

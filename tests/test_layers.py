@@ -41,6 +41,8 @@ ONLY_IN = {  # package -> the files that may import it
     "deepspeed": ["engines/deepspeed.py"],
     "transformer_engine": ["kernels/add_norm/te.py"],
     "apex": ["kernels/add_norm/apex.py"],
+    "liger_kernel": ["kernels/gpu/liger.py"],
+    "quack": ["kernels/gpu/quack.py"],
     "yaml": ["recipe/load.py", "data/hub.py"],
     "sentencepiece": ["data/tokenizer.py"],
     "safetensors": ["checkpoint/reader.py", "convert/files.py", "convert/compare.py", "testing.py"],
@@ -213,7 +215,7 @@ def test_importing_the_package_or_its_help_loads_no_heavy_package():
     script = (
         "import sys, megaresnorm; assert 'torch' not in sys.modules; megaresnorm.TOPOLOGIES; megaresnorm.Transformer; "
         "heavy = {'deepspeed', 'transformer_engine', 'apex', 'datasets', 'transformers', 'tensorboard', 'triton', "
-        "'sentencepiece'};"
+        "'sentencepiece', 'liger_kernel', 'quack'};"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -7,8 +7,10 @@ python tools/bench_kernels.py --device cpu --rows 8192 --columns 1024 --malloc t
 A call reads and writes what the table of bytes below says; a peer that reads its sum once more, or writes it, takes
 longer for the same bytes. Every call gets other buffers, more of them together than the last cache holds. Contenders
 take turns; figures are medians. On a GPU times are those of CUDA graphs, on a CPU of one thread's processor time.
-Gradients go through autograd and come with the allocation of every result, for all contenders alike. Peers that are not
-installed are left out: Liger, quack.
+Gradients go through autograd and come with the allocation of every result, for all contenders alike.
+
+"megaresnorm liger" and the like are our backends by other packages, with our types and weights in FP32; "Liger" and
+"quack" are called as their own users call them. Backends that cannot run are named with the reason before the tables.
 """
 
 import argparse
@@ -51,6 +53,9 @@ def main() -> None:
     device = torch.device(arguments.device)
     torch.manual_seed(0)
     results = []
+    for kernel in backends("add_norm"):
+        if reason := kernel.requires(device, torch.bfloat16):
+            print(f"{kernel.backend}: {reason}")
     for columns in arguments.columns:
         for precision in arguments.precisions:
             for kind in arguments.norms:
@@ -134,7 +139,13 @@ def measure(
     weight, bias = torch.randn(columns, device=device), torch.randn(columns, device=device)
     contenders = {}
     for name, function in calls(device, dtype, precision, kind, weight, bias).items():
-        contenders[name] = both(function, x, delta, d_sum, d_out)
+        steps = both(function, x, delta, d_sum, d_out)
+        try:
+            steps[1](0)
+        except Exception as e:  # noqa: BLE001  (one contender's failure is its own)
+            print(f"{name} fails: {(str(e) or type(e).__name__).splitlines()[0][:200]}", file=sys.stderr)
+            continue
+        contenders[name] = steps
     target = [torch.empty_like(t) for t in x]
     copies = lambda i: target[i].copy_(x[i])  # noqa: E731
     timer = Timer(device, count)
@@ -234,7 +245,7 @@ def calls(
     found: dict[str, Callable] = {}
     for kernel in backends("add_norm"):
         if kernel.requires(device, dtype) is None and not (
-            precision == "fp8" and kernel.backend in ("te", "apex", "compile")
+            precision == "fp8" and kernel.backend in ("te", "apex", "liger", "quack", "torch", "compile")
         ):
 
             def ours(x: Tensor, delta: Tensor, function: Callable = kernel.function) -> tuple[Tensor, Tensor]:

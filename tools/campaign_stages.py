@@ -145,7 +145,23 @@ def warm() -> None:
             del step
 
 
+def backends_of_packages() -> None:
+    """Every backend of the ops that other packages have too, best of five calls; those that cannot run with why."""
+    from megaresnorm.kernels import load_backends
+    from megaresnorm.kernels.benchmark import benchmark_backends
+
+    load_backends()
+    columns = {"add_norm": 4096, "activation": 5632, "cross_entropy": 50304}
+    for op, width in columns.items():
+        shape = (64, 32) if SMOKE else (8192, width)
+        for found in benchmark_backends(DEVICE, torch.bfloat16, [shape], [op]):
+            time = None if found.milliseconds is None else round(found.milliseconds, 3)
+            failed = {"failed": found.reason} if found.reason.startswith("failed") else {}
+            row("backends", name=f"{op} {shape[0]} x {shape[1]}: {found.backend}", ms=time, why=found.reason, **failed)
+
+
 def kernels() -> None:
+    backends_of_packages()
     from bench_kernels import load_backends, measure
 
     load_backends()

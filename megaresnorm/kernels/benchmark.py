@@ -1,7 +1,7 @@
 """Times the kernels that run on this machine, and says why the others do not."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,15 +32,17 @@ class BackendTiming:
     reason: str
 
 
-def benchmark_backends(device: torch.device, dtype: torch.dtype, shapes: list[tuple[int, int]]) -> list[BackendTiming]:
-    """Run every backend of every op a few times.
+def benchmark_backends(
+    device: torch.device, dtype: torch.dtype, shapes: list[tuple[int, int]], ops: Sequence[str] = OPS
+) -> list[BackendTiming]:
+    """Run every backend of some ops a few times.
 
     Args:
         shapes: pairs of rows and columns. Rows are tokens; columns are the model dim, or the vocabulary for
             cross_entropy. Attention has heads of 64 columns and sequences of at most 256 tokens.
     """
     findings = []
-    for op in OPS:
+    for op in ops:
         taken = choose_kernel(op, "auto", device, dtype)[0]
         for shape in shapes:
             findings += [_try(kernel, taken, shape, device, dtype) for kernel in backends(op)]

@@ -49,7 +49,7 @@ class EngineRecipe(Section):
 
 
 class KernelRecipe(Section):
-    """``auto`` takes the fastest backend that can run here; ``megaresnorm doctor --kernels`` lists them."""
+    """``auto`` takes the fastest of our backends that can run; ``megaresnorm doctor --kernels`` lists all."""
 
     add_norm: Word = "auto"
     """Backend of the residual-add + norm op."""

@@ -51,15 +51,14 @@ EPS = [1e-5] * 3
 def add_norm_samples():
     x, delta, gate = leaf(5, 16), leaf(5, 16, dtype=BF16, seed=1), leaf(16, seed=2)
     w = [leaf(16, seed=i) for i in range(6)]
-    yield (x, delta, None, None, None, None, w[0], None, w[1], None, RMS, EPS, 2.0, 1.0, F32, BF16, "cpu")
-    yield (x, delta, gate, None, *w[:2], None, None, *w[4:], LAYER, EPS, 1.0, 1.0, BF16, F32, "cpu")
+    key, rows, plain = torch.tensor(7), torch.arange(5), (0.0, 0)
+    yield (x, delta, *[None] * 6, w[0], None, w[1], None, RMS, EPS, 2.0, 1.0, F32, BF16, "cpu", *plain)
+    yield (x, delta, gate, None, key, rows, *w[:2], None, None, *w[4:], LAYER, EPS, 1.0, 1.0, BF16, F32, "cpu", *plain)
     turned = leaf(16, 5, seed=7).t()
     yield (
         turned,
         delta,
-        None,
-        None,
-        *[None] * 4,
+        *[None] * 8,
         w[1],
         None,
         ("none", "none", "rmsnorm"),
@@ -69,8 +68,9 @@ def add_norm_samples():
         F32,
         F32,
         "cpu",
+        *plain,
     )
-    yield (x, x.detach().clone().requires_grad_(), None, None, *[None] * 6, NONE, EPS, 1.0, 1.0, F32, BF16, "cpu")
+    yield (x, x.detach().clone().requires_grad_(), *[None] * 10, NONE, EPS, 1.0, 1.0, F32, BF16, "cpu", *plain)
 
 
 def test_add_norm_passes_the_checks_of_torch_library():

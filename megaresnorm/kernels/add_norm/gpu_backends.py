@@ -152,7 +152,9 @@ def add_then(normalize: Callable[[Tensor, NormWeights, torch.dtype], Tensor]) ->
     def add_norm(args: AddNormArgs) -> AddNormOutput:
         delta, out_dtype = args.delta, args.out_dtype
         if out_dtype == torch.float8_e4m3fn or (out_dtype is None and args.next_norm is not None):
-            raise ValueError("add_norm by te or apex writes no FP8, statistics or amax; choose triton or the reference")
+            raise ValueError(
+                "add_norm by another package's norm writes no FP8, statistics or amax; take triton or the reference"
+            )
         if delta is not None and args.branch_norm is not None:
             delta = normalize(delta, args.branch_norm, torch.float32)
         trunk = reference.add_norm(
