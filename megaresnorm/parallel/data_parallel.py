@@ -82,7 +82,7 @@ def prefetch(parts: Sequence[nn.Module], *, backward: bool, num_elements: int = 
 
 
 def parts_ahead(sizes: Sequence[int], num_elements: int = PREFETCHED) -> list[range]:
-    """For each part the following ones whose gathers it starts: as many as have ``num_elements``, but at least the next.
+    """For each part the next ones whose gathers it starts: as many as have ``num_elements``, but at least one.
 
     A part of so many elements starts none; FSDP2 gathers the next one while it runs.
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.distributed.device_mesh import DeviceMesh
 
 from megaresnorm.parallel.data_parallel import is_sharded
@@ -74,7 +75,7 @@ def _hooks(shard: Tensor, num_rows: int) -> tuple[Any, Any]:
         (rounded,) = gathered
         whole = rounded[:num_rows].to(dtype) if out is None else None
         if out is not None:
-            with torch.autograd._unsafe_preserve_version_counter(out):  # as FSDP2 writes what autograd has kept
+            with _unsafe_preserve_version_counter(out):  # as FSDP2 writes what autograd has kept
                 out.copy_(rounded[:num_rows])
         rounded.untyped_storage().resize_(0)  # FSDP2 gives it memory again before it gathers
         return None if whole is None else (whole, (whole,))

@@ -115,7 +115,7 @@ class ParallelContext:
             return cls.single()
         shape = tuple(getattr(sizes, name) for name in MESH_AXES)
         urgent = urgent_options(device_type) if sizes.tp > 1 else None
-        override = None if urgent is None else {"tp": urgent}
+        override: Any = None if urgent is None else {"tp": urgent}
         mesh = init_device_mesh(device_type, shape, mesh_dim_names=MESH_AXES, backend_override=override)
         ranks = torch.arange(sizes.num_ranks).view(shape)
         axes = {
