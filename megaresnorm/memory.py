@@ -184,7 +184,7 @@ class _Accounts:
         standing = memory.weights + memory.optimizer + memory.copies + memory.packed
         standing += memory.buckets + memory.received
         at_loss = standing + memory.logits + self._gradients_at_loss(memory)
-        at_end = standing + self._gradients_at_end(memory)
+        at_end = standing + (0 if memory.buckets else self._gradients_at_end(memory))  # those of DDP are in its buckets
         if not self.on_cpu:
             likely = max(at_loss + memory.activations, at_end) + memory.passing
             device = Need(max(at_loss, at_end), likely)
@@ -276,24 +276,18 @@ class _Accounts:
 
     def _gradients_at_end(self, memory: MemoryPerRank) -> int:
         """Gradients in the last backward pass: sharded ones of all earlier passes, and those of a gathered unit."""
-        if memory.buckets:  # where those of DDP are by then
-            return 0
         if self._keeps_unsharded or self.num_microbatches == 1:
             return max(memory.gradients, memory.unsharded)
         return memory.gradients + memory.unsharded
 
     def _passing(self, units: list[_Unit]) -> int:
-        """The largest new gradient; under FSDP2 also a unit as it was gathered and another as it is sent.
-
-        What came in BF16 exists twice until it is widened: as much as an FP32 message. GPUs gather small units ahead.
-        """
-        gradient = max(self._whole(spec) for unit in units for spec in unit.specs)
+        """The largest new gradient; of FSDP2 a unit as it was gathered, one as it is sent, and on GPUs those ahead."""
+        gradient = self.word * max(self._whole(spec) for unit in units for spec in unit.specs)
         if self.sizes.dp_shard == 1:
-            return self.word * gradient
-        wide = [[unit._replace(times=1)] for unit in units if any(len(spec.shape) > 1 for spec in unit.specs)]
-        prefetches = not self.on_cpu and min(self._sum(unit, self._whole) for unit in wide) < PREFETCHED
-        ahead = min(PREFETCHED, self._sum(units, self._whole)) if prefetches else 0
-        return self.word * (gradient + 2 * self._largest(units)) + min(self.compute, self.word) * ahead
+            return gradient
+        smallest = min(self._largest([unit]) for unit in units if any(len(spec.shape) > 1 for spec in unit.specs))
+        ahead = 0 if self.on_cpu or smallest >= PREFETCHED else min(PREFETCHED, self._sum(units, self._whole))
+        return gradient + 2 * self.word * self._largest(units) + min(self.compute, self.word) * ahead
 
     def _received(self, number: int) -> int:
         """Buffers for the activations of each microbatch under way and the gradient of one (parallel/pipeline.py)."""
@@ -307,8 +301,8 @@ class _Accounts:
         return self.model.dim // (1 if self.recipe.parallel.tensor_layout == "full" else self.sizes.tp)
 
     def _under_way(self, number: int) -> int:
-        sizes, order = self.sizes, self.recipe.parallel.pipeline
-        return most_under_way(number, len(self.stages), sizes.pp, self.num_microbatches, order)
+        pp, order = self.sizes.pp, self.recipe.parallel.pipeline
+        return most_under_way(number, len(self.stages), pp, self.num_microbatches, order)
 
     def _logits(self) -> int:
         """One tensor of logits, in whose place the loss writes its gradient (kernels/cross_entropy.py), or a few.
