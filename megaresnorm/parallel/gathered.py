@@ -29,6 +29,9 @@ def gather_in_bf16(model: nn.Module) -> None:
 
     Communication:
         None. From now on the all-gather of a module has 2 bytes for each element of these weights, not 4.
+
+    Raises:
+        ValueError: nothing is sharded.
     """
     if not any(is_sharded(module) for module in model.modules()):
         raise ValueError("the model is not sharded: there is nothing to gather")
