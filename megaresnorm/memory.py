@@ -18,8 +18,9 @@ from megaresnorm.model.specs import ParameterSpec
 from megaresnorm.model.topology import topology
 from megaresnorm.model.transformer import Stage
 from megaresnorm.optim import ALIGNED, SMALL, AdamW
+from megaresnorm.parallel.data_parallel import PREFETCHED
 from megaresnorm.parallel.mesh import Sizes
-from megaresnorm.parallel.stages import smallest_batch, stages_of_rank
+from megaresnorm.parallel.stages import most_under_way, smallest_batch, stages_of_rank
 from megaresnorm.precision.dtypes import DTYPES, weight_dtype
 from megaresnorm.recipe import Recipe
 from megaresnorm.schedule import batch_size
@@ -57,7 +58,7 @@ class MemoryPerRank:
         copies: BF16 copies of the matrices.
         gathered: weights that FSDP2 has gathered.
         unsharded: gradients of whole FSDP2 units before they are reduced and scattered.
-        buckets: DistributedDataParallel's second copy of the gradients.
+        buckets: DistributedDataParallel's messages, of which gradients become views in the step's last microbatch.
         received: receive buffers of pipeline stages.
         logits: of the microbatches whose loss exists at once, with what softcap and slicing keep beside them.
         checkpoint: the copy in host memory that a thread writes.
@@ -183,7 +184,7 @@ class _Accounts:
         standing = memory.weights + memory.optimizer + memory.copies + memory.packed
         standing += memory.buckets + memory.received
         at_loss = standing + memory.logits + self._gradients_at_loss(memory)
-        at_end = standing + self._gradients_at_end(memory)
+        at_end = standing + (0 if memory.buckets else self._gradients_at_end(memory))  # those of DDP are in its buckets
         if not self.on_cpu:
             likely = max(at_loss + memory.activations, at_end) + memory.passing
             device = Need(max(at_loss, at_end), likely)
@@ -280,9 +281,13 @@ class _Accounts:
         return memory.gradients + memory.unsharded
 
     def _passing(self, units: list[_Unit]) -> int:
-        """The largest new gradient; under FSDP2 also a unit as it was gathered and another as it is sent."""
-        gradient = max(self._whole(spec) for unit in units for spec in unit.specs)
-        return self.word * (gradient + (2 * self._largest(units) if self.sizes.dp_shard > 1 else 0))
+        """The largest new gradient; of FSDP2 a unit as it was gathered, one as it is sent, and on GPUs those ahead."""
+        gradient = self.word * max(self._whole(spec) for unit in units for spec in unit.specs)
+        if self.sizes.dp_shard == 1:
+            return gradient
+        smallest = min(self._largest([unit]) for unit in units if any(len(spec.shape) > 1 for spec in unit.specs))
+        ahead = 0 if self.on_cpu or smallest >= PREFETCHED else min(PREFETCHED, self._sum(units, self._whole))
+        return gradient + 2 * self.word * self._largest(units) + min(self.compute, self.word) * ahead
 
     def _received(self, number: int) -> int:
         """Buffers for the activations of each microbatch under way and the gradient of one (parallel/pipeline.py)."""
@@ -296,15 +301,8 @@ class _Accounts:
         return self.model.dim // (1 if self.recipe.parallel.tensor_layout == "full" else self.sizes.tp)
 
     def _under_way(self, number: int) -> int:
-        """Most microbatches that a stage has begun and not ended (arXiv:2104.04473, section 2.2)."""
-        pp, m, order = self.sizes.pp, self.num_microbatches, self.recipe.parallel.pipeline
-        if pp == 1:
-            return 1
-        if order == "interleaved":  # a rank runs ahead by 2 (pp - rank - 1) passes and all rounds of its stages but one
-            rounds = len(self.stages) // pp
-            ahead = 2 * (pp - number % pp - 1) + (rounds - 1) * pp + 1
-            return min(m, ceil(ahead / rounds))
-        return m if order == "gpipe" else min(m, pp - number)
+        pp, order = self.sizes.pp, self.recipe.parallel.pipeline
+        return most_under_way(number, len(self.stages), pp, self.num_microbatches, order)
 
     def _logits(self) -> int:
         """One tensor of logits, in whose place the loss writes its gradient (kernels/cross_entropy.py), or a few.

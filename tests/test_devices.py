@@ -14,7 +14,8 @@ from megaresnorm.data.loader import Batch, StepBatch
 from megaresnorm.engines.native import NativeEngine
 from megaresnorm.kernels.cross_entropy import cross_entropy_sums
 from megaresnorm.parallel.data_parallel import local, replicate_model, shard_model
-from megaresnorm.parallel.mesh import MESH_AXES, Axis, ParallelContext
+from megaresnorm.parallel.gathered import gather_in_bf16
+from megaresnorm.parallel.mesh import MESH_AXES, Axis, ParallelContext, urgent_options
 from megaresnorm.parallel.transport import transport_of
 from megaresnorm.recipe import KernelRecipe, ModelRecipe, ParallelRecipe, PrecisionRecipe
 from megaresnorm.recipe.load import build_recipe
@@ -129,8 +130,9 @@ def test_every_collective_on_one_rank_gives_what_it_was_given(group, device, dty
     assert torch.equal(transport.start_reduce_scatter(x.unsqueeze(0))(), x)
 
 
-@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
-def test_data_parallelism_around_a_model_leaves_its_gradients(group, device, wrap):
+@pytest.mark.parametrize(("wrap", "compute"), [("ddp", "fp32"), ("fsdp2", "fp32"), ("ddp", "bf16"), ("fsdp2", "bf16")])
+def test_data_parallelism_around_a_model_leaves_its_gradients(group, device, wrap, compute):
+    """In BF16 FSDP2 gathers matrices in that type, small blocks ahead of time on a GPU; DDP's gradients are views."""
     mesh = init_device_mesh(device.type, (1,) * len(MESH_AXES), mesh_dim_names=MESH_AXES)
     context = replace(ParallelContext.single(), mesh=mesh)
     data = Axis("dp", 1, 0, group, transport_of(group, 0, 1, device.type))
@@ -140,10 +142,26 @@ def test_data_parallelism_around_a_model_leaves_its_gradients(group, device, wra
         shard = None
         if wrapped and wrap == "fsdp2":
             shard = lambda model: shard_model(model, model.parts(), context, reshard_after_forward=True)  # noqa: E731
-        options = (PrecisionRecipe(), KernelRecipe(), ParallelRecipe(), context)
+        options = (PrecisionRecipe(compute=compute), KernelRecipe(), ParallelRecipe(), context)
         model = build_model(recipe, *options, device=device, shard=shard).model
+        if shard is not None and compute == "bf16":
+            gather_in_bf16(model)
         module = replicate_model(model, data) if wrapped and wrap == "ddp" else model
-        cross_entropy_sums(module(tokens), tokens.flatten())[1].backward()
+        for _ in range(2):  # the second time gathered weights are written where those of the first were
+            model.zero_grad()
+            cross_entropy_sums(module(tokens), tokens.flatten())[1].backward()
         found.append([local(p.grad).clone() for p in model.parameters()])
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_a_tensor_parallel_group_of_nccl_sends_on_an_urgent_stream(group, device):
+    override = {"tp": urgent_options(device.type)}
+    mesh = init_device_mesh(device.type, (1,) * len(MESH_AXES), mesh_dim_names=MESH_AXES, backend_override=override)
+    tp = mesh.get_group("tp")
+    assert tp._get_backend(device).options.is_high_priority_stream
+    assert not mesh.get_group("dp_shard")._get_backend(device).options.is_high_priority_stream
+    x = torch.randn(6, 4, device=device)
+    assert torch.equal(transport_of(tp, 0, 1, device.type).start_all_reduce(x, overwrite=False)(), x)

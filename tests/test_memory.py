@@ -17,7 +17,7 @@ from megaresnorm.memory import memory_of_stages, memory_per_rank
 from megaresnorm.model.activations import Activations, BlockKind
 from megaresnorm.model.parameters import parameter_table
 from megaresnorm.model.topology import TOPOLOGIES, beside_others
-from megaresnorm.parallel.data_parallel import local
+from megaresnorm.parallel.data_parallel import PREFETCHED, local
 from megaresnorm.parallel.mesh import Sizes
 from megaresnorm.precision.dtypes import DTYPES
 from megaresnorm.recipe import Recipe
@@ -105,6 +105,28 @@ def test_what_fsdp_gathers_is_a_unit_or_all() -> None:
     whole = recipe_of(model, parallel={"dp_shard": 2, "accumulate": "unsharded"}, train={"micro_batch": 1})
     assert memory_per_rank(whole, 2).unsharded == 4 * elements
     assert gathered[True].unsharded == 4 * 4096 * 64
+
+
+def test_gradients_of_ddp_are_not_beside_its_buckets_at_the_end_of_a_step() -> None:
+    """With one microbatch never; with more the sums of earlier ones are, until the last."""
+    model = {"dim": 16, "seq_len": 8, "vocab_size": 64}
+    for micro, times in ((4, 0), (1, 1)):
+        recipe = recipe_of(model, train={"micro_batch": micro}, checkpoint={"asynchronous": False})
+        memory = memory_per_rank(recipe, 2)
+        assert memory.buckets == memory.gradients == memory.weights
+        standing = memory.weights + memory.optimizer + memory.packed + memory.buckets
+        assert memory.needed - memory.process == standing + memory.logits + times * memory.gradients
+
+
+def test_gpus_hold_messages_of_small_blocks_that_are_gathered_ahead() -> None:
+    recipe = recipe_of(parallel={"dp_shard": 2}, precision={"compute": "bf16"})
+    elements = sum(spec.num_elements for spec in parameter_table(recipe.model).values())
+    assert elements < PREFETCHED
+    cpu, gpu = (memory_per_rank(recipe, 2, device_type=kind) for kind in ("cpu", "cuda"))
+    assert gpu.passing - cpu.passing == 2 * elements
+    large = recipe_of({"dim": 2048, "vocab_size": 32_768, "topology": "pre"}, parallel={"dp_shard": 2})
+    cpu, gpu = (memory_per_rank(large, 2, device_type=kind) for kind in ("cpu", "cuda"))
+    assert gpu.passing == cpu.passing
 
 
 def saved_bytes(recipe: Recipe) -> int:

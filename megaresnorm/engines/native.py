@@ -32,6 +32,7 @@ from megaresnorm.model.transformer import Transformer
 from megaresnorm.optim import Gradient, GradientPlacement, Optimizer
 from megaresnorm.parallel.collectives import all_reduce
 from megaresnorm.parallel.data_parallel import grad_sync, local, pad_uneven_shards, replicate_model, shard_model
+from megaresnorm.parallel.gathered import gather_in_bf16
 from megaresnorm.parallel.gradients import reduce_gradients, reductions
 from megaresnorm.parallel.mesh import ParallelContext
 from megaresnorm.precision.bf16 import Bf16Copies
@@ -73,8 +74,9 @@ class NativeEngine:
             compiled=recipe.train.compile,
             shard=self._sharding(recipe) if context.dp_shard.size > 1 else None,
         )
-        self.modules = {number: self._wrapped(model) for number, model in assembled.models.items()}
-        copied = recipe.precision.compute == "bf16" and context.dp_shard.size == 1
+        rounds = recipe.precision.compute == "bf16"
+        self.modules = {number: self._wrapped(model, rounds) for number, model in assembled.models.items()}
+        copied = rounds and context.dp_shard.size == 1
         self._copies = [Bf16Copies(model) for model in assembled.models.values()] if copied else []
 
         self._parameters, table = assembled.parameters(), assembled.table
@@ -104,9 +106,11 @@ class NativeEngine:
         reshards = recipe.parallel.reshard_after_forward and recipe.parallel.num_stages == 1
         return lambda model: shard_model(model, model.parts(), self.context, reshard_after_forward=reshards)
 
-    def _wrapped(self, model: Transformer) -> nn.Module:
+    def _wrapped(self, model: Transformer, rounds: bool) -> nn.Module:
         if self.context.dp_shard.size > 1:
-            pad_uneven_shards(model, self.context.dp_shard)
+            pad_uneven_shards(model)
+            if rounds:
+                gather_in_bf16(model)
             return model
         return replicate_model(model, self.context.dp) if self.context.dp_replicate.size > 1 else model
 

@@ -191,10 +191,16 @@ class Transformer(nn.Module):
         return logits_TV
 
     def parts(self) -> Iterator[nn.Module]:
-        """The modules that can be sharded by themselves: every block, and embedding and output matrix unless tied."""
+        """The modules that can be sharded by themselves, as they run: embedding, blocks, output matrix.
+
+        Embedding and output matrix are none where they are tied.
+        """
+        alone = not self.recipe.tied_embeddings
+        if alone and self.embedding is not None:
+            yield self.embedding
         yield from self.blocks.values()
-        if not self.recipe.tied_embeddings:
-            yield from (module for module in (self.embedding, self.head) if module is not None)
+        if alone and self.head is not None:
+            yield self.head
 
     @property
     def first_logit(self) -> int:

@@ -114,7 +114,9 @@ class ParallelContext:
         if sizes.num_ranks == 1:
             return cls.single()
         shape = tuple(getattr(sizes, name) for name in MESH_AXES)
-        mesh = init_device_mesh(device_type, shape, mesh_dim_names=MESH_AXES)
+        urgent = urgent_options(device_type) if sizes.tp > 1 else None
+        override: Any = None if urgent is None else {"tp": urgent}
+        mesh = init_device_mesh(device_type, shape, mesh_dim_names=MESH_AXES, backend_override=override)
         ranks = torch.arange(sizes.num_ranks).view(shape)
         axes = {
             name: Axis(name, size, mesh.get_local_rank(name), mesh.get_group(name)) if size > 1 else Axis(name)
@@ -136,6 +138,23 @@ class ParallelContext:
     def is_first_rank(self) -> bool:
         """True on the one rank that logs and writes metrics."""
         return self.world.rank == 0
+
+
+def urgent_options(device_type: str) -> Any | None:
+    """Options of an nccl group whose kernels start before others that wait, on a stream of high priority.
+
+    For tensor parallelism: its messages are started just before the products that hide them, whose thread blocks would
+    fill the GPU first.
+
+    Returns:
+        None on CPUs, and where torch is built without nccl.
+    """
+    nccl = getattr(dist, "ProcessGroupNCCL", None)
+    if device_type != "cuda" or nccl is None:
+        return None
+    options = nccl.Options(is_high_priority_stream=True)
+    options._timeout = TIMEOUT  # with options a mesh takes theirs, not that of the default group
+    return options
 
 
 def _sending(axis: Axis, device_type: str) -> Axis:

@@ -1,6 +1,7 @@
 """Which pipeline stage has which blocks, which rank which stages, and how long ranks wait: plain numbers, no torch."""
 
 from collections.abc import Sequence
+from math import ceil
 
 
 def split_blocks(num_blocks: int, num_stages: int, *, block: float, first: float, last: float) -> list[range]:
@@ -62,3 +63,20 @@ def smallest_batch(count: int, pp: int, schedule: str) -> int:
     while schedule == "interleaved" and batch % (batch // pp):  # equal rounds of at least pp
         batch += 1
     return batch
+
+
+def most_under_way(number: int, num_stages: int, pp: int, num_microbatches: int, schedule: str) -> int:
+    """Most microbatches that a stage has begun and not ended.
+
+    Source:
+        Narayanan et al., arXiv:2104.04473, section 2.2.
+
+    >>> [most_under_way(stage, 4, 4, 16, "1f1b") for stage in range(4)]
+    [4, 3, 2, 1]
+    """
+    if pp == 1:
+        return 1
+    if schedule == "interleaved":  # a rank runs ahead by 2 (pp - rank - 1) passes and all rounds of its stages but one
+        rounds = num_stages // pp
+        return min(num_microbatches, ceil((2 * (pp - number % pp - 1) + (rounds - 1) * pp + 1) / rounds))
+    return num_microbatches if schedule == "gpipe" else min(num_microbatches, pp - number)
