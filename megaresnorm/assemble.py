@@ -13,8 +13,8 @@ from megaresnorm.errors import ConfigError
 from megaresnorm.kernels import load_backends
 from megaresnorm.kernels.add_norm.spec import sharded_norm_kernels
 from megaresnorm.kernels.attention import FusedAttention
-from megaresnorm.kernels.cross_entropy import CrossEntropyKernel
-from megaresnorm.kernels.registry import choose_kernel
+from megaresnorm.kernels.cross_entropy import CrossEntropyKernel, loss_of
+from megaresnorm.kernels.registry import Kernel, choose_kernel, kernel_named
 from megaresnorm.layout import gathers_stream, split_stages
 from megaresnorm.model.compiled import compile_blocks, resolve_compile_mode
 from megaresnorm.model.init import materialize
@@ -24,12 +24,13 @@ from megaresnorm.model.specs import ParameterSpec
 from megaresnorm.model.stream import AddNorm, Kernels
 from megaresnorm.model.transformer import Transformer
 from megaresnorm.parallel.control import all_gather_json
+from megaresnorm.parallel.head import HeadLoss
 from megaresnorm.parallel.layouts import FullLayout, TensorLayout, tensor_layout
 from megaresnorm.parallel.linear import PLAIN, LinearKernel
 from megaresnorm.parallel.mesh import Axis, ParallelContext
 from megaresnorm.parallel.sharded_norm import ShardedNorm
 from megaresnorm.parallel.stages import stages_of_rank
-from megaresnorm.parallel.vocab import first_row, vocab_parallel_cross_entropy
+from megaresnorm.parallel.vocab import vocab_parallel_loss
 from megaresnorm.precision.bf16 import bf16_linear
 from megaresnorm.precision.dtypes import DTYPES, weight_dtype
 from megaresnorm.recipe import KernelRecipe, ModelRecipe, ParallelRecipe, PrecisionRecipe, RecomputeRecipe
@@ -45,7 +46,6 @@ class Assembled:
         backends: chosen kernel backend by op.
         kernel_choices: the same with their reasons, and of compiling, for people to read.
         compiled: what ``train.compile`` came to.
-        cross_entropy: logits of the last stage, labels, z_loss, scale -> (nll, objective).
     """
 
     models: dict[int, Transformer]
@@ -56,7 +56,6 @@ class Assembled:
     backends: dict[str, str]
     kernel_choices: dict[str, str]
     compiled: str
-    cross_entropy: CrossEntropyKernel
 
     @property
     def model(self) -> Transformer:
@@ -90,6 +89,7 @@ def build_model(
     seed: int = 1234,
     device: str | torch.device = "cpu",
     compiled: str = "none",
+    logit_rows: int | None = None,
     shard: Callable[[Transformer], None] | None = None,
 ) -> Assembled:
     """Build, materialise and initialise the model of a recipe, or a rank's part of it. Collective.
@@ -98,6 +98,7 @@ def build_model(
         recipe: with a vocab_size.
         context: None for one process.
         compiled: train.compile.
+        logit_rows: tokens whose logits exist at a time in training; None: all.
         shard: called with every stage while it is on the meta device, so that a rank gets memory for its shards alone.
 
     Communication:
@@ -125,16 +126,15 @@ def build_model(
         norm=norm,
         keeps=(recompute or RecomputeRecipe()).gathered == "keep",
     )
-    cross_entropy = chosen["cross_entropy"][0].function
     choices = {op: line for op, (_, line) in chosen.items()} | compiling.choices(device.type)
     backends = {op: kernel.backend for op, (kernel, _) in chosen.items()}
     if context.tp.size > 1:
-        if kernels.cross_entropy != "auto":
-            raise ConfigError(
-                f"kernels.cross_entropy={kernels.cross_entropy} has no effect under parallel.tp; use auto"
-            )
-        cross_entropy = vocab_parallel_cross_entropy(context.tp, first_row(recipe.padded_vocab_size, context.tp))
-        choices["cross_entropy"] = f"cross_entropy on {device.type}: vocabulary sharded over {context.tp.size} ranks"
+        loss_kernel = _sharded_loss(chosen["cross_entropy"][0], kernels.cross_entropy)
+        chosen["cross_entropy"] = loss_kernel, ""
+        backends["cross_entropy"] = loss_kernel.backend
+        choices["cross_entropy"] = (
+            f"cross_entropy on {device.type}: {loss_kernel.backend}, vocabulary sharded over {context.tp.size} ranks"
+        )
     functions = {op: kernel.function for op, (kernel, _) in chosen.items()}
     linear = bf16_linear(device) if compute == torch.bfloat16 else PLAIN
     attention = chosen["attention"][0].implementation
@@ -149,8 +149,29 @@ def build_model(
         if shard is not None:
             shard(model)
         materialize(model, table, context, seed=seed, dtype=weight_dtype(precision.compute), device=device)
+        if model.head is not None:
+            model.head.loss = HeadLoss(_loss_of(chosen["cross_entropy"][0], model, context.tp), logit_rows)
         models[number] = model
-    return Assembled(models, table, layout, context, device, backends, choices, compiling.mode, cross_entropy)
+    return Assembled(models, table, layout, context, device, backends, choices, compiling.mode)
+
+
+def _sharded_loss(chosen: Kernel, setting: str) -> Kernel:
+    """The backend of the loss over a sharded vocabulary: one that has the pieces of it.
+
+    Raises:
+        ConfigError: the one that was asked for has none.
+    """
+    if chosen.implementation is not None:
+        return chosen
+    if setting != "auto":
+        raise ConfigError(f"kernels.cross_entropy={setting} knows no vocabulary sharded over parallel.tp; use auto")
+    return kernel_named("cross_entropy", "chunked")
+
+
+def _loss_of(kernel: Kernel, model: Transformer, tp: Axis) -> CrossEntropyKernel:
+    if tp.size == 1:
+        return loss_of(kernel, model.logit_form)
+    return vocab_parallel_loss(kernel.implementation, model.logit_form, tp, model.first_logit)
 
 
 def compare_kernels(assembled: Assembled) -> None:

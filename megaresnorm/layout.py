@@ -7,6 +7,9 @@ from megaresnorm.parallel.mesh import Sizes, resolve_sizes
 from megaresnorm.parallel.stages import split_blocks, stage_ranges
 from megaresnorm.recipe import ModelRecipe, ParallelRecipe, PrecisionRecipe, Recipe, divisors
 
+LARGE_VOCABULARY = 1 << 16  # tokens of a rank from which on the logits of a microbatch are the largest tensor by far
+LOGITS = 1 << 26  # at a time, of a large vocabulary: 128 MiB in BF16, and products of 512 rows and more
+
 
 def gathers_stream(parallel: ParallelRecipe, precision: PrecisionRecipe) -> bool:
     """Whether tensor_layout=columns gathers the stored stream, rather than its normalised columns."""
@@ -27,6 +30,14 @@ def split_stages(recipe: ModelRecipe, parallel: ParallelRecipe) -> list[Stage]:
         )
     last = len(ranges) - 1
     return [Stage(blocks, has_embedding=i == 0, has_head=i == last) for i, blocks in enumerate(ranges)]
+
+
+def logit_rows_of(recipe: Recipe, tp: int, device_type: str) -> int | None:
+    """Tokens whose logits exist at a time in training, from train.logit_rows; None: those of a whole microbatch."""
+    rows, vocabulary = recipe.train.logit_rows, recipe.model.padded_vocab_size // tp
+    if rows == "auto":
+        return LOGITS // vocabulary if device_type == "cuda" and vocabulary >= LARGE_VOCABULARY else None
+    return None if rows == "all" else rows
 
 
 def ranks_without_samples(recipe: Recipe, sizes: Sizes) -> str | None:

@@ -27,6 +27,8 @@ from megaresnorm.engines.step_vector import (
     whole_norms,
 )
 from megaresnorm.errors import CheckpointError
+from megaresnorm.kernels.cross_entropy import differentiate
+from megaresnorm.layout import logit_rows_of
 from megaresnorm.model.dropout import DropoutKey
 from megaresnorm.model.transformer import Transformer
 from megaresnorm.optim import Gradient, GradientPlacement, Optimizer
@@ -72,6 +74,7 @@ class NativeEngine:
             seed=recipe.train.seed,
             device=device,
             compiled=recipe.train.compile,
+            logit_rows=logit_rows_of(recipe, context.tp.size, torch.device(device).type),
             shard=self._sharding(recipe) if context.dp_shard.size > 1 else None,
         )
         rounds = recipe.precision.compute == "bf16"
@@ -289,9 +292,8 @@ class NativeEngine:
     def _forward_backward(self, part: Batch, scale: float | Tensor) -> Tensor:
         """Sum of a microbatch's losses; its gradients, times ``scale``, are added to the parameters'."""
         (module,) = self.modules.values()
-        constant = 1.0 if isinstance(scale, Tensor) else scale
-        nll, objective = self._losses(module, part, self._dropout(part), constant)
-        objective.backward(scale.to(objective.dtype) if isinstance(scale, Tensor) else None)
+        nll, objective = self._losses(module, part, self._dropout(part), scale)
+        differentiate(objective)
         return nll.detach()
 
     def _run_pipeline(self, batch: StepBatch, scale: float | None) -> Tensor:
@@ -299,12 +301,13 @@ class NativeEngine:
         assert self._pipeline is not None
         (whole,), total = batch.microbatches, self._no_loss()
 
-        def loss(logits_TV: Tensor, labels_BS: Tensor) -> Tensor:
-            nll, objective = self._loss(logits_TV, labels_BS, 1.0 if scale is None else scale)
+        def loss(losses: tuple[Tensor, Tensor]) -> Tensor:
+            nll, objective = losses
             total.add_(nll.detach())
             return objective
 
-        arguments: dict[str, Any] = {} if whole.documents is None else {"documents_BS": whole.documents}
+        arguments: dict[str, Any] = {"z_loss": self._z_loss, "scale": 1.0 if scale is None else scale}
+        arguments |= {} if whole.documents is None else {"documents_BS": whole.documents}
         if scale is not None and self._drops:
             arguments["dropout"] = self._dropout(whole)
         self._pipeline.run(
@@ -313,13 +316,11 @@ class NativeEngine:
         return total
 
     def _losses(
-        self, module: nn.Module, batch: Batch, dropout: DropoutKey | None, scale: float
+        self, module: nn.Module, batch: Batch, dropout: DropoutKey | None, scale: float | Tensor
     ) -> tuple[Tensor, Tensor]:
-        logits_TV = module(batch.tokens, dropout=dropout, documents_BS=batch.documents)
-        return self._loss(logits_TV, batch.labels, scale)
-
-    def _loss(self, logits_TV: Tensor, labels_BS: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        return self.assembled.cross_entropy(logits_TV, labels_BS.flatten(), self._z_loss, scale)
+        """Sum of a microbatch's losses, and the objective."""
+        options = {"documents_BS": batch.documents, "labels_BS": batch.labels, "z_loss": self._z_loss, "scale": scale}
+        return module(batch.tokens, dropout=dropout, **options)
 
     def _no_loss(self) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=self.assembled.device)

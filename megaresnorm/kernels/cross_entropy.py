@@ -1,99 +1,251 @@
-"""Cross entropy whose gradient is computed with its value, a few rows at a time.
+"""Cross entropy whose gradient takes the place of the logits. Nothing of their size is allocated beside them.
 
-T rows (tokens)   V vocabulary
+A backend is a function of logits (``CrossEntropyKernel``), or better the pieces of one (``LossPieces``), which read the
+outputs of the output matrix as they are: the padding of the vocabulary, their scale and cap (``LogitForm``) need no
+tensor of their own then, and a sharded vocabulary only has to merge statistics between the two pieces.
+
+T rows (tokens)   V vocabulary   p ranks that have a share of it
 """
 
-from typing import Any, Protocol
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megaresnorm.kernels.registry import register_kernel
+from megaresnorm.kernels.registry import Kernel, register_kernel
 
-GPU_ELEMENTS = 1 << 27  # at a time on a GPU: BF16 logits have two copies in FP32 of as many, together 1 GiB
+GPU_ELEMENTS = 1 << 24  # in FP32 at a time where PyTorch computes on a GPU: each of up to four copies has 64 MiB
 CACHED_ELEMENTS = 1 << 19  # FP32 logits processed at a time on a CPU: 2 MiB, the size of a second-level cache
 
 
+class LogitForm(NamedTuple):
+    """How outputs of the output matrix become logits: softcap tanh(scale x / softcap), or scale x.
+
+    Attributes:
+        columns: how many of the columns are tokens; those behind them are padding.
+        softcap: None for no cap.
+
+    Source:
+        Gemma 2, arXiv:2408.00118, section 2 (the cap).
+    """
+
+    columns: int
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether logits are the outputs themselves."""
+        return self.scale == 1.0 and self.softcap is None
+
+    def __call__(self, outputs_TV: Tensor) -> Tensor:
+        """The logits of the tokens; in FP32 (or FP64) with a cap, else in the outputs' type."""
+        logits_TV = outputs_TV if outputs_TV.shape[1] == self.columns else outputs_TV[:, : self.columns]
+        if self.scale != 1.0:
+            logits_TV = logits_TV * self.scale
+        if self.softcap is None:
+            return logits_TV
+        wide = torch.promote_types(logits_TV.dtype, torch.float32)
+        return self.softcap * torch.tanh(logits_TV.to(wide) / self.softcap)
+
+    def with_slope(self, outputs_TV: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
+        """The logits of the tokens in ``dtype``, as a tensor that may be overwritten, and their derivative."""
+        logits_TV = outputs_TV[:, : self.columns].to(dtype, copy=True).mul_(self.scale)
+        if self.softcap is None:
+            return logits_TV, self.scale
+        ratio_TV = logits_TV.div_(self.softcap).tanh_()
+        return ratio_TV * self.softcap, ratio_TV.square_().neg_().add_(1.0).mul_(self.scale)
+
+
 class CrossEntropyKernel(Protocol):
-    """A backend of the loss, called as ``cross_entropy_sums``; it may consume the logits."""
+    """A loss, called as ``cross_entropy_sums``; it may consume the logits."""
 
     def __call__(
-        self, logits_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0, scale: float = 1.0, /
+        self, logits_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0, scale: float | Tensor = 1.0, /
     ) -> tuple[Tensor, Tensor]:
         """The sum of the losses, without a gradient, and the objective to be differentiated."""
 
 
-@register_kernel("cross_entropy", "chunked")
-def chunked_cross_entropy(
-    logits_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0, scale: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Cross entropy as ``cross_entropy_sums``, but the logits are **consumed**.
+class LossPieces(Protocol):
+    """A backend as two passes over the outputs of the output matrix, or of this rank's share of it."""
 
-    Where the logits need a gradient it overwrites them, so that nothing of their size is allocated. Only the objective
-    can be differentiated, and once. ``scale`` is applied as the gradient is written; a factor that arrives with the
-    backward pass costs another pass over it.
-    """
-    return _ChunkedCrossEntropy.apply(logits_TV, labels_T, z_loss, scale)
+    def __call__(
+        self, outputs_TV: Tensor, labels_T: Tensor, form: LogitForm, writes: bool, /
+    ) -> tuple[Tensor, Callable[[Tensor], None]]:
+        """The first pass.
 
+        Args:
+            labels_T: columns of the outputs; those outside of the tokens' columns are not here.
+            writes: whether the second pass will come; the outputs are then scratch.
 
-def row_chunks(logits_TV: Tensor) -> list[slice]:
-    """Rows to process together: on a CPU as many as a cache holds, on a GPU as many as keep it busy."""
-    rows, vocab = logits_TV.shape
-    chunk = max(1, (GPU_ELEMENTS if logits_TV.is_cuda else CACHED_ELEMENTS) // vocab)
-    return [slice(start, start + chunk) for start in range(0, rows, chunk)]
+        Returns:
+            statistics [T, 3] in FP32 (or FP64) of the logits: the largest l of a row, the sum of exp(l - largest), and
+            the logit at the label, 0 where that is not here. And the second pass, which is called once with [T, 3] of
+            (log Z, factor of p, share of the label) and writes the gradient over the outputs: (exp(l - log Z) factor,
+            less the share at the label) times the logits' slope, and 0 in rows whose factor is 0 and in the padding.
+        """
 
 
 class GradientInPlace(torch.autograd.Function):
     """Backward of a loss whose forward left ``ctx.gradient`` in the place of the logits. It can run once."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
         """The gradient of the logits, scaled in place by that of the objective, the second output."""
         gradient, ctx.gradient = ctx.gradient, None
         assert gradient is not None, "the objective can be differentiated once"
         return scaled(gradient, grads[1]), None, None, None
 
 
+@functools.cache
+def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones((), dtype=dtype, device=device)
+
+
+def differentiate(objective: Tensor) -> None:
+    """``objective.backward()`` with a gradient of 1 that ``scaled`` knows without asking the device."""
+    torch.autograd.backward(objective, _one(objective.dtype, objective.device))
+
+
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """Multiply ``gradient`` by ``factor`` in place.
 
-    A factor of 1 is skipped on a CPU; on a GPU reading it would make the host wait.
+    A factor of 1 is skipped: on a CPU always, on a GPU, where reading it would make the host wait, that of
+    ``differentiate``.
     """
-    return gradient if not factor.is_cuda and factor.item() == 1.0 else gradient.mul_(factor)
+    if factor is _one(factor.dtype, factor.device) or (not factor.is_cuda and factor.item() == 1.0):
+        return gradient
+    return gradient.mul_(factor)
 
 
-class _ChunkedCrossEntropy(GradientInPlace):
+def row_chunks(logits_TV: Tensor) -> list[slice]:
+    """Rows to process together: on a CPU as many as a cache holds, on a GPU as many as keep it busy."""
+    rows, vocab = logits_TV.shape
+    chunk = max(1, (CACHED_ELEMENTS if logits_TV.device.type == "cpu" else GPU_ELEMENTS) // vocab)
+    return [slice(start, start + chunk) for start in range(0, rows, chunk)]
+
+
+def torch_pieces(
+    outputs_TV: Tensor, labels_T: Tensor, form: LogitForm, writes: bool
+) -> tuple[Tensor, Callable[[Tensor], None]]:
+    """``LossPieces`` in PyTorch, a few rows at a time."""
+    wide = torch.promote_types(outputs_TV.dtype, torch.float32)
+    absent_T = (labels_T < 0) | (labels_T >= form.columns)
+    label_T1 = labels_T.masked_fill(absent_T, 0).unsqueeze(-1)
+    # Exponentials that need no wider type and no slope stay in the place of the logits for the second pass.
+    kept = writes and outputs_TV.dtype == wide and form.plain
+    statistics_T3 = outputs_TV.new_empty((outputs_TV.shape[0], 3), dtype=wide)
+    for rows in row_chunks(outputs_TV):
+        logits = outputs_TV[rows, : form.columns] if kept else form.with_slope(outputs_TV[rows], wide)[0]
+        largest, sums, at_label = statistics_T3[rows].split(1, dim=-1)
+        at_label.copy_(logits.gather(-1, label_T1[rows]))
+        largest.copy_(logits.amax(-1, keepdim=True))
+        sums.copy_(logits.sub_(largest).exp_().sum(-1, keepdim=True))
+    statistics_T3[:, 2].masked_fill_(absent_T, 0.0)
+
+    def write(coefficients_T3: Tensor) -> None:
+        log_z_T1, factor_T1, share_T1 = coefficients_T3.split(1, dim=-1)
+        share_T1 = -share_T1.masked_fill(absent_T.unsqueeze(-1), 0.0)
+        for rows in row_chunks(outputs_TV):
+            place, slope = outputs_TV[rows], 1.0
+            if kept:
+                p = place[:, : form.columns].mul_(factor_T1[rows] * (statistics_T3[rows, :1] - log_z_T1[rows]).exp())
+            else:
+                p, slope = form.with_slope(place, wide)
+                p = p.sub_(log_z_T1[rows]).exp_().mul_(factor_T1[rows])
+            p.scatter_add_(-1, label_T1[rows], share_T1[rows])
+            p.masked_fill_(factor_T1[rows] == 0.0, 0.0)  # whatever the row's logits are
+            if not kept:
+                place[:, : form.columns] = p.mul_(slope)
+            place[:, form.columns :] = 0.0
+
+    return statistics_T3, write
+
+
+class LossOfPieces(NamedTuple):
+    """The loss that ``pieces`` make; a ``CrossEntropyKernel`` of outputs, which it consumes if they need a gradient.
+
+    Only the objective can be differentiated, and once. ``scale`` is applied as the gradient is written; a factor that
+    arrives with the backward pass costs another pass over it.
+
+    Attributes:
+        first: the token of this rank's first column.
+        gather: [T, 3] of a rank -> [p, T, 3] of all that have a share of the vocabulary.
+        whole: whether this rank has all of it, so that it knows all labels.
+    """
+
+    pieces: LossPieces
+    form: LogitForm
+    first: int = 0
+    gather: Callable[[Tensor], Tensor] = lambda statistics_T3: statistics_T3.unsqueeze(0)
+    whole: bool = True
+
+    def __call__(
+        self, outputs_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0, scale: float | Tensor = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """See ``CrossEntropyKernel``."""
+        if self.whole and labels_T.device.type == "cpu" and len(labels_T) and int(labels_T.max()) >= self.form.columns:
+            raise IndexError(f"cross_entropy: label {int(labels_T.max())} of a vocabulary of {self.form.columns}")
+        return _LossOfPieces.apply(outputs_TV, labels_T, z_loss, scale, self)
+
+
+class _LossOfPieces(GradientInPlace):
     @staticmethod
-    def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, z_loss: float, scale: float) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(logits_TV.dtype, torch.float32)
-        nll = logits_TV.new_zeros((), dtype=wide)
-        penalty = torch.zeros_like(nll)
-        for rows in row_chunks(logits_TV):
-            logits, label = logits_TV[rows], labels_T[rows].unsqueeze(-1)
-            valid, label = label >= 0, label.clamp(min=0)
-            label_logit = logits.gather(-1, label).to(wide)
-            in_place = ctx.needs_input_grad[0] and logits.dtype == wide
-            log_p = torch.log_softmax(logits.to(wide), dim=-1, out=logits if in_place else None)
-            label_log_p = log_p.gather(-1, label)
-            log_z = label_logit - label_log_p
-            nll -= torch.where(valid, label_log_p, 0.0).sum()
-            penalty += torch.where(valid, log_z.square(), 0.0).sum()
-            if ctx.needs_input_grad[0]:
-                # p (1 + 2 z_loss log Z) everywhere, less 1 at the label; 0 in rows without a label.
-                gradient = log_p.exp_()
-                if z_loss:
-                    gradient *= 1.0 + 2.0 * z_loss * log_z
-                gradient.scatter_add_(-1, label, torch.full_like(label_log_p, -1.0))
-                if scale != 1.0:
-                    gradient *= scale
-                if gradient.is_cuda or not valid.all():  # on a GPU to ask would make the host wait
-                    gradient.masked_fill_(~valid, 0.0)
-                if not in_place:
-                    logits.copy_(gradient)
-        ctx.gradient = logits_TV if ctx.needs_input_grad[0] else None
+    def forward(
+        ctx: Any, outputs_TV: Tensor, labels_T: Tensor, z_loss: float, scale: float | Tensor, loss: LossOfPieces
+    ) -> tuple[Tensor, Tensor]:
+        # A label that is nowhere stays negative, whatever the first token here is.
+        local_T = labels_T if loss.first == 0 else torch.where(labels_T < 0, labels_T, labels_T - loss.first)
+        statistics, write = loss.pieces(outputs_TV, local_T, loss.form, ctx.needs_input_grad[0])
+        largest_pT, sums_pT, label_pT = loss.gather(statistics).unbind(-1)
+        top_T, valid_T = largest_pT.amax(0), labels_T >= 0
+        log_z_T = (sums_pT * (largest_pT - top_T).exp()).sum(0).log_() + top_T
+        nll = torch.where(valid_T, log_z_T - label_pT.sum(0), 0.0).sum()
+        penalty = torch.where(valid_T, log_z_T.square(), 0.0).sum()
+        if ctx.needs_input_grad[0]:
+            share_T = scale * valid_T.to(log_z_T.dtype)
+            write(torch.stack((log_z_T, share_T * (1.0 + 2.0 * z_loss * log_z_T), share_T), dim=-1))
+            torch.autograd.graph.increment_version(outputs_TV)
+            ctx.gradient = outputs_TV
         ctx.mark_non_differentiable(nll)
         return nll, scale * (nll + z_loss * penalty)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        return *GradientInPlace.backward(ctx, *grads), None
+
+
+def register_loss(backend: str, pieces: LossPieces, **requirements: Any) -> CrossEntropyKernel:
+    """Register a backend that is made of pieces; ``requirements`` are those of ``register_kernel``."""
+
+    def cross_entropy(
+        logits_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0, scale: float | Tensor = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        return LossOfPieces(pieces, LogitForm(logits_TV.shape[1]))(logits_TV, labels_T, z_loss, scale)
+
+    register_kernel("cross_entropy", backend, implementation=pieces, **requirements)(cross_entropy)
+    return cross_entropy
+
+
+chunked_cross_entropy = register_loss("chunked", torch_pieces)
+
+
+def loss_of(kernel: Kernel, form: LogitForm) -> CrossEntropyKernel:
+    """The loss of outputs of the output matrix by a backend of cross_entropy."""
+    if kernel.implementation is not None:
+        return LossOfPieces(kernel.implementation, form)
+
+    def loss(
+        outputs_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0, scale: float | Tensor = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        constant = 1.0 if isinstance(scale, Tensor) else scale
+        nll, objective = kernel.function(form(outputs_TV), labels_T, z_loss, constant)
+        return nll, objective * scale if isinstance(scale, Tensor) else objective
+
+    return loss
 
 
 @register_kernel("cross_entropy", "reference")
@@ -107,6 +259,7 @@ def cross_entropy_sums(
     Args:
         logits_TV: [T, V], computed on in FP32 or FP64.
         labels_T: [T] int64, negative where there is nothing to predict.
+        scale: a number; for the other backends also a tensor of one, on the device.
     Returns:
         (cross entropy, objective), two scalars; the objective is the one to differentiate.
     Source:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megaresnorm.kernels.attention import Segments
+from megaresnorm.kernels.cross_entropy import LogitForm
 from megaresnorm.model.block import Block
 from megaresnorm.model.compiled import CompiledBlocks
 from megaresnorm.model.dropout import DropoutKey, DropoutMasks
@@ -20,8 +21,8 @@ from megaresnorm.model.sequence import KeyValueCache, SequenceInfo
 from megaresnorm.model.stream import Kernels, Stream
 from megaresnorm.model.topology import SUBLAYERS, topology
 from megaresnorm.parallel.branch_input import BranchInput
+from megaresnorm.parallel.head import OutputMatrix
 from megaresnorm.parallel.layouts import FullLayout, TensorLayout
-from megaresnorm.parallel.linear import ColumnLinear
 from megaresnorm.parallel.mesh import Axis
 from megaresnorm.parallel.vocab import Embedding, VocabEmbedding, first_row
 from megaresnorm.recipe import ModelRecipe
@@ -75,7 +76,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleDict({str(i): Block(recipe, i, norm, kernels, layout) for i in stage.blocks})
         self.compiled: CompiledBlocks | None = None
         self.final_norm = norm(width) if stage.has_head and wiring.final_norm else None
-        self.head = ColumnLinear(recipe.dim, rows, layout.axis, kernel=kernels.linear) if stage.has_head else None
+        self.head = OutputMatrix(recipe.dim, rows, layout.axis, kernel=kernels.linear) if stage.has_head else None
         if recipe.tied_embeddings and self.embedding is not None and self.head is not None:
             self.head.weight = self.embedding.weight
 
@@ -86,6 +87,9 @@ class Transformer(nn.Module):
         dropout: DropoutKey | None = None,
         documents_BS: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        labels_BS: Tensor | None = None,
+        z_loss: float = 0.0,
+        scale: float | Tensor = 1.0,
     ) -> Tensor | tuple[Tensor, ...]:
         """Run the model, or this stage of it.
 
@@ -97,8 +101,12 @@ class Transformer(nn.Module):
                 document alone, and positions start anew with each. None: a row is one document.
             cache: what earlier calls have seen; empty at first, afterwards every call has one token per row.
 
+            labels_BS: the tokens to predict, negative where there is nothing to; for the loss.
+            z_loss, scale: of the loss, as ``cross_entropy_sums`` has them.
+
         Returns:
-            Logits [T, V]; of a stage without the output matrix the tensors of ``wire``.
+            Logits [T, V]; with labels the sum of the losses and the objective to be differentiated; of a stage without
+            the output matrix the tensors of ``wire``.
 
         Raises:
             ValueError: positions are learned, and some lie past model.seq_len.
@@ -115,7 +123,12 @@ class Transformer(nn.Module):
         stream = self.run_blocks(stream, rows, masks)
         if cache is not None:
             cache.num_tokens += rows.seq
-        return self.logits(self.finish(stream)) if self.stage.has_head else stream.to_wire(self.add_norm)
+        if not self.stage.has_head:
+            return stream.to_wire(self.add_norm)
+        if labels_BS is None:
+            return self.logits(self.finish(stream))
+        assert self.head is not None
+        return self.head(self.finish(stream), labels_BS.flatten(), z_loss, scale)
 
     def wire(self, batch: int, seq: int) -> tuple[Tensor, ...]:
         """What a stage returns to the next for ``batch`` sequences of ``seq`` tokens, as tensors on the meta device."""
@@ -178,17 +191,8 @@ class Transformer(nn.Module):
         Returns:
             On a tensor-parallel rank those of its share of the vocabulary, from ``first_logit`` on.
         """
-        assert self.head is not None and self.recipe.vocab_size is not None
-        logits_TV = self.head(hidden_TD)
-        if self.first_logit + logits_TV.shape[1] > self.recipe.vocab_size:
-            logits_TV = logits_TV[:, : self.recipe.vocab_size - self.first_logit]
-        if self.logit_scale != 1.0:
-            logits_TV = logits_TV * self.logit_scale
-        if self.recipe.logit_softcap is not None:
-            cap = self.recipe.logit_softcap
-            wide = torch.promote_types(logits_TV.dtype, torch.float32)
-            logits_TV = cap * torch.tanh(logits_TV.to(wide) / cap)
-        return logits_TV
+        assert self.head is not None
+        return self.logit_form(self.head(hidden_TD))
 
     def parts(self) -> Iterator[nn.Module]:
         """The modules that can be sharded by themselves, as they run: embedding, blocks, output matrix.
@@ -201,6 +205,14 @@ class Transformer(nn.Module):
         yield from self.blocks.values()
         if alone and self.head is not None:
             yield self.head
+
+    @property
+    def logit_form(self) -> LogitForm:
+        """How this rank's outputs of the output matrix become logits."""
+        assert self.recipe.vocab_size is not None
+        rows = self.recipe.padded_vocab_size // self.layout.axis.size
+        columns = min(rows, self.recipe.vocab_size - self.first_logit)
+        return LogitForm(columns, self.logit_scale, self.recipe.logit_softcap)
 
     @property
     def first_logit(self) -> int:

@@ -31,6 +31,9 @@ class LinearKernel(Protocol):
     def weight_grad(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """dy^T x [out_dim, in_dim], in ``dtype``."""
 
+    def add_weight_grad(self, total: Tensor, dy: Tensor, x: Tensor) -> None:
+        """Add dy^T x to ``total``, in its type and in place."""
+
 
 class PlainLinear:
     """Products in the type of the input; a weight of another type is cast for each of them."""
@@ -46,6 +49,13 @@ class PlainLinear:
     def weight_grad(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """See ``LinearKernel``."""
         return (dy.t() @ x).to(dtype)
+
+    def add_weight_grad(self, total: Tensor, dy: Tensor, x: Tensor) -> None:
+        """See ``LinearKernel``."""
+        if total.dtype == dy.dtype == x.dtype:
+            total.addmm_(dy.t(), x)
+        else:
+            total += self.weight_grad(dy, x, total.dtype)
 
 
 PLAIN = PlainLinear()

@@ -75,7 +75,7 @@ class Pipeline:
         tokens: Tensor,
         labels: Tensor,
         num_microbatches: int,
-        loss: Callable[[Tensor, Tensor], Tensor],
+        loss: Callable[[Any], Tensor],
         *,
         backward: bool,
         **arguments: Any,
@@ -85,9 +85,9 @@ class Pipeline:
         Args:
             tokens: [M * B, S] for M microbatches.
             labels: likewise.
-            loss: (logits, labels) of a microbatch -> the objective; called on the last stage alone.
+            loss: what the last stage returns for a microbatch -> the objective; called on that stage alone.
             backward: False for evaluation.
-            **arguments: given to every stage; tensors are split along dim 0 as the tokens are.
+            **arguments: given to every stage, as tokens and labels are; tensors are split along dim 0 like these.
 
         Communication:
             For each microbatch the tensors of ``wire`` from every stage to the next, a message each; in backward as
@@ -103,13 +103,13 @@ class Pipeline:
                 "microbatches"
             )
         schedule = self._made_for(num_microbatches, tokens.shape[0] // num_microbatches, tokens.shape[1])
-        schedule._loss_fn = loss
+        schedule._loss_fn = lambda output, labels: loss(output)
         for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
             stage.queue = self.queue
         if self.queue is not None:
             self.queue.clear()  # an error in the batch before may have left something
         received = (tokens,) if self.is_first else ()
-        options = {"target": labels if self.is_last else None, "tokens_BS": tokens, **arguments}
+        options = {"target": labels if self.is_last else None, "tokens_BS": tokens, "labels_BS": labels, **arguments}
         if backward:
             schedule.step(*received, **options, return_outputs=False)
         else:

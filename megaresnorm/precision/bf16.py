@@ -21,6 +21,13 @@ class Bf16Linear(PlainLinear):
             return torch.mm(dy.t(), x, out_dtype=torch.float32)
         return super().weight_grad(dy, x, dtype)
 
+    def add_weight_grad(self, total: Tensor, dy: Tensor, x: Tensor) -> None:
+        """See ``LinearKernel``. On a GPU the product adds its FP32 sums itself."""
+        if dy.device.type != "cpu" and total.dtype == torch.float32:
+            torch.addmm(total, dy.t(), x, out_dtype=torch.float32, out=total)
+        else:
+            super().add_weight_grad(total, dy, x)
+
 
 class WidenedBf16Linear(PlainLinear):
     """The same products of the same BF16 numbers by FP32 instructions, for CPUs without those of BF16.
@@ -39,6 +46,10 @@ class WidenedBf16Linear(PlainLinear):
     def weight_grad(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """See ``LinearKernel``."""
         return (dy.float().t() @ x.float()).to(dtype)
+
+    def add_weight_grad(self, total: Tensor, dy: Tensor, x: Tensor) -> None:
+        """See ``LinearKernel``."""
+        super().add_weight_grad(total, dy.float(), x.float())
 
 
 def _widened(operand: Tensor) -> Tensor:

@@ -178,9 +178,7 @@ def _check(
         raise ValueError(f"add_norm/{spec.backend}: out_dtype={FP8} needs fp8_scale, one number in float32")
 
 
-def _check_dropout(
-    x: Tensor, delta: Tensor | None, key: Tensor | None, rows: Tensor | None, spec: AddNormSpec
-) -> None:
+def _check_dropout(x: Tensor, delta: Tensor | None, key: Tensor | None, rows: Tensor | None, spec: AddNormSpec) -> None:
     if not spec.probability:
         return
     there = delta is not None and key is not None and rows is not None

@@ -84,7 +84,9 @@ class _NormQuant(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         trunk, weight, bias, statistics = ctx.saved_tensors
-        saved = Saved(trunk, None, None, None, None, None, (None, None, None, None, weight, bias), (None, None, statistics))
+        saved = Saved(
+            trunk, None, None, None, None, None, (None, None, None, None, weight, bias), (None, None, statistics)
+        )
         spec: AddNormSpec = ctx.spec
         dx = torch.empty_like(trunk)
         sums = backward(None, grads[0].float().contiguous(), saved, spec, dx, None)

@@ -74,10 +74,7 @@ def forward_kernel(
     mask = row_mask[:, None] & col_mask[None, :]
     offsets = row[:, None] * columns + cols[None, :]
     v = tile_of(x, offsets, mask)
-    if FP8:
-        fp8_factor = tl.load(fp8_scale)
-    else:
-        fp8_factor = 1.0
+    fp8_factor = tl.load(fp8_scale) if FP8 else 1.0
     if delta is not None:
         d = tile_of(delta, offsets, mask)
         factors = gate_of(gate, scale, cols, col_mask, GATE)

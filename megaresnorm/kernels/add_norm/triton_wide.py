@@ -3,8 +3,8 @@
 The forward pass and the gradients of rows have one program a row, which reads its row once for each sum that it needs.
 The column sums are a second kernel, over blocks of columns, that reads the few numbers a row which the first one left.
 
-triton_rows has the equations, triton_launch the tiles. Bytes an element count every load and store of the code; a row that is read again may
-come from a cache.
+triton_rows has the equations, triton_launch the tiles. Bytes an element count every load and store of the code; a row
+that is read again may come from a cache.
 
 M rows   N columns
 """
@@ -110,10 +110,7 @@ def forward_kernel(
         mean, reciprocal = _statistics(summed, row, columns, next_eps, NEXT_NORM, BLOCK_N)
         store_statistics(next_statistics, row, row_mask, mean, reciprocal)
     largest = tl.zeros([BLOCK_M], tl.int32)
-    if FP8:
-        fp8_factor = tl.load(fp8_scale)
-    else:
-        fp8_factor = 1.0
+    fp8_factor = tl.load(fp8_scale) if FP8 else 1.0
     if (branch is not None) or (amax is not None):
         for start in range(0, columns, BLOCK_N):
             cols = start + tl.arange(0, BLOCK_N)

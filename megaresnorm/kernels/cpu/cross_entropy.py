@@ -27,7 +27,7 @@ class _Structure(ctypes.Structure):
 def cpu_cross_entropy(
     logits_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """``cross_entropy.chunked_cross_entropy`` in C: the logits are **consumed** where they need a gradient."""
+    """``cross_entropy.cross_entropy_sums`` in C: the logits are **consumed** where they need a gradient."""
     return _CrossEntropy.apply(logits_TV, labels_T, z_loss, scale)
 
 
