@@ -116,7 +116,7 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     A factor of 1 is skipped: on a CPU always, on a GPU, where reading it would make the host wait, that of
     ``differentiate``.
     """
-    if factor is _one(factor.dtype, factor.device) or (not factor.is_cuda and factor.item() == 1.0):
+    if factor is _one(factor.dtype, factor.device) or (factor.device.type == "cpu" and factor.item() == 1.0):
         return gradient
     return gradient.mul_(factor)
 

@@ -19,7 +19,6 @@ from megaresnorm.parallel.branch_input import GATHER_COLUMNS, BranchInput, Colle
 from megaresnorm.parallel.collectives import (
     all_reduce,
     blocks_to_columns,
-    columns_to_blocks,
     reduce_scatter_blocks,
     start_all_gather,
     start_all_reduce,
@@ -99,6 +98,7 @@ def _joined(pieces: Sequence[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
+# [p, T, d] and the norm of whole rows -> the norm of them [T, D], and its statistics [T, 2].
 Normalize = Callable[[Tensor, NormWeights], tuple[Tensor, Tensor]]
 
 
@@ -110,7 +110,7 @@ def gathered_norm(
     Args:
         z_Td: this rank's columns, stored in the type of the branch input.
         norm: its weight and bias are this rank's slices [d].
-        normalize: x, norm -> (y, statistics [T, 2]) of whole rows.
+        normalize: of columns that have been gathered.
         keeps: whether whole rows are kept for backward. Otherwise z, which is the residual stream, is, and is gathered
             and normalized once more there, for the linear that reads the rows and for this norm together (for each by
             itself where the linear's product is left for later, and when backward is run again).
@@ -165,7 +165,7 @@ class _WholeRows:
             everyone = arriving()
             whole = _unpacked(everyone, z.shape[0], vectors)
             norm = NormWeights(self.kind, whole[0], whole[1] if len(whole) > 1 else None, self.eps)
-            u, statistics = self.normalize(blocks_to_columns(everyone[:, : z.shape[0]]), norm)
+            u, statistics = self.normalize(everyone[:, : z.shape[0]], norm)
             return u, statistics, whole
 
         return finish
@@ -237,19 +237,13 @@ class _GatheredNorm(torch.autograd.Function):
         if d_mine is not None:
             du = du.clone()
             _own_columns(du, axis).add_(d_mine)
-        wide = du.to(weight.dtype)
-        unit_times_weight = u.to(weight.dtype) - whole[1] if len(whole) > 1 else u.to(weight.dtype)
-        sums = (wide * unit_times_weight).sum(-1, keepdim=True)
-        if kind == "layernorm":
-            sums = torch.cat((sums, (wide @ whole[0]).unsqueeze(-1)), dim=-1)
-        blocks = columns_to_blocks(du, axis.size)
-        if blocks.dtype == sums.dtype:
-            # The sums go to every rank alike, beside its block of du, [T, d | n]: the reduction adds them up as well.
-            packed = torch.cat((blocks, sums.expand(axis.size, *sums.shape)), dim=-1)
-            reduced = reduce_scatter_blocks(packed, axis)
+        norm = NormWeights(kind, whole[0], whole[1] if len(whole) > 1 else None, ctx.rows.eps)
+        packed, sums = ctx.kernels.pack_gradient(du.contiguous(), u, norm, axis.size)
+        reduced = reduce_scatter_blocks(packed, axis)
+        if sums is None:  # beside its columns: the reduction adds them up as well
             dy, sums = reduced[:, : z.shape[1]].contiguous(), reduced[:, z.shape[1] :].contiguous()
         else:
-            dy, sums = reduce_scatter_blocks(blocks, axis), all_reduce(sums, axis)
+            dy, sums = reduced, all_reduce(sums, axis)
         d_weight, d_bias = ctx.kernels.grad_weights(dy, z, statistics, kind)
         dz = ctx.kernels.grad_apply(dy, z, statistics, sums, weight, kind, u.shape[1])
         return dz, d_weight, d_bias if len(sources) > 2 else None, None, None, None
@@ -298,8 +292,8 @@ def columns_add_norm(
         return z, _gathered_columns(z.to(out_dtype), sharded.axis, keeps)
     if gather:
 
-        def normalize_whole(x: Tensor, norm: NormWeights) -> tuple[Tensor, Tensor]:
-            return _normalized(x, norm, kernel, sharded.traceable)
+        def normalize_whole(z_pTd: Tensor, norm: NormWeights) -> tuple[Tensor, Tensor]:
+            return _normalized(z_pTd, norm, kernel, sharded.traceable)
 
         u, mine = gathered_norm(z, last, normalize_whole, sharded, keeps=keeps)
         return mine if norm is not None else z, u
@@ -313,9 +307,12 @@ def _gathered_columns(u: Tensor, axis: Axis, keeps: bool) -> BranchInput:
 
 @torch.no_grad()
 def _normalized(
-    x: Tensor, norm: NormWeights, kernel: AddNormKernel, norm_kernels: ShardedNormKernels
+    z_pTd: Tensor, norm: NormWeights, kernel: AddNormKernel, norm_kernels: ShardedNormKernels
 ) -> tuple[Tensor, Tensor]:
     """The norm of whole rows, and their statistics [T, 2]."""
+    if norm_kernels.normalize_blocks is not REFERENCE.normalize_blocks:
+        return norm_kernels.normalize_blocks(z_pTd, norm)
+    x = blocks_to_columns(z_pTd)
     out = kernel(AddNormArgs(x, next_norm=norm, residual_dtype=x.dtype, out_dtype=x.dtype))
     assert out.branch_input is not None
     if out.statistics is None:  # not every backend gives them

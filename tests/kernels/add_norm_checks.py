@@ -95,9 +95,15 @@ def check(kernel, rows, columns, pattern, gate_kind, dtypes, alpha=2.5, device="
     # The stored sum: by the same kernel without the norms behind it.
     stored = kernel(
         AddNormArgs(
-            x, delta, alpha=alpha, gate=gate, branch_norm=branch_norm, residual_dtype=residual_dtype, out_dtype=None,
+            x,
+            delta,
+            alpha=alpha,
+            gate=gate,
+            branch_norm=branch_norm,
+            residual_dtype=residual_dtype,
+            out_dtype=None,
             dropout=dropout,
-        )  # fmt: skip
+        )
     ).trunk
 
     weights = [w for n in (branch_norm, norm, next_norm) if n is not None for w in (n.weight, n.bias) if w is not None]

@@ -73,7 +73,9 @@ def loads_behind_a_barrier(code):
     """Loads behind the first barrier of the longest loop, or of all code where there is no loop."""
     lines = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^/;]*);", code)]
     jumps = [(int(to[1], 16), at) for at, what in lines if (to := re.search(r"BRA.* 0x([0-9a-f]+)", what))]
-    start, end = max((jump for jump in jumps if jump[0] < jump[1]), key=lambda jump: jump[1] - jump[0], default=(0, 1e9))
+    start, end = max(
+        (jump for jump in jumps if jump[0] < jump[1]), key=lambda jump: jump[1] - jump[0], default=(0, 1e9)
+    )
     loop = [what for at, what in lines if start <= at <= end]
     first = next((i for i, what in enumerate(loop) if "BAR." in what), len(loop))
     return sum("LDG." in what for what in loop[first:])

@@ -119,6 +119,8 @@ def test_norms_over_divided_columns(kind, dtypes, monkeypatch):
     for rows, columns, block in ((1, 2, 4096), (37, 24, 4096), (3, 600, 128)):
         monkeypatch.setattr(triton_sharded, "BLOCK_N", block)
         test_sharded.check(triton_sharded.SHARDED, kind, rows, columns, dtypes)
+        if dtypes[0] == dtypes[1]:
+            test_sharded.check_blocks(triton_sharded.SHARDED, kind, rows, columns, dtypes[0])
 
 
 @pytest.mark.parametrize(

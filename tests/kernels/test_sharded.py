@@ -5,7 +5,7 @@ import torch
 
 from megaresnorm.kernels import load_backends
 from megaresnorm.kernels.add_norm.reference import NormWeights, normalize
-from megaresnorm.kernels.add_norm.sharded import REFERENCE, ShardedNormKernels, merge_stats
+from megaresnorm.kernels.add_norm.sharded import REFERENCE, ShardedNormKernels, merge_stats, normalize_blocks
 from megaresnorm.kernels.add_norm.spec import sharded_norm_kernels
 from megaresnorm.kernels.cpu import build
 from megaresnorm.kernels.registry import backends
@@ -61,6 +61,41 @@ def check(
         assert (mine.cpu().double() - wanted).abs().max() / scale < tolerance, (what, kind, rows, columns, dtypes)
 
 
+def check_blocks(kernels: ShardedNormKernels, kind: str, rows: int, columns: int, dtype, device: str = "cpu") -> None:
+    """The norm of gathered columns, and its gradient as two ranks send it, against FP64."""
+    generator = torch.Generator().manual_seed(rows + columns)
+    message = (torch.randn(2, rows + 3, columns // 2, generator=generator) + 3.0).to(
+        dtype
+    )  # with rows behind the columns
+    z, du = message[:, :rows], torch.randn(rows, columns, generator=generator).to(dtype)
+    weight, bias = 1 + torch.randn(2, columns, generator=generator)
+    bias = bias if kind == "layernorm" else None
+    wide = [None if t is None else t.double().requires_grad_() for t in (z, weight, bias)]
+    norm = NormWeights(kind, weight.to(device), None if bias is None else bias.to(device), 1e-5)
+    exact, exact_statistics = normalize_blocks(wide[0], NormWeights(kind, wide[1], wide[2], 1e-5))
+    got, statistics = kernels.normalize_blocks(message.to(device)[:, :rows], norm)
+    tolerance = 8e-3 if dtype == torch.bfloat16 else 1e-5
+    assert got.dtype == dtype and got.is_contiguous() and statistics.dtype == torch.float32
+    torch.testing.assert_close(statistics.cpu().double(), exact_statistics, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.cpu().double(), exact.detach(), rtol=tolerance, atol=tolerance)
+    blocks, sums = kernels.pack_gradient(du.to(device), got, norm, 2)
+    if sums is None:
+        blocks, beside = blocks.split((columns // 2, 2 if bias is not None else 1), dim=2)
+        assert torch.equal(beside[0], beside[1])
+        sums = beside[0]
+    assert torch.equal(blocks.cpu(), du.view(rows, 2, -1).transpose(0, 1))
+    rounded = got.cpu().double() - (0 if bias is None else wide[2].detach())
+    wanted = [(du.double() * rounded).sum(-1)] + ([du.double() @ wide[1].detach()] if bias is not None else [])
+    torch.testing.assert_close(sums.cpu().double(), torch.stack(wanted, -1), rtol=1e-4, atol=2e-5 * columns)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gathered_columns(kind, dtype):
+    for rows, columns in SIZES:
+        check_blocks(REFERENCE, kind, rows, columns, dtype)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtypes", DTYPES)
@@ -101,3 +136,4 @@ def test_other_backends_of_add_norm_take_the_reference():
 def test_triton_pieces_on_a_gpu(kind, dtypes):
     for rows, columns in [*SIZES, (8192, 4096)]:
         check(sharded_norm_kernels("triton"), kind, rows, columns, dtypes, device="cuda")
+        check_blocks(sharded_norm_kernels("triton"), kind, rows, columns, dtypes[0], device="cuda")

@@ -48,7 +48,9 @@ def test_every_place_has_its_own_mask_of_the_given_rows_and_seed(monkeypatch):
     monkeypatch.setattr(Dropout, "__call__", lambda self, x: calls.append(self) or original(self, x))
     build("pre", 0.25)(TOKENS, dropout=DropoutKey(7, ROWS))
     keys = masks_of(7, ROWS).keys
-    assert torch.equal(torch.stack([dropout.key for dropout in calls]), keys[[6, 0, 1, 2, 3, 4, 5]])  # the embedding, then the sub-layers
+    assert torch.equal(
+        torch.stack([dropout.key for dropout in calls]), keys[[6, 0, 1, 2, 3, 4, 5]]
+    )  # the embedding, then the sub-layers
     assert all(torch.equal(dropout.rows, ROWS) and dropout.probability == 0.25 for dropout in calls)
     one = torch.ones(16, 32)
     masks = [

@@ -12,8 +12,8 @@ from megaresnorm.kernels.add_norm.reference import (
     NormWeights,
     add_norm,
     normalize,
-    normalize_with_statistics,
 )
+from megaresnorm.kernels.add_norm.sharded import normalize_blocks
 from megaresnorm.model.stream import Stream
 from megaresnorm.parallel import transport
 from megaresnorm.parallel.branch_input import GATHER_COLUMNS
@@ -44,7 +44,7 @@ def whole_row_norm(
     leaves = [t.requires_grad_() for t in ((z, weight, bias) if kind == "layernorm" else (z, weight))]
     norm = NormWeights(kind, weight, bias if kind == "layernorm" else None, 1e-5)
     if form == "gather":
-        u, _ = gathered_norm(z, norm, normalize_with_statistics, ShardedNorm(axis), keeps=keeps)
+        u, _ = gathered_norm(z, norm, normalize_blocks, ShardedNorm(axis), keeps=keeps)
         y = u.local
         (y * rows_far_from_zero(dtype)[3] / axis.size).sum().backward()  # every rank's gradient is a part of it
     else:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megaresnorm.kernels.add_norm.reference import in_type
+from megaresnorm.kernels.add_norm.reference import NormWeights, in_type, normalize_with_statistics
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -114,14 +114,50 @@ def empty_sums(z_Td: Tensor, kind: str) -> Tensor:
     return z_Td.new_empty((z_Td.shape[0], 2 if kind == "layernorm" else 1), dtype=torch.float32)
 
 
+def normalize_blocks(z_pTd: Tensor, norm: NormWeights) -> tuple[Tensor, Tensor]:
+    """The norm of whole rows whose columns have been gathered from every rank.
+
+    Args:
+        z_pTd: [p, T, d]; its blocks need not follow one another in memory.
+        norm: weight and bias [D] of whole rows.
+    Returns:
+        [T, D] in z's type, and [T, 2] the statistics of the rows.
+    """
+    y, statistics = normalize_with_statistics(_wide(z_pTd.transpose(0, 1).flatten(1)), norm)
+    return in_type(y, z_pTd.dtype), statistics
+
+
+def pack_gradient(du_TD: Tensor, u_TD: Tensor, norm: NormWeights, ranks: int) -> tuple[Tensor, Tensor | None]:
+    """What is sent of the gradient of ``normalize_blocks``, so that each rank gets the sum of its columns.
+
+    With g = weight * du the row sums are those of g unit and, for LayerNorm, of g. They go to every rank alike, as
+    further columns of its block where they have its type.
+
+    Args:
+        u_TD: the norm's output.
+    Returns:
+        [p, T, d + n] and None for FP32 (FP64); [p, T, d] and [T, n] in FP32 for BF16.
+    """
+    wide, u = _wide(du_TD), _wide(u_TD)
+    sums = (wide * (u if norm.bias is None else u - norm.bias)).sum(-1, keepdim=True)
+    if norm.kind == "layernorm":
+        sums = torch.cat((sums, (wide @ norm.weight).unsqueeze(-1)), dim=-1)
+    blocks = du_TD.view(len(du_TD), ranks, -1).transpose(0, 1)
+    if du_TD.dtype != sums.dtype:
+        return blocks.contiguous(), sums
+    return torch.cat((blocks, sums.expand(ranks, *sums.shape)), dim=-1), None
+
+
 class ShardedNormKernels(NamedTuple):
-    """The kernels of a backend, each as the function ``shard_*`` of this file, in FP32 for FP32 and BF16 tensors."""
+    """The kernels of a backend, each as the function of this file, in FP32 for FP32 and BF16 tensors."""
 
     stats: Callable[[Tensor, str], Tensor]
     apply: Callable[[Tensor, Tensor, Tensor, Tensor | None, str, torch.dtype], Tensor]
     grad_sums: Callable[[Tensor, Tensor, Tensor, Tensor, str], Tensor]
     grad_weights: Callable[[Tensor, Tensor, Tensor, str], tuple[Tensor, Tensor]]
     grad_apply: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, str, int], Tensor]
+    normalize_blocks: Callable[[Tensor, NormWeights], tuple[Tensor, Tensor]] = normalize_blocks
+    pack_gradient: Callable[[Tensor, Tensor, NormWeights, int], tuple[Tensor, Tensor | None]] = pack_gradient
 
 
 REFERENCE = ShardedNormKernels(shard_stats, shard_apply, shard_grad_sums, shard_grad_weights, shard_grad_apply)

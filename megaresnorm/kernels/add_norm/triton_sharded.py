@@ -14,12 +14,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megaresnorm.kernels.add_norm import sharded
+from megaresnorm.kernels.add_norm.reference import NormWeights
 from megaresnorm.kernels.add_norm.sharded import ShardedNormKernels, empty_sums
-from megaresnorm.kernels.add_norm.triton_common import columns_of, load_statistics, tile_of
+from megaresnorm.kernels.add_norm.triton_common import (
+    columns_of,
+    load_statistics,
+    statistics_of,
+    store_statistics,
+    tile_of,
+)
 
 BLOCK_N = 4096
-ROWS_PER_PROGRAM = 256  # in grad_weights_kernel, in tiles of WEIGHTS_M x WEIGHTS_N
+ROWS_PER_PROGRAM = 64  # in grad_weights_kernel, in tiles of WEIGHTS_M x WEIGHTS_N
+MOST_COLUMNS = 16384  # of a whole row in registers
 WEIGHTS_M, WEIGHTS_N = 8, 128
+KINDS = {"rmsnorm": 1, "layernorm": 2}
 
 
 @triton.jit
@@ -132,6 +142,66 @@ def grad_weights_kernel(
     tl.store(sum_bias + program * columns + cols, tl.sum(d_bias, 0), mask=col_mask)
 
 
+@triton.jit
+def normalize_blocks_kernel(
+    z, weight, bias, out, statistics, eps, columns, block_columns, block_pitch,
+    KIND: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out [T, D] = the norm of whole rows, which z [p, T, d] has in blocks ``block_pitch`` elements apart.
+
+    Moves 4 bytes an element: z and out.
+    """
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    cols = tl.arange(0, BLOCK_N)
+    mask = (cols < columns)[None, :]
+    from_block = (cols // block_columns).to(tl.int64) * block_pitch + cols % block_columns
+    v = tile_of(z, row[:, None] * block_columns + from_block[None, :], mask)
+    w = columns_of(weight, cols, cols < columns)
+    b = columns_of(bias, cols, cols < columns) if bias is not None else w
+    mean, reciprocal = statistics_of(v, mask, columns, eps, KIND)
+    store_statistics(statistics, row, row >= 0, mean, reciprocal)
+    y = (v - mean[:, None]) * reciprocal[:, None] * w
+    if bias is not None:
+        y += b
+    tl.store(out + row[:, None] * columns + cols[None, :], y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def pack_gradient_kernel(
+    du, u, weight, bias, packed, sums, rows, columns, block_columns, packed_columns,
+    LAYERNORM: tl.constexpr, RANKS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """packed [p, T, packed_columns]: du by blocks of columns, then the sums of du (u - bias) and of weight du.
+
+    The sums [T, n] are stored apart where there is such a tensor. Moves 6 bytes an element: du, u and packed.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_N)
+    col_mask = cols < columns
+    offsets = row * columns + cols[None, :]
+    d = tl.load(du + offsets, mask=col_mask[None, :], other=0.0)
+    unit = tile_of(u, offsets, col_mask[None, :])
+    w = columns_of(weight, cols, col_mask)
+    if bias is not None:
+        unit -= columns_of(bias, cols, col_mask)
+    place = (cols // block_columns).to(tl.int64) * rows * packed_columns + row * packed_columns + cols % block_columns
+    tl.store(packed + place[None, :], d, mask=col_mask[None, :])
+    along = tl.sum(d.to(tl.float32) * unit)
+    total = tl.sum(d.to(tl.float32) * w)
+    if sums is not None:
+        if LAYERNORM:
+            tl.store(sums + 2 * row, along)
+            tl.store(sums + 2 * row + 1, total)
+        else:
+            tl.store(sums + row, along)
+    else:
+        for rank in tl.static_range(RANKS):
+            at = packed + (rank * rows + row) * packed_columns + block_columns
+            tl.store(at, along)
+            if LAYERNORM:
+                tl.store(at + 1, total)
+
+
 def _shape(columns: int) -> dict[str, int]:
     block = min(BLOCK_N, triton.next_power_of_2(columns))
     return {"BLOCK_N": block, "num_warps": max(1, min(8, block // 512))}
@@ -188,4 +258,43 @@ def grad_apply(
     return out
 
 
-SHARDED = ShardedNormKernels(stats, apply, grad_sums, grad_weights, grad_apply)
+def normalize_blocks(z: Tensor, norm: NormWeights) -> tuple[Tensor, Tensor]:
+    """``sharded.normalize_blocks``."""
+    ranks, rows, columns = z.shape
+    if ranks * columns > MOST_COLUMNS:
+        return sharded.normalize_blocks(z, norm)
+    if z.stride(2) != 1 or z.stride(1) != columns:
+        z = z.contiguous()
+    out = z.new_empty((rows, ranks * columns))
+    statistics = z.new_empty((rows, 2), dtype=torch.float32)
+    block = triton.next_power_of_2(ranks * columns)
+    if rows:
+        normalize_blocks_kernel[(rows,)](
+            z, norm.weight, norm.bias, out, statistics, norm.eps, ranks * columns, columns, z.stride(0),
+            KINDS[norm.kind], block, num_warps=_whole_warps(block),
+        )  # fmt: skip
+    return out, statistics
+
+
+def pack_gradient(du: Tensor, u: Tensor, norm: NormWeights, ranks: int) -> tuple[Tensor, Tensor | None]:
+    """``sharded.pack_gradient``."""
+    (rows, columns), numbers = du.shape, 2 if norm.kind == "layernorm" else 1
+    if columns > MOST_COLUMNS:
+        return sharded.pack_gradient(du, u, norm, ranks)
+    beside = du.dtype == torch.float32
+    packed = du.new_empty((ranks, rows, columns // ranks + numbers * beside))
+    sums = None if beside else empty_sums(du, norm.kind)
+    block = triton.next_power_of_2(columns)
+    if rows:
+        pack_gradient_kernel[(rows,)](
+            du.contiguous(), u.contiguous(), norm.weight, norm.bias, packed, sums, rows, columns, columns // ranks,
+            packed.shape[2], norm.kind == "layernorm", ranks, block, num_warps=_whole_warps(block),
+        )  # fmt: skip
+    return packed, sums
+
+
+def _whole_warps(block: int) -> int:
+    return min(16, max(1, block // 512))
+
+
+SHARDED = ShardedNormKernels(stats, apply, grad_sums, grad_weights, grad_apply, normalize_blocks, pack_gradient)
