@@ -1,0 +1,38 @@
+"""Compiles the kernels of activation and rotary for sm_90 without a GPU and prints what their machine code uses.
+
+Run by test_gpu_ops.py in a process of its own, in which Triton does not interpret.
+"""
+
+import json
+
+from compile_triton import compiled
+
+from megaresnorm.kernels.gpu import activation
+
+NUMBERS = ("rows", "columns", "tokens", "seq")
+
+
+def types_of(kernel, wide):
+    """BF16 tensors; FP32 for the others, which are named."""
+    types = dict.fromkeys(kernel.arg_names, "*bf16")
+    return types | dict.fromkeys(wide, "*fp32") | dict.fromkeys(NUMBERS, "i32") | {"eps": "fp32"}
+
+
+def activations(some):
+    for kind in ("gelu", "swiglu") if some else ("gelu", "gelu_tanh", "relu", "swiglu", "geglu", "geglu_tanh"):
+        for bias in (False, True):
+            absent = set() if bias else {"bias", "partial"}
+            constants = {
+                "CURVE": activation.CURVES[kind], "GATE": kind in activation.GATED,
+                "BLOCK_M": activation.BLOCK_M, "BLOCK_N": activation.BLOCK_N,
+            }  # fmt: skip
+            name = f"{kind}{', bias' if bias else ''}"
+            types = types_of(activation.forward_kernel, ("bias",))
+            yield f"forward {name}", compiled(activation.forward_kernel, absent, types, constants, 4)
+            constants["TILES"] = activation.TILES if bias else 1
+            types = types_of(activation.backward_kernel, ("bias", "partial"))
+            yield f"backward {name}", compiled(activation.backward_kernel, absent, types, constants, 4)
+
+
+if __name__ == "__main__":
+    print(json.dumps(dict(activations(False)), indent=1))
