@@ -10,10 +10,12 @@ MODULES = (
     "cpu.add_norm",
     "cpu.attention",
     "cpu.activation",
+    "cpu.rotary",
     "cpu.cross_entropy",
     "attention",
     "cross_entropy",
     "activation",
+    "rotary",
 )
 
 

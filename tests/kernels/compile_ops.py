@@ -4,10 +4,12 @@ Run by test_gpu_ops.py in a process of its own, in which Triton does not interpr
 """
 
 import json
+import sys
+from itertools import product
 
 from compile_triton import compiled
 
-from megaresnorm.kernels.gpu import activation
+from megaresnorm.kernels.gpu import activation, rotary
 
 NUMBERS = ("rows", "columns", "tokens", "seq")
 
@@ -34,5 +36,23 @@ def activations(some):
             yield f"backward {name}", compiled(activation.backward_kernel, absent, types, constants, 4)
 
 
+def rotaries(some):
+    for width, norm in ((128, "none"), (64, "layernorm")) if some else product((64, 80, 128, 256), rotary.NORMS):
+        constants = {"HEADS": 32, "KV_HEADS": 8, "HALF": width // 2, "NORM": rotary.NORMS[norm], "EACH": False}
+        constants["GROUP"] = rotary.GROUP
+        absent = set() if norm == "layernorm" else {"q_bias", "k_bias"}
+        absent |= {"q_weight", "k_weight", "partial", "qkv"} if norm == "none" else set()
+        wide = ("cos", "sin", "q_weight", "q_bias", "k_weight", "k_bias", "partial")
+        constants["BLOCK_T"], constants["BLOCK_H"] = rotary._shape(width, 2048)
+        kernel = rotary.forward_kernel
+        used = compiled(kernel, absent - {"qkv"}, types_of(kernel, wide), constants, 4)
+        yield f"rotary forward {width} {norm}", used
+        constants["BIASED"] = norm == "layernorm"
+        constants["BLOCK_T"], constants["BLOCK_H"] = rotary._shape(width, 2048 if norm == "none" else 1024)
+        kernel = rotary.backward_kernel
+        yield f"rotary backward {width} {norm}", compiled(kernel, absent, types_of(kernel, wide), constants, 4)
+
+
 if __name__ == "__main__":
-    print(json.dumps(dict(activations(False)), indent=1))
+    some = "--some" in sys.argv
+    print(json.dumps({**dict(activations(some)), **dict(rotaries(some))}, indent=1))

@@ -8,6 +8,7 @@ import torch
 
 from megaresnorm.kernels.activation import ActivationBackend, register_activation
 from megaresnorm.kernels.gpu.requires import triton_requires
+from megaresnorm.kernels.rotary import RotaryBackend, register_rotary
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "swiglu", "geglu", "geglu_tanh")
 
@@ -26,4 +27,7 @@ register_activation(
     "triton",
     ActivationBackend(_function("activation", "forward"), _function("activation", "backward"), ACTIVATIONS, True),
     requires=triton_requires,
+)
+register_rotary(
+    "triton", RotaryBackend(_function("rotary", "forward"), _function("rotary", "backward")), requires=triton_requires
 )
