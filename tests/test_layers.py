@@ -78,6 +78,8 @@ ONLY_IN = {  # package -> the files that may import it
         "kernels/add_norm/triton_rows.py",
         "kernels/add_norm/triton_sharded.py",
         "kernels/add_norm/triton_wide.py",
+        "kernels/gpu/activation.py",
+        "kernels/gpu/rotary.py",
     ],
     "ctypes": [
         f"kernels/cpu/{name}.py"

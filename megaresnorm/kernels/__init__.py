@@ -13,6 +13,7 @@ MODULES = (
     "cpu.rotary",
     "cpu.cross_entropy",
     "attention",
+    "flex_attention",
     "cross_entropy",
     "activation",
     "rotary",

@@ -61,7 +61,9 @@ def rotary_after(add_norm: AddNormKernel) -> RotaryKernel:
         if norm is None:
             return x_BSNH
         rows = x_BSNH.reshape(-1, x_BSNH.shape[-1])
-        return add_norm(AddNormArgs(rows, norm=norm, residual_dtype=rows.dtype, out_dtype=None)).trunk.view(x_BSNH.shape)
+        return add_norm(AddNormArgs(rows, norm=norm, residual_dtype=rows.dtype, out_dtype=None)).trunk.view(
+            x_BSNH.shape
+        )
 
     def rotary(
         qkv_BSJH: Tensor,

@@ -1,8 +1,8 @@
 """The activation with its bias in Triton: one pass forward, one backward. Computed in FP32, rounded once.
 
 h + bias is rounded to h's type before it is activated, as the reference rounds it. A program has a tile of rows and
-columns; in backward several tiles, one below the other, whose sums for the bias it writes as one row of FP32. These rows
-are added in a fixed order: no atomics.
+columns; in backward several tiles, one below the other, whose sums for the bias it writes as one row of FP32. These
+rows are added in a fixed order: no atomics.
 
 M rows   N columns of y (h has 2 N with a gate, the gate first)
 """

@@ -2,8 +2,8 @@
 
 A program has a block of tokens and up to GROUP heads, which are all of q, or of k, or of v: the rows of the tables that
 its tokens need stay in registers while it goes from head to head. A head is two tiles, its halves, which are rotated
-against each other. In backward a program writes its sums for the norm's weights as one row of FP32; these rows are added
-in a fixed order: no atomics.
+against each other. In backward a program writes its sums for the norm's weights as one row of FP32; these rows are
+added in a fixed order: no atomics.
 
 B batch   S seq   T tokens (B * S)   J all heads, N of queries and 2 K of keys and values   H head width
 """
@@ -89,7 +89,7 @@ def forward_kernel(
     Reads qkv and writes q, k and v, each once: 4 bytes an element in BF16. Tables are FP32, H numbers a token and group
     of heads.
     """
-    block, group, part, first, end = _part(HEADS, KV_HEADS, GROUP)
+    block, _, part, first, end = _part(HEADS, KV_HEADS, GROUP)
     token, cols = block * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_H)
     col_mask = cols < HALF
     mask = (token < tokens)[:, None] & col_mask[None, :]
