@@ -4,14 +4,27 @@ Run by test_gpu_ops.py in a process of its own, in which Triton does not interpr
 """
 
 import json
+import re
 import sys
 from itertools import product
 
-from compile_triton import compiled
+import compile_triton
+import triton
 
 from megaresnorm.kernels.gpu import activation, rotary
 
+compile_ = triton.compile
 NUMBERS = ("rows", "columns", "tokens", "seq")
+
+
+def compiled(*arguments):
+    """As compile_triton's, with ``wide_offsets``: whether those of all tiles of rows and columns are int64."""
+    made = []
+    compile_triton.triton.compile = lambda *a, **options: made.append(compile_(*a, **options)) or made[0]
+    usage = compile_triton.compiled(*arguments)
+    tiles = re.findall(r"tt\.addptr .*: tensor<(\d+)x(\d+)x!tt\.ptr<\w+>>, tensor<\d+x\d+x(i\d+)>", made[0].asm["ttir"])
+    types = [number for rows, columns, number in tiles if int(rows) > 1 and int(columns) > 1]
+    return usage | {"wide_offsets": len(types) > 1 and set(types) == {"i64"}}
 
 
 def types_of(kernel, wide):

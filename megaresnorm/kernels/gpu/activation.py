@@ -94,7 +94,7 @@ def forward_kernel(
     v = _value(_with_bias(h, bias, at, cols, mask), CURVE)
     if GATE:
         v = v * _with_bias(h, bias, at + columns, cols + columns, mask)
-    tl.store(y + row[:, None] * columns + cols[None, :], v.to(y.dtype.element_ty), mask=mask)
+    tl.store(y + (row[:, None] * columns + cols[None, :]), v.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -114,7 +114,7 @@ def backward_kernel(
         row = (program * TILES + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = (row < rows)[:, None] & (cols < columns)[None, :]
         at = row[:, None] * pitch + cols[None, :]
-        g = tl.load(dy + row[:, None] * columns + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(dy + (row[:, None] * columns + cols[None, :]), mask=mask, other=0.0).to(tl.float32)
         x = _with_bias(h, bias, at, cols, mask)
         if GATE:
             up = _with_bias(h, bias, at + columns, cols + columns, mask)

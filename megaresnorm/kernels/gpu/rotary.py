@@ -89,7 +89,7 @@ def forward_kernel(
     Reads qkv and writes q, k and v, each once: 4 bytes an element in BF16. Tables are FP32, H numbers a token and group
     of heads.
     """
-    block, _, part, first, end = _part(HEADS, KV_HEADS, GROUP)
+    block, _group, part, first, end = _part(HEADS, KV_HEADS, GROUP)
     token, cols = block * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_H)
     col_mask = cols < HALF
     mask = (token < tokens)[:, None] & col_mask[None, :]
@@ -120,7 +120,7 @@ def forward_kernel(
         for head in range(first, end):
             low, high = _halves(qkv, source + (before + head) * (2 * HALF), mask, HALF)
             if NORM:
-                low, high, _ = _unit(low, high, mask, eps, HALF, NORM)
+                low, high, _reciprocal = _unit(low, high, mask, eps, HALF, NORM)
                 low, high = low * w_low, high * w_high
                 if q_bias is not None:
                     low, high = low + b_low, high + b_high
