@@ -109,10 +109,12 @@ class RotarySpec(NamedTuple):
     backend: str
 
     def values(self) -> tuple:
+        """As the schema has them."""
         return tuple(self)
 
     @property
     def implementation(self) -> "RotaryBackend":
+        """Of the backend."""
         return kernel_named("rotary", self.backend).implementation
 
 

@@ -120,7 +120,7 @@ def backward_kernel(
             up = _with_bias(h, bias, at + columns, cols + columns, mask)
             d_up = g * _value(x, CURVE)
             g = g * up
-            tl.store(dh + at + columns, d_up.to(dh.dtype.element_ty), mask=mask)
+            tl.store(dh + (at + columns), d_up.to(dh.dtype.element_ty), mask=mask)
             if partial is not None:
                 a_up += d_up
         dx = g * _slope(x, CURVE)

@@ -131,6 +131,16 @@ def forward_kernel(
             _store(out, target + head * (2 * HALF), low, high, mask, HALF)
 
 
+@triton.jit
+def _norm_gradient(low, high, unit_low, unit_high, reciprocal, HALF: tl.constexpr, NORM: tl.constexpr):
+    """(g - mean(g) - unit mean(g unit)) / deviation, without mean(g) for RMSNorm."""
+    inner = (tl.sum(low * unit_low + high * unit_high, 1) / (2 * HALF))[:, None]
+    if NORM == 2:
+        mean = (tl.sum(low + high, 1) / (2 * HALF))[:, None]
+        low, high = low - mean, high - mean
+    return (low - unit_low * inner) * reciprocal, (high - unit_high * inner) * reciprocal
+
+
 @triton.jit(do_not_specialize=["tokens", "seq"])
 def backward_kernel(
     dq, dk, dv, qkv, cos, sin, q_weight, k_weight, d_qkv, partial, tokens, seq, eps,
@@ -187,12 +197,7 @@ def backward_kernel(
                     b_low += low
                     b_high += high
                 low, high = low * w_low, high * w_high
-                inner = (tl.sum(low * x_low + high * x_high, 1) / (2 * HALF))[:, None]
-                mean = inner * 0.0
-                if NORM == 2:
-                    mean = (tl.sum(low + high, 1) / (2 * HALF))[:, None]
-                low = (low - mean - x_low * inner) * reciprocal
-                high = (high - mean - x_high * inner) * reciprocal
+                low, high = _norm_gradient(low, high, x_low, x_high, reciprocal, HALF, NORM)
             _store(d_qkv, target + (before + head) * (2 * HALF), low, high, mask, HALF)
         if NORM:
             groups: tl.constexpr = (HEADS + GROUP - 1) // GROUP + (KV_HEADS + GROUP - 1) // GROUP
