@@ -33,9 +33,12 @@ def flex_attention(
     from torch.nn.attention.flex_attention import AuxRequest  # a second's imports, for GPUs alone
 
     run = _compiled() if q_BSNH.is_cuda and not torch.compiler.is_compiling() else _function()
-    mask = _causal_blocks(q_BSNH.shape[1], q_BSNH.device) if causal else None
+    mask = None
     if segments is not None:
         mask = block_mask_of(segments, causal)
+    elif causal:
+        make = _blocks if torch.compiler.is_compiling() else _blocks_of_a_shape
+        mask = make(_causal, None, q_BSNH.shape[1], q_BSNH.device)
     y, aux = run(
         *(t.transpose(1, 2) for t in (q_BSNH, k_BCKH, v_BCKH)),
         score_mod=None if softcap is None else _cap(softcap),
@@ -77,15 +80,13 @@ def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return key <= query
 
 
-@functools.lru_cache(maxsize=4)
-def _causal_blocks(seq: int, device: torch.device) -> Any:
-    return _blocks(_causal, None, seq, device)
-
-
 def _blocks(sees: Callable[..., Tensor], batch: int | None, seq: int, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     return create_block_mask(sees, batch, None, seq, seq, device=device)
+
+
+_blocks_of_a_shape = functools.lru_cache(maxsize=4)(_blocks)
 
 
 def _function() -> Callable[..., Any]:

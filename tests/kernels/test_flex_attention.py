@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention as flex
 
 from megaresnorm.kernels import load_backends
@@ -63,6 +64,24 @@ def test_auto_takes_it_for_capped_scores_on_a_gpu():
     assert choose_kernel("attention", "auto", CUDA, torch.bfloat16, "plain")[0].backend == "sdpa"
     assert choose_kernel("attention", "auto", torch.device("cpu"), torch.float32, "softcap")[0].backend == "reference"
     assert choose_kernel("attention", "auto", CUDA, torch.float64, "softcap")[0].backend == "reference"
+
+
+def test_a_compiler_makes_one_graph_for_all_batches():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    capped = torch.compile(
+        lambda *qkv, segments: flex_attention(*qkv, segments=segments, softcap=2.0)[0], backend=counter, fullgraph=True
+    )
+    for documents in (False, True):
+        for seed in range(2):
+            g = torch.Generator().manual_seed(seed)
+            qkv = [torch.randn(2, 150, heads, 16, generator=g) for heads in (4, 2, 2)]
+            segments = Segments((torch.rand(2, 150, generator=g) < 0.1).long().cumsum(1)) if documents else None
+            if documents:
+                block_mask_of(segments, causal=True)  # as a model does, before its compiled blocks
+            want = reference_attention(*qkv, segments=segments, softcap=2.0)[0]
+            torch.testing.assert_close(capped(*qkv, segments=segments), want, rtol=0, atol=1e-5)
+        assert counter.frame_count == 1 + documents
 
 
 @pytest.mark.gpu
