@@ -213,6 +213,7 @@ def _model_kernels(
     return Kernels(
         AddNorm(add_norm, layout, stored, compute),
         linear,
+        functions["rotary"],
         functions["attention"],
         fused_attention,
         functions["activation"],

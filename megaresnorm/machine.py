@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 import megaresnorm
 from megaresnorm.checkpoint.format import human_bytes
@@ -66,6 +67,8 @@ def look_at_machine(device: torch.device) -> Iterator[Check]:
     yield _compiler()
     yield _cache()
     yield from _kernels(device)
+    if device.type == "cuda":
+        yield _attention(device)
     yield _space("shared memory", Path("/dev/shm"), LEAST_SHM, "docker run --shm-size=8g, or run one rank")
     yield _space("temporary files", Path(tempfile.gettempdir()), 10**8, "set TMPDIR to a folder with space")
     yield _space("this folder", Path.cwd(), LEAST_DISK, "checkpoints need space: set train.output elsewhere")
@@ -158,6 +161,25 @@ def _kernels(device: torch.device) -> Iterator[Check]:
     fast = device.type == "cpu" or chosen["add_norm"] != "reference"
     found = ", ".join(f"{op} {backend}" for op, backend in chosen.items())
     yield _check("kernels", found, fast, "megaresnorm doctor --kernels says why")
+
+
+SDPA = {1: "flash", 2: "memory-efficient", 3: "cuDNN"}  # of torch.nn.attention.SDPBackend
+
+
+def _attention(device: torch.device, width: int = 128) -> Check:
+    """Which kernels attention comes to, by a call of each kind that torch decides on when it is made."""
+    q = torch.zeros(1, 4, 256, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+    try:
+        taken = SDPA.get(torch._fused_sdp_choice(q, q, q, is_causal=True))
+        F.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
+    except RuntimeError as e:
+        return Check("attention", "WARN", f"torch's fails: {(str(e) or type(e).__name__).splitlines()[0][:100]}")
+    plain, softcap = (
+        choose_kernel("attention", "auto", device, torch.bfloat16, kind)[0].backend for kind in ("plain", "softcap")
+    )
+    documents = "varlen" if plain == "sdpa" else plain
+    found = f"{plain} takes {taken or 'math'}, documents {documents}, softcap {softcap}"
+    return _check("attention", f"{found} (BF16, heads of {width})", taken is not None, "torch has no fused kernel here")
 
 
 def _space(name: str, folder: Path, least: int, advice: str) -> Check:

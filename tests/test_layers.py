@@ -77,9 +77,13 @@ ONLY_IN = {  # package -> the files that may import it
     "triton": [
         "kernels/add_norm/triton_common.py",
         "kernels/add_norm/triton_fp8.py",
+        "kernels/add_norm/triton_launch.py",
         "kernels/add_norm/triton_rows.py",
         "kernels/add_norm/triton_sharded.py",
         "kernels/add_norm/triton_wide.py",
+        "kernels/gpu/activation.py",
+        "kernels/gpu/cross_entropy.py",
+        "kernels/gpu/rotary.py",
     ],
     "ctypes": [
         f"kernels/cpu/{name}.py"

@@ -13,7 +13,7 @@ from megaresnorm.cli import main
 from megaresnorm.machine import look_at_machine
 from megaresnorm.resilience.host import HostMemory
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def found(name: str) -> machine.Check:
@@ -76,3 +76,36 @@ def test_a_user_without_a_home_has_a_cache(monkeypatch, tmp_path):
 def test_options_of_the_kernels_need_kernels(capsys):
     assert main(["doctor", "--shapes", "8x8"]) == 2
     assert "--shapes has no effect without --kernels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("choice", "verdict", "words"),
+    [
+        (3, "PASS", "sdpa takes cuDNN, documents varlen, softcap flex"),
+        (1, "PASS", "sdpa takes flash"),
+        (2, "PASS", "sdpa takes memory-efficient"),
+        (0, "WARN", "sdpa takes math"),
+    ],
+)
+def test_doctor_says_which_attention_torch_takes_on_a_gpu(choice, verdict, words, monkeypatch):
+    asked = []
+    choose = machine.choose_kernel
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda q, *rest, **options: asked.append(q.device) or choice)
+    monkeypatch.setattr(machine, "choose_kernel", lambda op, auto, device, *rest: choose(op, auto, CUDA, *rest))
+    check = machine._attention(CPU)  # the call that is looked at can be made anywhere
+    assert check.verdict == verdict and words in check.found and asked == [CPU]
+
+
+def test_doctor_says_that_attention_fails(monkeypatch):
+    def fails(*tensors, **options):
+        raise RuntimeError("no kernel image\nand more")
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", fails)
+    check = machine._attention(CPU)
+    assert check.verdict == "WARN" and check.found == "torch's fails: no kernel image"
+
+
+@pytest.mark.gpu
+def test_doctor_says_it_on_a_gpu():
+    (check,) = [one for one in look_at_machine(CUDA) if one.name == "attention"]
+    assert check.verdict == "PASS" and "sdpa takes" in check.found

@@ -7,13 +7,17 @@ MODULES = (
     "add_norm.gpu_backends",
     "add_norm.fp8",
     "gpu.packages",
+    "gpu.backends",
     "cpu.add_norm",
     "cpu.attention",
     "cpu.activation",
+    "cpu.rotary",
     "cpu.cross_entropy",
     "attention",
+    "flex_attention",
     "cross_entropy",
     "activation",
+    "rotary",
 )
 
 

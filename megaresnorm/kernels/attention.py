@@ -1,6 +1,6 @@
 """Attention over whole sequences: torch's fused kernels, and products over blocks of queries, faster on some CPUs.
 
-Every backend is called with heads that are rotated already (``rotate``), and may have a form that reads a layer's fused
+Every backend is called with heads that are rotated already (rotary.py), and may have a form that reads a layer's fused
 q, k, v and rotates them itself (``FusedAttention``).
 
 B batch   S queries   C keys (S, or more where earlier ones are cached)
@@ -30,10 +30,12 @@ class Segments:
 
     Attributes:
         first: [B, S] int64, the index in its row of the first token of each token's segment.
+        blocks: FlexAttention's causal block mask, where it was made (flex_attention.py); else None.
     """
 
     def __init__(self, ids: Tensor) -> None:
         self.ids, self.first = ids, torch.searchsorted(ids, ids)
+        self.blocks: Any = None
         self._mask: Tensor | None = None
         self._lengths: tuple[Tensor, int] | None = None
 
@@ -114,7 +116,7 @@ class FusedAttention(Protocol):
 
         Args:
             qkv_BSJH: [B, S, J, H], heads of q, then of k, then of v; J is N + 2 kv_heads.
-            cos: as ``rotate`` takes it; None for no rotation.
+            cos: as ``rotary`` takes it; None for no rotation.
             sin: likewise.
             segments: as of ``AttentionKernel``.
             scale: likewise.
@@ -122,17 +124,6 @@ class FusedAttention(Protocol):
         Returns:
             As ``AttentionKernel``.
         """
-
-
-def rotate(x_BSNH: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
-    """Rotate every head by its position; computed in the tables' type, returned in x's.
-
-    Args:
-        cos_SH: [S, H] or [B, S, H].
-        sin_SH: likewise; its first half along H is negative, as model/rotary.py makes it.
-    """
-    exchanged = x_BSNH.roll(x_BSNH.shape[-1] // 2, dims=-1)
-    return torch.addcmul(x_BSNH * cos_SH.unsqueeze(-2), exchanged, sin_SH.unsqueeze(-2)).to(x_BSNH.dtype)
 
 
 def _avoid_blocked(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -184,7 +175,7 @@ def reference_attention(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention written out, in FP32 (or FP64). It alone caps scores.
+    """Attention written out, in FP32 (or FP64); scores may be capped.
 
     Source:
         Gemma 2, arXiv:2408.00118, eq. 1 (the cap).

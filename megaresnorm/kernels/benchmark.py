@@ -10,7 +10,7 @@ from torch import Tensor
 from megaresnorm.kernels.add_norm.reference import AddNormArgs, NormWeights
 from megaresnorm.kernels.registry import Kernel, backends, choose_kernel
 
-OPS = ("add_norm", "norm_quant", "attention", "activation", "cross_entropy")
+OPS = ("add_norm", "norm_quant", "rotary", "attention", "activation", "cross_entropy")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def benchmark_backends(
 
     Args:
         shapes: pairs of rows and columns. Rows are tokens; columns are the model dim, or the vocabulary for
-            cross_entropy. Attention has heads of 64 columns and sequences of at most 256 tokens.
+            cross_entropy. Attention and rotary have heads of 64 columns, attention sequences of at most 256 tokens.
     """
     findings = []
     for op in ops:
@@ -106,6 +106,18 @@ def _norm_quant(kernel: Kernel, rows: int, columns: int, device: torch.device, d
     return lambda: kernel.function(x, NormWeights("rmsnorm", weight, None, 1e-5), statistics)
 
 
+def _rotary(kernel: Kernel, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Callable:
+    heads = max(1, columns // 64)
+    qkv, table = _random((1, rows, 3 * heads, 64), device, dtype), torch.ones(rows, 64, device=device)
+    norm = NormWeights("rmsnorm", _random((64,), device, torch.float32), None, 1e-5)
+
+    def call() -> None:
+        heads_of = kernel.function(qkv, heads, cos=table, sin=table, q_norm=norm, k_norm=norm)
+        torch.autograd.backward(heads_of, heads_of)
+
+    return call
+
+
 def _attention(kernel: Kernel, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Callable:
     seq, heads = min(rows, 256), max(1, columns // 64)
     batch = max(1, rows // seq)
@@ -126,4 +138,4 @@ def _cross_entropy(kernel: Kernel, rows: int, columns: int, device: torch.device
     return lambda: kernel.function(logits * 1.0, labels)[1].backward()
 
 
-_CALLS = dict(zip(OPS, (_add_norm, _norm_quant, _attention, _activation, _cross_entropy), strict=True))
+_CALLS = dict(zip(OPS, (_add_norm, _norm_quant, _rotary, _attention, _activation, _cross_entropy), strict=True))

@@ -14,6 +14,19 @@ FLOATS = (torch.float32, torch.bfloat16)  # what kernels read and write
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def check_fp32(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
+    """Check that a tensor is one that a kernel can read in place: FP32, contiguous and of one of the shapes, or None.
+
+    Raises:
+        TypeError: it is not; the message begins with ``name``.
+    """
+    if tensor is None:
+        return
+    if tensor.dtype != torch.float32 or tuple(tensor.shape) not in shapes or not tensor.is_contiguous():
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        raise TypeError(f"{name} is {tensor.dtype} {list(tensor.shape)}; wanted float32 {wanted}, contiguous")
+
+
 class CustomOp:
     """A functional operator ``megaresnorm::NAME`` with its gradient.
 

@@ -42,7 +42,7 @@ class Kernel:
 
 # The order in which ``auto`` tries backends, whatever the order of imports. Backends that are not listed come after
 # these and before "reference", the specification.
-ORDER = ("triton", "cpu", "blocked", "sdpa", "chunked")
+ORDER = ("triton", "cpu", "blocked", "sdpa", "flex", "chunked")
 _KERNELS: dict[str, dict[str, Kernel]] = {}
 
 

@@ -107,7 +107,7 @@ class Compiling(NamedTuple):
         mode: none, blocks or cuda_graphs.
         why: in a few words.
         per_graph: blocks in one graph, at most; 0: each is compiled as it is, for FSDP2, whose hooks are between them.
-        fused: ops whose reference the compiler makes faster than a call of our C.
+        fused: ops whose reference the compiler fuses with what is around it, faster than a call of a kernel of ours.
     """
 
     mode: str
@@ -153,7 +153,7 @@ def resolve_compile_mode(
         return Compiling("none", why)
     if broken := _cannot_generate(device_type):
         raise ConfigError(f"train.compile={setting}: {broken}")
-    fused = ("add_norm", "activation") if cpu and tp == 1 else ()
+    fused = ("activation", "rotary") if not cpu else ("add_norm", "activation", "rotary") if tp == 1 else ()
     return Compiling(setting, why, 0 if sharded else BLOCKS_PER_GRAPH if cpu else 1, fused)
 
 

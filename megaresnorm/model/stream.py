@@ -14,6 +14,7 @@ from megaresnorm.kernels.activation import ActivationKernel
 from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, NormWeights
 from megaresnorm.kernels.attention import AttentionKernel, FusedAttention
 from megaresnorm.kernels.dropout import Dropout
+from megaresnorm.kernels.rotary import RotaryKernel
 from megaresnorm.model.norm import Norm
 from megaresnorm.parallel.branch_input import BranchInput
 from megaresnorm.parallel.layouts import TensorLayout
@@ -121,6 +122,7 @@ class Kernels(NamedTuple):
 
     Attributes:
         linear: the products of all linear layers.
+        rotary: from fused q, k, v to rotated heads, for attention that reads those.
         attend: attention on rotated heads.
         fused_attention: the same backend's form for fused q, k, v with rotary positions; None where it has none.
         activate: the FFN's activation, as ``activation`` of kernels/activation.py describes it.
@@ -130,6 +132,7 @@ class Kernels(NamedTuple):
 
     add_norm: AddNorm
     linear: LinearKernel
+    rotary: RotaryKernel
     attend: AttentionKernel
     fused_attention: FusedAttention | None
     activate: ActivationKernel

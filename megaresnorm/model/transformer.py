@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megaresnorm.kernels.attention import Segments
 from megaresnorm.kernels.cross_entropy import LogitForm
+from megaresnorm.kernels.flex_attention import block_mask_of
 from megaresnorm.model.block import Block
 from megaresnorm.model.compiled import CompiledBlocks
 from megaresnorm.model.dropout import DropoutKey, DropoutMasks
@@ -147,10 +148,10 @@ class Transformer(nn.Module):
         )
         positions = torch.arange(start, start + seq, device=tokens_BS.device)
         segments = None if documents_BS is None else Segments(documents_BS)
-        if segments is not None and tokens_BS.is_cuda and self.add_norm.compute_dtype == torch.bfloat16:
-            segments.lengths()  # for varlen_attn; here, where no compiler looks, since it waits for the device
         if segments is not None:
             positions = positions - segments.first
+            if tokens_BS.is_cuda:
+                self._look_at(segments)
         if self.recipe.positions != "rope":
             return SequenceInfo(batch, seq, positions, segments=segments, cache=cache)
         wide = torch.promote_types(self.add_norm.compute_dtype, torch.float32)
@@ -159,6 +160,13 @@ class Transformer(nn.Module):
         self._tables = tables  # a CUDA graph goes on reading them, also where the cache has dropped them
         cos, sin = (table[start : start + seq] if segments is None else table[positions] for table in tables)
         return SequenceInfo(batch, seq, positions, cos, sin, segments, cache)
+
+    def _look_at(self, segments: Segments) -> None:
+        """Find what attention on a GPU asks of segments, here, where no compiler looks."""
+        if self.recipe.attention_softcap is not None:
+            block_mask_of(segments, causal=True)  # for FlexAttention
+        elif self.add_norm.compute_dtype == torch.bfloat16:
+            segments.lengths()  # for varlen_attn; it waits for the device
 
     def embed(self, tokens_BS: Tensor, rows: SequenceInfo, masks: DropoutMasks | None = None) -> Stream:
         """The stream before the first block: token and position embeddings, embedding norm, dropout."""

@@ -55,6 +55,8 @@ class KernelRecipe(Section):
     """Backend of the residual-add + norm op."""
     attention: Word = "auto"
     """Backend of attention."""
+    rotary: Word = "auto"
+    """Backend of rotary positions with the norms of heads, where attention does not rotate by itself."""
     activation: Word = "auto"
     """Backend of GELU and SwiGLU."""
     cross_entropy: Word = "auto"

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from megaresnorm.kernels.activation import activation
+from megaresnorm.kernels import load_backends
+from megaresnorm.kernels.activation import activation, fused_activation
 from megaresnorm.kernels.cpu import build
-from megaresnorm.kernels.cpu.activation import cpu_activation
 
 F32, BF16 = torch.float32, torch.bfloat16
+load_backends()
+cpu_activation = fused_activation("cpu")
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason="no C compiler")
 
 

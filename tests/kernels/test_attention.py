@@ -12,12 +12,12 @@ from megaresnorm.kernels.attention import (
     Segments,
     blocked_attention,
     reference_attention,
-    rotate,
     sdpa_attention,
 )
 from megaresnorm.kernels.cpu import build
 from megaresnorm.kernels.cpu.attention import cpu_attention, fused_attention
 from megaresnorm.kernels.registry import choose_kernel
+from megaresnorm.kernels.rotary import rotate
 from megaresnorm.model.rotary import rotary_tables
 from megaresnorm.recipe import ModelRecipe
 

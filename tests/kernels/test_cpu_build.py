@@ -15,8 +15,8 @@ import torch
 
 from megaresnorm.errors import ConfigError
 from megaresnorm.kernels import load_backends
+from megaresnorm.kernels.activation import fused_activation
 from megaresnorm.kernels.cpu import build, trusted
-from megaresnorm.kernels.cpu.activation import cpu_activation
 from megaresnorm.kernels.registry import choose_kernel
 
 load_backends()
@@ -107,7 +107,7 @@ def test_the_kernels_run_after_their_library_was_torn(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "load", load)
     x = torch.randn(4, 64)
     for count in (1, 2):
-        y = cpu_activation(x, None, "gelu")
+        y = fused_activation("cpu")(x, None, "gelu")
         assert len(compiled) == count and (y - torch.nn.functional.gelu(x)).abs().max() < 1e-6
         os.truncate(library_of(tmp_path / "kernels"), len(whole) // 2)
 

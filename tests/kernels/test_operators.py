@@ -7,13 +7,14 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from megaresnorm.kernels import load_backends, registry
+from megaresnorm.kernels.activation import fused_activation
 from megaresnorm.kernels.add_norm.op import fused_add_norm
 from megaresnorm.kernels.add_norm.reference import AddNormArgs, NormWeights
 from megaresnorm.kernels.cpu import build
-from megaresnorm.kernels.cpu.activation import cpu_activation
 from megaresnorm.kernels.cpu.attention import fused_attention
 
 load_backends()
+cpu_activation = fused_activation("cpu")
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason="no C compiler")
 F32, BF16, FP8 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
 ops = torch.ops.megaresnorm
@@ -83,7 +84,7 @@ def test_attention_and_activation_pass_the_checks_of_torch_library():
     torch.library.opcheck(ops.attention.default, (leaf(2, 6, 4, 4), *tables, None, 1, 0.5), rtol=1e-4, atol=1e-5)
     for kind, columns in (("gelu", 8), ("swiglu", 16)):
         torch.library.opcheck(
-            ops.activation.default, (leaf(5, columns), leaf(columns, seed=1), kind), rtol=1e-4, atol=1e-5
+            ops.activation.default, (leaf(5, columns), leaf(columns, seed=1), kind, "cpu"), rtol=1e-4, atol=1e-5
         )
 
 

@@ -167,3 +167,29 @@ def test_auto_compiles_narrow_equal_blocks_on_a_cpu_alone(monkeypatch):
     assert resolve_compile_mode("auto", model_recipe(12, scaled), "cpu").mode == "none"
     monkeypatch.setattr(why_not, lambda device_type: "no C++ compiler was found (CXX, or g++)")
     assert "compiler" in resolve_compile_mode("auto", narrow, "cpu").why
+
+
+def test_on_a_gpu_a_compiler_fuses_activation_and_rotary_positions():
+    narrow = model_recipe(4)
+    if resolve_compile_mode("auto", narrow, "cuda").mode == "none":
+        pytest.skip("no code can be generated here")
+    assert resolve_compile_mode("blocks", narrow, "cuda", tp=2).fused == ("activation", "rotary")
+    assert "rotary" in resolve_compile_mode("blocks", narrow, "cpu").fused
+
+
+@pytest.mark.parametrize("settings", [{}, {"attention_softcap": 5.0}, {"qk_norm": "full"}])
+def test_attention_after_rotary_is_one_graph_as_well(settings, graphs):
+    """The way that GPUs take, where no kernel of attention rotates by itself."""
+    recipe = model_recipe(3, **{"qk_norm": "head"} | settings)
+    found = []
+    for mode in ("none", "blocks"):
+        kernels = KernelRecipe(
+            add_norm="reference", activation="reference", rotary="reference", attention="reference"
+        )  # fmt: skip
+        model = build_model(recipe, PrecisionRecipe(), kernels, compiled=mode).model
+        found.append(backward(model))
+    assert graphs.frame_count == 1
+    (want_loss, want), (loss, got) = found
+    torch.testing.assert_close(loss, want_loss, rtol=1e-6, atol=0)
+    for name, gradient in want.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6)

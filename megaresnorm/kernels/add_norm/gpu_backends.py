@@ -7,7 +7,6 @@ moves 8. The last three run only when asked for by name.
 
 import functools
 import importlib
-import importlib.util
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +20,7 @@ from megaresnorm.kernels.add_norm.op import register_add_norm
 from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, AddNormOutput, NormWeights
 from megaresnorm.kernels.add_norm.sharded import ShardedNormKernels
 from megaresnorm.kernels.add_norm.spec import FP8, AddNormBackend, AddNormSpec, Inputs, Outputs, Saved
+from megaresnorm.kernels.gpu.requires import found, needs_gpu, triton_requires
 from megaresnorm.kernels.registry import register_kernel
 
 
@@ -28,36 +28,11 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"megaresnorm.kernels.add_norm.{name}")
 
 
-def _found(package: str) -> bool:
-    """Whether a package is installed. Does not import it."""
-    try:
-        return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):
-        return False
-
-
-def _needs_gpu(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cuda":
-        return "made for NVIDIA GPUs"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"it computes in FP32, not in {dtype}"
-    return None
-
-
 # --- triton -----------------------------------------------------------------------------------------------------------
 
 
-def _triton_requires(device: torch.device, dtype: torch.dtype) -> str | None:
-    if reason := _needs_gpu(device, dtype):
-        return reason
-    if not _found("triton"):
-        return "the package triton is not installed"
-    major, minor = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (8, 0)
-    return None if major >= 8 else f"it needs compute capability 8.0, this GPU has {major}.{minor}"
-
-
 def _fp8_requires(device: torch.device, dtype: torch.dtype) -> str | None:
-    if reason := _triton_requires(device, dtype):
+    if reason := triton_requires(device, dtype):
         return reason
     capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (8, 9)
     return None if capability >= (8, 9) else "FP8 needs compute capability 8.9"
@@ -92,7 +67,7 @@ _TRITON = AddNormBackend(
     ShardedNormKernels(*map(_triton_sharded, ShardedNormKernels._fields)),
     drops=True,
 )
-register_add_norm("triton", _TRITON, requires=_triton_requires)
+register_add_norm("triton", _TRITON, requires=triton_requires)
 
 
 @register_kernel("norm_quant", "triton", requires=_fp8_requires)
@@ -106,7 +81,7 @@ def _triton_fp8(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
 
 def _compile_requires(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cuda":
-        return None if _found("triton") else "the package triton is not installed"
+        return None if found("triton") else "the package triton is not installed"
     return None if shutil.which("g++") or shutil.which("clang++") else "no C++ compiler was found"
 
 
@@ -128,16 +103,16 @@ def _compiled_add_norm(args: AddNormArgs) -> AddNormOutput:
 
 
 def _te_requires(device: torch.device, dtype: torch.dtype) -> str | None:
-    if reason := _needs_gpu(device, dtype):
+    if reason := needs_gpu(device, dtype):
         return reason
-    return None if _found("transformer_engine_torch") else "Transformer Engine is not installed (its PyTorch extension)"
+    return None if found("transformer_engine_torch") else "Transformer Engine is not installed (its PyTorch extension)"
 
 
 def _apex_requires(device: torch.device, dtype: torch.dtype) -> str | None:
-    if reason := _needs_gpu(device, dtype):
+    if reason := needs_gpu(device, dtype):
         return reason
     # The package of that name on PyPI is another program: what counts is Apex's extension.
-    return None if _found("fused_layer_norm_cuda") else "NVIDIA Apex is not installed (built with its CUDA extensions)"
+    return None if found("fused_layer_norm_cuda") else "NVIDIA Apex is not installed (built with its CUDA extensions)"
 
 
 def add_then(normalize: Callable[[Tensor, NormWeights, torch.dtype], Tensor]) -> AddNormKernel:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megaresnorm.kernels.attention import Segments
 from megaresnorm.kernels.cpu import build
-from megaresnorm.kernels.custom_op import FLOATS, CustomOp
+from megaresnorm.kernels.custom_op import FLOATS, CustomOp, check_fp32
 from megaresnorm.kernels.registry import register_kernel
 
 
@@ -105,7 +105,7 @@ def _check(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, first: Tensor | 
     if kv_heads < 1 or heads < 1 or heads % kv_heads or (cos is not None and width % 2):
         raise ValueError(f"attention/cpu: {heads} query heads of width {width} for {kv_heads} heads of keys and values")
     for name, table in (("cos", cos), ("sin", sin)):
-        build.check_fp32(f"attention/cpu: {name}", table, (seq, width), (batch, seq, width))
+        check_fp32(f"attention/cpu: {name}", table, (seq, width), (batch, seq, width))
     if first is not None and (first.dtype != torch.int64 or first.shape != (batch, seq)):
         raise TypeError(f"attention/cpu: first keys are {first.dtype} {list(first.shape)}; wanted int64 {[batch, seq]}")
 

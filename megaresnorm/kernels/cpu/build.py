@@ -154,19 +154,6 @@ def address(tensor: Tensor | None) -> int | None:
     return tensor.data_ptr()
 
 
-def check_fp32(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
-    """Check that a tensor is one that C can read in place: FP32, contiguous and of one of the shapes, or None.
-
-    Raises:
-        TypeError: it is not; the message begins with ``name``.
-    """
-    if tensor is None:
-        return
-    if tensor.dtype != torch.float32 or tuple(tensor.shape) not in shapes or not tensor.is_contiguous():
-        wanted = " or ".join(str(list(shape)) for shape in shapes)
-        raise TypeError(f"{name} is {tensor.dtype} {list(tensor.shape)}; wanted float32 {wanted}, contiguous")
-
-
 def type_of(tensor: Tensor | None) -> int:
     """The number of a tensor's type in common.h; 0, which is not read, for None."""
     return 0 if tensor is None else TYPES[tensor.dtype]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megaresnorm.kernels.add_norm.sharded import ShardedNormKernels, empty_sums
 from megaresnorm.kernels.cpu import build
-from megaresnorm.kernels.custom_op import FLOATS
+from megaresnorm.kernels.custom_op import FLOATS, check_fp32
 
 ROWS_PER_BLOCK = 256  # weight gradients are summed within a block of rows, then over the blocks
 
@@ -32,8 +32,8 @@ def _run(
     rows, columns = z.shape
     get, at = tensors.get, build.address
     for name, shape in (("weight", (columns,)), ("bias", (columns,)), ("statistics", (rows, 2))):
-        build.check_fp32(f"{function}: {name}", get(name), shape)
-    build.check_fp32(f"{function}: sums", get("sums"), (rows, 1 + (kind == "layernorm")))
+        check_fp32(f"{function}: {name}", get(name), shape)
+    check_fp32(f"{function}: sums", get("sums"), (rows, 1 + (kind == "layernorm")))
     for name, tensor in (("z", z), ("dy", get("dy")), ("out", get("out"))):
         if tensor is not None and (tensor.dtype not in FLOATS or tensor.shape != z.shape):
             raise TypeError(

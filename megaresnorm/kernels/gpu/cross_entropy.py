@@ -119,7 +119,9 @@ def pieces(
         )
 
     def write(coefficients_T3: Tensor) -> None:
-        if rows:
+        if not rows:
+            return
+        with torch.cuda.device_of(outputs_TV):
             gradient_kernel[(rows,)](
                 outputs_TV, labels_T, coefficients_T3.float().contiguous(), *form_of, capped, groups, GROUP,
                 num_warps=WARPS,

@@ -11,16 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megaresnorm.kernels.add_norm.gpu_backends import _by_name, _found, _needs_gpu, add_then
+from megaresnorm.kernels.add_norm.gpu_backends import _by_name, add_then
 from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormOutput, NormWeights
+from megaresnorm.kernels.gpu.requires import found, needs_gpu
 from megaresnorm.kernels.registry import Refusal, register_kernel
 
 
 def _package(module: str, name: str, distribution: str) -> Refusal:
     def requires(device: torch.device, dtype: torch.dtype) -> str | None:
-        if reason := _needs_gpu(device, dtype):
+        if reason := needs_gpu(device, dtype):
             return reason
-        return None if _found(module) else f"{name} is not installed (pip install {distribution})"
+        return None if found(module) else f"{name} is not installed (pip install {distribution})"
 
     return requires
 

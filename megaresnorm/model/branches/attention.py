@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from megaresnorm.kernels.attention import reference_attention, rotate, sdpa_attention
+from megaresnorm.kernels.attention import reference_attention, sdpa_attention
 from megaresnorm.model.branches.branch import Branch
 from megaresnorm.model.norm import Norm, norm_of
 from megaresnorm.model.sequence import SequenceInfo
@@ -31,7 +31,7 @@ class Attention(Branch):
         self, recipe: ModelRecipe, kernels: Kernels, layout: TensorLayout, norm_inner: Callable[[int], Norm] | None
     ) -> None:
         super().__init__(recipe, kernels, layout, norm_inner)
-        self.attend, self.fused_attention = kernels.attend, kernels.fused_attention
+        self.rotary, self.attend, self.fused_attention = kernels.rotary, kernels.attend, kernels.fused_attention
         self.normalize_shared = kernels.normalize_shared
         axis, self.head_dim = layout.axis, recipe.head_width
         self.scale, self.softcap = recipe.attention_multiplier, recipe.attention_softcap
@@ -54,11 +54,12 @@ class Attention(Branch):
         """See ``Branch``."""
         heads = self.num_heads, self.kv_heads, self.kv_heads
         qkv_BSJH = self.qkv(u_TD).view(rows.batch, rows.seq, sum(heads), self.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
+        fused = self.fused_attention if rows.cache is None else None
+        if self.q_norm is not None and self.k_norm is not None and (fused is not None or not self.norm_per_head):
             q, k, v = qkv_BSJH.split(heads, dim=2)
             qkv_BSJH = torch.cat((self._normalize(q, self.q_norm), self._normalize(k, self.k_norm), v), dim=2)
-        if rows.cache is None and self.fused_attention is not None:
-            y_BSNH, _ = self.fused_attention(
+        if fused is not None:
+            y_BSNH, _ = fused(
                 qkv_BSJH, self.kv_heads, cos=rows.cos, sin=rows.sin, segments=rows.segments, scale=self.scale
             )
         else:
@@ -88,11 +89,13 @@ class Attention(Branch):
         return 2 * matrices + 2 * recipe.seq_len * q_dim  # scores and weighted sum, half of them masked
 
     def _attend(self, qkv_BSJH: Tensor, rows: SequenceInfo) -> Tensor:
-        """Attention after rotary positions; in generation of what is new, over all that is cached."""
-        qk_BSJH, v_BSKH = qkv_BSJH.split((self.num_heads + self.kv_heads, self.kv_heads), dim=2)
-        if rows.cos is not None and rows.sin is not None:
-            qk_BSJH = rotate(qk_BSJH, rows.cos, rows.sin)
-        q_BSNH, k_BSKH = qk_BSJH.split((self.num_heads, self.kv_heads), dim=2)
+        """Attention after norms of heads and rotary positions; in generation of what is new, over all cached."""
+        q_norm, k_norm = (
+            norm.weights() if norm is not None and self.norm_per_head else None for norm in (self.q_norm, self.k_norm)
+        )
+        q_BSNH, k_BSKH, v_BSKH = self.rotary(
+            qkv_BSJH, self.kv_heads, cos=rows.cos, sin=rows.sin, q_norm=q_norm, k_norm=k_norm
+        )
         attend, causal = self.attend, True
         if rows.cache is not None:
             causal = rows.cache.num_tokens == 0  # the whole prompt; afterwards a single new token sees all before it

@@ -1,0 +1,115 @@
+"""Activation and rotary in Triton: numbers in the interpreter, machine code for sm_90 without a GPU, and on a GPU."""
+
+import json
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from ops_checks import FLOATS, KINDS, check_activation, check_rotary
+from test_triton import VERSION, pairwise, run_alone
+
+from megaresnorm.kernels import load_backends
+from megaresnorm.kernels.activation import fused_activation
+from megaresnorm.kernels.add_norm.reference import NormWeights
+from megaresnorm.kernels.cpu import build
+from megaresnorm.kernels.gpu import backends as gpu_backends
+from megaresnorm.kernels.registry import choose_kernel, kernel_named
+from megaresnorm.kernels.rotary import fused_rotary
+
+load_backends()
+HERE = Path(__file__).parent
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.skipif(
+    VERSION < "3.7" and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0",
+    reason="the interpreter of this Triton takes int() of an array of one element, an error since NumPy 2.4",
+)
+def test_numbers_in_the_interpreter():
+    options = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+    done = run_alone(*options, HERE / "interpreted_ops.py", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.parametrize("some", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_machine_code_for_sm_90(some):
+    """No spills, and 128-bit accesses alone would do: a program has several of each kind."""
+    done = run_alone(HERE / "compile_ops.py", *(["--some"] if some else []))
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert len(found) == (12 if some else 48)
+    for name, usage in found.items():
+        assert usage["spilled_bytes"] == 0 and usage["registers"] <= 168, (name, usage)
+        assert usage["loads_128"] >= 2 and usage["stores_128"] >= 2, (name, usage)
+        assert usage["wide_offsets"], (name, usage)
+
+
+def test_a_compiler_sees_the_kernels():
+    done = run_alone(HERE / "traced_ops.py")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert len(found["graphs"]) == 2
+    for operators in found["graphs"]:
+        assert sum("triton_kernel_wrapper" in name for name in operators) == 2
+        assert not [name for name in operators if "megaresnorm" in name]
+    assert found["launches"] == {"forward_kernel": 2, "backward_kernel": 2}
+
+
+def test_auto_takes_them_on_a_gpu_and_what_is_fused_by_a_compiler_stays_the_reference():
+    for op in ("activation", "rotary"):
+        for dtype in (torch.float32, torch.bfloat16):
+            assert choose_kernel(op, "auto", CUDA, dtype)[0].backend == "triton"
+        assert choose_kernel(op, "auto", CUDA, torch.float64)[0].backend == "reference"
+        assert choose_kernel(op, "auto", CUDA, torch.bfloat16, fused=True)[0].backend == "reference"
+    assert set(kernel_named("activation", "triton").kinds) == set(KINDS) == set(gpu_backends.ACTIVATIONS)
+
+
+@pytest.mark.skipif(build.unavailable() is not None, reason="no C compiler")
+def test_rotary_on_a_cpu_has_add_norm_in_c():
+    assert choose_kernel("rotary", "auto", CPU, torch.float32)[0].backend == "cpu"
+    for norm in (None, "rmsnorm", "layernorm"):  # in BF16 the gradients between its operations are rounded
+        for name in ("cpu", "reference"):
+            check_rotary(kernel_named("rotary", name).function, 4, 2, 16, norm, "row", "fp32")
+
+
+def test_what_cannot_be_computed_is_refused():
+    rotary, weight = fused_rotary("triton"), torch.ones(4)
+    qkv = torch.ones(1, 2, 4, 4)
+    with pytest.raises(TypeError, match="float64"):
+        rotary(qkv.double(), 1)
+    with pytest.raises(ValueError, match="4 heads of width 4, of which 2"):
+        rotary(qkv, 2)
+    with pytest.raises(TypeError, match=r"wanted float32 \[2, 4\] or \[1, 2, 4\]"):
+        rotary(qkv, 1, cos=torch.ones(3, 4), sin=torch.ones(3, 4))
+    with pytest.raises(ValueError, match="both of cos and sin"):
+        rotary(qkv, 1, cos=torch.ones(2, 4))
+    with pytest.raises(ValueError, match="two alike"):
+        rotary(qkv, 1, q_norm=NormWeights("rmsnorm", weight, None, 1e-5))
+    with pytest.raises(ValueError, match="even"):
+        fused_activation("triton")(torch.ones(2, 3), None, "geglu")
+
+
+SIZES = [(199, 1128), (4097, 2816), (70_000, 64)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("kind", "bias", "dtype", "size", "strided"), pairwise(KINDS, [False, True], list(FLOATS), SIZES, [False, True])
+)
+def test_activation_on_a_gpu(kind, bias, dtype, size, strided):
+    check_activation(fused_activation("triton"), *size, kind, bias, dtype, device="cuda", strided=strided)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("heads", "norm", "tables", "dtype"),
+    pairwise(
+        [(16, 16, 64), (32, 8, 128), (9, 1, 80)],
+        [None, "rmsnorm", "layernorm"],
+        ["none", "row", "batch", "partial"],
+        list(FLOATS),
+    ),
+)
+def test_rotary_on_a_gpu(heads, norm, tables, dtype):
+    check_rotary(fused_rotary("triton"), *heads, norm, tables, dtype, batch=3, seq=333, device="cuda")
