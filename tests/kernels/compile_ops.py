@@ -1,30 +1,12 @@
-"""Compiles the kernels of activation and rotary for sm_90 without a GPU and prints what their machine code uses.
+"""The kernels of activation, rotary and the loss, compiled for sm_90 as compile_triton.py does it, which runs this."""
 
-Run by test_gpu_ops.py in a process of its own, in which Triton does not interpret.
-"""
-
-import json
-import re
-import sys
 from itertools import product
 
-import compile_triton
-import triton
+from compile_triton import compiled
 
-from megaresnorm.kernels.gpu import activation, rotary
+from megaresnorm.kernels.gpu import activation, cross_entropy, rotary
 
-compile_ = triton.compile
-NUMBERS = ("rows", "columns", "tokens", "seq")
-
-
-def compiled(*arguments):
-    """As compile_triton's, with ``wide_offsets``: whether those of all tiles of rows and columns are int64."""
-    made = []
-    compile_triton.triton.compile = lambda *a, **options: made.append(compile_(*a, **options)) or made[0]
-    usage = compile_triton.compiled(*arguments)
-    tiles = re.findall(r"tt\.addptr .*: tensor<(\d+)x(\d+)x!tt\.ptr<\w+>>, tensor<\d+x\d+x(i\d+)>", made[0].asm["ttir"])
-    types = [number for rows, columns, number in tiles if int(rows) > 1 and int(columns) > 1]
-    return usage | {"wide_offsets": len(types) > 1 and set(types) == {"i64"}}
+NUMBERS = ("rows", "columns", "tokens", "seq", "width", "pitch")
 
 
 def types_of(kernel, wide):
@@ -66,6 +48,21 @@ def rotaries(some):
         yield f"rotary backward {width} {norm}", compiled(kernel, absent, types_of(kernel, wide), constants, 4)
 
 
-if __name__ == "__main__":
-    some = "--some" in sys.argv
-    print(json.dumps({**dict(activations(some)), **dict(rotaries(some))}, indent=1))
+def losses():
+    numbers = {"scale": "fp32", "softcap": "fp32", "labels": "*i64", "sums": "*fp32", "coefficients": "*fp32"}
+    for capped in (False, True):
+        constants = {"CAPPED": capped, "BLOCK_M": cross_entropy.GROUPS, "GROUP": cross_entropy.GROUP}
+        for name in ("statistics", "gradient"):
+            kernel = getattr(cross_entropy, f"{name}_kernel")
+            constants |= {"LEAST": cross_entropy.LEAST} if name == "statistics" else {}
+            constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+            types = types_of(kernel, ()) | {key: value for key, value in numbers.items() if key in kernel.arg_names}
+            yield (
+                f"loss {name}{', capped' if capped else ''}",
+                compiled(kernel, set(), types, constants, cross_entropy.WARPS),
+            )
+
+
+def everything(some):
+    """All of them; with ``some`` one of each kind."""
+    return {**dict(activations(some)), **dict(rotaries(some)), **dict(losses())}

@@ -31,7 +31,8 @@ def compiled(kernel, absent, types, constants, warps):
 
     ``loads_behind_a_barrier`` are loads in the machine code that wait until all threads have met at a sum over columns.
     ``loaded`` and ``stored`` are bytes an element of all tiles [m, n] that the program names, of which rows that are
-    read a block of columns at a time have one for each time that they are read.
+    read a block of columns at a time have one for each time that they are read. ``wide_offsets`` is whether more than
+    2^31 elements are reached.
 
     Args:
         types: of pointers and numbers by name; everything else is FP32.
@@ -66,7 +67,14 @@ def compiled(kernel, absent, types, constants, warps):
         "loads_behind_a_barrier": loads_behind_a_barrier(code),
         "loaded": loaded,
         "stored": stored,
+        "wide_offsets": has_wide_offsets(made.asm["ttir"]),
     }
+
+
+def has_wide_offsets(code):
+    """Whether int64 numbers lead to every tile [m, n] of BF16 or FP8: those of its elements, or that of its row."""
+    tiles = re.findall(r"tt\.addptr .*: tensor<\d+x\d+x!tt\.ptr<(?:bf16|f8\w+)>>, tensor<\d+x\d+x(i\d+)>", code)
+    return set(tiles) <= {"i64"} or re.search(r"tt\.addptr .*: !tt\.ptr<bf16>, i64", code) is not None
 
 
 def loads_behind_a_barrier(code):
@@ -165,6 +173,21 @@ def sharded(columns, kind):
         yield "sharded grad_weights, columns", compiled(kernel, set(), types_of(kernel, False), sizes, 4)
 
 
+def gathered(columns, kind):
+    """The norm of whole rows whose columns have been gathered, and its gradient as it is sent."""
+    absent, warps = {"bias"} if kind == "rmsnorm" else set(), triton_sharded._whole_warps(columns)
+    types = dict.fromkeys(("block_columns", "block_pitch", "packed_columns"), "i32")
+    for name, constants in (
+        ("normalize_blocks", {"KIND": KINDS[kind]}),
+        ("pack_gradient", {"LAYERNORM": kind == "layernorm", "RANKS": 4}),
+    ):
+        kernel = getattr(triton_sharded, f"{name}_kernel")
+        yield (
+            f"{name} {columns} {kind}",
+            compiled(kernel, absent, types_of(kernel, False) | types, {**constants, "BLOCK_N": columns}, warps),
+        )
+
+
 def everything(some=False):
     """All kernels; with ``some`` as they are launched for 4096 columns, and those that only wider rows have."""
     found = {}
@@ -187,11 +210,16 @@ def everything(some=False):
         )
     for columns, kind in product((512, 4096) if some else (512, 4096, 8192), KINDS):
         found |= dict(sharded(columns, kind))
+    for kind in KINDS:
+        found |= dict(gathered(4096, kind))
     return found
 
 
 if __name__ == "__main__":
-    usage = everything("--some" in sys.argv)
+    import compile_ops  # which uses what is above
+
+    some = "--some" in sys.argv
+    usage = everything(some) | compile_ops.everything(some)
     print(json.dumps(usage, indent=1))
     if "--write" in sys.argv:
         file, version = Path(__file__).with_name("registers.json"), ".".join(triton.__version__.split(".")[:2])

@@ -1,4 +1,4 @@
-"""The numbers of activation and rotary in Triton's interpreter, on CPU tensors.
+"""The numbers of activation, rotary and loss in Triton's interpreter, on CPU tensors.
 
 test_gpu_ops.py runs this file in a process of its own with TRITON_INTERPRET=1. Casts to BF16 are replaced as in
 interpreted_triton.py, which does that when it is imported.
@@ -7,12 +7,15 @@ interpreted_triton.py, which does that when it is imported.
 import interpreted_triton  # noqa: F401
 import pytest
 import torch
+from loss_checks import FORMS, check_loss
 from ops_checks import FLOATS, KINDS, check_activation, check_rotary
 from test_triton import pairwise
 
 from megaresnorm.kernels import load_backends
 from megaresnorm.kernels.activation import activation, fused_activation
+from megaresnorm.kernels.cross_entropy import LogitForm, LossOfPieces, torch_pieces
 from megaresnorm.kernels.gpu import activation as kernels
+from megaresnorm.kernels.gpu import cross_entropy as loss
 from megaresnorm.kernels.rotary import fused_rotary
 
 load_backends()
@@ -69,3 +72,29 @@ def test_rotary_without_some_gradients(given, norm):
 
 def test_rotary_of_more_tokens_than_two_to_the_16():
     check_rotary(rotary, 1, 1, 2, None, "row", "fp32", batch=2, seq=35_000)
+
+
+LOSSES = (list(FORMS), [torch.float32, torch.bfloat16], [0.0, 1e-2], [1, 2], [(5, 24), (4, 600), (2, 70)])
+
+
+@pytest.mark.parametrize(("form", "dtype", "z_loss", "ranks", "size"), pairwise(*LOSSES))
+def test_loss(form, dtype, z_loss, ranks, size, monkeypatch):
+    monkeypatch.setattr(loss, "GROUPS", 32)  # 256 columns in a block
+    check_loss(loss.pieces, *size, form, dtype, z_loss, ranks)
+
+
+def test_loss_of_nothing_of_strided_rows_and_of_numbers_that_are_none():
+    form = LogitForm(20)
+    for rows in (0, 3):
+        found = []
+        for pieces in (torch_pieces, loss.pieces):
+            leaf = torch.linspace(-2, 5, 3 * 48).view(3, 48)[:rows].requires_grad_()
+            nll, objective = LossOfPieces(pieces, form)((leaf * 1.0)[:, :24], torch.tensor([3, -1, 19])[:rows])
+            found.append((nll, torch.autograd.grad(objective, leaf)[0]))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+    for bad in (float("nan"), float("inf")):
+        outputs = torch.ones(2, 20)
+        outputs[0, 4] = bad
+        nll = [LossOfPieces(loss.pieces, form)(outputs.clone(), torch.tensor(y))[0] for y in ([1, 2], [-1, 2])]
+        assert not nll[0].isfinite() and nll[1].isfinite()

@@ -1,4 +1,4 @@
-"""Activation and rotary in Triton: numbers in the interpreter, machine code for sm_90 without a GPU, and on a GPU."""
+"""Activation, rotary and loss in Triton: numbers in the interpreter and on a GPU."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from loss_checks import FORMS, check_loss
 from ops_checks import FLOATS, KINDS, check_activation, check_rotary
 from test_triton import VERSION, pairwise, run_alone
 
@@ -13,6 +14,7 @@ from megaresnorm.kernels import load_backends
 from megaresnorm.kernels.activation import fused_activation
 from megaresnorm.kernels.add_norm.reference import NormWeights
 from megaresnorm.kernels.cpu import build
+from megaresnorm.kernels.cross_entropy import LogitForm, LossOfPieces
 from megaresnorm.kernels.gpu import backends as gpu_backends
 from megaresnorm.kernels.registry import choose_kernel, kernel_named
 from megaresnorm.kernels.rotary import fused_rotary
@@ -30,19 +32,6 @@ def test_numbers_in_the_interpreter():
     options = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
     done = run_alone(*options, HERE / "interpreted_ops.py", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-4000:]
-
-
-@pytest.mark.parametrize("some", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_machine_code_for_sm_90(some):
-    """No spills, and 128-bit accesses alone would do: a program has several of each kind."""
-    done = run_alone(HERE / "compile_ops.py", *(["--some"] if some else []))
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
-    assert len(found) == (12 if some else 48)
-    for name, usage in found.items():
-        assert usage["spilled_bytes"] == 0 and usage["registers"] <= 168, (name, usage)
-        assert usage["loads_128"] >= 2 and usage["stores_128"] >= 2, (name, usage)
-        assert usage["wide_offsets"], (name, usage)
 
 
 def test_a_compiler_sees_the_kernels():
@@ -113,3 +102,32 @@ def test_activation_on_a_gpu(kind, bias, dtype, size, strided):
 )
 def test_rotary_on_a_gpu(heads, norm, tables, dtype):
     check_rotary(fused_rotary("triton"), *heads, norm, tables, dtype, batch=3, seq=333, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("form", "dtype", "z_loss", "ranks", "size"),
+    pairwise(list(FORMS), [torch.float32, torch.bfloat16], [0.0, 1e-2], [1, 2], [(199, 50_304), (65, 131_072)]),
+)
+def test_loss_on_a_gpu(form, dtype, z_loss, ranks, size):
+    check_loss(kernel_named("cross_entropy", "triton").implementation, *size, form, dtype, z_loss, ranks, "cuda")
+
+
+@pytest.mark.gpu_all
+def test_a_loss_of_more_elements_than_two_to_the_31_on_a_gpu():
+    """Its last row is that of the row alone."""
+    rows, width = (1 << 31) // 65_536 + 3, 65_536
+    pieces, last = kernel_named("cross_entropy", "triton").implementation, torch.linspace(-3, 3, width, device="cuda")
+    found = []
+    for count in (rows, 1):
+        outputs = torch.zeros(count, width, device="cuda", dtype=torch.bfloat16)
+        outputs[-1] = last
+        labels = torch.full((count,), -1, device="cuda")
+        labels[-1] = 7
+        leaf = outputs.requires_grad_()
+        nll, objective = LossOfPieces(pieces, LogitForm(width))(leaf, labels)
+        (gradient,) = torch.autograd.grad(objective, leaf)
+        found.append((nll, gradient[-1].clone()))
+        del outputs, leaf, gradient, objective
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)

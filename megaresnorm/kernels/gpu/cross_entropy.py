@@ -52,14 +52,14 @@ def statistics_kernel(
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
     here = (label >= 0) & (label < columns)
-    at_label, _ = _logits(
+    at_label, _slope_there = _logits(
         tl.load(outputs + row * pitch + tl.where(here, label, 0)).to(tl.float32), scale, softcap, CAPPED
     )
     largest = tl.full([BLOCK_M], LEAST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, width, BLOCK_M * GROUP):
         cols, places, mask = _block(outputs, row, start, width, pitch, BLOCK_M, GROUP)
-        v, _ = _logits(tl.load(places, mask=mask, other=0.0).to(tl.float32), scale, softcap, CAPPED)
+        v, _slope = _logits(tl.load(places, mask=mask, other=0.0).to(tl.float32), scale, softcap, CAPPED)
         v = tl.where(cols < columns, v, LEAST)
         larger = tl.maximum(largest, tl.max(v, 1))
         share = tl.where(cols < columns, tl.exp(v - larger[:, None]), 0.0)
