@@ -36,7 +36,9 @@ def logit_rows_of(recipe: Recipe, tp: int, device_type: str) -> int | None:
     """Tokens whose logits exist at a time in training, from train.logit_rows; None: those of a whole microbatch."""
     rows, vocabulary = recipe.train.logit_rows, recipe.model.padded_vocab_size // tp
     if rows == "auto":
-        return LOGITS // vocabulary if device_type == "cuda" and vocabulary >= LARGE_VOCABULARY else None
+        # Under gpipe every microbatch would keep a gradient of the output matrix until its backward pass.
+        large = device_type == "cuda" and vocabulary >= LARGE_VOCABULARY and recipe.parallel.pipeline != "gpipe"
+        return max(1, LOGITS // vocabulary) if large else None
     return None if rows == "all" else rows
 
 

@@ -11,11 +11,10 @@ from math import ceil
 from typing import Literal, NamedTuple
 
 from megaresnorm.checkpoint.format import human_bytes
-from megaresnorm.layout import check_layout, gathers_stream, split_stages
-from megaresnorm.model.activations import Activations, BlockKind
+from megaresnorm.layout import check_layout, gathers_stream, logit_rows_of, split_stages
+from megaresnorm.model.activations import Activations, BlockKind, logit_bytes
 from megaresnorm.model.parameters import parameter_table
 from megaresnorm.model.specs import ParameterSpec
-from megaresnorm.model.topology import topology
 from megaresnorm.model.transformer import Stage
 from megaresnorm.optim import ALIGNED, SMALL, AdamW
 from megaresnorm.parallel.data_parallel import PREFETCHED
@@ -132,6 +131,7 @@ class _Accounts:
     def __init__(self, recipe: Recipe, sizes: Sizes, device_type: str) -> None:
         self.recipe, self.sizes, self.model = recipe, sizes, recipe.model
         self.on_cpu = device_type == "cpu"
+        self.logit_rows = logit_rows_of(recipe, sizes.tp, device_type)
         self.word = weight_dtype(recipe.precision.compute).itemsize
         self.compute = DTYPES[recipe.precision.compute].itemsize
         self.stream = DTYPES[recipe.precision.stream].itemsize
@@ -305,19 +305,15 @@ class _Accounts:
         return most_under_way(number, len(self.stages), pp, self.num_microbatches, order)
 
     def _logits(self) -> int:
-        """One tensor of logits, in whose place the loss writes its gradient (kernels/cross_entropy.py), or a few.
-
-        More are needed where something comes between logits and loss.
-        """
-        model, wide = self.model, max(4, self.compute)
-        columns = model.padded_vocab_size // self.sizes.tp
-        scale = topology(model.topology).logit_scale(model.dim, model.topology_options) / model.logits_scaling
-        padded = model.padded_vocab_size != model.vocab_size  # the slice's gradient is another tensor
-        most, kept = (2 if padded or scale != 1.0 else 1) * self.compute, self.compute
-        if model.logit_softcap is not None:  # the result of tanh is kept for its gradient
-            most, kept = 3 * wide, 2 * wide
-        waiting = self.num_microbatches - 1 if self.sizes.pp > 1 and self.recipe.parallel.pipeline == "gpipe" else 0
-        return (most + waiting * kept) * self.tokens * columns
+        """Logits and their gradient; of large vocabularies those of some rows, and what is made of them meanwhile."""
+        model, tp, rows = self.model, self.sizes.tp, self.logit_rows
+        most, kept = logit_bytes(model, tp, self.compute, in_place=not self.on_cpu or tp > 1)
+        gpipe = self.sizes.pp > 1 and self.recipe.parallel.pipeline == "gpipe"
+        waiting = self.num_microbatches - 1 if gpipe else 0
+        if rows is None or rows >= self.tokens:
+            return (most + waiting * kept) * self.tokens
+        gradients = self.word * (model.padded_vocab_size // tp) * model.dim + self.compute * self.tokens * model.dim
+        return most * rows + (1 + waiting) * gradients
 
     def _checkpoint(self, units: list[_Unit], stages: dict[int, Stage]) -> int:
         """Weights and moments that this rank writes; replicated ones are shared out evenly (engines/state.py)."""

@@ -29,6 +29,7 @@ REFERENCE_KERNELS = {
     "add_norm": "reference",
     "attention": "sdpa",
     "activation": "reference",
+    "rotary": "reference",
     "cross_entropy": "reference",
 }
 # Ranks, and the section `parallel` of our recipe; with -keep linears keep the rows that they have gathered.

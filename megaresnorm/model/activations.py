@@ -7,8 +7,28 @@ inputs of its matrices and of its activation. Backends that save more or less th
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megaresnorm.model.topology import SUBLAYERS, ResidualSpec, TokenGate, residual_at
+from megaresnorm.model.topology import SUBLAYERS, ResidualSpec, TokenGate, residual_at, topology
 from megaresnorm.recipe import ModelRecipe
+
+
+def logit_bytes(recipe: ModelRecipe, tp: int, compute: int, *, in_place: bool) -> tuple[int, int]:
+    """Bytes per token of the logits with their gradient: at most, and what is kept from forward to backward.
+
+    Args:
+        compute: bytes of an element.
+        in_place: whether the loss reads the outputs of the output matrix as they are, and writes their gradient over
+            them (``kernels.cross_entropy.LossPieces``). Otherwise what comes between the two are tensors, too.
+    """
+    columns = recipe.padded_vocab_size // tp
+    if in_place:
+        return compute * columns, compute * columns
+    scale = topology(recipe.topology).logit_scale(recipe.dim, recipe.topology_options) / recipe.logits_scaling
+    padded = recipe.padded_vocab_size != recipe.vocab_size  # the slice's gradient is another tensor
+    most = (2 if padded or scale != 1.0 else 1) * compute
+    if recipe.logit_softcap is None:
+        return most * columns, compute * columns
+    wide = max(4, compute)  # the result of tanh is kept for its gradient
+    return 3 * wide * columns, 2 * wide * columns
 
 
 class ResidualKind(NamedTuple):
