@@ -103,7 +103,8 @@ class Transformer(nn.Module):
             cache: what earlier calls have seen; empty at first, afterwards every call has one token per row.
 
             labels_BS: the tokens to predict, negative where there is nothing to; for the loss.
-            z_loss, scale: of the loss, as ``cross_entropy_sums`` has them.
+            z_loss: of the loss, as ``cross_entropy_sums`` has it.
+            scale: likewise.
 
         Returns:
             Logits [T, V]; with labels the sum of the losses and the objective to be differentiated; of a stage without

@@ -41,11 +41,17 @@ def rotaries(some):
         constants["BLOCK_T"], constants["BLOCK_H"] = rotary._shape(width, 2048)
         kernel = rotary.forward_kernel
         used = compiled(kernel, absent - {"qkv"}, types_of(kernel, wide), constants, 4)
-        yield f"rotary forward {width} {norm}", used
+        yield f"rotary forward {width} {norm}", of_q_and_k(used)
         constants["BIASED"] = norm == "layernorm"
         constants["BLOCK_T"], constants["BLOCK_H"] = rotary._shape(width, 2048 if norm == "none" else 1024)
         kernel = rotary.backward_kernel
-        yield f"rotary backward {width} {norm}", compiled(kernel, absent, types_of(kernel, wide), constants, 4)
+        used = compiled(kernel, absent, types_of(kernel, wide), constants, 4)
+        yield f"rotary backward {width} {norm}", of_q_and_k(used)
+
+
+def of_q_and_k(used):
+    """Bytes an element of q and k: the code has tiles of both halves of a head, and another two for a copy of v."""
+    return used | {what: used[what] // 2 - 2 for what in ("loaded", "stored")}
 
 
 def losses():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from itertools import combinations, product
@@ -65,6 +66,8 @@ def test_machine_code_for_sm_90(some):
     names = set(next(iter(known.values())))
     assert set(found) <= names if some else set(found) == names
     assert len(found) > 30
+    met = check_bytes(found)
+    assert some or met == set(bytes_in_the_docs())
     for name, usage in found.items():
         assert usage["spilled_bytes"] == 0, (name, usage)
         assert usage["registers"] <= ceilings.get(name, 255), (name, usage)
@@ -76,6 +79,33 @@ def test_machine_code_for_sm_90(some):
         # A program of the columns kernels stores 128 sums, one a thread; one of statistics and sums a number or two.
         few = any(word in name for word in ("columns", "stats", "sums", "statistics"))
         assert usage["loads_128"] > 0 and (usage["stores_128"] > 0 or few), (name, usage)
+
+
+def bytes_in_the_docs():
+    """kernel -> (loaded, stored), from the table of docs/kernels.md."""
+    found, rows = {}, (HERE.parents[1] / "docs" / "kernels.md").read_text(encoding="utf-8").splitlines()
+    rows = rows[rows.index("| kernel | loads | stores | bytes |") + 2 :]
+    for row in rows[: rows.index("")]:
+        names, *numbers = (cell.strip() for cell in row.strip("|").split("|"))
+        loaded, stored, total = map(int, numbers)
+        assert loaded + stored == total, row
+        for name in re.split(r", (?!columns|in blocks|capped)", names):
+            found[name] = loaded, stored
+    return found
+
+
+def check_bytes(usage):
+    """Compare what the kernels move with the table. Returns the rows that were met."""
+    table, met = bytes_in_the_docs(), set()
+    for name, used in usage.items():
+        if name == "sums of programs":  # which has no tensor of elements
+            continue
+        plain = re.sub(r" \d+\b|, bias", "", name)  # without the width
+        row = max((row for row in table if plain.startswith(row)), key=len, default=None)
+        assert row is not None, f"{name} is not in the table"
+        assert table[row] == (used["loaded"], used["stored"]), (name, row, used)
+        met.add(row)
+    return met
 
 
 def pairwise(*factors):
