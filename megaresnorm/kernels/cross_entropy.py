@@ -150,7 +150,7 @@ def torch_pieces(
         log_z_T1, factor_T1, share_T1 = coefficients_T3.split(1, dim=-1)
         share_T1 = -share_T1.masked_fill(absent_T.unsqueeze(-1), 0.0)
         for rows in row_chunks(outputs_TV):
-            place, slope = outputs_TV[rows], 1.0
+            place, slope = outputs_TV[rows], None
             if kept:
                 p = place[:, : form.columns].mul_(factor_T1[rows] * (statistics_T3[rows, :1] - log_z_T1[rows]).exp())
             else:
@@ -158,7 +158,7 @@ def torch_pieces(
                 p = p.sub_(log_z_T1[rows]).exp_().mul_(factor_T1[rows])
             p.scatter_add_(-1, label_T1[rows], share_T1[rows])
             p.masked_fill_(factor_T1[rows] == 0.0, 0.0)  # whatever the row's logits are
-            if not kept:
+            if slope is not None:
                 place[:, : form.columns] = p.mul_(slope)
             place[:, form.columns :] = 0.0
 

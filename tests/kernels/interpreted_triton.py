@@ -96,6 +96,24 @@ def test_wide_rows_over_several_programs(monkeypatch):
     check(triton_kernel, 40, 200, "pre", "vector", "fp32")
 
 
+def test_more_rows_than_two_to_the_16():
+    check(triton_kernel, 70_000, 4, "pre, rms", "number", "bf16", drops=True)
+
+
+def test_strided_gradients(kernel):
+    """Of columns that are a slice of a wider tensor, and of rows in another order."""
+    norm = make_norm("rmsnorm", 40, torch.Generator().manual_seed(0))
+    x, delta = torch.linspace(-1, 2, 3 * 40).view(3, 40), torch.linspace(2, -3, 3 * 40).view(3, 40)
+    gradients = torch.linspace(-1, 1, 3 * 96).view(3, 96)[:, 7:47], torch.linspace(1, 2, 3 * 40).view(40, 3).t()
+    found = []
+    for function in (add_norm, kernel):
+        leaves = [t.clone().requires_grad_() for t in (x, delta)]
+        out = function(AddNormArgs(*leaves, alpha=1.5, next_norm=norm, residual_dtype=F32, out_dtype=F32))
+        found.append(torch.autograd.grad(out[:2], (*leaves, norm.weight), gradients))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=2e-6)
+
+
 def test_amax_shows_a_value_that_is_not_a_number(kernel):
     x = torch.ones(3, 40)
     x[1, 7] = float("nan")

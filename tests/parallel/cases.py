@@ -77,8 +77,9 @@ class Outcome(NamedTuple):
 
 
 def make_recipe(
-    topology: str, variant: str, parallel: dict, compute: str = "fp64", num_blocks: int = 8, **sections: dict
-) -> Recipe:
+    topology: str, variant: str, parallel: dict, compute: str = "fp64", num_blocks: int = 8,
+    logit_rows: int | str = "all", **sections: dict,
+) -> Recipe:  # fmt: skip
     model = {
         "dim": 16, "num_blocks": num_blocks, "num_heads": 4, "num_kv_heads": 2, "seq_len": SEQ, "vocab_size": VOCAB,
         "vocab_multiple": 8, "ffn_dim": 24, "topology": topology, **beside_others(topology),
@@ -91,6 +92,7 @@ def make_recipe(
         "global_batch": SAMPLES,
         "micro_batch": MICRO,
         "z_loss": 1e-2 if gpt else 0.0,
+        "logit_rows": logit_rows,
     }
     values = {
         "model": model,

@@ -82,10 +82,37 @@ def test_settings_of_published_models_are_the_same_in_fp64(layout):
     compare_with_one_process(layout, [("sandwich", "gemma"), ("pre", "granite"), ("post", "own alpha")], 4)
 
 
-def compare_with_one_process(layout: str, pairs: list[tuple[str, str]], blocks: int) -> None:
+IN_PARTS = ("tp2 columns, gather", "pp2 1f1b", "fsdp2")  # in CI
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        name if name in IN_PARTS else pytest.param(name, marks=pytest.mark.slow)
+        for name in (*TWO_RANKS, "pp2 gpipe", "pp2 interleaved fsdp2", "tp2 pp2 fsdp2")
+    ],
+)
+def test_an_output_matrix_in_parts_is_the_same_in_fp64(layout):
+    """Also where it is the embedding, with a cap, a scale, a penalty of log Z, and padding."""
+    pairs = [("deepnorm", "gpt"), ("keel", "llama"), ("sandwich", "gemma")]
+    compare_with_one_process(layout, pairs, 4, logit_rows=5)
+
+
+def test_an_output_matrix_in_parts_is_the_same_on_one_rank():
+    for topology, variant in (("deepnorm", "gpt"), ("keel", "llama"), ("sandwich", "gemma")):
+        wanted = alone(topology, variant, 4)
+        got = outcome(make_recipe(topology, variant, {}, num_blocks=4, logit_rows=5))
+        assert abs(got.loss - wanted.loss) < FP64_TOLERANCE * abs(wanted.loss)
+        for what in ("gradients", "weights"):
+            assert max(errors(getattr(got, what), getattr(wanted, what)).values()) < FP64_TOLERANCE, (topology, what)
+
+
+def compare_with_one_process(
+    layout: str, pairs: list[tuple[str, str]], blocks: int, logit_rows: int | str = "all"
+) -> None:
     num_ranks, parallel = LAYOUTS[layout]
     cases = [(topology, variant, blocks) for topology, variant in pairs]
-    recipes = [make_recipe(t, v, parallel, num_blocks=blocks) for t, v in pairs]
+    recipes = [make_recipe(t, v, parallel, num_blocks=blocks, logit_rows=logit_rows) for t, v in pairs]
     results = outcomes(num_ranks, recipes, {})
     for i, case in enumerate(cases):
         got, wanted = results[0][i], alone(*case)
