@@ -84,6 +84,7 @@ def test_the_loss_needs_little_beside_its_logits(form):
     assert 0 < found.peak < 0.3e9, found.peak
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="on the meta device addmm of this torch does not know out_dtype")
 @pytest.mark.parametrize("form", FORMS, ids=["plain", "scaled, capped, padded"])
 def test_an_output_matrix_in_parts_never_has_all_logits(form):
     """Beside the gradient of the matrix itself, which is 0.54 GB here."""
