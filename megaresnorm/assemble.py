@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from megaresnorm.errors import ConfigError
 from megaresnorm.kernels import load_backends
 from megaresnorm.kernels.add_norm.spec import sharded_norm_kernels
-from megaresnorm.kernels.attention import FusedAttention
+from megaresnorm.kernels.attention import PREPARATIONS, FusedAttention, Segments
 from megaresnorm.kernels.cross_entropy import CrossEntropyKernel, loss_of
 from megaresnorm.kernels.registry import Kernel, choose_kernel, kernel_named
-from megaresnorm.layout import gathers_stream, split_stages
+from megaresnorm.layout import gathers_stream, opaque_kernel, split_stages
 from megaresnorm.model.compiled import compile_blocks, resolve_compile_mode
 from megaresnorm.model.init import materialize
 from megaresnorm.model.norm import Norm
@@ -111,7 +111,9 @@ def build_model(
     device = torch.device(device)
     precision, kernels = precision or PrecisionRecipe(), kernels or KernelRecipe()
     parallel, context = parallel or ParallelRecipe(), context or ParallelContext.single()
-    compiling = resolve_compile_mode(compiled, recipe, device.type, tp=context.tp.size, sharded=shard is not None)
+    compiling = resolve_compile_mode(
+        compiled, recipe, device.type, tp=context.tp.size, sharded=shard is not None, opaque=opaque_kernel(kernels)
+    )
     compute, stored = DTYPES[precision.compute], DTYPES[precision.stream]
     kinds = {"activation": recipe.ffn, "attention": "plain" if recipe.attention_softcap is None else "softcap"}
     chosen = {
@@ -138,7 +140,8 @@ def build_model(
     functions = {op: kernel.function for op, (kernel, _) in chosen.items()}
     linear = bf16_linear(device) if compute == torch.bfloat16 else PLAIN
     attention = chosen["attention"][0].implementation
-    model_kernels = _model_kernels(functions, layout, attention, norm, linear, stored, compute)
+    prepare = PREPARATIONS.get(backends["attention"])
+    model_kernels = _model_kernels(functions, layout, attention, norm, linear, stored, compute, prepare)
     stages = split_stages(recipe, parallel)
     table = parameter_table(recipe, parallel.tensor_layout if context.tp.size > 1 else "full")
     models: dict[int, Transformer] = {}
@@ -171,7 +174,8 @@ def _sharded_loss(chosen: Kernel, setting: str) -> Kernel:
 def _loss_of(kernel: Kernel, model: Transformer, tp: Axis) -> CrossEntropyKernel:
     if tp.size == 1:
         return loss_of(kernel, model.logit_form)
-    return vocab_parallel_loss(kernel.implementation, model.logit_form, tp, model.first_logit)
+    assert model.recipe.vocab_size is not None
+    return vocab_parallel_loss(kernel.implementation, model.logit_form, tp, model.first_logit, model.recipe.vocab_size)
 
 
 def compare_kernels(assembled: Assembled) -> None:
@@ -202,6 +206,7 @@ def _model_kernels(
     linear: LinearKernel,
     stored: torch.dtype,
     compute: torch.dtype,
+    prepare_attention: Callable[[Segments, torch.dtype], object] | None,
 ) -> Kernels:
     """The chosen kernels as the model calls them; those of the stream work in its layout."""
     add_norm = functions["add_norm"]
@@ -219,6 +224,7 @@ def _model_kernels(
         functions["activation"],
         whole.normalize,
         normalize_shared if layout.axis.size > 1 else whole.normalize,
+        prepare_attention,
     )
 
 

@@ -5,7 +5,7 @@ from megaresnorm.model.cost import block_flops, embedding_flops, head_flops
 from megaresnorm.model.transformer import Stage
 from megaresnorm.parallel.mesh import Sizes, resolve_sizes
 from megaresnorm.parallel.stages import split_blocks, stage_ranges
-from megaresnorm.recipe import ModelRecipe, ParallelRecipe, PrecisionRecipe, Recipe, divisors
+from megaresnorm.recipe import KernelRecipe, ModelRecipe, ParallelRecipe, PrecisionRecipe, Recipe, divisors
 
 LARGE_VOCABULARY = 1 << 16  # tokens of a rank from which on the logits of a microbatch are the largest tensor by far
 LOGITS = 1 << 26  # at a time, of a large vocabulary: 128 MiB in BF16, and products of 512 rows and more
@@ -53,6 +53,13 @@ def ranks_without_samples(recipe: Recipe, sizes: Sizes) -> str | None:
     )
 
 
+def opaque_kernel(kernels: KernelRecipe) -> str | None:
+    """A kernel of another package in the blocks, as key=backend, which torch.compile does not see through."""
+    packages = {"add_norm": ("te", "apex", "liger", "quack"), "activation": ("liger",)}
+    named = [(op, getattr(kernels, op)) for op in packages]
+    return next((f"kernels.{op}={backend}" for op, backend in named if backend in packages[op]), None)
+
+
 def check_execution(recipe: Recipe, sizes: Sizes, device_type: str) -> None:
     """Check that a layout can be compiled, recorded or made deterministic as the recipe says, on this kind of device.
 
@@ -60,6 +67,8 @@ def check_execution(recipe: Recipe, sizes: Sizes, device_type: str) -> None:
         ConfigError: something cannot; the line says what would.
     """
     mode, gpu = recipe.train.compile, device_type == "cuda"
+    if mode in ("blocks", "cuda_graphs") and (opaque := opaque_kernel(recipe.kernels)):
+        raise ConfigError(f"train.compile={mode}: {opaque} cannot be compiled into a block; use train.compile=none")
     if mode == "cuda_graphs":
         reasons = {
             f"records one rank's microbatch, not the messages of {sizes.num_ranks} ranks": sizes.num_ranks > 1,

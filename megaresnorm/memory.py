@@ -338,7 +338,8 @@ class _Accounts:
         keeps = not divides_stream or self.recipe.recompute.gathered == "keep"
         if self.recipe.train.compile != "none" and self.recipe.parallel.tensor_layout == "columns":
             keeps = keeps or gathers_stream(self.recipe.parallel, self.recipe.precision)
-        of = Activations(self.model, self.sizes.tp, divides_stream, keeps, self.compute, self.stream)
+        written = self.on_cpu or self.compute > 4  # FP64 goes to the reference
+        of = Activations(self.model, self.sizes.tp, divides_stream, keeps, self.compute, self.stream, written)
         sizes = {kind: of.of_block(kind) for kind in blocks}
         kept = sum(count * sizes[kind] for kind, count in blocks.items())
         return self.tokens * (self._under_way(number) * kept + max(sizes.values(), default=0))

@@ -84,6 +84,52 @@ def test_the_loss_needs_little_beside_its_logits(form):
     assert 0 < found.peak < 0.3e9, found.peak
 
 
+class Counting(Bf16Linear):
+    """Bf16Linear that says what it was asked for."""
+
+    def __init__(self):
+        self.products = []
+
+    def forward(self, x, operand, bias):
+        self.products.append(("forward", operand.dtype))
+        return super().forward(x, operand, bias)
+
+    def input_grad(self, dy, operand):
+        self.products.append(("input", operand.dtype))
+        return super().input_grad(dy, operand)
+
+    def add_weight_grad(self, total, dy, x):
+        self.products.append(("weight", total.dtype))
+        super().add_weight_grad(total, dy, x)
+
+
+def test_parts_are_one_product_each_in_evaluation_and_cast_the_weight_once():
+    kernel = Counting()
+    head = OutputMatrix(8, 24, Axis("tp"), kernel=kernel)
+    torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
+    head.loss = HeadLoss(loss_of(kernel_named("cross_entropy", "chunked"), LogitForm(24)), 2)
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1)).to(BF16).requires_grad_()
+    labels = torch.tensor([3, -1, 0, 23, 7])
+    with torch.no_grad():
+        evaluated = head(BranchInput(x), labels)[0]
+    assert kernel.products == 3 * [("forward", BF16)]
+    kernel.products.clear()
+    nll, objective = head(BranchInput(x), labels)
+    differentiate(objective)
+    assert kernel.products == 3 * [("forward", BF16), ("input", BF16), ("weight", torch.float32)]
+    assert torch.equal(nll, evaluated)
+
+
+@pytest.mark.gpu
+def test_a_product_adds_its_fp32_sums_on_a_gpu():
+    g = torch.Generator("cuda").manual_seed(0)
+    dy, x = (torch.randn(512, n, generator=g, device="cuda").to(BF16) for n in (384, 256))
+    total = torch.randn(384, 256, generator=g, device="cuda")
+    wanted = total.double() + dy.double().t() @ x.double()
+    Bf16Linear().add_weight_grad(total, dy, x)
+    assert (total.double() - wanted).norm() < 1e-5 * wanted.norm()
+
+
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="on the meta device addmm of this torch does not know out_dtype")
 @pytest.mark.parametrize("form", FORMS, ids=["plain", "scaled, capped, padded"])
 def test_an_output_matrix_in_parts_never_has_all_logits(form):

@@ -307,3 +307,21 @@ def test_a_gpu_keeps_the_checkpoint_and_the_building_in_the_hosts_memory() -> No
     assert cpu.device.certain == 0
     assert gpu.host.certain == gpu.process + max(gpu.checkpoint, gpu.building)
     assert gpu.device.certain == cpu.needed - cpu.process - cpu.checkpoint
+
+
+def test_capped_scores_are_written_out_on_a_cpu_alone() -> None:
+    plain, capped = (recipe_of({"dim": 64, "seq_len": 512, **cap}) for cap in ({}, {"attention_softcap": 5.0}))
+    on_gpu = [memory_per_rank(recipe, 1, device_type="cuda").activations for recipe in (plain, capped)]
+    on_cpu = [memory_per_rank(recipe, 1).activations for recipe in (plain, capped)]
+    assert on_gpu[0] == on_gpu[1] and on_cpu[1] > 2 * on_cpu[0]
+
+
+def test_logits_in_parts_are_a_part_of_them_with_the_gradients_made_meanwhile() -> None:
+    sizes = {"vocab_size": 65_536, "vocab_multiple": 64, "dim": 64, "num_blocks": 1, "seq_len": 4096}
+    found = {
+        rows: memory_per_rank(recipe_of(sizes, train={"global_batch": 1, "logit_rows": rows}), 1, device_type="cuda")
+        for rows in ("auto", "all", 128)
+    }
+    made = 4 * 65_536 * 64 + 4 * 4096 * 64
+    assert found["all"].logits == 4 * 4096 * 65_536
+    assert found["auto"].logits == 4 * 1024 * 65_536 + made and found[128].logits == 4 * 128 * 65_536 + made

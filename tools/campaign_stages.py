@@ -163,6 +163,7 @@ def backends_of_packages() -> None:
 def bandwidths() -> None:
     """Rotary, activation and loss as a share of a copy: bytes as docs/kernels.md counts them, forward and both ways."""
     from megaresnorm.kernels import load_backends
+    from megaresnorm.kernels.cross_entropy import one_for
     from megaresnorm.kernels.registry import choose_kernel
 
     load_backends()
@@ -176,7 +177,11 @@ def bandwidths() -> None:
     qkv, h, logits = draw(1, tokens, 3 * heads, width), draw(tokens, 2 * ffn), draw(tokens, vocabulary)
     table, labels = torch.ones(tokens, width, device=DEVICE), torch.zeros(tokens, dtype=torch.long, device=DEVICE)
     d_qkv, dy = [draw(1, tokens, heads, width).detach() for _ in range(3)], draw(tokens, ffn).detach()
-    of_loss = lambda: torch.autograd.grad(loss(logits, labels)[1], logits)  # noqa: E731
+
+    def of_loss() -> None:
+        objective = loss(logits, labels)[1]
+        torch.autograd.grad(objective, logits, one_for(objective))
+
     calls = {
         "rotary forward": (lambda: rotary(qkv.detach(), heads, cos=table, sin=table), 4 * qkv.numel()),
         "rotary both": (

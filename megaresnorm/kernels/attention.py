@@ -325,6 +325,13 @@ def _part(bias: Tensor, start: int, stop: int, seen: int) -> Tensor:
     return bias if bias.shape[-2:] == (1, 1) else bias[..., start:stop, :seen]
 
 
+def _lengths_for_varlen(segments: Segments, dtype: torch.dtype) -> None:
+    if segments.ids.is_cuda and dtype in (torch.bfloat16, torch.float16):
+        segments.lengths()
+
+
+# What backends ask of the segments of a batch and the compute type before the first layer, where no compiler looks.
+PREPARATIONS: dict[str, Callable[[Segments, torch.dtype], object]] = {"sdpa": _lengths_for_varlen}
 register_kernel("attention", "blocked", avoid=_avoid_blocked, kinds=("plain",))(blocked_attention)
 register_kernel("attention", "sdpa", kinds=("plain",))(sdpa_attention)
 register_kernel("attention", "reference")(reference_attention)

@@ -9,6 +9,7 @@ T rows (tokens)   V vocabulary   p ranks that have a share of it
 
 import functools
 from collections.abc import Callable
+from math import nan
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -61,7 +62,10 @@ class LogitForm(NamedTuple):
 
 
 class CrossEntropyKernel(Protocol):
-    """A loss, called as ``cross_entropy_sums``; it may consume the logits."""
+    """A loss, called as ``cross_entropy_sums``; it may consume the logits.
+
+    Its scale may be a tensor of one number, on the device, where the loss is made of pieces or by ``loss_of``.
+    """
 
     def __call__(
         self, logits_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0, scale: float | Tensor = 1.0, /
@@ -105,18 +109,22 @@ def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.ones((), dtype=dtype, device=device)
 
 
+def one_for(objective: Tensor) -> Tensor:
+    """The gradient of an objective by itself, 1: a tensor that ``scaled`` knows without asking the device."""
+    return _one(objective.dtype, objective.device)
+
+
 def differentiate(objective: Tensor) -> None:
-    """``objective.backward()`` with a gradient of 1 that ``scaled`` knows without asking the device."""
-    torch.autograd.backward(objective, _one(objective.dtype, objective.device))
+    """``objective.backward()`` with ``one_for``."""
+    torch.autograd.backward(objective, one_for(objective))
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """Multiply ``gradient`` by ``factor`` in place.
 
-    A factor of 1 is skipped: on a CPU always, on a GPU, where reading it would make the host wait, that of
-    ``differentiate``.
+    A factor of 1 is skipped: on a CPU always, on a GPU, where reading it would make the host wait, ``one_for`` alone.
     """
-    if factor is _one(factor.dtype, factor.device) or (factor.device.type == "cpu" and factor.item() == 1.0):
+    if factor is one_for(factor) or (factor.device.type == "cpu" and factor.item() == 1.0):
         return gradient
     return gradient.mul_(factor)
 
@@ -173,22 +181,31 @@ class LossOfPieces(NamedTuple):
 
     Attributes:
         first: the token of this rank's first column.
+        vocabulary: number of tokens on all ranks; None: those of ``form``.
         gather: [T, 3] of a rank -> [p, T, 3] of all that have a share of the vocabulary.
-        whole: whether this rank has all of it, so that it knows all labels.
     """
 
     pieces: LossPieces
     form: LogitForm
     first: int = 0
+    vocabulary: int | None = None
     gather: Callable[[Tensor], Tensor] = lambda statistics_T3: statistics_T3.unsqueeze(0)
-    whole: bool = True
+
+    @property
+    def size(self) -> int:
+        """Number of tokens on all ranks."""
+        return self.form.columns if self.vocabulary is None else self.vocabulary
 
     def __call__(
         self, outputs_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0, scale: float | Tensor = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """See ``CrossEntropyKernel``."""
-        if self.whole and labels_T.device.type == "cpu" and len(labels_T) and int(labels_T.max()) >= self.form.columns:
-            raise IndexError(f"cross_entropy: label {int(labels_T.max())} of a vocabulary of {self.form.columns}")
+        """See ``CrossEntropyKernel``. On a GPU, which would have to be asked, a label that is no token makes it NaN.
+
+        Raises:
+            IndexError: on a CPU a label is no token of the vocabulary.
+        """
+        if labels_T.device.type == "cpu" and len(labels_T) and int(labels_T.max()) >= self.size:
+            raise IndexError(f"cross_entropy: label {int(labels_T.max())} of a vocabulary of {self.size}")
         return _LossOfPieces.apply(outputs_TV, labels_T, z_loss, scale, self)
 
 
@@ -203,7 +220,8 @@ class _LossOfPieces(GradientInPlace):
         largest_pT, sums_pT, label_pT = loss.gather(statistics).unbind(-1)
         top_T, valid_T = largest_pT.amax(0), labels_T >= 0
         log_z_T = (sums_pT * (largest_pT - top_T).exp()).sum(0).log_() + top_T
-        nll = torch.where(valid_T, log_z_T - label_pT.sum(0), 0.0).sum()
+        label_logit_T = label_pT.sum(0).masked_fill(labels_T >= loss.size, nan)
+        nll = torch.where(valid_T, log_z_T - label_logit_T, 0.0).sum()
         penalty = torch.where(valid_T, log_z_T.square(), 0.0).sum()
         if ctx.needs_input_grad[0]:
             share_T = scale * valid_T.to(log_z_T.dtype)
@@ -259,7 +277,6 @@ def cross_entropy_sums(
     Args:
         logits_TV: [T, V], computed on in FP32 or FP64.
         labels_T: [T] int64, negative where there is nothing to predict.
-        scale: a number; for the other backends also a tensor of one, on the device.
     Returns:
         (cross entropy, objective), two scalars; the objective is the one to differentiate.
     Source:

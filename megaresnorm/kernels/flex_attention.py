@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaresnorm.kernels.attention import Segments
+from megaresnorm.kernels.attention import PREPARATIONS, Segments
 from megaresnorm.kernels.gpu.requires import triton_requires
 from megaresnorm.kernels.registry import register_kernel
 
@@ -83,7 +83,10 @@ def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
 def _blocks(sees: Callable[..., Tensor], batch: int | None, seq: int, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    return create_block_mask(sees, batch, None, seq, seq, device=device)
+    make = create_block_mask
+    if device.type == "cuda" and not torch.compiler.is_compiling():  # else it would write out a mask [B, S, S]
+        make = torch.compile(create_block_mask, dynamic=False)
+    return make(sees, batch, None, seq, seq, device=device)
 
 
 _blocks_of_a_shape = functools.lru_cache(maxsize=4)(_blocks)
@@ -100,4 +103,5 @@ def _compiled() -> Callable[..., Any]:
     return torch.compile(_function(), dynamic=False)
 
 
+PREPARATIONS["flex"] = lambda segments, dtype: block_mask_of(segments, causal=True)
 register_kernel("attention", "flex", requires=triton_requires, kinds=("plain", "softcap"))(flex_attention)

@@ -72,6 +72,7 @@ class Activations:
         divides_stream: whether the stream is sharded over them, by token or by hidden dimension.
         keeps_rows: whether linears keep whole rows of their input (recompute.gathered: keep), or this rank's share.
         compute, stream: bytes of an element of the compute type and of the stream's type.
+        writes_scores: whether capped attention scores are written out, as FlexAttention on GPUs does not.
     """
 
     recipe: ModelRecipe
@@ -80,6 +81,7 @@ class Activations:
     keeps_rows: bool
     compute: int
     stream: int
+    writes_scores: bool = True
 
     def of_block(self, kind: BlockKind) -> int:
         """Bytes per token that a block of this kind keeps."""
@@ -106,6 +108,8 @@ class Activations:
         attention = (q + 2 * kv) * (1 if recipe.qk_norm == "none" else 2) + q * (1 + kind.attention.norm_inner)
         feed_forward = recipe.ffn_width * (2 + recipe.gated_ffn + kind.ffn.norm_inner)
         scores = 4 * recipe.num_heads  # the softmax's normaliser of every row
-        if recipe.attention_softcap is not None:  # kept in FP32: capped and normalised scores, and what lies between
+        if (
+            recipe.attention_softcap is not None and self.writes_scores
+        ):  # kept in FP32: capped and normalised scores, and what lies between
             scores = 3 * 4 * recipe.num_heads * recipe.seq_len
         return (self.compute * (attention + feed_forward) + scores) // self.tp

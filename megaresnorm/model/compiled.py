@@ -122,8 +122,9 @@ class Compiling(NamedTuple):
 
 
 def resolve_compile_mode(
-    setting: str, recipe: ModelRecipe, device_type: str, *, tp: int = 1, sharded: bool = False
-) -> Compiling:
+    setting: str, recipe: ModelRecipe, device_type: str, *, tp: int = 1, sharded: bool = False,
+    opaque: str | None = None,
+) -> Compiling:  # fmt: skip
     """What a setting of ``train.compile`` comes to.
 
     ``auto`` compiles on a CPU where that was measured to pay: narrow models whose blocks are of few kinds. On a GPU it
@@ -132,9 +133,10 @@ def resolve_compile_mode(
     Args:
         tp: ranks of tensor parallelism.
         sharded: whether FSDP2 will shard the blocks.
+        opaque: a kernel, as key=backend, that no compiler sees through; None where there is none.
 
     Raises:
-        ConfigError: no code can be generated here.
+        ConfigError: no code can be generated here, or not with this kernel.
     """
     cpu, why = device_type == "cpu", "asked for"
     if setting == "auto":
@@ -143,6 +145,7 @@ def resolve_compile_mode(
             f"at model.dim={recipe.dim} products take nearly all the time": cpu and recipe.dim > WIDEST,
             "not measured with parallel.tp": tp > 1,
             "FSDP2's hooks stand between the blocks": sharded,
+            f"{opaque} cannot be compiled into a block": opaque is not None,
             f"its blocks are of {kinds} kinds, each of which would be compiled": kinds > MOST_KINDS,
         }
         against = next((reason for reason, holds in reasons.items() if holds), None) or _cannot_generate(device_type)
@@ -151,6 +154,8 @@ def resolve_compile_mode(
         setting, why = "blocks", "auto: narrow, equal blocks on a CPU" if cpu else "auto on a GPU"
     if setting == "none":
         return Compiling("none", why)
+    if opaque is not None:
+        raise ConfigError(f"train.compile={setting}: {opaque} cannot be compiled into a block; use train.compile=none")
     if broken := _cannot_generate(device_type):
         raise ConfigError(f"train.compile={setting}: {broken}")
     fused = ("activation", "rotary") if not cpu else ("add_norm", "activation", "rotary") if tp == 1 else ()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megaresnorm.kernels.activation import ActivationKernel
 from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, NormWeights
-from megaresnorm.kernels.attention import AttentionKernel, FusedAttention
+from megaresnorm.kernels.attention import AttentionKernel, FusedAttention, Segments
 from megaresnorm.kernels.dropout import Dropout
 from megaresnorm.kernels.rotary import RotaryKernel
 from megaresnorm.model.norm import Norm
@@ -127,6 +127,7 @@ class Kernels(NamedTuple):
         fused_attention: the same backend's form for fused q, k, v with rotary positions; None where it has none.
         activate: the FFN's activation, as ``activation`` of kernels/activation.py describes it.
         normalize: (x, norm) -> x normalised, for rows that this rank has whole.
+        prepare_attention: what ``attend`` asks of a batch's segments before the first layer; None for nothing.
         normalize_shared: the same for rows whose columns are sharded over the tensor-parallel ranks.
     """
 
@@ -138,3 +139,4 @@ class Kernels(NamedTuple):
     activate: ActivationKernel
     normalize: Callable[[Tensor, Norm], Tensor]
     normalize_shared: Callable[[Tensor, Norm], Tensor]
+    prepare_attention: Callable[[Segments, torch.dtype], object] | None = None

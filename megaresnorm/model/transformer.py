@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from megaresnorm.kernels.attention import Segments
 from megaresnorm.kernels.cross_entropy import LogitForm
-from megaresnorm.kernels.flex_attention import block_mask_of
 from megaresnorm.model.block import Block
 from megaresnorm.model.compiled import CompiledBlocks
 from megaresnorm.model.dropout import DropoutKey, DropoutMasks
@@ -64,6 +63,7 @@ class Transformer(nn.Module):
         self.layout = layout = layout or FullLayout(Axis("tp"))
         self.stage = stage = stage or Stage(range(recipe.num_blocks))
         self.recipe, self.add_norm = recipe, kernels.add_norm
+        self.prepare_attention = kernels.prepare_attention
         self.num_sublayers = len(SUBLAYERS) * recipe.num_blocks
         self.logit_scale = wiring.logit_scale(recipe.dim, recipe.topology_options) / recipe.logits_scaling
         norm = norm_of(recipe)
@@ -151,8 +151,8 @@ class Transformer(nn.Module):
         segments = None if documents_BS is None else Segments(documents_BS)
         if segments is not None:
             positions = positions - segments.first
-            if tokens_BS.is_cuda:
-                self._look_at(segments)
+            if self.prepare_attention is not None:
+                self.prepare_attention(segments, self.add_norm.compute_dtype)
         if self.recipe.positions != "rope":
             return SequenceInfo(batch, seq, positions, segments=segments, cache=cache)
         wide = torch.promote_types(self.add_norm.compute_dtype, torch.float32)
@@ -161,13 +161,6 @@ class Transformer(nn.Module):
         self._tables = tables  # a CUDA graph goes on reading them, also where the cache has dropped them
         cos, sin = (table[start : start + seq] if segments is None else table[positions] for table in tables)
         return SequenceInfo(batch, seq, positions, cos, sin, segments, cache)
-
-    def _look_at(self, segments: Segments) -> None:
-        """Find what attention on a GPU asks of segments, here, where no compiler looks."""
-        if self.recipe.attention_softcap is not None:
-            block_mask_of(segments, causal=True)  # for FlexAttention
-        elif self.add_norm.compute_dtype == torch.bfloat16:
-            segments.lengths()  # for varlen_attn; it waits for the device
 
     def embed(self, tokens_BS: Tensor, rows: SequenceInfo, masks: DropoutMasks | None = None) -> Stream:
         """The stream before the first block: token and position embeddings, embedding norm, dropout."""

@@ -45,8 +45,7 @@ def shard_model(
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     assert context.mesh is not None
-    # The logits are a view where the vocabulary is padded. The loss writes its gradient there, which no hook needs to
-    # see.
+    # Logits are a view where the vocabulary is padded; only generation asks for them, and nobody writes there.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     names = ("dp_replicate", "dp_shard") if context.dp_replicate.size > 1 else ("dp_shard",)
     options: dict[str, Any] = {
@@ -141,8 +140,8 @@ def _as_sharded(module: nn.Module) -> "FSDPModule | None":
 def replicate_model(model: nn.Module, data: Axis) -> DistributedDataParallel:
     """Wrap a model in DistributedDataParallel that sums gradients.
 
-    Gradients become views of DDP's buckets once they are summed: they are not copied back, and there is memory for them
-    once.
+    Gradients become views of DDP's buckets once they are summed: they are not copied back. Until then those of earlier
+    microbatches are beside the buckets.
 
     Communication:
         In the backward pass of a step's last microbatch (``grad_sync``) one all-reduce of each of DDP's buckets, which

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaresnorm.kernels.cross_entropy import CrossEntropyKernel, scaled
+from megaresnorm.kernels.cross_entropy import CrossEntropyKernel, one_for, scaled
 from megaresnorm.parallel.branch_input import BranchInput, whole_rows
 from megaresnorm.parallel.linear import ColumnLinear, LinearKernel
 
@@ -29,6 +29,8 @@ class HeadLoss:
 
 class OutputMatrix(ColumnLinear):
     """The linear layer from the stream to the vocabulary, whose share of rows a rank of the axis has.
+
+    In parts, the gradient of its weight is computed with the loss, also where it has a ``queue``.
 
     Attributes:
         loss: what ``forward`` does with labels; whoever trains sets it.
@@ -53,10 +55,12 @@ class OutputMatrix(ColumnLinear):
         assert self.loss is not None, "set where the model is assembled"
         if self.loss.rows is None or self.loss.rows >= len(labels_T):
             return self.loss.compute(super().forward(x), labels_T, z_loss, scale)
+        rows = whole_rows(x)
         operand = self.weight if self.operand is None else self.operand
-        return _ChunkedLoss.apply(
-            whole_rows(x), self.weight, operand.detach(), labels_T, z_loss, scale, self.loss, self.kernel
-        )
+        operand = operand.detach().to(rows.dtype)  # once for all parts
+        # A Function cannot tell: it runs without gradients in any case, and a parameter needs one in any case.
+        learns = torch.is_grad_enabled() and (rows.requires_grad or self.weight.requires_grad)
+        return _ChunkedLoss.apply(rows, self.weight, operand, labels_T, z_loss, scale, self.loss, self.kernel, learns)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -68,10 +72,9 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_TD: Tensor, weight: Tensor, operand: Tensor, labels_T: Tensor, z_loss: float,
-        scale: float | Tensor, loss: HeadLoss, kernel: LinearKernel,
+        scale: float | Tensor, loss: HeadLoss, kernel: LinearKernel, learns: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         assert loss.rows is not None
-        learns = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         dx_TD = torch.empty_like(x_TD) if learns else None
         d_weight = torch.zeros_like(weight) if learns else None
         sums: list[tuple[Tensor, Tensor]] = []
@@ -83,7 +86,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 continue
             with torch.enable_grad():
                 nll, objective = loss.compute(outputs.requires_grad_(), labels_T[rows], z_loss, scale)
-            (gradient,) = torch.autograd.grad(objective, outputs)
+            (gradient,) = torch.autograd.grad(objective, outputs, one_for(objective))
             sums.append((nll, objective.detach()))
             dx_TD[rows] = kernel.input_grad(gradient, operand)
             kernel.add_weight_grad(d_weight, gradient, x_TD[rows])
@@ -97,4 +100,4 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         gradients, ctx.gradients = ctx.gradients, None
         assert gradients is not None, "the objective can be differentiated once"
-        return *(scaled(gradient, grads[1]) for gradient in gradients), *[None] * 6
+        return *(scaled(gradient, grads[1]) for gradient in gradients), *[None] * 7

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.pipelining._backward import stage_backward
 
+from megaresnorm.kernels.cross_entropy import one_for
 from megaresnorm.parallel.data_parallel import accumulate_in_shards
 from megaresnorm.parallel.linear import WeightGradQueue
 from megaresnorm.parallel.mesh import Axis
@@ -249,6 +250,8 @@ class _Stage(PipelineStage):
         self, backward_type: str, bwd_kwargs: dict, last_backward: bool = False
     ) -> tuple[tuple[Tensor | None, ...], list[dict[str, Any]] | None]:
         """Reduce and scatter gradients in each microbatch; torch's own has FSDP2 keep whole ones until the last."""
+        if bwd_kwargs["output_grads"] is None:  # of the objective
+            bwd_kwargs = {**bwd_kwargs, "output_grads": one_for(bwd_kwargs["stage_output"])}
         if not (self.shards_gradients and isinstance(self.submod, FSDPModule)):
             return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
         assert backward_type == "full"

@@ -55,14 +55,17 @@ class VocabEmbedding(Embedding):
         return super().forward(local.masked_fill(absent, 0)).masked_fill(absent.unsqueeze(-1), 0.0)
 
 
-def vocab_parallel_loss(pieces: LossPieces, form: LogitForm, axis: Axis, first: int) -> CrossEntropyKernel:
+def vocab_parallel_loss(
+    pieces: LossPieces, form: LogitForm, axis: Axis, first: int, vocabulary: int
+) -> CrossEntropyKernel:
     """The loss of [T, V / p] outputs, whose vocabulary is sharded over the axis; labels are of the whole vocabulary.
 
     Args:
         form: its columns are those of this rank.
         first: the token of this rank's first column.
+        vocabulary: number of tokens on all ranks.
 
     Communication:
         One all-gather of 3 floats a token; nothing in backward.
     """
-    return LossOfPieces(pieces, form, first, lambda statistics_T3: all_gather_blocks(statistics_T3, axis), whole=False)
+    return LossOfPieces(pieces, form, first, vocabulary, lambda statistics_T3: all_gather_blocks(statistics_T3, axis))

@@ -17,7 +17,7 @@ class Bf16Linear(PlainLinear):
 
     def weight_grad(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """See ``LinearKernel``. On a GPU the product's FP32 sums are written as they are."""
-        if dy.is_cuda and dtype == torch.float32:
+        if dy.device.type != "cpu" and dtype == torch.float32:
             return torch.mm(dy.t(), x, out_dtype=torch.float32)
         return super().weight_grad(dy, x, dtype)
 

@@ -214,7 +214,7 @@ class TrainRecipe(Section):
     logit_rows: Annotated[int, Field(ge=1)] | Literal["auto", "all"] = "auto"
     """Tokens whose logits exist at a time: the output matrix and the loss go over a microbatch in parts, so that logits
     of large vocabularies need not fit in memory; all: those of a whole microbatch; auto: parts on a GPU from 65,536
-    tokens of vocabulary a rank on."""
+    tokens of vocabulary a rank on, but under gpipe, where each microbatch would keep a gradient of the matrix."""
     z_loss: PositiveOr0 = 0.0
     """Coefficient of log(Z)^2 per token, added to the loss (PaLM: 1e-4)."""
     eval_every: CountOr0 = 100

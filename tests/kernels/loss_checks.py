@@ -32,7 +32,7 @@ def check_loss(pieces: LossPieces, rows: int, width: int, form: str, dtype, z_lo
     ]
     got = []
     for i, leaf in enumerate(leaves):
-        loss = LossOfPieces(pieces, forms[i], i * share, lambda mine: torch.stack(statistics), whole=ranks == 1)
+        loss = LossOfPieces(pieces, forms[i], i * share, whole.columns, lambda mine: torch.stack(statistics))
         found = loss(leaf * 1.0, labels.to(device), z_loss, scale)
         differentiate(found[1])
         for mine, wanted in zip(found, (nll, objective), strict=True):

@@ -29,6 +29,7 @@ def level(request, monkeypatch):
 def test_reference(pattern, gate, dtypes):
     for columns in (7, 192):
         check(add_norm, 19, columns, pattern, gate, dtypes)
+    check(add_norm, 19, 40, pattern, gate, dtypes, drops=True)
 
 
 @needs_compiler
@@ -38,6 +39,7 @@ def test_reference(pattern, gate, dtypes):
 def test_cpu(level, pattern, gate, dtypes):
     for columns in (1, 7, 192):
         check(fused, 19, columns, pattern, gate, dtypes)
+    check(fused, 19, 40, pattern, gate, dtypes, drops=True)
 
 
 @needs_compiler

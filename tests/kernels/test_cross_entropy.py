@@ -5,7 +5,15 @@ import torch
 
 from megaresnorm.kernels.cpu import build
 from megaresnorm.kernels.cpu.cross_entropy import cpu_cross_entropy
-from megaresnorm.kernels.cross_entropy import CACHED_ELEMENTS, chunked_cross_entropy, cross_entropy_sums
+from megaresnorm.kernels.cross_entropy import (
+    CACHED_ELEMENTS,
+    LogitForm,
+    LossOfPieces,
+    _LossOfPieces,
+    chunked_cross_entropy,
+    cross_entropy_sums,
+    torch_pieces,
+)
 
 KERNELS = [chunked_cross_entropy] + ([cpu_cross_entropy] if build.unavailable() is None else [])
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 4e-3}
@@ -129,3 +137,13 @@ def test_tensors_that_need_the_logits_later_are_noticed(chunked_cross_entropy):
         kernel(5.0 * torch.tanh(x / 5.0), labels)[1].backward()
         gradients.append(x.grad)
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-13 if leaf.dtype == torch.float64 else 1e-6)
+
+
+def test_a_label_that_is_no_token_is_an_error_or_makes_the_loss_nan():
+    """On a CPU it is refused; on a GPU, which would have to be asked, the step will be."""
+    labels = torch.tensor([0, 5])
+    with pytest.raises(IndexError, match="label 5 of a vocabulary of 5"):
+        chunked_cross_entropy(torch.randn(2, 5), labels)
+    loss = LossOfPieces(torch_pieces, LogitForm(5))
+    assert _LossOfPieces.apply(torch.randn(2, 5), labels, 0.0, 1.0, loss)[0].isnan()
+    assert _LossOfPieces.apply(torch.randn(2, 5), labels - 5, 0.0, 1.0, loss)[0].isfinite()

@@ -39,7 +39,10 @@ def test_values_and_gradients_of_add_norm(packages, backend, dtypes):
     kernel = kernel_named("add_norm", backend).function
     for pattern in PATTERNS:
         for gate in (*GATES, "one"):
-            check(kernel, 19, 96, pattern, gate, dtypes, alpha=1.0 if gate == "one" else 2.5, separate=True)
+            alpha = 1.0 if gate == "one" else 2.5
+            check(kernel, 19, 96, pattern, gate, dtypes, alpha=alpha, separate=True)
+        for gate in ("one", "vector"):
+            check(kernel, 19, 96, pattern, gate, dtypes, alpha=1.0, separate=True, drops=True)
 
 
 @pytest.mark.parametrize(("backend", "fused"), [("liger", list(DTYPES)), ("quack", ["fp32", "bf16 on fp32"])])

@@ -160,7 +160,8 @@ def test_auto_compiles_narrow_equal_blocks_on_a_cpu_alone(monkeypatch):
     narrow, wide = model_recipe(200), model_recipe(4).model_copy(update={"dim": 1024})
     assert resolve_compile_mode("auto", narrow, "cpu").mode == "blocks"
     assert resolve_compile_mode("auto", narrow, "cuda").mode == "blocks"
-    for recipe, options in ((wide, {}), (narrow, {"tp": 2}), (narrow, {"sharded": True})):
+    opaque = {"opaque": "kernels.add_norm=te"}
+    for recipe, options in ((wide, {}), (narrow, {"tp": 2}), (narrow, {"sharded": True}), (narrow, opaque)):
         chosen = resolve_compile_mode("auto", recipe, "cpu", **options)
         assert chosen.mode == "none" and chosen.why.startswith("auto: ")
     scaled = next(t for t in TOPOLOGIES if num_kinds(model_recipe(12, t)) > 3)  # constants that depend on the depth

@@ -79,8 +79,11 @@ def _dropped(args: AddNormArgs, add_norm: AddNormKernel) -> AddNormArgs:
     """The same call with a branch that is normalized and dropped already, for backends without dropout."""
     delta, norm, drop = args.delta, args.branch_norm, args.dropout
     if delta is not None and drop is not None:
-        if norm is not None:
-            delta = add_norm(AddNormArgs(delta, norm=norm, residual_dtype=delta.dtype, out_dtype=None)).trunk
+        wide = torch.promote_types(delta.dtype, torch.float32)
+        if norm is None:
+            delta = delta.to(wide)
+        else:
+            delta = add_norm(AddNormArgs(delta, norm=norm, residual_dtype=wide, out_dtype=None)).trunk
         delta = drop(delta)
     return replace(args, delta=delta, branch_norm=None, dropout=None)
 

@@ -14,9 +14,9 @@ from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
 from torch import Tensor
 
-from megaresnorm.kernels.add_norm.gpu_backends import add_then
 from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormOutput, NormWeights
 from megaresnorm.kernels.cross_entropy import GradientInPlace
+from megaresnorm.kernels.gpu.packages import add_then, is_plain_add_rms_norm
 
 # Its "gemma" computes in FP32 and rounds once, as our reference does; "llama" rounds before the weights, too.
 CASTING, OFFSET, IN_PLACE = "gemma", 0.0, False
@@ -42,9 +42,7 @@ def add_norm(args: AddNormArgs) -> AddNormOutput:
 def _is_fused(args: AddNormArgs) -> bool:
     """Whether a call is Liger's: x + delta, stored in x's type, which is also the type of its normalized output."""
     x, delta, out = args.x, args.delta, args.out_dtype
-    if delta is None or args.branch_norm is not None or args.norm is not None or args.next_norm is None:
-        return False
-    if args.next_norm.kind != "rmsnorm" or args.alpha != 1.0 or not isinstance(args.gate, float) or args.gate != 1.0:
+    if delta is None or not is_plain_add_rms_norm(args):
         return False
     narrower = (torch.bfloat16, x.dtype)
     return args.residual_dtype == x.dtype and delta.dtype in narrower and out in narrower

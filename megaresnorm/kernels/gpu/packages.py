@@ -1,19 +1,21 @@
 """Backends that other packages compute. They run when asked for by name, and are imported then and not before.
 
-``torch`` is torch's own norms behind our add. ``liger`` and ``quack`` have a file each; ``te`` and ``apex`` are
-registered in add_norm/gpu_backends.py.
+``torch`` is torch's own norms behind our add, ``te`` and ``apex`` those of Transformer Engine and NVIDIA Apex: they
+fuse no add and move 10 bytes an element where ours moves 8. ``liger`` and ``quack`` fuse a plain add before an RMSNorm.
 """
 
 import importlib
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megaresnorm.kernels.add_norm.gpu_backends import _by_name, add_then
-from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormOutput, NormWeights
-from megaresnorm.kernels.gpu.requires import found, needs_gpu
+from megaresnorm.kernels.add_norm import reference
+from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, AddNormOutput, NormWeights
+from megaresnorm.kernels.gpu.requires import found, needs_gpu, only_by_name
 from megaresnorm.kernels.registry import Refusal, register_kernel
 
 
@@ -26,8 +28,47 @@ def _package(module: str, name: str, distribution: str) -> Refusal:
     return requires
 
 
-def _adapter(name: str) -> Any:
-    return importlib.import_module(f"megaresnorm.kernels.gpu.{name}")
+def _adapter(name: str, folder: str = "gpu") -> Any:
+    return importlib.import_module(f"megaresnorm.kernels.{folder}.{name}")
+
+
+def add_then(normalize: Callable[[Tensor, NormWeights, torch.dtype], Tensor]) -> AddNormKernel:
+    """Make an ``add_norm`` backend from a norm alone; the add is done in PyTorch.
+
+    Args:
+        normalize: called with (x, norm, out_dtype).
+    Returns:
+        A function as ``reference.add_norm``. It raises ValueError where FP8, statistics or amax are wanted.
+    """
+
+    def add_norm(args: AddNormArgs) -> AddNormOutput:
+        delta, out_dtype = args.delta, args.out_dtype
+        if out_dtype == torch.float8_e4m3fn or (out_dtype is None and args.next_norm is not None):
+            raise ValueError(
+                "add_norm by another package's norm writes no FP8, statistics or amax; take triton or the reference"
+            )
+        if delta is not None and args.branch_norm is not None:
+            delta = normalize(delta, args.branch_norm, torch.float32)
+        trunk = reference.add_norm(
+            replace(args, delta=delta, branch_norm=None, norm=None, next_norm=None, out_dtype=None)
+        ).trunk
+        if args.norm is not None:
+            trunk = normalize(trunk, args.norm, args.residual_dtype)
+        if out_dtype is None:
+            return AddNormOutput(trunk, None, None, None)
+        branch = trunk if args.next_norm is None else normalize(trunk, args.next_norm, out_dtype)
+        return AddNormOutput(trunk, branch.to(out_dtype), None, None)
+
+    return add_norm
+
+
+def is_plain_add_rms_norm(args: AddNormArgs) -> bool:
+    """Whether a call is next_norm(x + delta) with an RMSNorm, which is what other packages fuse."""
+    if args.delta is None or args.next_norm is None or args.next_norm.kind != "rmsnorm":
+        return False
+    if args.dropout is not None or args.branch_norm is not None or args.norm is not None:
+        return False
+    return args.alpha == 1.0 and isinstance(args.gate, float) and args.gate == 1.0
 
 
 # --- torch ------------------------------------------------------------------------------------------------------------
@@ -45,7 +86,7 @@ def torch_normalize(x_TD: Tensor, norm: NormWeights, out_dtype: torch.dtype) -> 
     return F.layer_norm(x_TD, shape, weight, None if norm.bias is None else norm.bias.to(wide), norm.eps).to(out_dtype)
 
 
-register_kernel("add_norm", "torch", avoid=_by_name)(add_then(torch_normalize))
+register_kernel("add_norm", "torch", avoid=only_by_name)(add_then(torch_normalize))
 
 
 # --- Liger ------------------------------------------------------------------------------------------------------------
@@ -53,21 +94,21 @@ register_kernel("add_norm", "torch", avoid=_by_name)(add_then(torch_normalize))
 _liger_requires = _package("liger_kernel", "Liger", "liger-kernel")
 
 
-@register_kernel("add_norm", "liger", requires=_liger_requires, avoid=_by_name)
+@register_kernel("add_norm", "liger", requires=_liger_requires, avoid=only_by_name)
 def _liger_add_norm(args: AddNormArgs) -> AddNormOutput:
     with torch.cuda.device_of(args.x):
         return _adapter("liger").add_norm(args)
 
 
 @register_kernel(
-    "activation", "liger", requires=_liger_requires, avoid=_by_name, kinds=("swiglu", "geglu_tanh")
+    "activation", "liger", requires=_liger_requires, avoid=only_by_name, kinds=("swiglu", "geglu_tanh")
 )  # its GELU is the tanh approximation
 def _liger_activation(h_TF: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     with torch.cuda.device_of(h_TF):
         return _adapter("liger").activation(h_TF, bias, kind)
 
 
-@register_kernel("cross_entropy", "liger", requires=_liger_requires, avoid=_by_name)
+@register_kernel("cross_entropy", "liger", requires=_liger_requires, avoid=only_by_name)
 def _liger_cross_entropy(
     logits_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
@@ -80,15 +121,41 @@ def _liger_cross_entropy(
 _quack_requires = _package("quack", "quack", "quack-kernels")
 
 
-@register_kernel("add_norm", "quack", requires=_quack_requires, avoid=_by_name)
+@register_kernel("add_norm", "quack", requires=_quack_requires, avoid=only_by_name)
 def _quack_add_norm(args: AddNormArgs) -> AddNormOutput:
     with torch.cuda.device_of(args.x):
         return _adapter("quack").add_norm(args)
 
 
-@register_kernel("cross_entropy", "quack", requires=_quack_requires, avoid=_by_name)
+@register_kernel("cross_entropy", "quack", requires=_quack_requires, avoid=only_by_name)
 def _quack_cross_entropy(
     logits_TV: Tensor, labels_T: Tensor, z_loss: float = 0.0, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(logits_TV):
         return _adapter("quack").cross_entropy(logits_TV, labels_T, z_loss, scale)
+
+
+# --- Transformer Engine and Apex --------------------------------------------------------------------------------------
+
+
+def _te_requires(device: torch.device, dtype: torch.dtype) -> str | None:
+    if reason := needs_gpu(device, dtype):
+        return reason
+    return None if found("transformer_engine_torch") else "Transformer Engine is not installed (its PyTorch extension)"
+
+
+def _apex_requires(device: torch.device, dtype: torch.dtype) -> str | None:
+    if reason := needs_gpu(device, dtype):
+        return reason
+    # The package of that name on PyPI is another program: what counts is Apex's extension.
+    return None if found("fused_layer_norm_cuda") else "NVIDIA Apex is not installed (built with its CUDA extensions)"
+
+
+@register_kernel("add_norm", "te", requires=_te_requires, avoid=only_by_name)
+def _te_add_norm(args: AddNormArgs) -> AddNormOutput:
+    return add_then(_adapter("te", "add_norm").normalize)(args)
+
+
+@register_kernel("add_norm", "apex", requires=_apex_requires, avoid=only_by_name)
+def _apex_add_norm(args: AddNormArgs) -> AddNormOutput:
+    return add_then(_adapter("apex", "add_norm").normalize)(args)

@@ -10,8 +10,8 @@ from quack.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
 from quack.rmsnorm import layernorm_bwd, layernorm_fwd, rmsnorm
 from torch import Tensor
 
-from megaresnorm.kernels.add_norm.gpu_backends import add_then
 from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormOutput, NormWeights
+from megaresnorm.kernels.gpu.packages import add_then, is_plain_add_rms_norm
 
 IGNORED = -1
 ALIGNED = 8  # elements: rows of a slice begin at multiples of 16 bytes
@@ -37,9 +37,7 @@ def add_norm(args: AddNormArgs) -> AddNormOutput:
 
 
 def _is_fused(args: AddNormArgs) -> bool:
-    if args.delta is None or args.branch_norm is not None or args.norm is not None or args.next_norm is None:
-        return False
-    if args.next_norm.kind != "rmsnorm" or args.alpha != 1.0 or not isinstance(args.gate, float) or args.gate != 1.0:
+    if not is_plain_add_rms_norm(args):
         return False
     return args.residual_dtype == torch.float32 and args.out_dtype in (torch.float32, torch.bfloat16)
 

@@ -30,3 +30,8 @@ def triton_requires(device: torch.device, dtype: torch.dtype) -> str | None:
         return "the package triton is not installed"
     major, minor = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (8, 0)
     return None if major >= 8 else f"it needs compute capability 8.0, this GPU has {major}.{minor}"
+
+
+def only_by_name(device: torch.device, dtype: torch.dtype) -> str:
+    """The ``avoid`` of backends that ``auto`` never takes."""
+    return "chosen only by name"
