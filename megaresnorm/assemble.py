@@ -15,7 +15,7 @@ from megaresnorm.kernels.add_norm.spec import sharded_norm_kernels
 from megaresnorm.kernels.attention import PREPARATIONS, FusedAttention, Segments
 from megaresnorm.kernels.cross_entropy import CrossEntropyKernel, loss_of
 from megaresnorm.kernels.registry import Kernel, choose_kernel, kernel_named
-from megaresnorm.layout import gathers_stream, opaque_kernel, split_stages
+from megaresnorm.layout import check_sharded_loss, gathers_stream, opaque_kernel, split_stages
 from megaresnorm.model.compiled import compile_blocks, resolve_compile_mode
 from megaresnorm.model.init import materialize
 from megaresnorm.model.norm import Norm
@@ -130,16 +130,12 @@ def build_model(
     )
     choices = {op: line for op, (_, line) in chosen.items()} | compiling.choices(device.type)
     backends = {op: kernel.backend for op, (kernel, _) in chosen.items()}
-    if context.tp.size > 1:
-        loss_kernel = _sharded_loss(chosen["cross_entropy"][0], kernels.cross_entropy)
-        chosen["cross_entropy"] = loss_kernel, ""
-        backends["cross_entropy"] = loss_kernel.backend
-        choices["cross_entropy"] = (
-            f"cross_entropy on {device.type}: {loss_kernel.backend}, vocabulary sharded over {context.tp.size} ranks"
-        )
+    loss_kernel = _loss_kernel(chosen["cross_entropy"][0], kernels, context.tp.size)
+    backends["cross_entropy"] = loss_kernel.backend
+    choices["cross_entropy"] = _loss_choice(choices["cross_entropy"], loss_kernel, context.tp.size, logit_rows)
     functions = {op: kernel.function for op, (kernel, _) in chosen.items()}
     linear = bf16_linear(device) if compute == torch.bfloat16 else PLAIN
-    attention = chosen["attention"][0].implementation
+    attention = _fused_attention(recipe, kernels.rotary, chosen["attention"][0], choices, backends)
     prepare = PREPARATIONS.get(backends["attention"])
     model_kernels = _model_kernels(functions, layout, attention, norm, linear, stored, compute, prepare)
     stages = split_stages(recipe, parallel)
@@ -153,22 +149,45 @@ def build_model(
             shard(model)
         materialize(model, table, context, seed=seed, dtype=weight_dtype(precision.compute), device=device)
         if model.head is not None:
-            model.head.loss = HeadLoss(_loss_of(chosen["cross_entropy"][0], model, context.tp), logit_rows)
+            model.head.loss = HeadLoss(_loss_of(loss_kernel, model, context.tp), logit_rows)
         models[number] = model
     return Assembled(models, table, layout, context, device, backends, choices, compiling.mode)
 
 
-def _sharded_loss(chosen: Kernel, setting: str) -> Kernel:
-    """The backend of the loss over a sharded vocabulary: one that has the pieces of it.
+def _loss_kernel(chosen: Kernel, kernels: KernelRecipe, tp: int) -> Kernel:
+    """The backend of the loss; over a sharded vocabulary one that has the pieces of it."""
+    check_sharded_loss(kernels, tp)
+    return chosen if tp == 1 or chosen.implementation is not None else kernel_named("cross_entropy", "chunked")
+
+
+def _loss_choice(line: str, kernel: Kernel, tp: int, logit_rows: int | None) -> str:
+    """The line of the choice, with what else decides how the loss is computed."""
+    start, found, why = line.partition(" (")
+    if tp > 1:
+        start, found, why = f"{start.rpartition(' ')[0]} {kernel.backend}, vocabulary sharded over {tp} ranks", "", ""
+    parts = "" if logit_rows is None else f", logits of {logit_rows:,} tokens at a time"
+    return f"{start}{parts}{found}{why}"
+
+
+def _fused_attention(
+    recipe: ModelRecipe, setting: str, attention: Kernel, choices: dict[str, str], backends: dict[str, str]
+) -> FusedAttention | None:
+    """The form of attention that rotates by itself, where a backend has it and no other was asked to.
+
+    Where the rotary op is not called, it is no choice either.
 
     Raises:
-        ConfigError: the one that was asked for has none.
+        ConfigError: there is nothing to rotate, but a backend was asked for.
     """
-    if chosen.implementation is not None:
-        return chosen
-    if setting != "auto":
-        raise ConfigError(f"kernels.cross_entropy={setting} knows no vocabulary sharded over parallel.tp; use auto")
-    return kernel_named("cross_entropy", "chunked")
+    rotates = recipe.positions == "rope" or recipe.qk_norm == "head"
+    if not rotates and setting != "auto":
+        raise ConfigError(
+            f"kernels.rotary={setting} has no effect: model.positions={recipe.positions} rotates nothing; use auto"
+        )
+    fused: FusedAttention | None = attention.implementation if setting == "auto" else None
+    if not rotates or fused is not None:
+        del choices["rotary"], backends["rotary"]
+    return fused
 
 
 def _loss_of(kernel: Kernel, model: Transformer, tp: Axis) -> CrossEntropyKernel:

@@ -8,6 +8,7 @@ from megaresnorm.parallel.stages import split_blocks, stage_ranges
 from megaresnorm.recipe import KernelRecipe, ModelRecipe, ParallelRecipe, PrecisionRecipe, Recipe, divisors
 
 LARGE_VOCABULARY = 1 << 16  # tokens of a rank from which on the logits of a microbatch are the largest tensor by far
+WHOLE_ROWS = ("cpu", "reference", "liger", "quack")  # backends of the loss without pieces
 LOGITS = 1 << 26  # at a time, of a large vocabulary: 128 MiB in BF16, and products of 512 rows and more
 
 
@@ -35,11 +36,11 @@ def split_stages(recipe: ModelRecipe, parallel: ParallelRecipe) -> list[Stage]:
 def logit_rows_of(recipe: Recipe, tp: int, device_type: str) -> int | None:
     """Tokens whose logits exist at a time in training, from train.logit_rows; None: those of a whole microbatch."""
     rows, vocabulary = recipe.train.logit_rows, recipe.model.padded_vocab_size // tp
-    if rows == "auto":
+    if rows is None:
         # Under gpipe every microbatch would keep a gradient of the output matrix until its backward pass.
         large = device_type == "cuda" and vocabulary >= LARGE_VOCABULARY and recipe.parallel.pipeline != "gpipe"
         return max(1, LOGITS // vocabulary) if large else None
-    return None if rows == "all" else rows
+    return rows
 
 
 def ranks_without_samples(recipe: Recipe, sizes: Sizes) -> str | None:
@@ -60,6 +61,19 @@ def opaque_kernel(kernels: KernelRecipe) -> str | None:
     return next((f"kernels.{op}={backend}" for op, backend in named if backend in packages[op]), None)
 
 
+def check_sharded_loss(kernels: KernelRecipe, tp: int) -> None:
+    """Check that the backend of the loss that was asked for can have a vocabulary sharded over tp.
+
+    Raises:
+        ConfigError: it reads whole rows of logits.
+    """
+    if tp > 1 and kernels.cross_entropy in WHOLE_ROWS:
+        raise ConfigError(
+            f"kernels.cross_entropy={kernels.cross_entropy} knows no vocabulary sharded over parallel.tp={tp}; "
+            "use auto or chunked"
+        )
+
+
 def check_execution(recipe: Recipe, sizes: Sizes, device_type: str) -> None:
     """Check that a layout can be compiled, recorded or made deterministic as the recipe says, on this kind of device.
 
@@ -67,6 +81,7 @@ def check_execution(recipe: Recipe, sizes: Sizes, device_type: str) -> None:
         ConfigError: something cannot; the line says what would.
     """
     mode, gpu = recipe.train.compile, device_type == "cuda"
+    check_sharded_loss(recipe.kernels, sizes.tp)
     if mode in ("blocks", "cuda_graphs") and (opaque := opaque_kernel(recipe.kernels)):
         raise ConfigError(f"train.compile={mode}: {opaque} cannot be compiled into a block; use train.compile=none")
     if mode == "cuda_graphs":

@@ -11,7 +11,7 @@ from math import ceil
 from typing import Literal, NamedTuple
 
 from megaresnorm.checkpoint.format import human_bytes
-from megaresnorm.layout import check_layout, gathers_stream, logit_rows_of, split_stages
+from megaresnorm.layout import WHOLE_ROWS, check_layout, gathers_stream, logit_rows_of, split_stages
 from megaresnorm.model.activations import Activations, BlockKind, logit_bytes
 from megaresnorm.model.parameters import parameter_table
 from megaresnorm.model.specs import ParameterSpec
@@ -307,13 +307,18 @@ class _Accounts:
     def _logits(self) -> int:
         """Logits and their gradient; of large vocabularies those of some rows, and what is made of them meanwhile."""
         model, tp, rows = self.model, self.sizes.tp, self.logit_rows
-        most, kept = logit_bytes(model, tp, self.compute, in_place=not self.on_cpu or tp > 1)
+        backend = self.recipe.kernels.cross_entropy
+        pieces = (not self.on_cpu or tp > 1) if backend == "auto" else backend not in WHOLE_ROWS
+        most, kept = logit_bytes(model, tp, self.compute, in_place=pieces)
+        if backend == "reference":  # and log p, and the gradient apart
+            most = kept = max(most, 3 * max(4, self.compute) * model.padded_vocab_size)
         gpipe = self.sizes.pp > 1 and self.recipe.parallel.pipeline == "gpipe"
         waiting = self.num_microbatches - 1 if gpipe else 0
         if rows is None or rows >= self.tokens:
             return (most + waiting * kept) * self.tokens
-        gradients = self.word * (model.padded_vocab_size // tp) * model.dim + self.compute * self.tokens * model.dim
-        return most * rows + (1 + waiting) * gradients
+        # Gradients of the rows and of the matrix are made with the loss; one of the matrix is what ``_passing`` counts.
+        matrix = self.word * (model.padded_vocab_size // tp) * model.dim
+        return most * rows + (1 + waiting) * self.compute * self.tokens * model.dim + waiting * matrix
 
     def _checkpoint(self, units: list[_Unit], stages: dict[int, Stage]) -> int:
         """Weights and moments that this rank writes; replicated ones are shared out evenly (engines/state.py)."""

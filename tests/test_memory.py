@@ -316,12 +316,12 @@ def test_capped_scores_are_written_out_on_a_cpu_alone() -> None:
     assert on_gpu[0] == on_gpu[1] and on_cpu[1] > 2 * on_cpu[0]
 
 
-def test_logits_in_parts_are_a_part_of_them_with_the_gradients_made_meanwhile() -> None:
+def test_logits_in_parts_are_a_part_of_them_with_the_gradient_of_the_rows() -> None:
     sizes = {"vocab_size": 65_536, "vocab_multiple": 64, "dim": 64, "num_blocks": 1, "seq_len": 4096}
     found = {
         rows: memory_per_rank(recipe_of(sizes, train={"global_batch": 1, "logit_rows": rows}), 1, device_type="cuda")
-        for rows in ("auto", "all", 128)
+        for rows in (None, 4096, 128)
     }
-    made = 4 * 65_536 * 64 + 4 * 4096 * 64
-    assert found["all"].logits == 4 * 4096 * 65_536
-    assert found["auto"].logits == 4 * 1024 * 65_536 + made and found[128].logits == 4 * 128 * 65_536 + made
+    made = 4 * 4096 * 64
+    assert found[4096].logits == 4 * 4096 * 65_536
+    assert found[None].logits == 4 * 1024 * 65_536 + made and found[128].logits == 4 * 128 * 65_536 + made

@@ -87,7 +87,7 @@ class _ChunkedLoss(torch.autograd.Function):
             with torch.enable_grad():
                 nll, objective = loss.compute(outputs.requires_grad_(), labels_T[rows], z_loss, scale)
             (gradient,) = torch.autograd.grad(objective, outputs, one_for(objective))
-            sums.append((nll, objective.detach()))
+            sums.append((nll.detach(), objective.detach()))  # some have a graph, which holds the outputs
             dx_TD[rows] = kernel.input_grad(gradient, operand)
             kernel.add_weight_grad(d_weight, gradient, x_TD[rows])
             del outputs, gradient, objective  # before the next ones are made

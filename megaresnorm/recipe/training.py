@@ -211,10 +211,11 @@ class TrainRecipe(Section):
     deterministic: bool = False
     """On a GPU: only operations that repeat their sums in one order, so that a resumed run is equal to one that never
     stopped bit for bit, as runs on a CPU always are."""
-    logit_rows: Annotated[int, Field(ge=1)] | Literal["auto", "all"] = "auto"
+    logit_rows: Count | None = None
     """Tokens whose logits exist at a time: the output matrix and the loss go over a microbatch in parts, so that logits
-    of large vocabularies need not fit in memory; all: those of a whole microbatch; auto: parts on a GPU from 65,536
-    tokens of vocabulary a rank on, but under gpipe, where each microbatch would keep a gradient of the matrix."""
+    of large vocabularies need not fit in memory. Parts of less than some hundred are slow; a number larger than a
+    microbatch means all of it. Unset: parts on a GPU from 65,536 tokens of vocabulary a rank on, but not under gpipe,
+    where each microbatch would keep a gradient of the matrix."""
     z_loss: PositiveOr0 = 0.0
     """Coefficient of log(Z)^2 per token, added to the loss (PaLM: 1e-4)."""
     eval_every: CountOr0 = 100

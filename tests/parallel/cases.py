@@ -78,7 +78,7 @@ class Outcome(NamedTuple):
 
 def make_recipe(
     topology: str, variant: str, parallel: dict, compute: str = "fp64", num_blocks: int = 8,
-    logit_rows: int | str = "all", **sections: dict,
+    logit_rows: int | None = None, **sections: dict,
 ) -> Recipe:  # fmt: skip
     model = {
         "dim": 16, "num_blocks": num_blocks, "num_heads": 4, "num_kv_heads": 2, "seq_len": SEQ, "vocab_size": VOCAB,

@@ -128,8 +128,11 @@ def test_what_is_offered_instead_fits(num_ranks, parallel):
 def test_a_loss_kernel_by_name_is_refused_where_the_vocabulary_is_divided():
     recipe, _ = checked(2, tp=2)
     tp = replace(ParallelContext.single(), tp=Axis("tp", 2))
-    with pytest.raises(ConfigError, match=r"kernels.cross_entropy=chunked has no effect under parallel.tp"):
-        build_model(recipe.model, kernels=KernelRecipe(cross_entropy="chunked"), parallel=recipe.parallel, context=tp)
+    with pytest.raises(
+        ConfigError,
+        match=r"kernels.cross_entropy=reference knows no vocabulary sharded over parallel.tp=2; use auto or chunked",
+    ):
+        build_model(recipe.model, kernels=KernelRecipe(cross_entropy="reference"), parallel=recipe.parallel, context=tp)
 
 
 def test_ranks_that_are_left_replicate():
