@@ -17,13 +17,13 @@ class Bf16Linear(PlainLinear):
 
     def weight_grad(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """See ``LinearKernel``. On a GPU the product's FP32 sums are written as they are."""
-        if dy.device.type != "cpu" and dtype == torch.float32:
+        if not dy.is_cpu and dtype == torch.float32:
             return torch.mm(dy.t(), x, out_dtype=torch.float32)
         return super().weight_grad(dy, x, dtype)
 
     def add_weight_grad(self, total: Tensor, dy: Tensor, x: Tensor) -> None:
         """See ``LinearKernel``. On a GPU the product adds its FP32 sums itself."""
-        if dy.device.type != "cpu" and total.dtype == torch.float32:
+        if not dy.is_cpu and total.dtype == torch.float32:
             torch.addmm(total, dy.t(), x, out_dtype=torch.float32, out=total)
         else:
             super().add_weight_grad(total, dy, x)

@@ -137,7 +137,8 @@ def _forward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     *weights, spec = rest
     _check(x, delta, gate, fp8_scale, weights, spec)
-    _check_dropout(x, delta, key, rows, spec)
+    if spec.probability:
+        _check_dropout(x, delta, key, rows, spec)
     delta = None if delta is None else delta.contiguous()
     inputs = Inputs(x.contiguous(), delta, gate, fp8_scale, key, rows, weights)
     outputs = _allocate(inputs.x, delta, spec)
@@ -182,8 +183,6 @@ def _check(
 
 
 def _check_dropout(x: Tensor, delta: Tensor | None, key: Tensor | None, rows: Tensor | None, spec: AddNormSpec) -> None:
-    if not spec.probability:
-        return
     there = delta is not None and key is not None and rows is not None
     if not there or key.numel() != 1 or rows.shape != x.shape[:1] or not rows.is_contiguous():  # type: ignore
         raise ValueError(
