@@ -202,7 +202,7 @@ def idle_share(rank: int, schedule: str, stages_per_rank: int, num_microbatches:
     for _ in range(4):
         dist.barrier()
         start = time.perf_counter()
-        pipeline.run(tokens, tokens, num_microbatches, lambda y, labels: y.sum(), backward=True)
+        pipeline.run(tokens, tokens, num_microbatches, lambda y: y.sum(), backward=True)
         dist.barrier()
         shares.append(1 - num_microbatches * (FORWARD + BACKWARD) / (time.perf_counter() - start))
     return statistics.median(shares[1:])
@@ -219,7 +219,7 @@ class SleepingStage(nn.Module):
         super().__init__()
         self.share, self.weight = 1 / stages_per_rank, nn.Parameter(torch.zeros(4))
 
-    def forward(self, received: Tensor, *, tokens_BS: Tensor) -> Tensor:
+    def forward(self, received: Tensor, *, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
         x = received if received.is_floating_point() else torch.zeros(len(received), 4)
         return _Sleep.apply(x + self.weight, self.share)
 

@@ -204,8 +204,8 @@ class LossOfPieces(NamedTuple):
         Raises:
             IndexError: on a CPU a label is no token of the vocabulary.
         """
-        if labels_T.device.type == "cpu" and len(labels_T) and int(labels_T.max()) >= self.size:
-            raise IndexError(f"cross_entropy: label {int(labels_T.max())} of a vocabulary of {self.size}")
+        if labels_T.is_cpu:
+            check_labels(labels_T, self.size)
         return _LossOfPieces.apply(outputs_TV, labels_T, z_loss, scale, self)
 
 
@@ -234,6 +234,16 @@ class _LossOfPieces(GradientInPlace):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         return *GradientInPlace.backward(ctx, *grads), None
+
+
+def check_labels(labels_T: Tensor, size: int) -> None:
+    """Check that labels are tokens of a vocabulary, or negative. It reads them.
+
+    Raises:
+        IndexError: one is not.
+    """
+    if len(labels_T) and int(labels_T.max()) >= size:
+        raise IndexError(f"cross_entropy: label {int(labels_T.max())} of a vocabulary of {size}")
 
 
 def register_loss(backend: str, pieces: LossPieces, **requirements: Any) -> CrossEntropyKernel:

@@ -22,12 +22,12 @@ class Stage(nn.Module):
         self.wide = nn.Parameter(torch.randn(6, 4, generator=g, dtype=torch.float64))
         self.narrow = nn.Parameter(torch.randn(4, 6, generator=g, dtype=torch.float64))
 
-    def forward(self, *received: Tensor, tokens_BS: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, *received: Tensor, tokens_BS: Tensor, labels_BS: Tensor) -> tuple[Tensor, ...]:
         if self.number == 0:
             received = (tokens_BS.double() @ torch.ones(2, 6, dtype=torch.float64), tokens_BS.float().repeat(1, 2))
         x, y = received
         x, y = x + torch.tanh(y.double() @ self.narrow), (y.double() + torch.tanh(x @ self.wide)).to(y.dtype)
-        return x.sum(-1, keepdim=True) * y if self.is_last else (x, y)
+        return (x.sum(-1, keepdim=True) * y, labels_BS) if self.is_last else (x, y)
 
 
 def wire(batch: int, seq: int) -> tuple[Tensor, ...]:
@@ -37,7 +37,8 @@ def wire(batch: int, seq: int) -> tuple[Tensor, ...]:
     )
 
 
-def loss(y: Tensor, labels: Tensor) -> Tensor:
+def loss(returned: tuple[Tensor, Tensor]) -> Tensor:
+    y, labels = returned
     return (y.sum(-1) * labels.sum(-1)).sum()
 
 
@@ -60,8 +61,8 @@ def test_stages_of_two_streams_have_the_gradients_of_one_process(schedule):
     for tokens in TOKENS.split(ROWS):
         carried: tuple[Tensor, ...] = ()
         for stage in stages:
-            carried = stage(*carried, tokens_BS=tokens)
-        loss(carried, tokens).backward()
+            carried = stage(*carried, tokens_BS=tokens, labels_BS=tokens)
+        loss(carried).backward()
     found = run_ranks(2, gradients, schedule)
     for number, stage in enumerate(stages):
         for got, parameter in zip(found[number % 2][number], stage.parameters(), strict=True):
