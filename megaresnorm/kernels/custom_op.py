@@ -129,7 +129,10 @@ def launcher(kernel: Any) -> Any:
 
 def _are_plain(arguments: tuple) -> bool:
     """Whether every tensor is a plain torch.Tensor or Parameter with memory behind it."""
-    return not any(isinstance(a, Tensor) and (type(a) not in _PLAIN or a.is_meta) for a in arguments)
+    for argument in arguments:  # not a generator: twice as fast, in every call of an operator
+        if isinstance(argument, Tensor) and (type(argument) not in _PLAIN or argument.is_meta):
+            return False
+    return True
 
 
 def _function(name: str, save: Callable, backward: Callable) -> type[torch.autograd.Function]:
