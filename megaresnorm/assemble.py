@@ -15,7 +15,14 @@ from megaresnorm.kernels.add_norm.spec import sharded_norm_kernels
 from megaresnorm.kernels.attention import PREPARATIONS, FusedAttention, Segments
 from megaresnorm.kernels.cross_entropy import CrossEntropyKernel, loss_of
 from megaresnorm.kernels.registry import Kernel, choose_kernel, kernel_named
-from megaresnorm.layout import check_sharded_loss, gathers_stream, opaque_kernel, split_stages
+from megaresnorm.layout import (
+    calls_rotary,
+    check_rotary,
+    check_sharded_loss,
+    gathers_stream,
+    opaque_kernel,
+    split_stages,
+)
 from megaresnorm.model.compiled import compile_blocks, resolve_compile_mode
 from megaresnorm.model.init import materialize
 from megaresnorm.model.norm import Norm
@@ -135,7 +142,7 @@ def build_model(
     choices["cross_entropy"] = _loss_choice(choices["cross_entropy"], loss_kernel, context.tp.size, logit_rows)
     functions = {op: kernel.function for op, (kernel, _) in chosen.items()}
     linear = bf16_linear(device) if compute == torch.bfloat16 else PLAIN
-    attention = _fused_attention(recipe, kernels.rotary, chosen["attention"][0], choices, backends)
+    attention = _fused_attention(recipe, kernels, chosen["attention"][0], choices, backends)
     prepare = PREPARATIONS.get(backends["attention"])
     model_kernels = _model_kernels(functions, layout, attention, norm, linear, stored, compute, prepare)
     stages = split_stages(recipe, parallel)
@@ -170,22 +177,15 @@ def _loss_choice(line: str, kernel: Kernel, tp: int, logit_rows: int | None) -> 
 
 
 def _fused_attention(
-    recipe: ModelRecipe, setting: str, attention: Kernel, choices: dict[str, str], backends: dict[str, str]
+    recipe: ModelRecipe, kernels: KernelRecipe, attention: Kernel, choices: dict[str, str], backends: dict[str, str]
 ) -> FusedAttention | None:
     """The form of attention that rotates by itself, where a backend has it and no other was asked to.
 
     Where the rotary op is not called, it is no choice either.
-
-    Raises:
-        ConfigError: there is nothing to rotate, but a backend was asked for.
     """
-    rotates = recipe.positions == "rope" or recipe.qk_norm == "head"
-    if not rotates and setting != "auto":
-        raise ConfigError(
-            f"kernels.rotary={setting} has no effect: model.positions={recipe.positions} rotates nothing; use auto"
-        )
-    fused: FusedAttention | None = attention.implementation if setting == "auto" else None
-    if not rotates or fused is not None:
+    check_rotary(recipe, kernels)
+    fused: FusedAttention | None = attention.implementation if kernels.rotary == "auto" else None
+    if fused is not None or not calls_rotary(recipe):
         del choices["rotary"], backends["rotary"]
     return fused
 

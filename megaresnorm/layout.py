@@ -74,6 +74,24 @@ def check_sharded_loss(kernels: KernelRecipe, tp: int) -> None:
         )
 
 
+def check_rotary(model: ModelRecipe, kernels: KernelRecipe) -> None:
+    """Check that there is something to rotate, or a head to normalize, for a rotary backend that was asked for.
+
+    Raises:
+        ConfigError: there is nothing.
+    """
+    if kernels.rotary != "auto" and not calls_rotary(model):
+        raise ConfigError(
+            f"kernels.rotary={kernels.rotary} has no effect: model.positions={model.positions} rotates nothing; "
+            "use auto"
+        )
+
+
+def calls_rotary(model: ModelRecipe) -> bool:
+    """Whether attention has rotary positions or norms of heads."""
+    return model.positions == "rope" or model.qk_norm == "head"
+
+
 def check_execution(recipe: Recipe, sizes: Sizes, device_type: str) -> None:
     """Check that a layout can be compiled, recorded or made deterministic as the recipe says, on this kind of device.
 
@@ -82,6 +100,7 @@ def check_execution(recipe: Recipe, sizes: Sizes, device_type: str) -> None:
     """
     mode, gpu = recipe.train.compile, device_type == "cuda"
     check_sharded_loss(recipe.kernels, sizes.tp)
+    check_rotary(recipe.model, recipe.kernels)
     if mode in ("blocks", "cuda_graphs") and (opaque := opaque_kernel(recipe.kernels)):
         raise ConfigError(f"train.compile={mode}: {opaque} cannot be compiled into a block; use train.compile=none")
     if mode == "cuda_graphs":

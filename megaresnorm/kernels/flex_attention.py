@@ -84,9 +84,17 @@ def _blocks(sees: Callable[..., Tensor], batch: int | None, seq: int, device: to
     from torch.nn.attention.flex_attention import create_block_mask
 
     make = create_block_mask
-    if device.type == "cuda" and not torch.compiler.is_compiling():  # else it would write out a mask [B, S, S]
-        make = torch.compile(create_block_mask, dynamic=False)
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        make = _compiled_blocks()
     return make(sees, batch, None, seq, seq, device=device)
+
+
+@functools.cache
+def _compiled_blocks(backend: str | Callable = "inductor") -> Callable[..., Any]:
+    """create_block_mask, which as it is would write out a mask [B, S, S]; one graph for the masks of all batches."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return torch.compile(create_block_mask, dynamic=False, backend=backend)
 
 
 _blocks_of_a_shape = functools.lru_cache(maxsize=4)(_blocks)

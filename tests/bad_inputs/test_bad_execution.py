@@ -36,6 +36,8 @@ REFUSED = [  # sections, sizes of the mesh, device, what the line says
     ({"train": GRAPHS}, Sizes(2, 1, 1, 1, 1), "cuda", "not the messages of 2 ranks"),
     ({"train": GRAPHS, "data": {"mask_documents": True}}, ONE, "cuda", "data.mask_documents=true"),
     ({"train": GRAPHS, "kernels": {"cross_entropy": "liger"}}, ONE, "cuda", "kernels.cross_entropy=liger"),
+    ({"kernels": {"cross_entropy": "reference"}}, Sizes(1, 1, 1, 1, 2), "cpu", "parallel.tp=2; use auto or chunked"),
+    ({"kernels": {"rotary": "reference"}, "model": {"positions": "learned"}}, ONE, "cpu", "rotates nothing; use auto"),
     ({"train": GRAPHS, "kernels": {"add_norm": "te"}}, ONE, "cuda", "kernels.add_norm=te cannot be compiled"),
     ({"train": {"compile": "blocks"}, "kernels": {"activation": "liger"}}, ONE, "cuda", "kernels.activation=liger"),
     ({"train": {"deterministic": True}, "kernels": {"add_norm": "te"}}, ONE, "cuda", "kernels.add_norm=te"),

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.nn.attention import flex_attention as flex
 
 from megaresnorm.kernels import load_backends
 from megaresnorm.kernels.attention import Segments, reference_attention
-from megaresnorm.kernels.flex_attention import block_mask_of, flex_attention
+from megaresnorm.kernels.flex_attention import _compiled_blocks, block_mask_of, flex_attention
 from megaresnorm.kernels.registry import choose_kernel
 
 load_backends()
@@ -98,3 +98,22 @@ def test_on_a_gpu(documents):
         found.append((y, lse, *torch.autograd.grad(y, leaves, torch.ones_like(y))))
     for got, want in zip(*found, strict=True):
         assert (got.double() - want).norm() <= 0.01 * want.norm()
+
+
+def test_blocks_of_documents_are_one_graph_for_all_batches():
+    """More batches than Dynamo would compile anew; each with documents of its own, and the blocks of its own."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = _compiled_blocks(counter)
+    for seed in range(10):
+        g = torch.Generator().manual_seed(seed)
+        segments = Segments(torch.randint(3, (2, 256), generator=g).cumsum(1) // 50)
+        ids = segments.ids
+
+        def sees(batch, head, query, key, ids=ids):
+            return (ids[batch, query] == ids[batch, key]) & (key <= query)
+
+        found, wanted = compiled(sees, 2, None, 256, 256, device="cpu"), block_mask_of(segments, causal=True)
+        assert torch.equal(found.to_dense(), wanted.to_dense())
+        assert torch.equal(found.full_kv_num_blocks, wanted.full_kv_num_blocks)
+    assert counter.frame_count == 1

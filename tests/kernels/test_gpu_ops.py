@@ -10,6 +10,8 @@ from loss_checks import FORMS, check_loss
 from ops_checks import FLOATS, KINDS, check_activation, check_rotary
 from test_triton import VERSION, pairwise, run_alone
 
+from megaresnorm.assemble import build_model
+from megaresnorm.errors import ConfigError
 from megaresnorm.kernels import load_backends
 from megaresnorm.kernels.activation import fused_activation
 from megaresnorm.kernels.add_norm.reference import NormWeights
@@ -18,6 +20,7 @@ from megaresnorm.kernels.cross_entropy import LogitForm, LossOfPieces
 from megaresnorm.kernels.gpu import backends as gpu_backends
 from megaresnorm.kernels.registry import choose_kernel, kernel_named
 from megaresnorm.kernels.rotary import fused_rotary
+from megaresnorm.recipe import KernelRecipe, ModelRecipe
 
 load_backends()
 HERE = Path(__file__).parent
@@ -60,6 +63,27 @@ def test_rotary_on_a_cpu_has_add_norm_in_c():
     for norm in (None, "rmsnorm", "layernorm"):  # in BF16 the gradients between its operations are rounded
         for name in ("cpu", "reference"):
             check_rotary(kernel_named("rotary", name).function, 4, 2, 16, norm, "row", "fp32")
+
+
+def test_a_rotary_backend_by_name_runs_and_one_that_is_not_called_is_no_choice():
+    model = ModelRecipe(dim=16, num_blocks=1, num_heads=2, seq_len=8, vocab_size=64)
+    named = build_model(model, kernels=KernelRecipe(rotary="reference"))
+    assert named.backends["rotary"] == "reference" and named.model.blocks["0"].attention.branch.fused_attention is None
+    found = build_model(model)
+    fused = found.model.blocks["0"].attention.branch.fused_attention
+    assert (fused is None) == ("rotary" in found.backends)
+    assert "rotary" not in build_model(model.model_copy(update={"positions": "learned"})).backends
+    tokens = torch.arange(16).view(2, 8)
+    torch.testing.assert_close(named.model(tokens), found.model(tokens), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match=r"kernels.rotary=reference has no effect: model.positions=learned"):
+        build_model(model.model_copy(update={"positions": "learned"}), kernels=KernelRecipe(rotary="reference"))
+
+
+def test_the_choice_of_the_loss_says_how_many_logits_there_are_at_a_time():
+    model = ModelRecipe(dim=16, num_blocks=1, num_heads=2, seq_len=8, vocab_size=64)
+    whole, parts = (build_model(model, logit_rows=rows).kernel_choices["cross_entropy"] for rows in (None, 1024))
+    start, _, why = whole.partition(" (")
+    assert parts == f"{start}, logits of 1,024 tokens at a time ({why}"
 
 
 def test_what_cannot_be_computed_is_refused():
