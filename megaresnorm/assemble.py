@@ -41,6 +41,7 @@ from megaresnorm.parallel.vocab import vocab_parallel_loss
 from megaresnorm.precision.bf16 import bf16_linear
 from megaresnorm.precision.dtypes import DTYPES, weight_dtype
 from megaresnorm.recipe import KernelRecipe, ModelRecipe, ParallelRecipe, PrecisionRecipe, RecomputeRecipe
+from megaresnorm.recompute_plan import segments_of, set_up
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def build_model(
     device = torch.device(device)
     precision, kernels = precision or PrecisionRecipe(), kernels or KernelRecipe()
     parallel, context = parallel or ParallelRecipe(), context or ParallelContext.single()
+    recompute = recompute or RecomputeRecipe()
     compiling = resolve_compile_mode(
         compiled, recipe, device.type, tp=context.tp.size, sharded=shard is not None, opaque=opaque_kernel(kernels)
     )
@@ -133,7 +135,7 @@ def build_model(
         context.tp,
         gather=gathers_stream(parallel, precision),
         norm=norm,
-        keeps=(recompute or RecomputeRecipe()).gathered == "keep",
+        keeps=recompute.gathered == "keep",
     )
     choices = {op: line for op, (_, line) in chosen.items()} | compiling.choices(device.type)
     backends = {op: kernel.backend for op, (kernel, _) in chosen.items()}
@@ -157,6 +159,7 @@ def build_model(
         materialize(model, table, context, seed=seed, dtype=weight_dtype(precision.compute), device=device)
         if model.head is not None:
             model.head.loss = HeadLoss(_loss_of(loss_kernel, model, context.tp), logit_rows)
+        set_up(model, segments_of(recompute, stages[number].blocks))
         models[number] = model
     return Assembled(models, table, layout, context, device, backends, choices, compiling.mode)
 

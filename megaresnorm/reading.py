@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from megaresnorm.files import open_plain
+from megaresnorm.limits import MAX_SHOWN
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+_UNITS = {"": 1} | {f"{prefix}B": 1000**n for n, prefix in enumerate(["", "K", "M", "G", "T"])}
+_UNITS |= {prefix: 1000**n for n, prefix in enumerate(["K", "M", "G", "T"], start=1)}
+_UNITS |= {f"{prefix}IB": 1024**n for n, prefix in enumerate(["K", "M", "G", "T"], start=1)}
 _VARIABLE = re.compile(r"\$\{?(\w+)", re.ASCII)
 
 
@@ -108,3 +112,23 @@ def first_line(error: BaseException, length: int = 200) -> str:
     """First line of a library's error, cut to ``length`` characters; its class where it has no text."""
     text = str(error).strip()
     return text.splitlines()[0][:length] if text else type(error).__name__
+
+
+def bytes_of_size(text: str) -> int:
+    """The number of bytes that a text means.
+
+    Raises:
+        ValueError: it means none.
+
+    >>> bytes_of_size("1GB"), bytes_of_size("1.5 GiB"), bytes_of_size("4096"), bytes_of_size("80G")
+    (1000000000, 1610612736, 4096, 80000000000)
+    """
+    number = text.strip().rstrip("BbKkMmGgTtIi ").strip()
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        num_bytes = float(number) * _UNITS[unit]
+    except (ValueError, KeyError):
+        num_bytes = 0.0
+    if not 1 <= num_bytes < 2**60:
+        raise ValueError(f"{text[:MAX_SHOWN]!r} is not a size such as 500MB, 4GB or 2GiB")
+    return int(num_bytes)

@@ -10,12 +10,9 @@ import typer
 
 from megaresnorm.errors import ConfigError
 from megaresnorm.limits import MAX_BLOCKS, MAX_SHOWN, MAX_STEPS
-from megaresnorm.reading import expanded
+from megaresnorm.reading import bytes_of_size, expanded
 
 MAX_NAME, MAX_PATH = 255, 4095  # bytes, the limits of Linux
-_UNITS = {"": 1} | {f"{prefix}B": 1000**n for n, prefix in enumerate(["", "K", "M", "G", "T"])}
-_UNITS |= {prefix: 1000**n for n, prefix in enumerate(["K", "M", "G", "T"], start=1)}
-_UNITS |= {f"{prefix}IB": 1024**n for n, prefix in enumerate(["K", "M", "G", "T"], start=1)}
 
 
 def new_app(**settings: Any) -> typer.Typer:
@@ -113,16 +110,10 @@ def size(text: str | int) -> int:
     >>> size("1GB"), size("1.5 GiB"), size("4096"), size("80G")
     (1000000000, 1610612736, 4096, 80000000000)
     """
-    text = str(text)
-    number = text.strip().rstrip("BbKkMmGgTtIi ").strip()
-    unit = text.strip()[len(number) :].strip().upper()
     try:
-        num_bytes = float(number) * _UNITS[unit]
-    except (ValueError, KeyError):
-        num_bytes = 0.0
-    if not 1 <= num_bytes < 2**60:
-        raise typer.BadParameter(f"{text[:MAX_SHOWN]!r} is not a size such as 500MB, 4GB or 2GiB")
-    return int(num_bytes)
+        return bytes_of_size(str(text))
+    except ValueError as e:
+        raise typer.BadParameter(str(e)) from None
 
 
 def memory(text: str | int) -> int:

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from megaresnorm.model.branches import BRANCHES
 from megaresnorm.model.dropout import DropoutMasks
@@ -12,8 +13,16 @@ from megaresnorm.model.residual import Residual
 from megaresnorm.model.sequence import SequenceInfo
 from megaresnorm.model.stream import Kernels, Stream
 from megaresnorm.model.topology import SUBLAYERS, residual_at
+from megaresnorm.parallel.branch_input import BranchInput
 from megaresnorm.parallel.layouts import TensorLayout
 from megaresnorm.recipe import ModelRecipe
+
+
+class Opened(NamedTuple):
+    """The trunk and the branch input of a block's first sub-layer."""
+
+    x: Tensor
+    u: BranchInput
 
 
 class Block(nn.Module):
@@ -45,17 +54,26 @@ class Block(nn.Module):
             self.add_module(kind, residual)
         self.sublayers = tuple(residual for residual in self.children() if isinstance(residual, Residual))
 
-    def forward(self, stream: Stream, rows: SequenceInfo, masks: DropoutMasks | None) -> Stream:
+    def forward(
+        self,
+        stream: "Stream | Opened",
+        rows: SequenceInfo,
+        masks: DropoutMasks | None,
+        begin: "Callable[[Opened], Opened] | None" = None,
+    ) -> Stream:
         """The stream after all sub-layers.
 
         Args:
+            stream: or what its first sub-layer has opened already.
             masks: of this block.
+            begin: for recomputation, which begins where the first sub-layer is open; returns what it is given.
         """
         # One pre-norm sub-layer, as textbooks have it:
         #     u = norm(x)
         #     x = x + F(u)
         # The code below is that for every topology, with all that lies between two branches in one kernel.
-        x, u = self.sublayers[0].open(stream)
+        opened = stream if isinstance(stream, Opened) else Opened(*self.sublayers[0].open(stream))
+        x, u = opened if begin is None else begin(opened)
         for this, following in pairwise(self.sublayers):
             y = this.run(x, u, rows, masks)
             x, u = this.close_and_open(following, x, y, masks)

@@ -19,7 +19,9 @@ from megaresnorm.model.stream import AddNorm, Stream
 from megaresnorm.model.topology import Learned, ResidualSpec, TokenGate
 from megaresnorm.parallel.branch_input import BranchInput, whole_rows
 from megaresnorm.parallel.layouts import TensorLayout
+from megaresnorm.parallel.remade import Remakes
 from megaresnorm.recipe import ModelRecipe
+from megaresnorm.recompute import Region
 
 
 class Residual(nn.Module):
@@ -39,6 +41,10 @@ class Residual(nn.Module):
         dim: width of the whole stream, of which ``layout`` gives this rank its columns.
         site: the branch's place in its block for dropout, see ``DropoutMasks.at``.
         dropout: the share of the branch's output that is dropped.
+
+    Attributes:
+        remakes: what the branch input is made of again in backward, rather than kept.
+        reruns: whether all that the branch would keep is dropped, and the branch run again in backward.
     """
 
     def __init__(
@@ -56,6 +62,7 @@ class Residual(nn.Module):
         super().__init__()
         self.spec, self.add_norm, self.layout = spec, add_norm, layout
         self.site, self.dropout = site, dropout
+        self.remakes, self.reruns = Remakes.NOTHING, False
         width = layout.width(dim)
         self.norm_in = norm(width) if spec.norm_in else None
         self.norm_branch = norm(width) if spec.norm_branch else None
@@ -93,7 +100,7 @@ class Residual(nn.Module):
 
     def open(self, stream: Stream) -> tuple[Tensor, BranchInput]:
         """The trunk x and the branch input u, from the stream."""
-        return self.add_norm(stream, next_norm=self._norm_in_weights())
+        return self.add_norm(stream, next_norm=self._norm_in_weights(), remakes=self.remakes)
 
     def close_and_open(
         self, following: "Residual", x: Tensor, y: Tensor, masks: DropoutMasks | None
@@ -104,6 +111,7 @@ class Residual(nn.Module):
             self.norm_out,
             following._norm_in_weights(),
             branch_norm=self._fused_branch_norm,
+            remakes=following.remakes,
         )
 
     def close(self, x: Tensor, y: Tensor, masks: DropoutMasks | None) -> Stream:
@@ -123,6 +131,15 @@ class Residual(nn.Module):
         Returns:
             y, laid out as x.
         """
+        if not (self.reruns and torch.is_grad_enabled()):
+            return self._run(x, u, rows, masks)
+        with Region() as region:
+            x_again = (lambda: None) if self.token_gate is None else region.keep(x)
+            u, u_again = u.read_twice(region.keep)
+            region.begin(lambda: self._run(x_again(), u_again(), rows, masks))
+            return self._run(x, u, rows, masks)
+
+    def _run(self, x: Tensor | None, u: BranchInput, rows: SequenceInfo, masks: DropoutMasks | None) -> Tensor:
         u = u if self.token_gate is None else u.gathered()  # which reads it, too
         y = self.branch(u, rows)
         if self.token_gate is not None:
@@ -133,6 +150,7 @@ class Residual(nn.Module):
             # (1 - T) x + T y = x + T (y - x), in FP32 (or FP64) so that x loses nothing.
             wide = self.token_gate.weight.dtype
             share = self.layout.token_weights(torch.sigmoid(self.token_gate(whole_rows(u).to(wide))))
+            assert x is not None
             y = share * (y.to(wide) - x)
         return y
 

@@ -19,6 +19,7 @@ from megaresnorm.model.norm import Norm
 from megaresnorm.parallel.branch_input import BranchInput
 from megaresnorm.parallel.layouts import TensorLayout
 from megaresnorm.parallel.linear import LinearKernel
+from megaresnorm.parallel.remade import Remakes
 
 
 class Stream(NamedTuple):
@@ -69,6 +70,7 @@ class AddNorm:
         next_norm: NormWeights | None = None,
         *,
         branch_norm: Norm | None = None,
+        remakes: Remakes = Remakes.NOTHING,
     ) -> tuple[Tensor, BranchInput]:
         """Close the stream's add and open the next branch.
 
@@ -76,11 +78,13 @@ class AddNorm:
             norm: the norm after the add, norm_out of the equation.
             next_norm: the norm_in of the next branch.
             branch_norm: the norm of the pending branch output, before its gate.
+            remakes: what the branch input may be made of again in backward.
 
         Returns:
             The trunk norm(alpha * x + gate * branch_norm(delta)), and the branch input next_norm(trunk).
         """
-        trunk, u = self.layout.add_norm(self.kernel, self._args(stream, norm, branch_norm, next_norm, reads=True))
+        args = self._args(stream, norm, branch_norm, next_norm, reads=True)
+        trunk, u = self.layout.add_norm(self.kernel, args, remakes)
         assert u is not None
         return trunk, u
 

@@ -18,6 +18,7 @@ from megaresnorm.model.dropout import DropoutKey, DropoutMasks
 from megaresnorm.model.norm import norm_of
 from megaresnorm.model.rotary import rotary_tables
 from megaresnorm.model.sequence import KeyValueCache, SequenceInfo
+from megaresnorm.model.spans import Span
 from megaresnorm.model.stream import Kernels, Stream
 from megaresnorm.model.topology import SUBLAYERS, topology
 from megaresnorm.parallel.branch_input import BranchInput
@@ -48,6 +49,7 @@ class Transformer(nn.Module):
         stage: None: the whole model.
 
     Attributes:
+        runs: the blocks as they run, by the number of the first: one by one, or those that are recomputed together.
         compiled: the blocks compiled; None: they run as they are.
     """
 
@@ -75,6 +77,7 @@ class Transformer(nn.Module):
         self.embedding_norm = norm(width) if stage.has_embedding and has_embedding_norm(recipe) else None
         # Named by global block number, so that a pipeline stage has the same names as the whole model.
         self.blocks = nn.ModuleDict({str(i): Block(recipe, i, norm, kernels, layout) for i in stage.blocks})
+        self.runs: dict[int, Block | Span] = {int(number): block for number, block in self.blocks.items()}  # type: ignore
         self.compiled: CompiledBlocks | None = None
         self.final_norm = norm(width) if stage.has_head and wiring.final_norm else None
         self.head = OutputMatrix(recipe.dim, rows, layout.axis, kernel=kernels.linear) if stage.has_head else None
@@ -179,8 +182,9 @@ class Transformer(nn.Module):
         """The stream after the last block."""
         if self.compiled is not None and self.compiled.serves(rows):
             return self.compiled(stream, rows, masks)
-        for number, block in self.blocks.items():
-            stream = block(stream, rows, None if masks is None else masks.of_blocks(int(number), 1))
+        for first, run in self.runs.items():
+            count = len(run.blocks) if isinstance(run, Span) else 1
+            stream = run(stream, rows, None if masks is None else masks.of_blocks(first, count))
         return stream
 
     def finish(self, stream: Stream) -> BranchInput:

@@ -87,7 +87,7 @@ class BranchInput(NamedTuple):
 
     One linear reads them. It keeps the sources for its backward pass, 1/p of the rows, and starts the collective again
     there; with ``keeps`` it keeps the rows. A reader before it, such as a token gate, hands on what it has read
-    (``gathered``).
+    (``gathered``). With ``remake`` the sources are what this rank's part is made of, and it is made again as well.
 
     Attributes:
         local: what autograd sees: this rank's part, or whole rows that a node of its own has made.
@@ -96,6 +96,7 @@ class BranchInput(NamedTuple):
         sources: what the collective makes whole rows of, without gradients.
         keeps: whether a linear keeps whole rows (recompute.gathered: keep).
         rows: whole rows that have been made already, without a gradient.
+        remake: sources -> this rank's part, the bits of ``local``; None: it is the source itself.
     """
 
     local: Tensor
@@ -104,6 +105,7 @@ class BranchInput(NamedTuple):
     sources: tuple[Tensor, ...] = ()
     keeps: bool = False
     rows: Tensor | None = None
+    remake: Callable[[tuple[Tensor, ...]], Tensor] | None = None
 
     def whole(self) -> Tensor:
         """Whole rows [T, D] without a gradient, for a node that sends their gradient itself. Collective.
@@ -114,8 +116,56 @@ class BranchInput(NamedTuple):
         if self.rows is not None:
             return self.rows
         if self.collective is None or self.axis is None:
-            return self.local
-        return self.collective.start(self.sources, self.axis)()
+            return self.local if self.remake is None else self.local.detach()
+        return self.collective.start(self.sources if self.remake is None else (self.local.detach(),), self.axis)()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a tensor of this rank that a reader keeps as it is."""
+        return self.collective is None and self.remake is None
+
+    def restart(self) -> Callable[[tuple[Tensor, ...]], Pending]:
+        """What begins to make whole rows of the sources alone, in backward. It keeps nothing of this input.
+
+        Communication:
+            Of what is returned, one all-gather; none for ``COPY`` and without a collective.
+        """
+        collective, axis, remake = self.collective, self.axis, self.remake
+
+        def start(sources: tuple[Tensor, ...]) -> Pending:
+            part = sources if remake is None else (remake(sources),)
+            return (lambda: part[0]) if collective is None or axis is None else collective.start(part, axis)
+
+        return start
+
+    def read_twice(
+        self, keep: Callable[[Tensor], Callable[[], Tensor]]
+    ) -> "tuple[BranchInput, Callable[[], BranchInput]]":
+        """For a branch that is run again in backward: what it reads now, and what makes what it reads then.
+
+        In both runs the linear saves whole rows, which the recomputation drops, and no run gathers them twice.
+
+        Args:
+            keep: tensor -> what returns it in backward, without a graph and with a gradient of its own. The sources are
+                kept so, or whole rows if ``keeps``.
+
+        Communication:
+            That of ``whole``, and of what is returned that of ``restart``, or none if ``keeps``.
+        """
+        if self.is_local:
+            local = keep(self.local)
+            return self, lambda: BranchInput(local())
+        now = self._replace(rows=self.whole(), keeps=True)
+        collective, axis = self.collective, self.axis
+        start = _kept if self.keeps else self.restart()
+        fetches = [keep(source) for source in ((now.whole(),) if self.keeps else self.sources)]
+
+        def again() -> BranchInput:
+            with torch.no_grad():
+                whole = start(tuple(fetch() for fetch in fetches))()
+            return BranchInput(whole.detach().requires_grad_(), collective, axis, (), True, whole, _never)
+
+        return now, again
 
     def gathered(self) -> "BranchInput":
         """The same with its rows made, for several readers.
@@ -124,6 +174,14 @@ class BranchInput(NamedTuple):
             As ``whole``.
         """
         return self if self.collective is None else self._replace(rows=self.whole())
+
+
+def _kept(sources: tuple[Tensor, ...]) -> Pending:
+    return lambda: sources[0]
+
+
+def _never(sources: tuple[Tensor, ...]) -> Tensor:
+    raise AssertionError("the rows have been made")
 
 
 def whole_rows(u: BranchInput) -> Tensor:

@@ -132,6 +132,24 @@ def is_sharded(module: nn.Module) -> bool:
     return _as_sharded(module) is not None
 
 
+@contextmanager
+def gathered_weights(module: nn.Module) -> Iterator[None]:
+    """The weights of a module that FSDP2 has sharded are whole within. They stay so where they are already.
+
+    Communication:
+        One all-gather of its weights over dp_shard, if they are not whole.
+    """
+    sharded = _as_sharded(module)
+    if sharded is None or not any(hasattr(parameter, "device_mesh") for parameter in module.parameters()):
+        yield
+        return
+    sharded.unshard()
+    try:
+        yield
+    finally:
+        sharded.reshard()
+
+
 def _as_sharded(module: nn.Module) -> "FSDPModule | None":
     """A module that ``fully_shard`` has been applied to; None for any other."""
     return cast("FSDPModule", module) if hasattr(module, "set_requires_gradient_sync") else None

@@ -13,10 +13,11 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, AddNormOutput
+from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel
 from megaresnorm.parallel import branch_input
 from megaresnorm.parallel.branch_input import COPY, GATHER_ROWS, BranchInput, Collective
 from megaresnorm.parallel.mesh import Axis
+from megaresnorm.parallel.remade import Remakes, remade_by_kernel
 from megaresnorm.parallel.sharded_norm import ShardedNorm, columns_add_norm
 
 
@@ -35,8 +36,14 @@ class TensorLayout(ABC):
         self.axis, self.keeps = axis, keeps
 
     @abstractmethod
-    def add_norm(self, kernel: AddNormKernel, args: AddNormArgs) -> tuple[Tensor, BranchInput | None]:
+    def add_norm(
+        self, kernel: AddNormKernel, args: AddNormArgs, remakes: Remakes = Remakes.NOTHING
+    ) -> tuple[Tensor, BranchInput | None]:
         """``kernel`` on a stream in this layout. All tensors and weights are this rank's part of them.
+
+        Args:
+            remakes: what the branch input may be made of again in backward, rather than kept. With whole rows kept
+                (``keeps``) it has no effect.
 
         Returns:
             The trunk, in this layout, and what a branch reads; None where out_dtype is None.
@@ -72,13 +79,15 @@ class FullLayout(TensorLayout):
 
     name = "full"
 
-    def add_norm(self, kernel: AddNormKernel, args: AddNormArgs) -> tuple[Tensor, BranchInput | None]:
+    def add_norm(
+        self, kernel: AddNormKernel, args: AddNormArgs, remakes: Remakes = Remakes.NOTHING
+    ) -> tuple[Tensor, BranchInput | None]:
         """``kernel`` itself; only the gradient of its branch input is sent.
 
         Communication:
             Nothing in forward; in backward one all-reduce of [T, D].
         """
-        return _read_through(COPY, self, kernel(args))
+        return _read_through(COPY, self, kernel, args, remakes)
 
     def reduce(self, y_TD: Tensor) -> Tensor:
         """The sum [T, D].
@@ -102,14 +111,16 @@ class TokensLayout(TensorLayout):
 
     name = "tokens"
 
-    def add_norm(self, kernel: AddNormKernel, args: AddNormArgs) -> tuple[Tensor, BranchInput | None]:
+    def add_norm(
+        self, kernel: AddNormKernel, args: AddNormArgs, remakes: Remakes = Remakes.NOTHING
+    ) -> tuple[Tensor, BranchInput | None]:
         """``kernel`` on this rank's rows; the branch input is gathered by its reader.
 
         Communication:
             One all-gather of [T/p, D]; in backward one reduce-scatter of [T, D], and unless rows are kept one more
             all-gather.
         """
-        return _read_through(GATHER_ROWS, self, kernel(args))
+        return _read_through(GATHER_ROWS, self, kernel, args, remakes)
 
     def reduce(self, y_TD: Tensor) -> Tensor:
         """This rank's rows [T/p, D] of the sum.
@@ -169,15 +180,17 @@ class ColumnsLayout(TensorLayout):
         super().__init__(axis, keeps=keeps)
         self.gather, self.norm = gather, norm
 
-    def add_norm(self, kernel: AddNormKernel, args: AddNormArgs) -> tuple[Tensor, BranchInput | None]:
+    def add_norm(
+        self, kernel: AddNormKernel, args: AddNormArgs, remakes: Remakes = Remakes.NOTHING
+    ) -> tuple[Tensor, BranchInput | None]:
         """``columns_add_norm`` in the chosen form.
 
         Communication:
             That of the class without the branch output and its gradient.
         """
         if self.axis.size == 1:
-            return _read_through(None, self, kernel(args))
-        return columns_add_norm(kernel, args, self.norm, gather=self.gather, keeps=self.keeps)
+            return _read_through(None, self, kernel, args, remakes)
+        return columns_add_norm(kernel, args, self.norm, gather=self.gather, keeps=self.keeps, remakes=remakes)
 
     def reduce(self, y_TD: Tensor) -> Tensor:
         """This rank's columns [T, d] of the sum.
@@ -217,12 +230,13 @@ def tensor_layout(
 
 
 def _read_through(
-    collective: Collective | None, layout: TensorLayout, out: AddNormOutput
+    collective: Collective | None, layout: TensorLayout, kernel: AddNormKernel, args: AddNormArgs, remakes: Remakes
 ) -> tuple[Tensor, BranchInput | None]:
     """The results of a kernel, of which a branch reads its input through a collective; on one rank as it is."""
-    u = out.branch_input
-    if u is None:
+    out = kernel(args)
+    if out.branch_input is None:
         return out.trunk, None
     if collective is None or layout.axis.size == 1:
-        return out.trunk, BranchInput(u)
-    return out.trunk, BranchInput(u, collective, layout.axis, (u.detach(),), layout.keeps)
+        return out.trunk, remade_by_kernel(BranchInput(out.branch_input), out, kernel, args, remakes)
+    u = BranchInput(out.branch_input, collective, layout.axis, (out.branch_input.detach(),), layout.keeps)
+    return out.trunk, u if layout.keeps else remade_by_kernel(u, out, kernel, args, remakes)

@@ -14,6 +14,7 @@ from megaresnorm.parallel.branch_input import BranchInput
 from megaresnorm.parallel.data_parallel import is_sharded
 from megaresnorm.parallel.layouts import TensorLayout
 from megaresnorm.parallel.mesh import Axis
+from megaresnorm.recompute import saves_last
 
 
 class LinearKernel(Protocol):
@@ -120,7 +121,7 @@ def linear(
         reduce-scatter or all-reduce of [T, in_dim], and unless x keeps its rows one more all-gather of its sources.
     """
     local, source = (x, None) if isinstance(x, Tensor) else (x.local, x)
-    alone = source is None or source.collective is None
+    alone = source is None or source.is_local
     if alone and queue is None and local.dtype == weight.dtype and isinstance(kernel, PlainLinear):
         return F.linear(local, weight, bias)
     return _Linear.apply(local, weight, operand, bias, None if alone else source, kernel, queue)
@@ -144,12 +145,14 @@ class _Linear(torch.autograd.Function):
         again = source is not None and not source.keeps
         read = weight if operand is None else operand
         kept = None if queue is None else weight  # whose ``grad`` the queue adds to
-        ctx.save_for_backward(read, kept, *(source.sources if source is not None and again else (x,)))
+        saved = read, kept, *(source.sources if source is not None and again else (x,))
+        saves_last(*saved)
+        ctx.save_for_backward(*saved)
         ctx.kernel, ctx.queue, ctx.dtype, ctx.bias_dtype = (
             kernel, queue, weight.dtype, None if bias is None else bias.dtype,
         )  # fmt: skip
         collective, axis = (None, None) if source is None else (source.collective, source.axis)
-        ctx.start_gather = collective.start if again and collective is not None else _kept
+        ctx.start_gather = source.restart() if source is not None and again else _kept
         ctx.start_transpose = None if collective is None else collective.start_transpose
         ctx.axis = axis
         return kernel.forward(x, read, bias)
@@ -160,10 +163,10 @@ class _Linear(torch.autograd.Function):
         d_bias = None if ctx.bias_dtype is None else dy.sum(0, dtype=ctx.bias_dtype)
         kernel, axis, start_gather, dtype = ctx.kernel, ctx.axis, ctx.start_gather, ctx.dtype
         if ctx.queue is not None:
-            ctx.queue.put(weight, lambda: kernel.weight_grad(dy, start_gather(tuple(sources), axis)(), dtype))
+            ctx.queue.put(weight, lambda: kernel.weight_grad(dy, start_gather(tuple(sources))(), dtype))
             dx = kernel.input_grad(dy, operand)
             return _sent(dx, ctx.start_transpose, axis)(), None, None, d_bias, None, None, None
-        rows = start_gather(tuple(sources), axis)  # under the product for the input's gradient
+        rows = start_gather(tuple(sources))  # under the product for the input's gradient
         dx = kernel.input_grad(dy, operand)
         x = rows()
         arriving = _sent(dx, ctx.start_transpose, axis)  # under the product for the weight's gradient
@@ -171,7 +174,7 @@ class _Linear(torch.autograd.Function):
         return arriving(), d_weight, None, d_bias, None, None, None
 
 
-def _kept(sources: tuple[Tensor, ...], axis: Axis | None) -> Callable[[], Tensor]:
+def _kept(sources: tuple[Tensor, ...]) -> Callable[[], Tensor]:
     return lambda: sources[0]
 
 
@@ -247,11 +250,11 @@ class RowLinear(nn.Module):
         self.queue: WeightGradQueue | None = None
         self.register_buffer("operand", None, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: BranchInput | Tensor) -> Tensor:
         """y in the stream's layout.
 
         Args:
-            x: [T, in_dim / p], this rank's columns.
+            x: [T, in_dim / p], this rank's columns; as a ``BranchInput`` without a collective it can be remade.
 
         Communication:
             One ``layout.reduce`` of [T, out_dim].

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, NormWeights
+from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, AddNormOutput, NormWeights
 from megaresnorm.kernels.add_norm.sharded import REFERENCE, ShardedNormKernels, merge_stats
 from megaresnorm.parallel.branch_input import GATHER_COLUMNS, BranchInput, Collective
 from megaresnorm.parallel.collectives import (
@@ -24,6 +24,7 @@ from megaresnorm.parallel.collectives import (
     start_all_reduce,
 )
 from megaresnorm.parallel.mesh import Axis
+from megaresnorm.parallel.remade import Remakes, remade_by_kernel, remade_of_columns
 from megaresnorm.parallel.transport import Pending
 
 
@@ -56,6 +57,14 @@ class ShardedNorm:
             backward one all-reduce of [T, n] row sums, and the gradients of weight and bias, which are complete on each
             rank, are computed meanwhile.
         """
+        return self.with_statistics(z_Td, norm, out_dtype)[0]
+
+    def with_statistics(self, z_Td: Tensor, norm: NormWeights, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The same, and the merged statistics [T, 2], which have no gradient.
+
+        Communication:
+            The same.
+        """
         return _ShardedNorm.apply(z_Td, norm.weight, norm.bias, norm.kind, norm.eps, self, out_dtype)
 
     @property
@@ -69,7 +78,7 @@ class _ShardedNorm(torch.autograd.Function):
     def forward(
         ctx: Any, z: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float, norm: ShardedNorm,
         dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         axis, kernels = norm.axis, norm.traceable
         pieces = z.tensor_split(norm.chunks) if norm.chunks > 1 else (z,)
         arriving = start_all_gather(kernels.stats(pieces[0], kind), axis)
@@ -81,13 +90,15 @@ class _ShardedNorm(torch.autograd.Function):
                 arriving = start_all_gather(following, axis)
             merged.append(statistics)
             normalized.append(kernels.apply(piece, statistics, weight, bias, kind, dtype))
-        ctx.save_for_backward(z, weight, _joined(merged))
+        statistics = _joined(merged)
+        ctx.save_for_backward(z, weight, statistics)
+        ctx.mark_non_differentiable(statistics)
         ctx.kind, ctx.axis, ctx.kernels, ctx.has_bias = kind, axis, kernels, bias is not None
-        return _joined(normalized)
+        return _joined(normalized), statistics
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
-        (dy,), (z, weight, statistics) = grads, ctx.saved_tensors
+        dy, (z, weight, statistics) = grads[0], ctx.saved_tensors
         arriving = start_all_reduce(ctx.kernels.grad_sums(dy, z, statistics, weight, ctx.kind), ctx.axis)
         d_weight, d_bias = ctx.kernels.grad_weights(dy, z, statistics, ctx.kind)
         dz = ctx.kernels.grad_apply(dy, z, statistics, arriving(), weight, ctx.kind, z.shape[-1] * ctx.axis.size)
@@ -254,7 +265,13 @@ def _own_columns(x_TD: Tensor, axis: Axis) -> Tensor:
 
 
 def columns_add_norm(
-    kernel: AddNormKernel, args: AddNormArgs, sharded: ShardedNorm, *, gather: bool, keeps: bool
+    kernel: AddNormKernel,
+    args: AddNormArgs,
+    sharded: ShardedNorm,
+    *,
+    gather: bool,
+    keeps: bool,
+    remakes: Remakes = Remakes.NOTHING,
 ) -> tuple[Tensor, BranchInput | None]:
     """``add_norm`` of a stream sharded over the hidden dimension.
 
@@ -265,6 +282,7 @@ def columns_add_norm(
         gather: whether the norm that makes the branch input is a ``gathered_norm``, which needs a stream stored in the
             branch's type. Otherwise, and for every other norm, statistics are merged.
         keeps: whether gathered rows are kept for backward.
+        remakes: as of ``TensorLayout.add_norm``; where z is gathered it is what is kept in any case.
 
     Communication:
         That of ``ShardedNorm`` for each norm whose statistics are merged. For a branch input also one all-gather of
@@ -289,7 +307,9 @@ def columns_add_norm(
         return z, None
     last = norm or next_norm  # post-norm: its output is trunk and branch input; pre-norm: of the branch input alone
     if last is None:
-        return z, _gathered_columns(z.to(out_dtype), sharded.axis, keeps)
+        u = _gathered_columns(z.to(out_dtype), sharded.axis, keeps)
+        out = AddNormOutput(z, u.local, None, None, z.detach())
+        return z, u if keeps else remade_by_kernel(u, out, kernel, replace(args, norm=None, next_norm=None), remakes)
     if gather:
 
         def normalize_whole(z_pTd: Tensor, norm: NormWeights) -> tuple[Tensor, Tensor]:
@@ -297,8 +317,12 @@ def columns_add_norm(
 
         u, mine = gathered_norm(z, last, normalize_whole, sharded, keeps=keeps)
         return mine if norm is not None else z, u
-    y = sharded(z, last, stored if norm is not None else out_dtype)
-    return y if norm is not None else z, _gathered_columns(y.to(out_dtype), sharded.axis, keeps)
+    rounded = stored if norm is not None else out_dtype
+    y, statistics = sharded.with_statistics(z, last, rounded)
+    u = _gathered_columns(y.to(out_dtype), sharded.axis, keeps)
+    if not keeps and remakes is not Remakes.NOTHING:
+        u = remade_of_columns(u, z, statistics, last, sharded.traceable, rounded)
+    return y if norm is not None else z, u
 
 
 def _gathered_columns(u: Tensor, axis: Axis, keeps: bool) -> BranchInput:

@@ -12,9 +12,9 @@ from megaresnorm.recipe.execution import (
     KernelRecipe,
     ParallelRecipe,
     PrecisionRecipe,
-    RecomputeRecipe,
 )
 from megaresnorm.recipe.model import InitRecipe, ModelRecipe, RopeScaling, TopologyOptions
+from megaresnorm.recipe.recompute import RecomputeBlocks, RecomputeRecipe
 from megaresnorm.recipe.section import Section, divisors, refuse_ignored
 from megaresnorm.recipe.training import (
     BatchRamp,
@@ -39,6 +39,7 @@ __all__ = [
     "ParallelRecipe",
     "PrecisionRecipe",
     "Recipe",
+    "RecomputeBlocks",
     "RecomputeRecipe",
     "RopeScaling",
     "ScheduleRecipe",
@@ -138,4 +139,25 @@ class Recipe(Section):
             )
         if blocks is not None and 0 in blocks[1:-1]:
             raise ValueError(f"parallel.stage_blocks={blocks}: only the first and the last stage can be without blocks")
+        return self
+
+    @model_validator(mode="after")
+    def _recomputed_blocks_exist(self) -> Self:
+        recompute, num_blocks = self.recompute, self.model.num_blocks
+        if (recompute.every or 0) > num_blocks:
+            raise ValueError(
+                f"recompute.every={recompute.every} is more than model.num_blocks={num_blocks}; use at most that, and "
+                f"{max(1, round(num_blocks**0.5))} for the least memory"
+            )
+        beyond = next((some for some in recompute.blocks if some.last >= num_blocks), None)
+        if beyond is not None:
+            raise ValueError(
+                f"recompute.blocks: {beyond.first}-{beyond.last} is not within the blocks 0-{num_blocks - 1} of "
+                f"model.num_blocks={num_blocks}"
+            )
+        if recompute.offload and self.train.compile == "cuda_graphs":
+            raise ValueError(
+                "recompute.offload=true does not go with train.compile=cuda_graphs, which records one stream; use "
+                "train.compile=blocks"
+            )
         return self

@@ -32,15 +32,6 @@ class PrecisionRecipe(Section):
         return self.residual_dtype or ("fp64" if self.compute == "fp64" else "fp32")
 
 
-class RecomputeRecipe(Section):
-    """What backward computes or gathers again, to keep less until then."""
-
-    gathered: Literal["again", "keep"] = "again"
-    """tensor_layout tokens or columns: gather a branch's input again in backward, so that a rank keeps its share of the
-    rows, or keep whole rows: tp times the memory for branch inputs, one message less. Blocks that are compiled keep
-    them under columns, gather."""
-
-
 class EngineRecipe(Section):
     """What makes the optimizer steps."""
 

@@ -215,6 +215,8 @@ def apply_override(values: dict, override: str) -> None:
         inner = values.setdefault(section, {})
         if inner is None:
             inner = values[section] = {}
+        if isinstance(inner, str) and sections[: i + 1] == ["recompute"]:  # short for its policy
+            inner = values[section] = {"policy": inner}
         if not isinstance(inner, dict):
             raise ConfigError(f"override {short(override)}: {'.'.join(sections[: i + 1])} is a value, not a section")
         values = inner

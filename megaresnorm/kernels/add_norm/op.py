@@ -46,7 +46,8 @@ def fused_add_norm(backend: str) -> AddNormKernel:
             alpha, gate, branch_norm = 1.0, 1.0, None
             if args.norm is None and args.next_norm is None and out_dtype != FP8:  # nothing to fuse
                 trunk = x.to(args.residual_dtype)
-                return AddNormOutput(trunk, None if out_dtype is None else trunk.to(out_dtype), None, None)
+                read = None if out_dtype is None else trunk.to(out_dtype)
+                return AddNormOutput(trunk, read, None, None, trunk.detach())
         learned: Tensor | None = None
         constant_gate = 1.0
         if isinstance(gate, float):
@@ -69,7 +70,11 @@ def fused_add_norm(backend: str) -> AddNormKernel:
         trunk = stored if outputs.trunk is None else outputs.trunk
         branch = None if out_dtype is None else trunk if outputs.branch is None else outputs.branch
         return AddNormOutput(
-            trunk, branch, outputs.next_statistics, None if outputs.amax is None else largest_of_rows(outputs.amax)
+            trunk,
+            branch,
+            outputs.next_statistics,
+            None if outputs.amax is None else largest_of_rows(outputs.amax),
+            stored.detach(),
         )
 
     return add_norm

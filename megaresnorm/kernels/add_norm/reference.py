@@ -70,12 +70,15 @@ class AddNormOutput(NamedTuple):
         branch_input: [T, D]; None where no out_dtype was asked for.
         statistics: [T, 2] FP32 of ``next_norm``, mean (0 for RMSNorm) and 1 / deviation of every row.
         amax: the largest |branch input| before the scale of FP8, a scalar FP32.
+        stored: the stored sum z without a gradient, which backward keeps: the call without an add, on z in the place
+            of x, gives the same branch input. None where a backend does not tell.
     """
 
     trunk: Tensor
     branch_input: Tensor | None
     statistics: Tensor | None
     amax: Tensor | None
+    stored: Tensor | None = None
 
 
 class AddNormKernel(Protocol):
@@ -116,6 +119,7 @@ def add_norm(args: AddNormArgs) -> AddNormOutput:
             branch = branch * gate
         z = _scaled_add(branch, x.to(wide), args.alpha)
     stored = _stored(z.to(wide), residual_dtype)
+    kept = in_type(stored.detach(), residual_dtype)
     if args.norm is not None:
         stored = _stored(normalize(stored, args.norm), residual_dtype)
     trunk = in_type(stored, residual_dtype)
@@ -130,7 +134,7 @@ def add_norm(args: AddNormArgs) -> AddNormOutput:
         if args.fp8_scale is None:
             raise ValueError("add_norm/reference: out_dtype=torch.float8_e4m3fn needs fp8_scale")
         return AddNormOutput(trunk, to_fp8(branch_input, args.fp8_scale), statistics, largest(branch_input))
-    return AddNormOutput(trunk, in_type(branch_input, out_dtype), statistics, None)
+    return AddNormOutput(trunk, in_type(branch_input, out_dtype), statistics, None, kept)
 
 
 def in_type(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -23,6 +23,9 @@ class FeedForward(Branch):
     """down(activate(in(u))). With a gate the fused ``gate_up`` holds the logical matrices gate [F, D] and up [F, D].
 
     Under tensor parallelism F is this rank's share.
+
+    Attributes:
+        remakes_activation: whether the activation's output is made again in backward, rather than kept.
     """
 
     def __init__(
@@ -40,13 +43,27 @@ class FeedForward(Branch):
             self.up = linear
         self.down = RowLinear(recipe.ffn_width, recipe.dim, layout, bias=recipe.has_bias("down"), kernel=kernels.linear)
         self.norm_inner = None if norm_inner is None else norm_inner(recipe.ffn_width // axis.size)
+        self.remakes_activation = False
 
     def forward(self, u_TD: BranchInput, rows: SequenceInfo) -> Tensor:
         """See ``Branch``."""
         into = self.gate_up if self.gated else self.up
         # The bias belongs to the activation's kernel, which sums its gradient on the way.
-        h = self.activate(into.without_bias(u_TD), into.bias, self.kind)
-        return self.down(h if self.norm_inner is None else self.normalize_shared(h, self.norm_inner))
+        a = into.without_bias(u_TD)
+        h = self.activate(a, into.bias, self.kind)
+        if self.norm_inner is not None:
+            return self.down(self.normalize_shared(h, self.norm_inner))
+        return self.down(self._remade(h, a, into.bias) if self.remakes_activation else h)
+
+    def _remade(self, h: Tensor, a: Tensor, bias: Tensor | None) -> BranchInput:
+        """h, which backward makes again of what the activation keeps."""
+        activate, kind = self.activate, self.kind
+        sources = (a.detach(),) if bias is None else (a.detach(), bias.detach())
+
+        def remake(sources: tuple[Tensor, ...]) -> Tensor:
+            return activate(sources[0], sources[1] if len(sources) > 1 else None, kind)
+
+        return BranchInput(h, sources=sources, remake=remake)
 
     @staticmethod
     def parameter_specs(recipe: ModelRecipe, spec: ResidualSpec, name: str) -> Iterator[ParameterSpec]:

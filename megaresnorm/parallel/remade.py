@@ -1,0 +1,112 @@
+"""Branch inputs that are made again in backward, of what is kept in any case, rather than kept.
+
+T tokens   D model dim   d columns of this rank
+"""
+
+from collections.abc import Sequence
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, AddNormOutput, NormWeights
+from megaresnorm.kernels.add_norm.sharded import ShardedNormKernels
+from megaresnorm.parallel.branch_input import BranchInput
+
+
+class Remakes(Enum):
+    """What a branch input may be made of again.
+
+    Attributes:
+        NOTHING: it is kept.
+        STORED: the stored sum, where a norm or an add keeps it for its own gradient.
+        TRUNK: also the trunk itself, which whoever asks keeps.
+    """
+
+    NOTHING = "nothing"
+    STORED = "stored"
+    TRUNK = "trunk"
+
+
+def remade_by_kernel(
+    u: BranchInput, out: AddNormOutput, kernel: AddNormKernel, args: AddNormArgs, remakes: Remakes
+) -> BranchInput:
+    """The branch input of ``kernel(args)``, made again by the same kernel of the stored sum; u where it cannot be.
+
+    Statistics are taken from the stored sum, so it is the same to the bit.
+
+    Args:
+        u: this rank's whole rows, of all tokens or its share of them.
+        out: the results of the call.
+    """
+    norm, next_norm, out_dtype = args.norm, args.next_norm, args.out_dtype
+    if remakes is Remakes.NOTHING or out.stored is None or out_dtype not in _MADE:
+        return u
+    if norm is None and next_norm is None:  # the stored sum itself, or rounded
+        is_kept = args.delta is not None or remakes is Remakes.TRUNK
+        if out_dtype == args.residual_dtype or not is_kept:
+            return u
+    stored_dtype = args.residual_dtype
+
+    def remake(sources: Sequence[Tensor]) -> Tensor:
+        z, *vectors = sources
+        again = AddNormArgs(
+            z,
+            norm=_with(norm, vectors),
+            next_norm=_with(next_norm, vectors),
+            residual_dtype=stored_dtype,
+            out_dtype=out_dtype,
+        )
+        made = kernel(again).branch_input
+        assert made is not None
+        return made
+
+    norm, next_norm = _bare(norm), _bare(next_norm)
+    vectors = [*_vectors(args.norm), *_vectors(args.next_norm)]
+    return u._replace(sources=(out.stored, *vectors), remake=remake)
+
+
+def remade_of_columns(
+    u: BranchInput, z: Tensor, statistics: Tensor, norm: NormWeights, kernels: ShardedNormKernels, dtype: torch.dtype
+) -> BranchInput:
+    """The branch input that is the norm of this rank's columns with merged statistics; nothing is merged again.
+
+    Args:
+        u: gathers these columns.
+        z: [T, d], as stored.
+        statistics: [T, 2], merged.
+        dtype: in which the norm was rounded, before it was cast to the type of the branch input.
+    """
+    bare, out_dtype = _bare(norm), u.local.dtype
+
+    def remake(sources: Sequence[Tensor]) -> Tensor:
+        z, statistics, *vectors = sources
+        again = _with(bare, vectors)
+        assert again is not None
+        made = kernels.apply(z, statistics, again.weight, again.bias, again.kind, dtype)
+        return made if made.dtype == out_dtype else made.to(out_dtype)
+
+    return u._replace(sources=(z.detach(), statistics, *_vectors(norm)), remake=remake)
+
+
+_MADE = (torch.float64, torch.float32, torch.bfloat16)
+
+
+def _vectors(norm: NormWeights | None) -> list[Tensor]:
+    return [] if norm is None else [v.detach() for v in (norm.weight, norm.bias) if v is not None]
+
+
+def _bare(norm: NormWeights | None) -> NormWeights | None:
+    """The same without its tensors' graph: what it has of them are places."""
+    if norm is None:
+        return None
+    nothing = norm.weight.new_empty(0)
+    return norm._replace(weight=nothing, bias=None if norm.bias is None else nothing)
+
+
+def _with(norm: NormWeights | None, vectors: list[Tensor]) -> NormWeights | None:
+    """A norm with the next vectors of a list, which it takes from it."""
+    if norm is None:
+        return None
+    weight = vectors.pop(0)
+    return norm._replace(weight=weight, bias=None if norm.bias is None else vectors.pop(0))

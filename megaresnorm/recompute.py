@@ -1,0 +1,164 @@
+"""Recomputation: what autograd keeps of a function is dropped, and made again when backward first asks for it.
+
+The function is run once more in backward, as in torch.utils.checkpoint, at a tenth of its cost a call, which narrow
+models hundreds of blocks deep would notice. The second run ends with the last tensor that backward needs: a product or
+a collective after it is not repeated. Its values are those of the first run, bit for bit, since nothing in a model
+draws random numbers or counts its calls (dropout masks are hashes).
+"""
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+
+class Keeper(Protocol):
+    """Keeps the tensors that a region is made again from."""
+
+    def keep(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """What returns the tensor later. Of two tensors in the same memory one is kept."""
+
+
+class Device:
+    """Keeps tensors where they are."""
+
+    def keep(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """See ``Keeper``."""
+        return lambda: tensor
+
+
+DEVICE = Device()
+
+
+class Region:
+    """A part of a forward pass that is run again in backward, as a context around it.
+
+    Autograd's nodes inside save slots instead of tensors. The first slot that backward asks for runs the part again, and
+    fills all of them; each is emptied when it is read, so that a tensor lives no longer than without a region.
+
+        with Region() as region:
+            x_again = region.keep(x)
+            region.begin(lambda: function(x_again()))
+            y = function(x)
+
+    What nodes save before ``begin`` is kept, by the keeper as well.
+
+    Args:
+        keeper: None: nothing is moved.
+    """
+
+    def __init__(self, keeper: Keeper | None = None) -> None:
+        self._keeper = keeper
+        self._hooks: saved_tensors_hooks | None = None
+        self._again: Callable[[], object] | None = None
+        self._count = 0
+        self._made: list[Tensor | None] = []
+
+    def __enter__(self) -> "Region":
+        self._hooks = saved_tensors_hooks(self._pack, self._unpack)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._hooks is not None
+        self._hooks.__exit__(kind, error, trace)
+        self._hooks = None  # they refer to this object, which must go with the graph, without a garbage collection
+
+    def begin(self, again: Callable[[], object]) -> None:
+        """From here on drop what nodes save.
+
+        Args:
+            again: runs the same nodes in the same order, on tensors without a graph. What follows the last node that
+                saves a tensor may be left out.
+        """
+        self._again = again
+
+    def keep(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Keep a tensor for ``again``, which gets it from what is returned: without a graph, but with a gradient if
+        the tensor has one."""
+        fetch = (self._keeper or DEVICE).keep(tensor.detach())
+        wants = tensor.requires_grad
+        return lambda: fetch().detach().requires_grad_(wants)
+
+    def _pack(self, tensor: Tensor) -> Any:
+        if self._again is None:
+            return tensor if self._keeper is None else _Kept(self._keeper.keep(tensor))
+        self._count += 1
+        return self._count - 1
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        if isinstance(packed, _Kept):
+            return packed.fetch()
+        if not self._made or self._made[packed] is None:
+            self._made = _made_again(self._again, self._count)
+        tensor, self._made[packed] = self._made[packed], None
+        assert tensor is not None
+        return tensor
+
+
+class _Kept:
+    def __init__(self, fetch: Callable[[], Tensor]) -> None:
+        self.fetch = fetch
+
+
+class _Run(threading.local):
+    """The recomputation that a thread is in: what it has made, and how much it is to make."""
+
+    made: list[Tensor | None] | None = None
+    count = 0
+
+
+_RUN = _Run()
+
+
+class _Done(Exception):
+    """Every tensor that is needed has been made."""
+
+
+def _made_again(again: Callable[[], object] | None, count: int) -> list[Tensor | None]:
+    assert again is not None
+    made: list[Tensor | None] = []
+    outer = _RUN.made, _RUN.count
+    _RUN.made, _RUN.count = made, count
+
+    def pack(tensor: Tensor) -> None:
+        made.append(tensor.detach())
+        if len(made) == count:
+            raise _Done
+
+    try:
+        with torch.enable_grad(), saved_tensors_hooks(pack, _never):
+            again()
+    except _Done:
+        pass
+    finally:
+        _RUN.made, _RUN.count = outer
+    if len(made) != count:
+        raise RuntimeError(f"a recomputation has made {len(made)} tensors where forward had saved {count}")
+    return made
+
+
+def _never(packed: object) -> Tensor:
+    raise AssertionError("nothing is differentiated within a recomputation")
+
+
+def saves_last(*tensors: Tensor | None) -> None:
+    """End a recomputation here where these are the last tensors that it is to make.
+
+    An autograd.Function's tensors are saved when its forward is through. One whose result costs much, and is needed for
+    nothing else, calls this before it computes it, with what it is going to save, in the same order.
+    """
+    if _RUN.made is None:
+        return
+    found = [tensor.detach() for tensor in tensors if tensor is not None]
+    if len(_RUN.made) + len(found) == _RUN.count:
+        _RUN.made += found
+        raise _Done
