@@ -37,8 +37,8 @@ DEVICE = Device()
 class Region:
     """A part of a forward pass that is run again in backward, as a context around it.
 
-    Autograd's nodes inside save slots instead of tensors. The first slot that backward asks for runs the part again, and
-    fills all of them; each is emptied when it is read, so that a tensor lives no longer than without a region.
+    Autograd's nodes inside save slots instead of tensors. The first slot that backward asks for runs the part again,
+    and fills all of them; each is emptied when it is read, so that a tensor lives no longer than without a region.
 
         with Region() as region:
             x_again = region.keep(x)

@@ -1,6 +1,6 @@
 """Consecutive blocks of which one tensor is kept: in backward they are run again together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -43,7 +43,13 @@ class Span:
 
             return self._run(stream, rows, masks, begin)
 
-    def _run(self, stream, rows, masks, begin=None) -> Stream:
+    def _run(
+        self,
+        stream: Stream,
+        rows: SequenceInfo,
+        masks: DropoutMasks | None,
+        begin: Callable[[Opened], Opened] | None = None,
+    ) -> Stream:
         for number, block in enumerate(self.blocks):
             own = None if masks is None else masks.of_blocks(number, 1)
             stream = block(stream, rows, own, begin) if number == 0 else block(stream, rows, own)

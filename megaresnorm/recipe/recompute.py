@@ -1,5 +1,6 @@
 """Settings of recomputation: what backward makes again, so that less is kept until then."""
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
@@ -19,13 +20,13 @@ def _budget(value: Any) -> float | int | str:
     """A size as text or a whole number of bytes, or a share of the memory; as it was given."""
     wanted = "a size such as 20GiB, or a share of the device's memory above 0 and at most 1, such as 0.9"
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise PydanticCustomError("budget", wanted)  # type: ignore[arg-type]
+        raise PydanticCustomError("budget", wanted)
     try:
         usable = bytes_of_size(value) > 0 if isinstance(value, str) else 0 < value <= 1 or isinstance(value, int)
     except ValueError:
         usable = False
     if not usable or (not isinstance(value, str) and not 0 < value < 2**60):
-        raise PydanticCustomError("budget", wanted)  # type: ignore[arg-type]
+        raise PydanticCustomError("budget", wanted)
     return value
 
 
@@ -102,7 +103,7 @@ class RecomputeRecipe(Section):
         if self.blocks and self.policy == "auto":
             raise ValueError("recompute.blocks does not go with recompute.policy=auto, which chooses for every block")
         ordered = sorted(self.blocks, key=lambda some: some.first)
-        for one, following in zip(ordered, ordered[1:], strict=False):
+        for one, following in pairwise(ordered):
             if following.first <= one.last:
                 raise ValueError(
                     f"recompute.blocks: {one.first}-{one.last} and {following.first}-{following.last} overlap; each "
