@@ -38,7 +38,7 @@ class Span:
             def begin(opened: Opened) -> Opened:
                 x_again = region.keep(opened.x)
                 u, u_again = opened.u.read_twice(region.keep)
-                region.begin(lambda: self._run_again(Opened(x_again(), u_again()), rows, masks))
+                region.begin(lambda: self._run_again(lambda: Opened(x_again(), u_again()), rows, masks))
                 return Opened(opened.x, u)
 
             return self._run(stream, rows, masks, begin)
@@ -55,9 +55,10 @@ class Span:
             stream = block(stream, rows, own, begin) if number == 0 else block(stream, rows, own)
         return stream
 
-    def _run_again(self, opened: Opened, rows: SequenceInfo, masks: DropoutMasks | None) -> None:
+    def _run_again(self, open_again: Callable[[], Opened], rows: SequenceInfo, masks: DropoutMasks | None) -> None:
         """Without the blocks' hooks: FSDP2's would gather ahead what has had its backward pass."""
-        stream: Stream | Opened = opened
+        stream: Stream | Opened | None = None
         for number, block in enumerate(self.blocks):
-            with gathered_weights(block):
+            with gathered_weights(block):  # the first branch's input is made of weights of the first block
+                stream = open_again() if stream is None else stream
                 stream = block.forward(stream, rows, None if masks is None else masks.of_blocks(number, 1))

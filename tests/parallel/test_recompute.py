@@ -1,0 +1,290 @@
+"""Recomputation changes no bit, runs nothing three times, and sends what its policy says."""
+
+import gc
+import weakref
+from collections import Counter
+
+import pytest
+import torch
+from cases import LAYOUTS, batches, build, gradients, make_recipe
+
+from megaresnorm.model.branches import Attention, FeedForward
+from megaresnorm.model.topology import TOPOLOGIES
+from megaresnorm.recipe import Recipe
+from megaresnorm.recompute import Region, saves_last
+from megaresnorm.testing import run_ranks
+
+POLICIES: dict[str, dict] = {
+    "norm": {"policy": "norm"},
+    "attention": {"policy": "attention"},
+    "ffn": {"policy": "ffn"},
+    "branch": {"policy": "branch"},
+    "block": {"policy": "block"},
+    "every 3": {"policy": "every", "every": 3},
+    "ranges": {"policy": "block", "blocks": [{"first": 1, "last": 1, "policy": "norm"}]},
+}
+BLOCKS = 4
+ONE: tuple[int, dict] = (1, {})
+PLACES = {
+    "alone": ONE,
+    **{name: LAYOUTS[name] for name in ("tp2 full", "tp2 tokens", "tp2 columns, merge", "tp2 columns, gather")},
+    **{name: LAYOUTS[name] for name in ("pp2 1f1b", "fsdp2", "fsdp2 gradients", "dp2 ddp")},
+    "pp2 interleaved": (2, {"pp": 2, "pipeline": "interleaved"}),
+}
+COMPUTE = ("fp32", "bf16", "bf16 stream")
+GATHER = "tp2 columns, gather"  # of a stream in the type of compute
+
+
+def recipe_of(topology: str, variant: str, place: str, compute: str, recompute: dict, **sections: dict) -> Recipe:
+    keep = {} if recompute.get("policy") in ("block", "every") else sections.pop("keep", {})
+    return make_recipe(
+        topology, variant, PLACES[place][1], compute, BLOCKS, recompute={**recompute, **keep}, **sections
+    )
+
+
+def found_with(rank: int, recipes: list[Recipe]) -> list[tuple[float, dict[str, torch.Tensor]]]:
+    """Loss and whole gradients with each recipe."""
+    results = []
+    for recipe in recipes:
+        assembled, engine = build(recipe)
+        loss, _ = engine.gradients(batches(engine, recipe))
+        results.append((loss, gradients(assembled)))
+    return results
+
+
+def run(place: str, function, *arguments) -> list:
+    """What each rank returns."""
+    return run_ranks(2, function, *arguments) if PLACES[place][0] == 2 else [function(0, *arguments)]
+
+
+def compare(place: str, cases: list[tuple[str, str, str, list[str]]], **sections: dict) -> None:
+    """Each case (topology, variant, compute, policies) against none."""
+    recipes = [
+        recipe_of(topology, variant, place, compute, POLICIES.get(policy, {}), **sections)
+        for topology, variant, compute, policies in cases
+        for policy in ("none", *policies)
+    ]
+    for results in run(place, found_with, recipes):
+        found = iter(results)
+        for topology, variant, compute, policies in cases:
+            loss, wanted = next(found)
+            for policy in policies:
+                other, got = next(found)
+                different = [name for name in wanted if not torch.equal(got[name], wanted[name])]
+                assert loss == other and not different, (place, topology, variant, compute, policy, different[:3])
+
+
+def types_of(place: str) -> tuple[str, ...]:
+    return ("fp32", "bf16 stream") if place == GATHER else COMPUTE
+
+
+def some_cases(place: str) -> list[tuple[str, str, str, list[str]]]:
+    """Every topology with two policies, in one type, with dropout or without: which ones changes from place to place."""
+    names, at, types = list(POLICIES), list(PLACES).index(place), types_of(place)
+    return [
+        (
+            topology,
+            ("gpt", "llama")[(i + at) % 2],
+            types[(i + at) % len(types)],
+            [names[(2 * i + at + j) % 7] for j in (0, 3)],
+        )
+        for i, topology in enumerate(TOPOLOGIES)
+    ]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_topology_has_the_bits_of_none(place):
+    compare(place, some_cases(place))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "compute"), [(place, compute) for place in PLACES for compute in types_of(place)])
+def test_every_topology_has_the_bits_of_none_under_every_policy(place, compute):
+    for variant in ("llama", "gpt"):  # without and with dropout and documents
+        compare(place, [(topology, variant, compute, list(POLICIES)) for topology in TOPOLOGIES])
+
+
+@pytest.mark.parametrize("place", ["tp2 tokens", "tp2 columns, merge", "tp2 columns, gather"])
+def test_gathered_rows_that_are_kept_change_nothing(place):
+    compute = types_of(place)[1]
+    cases = [("deepnorm", "gpt", compute, ["norm", "branch"]), ("keel", "llama", "fp32", ["attention", "ffn"])]
+    compare(place, cases, keep={"gathered": "keep"})
+
+
+# --- how often --------------------------------------------------------------------------------------------------------
+
+
+def counted(rank: int, recipes: list[Recipe]) -> list[tuple[dict[str, int], dict[str, int], int]]:
+    """Runs of branches, collectives over tp, and microbatches."""
+    results = []
+    for recipe in recipes:
+        assembled, engine = build(recipe)
+        runs, sent = Counter(), Counter()
+
+        def counting(real, name, counter):
+            def call(*arguments, **options):
+                counter[name] += 1
+                return real(*arguments, **options)
+
+            return call
+
+        branches = {kind: kind.forward for kind in (Attention, FeedForward)}
+        for kind, real in branches.items():
+            kind.forward = counting(real, kind.__name__, runs)
+        transport = engine.context.tp.transport
+        for name in ("all_reduce", "all_gather", "reduce_scatter"):
+            if transport is not None:
+                real = getattr(transport, f"start_{name}")
+                object.__setattr__(transport, f"start_{name}", counting(real, name, sent))  # it is frozen
+        batch = batches(engine, recipe)
+        engine.gradients(batch)
+        for kind, real in branches.items():
+            kind.forward = real
+        results.append((dict(runs), dict(sent), len(batch.microbatches)))
+    return results
+
+
+@pytest.mark.parametrize("topology", ["pre", "gated", "deepnorm"])
+def test_no_branch_is_run_three_times(topology):
+    policies = ("none", *POLICIES)
+    recipes = [recipe_of(topology, "gpt", "alone", "fp32", POLICIES.get(policy, {})) for policy in policies]
+    again = {"none": (0, 0), "norm": (0, 0), "attention": (4, 0), "ffn": (0, 4), "ranges": (3, 3)}
+    for policy, (runs, _, microbatches) in zip(policies, counted(0, recipes), strict=True):
+        attention, ffn = again.get(policy, (4, 4))
+        assert runs["Attention"] == microbatches * (BLOCKS + attention), policy
+        assert runs["FeedForward"] == microbatches * (BLOCKS + ffn), policy
+
+
+# What a block sends more than under none, in a microbatch: (all-reduce, all-gather, reduce-scatter). A branch that is
+# run again gathers its input, as its linear does in backward otherwise, and stops before its own sum is sent. Of a block
+# that is run again the first branch's sum is sent again, and under columns, merge, the statistics of the second norm are
+# merged again; in deepnorm also the second sum, which the norm at the block's end keeps, and its statistics.
+MORE: dict[tuple[str, str], tuple[int, int, int]] = {
+    ("pre", "tp2 full"): (1, 0, 0),
+    ("pre", "tp2 tokens"): (0, 0, 1),
+    ("pre", "tp2 columns, merge"): (0, 1, 1),
+    ("pre", "tp2 columns, gather"): (0, 0, 1),
+    ("deepnorm", "tp2 full"): (2, 0, 0),
+    ("deepnorm", "tp2 tokens"): (0, 0, 2),
+    ("deepnorm", "tp2 columns, merge"): (0, 2, 2),
+}
+
+
+@pytest.mark.parametrize(("topology", "place"), MORE)
+def test_collectives_are_as_many_as_the_policy_says(topology, place):
+    policies = ("none", "norm", "branch", "block")
+    recipes = [recipe_of(topology, "llama", place, "fp32", POLICIES.get(policy, {})) for policy in policies]
+    for results in run(place, counted, recipes):
+        (_, base, microbatches), *others = results
+        for policy, (_, sent, _) in zip(policies[1:], others, strict=True):
+            times = microbatches * BLOCKS if policy == "block" else 0
+            wanted = Counter(base)
+            for name, more in zip(("all_reduce", "all_gather", "reduce_scatter"), MORE[topology, place], strict=True):
+                wanted[name] += times * more
+            assert Counter(sent) == +wanted, (policy, sent, base)
+
+
+def gathers_of_fsdp(rank: int, recipes: list[Recipe]) -> list[int]:
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as module
+
+    real, counts = module.foreach_all_gather, []
+
+    def counting(*arguments, **options):
+        counts[-1] += 1
+        return real(*arguments, **options)
+
+    module.foreach_all_gather = counting
+    for recipe in recipes:
+        _, engine = build(recipe)
+        counts.append(0)
+        engine.gradients(batches(engine, recipe))
+    return counts
+
+
+def test_weights_are_gathered_again_only_where_they_have_been_freed():
+    """A block that is run again in its own backward pass has them; of three blocks two have not yet."""
+    policies = ("none", "norm", "branch", "block", "every 3")
+    for place, more in (("fsdp2", 2), ("fsdp2 gradients", 0)):
+        recipes = [recipe_of("keel", "llama", place, "fp32", POLICIES.get(policy, {})) for policy in policies]
+        for none, *others, every in run(place, gathers_of_fsdp, recipes):
+            assert others == [none] * 3
+            assert every == none + more * 2  # two microbatches a rank
+
+
+# --- regions ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_nothing_waits_for_a_garbage_collection(policy):
+    recipe = recipe_of("keel", "gpt", "alone", "fp32", POLICIES[policy])
+    _, engine = build(recipe)
+    batch = batches(engine, recipe)
+    engine.gradients(batch)
+    gc.collect()
+    gc.disable()
+    try:
+        engine.gradients(batch)
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
+def test_a_region_runs_to_the_last_tensor_that_is_kept_and_frees_each_when_it_is_read():
+    trace: list[str] = []
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, name):
+            saves_last(x)
+            trace.append(name)
+            ctx.save_for_backward(x)
+            ctx.name = name
+            return x * x
+
+        @staticmethod
+        def backward(ctx, dy):
+            (x,) = ctx.saved_tensors
+            trace.append(f"{ctx.name} backward")
+            return 2 * x * dy, None
+
+    x = torch.tensor([1.5], dtype=torch.float64, requires_grad=True)
+    with Region() as region:
+        x_again = region.keep(x)
+        region.begin(lambda: Square.apply(Square.apply(x_again(), "first"), "second"))
+        y = Square.apply(Square.apply(x, "first"), "second")
+        inner = weakref.ref(region)
+    del region
+    y.backward()
+    assert trace == ["first", "second", "first", "second backward", "first backward"]
+    assert torch.equal(x.grad, 4 * x.detach() ** 3)
+    del y
+    assert inner() is None
+
+
+def test_a_graph_may_be_differentiated_twice():
+    x = torch.randn(3, requires_grad=True)
+    with Region() as region:
+        x_again = region.keep(x)
+        region.begin(lambda: x_again().exp().sin())
+        y = x.exp().sin().sum()
+    first, second = (torch.autograd.grad(y, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_function_that_saves_another_number_of_tensors_is_an_error():
+    x = torch.randn(3, requires_grad=True)
+    with Region() as region:
+        x_again = region.keep(x)
+        region.begin(lambda: x_again().exp())
+        y = x.exp().sin().sum()
+    with pytest.raises(RuntimeError, match="has made 1 tensors where forward had saved 2"):
+        y.backward()
+
+
+def test_an_error_within_a_region_leaves_no_hooks():
+    x = torch.randn(3, requires_grad=True)
+    with pytest.raises(ZeroDivisionError), Region() as region:
+        region.begin(lambda: None)
+        raise ZeroDivisionError
+    x.exp().sum().backward()
+    assert torch.equal(x.grad, x.detach().exp())
