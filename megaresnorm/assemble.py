@@ -153,13 +153,13 @@ def build_model(
     for number in stages_of_rank(context.pp.rank, context.pp.size, len(stages)):
         with torch.device("meta"):
             model = Transformer(recipe, model_kernels, layout, stages[number])
+        set_up(model, segments_of(recompute, stages[number].blocks))
         compile_blocks(model, compiling)
         if shard is not None:
             shard(model)
         materialize(model, table, context, seed=seed, dtype=weight_dtype(precision.compute), device=device)
         if model.head is not None:
             model.head.loss = HeadLoss(_loss_of(loss_kernel, model, context.tp), logit_rows)
-        set_up(model, segments_of(recompute, stages[number].blocks))
         models[number] = model
     return Assembled(models, table, layout, context, device, backends, choices, compiling.mode)
 

@@ -103,6 +103,12 @@ def check_execution(recipe: Recipe, sizes: Sizes, device_type: str) -> None:
     check_rotary(recipe.model, recipe.kernels)
     if mode in ("blocks", "cuda_graphs") and (opaque := opaque_kernel(recipe.kernels)):
         raise ConfigError(f"train.compile={mode}: {opaque} cannot be compiled into a block; use train.compile=none")
+    spans = recipe.recompute.policies & {"block", "every", "auto"}
+    if mode == "blocks" and sizes.dp_shard > 1 and spans:
+        raise ConfigError(
+            f"train.compile=blocks with parallel.dp_shard={sizes.dp_shard}: recompute.policy={min(spans)} runs whole "
+            "blocks again, around FSDP2's hooks; use recompute.policy=branch, or train.compile=none"
+        )
     if mode == "cuda_graphs":
         reasons = {
             f"records one rank's microbatch, not the messages of {sizes.num_ranks} ranks": sizes.num_ranks > 1,

@@ -65,8 +65,10 @@ def set_up(model: Transformer, segments: Sequence[Segment], keeper: Keeper | Non
 
 def _set_up_block(block: Block, policy: str) -> None:
     light = policy in ("norm", "attention", "ffn", "branch")
+    # Of one block that is run again all rows fit; of several they would be most of what is there at a time under tp.
+    inner = Remakes.STORED if light else Remakes.ROWS if policy == "block" else Remakes.NOTHING
     for kind, residual in block.named_children():
         residual.reruns = policy in (kind, "branch")  # type: ignore[assignment]
-        residual.remakes = Remakes.STORED if light else Remakes.NOTHING  # type: ignore[assignment]
+        residual.remakes = inner  # type: ignore[assignment]
         if isinstance(residual.branch, FeedForward):
             residual.branch.remakes_activation = light and not residual.reruns

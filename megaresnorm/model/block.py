@@ -54,6 +54,12 @@ class Block(nn.Module):
             self.add_module(kind, residual)
         self.sublayers = tuple(residual for residual in self.children() if isinstance(residual, Residual))
 
+    @property
+    def recomputes(self) -> tuple[object, ...]:
+        """What of it is run or made again in backward, to tell blocks apart."""
+        ffn = (getattr(residual.branch, "remakes_activation", None) for residual in self.sublayers)
+        return *((residual.reruns, residual.remakes) for residual in self.sublayers), *ffn
+
     def forward(
         self,
         stream: "Stream | Opened",

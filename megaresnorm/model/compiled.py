@@ -5,9 +5,9 @@ copies, the keys of dropout masks); only a topology's constants are compiled in.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -16,9 +16,11 @@ from megaresnorm.errors import ConfigError
 from megaresnorm.model.block import Block
 from megaresnorm.model.dropout import DropoutMasks
 from megaresnorm.model.sequence import SequenceInfo
-from megaresnorm.model.stream import Stream
+from megaresnorm.model.spans import Span
+from megaresnorm.model.stream import AddNorm, Stream
 from megaresnorm.model.topology import SUBLAYERS, residual_at
 from megaresnorm.recipe import ModelRecipe
+from megaresnorm.recompute import Keeper, Region
 
 if TYPE_CHECKING:
     from megaresnorm.model.transformer import Transformer
@@ -30,16 +32,51 @@ WIDEST, MOST_KINDS = 512, 3  # model.dim and kinds of blocks up to which ``auto`
 
 
 class BlockRun(nn.Module):
-    """Consecutive blocks as one function to compile."""
+    """Consecutive blocks as one function to compile.
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
+    Args:
+        add_norm: closes the add that the last block leaves pending; None: it stays pending.
+    """
+
+    def __init__(self, blocks: Sequence[Block], add_norm: AddNorm | None = None) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks, self.add_norm = nn.ModuleList(blocks), add_norm
 
     def forward(self, stream: Stream, rows: SequenceInfo, masks: DropoutMasks | None) -> Stream:
         """The stream after the last of them."""
         for number, block in enumerate(self.blocks):
             stream = block(stream, rows, None if masks is None else masks.of_blocks(number, 1))
+        return stream if self.add_norm is None else Stream(self.add_norm.trunk(stream))
+
+
+class CompiledSpan:
+    """Compiled blocks of which one tensor is kept: the same code is run again in backward (see ``Span``).
+
+    Args:
+        runs: by the number of their first block.
+    """
+
+    def __init__(self, runs: dict[int, BlockRun], keeper: Keeper | None) -> None:
+        self.runs, self.keeper = runs, keeper
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks."""
+        return sum(len(run.blocks) for run in self.runs.values())
+
+    def __call__(self, stream: Stream, rows: SequenceInfo, masks: DropoutMasks | None) -> Stream:
+        """The stream after the last of them. Its own add must be closed."""
+        assert stream.delta is None
+        with Region(self.keeper) as region:
+            x_again = region.keep(stream.x)
+            region.begin(lambda: self._run(Stream(x_again()), rows, masks))
+            return self._run(stream, rows, masks)
+
+    def _run(self, stream: Stream, rows: SequenceInfo, masks: DropoutMasks | None) -> Stream:
+        start = min(self.runs)
+        for first, run in self.runs.items():
+            own = None if masks is None else masks.of_blocks(first - start, len(run.blocks))
+            stream = run(stream, rows, own)
         return stream
 
 
@@ -50,16 +87,25 @@ class CompiledBlocks:
     since each shape would be minutes of compiling.
 
     Args:
-        blocks: by their global number.
+        runs: the blocks and spans as they run otherwise, by the number of their first block.
+        add_norm: of the stream.
         per_graph: blocks in one graph, at most.
     """
 
-    def __init__(self, recipe: ModelRecipe, blocks: dict[int, Block], per_graph: int) -> None:
-        self.runs: dict[int, BlockRun] = {}
-        for numbers in equal_runs(recipe, list(blocks), per_graph):
-            run = BlockRun([blocks[number] for number in numbers])
-            run.compile(fullgraph=True, dynamic=False)
-            self.runs[numbers[0]] = run
+    def __init__(self, recipe: ModelRecipe, runs: dict[int, Block | Span], add_norm: AddNorm, per_graph: int) -> None:
+        self.runs: dict[int, BlockRun | CompiledSpan] = {}
+        before_span = {first - 1 for first, run in runs.items() if isinstance(run, Span)}
+        alone: dict[int, Block] = {}
+        for first, run in [*runs.items(), (-1, None)]:
+            if isinstance(run, Block):
+                alone[first] = run
+                if first not in before_span:
+                    continue
+            self.runs |= _compiled_runs(recipe, alone, add_norm if before_span & alone.keys() else None, per_graph)
+            alone = {}
+            if isinstance(run, Span):
+                blocks = {first + i: block for i, block in enumerate(run.blocks)}
+                self.runs[first] = CompiledSpan(_compiled_runs(recipe, blocks, add_norm, per_graph), run.keeper)
         self._shape: tuple[int, int] | None = None
 
     def serves(self, rows: SequenceInfo) -> bool:
@@ -72,8 +118,21 @@ class CompiledBlocks:
     def __call__(self, stream: Stream, rows: SequenceInfo, masks: DropoutMasks | None) -> Stream:
         """The stream after the last block."""
         for first, run in self.runs.items():
-            stream = run(stream, rows, None if masks is None else masks.of_blocks(first, len(run.blocks)))
+            count = run.num_blocks if isinstance(run, CompiledSpan) else len(run.blocks)
+            stream = run(stream, rows, None if masks is None else masks.of_blocks(first, count))
         return stream
+
+
+def _compiled_runs(
+    recipe: ModelRecipe, blocks: dict[int, Block], add_norm: AddNorm | None, per_graph: int
+) -> dict[int, BlockRun]:
+    """Consecutive blocks in graphs of equal ones, the last of which closes its add where ``add_norm`` is given."""
+    found: dict[int, BlockRun] = {}
+    for numbers in equal_runs(recipe, list(blocks), per_graph, lambda number: blocks[number].recomputes):
+        closes = add_norm if numbers[-1] == max(blocks) else None
+        found[numbers[0]] = run = BlockRun([blocks[number] for number in numbers], closes)
+        run.compile(fullgraph=True, dynamic=False)
+    return found
 
 
 def num_kinds(recipe: ModelRecipe) -> int:
@@ -81,10 +140,16 @@ def num_kinds(recipe: ModelRecipe) -> int:
     return len({_wiring(recipe, block) for block in range(recipe.num_blocks)})
 
 
-def equal_runs(recipe: ModelRecipe, blocks: Sequence[int], per_graph: int) -> list[list[int]]:
-    """Consecutive equal blocks in lists of at most ``per_graph``, all of one length where that is possible."""
+def equal_runs(
+    recipe: ModelRecipe, blocks: Sequence[int], per_graph: int, also: Callable[[int], object] = lambda block: None
+) -> list[list[int]]:
+    """Consecutive equal blocks in lists of at most ``per_graph``, all of one length where that is possible.
+
+    Args:
+        also: what else of a block is compiled in.
+    """
     found: list[list[int]] = []
-    for _, group in groupby(blocks, key=lambda block: _wiring(recipe, block)):
+    for _, group in groupby(blocks, key=lambda block: (_wiring(recipe, block), also(block))):
         same = list(group)
         lengths = range(min(per_graph, len(same)), max(1, per_graph // 2), -1)
         length = min(lengths, key=lambda n: -len(same) % n, default=per_graph)
@@ -190,9 +255,8 @@ def compile_blocks(model: "Transformer", compiling: Compiling) -> None:
     limits, wanted = torch._dynamo.config, 8 + 2 * model.recipe.num_blocks
     limits.recompile_limit = max(limits.recompile_limit, wanted)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * wanted)
-    blocks = {int(number): cast(Block, block) for number, block in model.blocks.items()}
     if compiling.per_graph:
-        model.compiled = CompiledBlocks(model.recipe, blocks, compiling.per_graph)
+        model.compiled = CompiledBlocks(model.recipe, model.runs, model.add_norm, compiling.per_graph)
         return
-    for block in blocks.values():
+    for block in model.blocks.values():
         block.compile()

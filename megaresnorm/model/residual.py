@@ -3,10 +3,12 @@
 T tokens (batch * seq)   D model dim
 """
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megaresnorm.kernels.add_norm.reference import NormWeights
 from megaresnorm.kernels.dropout import Dropout
@@ -133,6 +135,9 @@ class Residual(nn.Module):
         """
         if not (self.reruns and torch.is_grad_enabled()):
             return self._run(x, u, rows, masks)
+        if torch.compiler.is_compiling():  # which knows no hooks, but this
+            run = functools.partial(self._run, rows=rows, masks=masks)
+            return checkpoint(run, x, u, use_reentrant=False, preserve_rng_state=False)
         with Region() as region:
             x_again = (lambda: None) if self.token_gate is None else region.keep(x)
             u, u_again = u.read_twice(region.keep)

@@ -190,7 +190,8 @@ class ColumnsLayout(TensorLayout):
         """
         if self.axis.size == 1:
             return _read_through(None, self, kernel, args, remakes)
-        return columns_add_norm(kernel, args, self.norm, gather=self.gather, keeps=self.keeps, remakes=remakes)
+        keeps = self.keeps or remakes is Remakes.ROWS
+        return columns_add_norm(kernel, args, self.norm, gather=self.gather, keeps=keeps, remakes=remakes)
 
     def reduce(self, y_TD: Tensor) -> Tensor:
         """This rank's columns [T, d] of the sum.
@@ -238,5 +239,6 @@ def _read_through(
         return out.trunk, None
     if collective is None or layout.axis.size == 1:
         return out.trunk, remade_by_kernel(BranchInput(out.branch_input), out, kernel, args, remakes)
-    u = BranchInput(out.branch_input, collective, layout.axis, (out.branch_input.detach(),), layout.keeps)
-    return out.trunk, u if layout.keeps else remade_by_kernel(u, out, kernel, args, remakes)
+    keeps = layout.keeps or remakes is Remakes.ROWS
+    u = BranchInput(out.branch_input, collective, layout.axis, (out.branch_input.detach(),), keeps)
+    return out.trunk, u if keeps else remade_by_kernel(u, out, kernel, args, remakes)

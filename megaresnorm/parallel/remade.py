@@ -19,13 +19,20 @@ class Remakes(Enum):
 
     Attributes:
         NOTHING: it is kept.
+        ROWS: it is kept, as whole rows once they are gathered: within a recomputation that drops them.
         STORED: the stored sum, where a norm or an add keeps it for its own gradient.
         TRUNK: also the trunk itself, which whoever asks keeps.
     """
 
     NOTHING = "nothing"
+    ROWS = "rows"
     STORED = "stored"
     TRUNK = "trunk"
+
+    @property
+    def of_what_is_kept(self) -> bool:
+        """Whether it is made again. A compiler would take what is made twice for one, and keep that."""
+        return self in (Remakes.STORED, Remakes.TRUNK) and not torch.compiler.is_compiling()
 
 
 def remade_by_kernel(
@@ -40,7 +47,7 @@ def remade_by_kernel(
         out: the results of the call.
     """
     norm, next_norm, out_dtype = args.norm, args.next_norm, args.out_dtype
-    if remakes is Remakes.NOTHING or out.stored is None or out_dtype not in _MADE:
+    if not remakes.of_what_is_kept or out.stored is None or out_dtype not in _MADE:
         return u
     if norm is None and next_norm is None:  # the stored sum itself, or rounded
         is_kept = args.delta is not None or remakes is Remakes.TRUNK

@@ -320,7 +320,7 @@ def columns_add_norm(
     rounded = stored if norm is not None else out_dtype
     y, statistics = sharded.with_statistics(z, last, rounded)
     u = _gathered_columns(y.to(out_dtype), sharded.axis, keeps)
-    if not keeps and remakes is not Remakes.NOTHING:
+    if not keeps and remakes.of_what_is_kept:
         u = remade_of_columns(u, z, statistics, last, sharded.traceable, rounded)
     return y if norm is not None else z, u
 

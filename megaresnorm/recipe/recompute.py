@@ -92,7 +92,7 @@ class RecomputeRecipe(Section):
             )
         if self.policy != "auto":
             refuse_ignored(self, "recompute", why, "budget")
-        policies = {self.policy, *(some.policy for some in self.blocks)}
+        policies = self.policies
         if self.offload and not policies & {"block", "every"}:
             raise ValueError(
                 f"recompute.offload=true has no effect with {why}, which keeps no tensor between blocks alone; use "
@@ -110,3 +110,8 @@ class RecomputeRecipe(Section):
                     "block can have one policy"
                 )
         return self
+
+    @property
+    def policies(self) -> set[str]:
+        """Every policy that is named."""
+        return {self.policy, *(some.policy for some in self.blocks)}

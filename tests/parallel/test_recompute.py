@@ -79,7 +79,7 @@ def types_of(place: str) -> tuple[str, ...]:
 
 
 def some_cases(place: str) -> list[tuple[str, str, str, list[str]]]:
-    """Every topology with two policies, in one type, with dropout or without: which ones changes from place to place."""
+    """Every topology with two policies, in one type, with dropout or without: which ones, changes with the place."""
     names, at, types = list(POLICIES), list(PLACES).index(place), types_of(place)
     return [
         (
@@ -118,7 +118,7 @@ def counted(rank: int, recipes: list[Recipe]) -> list[tuple[dict[str, int], dict
     """Runs of branches, collectives over tp, and microbatches."""
     results = []
     for recipe in recipes:
-        assembled, engine = build(recipe)
+        _, engine = build(recipe)
         runs, sent = Counter(), Counter()
 
         def counting(real, name, counter):
@@ -156,9 +156,9 @@ def test_no_branch_is_run_three_times(topology):
 
 
 # What a block sends more than under none, in a microbatch: (all-reduce, all-gather, reduce-scatter). A branch that is
-# run again gathers its input, as its linear does in backward otherwise, and stops before its own sum is sent. Of a block
-# that is run again the first branch's sum is sent again, and under columns, merge, the statistics of the second norm are
-# merged again; in deepnorm also the second sum, which the norm at the block's end keeps, and its statistics.
+# run again gathers its input, as its linear does in backward otherwise, and stops before its own sum is sent. Of a
+# block that is run again the first branch's sum is sent again, and under columns, merge, the statistics of the second
+# norm are merged again; in deepnorm also the second sum, which the norm at the block's end keeps, and its statistics.
 MORE: dict[tuple[str, str], tuple[int, int, int]] = {
     ("pre", "tp2 full"): (1, 0, 0),
     ("pre", "tp2 tokens"): (0, 0, 1),

@@ -5,7 +5,9 @@ T tokens   D model dim   F ffn dim
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megaresnorm.model.branches.branch import Branch
 from megaresnorm.model.norm import Norm
@@ -50,10 +52,16 @@ class FeedForward(Branch):
         into = self.gate_up if self.gated else self.up
         # The bias belongs to the activation's kernel, which sums its gradient on the way.
         a = into.without_bias(u_TD)
-        h = self.activate(a, into.bias, self.kind)
+        if self.remakes_activation and torch.compiler.is_compiling():  # which makes again what of this backward needs
+            return checkpoint(self._out, a, into.bias, use_reentrant=False, preserve_rng_state=False)
+        return self._out(a, into.bias)
+
+    def _out(self, a: Tensor, bias: Tensor | None) -> Tensor:
+        h = self.activate(a, bias, self.kind)
         if self.norm_inner is not None:
             return self.down(self.normalize_shared(h, self.norm_inner))
-        return self.down(self._remade(h, a, into.bias) if self.remakes_activation else h)
+        remakes = self.remakes_activation and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return self.down(self._remade(h, a, bias) if remakes else h)
 
     def _remade(self, h: Tensor, a: Tensor, bias: Tensor | None) -> BranchInput:
         """h, which backward makes again of what the activation keeps."""
