@@ -14,7 +14,7 @@ from megaresnorm.model.compiled import equal_runs, num_kinds, resolve_compile_mo
 from megaresnorm.model.dropout import DropoutKey
 from megaresnorm.model.topology import TOPOLOGIES
 from megaresnorm.precision.bf16 import Bf16Copies
-from megaresnorm.recipe import KernelRecipe, ModelRecipe, PrecisionRecipe
+from megaresnorm.recipe import KernelRecipe, ModelRecipe, PrecisionRecipe, RecomputeRecipe
 from megaresnorm.recipe.load import build_recipe
 
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
@@ -42,9 +42,9 @@ def model_recipe(num_blocks, topology="pre", **settings):
     )
 
 
-def built(recipe, compute="fp32", compiled="blocks"):
+def built(recipe, compute="fp32", compiled="blocks", recompute=None):
     kernels = KernelRecipe(add_norm="reference", activation="reference")  # as compiled blocks take them
-    assembled = build_model(recipe, PrecisionRecipe(compute=compute), kernels, compiled=compiled)
+    assembled = build_model(recipe, PrecisionRecipe(compute=compute), kernels, compiled=compiled, recompute=recompute)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # away from gates of 0, behind which nothing could be seen
         for p in assembled.model.parameters():
@@ -194,3 +194,38 @@ def test_attention_after_rotary_is_one_graph_as_well(settings, graphs):
     torch.testing.assert_close(loss, want_loss, rtol=1e-6, atol=0)
     for name, gradient in want.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+POLICIES = [
+    {"policy": "norm"},
+    {"policy": "ffn"},
+    {"policy": "branch"},
+    {"policy": "block"},
+    {"policy": "every", "every": 3},
+    {
+        "policy": "none",
+        "blocks": [{"first": 1, "last": 1, "policy": "block"}, {"first": 3, "last": 3, "policy": "norm"}],
+    },
+]
+
+
+@pytest.mark.parametrize("topology", ["pre", "keel", "peri"])
+def test_compiled_blocks_that_recompute_have_the_bits_of_those_that_do_not(topology, monkeypatch):
+    """By AOT autograd, which divides a graph into forward and backward and then runs it as it is."""
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compile_(function, backend="aot_eager", **options)
+    )
+    recipe, key = model_recipe(4, topology, dropout=0.25), DropoutKey(7, torch.arange(16))
+    want_loss, want = backward(built(recipe), dropout=key)
+    for policy in POLICIES:
+        torch._dynamo.reset()
+        loss, got = backward(built(recipe, recompute=RecomputeRecipe(**policy)), dropout=key)
+        different = [name for name, gradient in want.items() if not torch.equal(got[name], gradient)]
+        assert torch.equal(loss, want_loss) and not different, (policy, different)
+
+
+def test_blocks_that_are_run_again_one_by_one_are_one_graph(graphs):
+    recipe = model_recipe(12)
+    backward(built(recipe, recompute=RecomputeRecipe(policy="block")))
+    assert graphs.frame_count == 1
