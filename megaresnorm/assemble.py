@@ -30,6 +30,7 @@ from megaresnorm.model.parameters import global_name, parameter_table
 from megaresnorm.model.specs import ParameterSpec
 from megaresnorm.model.stream import AddNorm, Kernels
 from megaresnorm.model.transformer import Transformer
+from megaresnorm.offload import Offload
 from megaresnorm.parallel.control import all_gather_json
 from megaresnorm.parallel.head import HeadLoss
 from megaresnorm.parallel.layouts import FullLayout, TensorLayout, tensor_layout
@@ -120,6 +121,7 @@ def build_model(
     precision, kernels = precision or PrecisionRecipe(), kernels or KernelRecipe()
     parallel, context = parallel or ParallelRecipe(), context or ParallelContext.single()
     recompute = recompute or RecomputeRecipe()
+    offload = Offload.of_device(device) if recompute.offload else None
     compiling = resolve_compile_mode(
         compiled, recipe, device.type, tp=context.tp.size, sharded=shard is not None, opaque=opaque_kernel(kernels)
     )
@@ -159,7 +161,7 @@ def build_model(
         materialize(model, table, context, seed=seed, dtype=weight_dtype(precision.compute), device=device)
         if model.head is not None:
             model.head.loss = HeadLoss(_loss_of(loss_kernel, model, context.tp), logit_rows)
-        set_up(model, segments_of(recompute, stages[number].blocks))
+        set_up(model, segments_of(recompute, stages[number].blocks), offload)
         models[number] = model
     return Assembled(models, table, layout, context, device, backends, choices, compiling.mode)
 
