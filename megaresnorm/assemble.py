@@ -117,10 +117,9 @@ def build_model(
         ConfigError: a topology, kernel or device cannot be used.
     """
     load_backends()
-    device = torch.device(device)
+    device, recompute = torch.device(device), recompute or RecomputeRecipe()
     precision, kernels = precision or PrecisionRecipe(), kernels or KernelRecipe()
     parallel, context = parallel or ParallelRecipe(), context or ParallelContext.single()
-    recompute = recompute or RecomputeRecipe()
     offload = Offload.of_device(device) if recompute.offload else None
     compiling = resolve_compile_mode(
         compiled, recipe, device.type, tp=context.tp.size, sharded=shard is not None, opaque=opaque_kernel(kernels)
