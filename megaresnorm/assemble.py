@@ -30,6 +30,7 @@ from megaresnorm.model.parameters import global_name, parameter_table
 from megaresnorm.model.specs import ParameterSpec
 from megaresnorm.model.stream import AddNorm, Kernels
 from megaresnorm.model.transformer import Transformer
+from megaresnorm.offload import Offload
 from megaresnorm.parallel.control import all_gather_json
 from megaresnorm.parallel.head import HeadLoss
 from megaresnorm.parallel.layouts import FullLayout, TensorLayout, tensor_layout
@@ -116,10 +117,10 @@ def build_model(
         ConfigError: a topology, kernel or device cannot be used.
     """
     load_backends()
-    device = torch.device(device)
+    device, recompute = torch.device(device), recompute or RecomputeRecipe()
     precision, kernels = precision or PrecisionRecipe(), kernels or KernelRecipe()
     parallel, context = parallel or ParallelRecipe(), context or ParallelContext.single()
-    recompute = recompute or RecomputeRecipe()
+    offload = Offload.of_device(device) if recompute.offload else None
     compiling = resolve_compile_mode(
         compiled, recipe, device.type, tp=context.tp.size, sharded=shard is not None, opaque=opaque_kernel(kernels)
     )
@@ -153,7 +154,7 @@ def build_model(
     for number in stages_of_rank(context.pp.rank, context.pp.size, len(stages)):
         with torch.device("meta"):
             model = Transformer(recipe, model_kernels, layout, stages[number])
-        set_up(model, segments_of(recompute, stages[number].blocks))
+        set_up(model, segments_of(recompute, stages[number].blocks), offload)
         compile_blocks(model, compiling)
         if shard is not None:
             shard(model)

@@ -1,12 +1,15 @@
 """Which blocks are recomputed how: the segments of a stage, from the recipe, and a model that is set up by them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain, repeat
 from typing import NamedTuple
 
 from megaresnorm.model.block import Block
 from megaresnorm.model.branches.ffn import FeedForward
 from megaresnorm.model.spans import Span
 from megaresnorm.model.transformer import Transformer
+from megaresnorm.offload import Offload
 from megaresnorm.parallel.remade import Remakes
 from megaresnorm.recipe import RecomputeRecipe
 from megaresnorm.recompute import Keeper
@@ -39,12 +42,13 @@ def _segments(first: int, policies: Sequence[str], every: int | None) -> Iterato
             start = i
 
 
-def set_up(model: Transformer, segments: Sequence[Segment], keeper: Keeper | None = None) -> None:
+def set_up(model: Transformer, segments: Sequence[Segment], offload: Offload | None = None) -> None:
     """Let a stage's blocks recompute as their segments say.
 
     Args:
-        keeper: keeps the tensors between spans of blocks; None: on the device.
+        offload: keeps the tensors between spans of blocks; None: they stay on the device.
     """
+    keeper = _keepers(model, offload)
     model.runs = {}
     for segment in segments:
         blocks = {number: model.blocks[str(number)] for number in segment.blocks}
@@ -53,14 +57,29 @@ def set_up(model: Transformer, segments: Sequence[Segment], keeper: Keeper | Non
             _set_up_block(block, segment.policy)
             model.runs[number] = block
         if segment.policy == "block":
-            model.runs |= {number: Span([block], keeper) for number, block in blocks.items()}  # type: ignore[list-item]
+            model.runs |= {number: Span([block], keeper(number)) for number, block in blocks.items()}  # type: ignore[list-item]
         elif segment.policy == "every":
             for number in segment.blocks[1:]:
                 del model.runs[number]
-            model.runs[segment.blocks.start] = Span(list(blocks.values()), keeper)  # type: ignore[arg-type]
+            first = segment.blocks.start
+            model.runs[first] = Span(list(blocks.values()), keeper(first))  # type: ignore[arg-type]
         if segment.policy in ("block", "every"):
             for number in segment.blocks if segment.policy == "block" else segment.blocks[:1]:
                 blocks[number].sublayers[0].remakes = Remakes.TRUNK  # type: ignore[union-attr,index]
+
+
+def _keepers(model: Transformer, offload: Offload | None) -> Callable[[int], Callable[[], Keeper] | None]:
+    """What gives a span its keeper, called with the number of the span's first block, in order.
+
+    What a stage receives is in a buffer on the device until its backward pass, and is not copied.
+    """
+    are_first = chain([True], repeat(False))
+
+    def keeper(block: int) -> Callable[[], Keeper] | None:
+        received = block == model.stage.blocks.start and not model.stage.has_embedding
+        return None if offload is None or received else partial(offload.begin, first=next(are_first))
+
+    return keeper
 
 
 def _set_up_block(block: Block, policy: str) -> None:

@@ -11,11 +11,12 @@ import pytest
 ROOT = Path(__file__).parents[1] / "megaresnorm"
 # From the bottom up; a module may import its own layer and those below.
 LAYERS = [
-    ["errors", "limits", "text", "files", "reading", "recipe"],
+    ["errors", "limits", "text", "files", "reading", "recipe", "recompute", "pinned"],
     ["kernels"],
     ["parallel"],
     ["model"],
-    ["precision"],
+    ["precision", "offload"],
+    ["recompute_plan"],
     ["assemble", "layout"],
     [
         "checkpoint",

@@ -1,10 +1,11 @@
 """Host memory for copies of a GPU's tensors."""
 
-import weakref
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from megaresnorm.pinned import pin
 
 ARENA = 1 << 30  # bytes that are pinned at a time
 ALIGNMENT = 256
@@ -13,8 +14,8 @@ ALIGNMENT = 256
 class HostCopies:
     """Memory on the host for tensors of the same shapes and types, pinned where they are copies of a GPU's.
 
-    torch pins tensor by tensor and rounds each up to a power of two, which can take up to twice the memory and seconds
-    for each GB. Here many tensors lie in one piece of memory, which is pinned as it is, until this object is gone.
+    torch pins tensor by tensor, which can take seconds for each GB. Here many tensors lie in one piece of memory, which
+    is pinned as it is, until this object is gone. Where that fails copies are slower, no more.
 
     Attributes:
         tensors: in the order of what they are copies of.
@@ -25,18 +26,12 @@ class HostCopies:
         for group in _groups([-(-t.nbytes // ALIGNMENT) * ALIGNMENT for t in sources]):
             memory = torch.empty(sum(size for _, size in group), dtype=torch.uint8)
             if memory.nbytes and any(_on_gpu(sources[i]) for i, _ in group):
-                self._pin(memory)
+                pin(memory, self)
             start = 0
             for i, size in group:
                 like = sources[i]
                 self.tensors.append(memory[start : start + like.nbytes].view(like.dtype).view(like.shape))
                 start += size
-
-    def _pin(self, memory: Tensor) -> None:
-        """Register memory with the driver. Where that fails copies are slower, no more."""
-        runtime, address = torch.cuda.cudart(), memory.data_ptr()
-        if int(runtime.cudaHostRegister(address, memory.nbytes, 0)) == 0:
-            weakref.finalize(self, runtime.cudaHostUnregister, address)
 
 
 def _on_gpu(tensor: Tensor) -> bool:

@@ -56,7 +56,7 @@ class CompiledSpan:
         runs: by the number of their first block.
     """
 
-    def __init__(self, runs: dict[int, BlockRun], keeper: Keeper | None) -> None:
+    def __init__(self, runs: dict[int, BlockRun], keeper: Callable[[], Keeper] | None) -> None:
         self.runs, self.keeper = runs, keeper
 
     @property
@@ -67,7 +67,7 @@ class CompiledSpan:
     def __call__(self, stream: Stream, rows: SequenceInfo, masks: DropoutMasks | None) -> Stream:
         """The stream after the last of them. Its own add must be closed."""
         assert stream.delta is None
-        with Region(self.keeper) as region:
+        with Region(None if self.keeper is None else self.keeper()) as region:
             x_again = region.keep(stream.x)
             region.begin(lambda: self._run(Stream(x_again()), rows, masks))
             return self._run(stream, rows, masks)

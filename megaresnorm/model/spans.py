@@ -19,10 +19,11 @@ class Span:
     left pending: what it stores is the tensor that is kept.
 
     Args:
-        keeper: keeps that tensor; None: on the device.
+        keeper: called for every forward pass that is differentiated: what keeps that tensor. None: it stays on the
+            device.
     """
 
-    def __init__(self, blocks: Sequence[Block], keeper: Keeper | None = None) -> None:
+    def __init__(self, blocks: Sequence[Block], keeper: Callable[[], Keeper] | None = None) -> None:
         self.blocks, self.keeper = tuple(blocks), keeper
 
     def __call__(self, stream: Stream, rows: SequenceInfo, masks: DropoutMasks | None) -> Stream:
@@ -33,7 +34,7 @@ class Span:
         """
         if not torch.is_grad_enabled():
             return self._run(stream, rows, masks)
-        with Region(self.keeper) as region:
+        with Region(None if self.keeper is None else self.keeper()) as region:
 
             def begin(opened: Opened) -> Opened:
                 x_again = region.keep(opened.x)
