@@ -209,7 +209,9 @@ POLICIES = [
 ]
 
 
-@pytest.mark.parametrize("topology", ["pre", "keel", "peri"])
+@pytest.mark.parametrize(
+    "topology", ["pre", *(pytest.param(name, marks=pytest.mark.slow) for name in ("keel", "peri"))]
+)
 def test_compiled_blocks_that_recompute_have_the_bits_of_those_that_do_not(topology, monkeypatch):
     """By AOT autograd, which divides a graph into forward and backward and then runs it as it is."""
     compile_ = torch.compile

@@ -38,11 +38,24 @@ def recipe_of(policy, topology="pre", variant="llama", compute="fp32", **section
     return make_recipe(topology, variant, {}, compute, BLOCKS, recompute=recompute, **sections)
 
 
+COMPUTE = ("fp32", "bf16", "bf16 stream")
+
+
+@pytest.mark.parametrize(("topology", "types"), [(topology, [COMPUTE[i % 3]]) for i, topology in enumerate(TOPOLOGIES)])
+def test_loss_and_gradients_are_those_without_recomputation(topology, types, late):
+    check_bits(topology, "gpt", types, late)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("variant", ["llama", "gpt"])
-def test_loss_and_gradients_are_those_without_recomputation(topology, variant, late):
-    """The second variant has dropout. Of every span one tensor is copied, but for the last, and never a weight."""
-    for compute in ("fp32", "bf16", "bf16 stream"):
+def test_loss_and_gradients_are_those_without_recomputation_in_every_type(topology, variant, late):
+    check_bits(topology, variant, COMPUTE, late)
+
+
+def check_bits(topology, variant, types, late):
+    """The variant gpt has dropout. Of every span one tensor is copied, but for the last, and never a weight."""
+    for compute in types:
         found = {}
         for policy in ("none", *OFFLOADED):
             recipe = recipe_of(policy, topology, variant, compute)
@@ -70,7 +83,9 @@ RANKS = {
 }
 
 
-@pytest.mark.parametrize("layout", RANKS)
+@pytest.mark.parametrize(
+    "layout", [name if name in ("pp2 1f1b", "fsdp2") else pytest.param(name, marks=pytest.mark.slow) for name in RANKS]
+)
 def test_layouts_train_as_without_recomputation(layout, late):
     """Two steps, the second with gradients of weights that the first has changed."""
     num_ranks, parallel = RANKS[layout]
