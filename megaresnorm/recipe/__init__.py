@@ -155,6 +155,12 @@ class Recipe(Section):
                 f"recompute.blocks: {beyond.first}-{beyond.last} is not within the blocks 0-{num_blocks - 1} of "
                 f"model.num_blocks={num_blocks}"
             )
+        named = sum(some.last - some.first + 1 for some in recompute.blocks)
+        if named == num_blocks and recompute.policy != "none":
+            raise ValueError(
+                f"recompute.policy={recompute.policy} has no effect: recompute.blocks has another policy for all "
+                f"{num_blocks} blocks; remove one of the two"
+            )
         if recompute.offload and self.train.compile == "cuda_graphs":
             raise ValueError(
                 "recompute.offload=true does not go with train.compile=cuda_graphs, which records one stream; use "
