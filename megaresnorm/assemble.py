@@ -21,6 +21,7 @@ from megaresnorm.layout import (
     check_sharded_loss,
     gathers_stream,
     opaque_kernel,
+    runs_again,
     split_stages,
 )
 from megaresnorm.model.compiled import compile_blocks, resolve_compile_mode
@@ -121,8 +122,9 @@ def build_model(
     parallel, context = parallel or ParallelRecipe(), context or ParallelContext.single()
     recompute = recompute or RecomputeRecipe()
     compiling = resolve_compile_mode(
-        compiled, recipe, device.type, tp=context.tp.size, sharded=shard is not None, opaque=opaque_kernel(kernels)
-    )
+        compiled, recipe, device.type, tp=context.tp.size, sharded=shard is not None, opaque=opaque_kernel(kernels),
+        again=runs_again(recompute),
+    )  # fmt: skip
     compute, stored = DTYPES[precision.compute], DTYPES[precision.stream]
     kinds = {"activation": recipe.ffn, "attention": "plain" if recipe.attention_softcap is None else "softcap"}
     chosen = {

@@ -5,7 +5,15 @@ from megaresnorm.model.cost import block_flops, embedding_flops, head_flops
 from megaresnorm.model.transformer import Stage
 from megaresnorm.parallel.mesh import Sizes, resolve_sizes
 from megaresnorm.parallel.stages import split_blocks, stage_ranges
-from megaresnorm.recipe import KernelRecipe, ModelRecipe, ParallelRecipe, PrecisionRecipe, Recipe, divisors
+from megaresnorm.recipe import (
+    KernelRecipe,
+    ModelRecipe,
+    ParallelRecipe,
+    PrecisionRecipe,
+    Recipe,
+    RecomputeRecipe,
+    divisors,
+)
 
 LARGE_VOCABULARY = 1 << 16  # tokens of a rank from which on the logits of a microbatch are the largest tensor by far
 WHOLE_ROWS = ("cpu", "reference", "liger", "quack")  # backends of the loss without pieces
@@ -61,6 +69,14 @@ def opaque_kernel(kernels: KernelRecipe) -> str | None:
     return next((f"kernels.{op}={backend}" for op, backend in named if backend in packages[op]), None)
 
 
+def runs_again(recompute: RecomputeRecipe) -> str | None:
+    """A policy under which a branch or a block is run again in backward, as the recipe has it; None without one."""
+    if recompute.policy not in ("none", "norm"):
+        return f"recompute.policy={recompute.policy}"
+    policies = (some.policy for some in recompute.blocks if some.policy not in ("none", "norm"))
+    return next((f"recompute.blocks, policy {policy}" for policy in policies), None)
+
+
 def check_sharded_loss(kernels: KernelRecipe, tp: int) -> None:
     """Check that the backend of the loss that was asked for can have a vocabulary sharded over tp.
 
@@ -103,6 +119,11 @@ def check_execution(recipe: Recipe, sizes: Sizes, device_type: str) -> None:
     check_rotary(recipe.model, recipe.kernels)
     if mode in ("blocks", "cuda_graphs") and (opaque := opaque_kernel(recipe.kernels)):
         raise ConfigError(f"train.compile={mode}: {opaque} cannot be compiled into a block; use train.compile=none")
+    if mode in ("blocks", "cuda_graphs") and (again := runs_again(recipe.recompute)):
+        raise ConfigError(
+            f"train.compile={mode}: {again} runs branches or blocks again, which compiled code does not; use "
+            "train.compile=none, or recompute=norm"
+        )
     if mode == "cuda_graphs":
         reasons = {
             f"records one rank's microbatch, not the messages of {sizes.num_ranks} ranks": sizes.num_ranks > 1,

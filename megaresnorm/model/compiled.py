@@ -123,7 +123,7 @@ class Compiling(NamedTuple):
 
 def resolve_compile_mode(
     setting: str, recipe: ModelRecipe, device_type: str, *, tp: int = 1, sharded: bool = False,
-    opaque: str | None = None,
+    opaque: str | None = None, again: str | None = None,
 ) -> Compiling:  # fmt: skip
     """What a setting of ``train.compile`` comes to.
 
@@ -134,6 +134,7 @@ def resolve_compile_mode(
         tp: ranks of tensor parallelism.
         sharded: whether FSDP2 will shard the blocks.
         opaque: a kernel, as key=backend, that no compiler sees through; None where there is none.
+        again: a setting under which branches or blocks are run again in backward; None where none is.
 
     Raises:
         ConfigError: no code can be generated here, or not with this kernel.
@@ -146,6 +147,7 @@ def resolve_compile_mode(
             "not measured with parallel.tp": tp > 1,
             "FSDP2's hooks stand between the blocks": sharded,
             f"{opaque} cannot be compiled into a block": opaque is not None,
+            f"{again} runs again what compiled code would keep": again is not None,
             f"its blocks are of {kinds} kinds, each of which would be compiled": kinds > MOST_KINDS,
         }
         against = next((reason for reason, holds in reasons.items() if holds), None) or _cannot_generate(device_type)
