@@ -147,7 +147,7 @@ class Recipe(Section):
         if (recompute.every or 0) > num_blocks:
             raise ValueError(
                 f"recompute.every={recompute.every} is more than model.num_blocks={num_blocks}; use at most that, and "
-                f"{max(1, round(num_blocks**0.5))} for the least memory"
+                f"{max(1, round(num_blocks**0.5 / 4))} for the least memory"
             )
         beyond = next((some for some in recompute.blocks if some.last >= num_blocks), None)
         if beyond is not None:

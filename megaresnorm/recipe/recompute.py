@@ -144,7 +144,7 @@ class RecomputeRecipe(Section):
         if self.policy == "every" and self.every is None:
             raise ValueError(
                 "recompute.policy=every needs recompute.every, the blocks that keep one tensor together; the least "
-                "memory is at about the square root of model.num_blocks"
+                "memory is at about a quarter of the square root of model.num_blocks"
             )
         policies = {self.policy, *(some.policy for some in self.blocks)}
         if self.offload and not policies & {"block", "every"}:
