@@ -45,10 +45,14 @@ def schema() -> None:
 
 
 def recipe_schema() -> dict:
-    """JSON schema of a recipe, with the names of the topologies."""
+    """JSON schema of a recipe, with the names of the topologies and the short form of recompute."""
     from megaresnorm.model.topology import TOPOLOGIES
     from megaresnorm.recipe import Recipe
 
     found = Recipe.model_json_schema()
     found["$defs"]["ModelRecipe"]["properties"]["topology"]["enum"] = list(TOPOLOGIES)
+    section = found["properties"]["recompute"]
+    policies = found["$defs"]["RecomputeRecipe"]["properties"]["policy"]["enum"]
+    alone = {"enum": [policy for policy in policies if policy != "every"]}  # which needs a number
+    found["properties"]["recompute"] = {"anyOf": [{"$ref": section.pop("$ref")}, alone], **section}
     return found

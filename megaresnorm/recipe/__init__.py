@@ -147,13 +147,19 @@ class Recipe(Section):
         if (recompute.every or 0) > num_blocks:
             raise ValueError(
                 f"recompute.every={recompute.every} is more than model.num_blocks={num_blocks}; use at most that, and "
-                f"{max(1, round(num_blocks**0.5))} for the least memory"
+                f"{max(1, round(num_blocks**0.5 / 4))} for the least memory"
             )
         beyond = next((some for some in recompute.blocks if some.last >= num_blocks), None)
         if beyond is not None:
             raise ValueError(
                 f"recompute.blocks: {beyond.first}-{beyond.last} is not within the blocks 0-{num_blocks - 1} of "
                 f"model.num_blocks={num_blocks}"
+            )
+        named = sum(some.last - some.first + 1 for some in recompute.blocks)
+        if named == num_blocks and recompute.policy != "none":
+            raise ValueError(
+                f"recompute.policy={recompute.policy} has no effect: recompute.blocks has another policy for all "
+                f"{num_blocks} blocks; remove one of the two"
             )
         if recompute.offload and self.train.compile == "cuda_graphs":
             raise ValueError(

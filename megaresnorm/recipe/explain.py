@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -37,7 +37,8 @@ def explain(error: Any) -> str:
             key = _shortened(".".join([key, *_first_inside(value)]))
         return f"{key}: no such setting{_suggest_key(key)}"
     if kind == "missing":
-        return f"{key} is missing; set it in the file or as {key}=..."
+        of_a_list = any(isinstance(part, int) for part in error["loc"])
+        return f"{key} is missing; " + ("add it there" if of_a_list else f"set it in the file or as {key}=...")
     if kind == "value_error":  # our own validators already name the keys
         return str(context["error"])
     if kind == "model_type":
@@ -102,9 +103,12 @@ def meant_by_option(option: str) -> str | None:
 
 def _suggest_key(key: str) -> str:
     """The key meant by a misspelt one: in the same section first, else the same name in another section."""
+    section, _, leaf = key.rpartition(".")
+    if section.rpartition(".")[2].isdigit() and (own := _keys_of_items(section)):
+        close = difflib.get_close_matches(leaf, own, n=1)
+        return f"; did you mean {section}.{close[0]}?" if close else f"; {section} has {', '.join(own)}"
     keys = list(recipe_keys())
     names = {".".join(k.split(".")[: i + 1]) for k in keys for i in range(k.count(".") + 1)}
-    section, _, leaf = key.rpartition(".")
     if meaning := meaning_of(key):  # names that mean something in their own section alone
         return f"; {meaning}"
     ours = [k for k in keys if k.partition(".")[2] == leaf]
@@ -127,10 +131,28 @@ def _suggest_key(key: str) -> str:
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
-    for kind in (annotation, *getattr(annotation, "__args__", ())):
+    for kind in (annotation, *(() if get_origin(annotation) is list else get_args(annotation))):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind
     return None
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections_in(inner)
+
+
+def _keys_of_items(section: str) -> list[str]:
+    """What an item of a list of sections has, such as data.blend.0; nothing where there is no such list."""
+    model: type[BaseModel] | None = Recipe
+    for name in section.split("."):
+        if model is not None and name in model.model_fields:
+            model = next(_sections_in(model.model_fields[name].annotation), None)
+        elif not name.isdigit():
+            return []
+    return [] if model is None else list(model.model_fields)
 
 
 def _ratio(a: str, b: str) -> float:

@@ -226,7 +226,11 @@ def apply_override(values: dict, override: str) -> None:
         raise ConfigError(f"override {short(override)}: {e}; put the value in quotes to mean a text") from None
     # A # after a blank begins a comment in a file. Whoever types it behind a = means it.
     means_it = isinstance(value, str | None) and _COMMENT.search(text) and text[:1] not in "'\""
-    values[leaf] = text if means_it else value
+    value = text if means_it else value
+    if key == "recompute" and isinstance(value, str) and isinstance(values.get(key), dict):
+        values[key]["policy"] = value  # for which it is short: the other keys stay
+    else:
+        values[leaf] = value
 
 
 def build_recipe(values: dict) -> Recipe:

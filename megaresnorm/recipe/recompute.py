@@ -1,9 +1,10 @@
 """Settings of recomputation: what backward makes again, so that less is kept until then."""
 
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
@@ -11,22 +12,58 @@ from megaresnorm.limits import MAX_BLOCKS
 from megaresnorm.reading import bytes_of_size
 from megaresnorm.recipe.section import Blocks, BlocksOr0, Section, refuse_ignored
 
-BlockPolicy = Literal["none", "norm", "attention", "ffn", "branch", "block"]
-Policy = Literal["none", "norm", "attention", "ffn", "branch", "block", "every", "auto"]
 SHARE = 0.9  # of the memory that ``auto`` may use where no budget is given
+LEAST_BUDGET = 1 << 20  # bytes; a smaller number was meant as something else
+_BLOCK_POLICIES = Literal["none", "norm", "attention", "ffn", "branch", "block"]
+_POLICIES = Literal["none", "norm", "attention", "ffn", "branch", "block", "every", "auto"]
+_MEANT = (  # what others say, and our policy for it
+    ({"full", "true", "yes", "on", "all", "layer", "layers"}, "block (all but one tensor of each block)"),
+    ({"selective", "op", "ops"}, "norm (what is cheap), or attention or ffn (all inside a branch)"),
+    ({"layernorm", "rmsnorm", "norms"}, "norm"),
+    ({"attn", "core_attn", "self_attn"}, "attention"),
+    ({"mlp", "feed_forward", "moe"}, "ffn"),
+    ({"uniform"}, "every, with recompute.every"),
+    ({"memory_budget", "budget"}, "auto, with recompute.budget"),
+    ({"false", "no", "off", "null"}, "none"),
+)
+
+
+def _meant(value: Any) -> str:
+    """'; did you mean X?' for what others say in the place of a policy, or nothing."""
+    word = "null" if value is None else str(value).strip().lower() if isinstance(value, str | bool) else ""
+    return next((f"; did you mean {ours}?" for words, ours in _MEANT if word in words), "")
+
+
+def _one_of(policies: Sequence[str]) -> BeforeValidator:
+    def check(value: Any) -> Any:
+        wanted = f"one of {', '.join(policies)}"
+        if value in ("every", "auto") and value not in policies:
+            raise PydanticCustomError("policy", f"{wanted}; every and auto are for recompute.policy alone")
+        if value not in policies and (meant := _meant(value)):
+            raise PydanticCustomError("policy", f"{wanted}{meant}")
+        return value
+
+    return BeforeValidator(check)
+
+
+BlockPolicy = Annotated[_BLOCK_POLICIES, _one_of(get_args(_BLOCK_POLICIES))]
+Policy = Annotated[_POLICIES, _one_of(get_args(_POLICIES))]
 
 
 def _budget(value: Any) -> float | int | str:
     """A size as text or a whole number of bytes, or a share of the memory; as it was given."""
     wanted = "a size such as 20GiB, or a share of the device's memory above 0 and at most 1, such as 0.9"
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise PydanticCustomError("budget", wanted)
     try:
-        usable = bytes_of_size(value) > 0 if isinstance(value, str) else 0 < value <= 1 or isinstance(value, int)
+        size = bytes_of_size(value) if isinstance(value, str) else value
     except ValueError:
-        usable = False
-    if not usable or (not isinstance(value, str) and not 0 < value < 2**60):
+        raise PydanticCustomError("budget", wanted) from None
+    if isinstance(size, float) and 0 < size <= 1:
+        return value
+    if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < 2**60:
         raise PydanticCustomError("budget", wanted)
+    if size < LEAST_BUDGET:
+        meant = f"; did you mean {'1.0' if size == 1 else f'{size}GiB'}?" if size < 1000 else ""
+        raise PydanticCustomError("budget", f"{wanted}; a number without unit is in bytes, at least 1MiB{meant}")
     return value
 
 
@@ -48,9 +85,15 @@ class RecomputeBlocks(Section):
     def _is_a_range(self) -> Self:
         if self.first > self.last:
             raise ValueError(
-                f"recompute.blocks: first={self.first} is after last={self.last}; blocks are numbered from 0"
+                f"recompute.blocks: first={self.first} is after last={self.last}; give the smaller number first"
             )
         return self
+
+
+def _ranges(value: Any) -> Any:
+    if isinstance(value, list) and all(isinstance(one, dict | RecomputeBlocks) for one in value):
+        return value
+    raise PydanticCustomError("ranges", "a list of ranges, as in '[{first: 0, last: 9, policy: block}]'")
 
 
 class RecomputeRecipe(Section):
@@ -72,36 +115,53 @@ class RecomputeRecipe(Section):
     offload: bool = False
     """policy block or every: keep the tensors between blocks in host memory instead of the device's, copied beside the
     computation."""
-    blocks: Annotated[list[RecomputeBlocks], Field(max_length=MAX_BLOCKS)] = []
+    blocks: Annotated[list[RecomputeBlocks], BeforeValidator(_ranges), Field(max_length=MAX_BLOCKS)] = []
     """Ranges of blocks with another policy than ``policy``, which has the rest."""
 
     @model_validator(mode="before")
     @classmethod
     def _short(cls, values: Any) -> Any:
-        return {"policy": values} if isinstance(values, str) else values
+        if isinstance(values, dict | RecomputeRecipe):
+            return values
+        if isinstance(values, str):
+            return {"policy": values}
+        wanted, meant = f"a policy, one of {', '.join(get_args(_POLICIES))}, or a section with keys", _meant(values)
+        if isinstance(values, int) and not isinstance(values, bool) and 1 <= values <= MAX_BLOCKS:
+            meant = f"; did you mean '{{policy: every, every: {values}}}'?"
+        elif isinstance(values, float) and 0 < values <= 1:
+            meant = f"; did you mean '{{policy: auto, budget: {values}}}'?"
+        raise PydanticCustomError("recompute", wanted + meant)
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Self:
         why = f"recompute.policy={self.policy}"
-        if self.policy != "every":
-            refuse_ignored(self, "recompute", why, "every")
-        elif self.every is None:
+        for key, policy in (("every", "every"), ("budget", "auto")):
+            value = getattr(self, key)
+            if value is not None and self.policy != policy:
+                raise ValueError(
+                    f"recompute.{key}={value} has no effect with {why}; use policy {policy}, or recompute.{key}=null"
+                )
+        if self.policy == "every" and self.every is None:
             raise ValueError(
                 "recompute.policy=every needs recompute.every, the blocks that keep one tensor together; the least "
-                "memory is at about the square root of model.num_blocks"
+                "memory is at about a quarter of the square root of model.num_blocks"
             )
-        if self.policy != "auto":
-            refuse_ignored(self, "recompute", why, "budget")
         policies = self.policies
         if self.offload and not policies & {"block", "every"}:
             raise ValueError(
-                f"recompute.offload=true has no effect with {why}, which keeps no tensor between blocks alone; use "
-                "policy block or every"
+                f"recompute.offload=true has no effect with {why}: it moves the tensors between blocks of policy "
+                "block or every; use one of these"
             )
         if policies <= {"block", "every"}:
             refuse_ignored(self, "recompute", why, "gathered")
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_have_one_policy(self) -> Self:
         if self.blocks and self.policy == "auto":
-            raise ValueError("recompute.blocks does not go with recompute.policy=auto, which chooses for every block")
+            raise ValueError(
+                "recompute.blocks does not go with recompute.policy=auto, which chooses for every block; remove one"
+            )
         ordered = sorted(self.blocks, key=lambda some: some.first)
         for one, following in pairwise(ordered):
             if following.first <= one.last:
