@@ -8,6 +8,7 @@ from test_bad_execution import recipe
 
 from megaresnorm.errors import ConfigError
 from megaresnorm.layout import check_execution
+from megaresnorm.parallel.mesh import Sizes
 
 GOOD = """
 model: {dim: 64, num_blocks: 4, num_heads: 4, seq_len: 32}
