@@ -3,7 +3,7 @@
 Meta model in its tensor layout and precision, compile, the engine's sharding, materialise, initialise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +41,7 @@ from megaresnorm.parallel.vocab import vocab_parallel_loss
 from megaresnorm.precision.bf16 import bf16_linear
 from megaresnorm.precision.dtypes import DTYPES, weight_dtype
 from megaresnorm.recipe import KernelRecipe, ModelRecipe, ParallelRecipe, PrecisionRecipe, RecomputeRecipe
-from megaresnorm.recompute_plan import segments_of, set_up
+from megaresnorm.recompute_plan import Segment, segments_of, set_up
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Assembled:
         backends: chosen kernel backend by op.
         kernel_choices: the same with their reasons, and of compiling, for people to read.
         compiled: what ``train.compile`` came to.
+        segments: which blocks are recomputed how, by stage, of all stages.
     """
 
     models: dict[int, Transformer]
@@ -64,6 +65,7 @@ class Assembled:
     backends: dict[str, str]
     kernel_choices: dict[str, str]
     compiled: str
+    segments: Mapping[int, Sequence[Segment]]
 
     @property
     def model(self) -> Transformer:
@@ -94,6 +96,7 @@ def build_model(
     context: ParallelContext | None = None,
     *,
     recompute: RecomputeRecipe | None = None,
+    segments: Mapping[int, Sequence[Segment]] | None = None,
     seed: int = 1234,
     device: str | torch.device = "cpu",
     compiled: str = "none",
@@ -105,6 +108,7 @@ def build_model(
     Args:
         recipe: with a vocab_size.
         context: None for one process.
+        segments: of all stages; None: as ``recompute`` names them, whose policy is then not auto.
         compiled: train.compile.
         logit_rows: tokens whose logits exist at a time in training; None: all.
         shard: called with every stage while it is on the meta device, so that a rank gets memory for its shards alone.
@@ -148,6 +152,7 @@ def build_model(
     prepare = PREPARATIONS.get(backends["attention"])
     model_kernels = _model_kernels(functions, layout, attention, norm, linear, stored, compute, prepare)
     stages = split_stages(recipe, parallel)
+    segments = segments or {i: segments_of(recompute, stage.blocks) for i, stage in enumerate(stages)}
     table = parameter_table(recipe, parallel.tensor_layout if context.tp.size > 1 else "full")
     models: dict[int, Transformer] = {}
     for number in stages_of_rank(context.pp.rank, context.pp.size, len(stages)):
@@ -159,9 +164,9 @@ def build_model(
         materialize(model, table, context, seed=seed, dtype=weight_dtype(precision.compute), device=device)
         if model.head is not None:
             model.head.loss = HeadLoss(_loss_of(loss_kernel, model, context.tp), logit_rows)
-        set_up(model, segments_of(recompute, stages[number].blocks))
+        set_up(model, segments[number])
         models[number] = model
-    return Assembled(models, table, layout, context, device, backends, choices, compiling.mode)
+    return Assembled(models, table, layout, context, device, backends, choices, compiling.mode, segments)
 
 
 def _loss_kernel(chosen: Kernel, kernels: KernelRecipe, tp: int) -> Kernel:

@@ -7,7 +7,6 @@ keeps by plain references.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 _MARK = "live_storages: forward has ended"

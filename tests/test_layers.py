@@ -11,13 +11,14 @@ import pytest
 ROOT = Path(__file__).parents[1] / "megaresnorm"
 # From the bottom up; a module may import its own layer and those below.
 LAYERS = [
-    ["errors", "limits", "text", "files", "reading", "recipe"],
+    ["errors", "limits", "text", "files", "reading", "recipe", "recompute", "recompute_budget"],
     ["kernels"],
     ["parallel"],
     ["model"],
     ["precision"],
-    ["assemble", "layout"],
+    ["assemble", "layout", "recompute_plan"],
     [
+        "activation_memory",
         "checkpoint",
         "resilience",
         "telemetry",
@@ -28,6 +29,7 @@ LAYERS = [
         "evaluation",
         "generate",
         "memory",
+        "recompute_auto",
     ],
     ["engines", "opening"],
     ["run", "convert", "planner", "machine"],
