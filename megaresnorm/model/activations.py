@@ -110,7 +110,8 @@ class Activations:
         layout: of the stream: full, tokens, or of columns merge or gather.
         keeps_rows: whether linears keep whole rows of their input (recompute.gathered: keep), or this rank's share.
         compute, stream: bytes of an element of the compute type and of the stream's type.
-        writes: whether capped attention scores and masks of dropout are written out, as kernels for GPUs do not.
+        writes: whether capped attention scores and masks of dropout are written out, and BF16 products copy what they
+            read, as on CPUs; not so on GPUs.
     """
 
     recipe: ModelRecipe
@@ -148,15 +149,18 @@ class Activations:
             found = (t for t in self.terms(kind) if t.part in parts and t.name not in without)
             return sum(t.size for t in found if t.part in made or not _drops(policy, t))
 
+        passed = ("inner norm", "token gate", "branch input in FP32")  # by backward, in a branch
         q, kv = recipe.num_heads * recipe.head_width, recipe.kv_heads * recipe.head_width
         width = c * recipe.ffn_width // tp
         first = width * (1 + recipe.gated_ffn)
-        read = (1 + (tp > 1)) * c * (recipe.dim if tp > 1 else self._width)  # a gradient, and rows gathered again
+        # A gradient; under tp also rows that are gathered again, and columns once more as messages have them.
+        read = (1 + (tp > 1) * (1 + (self.layout in ("merge", "gather")))) * c * recipe.dim
+        copied = (first + c * recipe.dim) * (self.writes and c < 4)  # BF16 products of CPUs reorder their operands
         before = live("open", "attention", "add", branch="ffn")
         moments = (
-            before + live("ffn", branch="ffn", without=("activation", "inner norm", "token gate")) + width + first,
-            before + first + read,
-            live("open", "attention", branch="attention", without=("token gate",)) + c * (2 * q + 2 * kv) // tp + read,
+            before + live("ffn", branch="ffn", without=("activation", *passed)) + width + first,
+            before + first + read + copied,
+            live("open", "attention", branch="attention", without=passed) + c * (2 * q + 2 * kv) // tp + read,
         )
         return max(moments) + self._width * self.stream - self.of_block(kind, policy)
 
