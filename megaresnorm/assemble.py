@@ -134,13 +134,7 @@ def build_model(
         for op, backend in kernels
     }
     norm = ShardedNorm(context.tp, sharded_norm_kernels(chosen["add_norm"][0].backend), parallel.merge_chunks)
-    layout = tensor_layout(
-        parallel.tensor_layout,
-        context.tp,
-        gather=gathers_stream(parallel, precision),
-        norm=norm,
-        keeps=recompute.gathered == "keep",
-    )
+    layout = _layout(parallel, precision, context.tp, norm, keeps=recompute.gathered == "keep")
     choices = {op: line for op, (_, line) in chosen.items()} | compiling.choices(device.type)
     backends = {op: kernel.backend for op, (kernel, _) in chosen.items()}
     loss_kernel = _loss_kernel(chosen["cross_entropy"][0], kernels, context.tp.size)
@@ -167,6 +161,13 @@ def build_model(
         set_up(model, segments[number])
         models[number] = model
     return Assembled(models, table, layout, context, device, backends, choices, compiling.mode, segments)
+
+
+def _layout(
+    parallel: ParallelRecipe, precision: PrecisionRecipe, tp: Axis, norm: ShardedNorm, *, keeps: bool
+) -> TensorLayout:
+    gather = gathers_stream(parallel, precision)
+    return tensor_layout(parallel.tensor_layout, tp, gather=gather, norm=norm, keeps=keeps)
 
 
 def _loss_kernel(chosen: Kernel, kernels: KernelRecipe, tp: int) -> Kernel:

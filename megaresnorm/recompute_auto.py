@@ -168,7 +168,8 @@ def _merged(segments: list[Segment]) -> Iterator[tuple[int, int, str, int]]:
     """First and last block, policy and length of a span of segments that are alike; 0 where there are no spans."""
 
     def alike(segment: Segment) -> tuple[str, int]:
-        return segment.policy, len(segment.blocks) if segment.policy == "every" else 0
+        every = len(segment.blocks) if segment.policy == "every" else 0
+        return ("block", 0) if every == 1 else (segment.policy, every)
 
     for (policy, every), same in groupby(segments, key=alike):
         together = list(same)

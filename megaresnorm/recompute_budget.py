@@ -3,8 +3,8 @@
 Blocks of one kind are equal, so this is a knapsack over a few kinds with counts rather than over hundreds of blocks.
 Every kind has a ladder of policies, each of which keeps less than the one before and costs more seconds. The steps of
 all ladders, sorted by bytes saved per second, are taken one after the other until a rank's memory fits, the last of
-them for as few blocks as suffice. So at most one kind is mixed, and no other choice that fits is faster by more than
-one block's step, by the model (a fractional knapsack, Dantzig 1957).
+them for as few blocks as suffice: a fractional knapsack (Dantzig 1957), with one kind that is mixed. Were it not for
+what backward needs beside what is kept, nothing that fits would be faster by more than one block's step.
 
 Early blocks take a step first: their backward pass comes last, when most of what later blocks have kept is gone, so
 that what is run again finds room.
@@ -173,14 +173,24 @@ def solve(stages: Sequence[Stage], need: Callable[[Held], int], budget: int) -> 
     return min(found, key=lambda plan: seconds(stages, plan))
 
 
+_Place = tuple[int, int]  # of a stage among a rank's, and of a group in it
+
+
+class _Taken(NamedTuple):
+    """How far a group has gone: so many first blocks under the slower policy, the rest under the faster one."""
+
+    faster: str
+    slower: str
+    blocks: int = 0
+    every: int = 1
+
+
 def _filled(stages: Sequence[Stage], fits: Callable[[Plan], bool]) -> Plan | None:
     """Steps by bytes saved per second, until it fits; None where it never does."""
-    counts: dict[tuple[int, int], tuple[str, str, int, int]] = {
-        (s, g): (FASTEST, FASTEST, 0, 1) for s, stage in enumerate(stages) for g in range(len(stage.groups))
-    }
+    taken = {(s, g): _Taken(FASTEST, FASTEST) for s, stage in enumerate(stages) for g in range(len(stage.groups))}
 
-    def plan(changed: dict[tuple[int, int], tuple[str, str, int, int]]) -> Plan:
-        chosen = counts | changed
+    def plan(changed: dict[_Place, _Taken]) -> Plan:
+        chosen = taken | changed
         return [
             [run for g, group in enumerate(stage.groups) for run in _runs(group, *chosen[s, g])]
             for s, stage in enumerate(stages)
@@ -190,29 +200,35 @@ def _filled(stages: Sequence[Stage], fits: Callable[[Plan], bool]) -> Plan | Non
         return plan({})
     steps = [
         (stages[s].under_way * saved / max(cost, 1e-300), -i, place, slower, faster)
-        for i, place in enumerate(counts)
+        for i, place in enumerate(taken)
         for s, g in [place]
         for faster, slower, saved, cost in _ladder(stages[s].groups[g])
     ]
     for _, _, place, slower, faster in sorted(steps, key=lambda step: step[:2], reverse=True):
         count = len(stages[place[0]].groups[place[1]].blocks)
 
-        def fitting(some: int, place=place, slower=slower, faster=faster) -> Plan | None:  # type: ignore[no-untyped-def]
+        def fitting(some: int, step: tuple[_Place, str, str] = (place, faster, slower)) -> Plan | None:
             """With the step taken by the first blocks, in the shortest spans that do."""
+            place, faster, slower = step
             for every in _lengths(some) if slower == SPAN else [1]:
-                if fits(found := plan({place: (faster, slower, some, every)})):
+                if fits(found := plan({place: _Taken(faster, slower, some, every)})):
                     return found
             return None
 
         if fitting(count) is not None:
-            few, enough = 0, count
-            while enough - few > 1:
-                middle = (few + enough) // 2
-                few, enough = (few, middle) if fitting(middle) is not None else (middle, enough)
-            return fitting(enough)
+            return fitting(_fewest(count, fitting))
         root = min(_lengths(count), key=lambda every: abs(every**2 - count))
-        counts[place] = (slower, slower, count, root if slower == SPAN else 1)
+        taken[place] = _Taken(slower, slower, count, root if slower == SPAN else 1)
     return None
+
+
+def _fewest(enough: int, fitting: Callable[[int], Plan | None]) -> int:
+    """The smallest number of blocks that fits, given one that does."""
+    few = 0
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        few, enough = (few, middle) if fitting(middle) is not None else (middle, enough)
+    return enough
 
 
 def _ladder(group: Group) -> Iterator[tuple[str, str, int, float]]:
@@ -262,8 +278,9 @@ def _lengths(count: int) -> list[int]:
 
 def _uniform(stages: Sequence[Stage]) -> Iterator[Plan]:
     """Every policy for all blocks, spans in several lengths."""
-    policies = sorted(set.intersection(*(set(group.choices) for stage in stages for group in stage.groups)))
-    most = max((len(group.blocks) for stage in stages for group in stage.groups), default=0)
+    groups = [group for stage in stages for group in stage.groups]
+    policies = sorted(set.intersection(*(set(group.choices) for group in groups))) if groups else []
+    most = max((len(group.blocks) for group in groups), default=0)
     for policy in policies:
         for every in _lengths(most) if policy == SPAN else [1]:
             yield [
