@@ -3,7 +3,7 @@
 Meta model in its tensor layout and precision, compile, the engine's sharding, materialise, initialise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +42,7 @@ from megaresnorm.parallel.vocab import vocab_parallel_loss
 from megaresnorm.precision.bf16 import bf16_linear
 from megaresnorm.precision.dtypes import DTYPES, weight_dtype
 from megaresnorm.recipe import KernelRecipe, ModelRecipe, ParallelRecipe, PrecisionRecipe, RecomputeRecipe
-from megaresnorm.recompute_plan import segments_of, set_up
+from megaresnorm.recompute_plan import Segment, segments_of, set_up
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Assembled:
         backends: chosen kernel backend by op.
         kernel_choices: the same with their reasons, and of compiling, for people to read.
         compiled: what ``train.compile`` came to.
+        segments: which blocks are recomputed how, by stage, of all stages.
     """
 
     models: dict[int, Transformer]
@@ -65,6 +66,7 @@ class Assembled:
     backends: dict[str, str]
     kernel_choices: dict[str, str]
     compiled: str
+    segments: Mapping[int, Sequence[Segment]]
 
     @property
     def model(self) -> Transformer:
@@ -95,6 +97,7 @@ def build_model(
     context: ParallelContext | None = None,
     *,
     recompute: RecomputeRecipe | None = None,
+    segments: Mapping[int, Sequence[Segment]] | None = None,
     seed: int = 1234,
     device: str | torch.device = "cpu",
     compiled: str = "none",
@@ -106,6 +109,7 @@ def build_model(
     Args:
         recipe: with a vocab_size.
         context: None for one process.
+        segments: of all stages; None: as ``recompute`` names them, whose policy is then not auto.
         compiled: train.compile.
         logit_rows: tokens whose logits exist at a time in training; None: all.
         shard: called with every stage while it is on the meta device, so that a rank gets memory for its shards alone.
@@ -131,13 +135,7 @@ def build_model(
         for op, backend in kernels
     }
     norm = ShardedNorm(context.tp, sharded_norm_kernels(chosen["add_norm"][0].backend), parallel.merge_chunks)
-    layout = tensor_layout(
-        parallel.tensor_layout,
-        context.tp,
-        gather=gathers_stream(parallel, precision),
-        norm=norm,
-        keeps=recompute.gathered == "keep",
-    )
+    layout = _layout(parallel, precision, context.tp, norm, keeps=recompute.gathered == "keep")
     choices = {op: line for op, (_, line) in chosen.items()} | compiling.choices(device.type)
     backends = {op: kernel.backend for op, (kernel, _) in chosen.items()}
     loss_kernel = _loss_kernel(chosen["cross_entropy"][0], kernels, context.tp.size)
@@ -149,12 +147,13 @@ def build_model(
     prepare = PREPARATIONS.get(backends["attention"])
     model_kernels = _model_kernels(functions, layout, attention, norm, linear, stored, compute, prepare)
     stages = split_stages(recipe, parallel)
+    segments = segments or {i: segments_of(recompute, stage.blocks) for i, stage in enumerate(stages)}
     table = parameter_table(recipe, parallel.tensor_layout if context.tp.size > 1 else "full")
     models: dict[int, Transformer] = {}
     for number in stages_of_rank(context.pp.rank, context.pp.size, len(stages)):
         with torch.device("meta"):
             model = Transformer(recipe, model_kernels, layout, stages[number])
-        set_up(model, segments_of(recompute, stages[number].blocks), offload)
+        set_up(model, segments[number], offload)
         compile_blocks(model, compiling)
         if shard is not None:
             shard(model)
@@ -162,7 +161,14 @@ def build_model(
         if model.head is not None:
             model.head.loss = HeadLoss(_loss_of(loss_kernel, model, context.tp), logit_rows)
         models[number] = model
-    return Assembled(models, table, layout, context, device, backends, choices, compiling.mode)
+    return Assembled(models, table, layout, context, device, backends, choices, compiling.mode, segments)
+
+
+def _layout(
+    parallel: ParallelRecipe, precision: PrecisionRecipe, tp: Axis, norm: ShardedNorm, *, keeps: bool
+) -> TensorLayout:
+    gather = gathers_stream(parallel, precision)
+    return tensor_layout(parallel.tensor_layout, tp, gather=gather, norm=norm, keeps=keeps)
 
 
 def _loss_kernel(chosen: Kernel, kernels: KernelRecipe, tp: int) -> Kernel:

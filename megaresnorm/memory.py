@@ -10,23 +10,23 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Literal, NamedTuple
 
+from megaresnorm.activation_memory import ActivationMemory, Segments
 from megaresnorm.checkpoint.format import human_bytes
-from megaresnorm.layout import WHOLE_ROWS, check_layout, gathers_stream, logit_rows_of, split_stages
-from megaresnorm.model.activations import Activations, BlockKind, logit_bytes
+from megaresnorm.layout import check_layout
 from megaresnorm.model.parameters import parameter_table
 from megaresnorm.model.specs import ParameterSpec
 from megaresnorm.model.transformer import Stage
 from megaresnorm.optim import ALIGNED, SMALL, AdamW
 from megaresnorm.parallel.data_parallel import PREFETCHED
 from megaresnorm.parallel.mesh import Sizes
-from megaresnorm.parallel.stages import most_under_way, smallest_batch, stages_of_rank
-from megaresnorm.precision.dtypes import DTYPES, weight_dtype
+from megaresnorm.precision.dtypes import weight_dtype
 from megaresnorm.recipe import Recipe
-from megaresnorm.schedule import batch_size
+from megaresnorm.recompute_budget import Held, Plan, TooSmall, solve
+from megaresnorm.recompute_plan import segments_of
 
 # Private memory of Python, torch and this package once a model is built; the libraries' code is shared.
 PROCESS = 250_000_000
-_ON_HOST = ("checkpoint", "building", "process")  # also where the rest is on a GPU
+_ON_HOST = ("checkpoint", "building", "offloaded", "process")  # also where the rest is on a GPU
 _LINEAR_ROLES = ("q", "gate", "up", "out", "down", "head")  # the first parts of matrices that linear layers multiply by
 
 
@@ -62,7 +62,9 @@ class MemoryPerRank:
         logits: of the microbatches whose loss exists at once, with what softcap and slicing keep beside them.
         checkpoint: the copy in host memory that a thread writes.
         building: a whole tensor, drawn in host memory before it is sharded.
-        activations: kept for the backward passes of all microbatches under way. An estimate.
+        activations: kept for the backward passes of all microbatches under way, and at most what one backward pass
+            takes beside them, such as activations that are made again. An estimate.
+        offloaded: activations in host memory instead of a GPU's.
         passing: a gradient before it is added to that of earlier microbatches, and FSDP2's messages. An estimate.
         process: the interpreter and its libraries, in host memory.
         device, host: sums of the kinds; on CPUs all is in host memory.
@@ -81,6 +83,7 @@ class MemoryPerRank:
     checkpoint: int = 0
     building: int = 0
     activations: int = 0
+    offloaded: int = 0
     passing: int = 0
     process: int = PROCESS
     device: Need = NOTHING
@@ -112,10 +115,16 @@ def memory_per_rank(recipe: Recipe, ranks: int | Sizes, *, device_type: str = "c
     return max(memory_of_stages(recipe, ranks, device_type=device_type), key=lambda memory: memory.needed)
 
 
-def memory_of_stages(recipe: Recipe, ranks: int | Sizes, *, device_type: str = "cpu") -> list[MemoryPerRank]:
-    """Memory by pp rank. Along the other axes it is that of the first rank, which needs most."""
+def memory_of_stages(
+    recipe: Recipe, ranks: int | Sizes, *, device_type: str = "cpu", segments: Segments | None = None
+) -> list[MemoryPerRank]:
+    """Memory by pp rank. Along the other axes it is that of the first rank, which needs most.
+
+    Args:
+        segments: of every stage; None: as the recipe names them, for policy auto those that need least.
+    """
     sizes = check_layout(recipe, ranks) if isinstance(ranks, int) else ranks
-    return _Accounts(recipe, sizes, device_type).of_ranks()
+    return MemoryAccounts(recipe, sizes, device_type).of_ranks(segments)
 
 
 class _Unit(NamedTuple):
@@ -125,40 +134,64 @@ class _Unit(NamedTuple):
     times: int = 1
 
 
-class _Accounts:
+class MemoryAccounts:
     """Sums for one recipe in one layout."""
 
     def __init__(self, recipe: Recipe, sizes: Sizes, device_type: str) -> None:
         self.recipe, self.sizes, self.model = recipe, sizes, recipe.model
         self.on_cpu = device_type == "cpu"
-        self.logit_rows = logit_rows_of(recipe, sizes.tp, device_type)
         self.word = weight_dtype(recipe.precision.compute).itemsize
-        self.compute = DTYPES[recipe.precision.compute].itemsize
-        self.stream = DTYPES[recipe.precision.stream].itemsize
-        self.stages = split_stages(recipe.model, recipe.parallel)
-        self.kinds = [BlockKind.of(recipe.model, block) for block in range(recipe.model.num_blocks)]
+        self.activations = of = ActivationMemory(recipe, sizes, device_type)
+        self.compute, self.stages, self.kinds, self.num_microbatches = (
+            of.compute,
+            of.stages,
+            of.kinds,
+            of.num_microbatches,
+        )
         self.examples = {kind: block for block, kind in reversed([*enumerate(self.kinds)])}
         layout = recipe.parallel.tensor_layout if sizes.tp > 1 else "full"
         self.table = parameter_table(recipe.model, layout, sorted(self.examples.values()))
-        data = sizes.dp_replicate * sizes.dp_shard
-        samples = ceil(batch_size(recipe.train.steps - 1, recipe.train) / data)
-        micro = recipe.train.micro_batch_of(data, sizes.pp)
-        self.tokens = micro * recipe.model.seq_len  # of one microbatch
-        self.num_microbatches = ceil(samples / micro)
-        if sizes.pp > 1:  # a pipeline fills small batches up
-            self.num_microbatches = smallest_batch(self.num_microbatches, sizes.pp, recipe.parallel.pipeline)
 
-    def of_ranks(self) -> list[MemoryPerRank]:
+    def of_ranks(self, segments: Segments | None) -> list[MemoryPerRank]:
         """Memory by pp rank."""
-        return [self._of_rank(rank) for rank in range(self.sizes.pp)]
+        return [self.of_rank(rank, segments or self._named_segments(rank)) for rank in range(self.sizes.pp)]
 
-    def _of_rank(self, rank: int) -> MemoryPerRank:
-        stages = {number: self.stages[number] for number in stages_of_rank(rank, self.sizes.pp, len(self.stages))}
+    def of_rank(self, rank: int, segments: Segments) -> MemoryPerRank:
+        """Memory of a pp rank whose stages recompute as ``segments`` say."""
+        held, offloaded = self.activations.of_rank(rank, segments)
+        return self._added_up(self._but_activations(rank), held, offloaded)
+
+    def plan(self, rank: int, budget: int) -> Plan:
+        """A choice of recomputation for the stages of a pp rank.
+
+        Raises:
+            TooSmall: a rank needs more in any case.
+        """
+        others, costs = self._but_activations(rank), [*map(self.activations.stage, self.activations.stages_of(rank))]
+
+        def need(held: Held) -> int:
+            memory = self._added_up(others, held, 0)
+            return (memory.host if self.on_cpu else memory.device).likely
+
+        return solve(costs, need, budget)
+
+    def _named_segments(self, rank: int) -> Segments:
+        recompute = self.recipe.recompute
+        if recompute.policy != "auto":
+            return {n: segments_of(recompute, self.stages[n].blocks) for n in self.activations.stages_of(rank)}
+        try:
+            least = self.plan(rank, 0)
+        except TooSmall as e:
+            least = e.plan
+        return self.activations.segments(rank, least)
+
+    def _but_activations(self, rank: int) -> MemoryPerRank:
+        stages = {number: self.stages[number] for number in self.activations.stages_of(rank)}
         units = [unit for stage in stages.values() for unit in self._units(stage)]
         elements = self._sum(units, self._held)
         has_head = any(stage.has_head for stage in stages.values())
         sharded = self.sizes.dp_shard > 1
-        memory = MemoryPerRank(
+        return MemoryPerRank(
             weights=self.word * elements,
             gradients=self.word * elements,
             packed=0 if sharded else self.word * self._sum(units, self._small),
@@ -167,33 +200,34 @@ class _Accounts:
             gathered=self._gathered(units) if sharded else 0,
             unsharded=self._unsharded(units) if sharded else 0,
             buckets=self.word * elements if self.sizes.dp_replicate > 1 and not sharded else 0,
-            received=sum(self._received(number) for number in stages),
-            logits=self._logits() if has_head else 0,
+            received=sum(self.activations.received(number) for number in stages),
+            logits=self.activations.logits() if has_head else 0,
             checkpoint=self._checkpoint(units, stages) if self.recipe.checkpoint.asynchronous else 0,
             building=self._building(units),
-            activations=sum(self._activations(number, stage) for number, stage in stages.items()),
             passing=self._passing(units),
         )
-        return self._added_up(memory)
 
-    def _added_up(self, memory: MemoryPerRank) -> MemoryPerRank:
-        """Add what device and host need, as the largest sum over a few moments of what exists together then."""
+    def _added_up(self, memory: MemoryPerRank, held: Held, offloaded: int) -> MemoryPerRank:
+        """Add activations, and what device and host need, as the largest sum over a few moments of what exists then."""
+        kept, peak = held.kept - offloaded, held.peak - offloaded
+        memory = replace(memory, activations=peak, offloaded=offloaded)
         checkpoint, every = memory.checkpoint, self.recipe.checkpoint.every
         # A run that saves only at its end has its copy when gradients and activations are gone.
         early = checkpoint if 0 < every < self.recipe.train.steps else 0
         standing = memory.weights + memory.optimizer + memory.copies + memory.packed
         standing += memory.buckets + memory.received
-        at_loss = standing + memory.logits + self._gradients_at_loss(memory)
+        in_backward = standing + self._gradients_at_loss(memory)
+        at_loss = in_backward + memory.logits
         at_end = standing + (0 if memory.buckets else self._gradients_at_end(memory))  # those of DDP are in its buckets
+        # The loss, the fullest backward pass of the last block's, and that of the first block, with all gradients.
+        most = max(at_loss + kept, in_backward + peak, at_end + peak - kept) + memory.passing
         if not self.on_cpu:
-            likely = max(at_loss + memory.activations, at_end) + memory.passing
-            device = Need(max(at_loss, at_end), likely)
+            device = Need(max(at_loss, at_end), most)
             host = memory.process + max(memory.building, checkpoint)
-            return replace(memory, device=device, host=Need(host, host))
+            return replace(memory, device=device, host=Need(host, host + offloaded))
         others = max(memory.weights + memory.building, memory.weights + memory.optimizer + memory.copies + checkpoint)
         certain = max(at_loss + early, at_end + early, others)
-        likely = max(max(at_loss + memory.activations, at_end) + memory.passing + early, certain)
-        return replace(memory, host=Need(memory.process + certain, memory.process + likely))
+        return replace(memory, host=Need(memory.process + certain, memory.process + max(most + early, certain)))
 
     # Parameters
 
@@ -289,37 +323,6 @@ class _Accounts:
         ahead = 0 if self.on_cpu or smallest >= PREFETCHED else min(PREFETCHED, self._sum(units, self._whole))
         return gradient + 2 * self.word * self._largest(units) + min(self.compute, self.word) * ahead
 
-    def _received(self, number: int) -> int:
-        """Buffers for the activations of each microbatch under way and the gradient of one (parallel/pipeline.py)."""
-        forward = self._under_way(number) if number > 0 else 0
-        backward = 1 if number < len(self.stages) - 1 else 0
-        return (forward + backward) * self._stream_width * self.tokens * self.stream
-
-    @property
-    def _stream_width(self) -> int:
-        """Columns of the stream on a rank; sequence parallelism shards the tokens instead, which takes as much."""
-        return self.model.dim // (1 if self.recipe.parallel.tensor_layout == "full" else self.sizes.tp)
-
-    def _under_way(self, number: int) -> int:
-        pp, order = self.sizes.pp, self.recipe.parallel.pipeline
-        return most_under_way(number, len(self.stages), pp, self.num_microbatches, order)
-
-    def _logits(self) -> int:
-        """Logits and their gradient; of large vocabularies those of some rows, and what is made of them meanwhile."""
-        model, tp, rows = self.model, self.sizes.tp, self.logit_rows
-        backend = self.recipe.kernels.cross_entropy
-        pieces = (not self.on_cpu or tp > 1) if backend == "auto" else backend not in WHOLE_ROWS
-        most, kept = logit_bytes(model, tp, self.compute, in_place=pieces)
-        if backend == "reference":  # and log p, and the gradient apart
-            most = kept = max(most, 3 * max(4, self.compute) * model.padded_vocab_size)
-        gpipe = self.sizes.pp > 1 and self.recipe.parallel.pipeline == "gpipe"
-        waiting = self.num_microbatches - 1 if gpipe else 0
-        if rows is None or rows >= self.tokens:
-            return (most + waiting * kept) * self.tokens
-        # Gradients of the rows and of the matrix are made with the loss; one of the matrix is what ``_passing`` counts.
-        matrix = self.word * (model.padded_vocab_size // tp) * model.dim
-        return most * rows + (1 + waiting) * self.compute * self.tokens * model.dim + waiting * matrix
-
     def _checkpoint(self, units: list[_Unit], stages: dict[int, Stage]) -> int:
         """Weights and moments that this rank writes; replicated ones are shared out evenly (engines/state.py)."""
         copy = self.model.tied_embeddings and not any(stage.has_embedding for stage in stages.values())
@@ -335,16 +338,3 @@ class _Accounts:
         """The buffer in which model/init.py draws whole FP32 tensors of what is sharded, one after the other."""
         specs = (spec for unit in units for spec in unit.specs)
         return 4 * max((spec.num_elements for spec in specs if self._held(spec) < spec.num_elements), default=0)
-
-    def _activations(self, number: int, stage: Stage) -> int:
-        """Bytes that autograd keeps of a stage for its microbatches under way, and the working memory of one block."""
-        blocks = Counter(self.kinds[block] for block in stage.blocks)
-        divides_stream = self.recipe.parallel.tensor_layout != "full"
-        keeps = not divides_stream or self.recipe.recompute.gathered == "keep"
-        if self.recipe.train.compile != "none" and self.recipe.parallel.tensor_layout == "columns":
-            keeps = keeps or gathers_stream(self.recipe.parallel, self.recipe.precision)
-        written = self.on_cpu or self.compute > 4  # FP64 goes to the reference
-        of = Activations(self.model, self.sizes.tp, divides_stream, keeps, self.compute, self.stream, written)
-        sizes = {kind: of.of_block(kind) for kind in blocks}
-        kept = sum(count * sizes[kind] for kind, count in blocks.items())
-        return self.tokens * (self._under_way(number) * kept + max(sizes.values(), default=0))

@@ -34,6 +34,7 @@ from megaresnorm.parallel.mesh import ParallelContext, start_process_group
 from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import dump_recipe
 from megaresnorm.recipe.names import flat
+from megaresnorm.recompute_auto import recompute_file
 from megaresnorm.resilience.output import OutputFolder
 from megaresnorm.schedule import batch_size, lr_jump
 from megaresnorm.telemetry.describe import data_name, describe_run
@@ -341,7 +342,8 @@ class Run:
         log.info("weights   %s", checkpoint.folder)
 
     def _prepare_output(self) -> None:
-        self.folder.prepare(dump_recipe(self.recipe), self.engine.tensors, self.recipe.checkpoint.keep)
+        plan = recompute_file(self.recipe, self.context, self.engine.assembled.segments, self.device.type)
+        self.folder.prepare(dump_recipe(self.recipe), plan, self.engine.tensors, self.recipe.checkpoint.keep)
 
     def _all_or_raise(self, work: Callable[[], T]) -> T:
         """What ``work`` returns, if it fails on no rank; between steps, when nothing is being saved."""

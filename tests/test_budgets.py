@@ -32,7 +32,8 @@ TRAINING = (
     "recipe/", "model/", "kernels/", "parallel/", "precision/", "engines/", "checkpoint/", "resilience/", "telemetry/",
     "data/dataset.py", "data/indexed.py", "data/loader.py", "data/samples.py", "data/splits.py",
     "data/training_data.py", "assemble.py", "errors.py", "evaluation.py", "files.py", "layout.py", "memory.py",
-    "clipping.py", "opening.py", "optim.py", "reading.py", "run.py", "schedule.py", "text.py", "trainer.py",
+    "activation_memory.py", "clipping.py", "opening.py", "optim.py", "reading.py", "recompute", "run.py",
+    "schedule.py", "text.py", "trainer.py",
 )  # fmt: skip
 LONGER = {  # function -> lines that it may have, and why
     # A row stays in registers from its first load to its last store: what is cut out of a kernel would pass a dozen

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "megaresnorm"
 # From the bottom up; a module may import its own layer and those below.
 LAYERS = [
-    ["errors", "limits", "text", "files", "reading", "recipe", "recompute", "pinned"],
+    ["errors", "limits", "text", "files", "reading", "recipe", "recompute", "recompute_budget", "pinned"],
     ["kernels"],
     ["parallel"],
     ["model"],
@@ -19,6 +19,7 @@ LAYERS = [
     ["recompute_plan"],
     ["assemble", "layout"],
     [
+        "activation_memory",
         "checkpoint",
         "resilience",
         "telemetry",
@@ -29,6 +30,7 @@ LAYERS = [
         "evaluation",
         "generate",
         "memory",
+        "recompute_auto",
     ],
     ["engines", "opening"],
     ["run", "convert", "planner", "machine"],

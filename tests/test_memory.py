@@ -156,7 +156,7 @@ def test_activations_are_estimated_within_a_tenth(name: str, compute: str) -> No
     more, fewer = recipe(4), recipe(2)
     of_block = (saved_bytes(more) - saved_bytes(fewer)) / 2 / more.model.seq_len
     sizes = DTYPES[compute].itemsize, DTYPES[more.precision.stream].itemsize
-    estimate = Activations(more.model, 1, False, True, *sizes).of_block(BlockKind.of(more.model, 3))
+    estimate = Activations(more.model, 1, "full", False, *sizes).of_block(BlockKind.of(more.model, 3))
     assert estimate == pytest.approx(of_block, rel=0.1)
 
 

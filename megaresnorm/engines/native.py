@@ -39,6 +39,7 @@ from megaresnorm.parallel.gradients import reduce_gradients, reductions
 from megaresnorm.parallel.mesh import ParallelContext
 from megaresnorm.precision.bf16 import Bf16Copies
 from megaresnorm.recipe import Recipe
+from megaresnorm.recompute_auto import plan_on_all_ranks
 
 if TYPE_CHECKING:
     from megaresnorm.parallel.pipeline import Pipeline
@@ -64,6 +65,7 @@ class NativeEngine:
         self._z_loss, self._seed = recipe.train.z_loss, recipe.train.seed
         self._drops = recipe.model.dropout > 0.0
         self._shards_gradients = recipe.parallel.accumulate == "sharded"
+        plans = recipe.recompute.policy == "auto"
         self.assembled = assembled = build_model(
             recipe.model,
             recipe.precision,
@@ -71,6 +73,7 @@ class NativeEngine:
             recipe.parallel,
             context,
             recompute=recipe.recompute,
+            segments=plan_on_all_ranks(recipe, context, torch.device(device)) if plans else None,
             seed=recipe.train.seed,
             device=device,
             compiled=recipe.train.compile,

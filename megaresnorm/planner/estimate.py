@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megaresnorm.activation_memory import Segments
 from megaresnorm.checkpoint.format import human_bytes
 from megaresnorm.data.inspect import Draw, draws_of
 from megaresnorm.data.training_data import open_data, open_samples, resolve_vocab
@@ -17,6 +18,8 @@ from megaresnorm.model.lint import check
 from megaresnorm.model.parameters import parameter_table
 from megaresnorm.parallel.mesh import Sizes
 from megaresnorm.recipe import Recipe
+from megaresnorm.recompute_auto import budget_in_bytes, describe_recompute, plan_recompute
+from megaresnorm.recompute_plan import segments_of
 from megaresnorm.resilience.host import host_memory
 from megaresnorm.schedule import samples_before
 from megaresnorm.telemetry.log import large
@@ -37,6 +40,7 @@ class Estimate:
         flops: floating-point operations of a token, forward and backward.
         tokens: that the run draws.
         draws: what it draws from each source; None without data.
+        segments: which blocks are recomputed how, by stage; None where policy auto has no budget to know it from.
         stages: memory by pp rank.
         room: bytes of device memory that a rank has, or of host memory that all ranks have; None where unknown.
         on_gpus: whether ``stages`` and ``room`` are of GPUs.
@@ -49,6 +53,7 @@ class Estimate:
     flops: int
     tokens: int
     draws: list[Draw] | None
+    segments: Segments | None
     stages: list[MemoryPerRank]
     room: int | None
     on_gpus: bool
@@ -76,6 +81,7 @@ class Estimate:
             f"model      {model.topology}, {model.num_blocks} blocks = {2 * model.num_blocks} sub-layers, "
             f"{self.parameters:,} parameters, {large(self.flops)}FLOP a token forward and backward",
             f"ranks      {self._ranks()}",
+            *self._recompute(),
             *self._memory(),
             *self._data(),
             f"run        {train.steps:,} steps of up to {train.global_batch * model.seq_len:,} tokens, "
@@ -95,6 +101,14 @@ class Estimate:
         count = f"{self.sizes.num_ranks}{f' = {self.sizes.product}' if self.sizes.product else ''}"
         split = f"; blocks of the stages {stages}" if self.sizes.pp > 1 else ""
         return f"{count}; micro batch {micro}, {passes} microbatch{'es' if passes > 1 else ''} a step{split}"
+
+    def _recompute(self) -> list[str]:
+        if self.segments is None:
+            lines = ["auto: chosen where it will run, by its memory; --memory 80GB plans for GPUs of that size"]
+        else:
+            device_type = "cuda" if self.on_gpus else "cpu"
+            lines = describe_recompute(self.recipe, self.sizes, self.segments, device_type)
+        return [f"{'recompute' if i == 0 else '':10} {line}" for i, line in enumerate(lines)]
 
     def _memory(self) -> list[str]:
         largest = max(self.stages, key=lambda memory: memory.device if self.on_gpus else memory.host)
@@ -164,6 +178,8 @@ def estimate(
     for op, backend in recipe.kernels.model_dump().items():  # whether they can run depends on the machine
         check_backend(op, backend)
     on_gpus, room = _room(recipe, device_memory)
+    segments = _segments(recipe, sizes, room, on_gpus=on_gpus)
+    device_type = "cuda" if on_gpus else "cpu"
     return Estimate(
         recipe=recipe,
         sizes=sizes,
@@ -171,11 +187,24 @@ def estimate(
         flops=training_flops(recipe.model),
         tokens=samples_before(recipe.train.steps, recipe.train) * recipe.model.seq_len,
         draws=draws,
-        stages=memory_of_stages(recipe, sizes, device_type="cuda" if on_gpus else "cpu"),
+        segments=segments,
+        stages=memory_of_stages(recipe, sizes, device_type=device_type, segments=segments),
         room=room,
         on_gpus=on_gpus,
         warnings=warnings,
     )
+
+
+def _segments(recipe: Recipe, sizes: Sizes, room: int | None, *, on_gpus: bool) -> Segments | None:
+    """Those of the recipe; under policy auto chosen by the memory of a rank, None where a share of it is not known."""
+    recompute = recipe.recompute
+    if recompute.policy != "auto":
+        stages = split_stages(recipe.model, recipe.parallel)
+        return {number: segments_of(recompute, stage.blocks) for number, stage in enumerate(stages)}
+    if room is None and not isinstance(recompute.budget, str) and (recompute.budget or 0) <= 1:
+        return None
+    budget = budget_in_bytes(recipe, room if on_gpus or room is None else room // sizes.num_ranks)
+    return plan_recompute(recipe, sizes, budget, device_type="cuda" if on_gpus else "cpu")
 
 
 def _room(recipe: Recipe, device_memory: int | None) -> tuple[bool, int | None]:

@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 import torch
 
+from megaresnorm.activation_memory import Segments
 from megaresnorm.checkpoint.format import human_bytes
 from megaresnorm.errors import ConfigError
 from megaresnorm.memory import MemoryPerRank, Need, memory_of_stages
 from megaresnorm.parallel.mesh import Sizes
 from megaresnorm.recipe import Recipe
+from megaresnorm.recompute_auto import budget_in_bytes, memory_of_rank, plan_recompute
 from megaresnorm.resilience.host import host_memory
 
 log = logging.getLogger(__name__)
@@ -36,16 +38,22 @@ def check_memory(recipe: Recipe, sizes: Sizes, ranks_here: int, device: torch.de
         first_rank: global number of the first of the node's ranks.
 
     Raises:
-        ConfigError: what is allocated for certain is more than there is at all; the line has the figures.
+        ConfigError: what is allocated for certain is more than there is at all, or a rank needs more than
+            recompute.budget in any case; the line has the figures.
     """
+    segments = None
+    if recipe.recompute.policy == "auto":
+        budget = budget_in_bytes(recipe, memory_of_rank(device, ranks_here))
+        segments = plan_recompute(recipe, sizes, budget, device_type=device.type)
     if device.type == "cuda":
         own = first_rank + (device.index or 0)
         free, total = torch.cuda.mem_get_info(device)
-        _check_room(_Ranks(recipe, sizes, range(own, own + 1), device.type, True), Room("GPU memory", total, free))
+        gpu = _Ranks(recipe, sizes, range(own, own + 1), device.type, True, segments)
+        _check_room(gpu, Room("GPU memory", total, free))
     host = host_memory()
     if host is not None:
         here = range(first_rank, min(first_rank + ranks_here, sizes.num_ranks))
-        _check_room(_Ranks(recipe, sizes, here, device.type, False), Room("host memory", *host))
+        _check_room(_Ranks(recipe, sizes, here, device.type, False, segments), Room("host memory", *host))
 
 
 class _Ranks(NamedTuple):
@@ -53,6 +61,7 @@ class _Ranks(NamedTuple):
 
     Attributes:
         on_device: whether it is a GPU's memory; otherwise the host's.
+        segments: as of ``memory_of_stages``.
     """
 
     recipe: Recipe
@@ -60,10 +69,11 @@ class _Ranks(NamedTuple):
     ranks: range
     device_type: str
     on_device: bool
+    segments: Segments | None = None
 
     def need(self) -> tuple[Need, MemoryPerRank]:
         """Sum over these ranks, and the memory of the one that needs most."""
-        stages = memory_of_stages(self.recipe, self.sizes, device_type=self.device_type)
+        stages = memory_of_stages(self.recipe, self.sizes, device_type=self.device_type, segments=self.segments)
         each = [stages[rank // (self.sizes.num_ranks // self.sizes.pp)] for rank in self.ranks]
         needs = [memory.device if self.on_device else memory.host for memory in each]
         total = Need(sum(need.certain for need in needs), sum(need.likely for need in needs))

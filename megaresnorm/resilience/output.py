@@ -52,11 +52,14 @@ class OutputFolder:
         if self._lock is not None and self._lock.lost:
             raise TrainingError(f"train.output={self.path}: another job has taken it over; nothing more is written")
 
-    def prepare(self, recipe: str, groups: Groups, keep: int) -> None:
-        """Write the recipe and remove what killed runs have left half-written: writing that must fail fails now.
+    def prepare(self, recipe: str, recompute: str, groups: Groups, keep: int) -> None:
+        """Write what describes the run, and remove what killed runs have left half-written.
+
+        Writing that must fail fails now.
 
         Args:
             recipe: as YAML.
+            recompute: as JSON, which blocks are recomputed how.
             groups: the tensors of a checkpoint, for whose size there must be space.
             keep: how many checkpoints stay.
 
@@ -69,6 +72,7 @@ class OutputFolder:
         try:
             remove_unfinished(self.path)
             replace_file(self.path / "recipe.yaml", recipe)
+            replace_file(self.path / "recompute.json", recompute)
         except OSError as e:
             raise TrainingError(f"train.output={self.path}: cannot be written ({e.strerror})") from None
 

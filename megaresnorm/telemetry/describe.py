@@ -8,9 +8,9 @@ from megaresnorm.assemble import Assembled
 from megaresnorm.data.inspect import draws_of
 from megaresnorm.data.samples import Samples
 from megaresnorm.layout import split_stages
-from megaresnorm.parallel.mesh import MESH_AXES, Sizes
 from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import dump_recipe
+from megaresnorm.recompute_auto import describe_recompute, sizes_of
 from megaresnorm.schedule import samples_before
 from megaresnorm.telemetry.log import large
 from megaresnorm.text import shown
@@ -32,6 +32,7 @@ def describe_run(recipe: Recipe, assembled: Assembled, samples: Samples, *, full
         f"model     {model.topology}, {model.num_blocks} blocks = {2 * model.num_blocks} sub-layers, "
         f"width {model.dim}, {parameters:,} parameters",
         *_ranks(recipe, assembled),
+        *_recompute(recipe, assembled),
         f"precision {recipe.precision.compute}, residual stream {recipe.precision.stream}, {assembled.device.type}, "
         f"{threads} thread{'s' * (threads > 1)}",
         *_kernels(assembled),
@@ -74,11 +75,18 @@ def data_name(recipe: Recipe) -> str:
     return ", ".join(f"{s.path} x {s.weight:g}" for s in sources) if len(sources) > 1 else sources[0].path
 
 
+def _recompute(recipe: Recipe, assembled: Assembled) -> list[str]:
+    """Which blocks are recomputed how; nothing where nothing is."""
+    sizes, segments = sizes_of(assembled.context), assembled.segments
+    lines = describe_recompute(recipe, sizes, segments, assembled.device.type)
+    return [f"{'recompute' if i == 0 else '':9} {line}" for i, line in enumerate(lines)]
+
+
 def _ranks(recipe: Recipe, assembled: Assembled) -> list[str]:
     context, parallel = assembled.context, recipe.parallel
     if context.world.size == 1:
         return []
-    sizes = Sizes(**{name: getattr(context, name).size for name in MESH_AXES})
+    sizes = sizes_of(context)
     split = f", stream in {parallel.tensor_layout}" if context.tp.size > 1 else ""
     stages = [len(stage.blocks) for stage in split_stages(recipe.model, parallel)]
     schedule = f", {parallel.pipeline}, blocks of the stages {stages}" if context.pp.size > 1 else ""
