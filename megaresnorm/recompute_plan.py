@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain, repeat
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from megaresnorm.model.block import Block
 from megaresnorm.model.branches.ffn import FeedForward
 from megaresnorm.model.spans import Span
+from megaresnorm.model.topology import SUBLAYERS
 from megaresnorm.model.transformer import Transformer
 from megaresnorm.offload import Offload
 from megaresnorm.parallel.remade import Remakes
@@ -51,21 +52,17 @@ def set_up(model: Transformer, segments: Sequence[Segment], offload: Offload | N
     keeper = _keepers(model, offload)
     model.runs = {}
     for segment in segments:
-        blocks = {number: model.blocks[str(number)] for number in segment.blocks}
-        for number, block in blocks.items():
-            assert isinstance(block, Block)
+        blocks = {number: cast(Block, model.blocks[str(number)]) for number in segment.blocks}
+        for block in blocks.values():
             _set_up_block(block, segment.policy)
-            model.runs[number] = block
-        if segment.policy == "block":
-            model.runs |= {number: Span([block], keeper(number)) for number, block in blocks.items()}  # type: ignore[list-item]
-        elif segment.policy == "every":
-            for number in segment.blocks[1:]:
-                del model.runs[number]
-            first = segment.blocks.start
-            model.runs[first] = Span(list(blocks.values()), keeper(first))  # type: ignore[arg-type]
-        if segment.policy in ("block", "every"):
-            for number in segment.blocks if segment.policy == "block" else segment.blocks[:1]:
-                blocks[number].sublayers[0].remakes = Remakes.TRUNK  # type: ignore[union-attr,index]
+        if segment.policy not in ("block", "every"):
+            model.runs |= blocks
+            continue
+        together = [segment.blocks] if segment.policy == "every" else [range(n, n + 1) for n in segment.blocks]
+        for numbers in together:
+            span = [blocks[number] for number in numbers]
+            span[0].sublayers[0].remakes = Remakes.TRUNK
+            model.runs[numbers.start] = Span(span, keeper(numbers.start))
 
 
 def _keepers(model: Transformer, offload: Offload | None) -> Callable[[int], Callable[[], Keeper] | None]:
@@ -86,8 +83,8 @@ def _set_up_block(block: Block, policy: str) -> None:
     light = policy in ("norm", "attention", "ffn", "branch")
     # Of one block that is run again all rows fit; of several they would be most of what is there at a time under tp.
     inner = Remakes.STORED if light else Remakes.ROWS if policy == "block" else Remakes.NOTHING
-    for kind, residual in block.named_children():
-        residual.reruns = policy in (kind, "branch")  # type: ignore[assignment]
-        residual.remakes = inner  # type: ignore[assignment]
+    for kind, residual in zip(SUBLAYERS, block.sublayers, strict=True):
+        residual.reruns = policy in (kind, "branch")
+        residual.remakes = inner
         if isinstance(residual.branch, FeedForward):
             residual.branch.remakes_activation = light and not residual.reruns

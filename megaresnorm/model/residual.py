@@ -21,7 +21,7 @@ from megaresnorm.model.stream import AddNorm, Stream
 from megaresnorm.model.topology import Learned, ResidualSpec, TokenGate
 from megaresnorm.parallel.branch_input import BranchInput, whole_rows
 from megaresnorm.parallel.layouts import TensorLayout
-from megaresnorm.parallel.remade import Remakes
+from megaresnorm.parallel.remade import Remakes, read_twice
 from megaresnorm.recipe import ModelRecipe
 from megaresnorm.recompute import Region
 
@@ -140,7 +140,7 @@ class Residual(nn.Module):
             return checkpoint(run, x, u, use_reentrant=False, preserve_rng_state=False)
         with Region() as region:
             x_again = (lambda: None) if self.token_gate is None else region.keep(x)
-            u, u_again = u.read_twice(region.keep)
+            u, u_again = read_twice(u, region.keep)
             region.begin(lambda: self._run(x_again(), u_again(), rows, masks))
             return self._run(x, u, rows, masks)
 

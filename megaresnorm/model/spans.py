@@ -9,6 +9,7 @@ from megaresnorm.model.dropout import DropoutMasks
 from megaresnorm.model.sequence import SequenceInfo
 from megaresnorm.model.stream import Stream
 from megaresnorm.parallel.data_parallel import gathered_weights
+from megaresnorm.parallel.remade import read_twice
 from megaresnorm.recompute import Keeper, Region
 
 
@@ -38,7 +39,7 @@ class Span:
 
             def begin(opened: Opened) -> Opened:
                 x_again = region.keep(opened.x)
-                u, u_again = opened.u.read_twice(region.keep)
+                u, u_again = read_twice(opened.u, region.keep)
                 region.begin(lambda: self._run_again(lambda: Opened(x_again(), u_again()), rows, masks))
                 return Opened(opened.x, u)
 

@@ -6,6 +6,7 @@ T tokens (batch * seq)   B batch   S seq   D model dim   V vocabulary
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,7 @@ class Transformer(nn.Module):
         self.embedding_norm = norm(width) if stage.has_embedding and has_embedding_norm(recipe) else None
         # Named by global block number, so that a pipeline stage has the same names as the whole model.
         self.blocks = nn.ModuleDict({str(i): Block(recipe, i, norm, kernels, layout) for i in stage.blocks})
-        self.runs: dict[int, Block | Span] = {int(number): block for number, block in self.blocks.items()}  # type: ignore
+        self.runs: dict[int, Block | Span] = {int(number): cast(Block, block) for number, block in self.blocks.items()}
         self.compiled: CompiledBlocks | None = None
         self.final_norm = norm(width) if stage.has_head and wiring.final_norm else None
         self.head = OutputMatrix(recipe.dim, rows, layout.axis, kernel=kernels.linear) if stage.has_head else None

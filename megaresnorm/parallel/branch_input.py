@@ -138,35 +138,6 @@ class BranchInput(NamedTuple):
 
         return start
 
-    def read_twice(
-        self, keep: Callable[[Tensor], Callable[[], Tensor]]
-    ) -> "tuple[BranchInput, Callable[[], BranchInput]]":
-        """For a branch that is run again in backward: what it reads now, and what makes what it reads then.
-
-        In both runs the linear saves whole rows, which the recomputation drops, and no run gathers them twice.
-
-        Args:
-            keep: tensor -> what returns it in backward, without a graph and with a gradient of its own. The sources are
-                kept so, or whole rows if ``keeps``.
-
-        Communication:
-            That of ``whole``, and of what is returned that of ``restart``, or none if ``keeps``.
-        """
-        if self.is_local:
-            local = keep(self.local)
-            return self, lambda: BranchInput(local())
-        now = self._replace(rows=self.whole(), keeps=True)
-        collective, axis = self.collective, self.axis
-        start = _kept if self.keeps else self.restart()
-        fetches = [keep(source) for source in ((now.whole(),) if self.keeps else self.sources)]
-
-        def again() -> BranchInput:
-            with torch.no_grad():
-                whole = start(tuple(fetch() for fetch in fetches))()
-            return BranchInput(whole.detach().requires_grad_(), collective, axis, (), True, whole, _never)
-
-        return now, again
-
     def gathered(self) -> "BranchInput":
         """The same with its rows made, for several readers.
 
@@ -174,14 +145,6 @@ class BranchInput(NamedTuple):
             As ``whole``.
         """
         return self if self.collective is None else self._replace(rows=self.whole())
-
-
-def _kept(sources: tuple[Tensor, ...]) -> Pending:
-    return lambda: sources[0]
-
-
-def _never(sources: tuple[Tensor, ...]) -> Tensor:
-    raise AssertionError("the rows have been made")
 
 
 def whole_rows(u: BranchInput) -> Tensor:

@@ -1,9 +1,9 @@
-"""Branch inputs that are made again in backward, of what is kept in any case, rather than kept.
+"""Branch inputs that are made again in backward, of what is kept in any case, or that are read once more there.
 
 T tokens   D model dim   d columns of this rank
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 
 import torch
@@ -117,3 +117,39 @@ def _with(norm: NormWeights | None, vectors: list[Tensor]) -> NormWeights | None
         return None
     weight = vectors.pop(0)
     return norm._replace(weight=weight, bias=None if norm.bias is None else vectors.pop(0))
+
+
+def read_twice(
+    u: BranchInput, keep: Callable[[Tensor], Callable[[], Tensor]]
+) -> tuple[BranchInput, Callable[[], BranchInput]]:
+    """For a branch that is run again in backward: what it reads now, and what makes what it reads then.
+
+    In both runs the linear saves whole rows, which the recomputation drops, and no run gathers them twice.
+
+    Args:
+        u: the branch input.
+        keep: tensor -> what returns it in backward, without a graph and with a gradient of its own. The sources are
+            kept so, or whole rows if ``u.keeps``.
+
+    Communication:
+        That of ``BranchInput.whole``, and of what is returned that of ``BranchInput.restart``, or none if ``u.keeps``.
+    """
+    if u.is_local:
+        local = keep(u.local)
+        return u, lambda: BranchInput(local())
+    now = u._replace(rows=u.whole(), keeps=True)
+    start = None if u.keeps else u.restart()
+    collective, axis = u.collective, u.axis
+    fetches = [keep(source) for source in ((now.whole(),) if u.keeps else u.sources)]
+
+    def again() -> BranchInput:
+        with torch.no_grad():
+            sources = tuple(fetch() for fetch in fetches)
+            whole = sources[0] if start is None else start(sources)()
+        return BranchInput(whole.detach().requires_grad_(), collective, axis, (), True, whole, _never)
+
+    return now, again
+
+
+def _never(sources: tuple[Tensor, ...]) -> Tensor:
+    raise AssertionError("the rows have been made")
