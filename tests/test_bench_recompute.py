@@ -115,7 +115,7 @@ def test_auto_is_timed_beside_every_policy_within_the_budget(monkeypatch, capsys
         (["--every", "0"], "argument --every: got '0', wanted a whole number of 1 or more"),
         (["--policies", "norm,all"], "argument --policies: 'all' is none of none, norm, "),
         (["--none"], "--none is of --thousand; elsewhere it is one of --policies"),
-        (["--dim", "130"], "model.num_heads"),
+        (["--dim", "130"], "model.head_dim=65 must be even"),
         (["--save", __file__], f"--save {__file__}: File exists"),
     ],
 )
