@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import bench_recompute
-from recompute_runs import Case, Times, Trained, equal, race, section
+from recompute_runs import Case, Seconds, Times, Trained, equal, race, section
 
 CASE = Case("deepnorm", "fp32", blocks=6, dim=64, seq_len=64)
 SMALL = ["--blocks", "6", "--dim", "64", "--seq-len", "64", "--every", "3", "--rounds", "1"]
@@ -85,9 +85,9 @@ def test_another_policy_shares_weights_and_gradients():
 def test_a_ratio_is_the_median_of_the_pairs():
     class Slow:
         def __init__(self, *seconds):
-            self.seconds = iter(seconds).__next__
+            self.seconds = iter([Seconds(each, each / 2) for each in seconds]).__next__
 
-    assert race(Slow(2.0, 9.0, 4.0), Slow(1.0, 3.0, 4.0), 3) == Times(2.0, 1.5, 2.5, 4.0)
+    assert race(Slow(2.0, 9.0, 4.0), Slow(1.0, 3.0, 4.0), 3) == Times(2.0, 1.5, 2.5, 15 / 8, 4.0)
 
 
 def test_a_thousand_sub_layers_lose_the_same_under_every_policy(monkeypatch, capsys):
@@ -116,6 +116,7 @@ def test_auto_is_timed_beside_every_policy_within_the_budget(monkeypatch, capsys
         (["--policies", "norm,all"], "argument --policies: 'all' is none of none, norm, "),
         (["--none"], "--none is of --thousand; elsewhere it is one of --policies"),
         (["--dim", "130"], "model.head_dim=65 must be even"),
+        ([*SMALL, "--every", "7"], "recompute.every=7 is more than model.num_blocks=6"),
         (["--save", __file__], f"--save {__file__}: File exists"),
     ],
 )

@@ -9,8 +9,8 @@ import os
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # read once: without it the profiler writes two lines for each use
 
 import gc
+import resource
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -61,6 +61,19 @@ class Memory(NamedTuple):
     kept: int
     peak: int
     left: int
+
+
+class Seconds(NamedTuple):
+    """Time of a call.
+
+    Attributes:
+        all: on a CPU user and system time of the process, on a GPU between two events.
+        user: without the system's, in which memory is mapped that the allocator or the system had taken away before;
+            on a GPU the same as ``all``.
+    """
+
+    all: float
+    user: float
 
 
 def section(policy: str) -> dict[str, Any]:
@@ -177,19 +190,21 @@ class Trained:
             kept = now if moment <= after else kept
         return Memory(kept, peak, now)
 
-    def seconds(self, run: Callable[[], object] | None = None) -> float:
-        """Time of a call, of a step without one: the process's on a CPU, the device's on a GPU."""
+    def seconds(self, run: Callable[[], object] | None = None) -> Seconds:
+        """Time of a call, of a step without one."""
         run = run or self.step
         if self.device.type == "cpu":
-            start = time.process_time()
+            before = resource.getrusage(resource.RUSAGE_SELF)
             run()
-            return time.process_time() - start
+            after = resource.getrusage(resource.RUSAGE_SELF)
+            user = after.ru_utime - before.ru_utime
+            return Seconds(user + after.ru_stime - before.ru_stime, user)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()
         end.record()
         torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return Seconds(*[begin.elapsed_time(end) / 1e3] * 2)
 
 
 class Times(NamedTuple):
@@ -198,12 +213,14 @@ class Times(NamedTuple):
     Attributes:
         ratio: median of the pairs' ratios.
         low, high: their quartiles.
+        user_ratio: of the pairs' user time in all, since the kernel only samples what part of a step that is.
         seconds: median of a step of the first.
     """
 
     ratio: float
     low: float
     high: float
+    user_ratio: float
     seconds: float
 
 
@@ -213,12 +230,12 @@ def race(one: Trained, other: Trained, rounds: int) -> Times:
     gc.collect()
     with no_garbage_collection():
         for turn in range(rounds):
-            order = (one, other) if turn % 2 else (other, one)
-            found = {id(trained): trained.seconds() for trained in order}
-            pairs.append((found[id(one)], found[id(other)]))
-    ratios = [a / b for a, b in pairs]
+            first, second = (trained.seconds() for trained in ((one, other) if turn % 2 else (other, one)))
+            pairs.append((first, second) if turn % 2 else (second, first))
+    ratios = [a.all / b.all for a, b in pairs]
     low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive") if rounds > 1 else 3 * ratios
-    return Times(ratio, low, high, statistics.median(a for a, _ in pairs))
+    user = sum(a.user for a, _ in pairs) / max(sum(b.user for _, b in pairs), 1e-9)
+    return Times(ratio, low, high, user, statistics.median(a.all for a, _ in pairs))
 
 
 def equal(some: list[Tensor], others: list[Tensor]) -> bool:
