@@ -142,7 +142,7 @@ class Trained:
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """The sum of the losses, and the objective."""
-        return self.model(self.batch.tokens, labels_BS=self.batch.labels)  # type: ignore[return-value]
+        return self.model(self.batch.tokens, labels_BS=self.batch.labels)
 
     def step(self) -> None:
         """One forward and backward pass."""
@@ -180,7 +180,7 @@ class Trained:
                 pass
             differentiate(objective)
             del objective
-        results = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+        results = profiled.profiler.kineto_results.events()
         changes = sorted((e.start_ns(), e.nbytes()) for e in results if e.name() == "[memory]")
         (after,) = (e.start_ns() for e in results if e.name() == AFTER_FORWARD)
         kept = now = peak = 0
