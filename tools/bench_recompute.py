@@ -244,11 +244,10 @@ def print_thousand(case: Case, a: argparse.Namespace) -> list[dict]:
     first: list[float | None] = []
     for policy in [*(["none"] if a.none else []), *a.policies]:
         progress(f"{case.topology} {case.compute}: {policy}")
-        trained, losses, seconds = Trained(case, section(policy)), [], []
+        trained = Trained(case, section(policy))
         memory = trained.memory()
-        trained.engine._optimizer.zero_grad()
-        for batch in runs.random_batches(case, STEPS):
-            seconds.append(trained.seconds(lambda: losses.append(trained.engine.step(batch, LR).loss)).all)  # noqa: B023
+        losses, seconds = train(case, trained)
+        del trained
         first = first or losses
         same = losses == first and None not in losses
         print(
@@ -259,6 +258,17 @@ def print_thousand(case: Case, a: argparse.Namespace) -> list[dict]:
         )
         rows.append({"policy": policy, **memory._asdict(), "losses": losses, "equal": same, "seconds": seconds})
     return rows
+
+
+def train(case: Case, trained: Trained) -> tuple[list[float | None], list[float]]:
+    """Losses and seconds of steps with the optimizer, from the initial weights."""
+    trained.engine._optimizer.zero_grad()
+    losses: list[float | None] = []
+    seconds = [
+        trained.seconds(lambda batch=batch: losses.append(trained.engine.step(batch, LR).loss)).all
+        for batch in runs.random_batches(case, STEPS)
+    ]
+    return losses, seconds
 
 
 # --- the figure -------------------------------------------------------------------------------------------------------
