@@ -31,6 +31,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,6 +40,7 @@ import torch
 from bench_train import machine
 from recompute_runs import Case, Trained, equal, race, recipe_of, section
 
+from megaresnorm.data.loader import StepBatch
 from megaresnorm.errors import ConfigError, UserError
 from megaresnorm.kernels.deterministic import set_deterministic
 from megaresnorm.memory import MemoryPerRank, memory_per_rank
@@ -245,9 +247,10 @@ def print_thousand(case: Case, a: argparse.Namespace) -> list[dict]:
     for policy in [*(["none"] if a.none else []), *a.policies]:
         progress(f"{case.topology} {case.compute}: {policy}")
         trained = Trained(case, section(policy))
-        memory = trained.memory()
         losses, seconds = train(case, trained)
-        del trained
+        trained.fresh_gradients()
+        memory = trained.memory()
+        del trained  # before the next one is built
         first = first or losses
         same = losses == first and None not in losses
         print(
@@ -264,10 +267,11 @@ def train(case: Case, trained: Trained) -> tuple[list[float | None], list[float]
     """Losses and seconds of steps with the optimizer, from the initial weights."""
     trained.engine._optimizer.zero_grad()
     losses: list[float | None] = []
-    seconds = [
-        trained.seconds(lambda batch=batch: losses.append(trained.engine.step(batch, LR).loss)).all
-        for batch in runs.random_batches(case, STEPS)
-    ]
+
+    def step(batch: StepBatch) -> None:
+        losses.append(trained.engine.step(batch, LR).loss)
+
+    seconds = [trained.seconds(partial(step, batch)).all for batch in runs.random_batches(case, STEPS)]
     return losses, seconds
 
 
