@@ -49,7 +49,7 @@ from megaresnorm.model.topology import TOPOLOGIES
 POLICIES = ("none", "norm", "attention", "ffn", "branch", "block", "every")
 MIB = 2**20
 BUDGETS = 5
-STEPS, LR = 20, 1e-4  # of --thousand
+STEPS, LR = 20, 1e-3  # of --thousand
 
 
 class Parser(argparse.ArgumentParser):
