@@ -17,6 +17,7 @@ NO_COMMANDS = {
     "peers.py",
     "plain_llama.py",
     "contenders.py",
+    "recompute_runs.py",
     "campaign_stages.py",
     "campaign_engines.py",
     "campaign_report.py",
