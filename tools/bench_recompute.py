@@ -43,8 +43,10 @@ from recompute_runs import Case, Trained, equal, race, recipe_of, section
 from megaresnorm.data.loader import StepBatch
 from megaresnorm.errors import ConfigError, UserError
 from megaresnorm.kernels.deterministic import set_deterministic
-from megaresnorm.memory import MemoryPerRank, memory_per_rank
+from megaresnorm.memory import MemoryPerRank, memory_of_stages
 from megaresnorm.model.topology import TOPOLOGIES
+from megaresnorm.parallel.mesh import Sizes
+from megaresnorm.recompute_auto import plan_recompute
 
 POLICIES = ("none", "norm", "attention", "ffn", "branch", "block", "every")
 MIB = 2**20
@@ -212,7 +214,11 @@ def print_auto(case: Case, a: argparse.Namespace) -> list[dict]:
 
 def plan(case: Case, recompute: dict[str, Any]) -> MemoryPerRank:
     """What a dry run tells of the one rank."""
-    return memory_per_rank(recipe_of(case, recompute), 1, device_type=case.device)
+    recipe, kind = recipe_of(case, recompute), case.device
+    auto = recipe.recompute.policy == "auto"
+    segments = plan_recompute(recipe, Sizes(), recompute["budget"], device_type=kind) if auto else None
+    (memory,) = memory_of_stages(recipe, Sizes(), device_type=kind, segments=segments)
+    return memory
 
 
 def auto_row(
@@ -222,7 +228,7 @@ def auto_row(
     auto.step()
     trained.step()
     times, memory = race(trained, auto, rounds), trained.memory()
-    peak = planned.activations + planned.logits + planned.passing
+    peak = planned.activations + planned.passing
     print(
         f"{case.topology:9} {case.compute}  {budget / MIB:10.1f}  {policy:18} {peak / MIB:9.1f} "
         f"{memory.peak / MIB:9.1f} {memory.peak / peak:17.3f}   {times.ratio:.3f} ({times.low:.3f}-{times.high:.3f})",
