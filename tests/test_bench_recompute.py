@@ -98,12 +98,8 @@ def test_a_thousand_sub_layers_lose_the_same_under_every_policy(monkeypatch, cap
 
 
 def test_auto_is_timed_beside_every_policy_within_the_budget(monkeypatch, capsys):
-    planned = {p: bench_recompute.plan(CASE, section(p)).total for p in ("none", "branch", "block")}
-    if planned["none"] == planned["block"]:
-        pytest.skip("what is planned does not know of recomputation yet")
-    tool(
-        monkeypatch, "--auto", *SMALL, "--topologies", "deepnorm", "--compute", "fp32", "--policies", ",".join(planned)
-    )
+    small = [*SMALL, "--seq-len", "512", "--policies", "none,branch,block"]
+    tool(monkeypatch, "--auto", *small, "--topologies", "deepnorm", "--compute", "fp32")
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("deepnorm")]
     assert sum(row[3] == "auto" for row in rows) == bench_recompute.BUDGETS
     assert any(row[3] == "block" for row in rows) and not any(row[3] == "none" for row in rows)
