@@ -229,6 +229,23 @@ def test_nothing_waits_for_a_garbage_collection(policy):
         gc.enable()
 
 
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("topology", ["pre", "keel"])
+def test_a_graph_that_is_dropped_without_backward_leaves_no_region(topology, offload, monkeypatch):
+    """Autograd hands a node's own output to the hooks: kept as it is, node and output would keep each other alive."""
+    made: list[weakref.ref] = []
+
+    class Noted(Region):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr("megaresnorm.model.spans.Region", Noted)
+    recipe = recipe_of(topology, "llama", "alone", "fp32", {"policy": "block", "offload": offload})
+    build(recipe)[0].model(torch.arange(32).view(2, 16) % 20)
+    assert len(made) == BLOCKS and not any(region() is not None for region in made)
+
+
 def test_a_region_runs_to_the_last_tensor_that_is_kept_and_frees_each_when_it_is_read():
     trace: list[str] = []
 
@@ -279,6 +296,37 @@ def test_a_function_that_saves_another_number_of_tensors_is_an_error():
         y = x.exp().sin().sum()
     with pytest.raises(RuntimeError, match="has made 1 tensors where forward had saved 2"):
         y.backward()
+
+
+def test_a_function_that_saves_other_tensors_is_an_error():
+    """It ends with the last that is wanted, so that their number alone would not tell that there were more."""
+    x = torch.randn(3, requires_grad=True)
+    with Region() as region:
+        x_again = region.keep(x)
+        region.begin(lambda: x_again().double().cos().exp().sin())
+        y = x.exp().sin().sum()
+    with pytest.raises(RuntimeError, match="has made"):
+        y.backward()
+
+
+FROZEN = {  # what has no gradient: all before a branch, or also all of a branch
+    "gated": lambda name: name.startswith("embedding") or name == "blocks.0.attention.norm_in.weight",
+    "pre": lambda name: name.startswith(("embedding", "blocks.0.", "blocks.1.attention.")),
+}
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("topology", FROZEN)
+def test_frozen_parameters_change_nothing(topology, compute):
+    found = []
+    for policy in ("none", "branch", "block", "every 3"):
+        model = build(recipe_of(topology, "llama", "alone", compute, POLICIES.get(policy, {})))[0].model
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not FROZEN[topology](name))
+        model(torch.arange(32).view(2, 16) % 20).float().square().sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for other in found[1:]:
+        assert all(torch.equal(other[name], gradient) for name, gradient in found[0].items())
 
 
 def test_an_error_within_a_region_leaves_no_hooks():
