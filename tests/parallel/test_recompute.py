@@ -184,6 +184,15 @@ def test_collectives_are_as_many_as_the_policy_says(topology, place):
             assert Counter(sent) == +wanted, (policy, sent, base)
 
 
+def test_a_span_of_one_block_sends_what_policy_block_sends():
+    recipes = [
+        recipe_of("pre", "llama", "tp2 tokens", "fp32", recompute)
+        for recompute in ({"policy": "block"}, {"policy": "every", "every": 1})
+    ]
+    for (_, block, _), (_, every, _) in run("tp2 tokens", counted, recipes):
+        assert every == block
+
+
 def gathers_of_fsdp(rank: int, recipes: list[Recipe]) -> list[int]:
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group as module
 
