@@ -55,7 +55,7 @@ class Region:
         self._keeper = keeper
         self._hooks: saved_tensors_hooks | None = None
         self._again: Callable[[], object] | None = None
-        self._count = 0
+        self._forms: list[_Form] = []
         self._made: list[Tensor | None] = []
 
     def __enter__(self) -> "Region":
@@ -88,9 +88,10 @@ class Region:
 
     def _pack(self, tensor: Tensor) -> Any:
         if self._again is None:
+            tensor = tensor if tensor.is_leaf else tensor.detach()  # an output of the node would keep the node alive
             return tensor if self._keeper is None else _Kept(self._keeper.keep(tensor))
-        self._count += 1
-        return self._count - 1
+        self._forms.append((tensor.shape, tensor.dtype))
+        return len(self._forms) - 1
 
     def _unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
@@ -98,10 +99,13 @@ class Region:
         if isinstance(packed, _Kept):
             return packed.fetch()
         if not self._made or self._made[packed] is None:
-            self._made = _made_again(self._again, self._count)
+            self._made = _made_again(self._again, self._forms)
         tensor, self._made[packed] = self._made[packed], None
         assert tensor is not None
         return tensor
+
+
+_Form = tuple[torch.Size, torch.dtype]
 
 
 class _Kept:
@@ -112,7 +116,7 @@ class _Kept:
 class _Run(threading.local):
     """The recomputation that a thread is in: what it has made, and how much it is to make."""
 
-    made: list[Tensor | None] | None = None
+    made: list[Tensor] | None = None
     count = 0
 
 
@@ -123,9 +127,10 @@ class _Done(Exception):
     """Every tensor that is needed has been made."""
 
 
-def _made_again(again: Callable[[], object] | None, count: int) -> list[Tensor | None]:
+def _made_again(again: Callable[[], object] | None, forms: list[_Form]) -> list[Tensor | None]:
     assert again is not None
-    made: list[Tensor | None] = []
+    made: list[Tensor] = []
+    count = len(forms)
     outer = _RUN.made, _RUN.count
     _RUN.made, _RUN.count = made, count
 
@@ -143,7 +148,13 @@ def _made_again(again: Callable[[], object] | None, count: int) -> list[Tensor |
         _RUN.made, _RUN.count = outer
     if len(made) != count:
         raise RuntimeError(f"a recomputation has made {len(made)} tensors where forward had saved {count}")
-    return made
+    for number, (tensor, wanted) in enumerate(zip(made, forms, strict=True)):
+        if (tensor.shape, tensor.dtype) != wanted:
+            raise RuntimeError(
+                f"a recomputation has made {tensor.dtype} {list(tensor.shape)} as tensor {number}, where forward had "
+                f"saved {wanted[1]} {list(wanted[0])}"
+            )
+    return [*made]
 
 
 def _never(packed: object) -> Tensor:

@@ -20,7 +20,7 @@ class Segment(NamedTuple):
     """Consecutive blocks of one policy.
 
     Attributes:
-        policy: as in the recipe; under ``every`` these blocks keep one tensor together.
+        policy: as in the recipe; under ``every`` these blocks keep one tensor together. One block of it is ``block``.
     """
 
     blocks: range
@@ -39,7 +39,8 @@ def _segments(first: int, policies: Sequence[str], every: int | None) -> Iterato
     for i in range(1, len(policies) + 1):
         full = every is not None and policies[start] == "every" and i - start == every
         if i == len(policies) or policies[i] != policies[start] or full:
-            yield Segment(range(first + start, first + i), policies[start])
+            alone = policies[start] == "every" and i - start == 1
+            yield Segment(range(first + start, first + i), "block" if alone else policies[start])
             start = i
 
 

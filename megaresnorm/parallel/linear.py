@@ -146,7 +146,8 @@ class _Linear(torch.autograd.Function):
         read = weight if operand is None else operand
         kept = None if queue is None else weight  # whose ``grad`` the queue adds to
         saved = read, kept, *(source.sources if source is not None and again else (x,))
-        saves_last(*saved)
+        if any(ctx.needs_input_grad):  # else nothing is saved
+            saves_last(*saved)
         ctx.save_for_backward(*saved)
         ctx.kernel, ctx.queue, ctx.dtype, ctx.bias_dtype = (
             kernel, queue, weight.dtype, None if bias is None else bias.dtype,

@@ -128,8 +128,8 @@ def read_twice(
 
     Args:
         u: the branch input.
-        keep: tensor -> what returns it in backward, without a graph and with a gradient of its own. The sources are
-            kept so, or whole rows if ``u.keeps``.
+        keep: tensor -> what returns it in backward, without a graph. The sources are kept so, or whole rows if
+            ``u.keeps``. What is made of them has a gradient where u has one.
 
     Communication:
         That of ``BranchInput.whole``, and of what is returned that of ``BranchInput.restart``, or none if ``u.keeps``.
@@ -139,14 +139,14 @@ def read_twice(
         return u, lambda: BranchInput(local())
     now = u._replace(rows=u.whole(), keeps=True)
     start = None if u.keeps else u.restart()
-    collective, axis = u.collective, u.axis
+    collective, axis, wants = u.collective, u.axis, u.local.requires_grad
     fetches = [keep(source) for source in ((now.whole(),) if u.keeps else u.sources)]
 
     def again() -> BranchInput:
         with torch.no_grad():
             sources = tuple(fetch() for fetch in fetches)
             whole = sources[0] if start is None else start(sources)()
-        return BranchInput(whole.detach().requires_grad_(), collective, axis, (), True, whole, _never)
+        return BranchInput(whole.detach().requires_grad_(wants), collective, axis, (), True, whole, _never)
 
     return now, again
 

@@ -188,6 +188,15 @@ def test_collectives_are_as_many_as_the_policy_says(topology, place):
             assert Counter(sent) == +wanted, (policy, sent, base)
 
 
+def test_a_span_of_one_block_sends_what_policy_block_sends():
+    recipes = [
+        recipe_of("pre", "llama", "tp2 tokens", "fp32", recompute)
+        for recompute in ({"policy": "block"}, {"policy": "every", "every": 1})
+    ]
+    for (_, block, _), (_, every, _) in run("tp2 tokens", counted, recipes):
+        assert every == block
+
+
 def gathers_of_fsdp(rank: int, recipes: list[Recipe]) -> list[int]:
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group as module
 
@@ -231,6 +240,23 @@ def test_nothing_waits_for_a_garbage_collection(policy):
         assert gc.collect() == 0
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("topology", ["pre", "keel"])
+def test_a_graph_that_is_dropped_without_backward_leaves_no_region(topology, offload, monkeypatch):
+    """Autograd hands a node's own output to the hooks: kept as it is, node and output would keep each other alive."""
+    made: list[weakref.ref] = []
+
+    class Noted(Region):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr("megaresnorm.model.spans.Region", Noted)
+    recipe = recipe_of(topology, "llama", "alone", "fp32", {"policy": "block", "offload": offload})
+    build(recipe)[0].model(torch.arange(32).view(2, 16) % 20)
+    assert len(made) == BLOCKS and not any(region() is not None for region in made)
 
 
 def test_a_region_runs_to_the_last_tensor_that_is_kept_and_frees_each_when_it_is_read():
@@ -283,6 +309,37 @@ def test_a_function_that_saves_another_number_of_tensors_is_an_error():
         y = x.exp().sin().sum()
     with pytest.raises(RuntimeError, match="has made 1 tensors where forward had saved 2"):
         y.backward()
+
+
+def test_a_function_that_saves_other_tensors_is_an_error():
+    """It ends with the last that is wanted, so that their number alone would not tell that there were more."""
+    x = torch.randn(3, requires_grad=True)
+    with Region() as region:
+        x_again = region.keep(x)
+        region.begin(lambda: x_again().double().cos().exp().sin())
+        y = x.exp().sin().sum()
+    with pytest.raises(RuntimeError, match="has made"):
+        y.backward()
+
+
+FROZEN = {  # what has no gradient: all before a branch, or also all of a branch
+    "gated": lambda name: name.startswith("embedding") or name == "blocks.0.attention.norm_in.weight",
+    "pre": lambda name: name.startswith(("embedding", "blocks.0.", "blocks.1.attention.")),
+}
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("topology", FROZEN)
+def test_frozen_parameters_change_nothing(topology, compute):
+    found = []
+    for policy in ("none", "branch", "block", "every 3"):
+        model = build(recipe_of(topology, "llama", "alone", compute, POLICIES.get(policy, {})))[0].model
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not FROZEN[topology](name))
+        model(torch.arange(32).view(2, 16) % 20).float().square().sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for other in found[1:]:
+        assert all(torch.equal(other[name], gradient) for name, gradient in found[0].items())
 
 
 def test_an_error_within_a_region_leaves_no_hooks():
