@@ -16,6 +16,7 @@ from megaresnorm.layout import WHOLE_ROWS, gathers_stream, logit_rows_of, split_
 from megaresnorm.model.activations import Activations, BlockKind, logit_bytes
 from megaresnorm.model.branches import Attention, FeedForward
 from megaresnorm.model.transformer import Stage, has_embedding_norm
+from megaresnorm.offload import LEAST
 from megaresnorm.parallel.mesh import Sizes
 from megaresnorm.parallel.stages import most_under_way, smallest_batch, stages_of_rank
 from megaresnorm.precision.dtypes import DTYPES, weight_dtype
@@ -73,15 +74,20 @@ class ActivationMemory:
         numbers = self.stages_of(rank)
         costs = [self.stage(number) for number in numbers]
         plan = [list(self._runs(costs[i], segments[number])) for i, number in enumerate(numbers)]
-        offloaded = 0
-        if self.recipe.recompute.offload and not self.on_cpu:
-            offloaded = sum(
-                cost.under_way * run.kept
-                for cost, runs in zip(costs, plan, strict=True)
-                for run in runs
-                if run.policy == SPAN
-            )
-        return held(costs, plan), offloaded
+        return held(costs, plan), self._offloaded(numbers, plan)
+
+    def _offloaded(self, numbers: list[int], plan: Plan) -> int:
+        """Bytes that are on the host (offload.py): of every span one tensor, but for what a stage has received in a
+        buffer, and for two spans' of the latest microbatch, which wait on the device."""
+        size = self._stored * self.tokens
+        if not self.recipe.recompute.offload or self.on_cpu or size < LEAST:
+            return 0
+        tensors = 0
+        for number, runs in zip(numbers, plan, strict=True):
+            spans = sum(len(run.blocks) // run.every for run in runs if run.policy == SPAN)
+            received = bool(runs) and runs[0].policy == SPAN and not self.stages[number].has_embedding
+            tensors += self.under_way(number) * (spans - received)
+        return size * max(0, tensors - 2)
 
     def stages_of(self, rank: int) -> list[int]:
         """Numbers of a pipeline rank's stages."""

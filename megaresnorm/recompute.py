@@ -59,6 +59,7 @@ class Region:
         self._made: list[Tensor | None] = []
 
     def __enter__(self) -> "Region":
+        assert _RUN.made is None, "what is run again opens no region of its own: it would end the first one's run"
         self._hooks = saved_tensors_hooks(self._pack, self._unpack)
         self._hooks.__enter__()
         return self

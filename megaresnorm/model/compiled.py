@@ -248,7 +248,11 @@ def _cannot_generate(device_type: str) -> str | None:
 
 
 def compile_blocks(model: "Transformer", compiling: Compiling) -> None:
-    """torch.compile a model's blocks, equal ones with the same code."""
+    """torch.compile a model's blocks, equal ones with the same code.
+
+    Raises:
+        ConfigError: FSDP2 will shard them, and whole blocks are run again.
+    """
     if compiling.mode == "none":
         return
     # Blocks may differ in a topology's constants: each then needs code of its own, and none may fall back silently.
@@ -258,5 +262,10 @@ def compile_blocks(model: "Transformer", compiling: Compiling) -> None:
     if compiling.per_graph:
         model.compiled = CompiledBlocks(model.recipe, model.runs, model.add_norm, compiling.per_graph)
         return
+    if any(isinstance(run, Span) for run in model.runs.values()):
+        raise ConfigError(
+            "train.compile=blocks with parallel.dp_shard: whole blocks are run again around FSDP2's hooks; use "
+            "recompute.policy=branch, or train.compile=none"
+        )
     for block in model.blocks.values():
         block.compile()

@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from megaresnorm.limits import MAX_BLOCKS
 from megaresnorm.reading import bytes_of_size
-from megaresnorm.recipe.section import Blocks, BlocksOr0, Section, refuse_ignored
+from megaresnorm.recipe.section import Blocks, BlocksOr0, Section
 
 SHARE = 0.9  # of the memory that ``auto`` may use where no budget is given
 LEAST_BUDGET = 1 << 20  # bytes; a smaller number was meant as something else
@@ -152,8 +152,11 @@ class RecomputeRecipe(Section):
                 f"recompute.offload=true has no effect with {why}: it moves the tensors between blocks of policy "
                 "block or every; use one of these"
             )
-        if policies <= {"block", "every"}:
-            refuse_ignored(self, "recompute", why, "gathered")
+        if policies <= {"block", "every"} and self.gathered == "keep":
+            raise ValueError(
+                f"recompute.gathered=keep does not go with {why}: whole rows would be a second tensor beside the one "
+                "that is kept; use gathered again"
+            )
         return self
 
     @model_validator(mode="after")

@@ -114,9 +114,9 @@ OVERRIDES = [
     ("recompute=block recompute.offload=", "recompute.offload=None: wanted boolean, true or false"),
     ("recompute=block recompute.offload=true train.compile=cuda_graphs", "recompute.offload=true does not go with "
      "train.compile=cuda_graphs"),
-    (f"recompute=block recompute.gathered=keep {TOKENS}", "recompute.gathered=keep has no effect with "
-     "recompute.policy=block; remove it"),
-    (f"recompute=every recompute.every=2 recompute.gathered=keep {TOKENS}", "recompute.gathered=keep has no effect"),
+    (f"recompute=block recompute.gathered=keep {TOKENS}", "recompute.gathered=keep does not go with "
+     "recompute.policy=block: whole rows would be a second tensor"),
+    (f"recompute=every recompute.every=2 recompute.gathered=keep {TOKENS}", "recompute.gathered=keep does not go with"),
     ("recompute=norm recompute.gathered=keep", "no effect with parallel.tensor_layout=full; remove it"),
     (f"recompute.gathered=true {TOKENS}", "recompute.gathered=True: wanted one of again, keep"),
 ]  # fmt: skip
