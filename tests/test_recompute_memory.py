@@ -29,8 +29,9 @@ from megaresnorm.memory import MemoryAccounts, memory_of_stages, memory_per_rank
 from megaresnorm.model.activations import Activations, BlockKind
 from megaresnorm.model.topology import beside_others
 from megaresnorm.parallel.mesh import ParallelContext, Sizes
+from megaresnorm.planner.estimate import estimate
 from megaresnorm.recipe import Recipe
-from megaresnorm.recipe.load import dump_recipe
+from megaresnorm.recipe.load import dump_recipe, load_recipe
 from megaresnorm.recompute_auto import budget_in_bytes, describe_segments, memory_of_rank, plan_recompute, sizes_of
 from megaresnorm.recompute_budget import Choice, Group, Run, Stage, TooSmall, held, seconds, solve
 from megaresnorm.recompute_plan import Segment, segments_of
@@ -417,3 +418,11 @@ def test_a_run_writes_its_plan_and_may_change_it_when_it_goes_on(
     assert second["policy"] == "auto" and second["done"] == 2 and second["told"][0].startswith("recompute auto: blocks")
     assert second["stages"][0]["segments"] == [{"first": 0, "last": 2, "policy": "none"}]
     assert run(3)["told"] == []
+
+
+def test_dry_run_tells_the_memory_of_the_stage_that_needs_most() -> None:
+    settings = ["data.path=x", "model.vocab_size=32000", "parallel.pp=4", "parallel.dp_shard=4"]
+    recipe = load_recipe("configs/llama-7b.yaml", settings)
+    found = estimate(recipe, ranks=64, device_memory=80 * 10**9, with_data=False)
+    most = max(memory.device.likely for memory in found.stages)
+    assert f"a rank: {human_bytes(most)} of GPU memory" in "\n".join(found.describe())

@@ -111,7 +111,7 @@ class Estimate:
         return [f"{'recompute' if i == 0 else '':10} {line}" for i, line in enumerate(lines)]
 
     def _memory(self) -> list[str]:
-        largest = max(self.stages, key=lambda memory: memory.device if self.on_gpus else memory.host)
+        largest = max(self.stages, key=lambda memory: (memory.device if self.on_gpus else memory.host).likely)
         need = largest.device if self.on_gpus else largest.host
         where = "GPU memory" if self.on_gpus else "host memory"
         lines = [
