@@ -47,9 +47,9 @@ def plan_recompute(recipe: Recipe, sizes: Sizes, budget: int, *, device_type: st
             given = recipe.recompute.budget
             asked = "recompute.policy=auto" if given is None else f"recompute.budget={given}"
             raise ConfigError(
-                f"{asked}: a rank may use {human_bytes(budget)} and needs at least {human_bytes(e.least)} ({kinds}) "
-                f"even with {blocks}; raise the budget, lower train.micro_batch, or divide the model over more ranks "
-                "by parallel.dp_shard, tp or pp"
+                f"{asked}: a rank may use {human_bytes(budget)} and needs at least "
+                f"{human_bytes(e.least, at_least=True)} ({kinds}) even with {blocks}; raise the budget, lower "
+                "train.micro_batch, or divide the model over more ranks by parallel.dp_shard, tp or pp"
             ) from None
     return chosen
 

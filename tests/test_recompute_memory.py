@@ -30,6 +30,7 @@ from megaresnorm.model.activations import Activations, BlockKind
 from megaresnorm.model.topology import beside_others
 from megaresnorm.parallel.mesh import ParallelContext, Sizes
 from megaresnorm.planner.estimate import estimate
+from megaresnorm.reading import bytes_of_size
 from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import dump_recipe, load_recipe
 from megaresnorm.recompute_auto import budget_in_bytes, describe_segments, memory_of_rank, plan_recompute, sizes_of
@@ -426,3 +427,12 @@ def test_dry_run_tells_the_memory_of_the_stage_that_needs_most() -> None:
     found = estimate(recipe, ranks=64, device_memory=80 * 10**9, with_data=False)
     most = max(memory.device.likely for memory in found.stages)
     assert f"a rank: {human_bytes(most)} of GPU memory" in "\n".join(found.describe())
+
+
+def test_the_least_memory_that_is_printed_is_enough_as_a_budget() -> None:
+    settings = ["data.path=x", "model.vocab_size=32000", "recompute.policy=auto"]
+    recipe = load_recipe("configs/deepnorm-200-1b.yaml", settings)
+    with pytest.raises(ConfigError) as e:
+        plan_recompute(recipe, Sizes(dp_shard=8), 2 * 10**9)
+    least = str(e.value).split("needs at least ")[1].split(" (")[0]
+    assert plan_recompute(recipe, Sizes(dp_shard=8), bytes_of_size(least))

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from math import isfinite
+from math import ceil, isfinite
 from pathlib import Path
 from typing import NamedTuple
 
@@ -163,17 +163,24 @@ def file_sha256(path: Path, *, from_disk: bool = False, progress: Callable[[int]
     return digest.hexdigest()
 
 
-def human_bytes(count: float) -> str:
+def human_bytes(count: float, *, at_least: bool = False) -> str:
     """A size in decimal units, for people.
+
+    Args:
+        at_least: round up, so that what is read back from the text suffices.
 
     >>> human_bytes(512), human_bytes(3_200_000)
     ('512 B', '3.2 MB')
+    >>> human_bytes(5_910_000_000), human_bytes(5_910_000_000, at_least=True)
+    ('5.9 GB', '6.0 GB')
     """
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            break
         count /= 1000
-    return f"{count:.1f} TB"
+    if unit == "B":
+        return f"{count:.0f} B"
+    return f"{ceil(count * 10) / 10 if at_least else count:.1f} {unit}"
 
 
 def is_finite(tensor: Tensor) -> bool:
