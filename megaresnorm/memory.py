@@ -26,6 +26,7 @@ from megaresnorm.recompute_plan import segments_of
 
 # Private memory of Python, torch and this package once a model is built; the libraries' code is shared.
 PROCESS = 250_000_000
+RESERVE = 2 * 10**9  # bytes of a GPU for CUDA, libraries and fragments
 _ON_HOST = ("checkpoint", "building", "offloaded", "process")  # also where the rest is on a GPU
 _LINEAR_ROLES = ("q", "gate", "up", "out", "down", "head")  # the first parts of matrices that linear layers multiply by
 

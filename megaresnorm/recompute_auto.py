@@ -11,7 +11,7 @@ import torch
 from megaresnorm.activation_memory import Segments
 from megaresnorm.checkpoint.format import human_bytes
 from megaresnorm.errors import ConfigError
-from megaresnorm.memory import MemoryAccounts, memory_of_stages
+from megaresnorm.memory import RESERVE, MemoryAccounts, memory_of_stages
 from megaresnorm.parallel.control import all_gather_json
 from megaresnorm.parallel.mesh import MESH_AXES, ParallelContext, Sizes
 from megaresnorm.parallel.stages import stages_of_rank
@@ -54,11 +54,12 @@ def plan_recompute(recipe: Recipe, sizes: Sizes, budget: int, *, device_type: st
     return chosen
 
 
-def budget_in_bytes(recipe: Recipe, memory: int | None) -> int:
+def budget_in_bytes(recipe: Recipe, memory: int | None, *, on_gpu: bool = False) -> int:
     """Bytes that a rank may use.
 
     Args:
         memory: that it has in all; None where it is not known.
+        on_gpu: whether it is a GPU's, where ``RESERVE`` is left free unless a budget is given.
 
     Raises:
         ConfigError: the budget is a share of memory that is not known.
@@ -73,7 +74,8 @@ def budget_in_bytes(recipe: Recipe, memory: int | None) -> int:
             f"recompute.budget={budget} is a share of this machine's memory, which is not known here; give a size, "
             "such as 20GiB"
         )
-    return int(budget * memory)
+    unasked = recipe.recompute.budget is None and on_gpu
+    return int(min(budget * memory, max(memory - RESERVE, memory // 2))) if unasked else int(budget * memory)
 
 
 def memory_of_rank(device: torch.device, ranks_here: int) -> int | None:
@@ -106,7 +108,8 @@ def plan_on_all_ranks(recipe: Recipe, context: ParallelContext, device: torch.de
     ranks_here = all_gather_json(machine, context.control).count(machine)
     found = all_gather_json(memory_of_rank(device, ranks_here), context.control)
     least = None if None in found else min(found)
-    return plan_recompute(recipe, sizes_of(context), budget_in_bytes(recipe, least), device_type=device.type)
+    budget = budget_in_bytes(recipe, least, on_gpu=device.type == "cuda")
+    return plan_recompute(recipe, sizes_of(context), budget, device_type=device.type)
 
 
 def describe_segments(segments: list[Segment]) -> str:
@@ -133,7 +136,8 @@ def describe_recompute(recipe: Recipe, sizes: Sizes, segments: Segments, device_
     lines = []
     for number in sorted(segments):
         rank = memory[number % sizes.pp]
-        which = f"{policy}: " if number == 0 else ""
+        given = f" within {recipe.recompute.budget or SHARE}" if policy == "auto" else ""
+        which = f"{policy}{given}: " if number == 0 else ""
         stage = f"stage {number}: " if len(segments) > 1 else ""
         blocks = describe_segments(list(segments[number])) if segments[number] else "no blocks"
         away = f", {human_bytes(rank.offloaded)} in host memory" if rank.offloaded else ""

@@ -387,7 +387,7 @@ def test_a_dry_run_tells_what_is_recomputed(tmp_path: Path, capsys: pytest.Captu
     assert "# recompute  ffn: stage 0: blocks 0-1 ffn; " in told and "#            stage 1: blocks 2-3 ffn; " in told
     assert "recompute " not in lines("recompute.policy=none").replace("recompute:", "")
     auto = lines("recompute.policy=auto", "recompute.budget=262MB")
-    assert "auto: stage 0: blocks 0" in auto and " of activations\n" in auto
+    assert "auto within " in auto and ": stage 0: blocks 0" in auto and " of activations\n" in auto
     assert "needs at least" in lines("recompute.policy=auto", "recompute.budget=200MB", code=2)
     assert "blocks 0-1 none" in lines("recompute.policy=auto", "--memory", "80GB")
     assert "auto: chosen where it will run" in lines("recompute.policy=auto", "train.device=cuda")
@@ -416,7 +416,11 @@ def test_a_run_writes_its_plan_and_may_change_it_when_it_goes_on(
     assert first["ranks"][0]["stages"] == [0] and first["ranks"][0]["activations"] > 0
     assert first["told"][0].startswith("recompute every: blocks 0-1 every 2, 2 block; ")
     second = run(2, policy="auto", budget="10GB")
-    assert second["policy"] == "auto" and second["done"] == 2 and second["told"][0].startswith("recompute auto: blocks")
+    assert (
+        second["policy"] == "auto"
+        and second["done"] == 2
+        and second["told"][0].startswith("recompute auto within 10GB: blocks")
+    )
     assert second["stages"][0]["segments"] == [{"first": 0, "last": 2, "policy": "none"}]
     assert run(3)["told"] == []
 

@@ -12,7 +12,7 @@ from megaresnorm.errors import ConfigError
 from megaresnorm.kernels import load_backends
 from megaresnorm.kernels.registry import check_backend
 from megaresnorm.layout import check_execution, check_layout, ranks_without_samples, split_stages
-from megaresnorm.memory import MemoryPerRank, memory_of_stages
+from megaresnorm.memory import RESERVE, MemoryPerRank, memory_of_stages
 from megaresnorm.model.cost import training_flops
 from megaresnorm.model.lint import check
 from megaresnorm.model.parameters import parameter_table
@@ -28,7 +28,6 @@ from megaresnorm.telemetry.throughput import PEAK_BF16
 EPOCHS = 4  # more repetitions of the same data than these are worth much less (arXiv:2305.16264)
 SHARE_OF_PEAK = 0.4  # assumed where a time is told
 GPU = "H100"  # whose peak is taken for it
-RESERVE = 2 * 10**9  # bytes of a GPU for CUDA, libraries and fragments
 
 
 @dataclass(frozen=True)
@@ -203,7 +202,8 @@ def _segments(recipe: Recipe, sizes: Sizes, room: int | None, *, on_gpus: bool) 
         return {number: segments_of(recompute, stage.blocks) for number, stage in enumerate(stages)}
     if room is None and not isinstance(recompute.budget, str) and (recompute.budget or 0) <= 1:
         return None
-    budget = budget_in_bytes(recipe, room if on_gpus or room is None else room // sizes.num_ranks)
+    memory = room if on_gpus or room is None else room // sizes.num_ranks
+    budget = budget_in_bytes(recipe, memory, on_gpu=on_gpus)
     return plan_recompute(recipe, sizes, budget, device_type="cuda" if on_gpus else "cpu")
 
 

@@ -43,7 +43,8 @@ def check_memory(recipe: Recipe, sizes: Sizes, ranks_here: int, device: torch.de
     """
     segments = None
     if recipe.recompute.policy == "auto":
-        budget = budget_in_bytes(recipe, memory_of_rank(device, ranks_here))
+        memory = memory_of_rank(device, ranks_here)
+        budget = budget_in_bytes(recipe, memory, on_gpu=device.type == "cuda")
         segments = plan_recompute(recipe, sizes, budget, device_type=device.type)
     if device.type == "cuda":
         own = first_rank + (device.index or 0)
@@ -77,7 +78,7 @@ class _Ranks(NamedTuple):
         each = [stages[rank // (self.sizes.num_ranks // self.sizes.pp)] for rank in self.ranks]
         needs = [memory.device if self.on_device else memory.host for memory in each]
         total = Need(sum(need.certain for need in needs), sum(need.likely for need in needs))
-        return total, max(each, key=lambda memory: memory.needed)
+        return total, each[max(range(len(each)), key=lambda i: needs[i].likely)]
 
 
 def _check_room(ranks: _Ranks, room: Room) -> None:
@@ -94,8 +95,13 @@ def _check_room(ranks: _Ranks, room: Room) -> None:
     log.warning(
         f"warning: memory may not suffice: {who} may need {human_bytes(likely)} of {room.kind}, at least "
         f"{human_bytes(certain)}; {human_bytes(room.free)} of {human_bytes(room.total)} are free ({kinds}); "
-        "a smaller train.micro_batch needs less"
+        f"{_less(ranks.recipe)} needs less"
     )
+
+
+def _less(recipe: Recipe) -> str:
+    again = "recompute=norm or block, or " if recipe.recompute.policies == {"none"} else ""
+    return f"{again}a smaller train.micro_batch"
 
 
 def _advice(ranks: _Ranks, certain: int, room: Room) -> str:
