@@ -84,7 +84,7 @@ RANKS = {
 
 
 @pytest.mark.parametrize(
-    "layout", [name if name in ("pp2 1f1b", "fsdp2") else pytest.param(name, marks=pytest.mark.slow) for name in RANKS]
+    "layout", [name if name == "pp2 1f1b" else pytest.param(name, marks=pytest.mark.slow) for name in RANKS]
 )
 def test_layouts_train_as_without_recomputation(layout, late):
     """Two steps, the second with gradients of weights that the first has changed."""

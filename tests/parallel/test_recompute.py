@@ -96,7 +96,12 @@ def some_cases(place: str) -> list[tuple[str, str, str, list[str]]]:
     ]
 
 
-@pytest.mark.parametrize("place", PLACES)
+OFTEN = ("alone", "tp2 tokens", "tp2 columns, merge", GATHER, "pp2 1f1b", "pp2 interleaved", "fsdp2")  # in CI
+
+
+@pytest.mark.parametrize(
+    "place", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in PLACES]
+)
 def test_topologies_have_the_bits_of_none(place):
     compare(place, some_cases(place))
 
@@ -108,7 +113,9 @@ def test_every_topology_has_the_bits_of_none_under_every_policy(place, compute):
         compare(place, [(topology, variant, compute, list(POLICIES)) for topology in TOPOLOGIES])
 
 
-@pytest.mark.parametrize("place", ["tp2 tokens", "tp2 columns, merge", "tp2 columns, gather"])
+@pytest.mark.parametrize(
+    "place", [GATHER, *(pytest.param(name, marks=pytest.mark.slow) for name in ("tp2 tokens", "tp2 columns, merge"))]
+)
 def test_gathered_rows_that_are_kept_change_nothing(place):
     compute = types_of(place)[1]
     cases = [("deepnorm", "gpt", compute, ["norm", "branch"]), ("keel", "llama", "fp32", ["attention", "ffn"])]
