@@ -1,9 +1,9 @@
 """Recomputation: what autograd keeps of a function is dropped, and made again when backward first asks for it.
 
-The function is run once more in backward, as in torch.utils.checkpoint, at a tenth of its cost a call, which narrow
-models hundreds of blocks deep would notice. The second run ends with the last tensor that backward needs: a product or
-a collective after it is not repeated. Its values are those of the first run, bit for bit, since nothing in a model
-draws random numbers or counts its calls (dropout masks are hashes).
+The function is run once more in backward, as in torch.utils.checkpoint, without its bookkeeping for random numbers and
+contexts, which narrow models hundreds of blocks deep would notice. The second run ends with the last tensor that
+backward needs: a product or a collective after it is not repeated. Its values are those of the first run, bit for bit,
+since nothing in a model draws random numbers or counts its calls (dropout masks are hashes).
 """
 
 import threading
