@@ -141,6 +141,16 @@ def gradients(assembled: Assembled) -> dict[str, Tensor]:
     return {name: t.clone() for name, t in FullState(assembled, parts).items()}
 
 
+def found_with(rank: int, recipes: list[Recipe]) -> list[tuple[float, dict[str, Tensor]]]:
+    """Loss and whole gradients with each recipe."""
+    results = []
+    for recipe in recipes:
+        assembled, engine = build(recipe)
+        loss, _ = engine.gradients(batches(engine, recipe))
+        results.append((loss, gradients(assembled)))
+    return results
+
+
 def descend(engine: NativeEngine, lr: float) -> None:
     """Plain SGD along the gradients there are, which are gone then."""
     with torch.no_grad():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from cases import LAYOUTS, batches, build, gradients, make_recipe
+from cases import LAYOUTS, batches, build, found_with, gradients, make_recipe
 
 from megaresnorm.kernels.add_norm.reference import NormWeights
 from megaresnorm.model.topology import TOPOLOGIES
@@ -15,16 +15,6 @@ from megaresnorm.recipe import Recipe
 from megaresnorm.testing import run_ranks
 
 SHARDED = ["tp2 tokens", "tp2 columns, merge", "tp2 columns, gather"]
-
-
-def found_with(rank: int, recipes: list[Recipe]) -> list[tuple[float, dict[str, torch.Tensor]]]:
-    """Loss and whole gradients with each recipe."""
-    results = []
-    for recipe in recipes:
-        assembled, engine = build(recipe)
-        loss, _ = engine.gradients(batches(engine, recipe))
-        results.append((loss, gradients(assembled)))
-    return results
 
 
 def assert_equal_bits(one: tuple[float, dict], other: tuple[float, dict], why: str) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from cases import LAYOUTS, batches, build, gradients, make_recipe
+from cases import LAYOUTS, batches, build, found_with, make_recipe
 
 from megaresnorm.model.branches import Attention, FeedForward
 from megaresnorm.model.topology import TOPOLOGIES
@@ -40,16 +40,6 @@ def recipe_of(topology: str, variant: str, place: str, compute: str, recompute: 
     return make_recipe(
         topology, variant, PLACES[place][1], compute, BLOCKS, recompute={**recompute, **keep}, **sections
     )
-
-
-def found_with(rank: int, recipes: list[Recipe]) -> list[tuple[float, dict[str, torch.Tensor]]]:
-    """Loss and whole gradients with each recipe."""
-    results = []
-    for recipe in recipes:
-        assembled, engine = build(recipe)
-        loss, _ = engine.gradients(batches(engine, recipe))
-        results.append((loss, gradients(assembled)))
-    return results
 
 
 def run(place: str, function, *arguments) -> list:

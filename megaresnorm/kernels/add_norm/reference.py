@@ -119,10 +119,12 @@ def add_norm(args: AddNormArgs) -> AddNormOutput:
             branch = branch * gate
         z = _scaled_add(branch, x.to(wide), args.alpha)
     stored = _stored(z.to(wide), residual_dtype)
-    kept = in_type(stored.detach(), residual_dtype)
+    kept = None
     if args.norm is not None:
+        kept = in_type(stored.detach(), residual_dtype)
         stored = _stored(normalize(stored, args.norm), residual_dtype)
     trunk = in_type(stored, residual_dtype)
+    kept = trunk.detach() if kept is None else kept
     if args.next_norm is None and out_dtype is None:
         return AddNormOutput(trunk, None, None, None)
     branch_input, statistics = stored, None
