@@ -44,7 +44,7 @@ class ActivationMemory:
         self.recipe, self.sizes, self.model = recipe, sizes, recipe.model
         self.on_cpu = device_type == "cpu"
         self.logit_rows = logit_rows_of(recipe, sizes.tp, device_type)
-        self.compute = DTYPES[recipe.precision.compute].itemsize
+        self.compute = DTYPES[recipe.precision.branches].itemsize
         self.stream = DTYPES[recipe.precision.stream].itemsize
         self.stages = split_stages(recipe.model, recipe.parallel)
         self.kinds = [BlockKind.of(recipe.model, block) for block in range(recipe.model.num_blocks)]

@@ -128,7 +128,7 @@ def build_model(
     compiling = resolve_compile_mode(
         compiled, recipe, device.type, tp=context.tp.size, sharded=shard is not None, opaque=opaque_kernel(kernels)
     )
-    compute, stored = DTYPES[precision.compute], DTYPES[precision.stream]
+    compute, stored = DTYPES[precision.branches], DTYPES[precision.stream]
     kinds = {"activation": recipe.ffn, "attention": "plain" if recipe.attention_softcap is None else "softcap"}
     chosen = {
         op: choose_kernel(op, backend, device, compute, kinds.get(op), fused=op in compiling.fused)

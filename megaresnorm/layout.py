@@ -14,7 +14,7 @@ LOGITS = 1 << 26  # at a time, of a large vocabulary: 128 MiB in BF16, and produ
 
 def gathers_stream(parallel: ParallelRecipe, precision: PrecisionRecipe) -> bool:
     """Whether tensor_layout=columns gathers the stored stream, rather than its normalised columns."""
-    return parallel.columns_norm != "merge" and precision.stream == precision.compute
+    return parallel.columns_norm != "merge" and precision.stream == precision.branches
 
 
 def split_stages(recipe: ModelRecipe, parallel: ParallelRecipe) -> list[Stage]:

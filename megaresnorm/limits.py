@@ -6,6 +6,7 @@ before a tensor is made takes minutes, gigabytes, or more than 64 bits.
 
 MAX_BLOCKS = 10_000  # names, costs and settings of every block are listed
 MAX_CHUNKS = 1_000  # parts of the rows, each with a message of its own
+MAX_HISTORY = 10_000  # steps, of which every linear layer keeps two numbers each
 MAX_WIDTH = 1 << 22  # columns; the product of two of these and a vocabulary is still a size that torch can take
 MAX_VOCAB = 1 << 24  # rows of the embedding; a count of each token is in memory where token shares are asked for
 MAX_SEQ_LEN = 1 << 27  # tokens

@@ -11,9 +11,9 @@ from megaresnorm.recipe.execution import (
     EngineRecipe,
     KernelRecipe,
     ParallelRecipe,
-    PrecisionRecipe,
 )
 from megaresnorm.recipe.model import InitRecipe, ModelRecipe, RopeScaling, TopologyOptions
+from megaresnorm.recipe.precision import Fp8Recipe, PrecisionRecipe
 from megaresnorm.recipe.recompute import RecomputeBlocks, RecomputeRecipe
 from megaresnorm.recipe.section import Section, divisors, refuse_ignored
 from megaresnorm.recipe.training import (
@@ -32,6 +32,7 @@ __all__ = [
     "CheckpointRecipe",
     "DataRecipe",
     "EngineRecipe",
+    "Fp8Recipe",
     "InitRecipe",
     "KernelRecipe",
     "ModelRecipe",
@@ -121,10 +122,10 @@ class Recipe(Section):
                 )
         if parallel.tensor_layout == "full":
             refuse_ignored(self.recompute, "recompute", "parallel.tensor_layout=full", "gathered")
-        if parallel.columns_norm == "gather" and self.precision.stream != self.precision.compute:
+        if parallel.columns_norm == "gather" and self.precision.stream != self.precision.branches:
             raise ValueError(
-                f"parallel.columns_norm=gather needs precision.residual_dtype={self.precision.compute}, the type of "
-                f"compute, not {self.precision.stream}; set it, or use columns_norm auto or merge"
+                f"parallel.columns_norm=gather needs precision.residual_dtype={self.precision.branches}, the type of "
+                f"branches, not {self.precision.stream}; set it, or use columns_norm auto or merge"
             )
         if parallel.num_stages > model.num_blocks:
             raise ValueError(
@@ -139,6 +140,17 @@ class Recipe(Section):
             )
         if blocks is not None and 0 in blocks[1:-1]:
             raise ValueError(f"parallel.stage_blocks={blocks}: only the first and the last stage can be without blocks")
+        return self
+
+    @model_validator(mode="after")
+    def _some_blocks_are_in_fp8(self) -> Self:
+        fp8, num_blocks = self.precision.fp8, self.model.num_blocks
+        outer = fp8.bf16_first_blocks + fp8.bf16_last_blocks
+        if self.precision.compute == "fp8" and outer >= num_blocks:
+            raise ValueError(
+                f"precision.fp8.bf16_first_blocks={fp8.bf16_first_blocks} and bf16_last_blocks={fp8.bf16_last_blocks} "
+                f"leave none of model.num_blocks={num_blocks} in FP8; lower them, or set precision.compute=bf16"
+            )
         return self
 
     @model_validator(mode="after")

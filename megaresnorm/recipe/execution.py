@@ -1,4 +1,4 @@
-"""Settings of how a run is computed: number formats, kernels, ranks."""
+"""Settings of how a run is computed: kernels, ranks."""
 
 from typing import Annotated, Literal
 
@@ -7,29 +7,6 @@ from typing_extensions import Self
 
 from megaresnorm.limits import MAX_BLOCKS, MAX_CHUNKS
 from megaresnorm.recipe.section import BlocksOr0, Ranks, Section, Word, refuse_ignored
-
-
-class PrecisionRecipe(Section):
-    """Number formats of the matrix products and of the residual stream."""
-
-    compute: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """Type of the matrix products; weights, their gradients and the optimizer stay FP32 under bf16."""
-    residual_dtype: Literal["fp32", "bf16", "fp64"] | None = None
-    """Type the residual stream is stored in; unset: fp32, or fp64 under fp64."""
-
-    @model_validator(mode="after")
-    def _fp64_is_whole(self) -> Self:
-        if (self.compute == "fp64") != (self.stream == "fp64"):
-            raise ValueError(
-                f"precision.residual_dtype={self.stream} does not go with precision.compute={self.compute}; "
-                "fp64 is for both or neither"
-            )
-        return self
-
-    @property
-    def stream(self) -> str:
-        """Type the residual stream is stored in, whether it is set or not."""
-        return self.residual_dtype or ("fp64" if self.compute == "fp64" else "fp32")
 
 
 class EngineRecipe(Section):

@@ -1,0 +1,88 @@
+"""Settings of number formats."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from megaresnorm.limits import MAX_HISTORY
+from megaresnorm.recipe.section import BlocksOr0, Section, Word, refuse_ignored
+
+
+class Fp8Recipe(Section):
+    """How the linear layers of the blocks compute in FP8; norms, attention, embedding and output matrix do not."""
+
+    recipe: Literal["tensorwise", "rowwise", "block", "mxfp8"] = "rowwise"
+    """What shares a scale. tensorwise: a tensor; rowwise: a token, and an output of a weight; block: 128 elements of a
+    token, and 128 x 128 of a weight; mxfp8: 32 elements of either, emulated."""
+    scaling: Literal["current", "delayed"] = "current"
+    """tensorwise: scales from the values themselves, or from the largest of earlier steps, so that a norm can write FP8
+    at once."""
+    history: Annotated[int, Field(ge=1, le=MAX_HISTORY)] = 16
+    """delayed: earlier steps whose largest values give the scale."""
+    backward: Literal["e4m3", "e5m2", "bf16"] | None = None
+    """Type of gradients in the product for the input's gradient; bf16: that product is in BF16. Unset: e5m2 under
+    tensorwise, whose one scale leaves small gradients little room, else e4m3."""
+    weight_grad: Literal["bf16", "fp8"] = "bf16"
+    """Type of the product for the weight's gradient, which bears rounding the worst."""
+    backend: Word = "auto"
+    """What multiplies: torch, te (Transformer Engine), emulated; auto: torch where the device has the form, else
+    emulated. ``megaresnorm doctor --kernels`` says which, and why."""
+    bf16_first_blocks: BlocksOr0 = 1
+    """Blocks at the start of the model whose products stay in BF16."""
+    bf16_last_blocks: BlocksOr0 = 1
+    """Likewise at its end."""
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        if self.recipe != "tensorwise":
+            refuse_ignored(self, "precision.fp8", f"precision.fp8.recipe={self.recipe}", "scaling")
+        if self.scaling != "delayed":
+            refuse_ignored(self, "precision.fp8", f"precision.fp8.scaling={self.scaling}", "history")
+        return self
+
+    @property
+    def gradients(self) -> str:
+        """Type of gradients in the product for the input's gradient, whether it is set or not."""
+        return self.backward or ("e5m2" if self.recipe == "tensorwise" else "e4m3")
+
+
+class PrecisionRecipe(Section):
+    """Number formats of the matrix products and of the residual stream."""
+
+    compute: Literal["fp32", "bf16", "fp16", "fp8", "fp64"] = "fp32"
+    """Type of the matrix products; weights, their gradients and the optimizer stay FP32 under bf16, fp16 and fp8. fp8:
+    the linear layers of the blocks, all else as under bf16."""
+    residual_dtype: Literal["fp32", "bf16", "fp64"] | None = None
+    """Type the residual stream is stored in; unset: fp32, or fp64 under fp64."""
+    fp8: Fp8Recipe = Fp8Recipe()
+    """How products in FP8 are scaled."""
+
+    @model_validator(mode="after")
+    def _fp8_is_computed(self) -> Self:
+        if self.compute != "fp8" and self.fp8 != Fp8Recipe():
+            key, value = next(iter(self.fp8.model_dump(exclude_defaults=True).items()))
+            raise ValueError(
+                f"precision.fp8.{key}={value} has no effect with precision.compute={self.compute}; remove it, or set "
+                "precision.compute=fp8"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fp64_is_whole(self) -> Self:
+        if (self.compute == "fp64") != (self.stream == "fp64"):
+            raise ValueError(
+                f"precision.residual_dtype={self.stream} does not go with precision.compute={self.compute}; "
+                "fp64 is for both or neither"
+            )
+        return self
+
+    @property
+    def branches(self) -> str:
+        """Type that branches compute in where products are not in FP8."""
+        return "bf16" if self.compute == "fp8" else self.compute
+
+    @property
+    def stream(self) -> str:
+        """Type the residual stream is stored in, whether it is set or not."""
+        return self.residual_dtype or ("fp64" if self.compute == "fp64" else "fp32")
