@@ -37,7 +37,7 @@ from megaresnorm.parallel.data_parallel import grad_sync, local, pad_uneven_shar
 from megaresnorm.parallel.gathered import gather_in_bf16
 from megaresnorm.parallel.gradients import reduce_gradients, reductions
 from megaresnorm.parallel.mesh import ParallelContext
-from megaresnorm.precision.bf16 import Bf16Copies
+from megaresnorm.precision.copies import copy_weights
 from megaresnorm.recipe import Recipe
 from megaresnorm.recompute_auto import plan_on_all_ranks
 
@@ -80,10 +80,10 @@ class NativeEngine:
             logit_rows=logit_rows_of(recipe, context.tp.size, torch.device(device).type),
             shard=self._sharding(recipe) if context.dp_shard.size > 1 else None,
         )
-        rounds = recipe.precision.compute == "bf16"
+        rounds = recipe.precision.compute in ("bf16", "fp8")
         self.modules = {number: self._wrapped(model, rounds) for number, model in assembled.models.items()}
-        copied = rounds and context.dp_shard.size == 1
-        self._copies = [Bf16Copies(model) for model in assembled.models.values()] if copied else []
+        copied = context.dp_shard.size == 1
+        self._copies = copy_weights(assembled.models.values(), recipe.precision.compute, context.tp) if copied else []
 
         self._parameters, table = assembled.parameters(), assembled.table
         tied = self._parameters.get("embedding.weight") if recipe.model.tied_embeddings else None

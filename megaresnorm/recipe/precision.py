@@ -39,6 +39,8 @@ class Fp8Recipe(Section):
             refuse_ignored(self, "precision.fp8", f"precision.fp8.recipe={self.recipe}", "scaling")
         if self.scaling != "delayed":
             refuse_ignored(self, "precision.fp8", f"precision.fp8.scaling={self.scaling}", "history")
+        if self.backward == "bf16":
+            refuse_ignored(self, "precision.fp8", "precision.fp8.backward=bf16", "weight_grad")
         return self
 
     @property
