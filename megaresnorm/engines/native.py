@@ -34,7 +34,6 @@ from megaresnorm.model.transformer import Transformer
 from megaresnorm.optim import Gradient, GradientPlacement, Optimizer
 from megaresnorm.parallel.collectives import all_reduce
 from megaresnorm.parallel.data_parallel import grad_sync, local, pad_uneven_shards, replicate_model, shard_model
-from megaresnorm.parallel.gathered import gather_in_bf16
 from megaresnorm.parallel.gradients import reduce_gradients, reductions
 from megaresnorm.parallel.mesh import ParallelContext
 from megaresnorm.precision.copies import copy_weights
@@ -80,10 +79,8 @@ class NativeEngine:
             logit_rows=logit_rows_of(recipe, context.tp.size, torch.device(device).type),
             shard=self._sharding(recipe) if context.dp_shard.size > 1 else None,
         )
-        rounds = recipe.precision.compute in ("bf16", "fp8")
-        self.modules = {number: self._wrapped(model, rounds) for number, model in assembled.models.items()}
-        copied = context.dp_shard.size == 1
-        self._copies = copy_weights(assembled.models.values(), recipe.precision.compute, context.tp) if copied else []
+        self.modules = {number: self._wrapped(model) for number, model in assembled.models.items()}
+        self._copies = copy_weights(assembled.models.values(), recipe.precision.compute, context)
 
         self._parameters, table = assembled.parameters(), assembled.table
         tied = self._parameters.get("embedding.weight") if recipe.model.tied_embeddings else None
@@ -112,11 +109,9 @@ class NativeEngine:
         reshards = recipe.parallel.reshard_after_forward and recipe.parallel.num_stages == 1
         return lambda model: shard_model(model, model.parts(), self.context, reshard_after_forward=reshards)
 
-    def _wrapped(self, model: Transformer, rounds: bool) -> nn.Module:
+    def _wrapped(self, model: Transformer) -> nn.Module:
         if self.context.dp_shard.size > 1:
             pad_uneven_shards(model)
-            if rounds:
-                gather_in_bf16(model)
             return model
         return replicate_model(model, self.context.dp) if self.context.dp_replicate.size > 1 else model
 

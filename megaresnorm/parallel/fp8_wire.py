@@ -8,13 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megaresnorm.kernels.fp8.formats import Form, Fp8, Rows, rows_of
+from megaresnorm.kernels.fp8.formats import Form, Fp8, Rows, exponents, rows_of, scales
 from megaresnorm.parallel.branch_input import COPY, GATHER_COLUMNS, GATHER_ROWS, BranchInput, Collective, PendingRows
 from megaresnorm.parallel.collectives import blocks_to_columns, start_all_gather
 from megaresnorm.parallel.linear_kernel import LinearKernel
 from megaresnorm.parallel.mesh import Axis
-
-_FRACTION = 23  # bits of FP32 below its exponent
 
 
 def in_fp8(collective: Collective, form: Form) -> Collective:
@@ -37,7 +35,7 @@ def in_fp8(collective: Collective, form: Form) -> Collective:
         codes, inverse = sources
         width, dtype = codes.shape[1], codes.dtype
         sent = codes.view(torch.uint8)
-        arriving = start_all_gather(sent if shared else torch.cat((sent, _exponents(inverse)), 1), axis)
+        arriving = start_all_gather(sent if shared else torch.cat((sent, exponents(inverse)), 1), axis)
 
         def finish() -> Fp8:
             everyone = arriving()
@@ -45,7 +43,7 @@ def in_fp8(collective: Collective, form: Form) -> Collective:
                 part.flatten(0, 1).contiguous() if dim == 0 else blocks_to_columns(part)
                 for part in (everyone[:, :, :width], everyone[:, :, width:])
             ]
-            return Fp8(whole[0].view(dtype), inverse if shared else _scales(whole[1]), form)
+            return Fp8(whole[0].view(dtype), inverse if shared else scales(whole[1]), form)
 
         return finish
 
@@ -72,13 +70,3 @@ def sent(u: BranchInput, reader: LinearKernel, dim: int) -> tuple[BranchInput, C
     if isinstance(part, Tensor):
         return u, None
     return u._replace(collective=in_fp8(collective, part.form), sources=part.tensors, part=part), read
-
-
-def _exponents(inverse: Tensor) -> Tensor:
-    """Scales, which are powers of two or not finite, as a byte each."""
-    return ((inverse.view(torch.int32) >> _FRACTION) & 0xFF).to(torch.uint8)
-
-
-def _scales(exponents: Tensor) -> Tensor:
-    """The scales of ``_exponents``; what was not finite is infinite."""
-    return (exponents.int() << _FRACTION).view(torch.float32)

@@ -5,8 +5,11 @@ from typing import Protocol
 
 from torch import nn
 
-from megaresnorm.parallel.mesh import Axis
+from megaresnorm.parallel.data_parallel import is_sharded
+from megaresnorm.parallel.gathered import gather_in_bf16
+from megaresnorm.parallel.mesh import ParallelContext
 from megaresnorm.precision.bf16 import Bf16Copies
+from megaresnorm.precision.fp8_shards import Fp8Shards
 from megaresnorm.precision.fp8_weights import Fp8Weights, fp8_layers
 
 
@@ -17,17 +20,23 @@ class Copies(Protocol):
         """Copy the current weights."""
 
 
-def copy_weights(models: Iterable[nn.Module], compute: str, axis: Axis) -> list[Copies]:
+def copy_weights(models: Iterable[nn.Module], compute: str, context: ParallelContext) -> list[Copies]:
     """Give the linear layers of a model their copies, where its type of compute has any.
 
+    Of weights that FSDP2 has sharded there are no copies in BF16: it sends them so. Those in FP8 are of shards.
+
     Args:
-        models: stages, with memory; not those that FSDP2 has sharded.
+        models: stages, with memory and initial values, before anything has been gathered; sharded all or none.
         compute: precision.compute.
-        axis: tensor parallelism.
     """
-    models, found = list(models), list[Copies]()
-    if compute in ("bf16", "fp8"):
-        found += [Bf16Copies(model) for model in models]
-    if compute == "fp8":
-        found.append(Fp8Weights(fp8_layers(models), axis))
-    return found
+    if compute not in ("bf16", "fp8"):
+        return []
+    models = list(models)
+    layers = fp8_layers(models)
+    if not any(is_sharded(model) for model in models):
+        bf16 = [Bf16Copies(model) for model in models]
+        return [*bf16, Fp8Weights(layers, context.tp)] if layers else [*bf16]
+    in_fp8 = {layer.weight for layer, _ in layers.values()}
+    for model in models:
+        gather_in_bf16(model, but=in_fp8)
+    return [Fp8Shards(layers, context)] if layers else []

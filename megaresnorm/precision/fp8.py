@@ -10,9 +10,11 @@ A product sums along the last dimension of both of its operands, whose elements 
 
     y  = x w^T     x and w as in the table
     dx = dy w      the same codes of w, transposed. Under rowwise its scales lie along the sum: dy is multiplied by
-                   them before it is rounded, which is exact. Under mxfp8 w^T is rounded by itself
-    dw = dy^T x    BF16: dy as it is, and x as y's product has read it. FP8: both with scales along the tokens; codes of
-                   x are scaled anew, which is exact but below the smallest normal number
+                   them before it is rounded, which is exact. Under mxfp8 codes are scaled anew, along the outputs
+    dw = dy^T x    BF16: dy as it is, and x as y's product has read it. FP8: both with scales along the tokens; codes
+                   of x are scaled anew
+
+Codes that are scaled anew are the same numbers, but for those that fall below the smallest normal one.
 
 T tokens   K in_dim   N out_dim
 """
@@ -89,12 +91,11 @@ class Fp8Linear:
         outputs: the axis over which outputs are sharded, as in ``ColumnLinear``.
 
     Attributes:
-        weight: the weight in FP8, and for mxfp8 the transposed one as well, which ``Fp8Weights`` keeps.
+        weight: the weight in FP8, which ``Fp8Weights`` or ``Fp8Shards`` renew.
         delayed: the largest numbers of earlier steps; None with current scaling.
     """
 
     weight: Fp8
-    turned: Fp8 | None = None
 
     def __init__(
         self,
@@ -155,7 +156,10 @@ class Fp8Linear:
         """See ``LinearKernel``."""
         if dy.codes is None:
             return self._bf16.input_grad(dy.values, dequantize(self.weight, dy.values.dtype))
-        weight = self.turned or transposed(self.weight)
+        if self.forms.weight == MX:
+            weight = quantize(dequantize(self.weight, dy.values.dtype).t().contiguous(), MX)
+        else:
+            weight = transposed(self.weight)
         if weight.form == ROW.transposed:  # whose scales are in dy
             weight = Fp8(weight.codes, torch.ones_like(weight.inverse.t()[:1]).expand(len(weight.codes), 1), ROW)
         return self._product(dy.codes, weight, None, dy.values.dtype, precise=True)

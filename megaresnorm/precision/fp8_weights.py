@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from megaresnorm.kernels.fp8.formats import MX, TENSOR, amax_of, quantize
+from megaresnorm.kernels.fp8.formats import TENSOR, amax_of, quantize
 from megaresnorm.parallel.collectives import largest
 from megaresnorm.parallel.linear import Linear
 from megaresnorm.parallel.mesh import Axis
@@ -48,4 +48,3 @@ class Fp8Weights:
         for i, (layer, kernel) in enumerate(self._layers):
             form = kernel.forms.weight
             kernel.weight = quantize(layer.weight, form, amax=None if whole is None else whole[i : i + 1])
-            kernel.turned = quantize(layer.weight.t().contiguous(), form) if form == MX else None

@@ -159,6 +159,16 @@ def transposed(q: Fp8) -> Fp8:
     return Fp8(q.codes.view(torch.uint8).t().contiguous().view(q.codes.dtype), q.inverse.t(), q.form.transposed)
 
 
+def exponents(inverse: Tensor) -> Tensor:
+    """Scales, which are powers of two or not finite, as a byte each, for sending."""
+    return ((inverse.view(torch.int32) >> _FRACTION) & 0xFF).to(torch.uint8)
+
+
+def scales(exponents: Tensor) -> Tensor:
+    """The scales of ``exponents``; what was not finite is infinite."""
+    return (exponents.int() << _FRACTION).view(torch.float32)
+
+
 def spread(scales: Tensor, form: Form, shape: tuple[int, ...]) -> Tensor:
     """Scales as what can be multiplied with [M, K]."""
     for dim, shared in enumerate(form):
