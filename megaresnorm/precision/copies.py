@@ -9,8 +9,9 @@ from megaresnorm.parallel.data_parallel import is_sharded
 from megaresnorm.parallel.gathered import gather_in_bf16
 from megaresnorm.parallel.mesh import ParallelContext
 from megaresnorm.precision.bf16 import Bf16Copies
+from megaresnorm.precision.fp8 import fp8_layers
 from megaresnorm.precision.fp8_shards import Fp8Shards
-from megaresnorm.precision.fp8_weights import Fp8Weights, fp8_layers
+from megaresnorm.precision.fp8_weights import Fp8Weights
 
 
 class Copies(Protocol):

@@ -19,7 +19,7 @@ Codes that are scaled anew are the same numbers, but for those that fall below t
 T tokens   K in_dim   N out_dim
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,7 +48,7 @@ from megaresnorm.parallel.collectives import largest
 from megaresnorm.parallel.linear import ColumnLinear, Linear
 from megaresnorm.parallel.linear_kernel import LinearKernel
 from megaresnorm.parallel.mesh import Axis
-from megaresnorm.precision.delayed import GRADIENTS, INPUTS, Delayed
+from megaresnorm.precision.delayed import GRADIENTS, INPUTS, Delayed, DelayedScales
 from megaresnorm.recipe import Fp8Recipe
 
 
@@ -209,6 +209,32 @@ def compute_in_fp8(blocks: Iterable[nn.Module], recipe: Fp8Recipe, product: Prod
             if isinstance(module, Linear):
                 axes = {"outputs": module.axis} if isinstance(module, ColumnLinear) else {"inputs": module.layout.axis}
                 module.kernel = Fp8Linear(recipe, product, module.kernel, **axes)
+
+
+def fp8_layers(models: Iterable[nn.Module]) -> dict[str, tuple[Linear, Fp8Linear]]:
+    """The layers in FP8 by the name of their weight, and the products of each."""
+    return {
+        f"{name}.weight": (module, module.kernel)
+        for model in models
+        for name, module in model.named_modules()
+        if isinstance(module, Linear) and isinstance(module.kernel, Fp8Linear)
+    }
+
+
+def delayed_scales(
+    layers: Mapping[str, tuple[Linear, Fp8Linear]], names: Sequence[str], recipe: Fp8Recipe, device: torch.device
+) -> DelayedScales:
+    """Let layers take their scales from earlier steps.
+
+    Args:
+        layers: in FP8, by the name of their weight.
+        names: of weights whose layers may be in FP8, in the order of the scales.
+    """
+    scales = DelayedScales(len(names), recipe.history, device)
+    for number, name in enumerate(names):
+        if name in layers:
+            layers[name][1].delayed = Delayed(scales, number)
+    return scales
 
 
 def fp8_blocks(recipe: Fp8Recipe, num_blocks: int) -> range:

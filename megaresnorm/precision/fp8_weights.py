@@ -1,25 +1,14 @@
 """Weights in FP8, rounded once a step."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
-from torch import nn
 
 from megaresnorm.kernels.fp8.formats import TENSOR, amax_of, quantize
 from megaresnorm.parallel.collectives import largest
 from megaresnorm.parallel.linear import Linear
 from megaresnorm.parallel.mesh import Axis
 from megaresnorm.precision.fp8 import Fp8Linear
-
-
-def fp8_layers(models: Iterable[nn.Module]) -> dict[str, tuple[Linear, Fp8Linear]]:
-    """The layers in FP8 by the name of their weight, and the products of each."""
-    return {
-        f"{name}.weight": (module, module.kernel)
-        for model in models
-        for name, module in model.named_modules()
-        if isinstance(module, Linear) and isinstance(module.kernel, Fp8Linear)
-    }
 
 
 class Fp8Weights:
