@@ -119,12 +119,14 @@ def amax_of(x: Tensor, form: Form) -> Tensor:
     """
     if not x.numel():
         return x.new_zeros(_count(x.shape[0], form.rows), _count(x.shape[1], form.columns), dtype=torch.float32)
+    size = x.abs()
     if form == TENSOR:
-        low, high = torch.aminmax(x)
-        return torch.maximum(high, -low).float().view(1, 1)
-    if form.rows == 1 and form.columns is None:
-        return torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).float()
-    return torch.linalg.vector_norm(_blocks(x, form), torch.inf, dim=(1, 3)).float()
+        return size.amax().float().view(1, 1)
+    if form == ROW:
+        return size.amax(1, keepdim=True).float()
+    missing = [-length % (shared or 1) for length, shared in zip(x.shape, form, strict=True)]
+    padded = F.pad(size, (0, missing[1], 0, missing[0])) if any(missing) else size
+    return _in_blocks(padded, form).amax((1, 3)).float()
 
 
 def quantize(x: Tensor, form: Form, dtype: torch.dtype = E4M3, *, amax: Tensor | None = None) -> Fp8:
@@ -135,10 +137,9 @@ def quantize(x: Tensor, form: Form, dtype: torch.dtype = E4M3, *, amax: Tensor |
         amax: FP32, what the scales are for, in their shape; larger elements become the largest number of the format.
             None: that of x.
     """
-    saturates = amax is not None
     scales, inverse = scales_of(amax_of(x, form) if amax is None else amax, dtype)
-    y = x.float() * spread(scales, form, x.shape)
-    if saturates:
+    y = _times(x, scales, form)  # in x's type: exact, but for what rounds to zero afterwards
+    if amax is not None:
         y = y.clamp_(-LARGEST[dtype], LARGEST[dtype])
     return Fp8(y.to(dtype), inverse, form)
 
@@ -150,8 +151,7 @@ def checked(q: Fp8, amax: Tensor) -> Fp8:
 
 def dequantize(q: Fp8, dtype: torch.dtype = torch.float32) -> Tensor:
     """The numbers [M, K]; exact in FP32 and in BF16."""
-    inverse = spread(q.inverse, q.form, q.codes.shape)
-    return q.codes.to(dtype).mul_(inverse.to(dtype))
+    return _times(_decoded(q.codes, dtype), q.inverse, q.form)
 
 
 def transposed(q: Fp8) -> Fp8:
@@ -169,21 +169,33 @@ def scales(exponents: Tensor) -> Tensor:
     return (exponents.int() << _FRACTION).view(torch.float32)
 
 
-def spread(scales: Tensor, form: Form, shape: tuple[int, ...]) -> Tensor:
-    """Scales as what can be multiplied with [M, K]."""
+def _decoded(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes as numbers. On CPUs torch converts E4M3 one by one, which takes six times as long as a table."""
+    if codes.is_cpu and codes.dtype == E4M3 and dtype in _TABLES:
+        return _TABLES[dtype].index_select(0, codes.reshape(-1).view(torch.uint8).int()).view(codes.shape)
+    return codes.to(dtype)
+
+
+_CODES = torch.arange(256, dtype=torch.uint8).view(E4M3)
+_TABLES = {dtype: _CODES.to(dtype) for dtype in (torch.float32, torch.bfloat16)}
+
+
+def _times(x: Tensor, scales: Tensor, form: Form) -> Tensor:
+    """x [M, K], each element times its scale."""
+    scales = scales.to(x.dtype)
+    if form.rows in (None, 1) and form.columns in (None, 1):
+        return x * scales
+    if all(length % (shared or 1) == 0 for length, shared in zip(x.shape, form, strict=True)):
+        return (_in_blocks(x, form) * scales[:, None, :, None]).view(x.shape)
     for dim, shared in enumerate(form):
         if shared not in (None, 1):
-            scales = scales.repeat_interleave(shared, dim)[(slice(None),) * dim + (slice(shape[dim]),)]
-    return scales
+            scales = scales.repeat_interleave(shared, dim).narrow(dim, 0, x.shape[dim])
+    return x * scales
 
 
-def _blocks(x: Tensor, form: Form) -> Tensor:
-    """[M, K] -> [M / rows, rows, K / columns, columns], with zeros where it does not divide."""
-    rows, columns = form.rows or x.shape[0], form.columns or x.shape[1]
-    missing = (0, -x.shape[1] % columns, 0, -x.shape[0] % rows)
-    if any(missing):
-        x = F.pad(x, missing)
-    return x.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+def _in_blocks(x: Tensor, form: Form) -> Tensor:
+    """[M, K] -> [M / rows, rows, K / columns, columns]."""
+    return x.unflatten(1, (-1, form.columns or x.shape[1])).unflatten(0, (-1, form.rows or x.shape[0]))
 
 
 def _count(size: int, shared: int | None) -> int:
