@@ -10,12 +10,13 @@ from cases import batches, build, make_recipe, outcome
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from megaresnorm.engines import native
 from megaresnorm.model.transformer import Transformer
 from megaresnorm.parallel import data_parallel, mesh
 from megaresnorm.parallel.data_parallel import local, parts_ahead, prefetch
+from megaresnorm.parallel.gathered import gather_in_bf16
 from megaresnorm.parallel.linear import ColumnLinear, RowLinear
 from megaresnorm.parallel.mesh import TIMEOUT, ParallelContext, Sizes, urgent_options
+from megaresnorm.precision import copies
 from megaresnorm.testing import run_ranks
 
 ALL_GATHER = (
@@ -41,7 +42,7 @@ def run_of(rank: int, parallel: dict, topology: str, variant: str, rounded: bool
     cases.SAMPLES, cases.MICRO = 6, 1  # as many microbatches on each of two ranks or three
     sent = count_all_gathers()
     if not rounded:
-        native.gather_in_bf16 = lambda model: None
+        copies.gather_in_bf16 = lambda model, but=(): None
     result = outcome(make_recipe(topology, variant, parallel, "bf16", num_blocks=3), optimizer="adamw")
     return [result.loss, result.steps, result.gradients, result.digest, sent]
 
@@ -118,7 +119,7 @@ def test_shards_gradients_moments_and_slices_of_checkpoints_are_plain_fp32():
 def test_a_model_that_is_not_sharded_has_nothing_to_gather():
     assembled, _ = build(make_recipe("keel", "llama", {}, "bf16", num_blocks=3))
     with pytest.raises(ValueError, match="not sharded"):
-        native.gather_in_bf16(assembled.model)
+        gather_in_bf16(assembled.model)
 
 
 def test_parts_are_in_the_order_in_which_they_run():
