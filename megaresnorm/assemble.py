@@ -14,6 +14,7 @@ from megaresnorm.kernels import load_backends
 from megaresnorm.kernels.add_norm.spec import sharded_norm_kernels
 from megaresnorm.kernels.attention import PREPARATIONS, FusedAttention, Segments
 from megaresnorm.kernels.cross_entropy import CrossEntropyKernel, loss_of
+from megaresnorm.kernels.fp8.product import kind_of
 from megaresnorm.kernels.registry import Kernel, choose_kernel, kernel_named
 from megaresnorm.layout import (
     calls_rotary,
@@ -126,8 +127,9 @@ def build_model(
     precision, kernels = precision or PrecisionRecipe(), kernels or KernelRecipe()
     parallel, context = parallel or ParallelRecipe(), context or ParallelContext.single()
     offload = Offload.of_device(device) if recompute.offload else None
+    opaque = opaque_kernel(kernels, precision)
     compiling = resolve_compile_mode(
-        compiled, recipe, device.type, tp=context.tp.size, sharded=shard is not None, opaque=opaque_kernel(kernels)
+        compiled, recipe, device.type, tp=context.tp.size, sharded=shard is not None, opaque=opaque
     )
     compute, stored = DTYPES[precision.branches], DTYPES[precision.stream]
     kinds = {"activation": recipe.ffn, "attention": "plain" if recipe.attention_softcap is None else "softcap"}
@@ -177,8 +179,9 @@ def _compute_in_fp8(
     if precision.compute != "fp8":
         return
     fp8 = precision.fp8
+    kind = kind_of(fp8.recipe, fp8.gradients)
     product, choices["fp8_product"] = choose_kernel(
-        "fp8_product", fp8.backend, device, torch.bfloat16, fp8.recipe, setting="precision.fp8.backend"
+        "fp8_product", fp8.backend, device, torch.bfloat16, kind, setting="precision.fp8.backend"
     )
     backends["fp8_product"] = product.backend
     inner = fp8_blocks(fp8, model.recipe.num_blocks)
@@ -237,7 +240,8 @@ def compare_kernels(assembled: Assembled) -> None:
     Raises:
         ConfigError: ranks would compute with different kernels.
     """
-    chosen = {f"kernels.{op}": backend for op, backend in assembled.backends.items()}
+    settings = {"fp8_product": "precision.fp8.backend"}
+    chosen = {settings.get(op, f"kernels.{op}"): backend for op, backend in assembled.backends.items()}
     everyone = all_gather_json(chosen | {"train.compile": assembled.compiled}, assembled.context.control)
     for rank, other in enumerate(everyone):
         for key, choice in other.items():

@@ -54,8 +54,14 @@ def ranks_without_samples(recipe: Recipe, sizes: Sizes) -> str | None:
     )
 
 
-def opaque_kernel(kernels: KernelRecipe) -> str | None:
-    """A kernel of another package in the blocks, as key=backend, which torch.compile does not see through."""
+def opaque_kernel(kernels: KernelRecipe, precision: PrecisionRecipe) -> str | None:
+    """What torch.compile does not see through in the blocks, as key=value; None where there is nothing.
+
+    That is a kernel of another package, or FP8: each layer's products are an object of its own, which has its weight,
+    so that no two layers would share code.
+    """
+    if precision.compute == "fp8":
+        return "precision.compute=fp8"
     packages = {"add_norm": ("te", "apex", "liger", "quack"), "activation": ("liger",)}
     named = [(op, getattr(kernels, op)) for op in packages]
     return next((f"kernels.{op}={backend}" for op, backend in named if backend in packages[op]), None)
@@ -101,7 +107,7 @@ def check_execution(recipe: Recipe, sizes: Sizes, device_type: str) -> None:
     mode, gpu = recipe.train.compile, device_type == "cuda"
     check_sharded_loss(recipe.kernels, sizes.tp)
     check_rotary(recipe.model, recipe.kernels)
-    if mode in ("blocks", "cuda_graphs") and (opaque := opaque_kernel(recipe.kernels)):
+    if mode in ("blocks", "cuda_graphs") and (opaque := opaque_kernel(recipe.kernels, recipe.precision)):
         raise ConfigError(f"train.compile={mode}: {opaque} cannot be compiled into a block; use train.compile=none")
     spans = recipe.recompute.policies & {"block", "every", "auto"}
     if mode == "blocks" and sizes.dp_shard > 1 and spans:

@@ -42,7 +42,7 @@ LAYERS = [
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 ONLY_IN = {  # package -> the files that may import it
     "deepspeed": ["engines/deepspeed.py"],
-    "transformer_engine": ["kernels/add_norm/te.py"],
+    "transformer_engine": ["kernels/add_norm/te.py", "kernels/fp8/te.py"],  # its norms; its product of codes and scales
     "apex": ["kernels/add_norm/apex.py"],
     "liger_kernel": ["kernels/gpu/liger.py"],
     "quack": ["kernels/gpu/quack.py"],

@@ -7,6 +7,7 @@ MODULES = (
     "add_norm.gpu_backends",
     "add_norm.fp8",
     "fp8.product",
+    "fp8.torch_product",
     "gpu.packages",
     "gpu.backends",
     "cpu.add_norm",

@@ -5,7 +5,7 @@ cannot run there, and ``avoid(device, dtype)``, which returns None or the reason
 for a backend by name that cannot run is an error with that reason; only ``auto`` takes another one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ class Kernel:
         requires: given (device, dtype), None or the reason why it cannot run there.
         avoid: given (device, dtype), None or the reason why ``auto`` passes it over.
         kinds: the forms it can compute of an op that has several (the activations; attention plain or with capped
-            scores); None for all of them.
+            scores; recipes of FP8), each with a ``requires`` of its own; None for all of them.
         implementation: what ``function`` is made of, where an op asks its backends for that (add_norm's
             ``AddNormBackend``).
     """
@@ -36,25 +36,43 @@ class Kernel:
     function: Callable
     requires: Refusal
     avoid: Refusal
-    kinds: tuple[str, ...] | None
+    kinds: Mapping[str, Refusal] | None
     implementation: Any = None
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, kind: str | None = None) -> str | None:
+        """None, or the reason why it cannot run there, or not this form of the op."""
+        if kind is None or self.kinds is None:
+            return self.requires(device, dtype)
+        if kind not in self.kinds:
+            return f"has no {kind} {self.op}"
+        return self.requires(device, dtype) or self.kinds[kind](device, dtype)
 
 
 # The order in which ``auto`` tries backends, whatever the order of imports. Backends that are not listed come after
 # these and before "reference", the specification.
-ORDER = ("triton", "cpu", "blocked", "sdpa", "flex", "chunked")
+ORDER = ("triton", "cpu", "blocked", "sdpa", "flex", "chunked", "torch")
 _KERNELS: dict[str, dict[str, Kernel]] = {}
+
+
+def anywhere(device: torch.device, dtype: torch.dtype) -> None:
+    """The ``requires`` of what runs everywhere, and the ``avoid`` of what ``auto`` takes wherever it runs."""
 
 
 def register_kernel(
     op: str,
     backend: str,
-    requires: Refusal = lambda device, dtype: None,
-    avoid: Refusal = lambda device, dtype: None,
-    kinds: tuple[str, ...] | None = None,
+    requires: Refusal = anywhere,
+    avoid: Refusal = anywhere,
+    kinds: Iterable[str] | Mapping[str, Refusal] | None = None,
     implementation: Any = None,
 ) -> Callable[[Callable], Callable]:
-    """Decorator that makes a function a backend of ``op``; ``Kernel`` describes the arguments."""
+    """Decorator that makes a function a backend of ``op``; ``Kernel`` describes the arguments.
+
+    Args:
+        kinds: also their names alone, where it has them wherever it runs.
+    """
+    if kinds is not None and not isinstance(kinds, Mapping):
+        kinds = dict.fromkeys(kinds, anywhere)
 
     def register(function: Callable) -> Callable:
         kernels = _KERNELS.setdefault(op, {})
@@ -84,18 +102,23 @@ def kernel_named(op: str, backend: str) -> Kernel:
     return _KERNELS[op][backend]
 
 
-def check_backend(op: str, backend: str, setting: str | None = None) -> None:
+def check_backend(op: str, backend: str, setting: str | None = None, kind: str | None = None) -> None:
     """Check that a backend of ``op`` exists, or that it is ``auto``; whether it can run is not asked.
 
     Args:
         setting: the recipe's key that names it; None: kernels.OP.
+        kind: the form that it must have, on some device; None: any.
 
     Raises:
         ConfigError: it does not; the line names those that do.
     """
-    known = ["auto", *(kernel.backend for kernel in backends(op))]
-    if backend not in known:
-        raise ConfigError(f"{setting or f'kernels.{op}'}={backend!r}: wanted one of {', '.join(known)}")
+    known = {kernel.backend: kind is None or kernel.kinds is None or kind in kernel.kinds for kernel in backends(op)}
+    setting = f"{setting or f'kernels.{op}'}={backend!r}"
+    if backend != "auto" and backend not in known:
+        raise ConfigError(f"{setting}: wanted one of {', '.join(['auto', *known])}")
+    if backend != "auto" and not known[backend]:
+        having = ["auto", *(name for name, has in known.items() if has)]
+        raise ConfigError(f"{setting}: has no {kind} {op}; wanted one of {', '.join(having)}")
 
 
 def choose_kernel(
@@ -128,9 +151,7 @@ def choose_kernel(
     for kernel in backends(op):
         if backend not in ("auto", kernel.backend):
             continue
-        reason = kernel.requires(device, dtype)
-        if kind is not None and kernel.kinds is not None and kind not in kernel.kinds:
-            reason = f"has no {kind} {op}"
+        reason = kernel.refusal(device, dtype, kind)
         if reason is None and backend == "auto":
             reason = kernel.avoid(device, dtype)
         if reason is None:

@@ -198,7 +198,7 @@ def resolve_compile_mode(
     Args:
         tp: ranks of tensor parallelism.
         sharded: whether FSDP2 will shard the blocks.
-        opaque: a kernel, as key=backend, that no compiler sees through; None where there is none.
+        opaque: what no compiler sees through, as key=value; None where there is nothing.
 
     Raises:
         ConfigError: no code can be generated here, or not with this kernel.

@@ -10,6 +10,7 @@ from megaresnorm.data.inspect import Draw, draws_of
 from megaresnorm.data.training_data import open_data, open_samples, resolve_vocab
 from megaresnorm.errors import ConfigError
 from megaresnorm.kernels import load_backends
+from megaresnorm.kernels.fp8.product import kind_of
 from megaresnorm.kernels.registry import check_backend
 from megaresnorm.layout import check_execution, check_layout, ranks_without_samples, split_stages
 from megaresnorm.memory import RESERVE, MemoryPerRank, memory_of_stages
@@ -176,6 +177,10 @@ def estimate(
     load_backends()
     for op, backend in recipe.kernels.model_dump().items():  # whether they can run depends on the machine
         check_backend(op, backend)
+    if recipe.precision.compute == "fp8":
+        fp8 = recipe.precision.fp8
+        kind = kind_of(fp8.recipe, fp8.gradients)
+        check_backend("fp8_product", fp8.backend, "precision.fp8.backend", kind)
     on_gpus, room = _room(recipe, device_memory)
     segments = _segments(recipe, sizes, room, on_gpus=on_gpus)
     device_type = "cuda" if on_gpus else "cpu"

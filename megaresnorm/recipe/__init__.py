@@ -13,7 +13,7 @@ from megaresnorm.recipe.execution import (
     ParallelRecipe,
 )
 from megaresnorm.recipe.model import InitRecipe, ModelRecipe, RopeScaling, TopologyOptions
-from megaresnorm.recipe.precision import Fp8Recipe, PrecisionRecipe
+from megaresnorm.recipe.precision import FP8_MULTIPLE, Fp8Recipe, PrecisionRecipe
 from megaresnorm.recipe.recompute import RecomputeBlocks, RecomputeRecipe
 from megaresnorm.recipe.section import Section, divisors, refuse_ignored
 from megaresnorm.recipe.training import (
@@ -150,6 +150,33 @@ class Recipe(Section):
             raise ValueError(
                 f"precision.fp8.bf16_first_blocks={fp8.bf16_first_blocks} and bf16_last_blocks={fp8.bf16_last_blocks} "
                 f"leave none of model.num_blocks={num_blocks} in FP8; lower them, or set precision.compute=bf16"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fp8_products_fit(self) -> Self:
+        """GPUs multiply FP8 in multiples of 16; refused on every device, so that what trains on a CPU does on a GPU."""
+        if self.precision.compute != "fp8":
+            return self
+        model, tp, by = self.model, self.parallel.tp, FP8_MULTIPLE
+        head = f"of model.head_dim={model.head_width}"
+        widths = {  # what decides on the columns of matrices -> how many there are, and a multiple of what they must be
+            f"model.dim={model.dim}": (model.dim, by),
+            f"model.ffn_dim={model.ffn_width}": (model.ffn_width, by * tp),
+            f"model.num_heads={model.num_heads} {head}": (model.num_heads * model.head_width, by * tp),
+            f"model.num_kv_heads={model.kv_heads} {head}": (model.kv_heads * model.head_width, by * tp // 2),
+        }
+        for key, (columns, multiple) in widths.items():
+            if columns % multiple:
+                raise ValueError(
+                    f"{key}: precision.compute=fp8 needs columns in a multiple of {multiple} with parallel.tp={tp}, as "
+                    f"GPUs multiply FP8, not {columns}; use {-(-columns // multiple) * multiple}, or "
+                    "precision.compute=bf16"
+                )
+        if self.precision.fp8.weight_grad == "fp8" and model.seq_len % by:
+            raise ValueError(
+                f"precision.fp8.weight_grad=fp8 sums over tokens, which GPUs do in multiples of {by}: "
+                f"model.seq_len={model.seq_len}; use {-(-model.seq_len // by) * by}, or weight_grad=bf16"
             )
         return self
 

@@ -8,6 +8,8 @@ from typing_extensions import Self
 from megaresnorm.limits import MAX_HISTORY
 from megaresnorm.recipe.section import BlocksOr0, Section, Word, refuse_ignored
 
+FP8_MULTIPLE = 16  # of which GPUs want what an FP8 product sums over, and its columns, to be a multiple
+
 
 class Fp8Recipe(Section):
     """How the linear layers of the blocks compute in FP8; norms, attention, embedding and output matrix do not."""

@@ -12,7 +12,20 @@ from torch import Tensor
 from megaresnorm.kernels.fp8.formats import Fp8, dequantize
 from megaresnorm.kernels.registry import register_kernel
 
-RECIPES = ("tensorwise", "rowwise", "block", "mxfp8")  # the kinds of the op, as precision.fp8.recipe
+RECIPES = ("tensorwise", "rowwise", "block", "mxfp8")  # as precision.fp8.recipe
+KINDS = (*RECIPES, "block-e5m2")  # of the op; the last with gradients in E5M2, which few products of blocks take
+
+
+def kind_of(recipe: str, gradients: str) -> str:
+    """The kind of product that a recipe needs.
+
+    Args:
+        gradients: their type in FP8, e4m3 or e5m2; another where they are not.
+
+    >>> kind_of("block", "e4m3"), kind_of("block", "e5m2"), kind_of("rowwise", "e5m2")
+    ('block', 'block-e5m2', 'rowwise')
+    """
+    return f"{recipe}-{gradients}" if f"{recipe}-{gradients}" in KINDS else recipe
 
 
 class ProductKernel(Protocol):
@@ -22,7 +35,7 @@ class ProductKernel(Protocol):
         """See ``emulated``."""
 
 
-@register_kernel("fp8_product", "emulated", kinds=RECIPES)
+@register_kernel("fp8_product", "emulated", kinds=KINDS)
 def emulated(a: Fp8, b: Fp8, bias: Tensor | None, dtype: torch.dtype, *, precise: bool) -> Tensor:
     """a b^T + bias.
 

@@ -2,9 +2,11 @@
 
 ``torch`` is torch's own norms behind our add, ``te`` and ``apex`` those of Transformer Engine and NVIDIA Apex: they
 fuse no add and move 10 bytes an element where ours moves 8. ``liger`` and ``quack`` fuse a plain add before an RMSNorm.
+Of Transformer Engine there is also the product in FP8.
 """
 
 import importlib
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,8 +17,9 @@ from torch import Tensor
 
 from megaresnorm.kernels.add_norm import reference
 from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, AddNormOutput, NormWeights
-from megaresnorm.kernels.gpu.requires import found, needs_gpu, only_by_name
-from megaresnorm.kernels.registry import Refusal, register_kernel
+from megaresnorm.kernels.fp8.formats import Fp8
+from megaresnorm.kernels.gpu.requires import found, needs_capability, needs_gpu, only_by_name
+from megaresnorm.kernels.registry import Refusal, anywhere, register_kernel
 
 
 def _package(module: str, name: str, distribution: str) -> Refusal:
@@ -159,3 +162,27 @@ def _te_add_norm(args: AddNormArgs) -> AddNormOutput:
 @register_kernel("add_norm", "apex", requires=_apex_requires, avoid=only_by_name)
 def _apex_add_norm(args: AddNormArgs) -> AddNormOutput:
     return add_then(_adapter("apex", "add_norm").normalize)(args)
+
+
+# The oldest version whose GEMM and storage have the arguments that fp8/te.py gives them.
+TE_WITH_PRODUCTS = (2, 12)
+
+
+def _te_product_requires(device: torch.device, dtype: torch.dtype) -> str | None:
+    if reason := _te_requires(device, dtype):
+        return reason
+    try:
+        version = importlib.metadata.version("transformer_engine")
+    except importlib.metadata.PackageNotFoundError:
+        return "Transformer Engine is not installed whole (pip install 'transformer_engine[pytorch]')"
+    if tuple(int(part) for part in version.split(".")[:2]) < TE_WITH_PRODUCTS:
+        return f"it needs Transformer Engine {'.'.join(map(str, TE_WITH_PRODUCTS))} or newer, this is {version}"
+    return needs_capability(8, 9)(device, dtype)
+
+
+@register_kernel(
+    "fp8_product", "te", requires=_te_product_requires, avoid=only_by_name,
+    kinds={"tensorwise": anywhere, "block": needs_capability(9, 0)},
+)  # fmt: skip  # it gives no row a scale of its own, and its MXFP8 wants scales in E8M0, in an order of its own
+def _te_product(a: Fp8, b: Fp8, bias: Tensor | None, dtype: torch.dtype, *, precise: bool) -> Tensor:
+    return _adapter("te", "fp8").product(a, b, bias, dtype, precise=precise)

@@ -4,6 +4,8 @@ import importlib.util
 
 import torch
 
+from megaresnorm.kernels.registry import Refusal
+
 
 def found(package: str) -> bool:
     """Whether a package is installed. Does not import it."""
@@ -28,8 +30,18 @@ def triton_requires(device: torch.device, dtype: torch.dtype) -> str | None:
         return reason
     if not found("triton"):
         return "the package triton is not installed"
-    major, minor = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (8, 0)
-    return None if major >= 8 else f"it needs compute capability 8.0, this GPU has {major}.{minor}"
+    return needs_capability(8, 0)(device, dtype)
+
+
+def needs_capability(major: int, minor: int) -> Refusal:
+    """The ``requires`` of kernels for GPUs of this compute capability and newer; where there is none, it is not asked."""
+
+    def requires(device: torch.device, dtype: torch.dtype) -> str | None:
+        has = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (major, minor)
+        enough = has >= (major, minor)
+        return None if enough else f"it needs compute capability {major}.{minor}, this GPU has {has[0]}.{has[1]}"
+
+    return requires
 
 
 def only_by_name(device: torch.device, dtype: torch.dtype) -> str:
