@@ -1,7 +1,8 @@
 """Stand-ins for packages that tests do without: their exact signatures and type rules, computed by torch in FP32.
 
-Transformer Engine 2.1, Apex (its master branch), liger-kernel 0.8.5, quack-kernels 0.6.5. What a kernel overwrites is
-overwritten here, too, and what it would read wrongly (rows that are not contiguous, another type) is an error.
+Transformer Engine 2.1 (norms) and 2.20 (products), Apex (its master branch), liger-kernel 0.8.5, quack-kernels 0.6.5.
+What a kernel overwrites is overwritten here, too, and what it would read wrongly (rows that are not contiguous, another
+type) is an error.
 """
 
 import importlib.machinery
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 F32, BF16 = torch.float32, torch.bfloat16
-ADAPTERS = ("add_norm.te", "add_norm.apex", "gpu.liger", "gpu.quack")
+ADAPTERS = ("add_norm.te", "add_norm.apex", "fp8.te", "gpu.liger", "gpu.quack")
 
 
 @contextmanager
@@ -39,7 +40,8 @@ def _module(name, content):
     module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
     module.__path__ = []
     for item in content:
-        setattr(module, item.__name__, item)
+        name, value = item if isinstance(item, tuple) else (item.__name__, item)
+        setattr(module, name, value)
     return module
 
 
@@ -95,6 +97,57 @@ class LayerNorm(_Norm):
 
     def forward(self, x):
         return layer(x.to(self.weight.dtype), self.weight, self.bias, self.eps).to(self.weight.dtype)
+
+
+TE_DType = {
+    torch.uint8: "kByte", torch.float8_e4m3fn: "kFloat8E4M3", torch.float8_e5m2: "kFloat8E5M2",
+    F32: "kFloat32", BF16: "kBFloat16",
+}  # fmt: skip
+_TORCH_DTYPES = {value: key for key, value in TE_DType.items()}
+
+
+class Float8TensorStorage:
+    def __init__(
+        self, *args, data, fp8_scale_inv, fp8_dtype, fake_dtype=None, data_transpose=None, quantizer=None,
+        transpose_invalid=None, **kwargs,
+    ):  # fmt: skip
+        assert not args and not kwargs and data_transpose is None
+        assert data.dtype == torch.uint8 and data.is_contiguous() and data.dim() == 2
+        assert fp8_scale_inv.shape == (1,) and fp8_scale_inv.dtype == F32
+        self.dtype, self.blocks = _TORCH_DTYPES[fp8_dtype], None
+        self.values = data.view(self.dtype).float() * fp8_scale_inv
+
+
+class Float8BlockwiseQTensorStorage:
+    def __init__(
+        self, rowwise_data, rowwise_scale_inv, columnwise_data, columnwise_scale_inv, fp8_dtype, quantizer, is_2D_scaled,
+        *args, fake_dtype=None, **kwargs,
+    ):  # fmt: skip
+        assert not args and not kwargs and columnwise_data is None and columnwise_scale_inv is None
+        assert rowwise_data.dtype == torch.uint8 and rowwise_data.is_contiguous()
+        assert rowwise_scale_inv.dtype == F32 and rowwise_scale_inv.is_contiguous()
+        (rows, columns), self.dtype, self.blocks = rowwise_data.shape, _TORCH_DTYPES[fp8_dtype], 1 + is_2D_scaled
+        tiles = -(-columns // 128)
+        inner = tiles if is_2D_scaled else rows
+        wanted = (-(-rows // 128) if is_2D_scaled else tiles, -(-inner // 4) * 4)
+        assert rowwise_scale_inv.shape == wanted, "Float8BlockQuantizer.get_scale_shape"
+        scales = rowwise_scale_inv.repeat_interleave(128, 0)[:rows] if is_2D_scaled else rowwise_scale_inv.t()[:rows]
+        self.values = rowwise_data.view(self.dtype).float() * scales.repeat_interleave(128, 1)[:, :columns]
+
+
+def general_gemm(
+    A, B, out_dtype=None, quantization_params=None, gelu=False, gelu_in=None, alpha=1.0, beta=None, accumulate=False,
+    layout="TN", out=None, bias=None, use_split_accumulator=False, grad=False, ub=None, ub_type=None, extra_output=None,
+    bulk_overlap=False,
+):  # fmt: skip
+    assert layout == "TN" and out_dtype in TE_DType and out is None and quantization_params is None and not grad
+    (outputs, summed), types = A.values.shape, {A.dtype, B.dtype}
+    assert summed == B.values.shape[1] and summed % 16 == 0 and outputs % 8 == 0, "the caller must pad"
+    assert torch.float8_e4m3fn in types, "two of E5M2"
+    assert (A.blocks is None) == (B.blocks is None) and (A.blocks, B.blocks) != (2, 2)
+    assert A.blocks is None or types == {torch.float8_e4m3fn}, "its recipe's types by default"
+    assert bias is None or (bias.dtype == out_dtype == BF16 and bias.shape == (outputs,))
+    return F.linear(B.values, A.values, None if bias is None else bias.float()).to(out_dtype), None, None, None
 
 
 # --- Apex -------------------------------------------------------------------------------------------------------------
@@ -284,6 +337,12 @@ MODULES = {
     "transformer_engine": [],
     "transformer_engine_torch": [],
     "transformer_engine.pytorch": [LayerNorm, RMSNorm],
+    "transformer_engine.pytorch.constants": [("TE_DType", TE_DType)],
+    "transformer_engine.pytorch.cpp_extensions": [general_gemm],
+    "transformer_engine.pytorch.tensor": [],
+    "transformer_engine.pytorch.tensor.storage": [],
+    "transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage": [Float8BlockwiseQTensorStorage],
+    "transformer_engine.pytorch.tensor.storage.float8_tensor_storage": [Float8TensorStorage],
     "apex": [],
     "apex.normalization": [],
     "apex.normalization.fused_layer_norm": [

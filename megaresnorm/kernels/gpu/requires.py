@@ -34,7 +34,7 @@ def triton_requires(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def needs_capability(major: int, minor: int) -> Refusal:
-    """The ``requires`` of kernels for GPUs of this compute capability and newer; where there is none, it is not asked."""
+    """The ``requires`` of kernels for GPUs of this compute capability and newer; None where there is no GPU to ask."""
 
     def requires(device: torch.device, dtype: torch.dtype) -> str | None:
         has = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (major, minor)
