@@ -18,10 +18,11 @@ import torch.nn.functional as F
 import megaresnorm
 from megaresnorm.checkpoint.format import human_bytes
 from megaresnorm.kernels import load_backends
-from megaresnorm.kernels.benchmark import OPS
+from megaresnorm.kernels.benchmark import OPS, PRODUCT
 from megaresnorm.kernels.cpu import build
 from megaresnorm.kernels.cpu.trusted import BuildError
-from megaresnorm.kernels.registry import choose_kernel
+from megaresnorm.kernels.fp8.product import RECIPES
+from megaresnorm.kernels.registry import choose_kernel, kernel_named
 from megaresnorm.resilience.host import host_memory
 from megaresnorm.telemetry.loggers import installed
 
@@ -69,6 +70,7 @@ def look_at_machine(device: torch.device) -> Iterator[Check]:
     yield from _kernels(device)
     if device.type == "cuda":
         yield _attention(device)
+    yield _fp8(device)
     yield _space("shared memory", Path("/dev/shm"), LEAST_SHM, "docker run --shm-size=8g, or run one rank")
     yield _space("temporary files", Path(tempfile.gettempdir()), 10**8, "set TMPDIR to a folder with space")
     yield _space("this folder", Path.cwd(), LEAST_DISK, "checkpoints need space: set train.output elsewhere")
@@ -180,6 +182,19 @@ def _attention(device: torch.device, width: int = 128) -> Check:
     documents = "varlen" if plain == "sdpa" else plain
     found = f"{plain} takes {taken or 'math'}, documents {documents}, softcap {softcap}"
     return _check("attention", f"{found} (BF16, heads of {width})", taken is not None, "torch has no fused kernel here")
+
+
+def _fp8(device: torch.device) -> Check:
+    """Which products in FP8 there are but in emulation, and what ``auto`` takes."""
+    torchs, taken = kernel_named(PRODUCT, "torch"), dict[str, list[str]]()
+    has = [recipe for recipe in RECIPES if torchs.refusal(device, torch.bfloat16, recipe) is None]
+    for recipe in RECIPES:
+        backend = choose_kernel(PRODUCT, "auto", device, torch.bfloat16, recipe)[0].backend
+        taken.setdefault(backend, []).append(recipe)
+    autos = ", ".join(f"{backend} for {', '.join(recipes)}" for backend, recipes in taken.items())
+    found = f"torch has {', '.join(has) or 'none'} here; auto takes {autos}"
+    advice = "emulated products are slower than those in BF16: precision.compute: bf16"
+    return _check("FP8", found, device.type == "cpu" or bool(has), advice)
 
 
 def _space(name: str, folder: Path, least: int, advice: str) -> Check:

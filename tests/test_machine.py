@@ -10,9 +10,13 @@ import torch
 
 from megaresnorm import machine
 from megaresnorm.cli import main
+from megaresnorm.kernels.benchmark import PRODUCT, benchmark_backends
+from megaresnorm.kernels.fp8 import torch_product
+from megaresnorm.kernels.fp8.product import RECIPES
 from megaresnorm.machine import look_at_machine
 from megaresnorm.resilience.host import HostMemory
 
+BACKENDS = ("emulated", "torch", "te")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -24,7 +28,7 @@ def found(name: str) -> machine.Check:
 def test_everything_that_a_run_needs_is_looked_at(capsys):
     assert main(["doctor", "--json", "-"]) == 0
     checks = json.loads(capsys.readouterr().out)
-    names = {"megaresnorm", "Python", "torch", "GPU", "processor", "memory", "C kernels", "cache", "kernels",
+    names = {"megaresnorm", "Python", "torch", "GPU", "processor", "memory", "C kernels", "cache", "kernels", "FP8",
              "shared memory", "temporary files", "this folder", "open files", "extras"}  # fmt: skip
     assert names <= {one["name"] for one in checks}
     assert all(one["verdict"] in ("PASS", "WARN") and one["found"] for one in checks)
@@ -103,6 +107,38 @@ def test_doctor_says_that_attention_fails(monkeypatch):
     monkeypatch.setattr(torch, "_fused_sdp_choice", fails)
     check = machine._attention(CPU)
     assert check.verdict == "WARN" and check.found == "torch's fails: no kernel image"
+
+
+def test_doctor_says_which_products_in_fp8_there_are(monkeypatch):
+    check = found("FP8")
+    assert check.verdict == "PASS" and "torch has tensorwise" in check.found
+    assert "auto takes emulated for tensorwise, rowwise, block, mxfp8" in check.found
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch_product, "_failure", lambda recipe, device: None if recipe == "rowwise" else "none")
+    check = machine._fp8(CUDA)
+    assert check.verdict == "PASS" and "torch has rowwise here" in check.found
+    assert "auto takes emulated for tensorwise, block, mxfp8, torch for rowwise" in check.found
+    monkeypatch.setattr(torch_product, "_failure", lambda recipe, device: "this GPU has none")
+    check = machine._fp8(CUDA)
+    assert check.verdict == "WARN" and "torch has none here" in check.found
+    assert check.advice == "emulated products are slower than those in BF16: precision.compute: bf16"
+
+
+def test_doctor_times_a_product_for_every_recipe(capsys, monkeypatch):
+    monkeypatch.setattr(benchmark_backends, "__defaults__", ((PRODUCT,),))  # nothing else, which is slow
+    assert main(["doctor", "--kernels", "--device", "cpu", "--shapes", "16x32", "--json", "-"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {(row["kind"], row["backend"]) for row in rows} == {(k, b) for k in RECIPES for b in BACKENDS}
+    for row in rows:
+        if row["backend"] == "emulated":
+            assert row["chosen"] and row["milliseconds"] > 0 and row["reason"] == ""
+        else:
+            assert not row["chosen"] and ((row["milliseconds"] is None) == row["reason"].startswith("cannot run: "))
+    (te,) = (row["reason"] for row in rows if row["backend"] == "te" and row["kind"] == "rowwise")
+    assert te == "cannot run: has no rowwise fp8_product"
+    assert main(["doctor", "--kernels", "--device", "cpu", "--shapes", "16x32"]) == 0
+    table = capsys.readouterr().out
+    assert all(f"fp8_product {recipe}" in table for recipe in RECIPES) and "twice as slow as the emulation" in table
 
 
 @pytest.mark.gpu

@@ -106,6 +106,36 @@ HUGGING_FACE_AND_DEEPSPEED = {
     "engine.zero_optimization=2": "parallel.dp_shard",
     "train.gradient_clipping=1.0": "did you mean optim.clip_norm?",
 }
+FP8 = {  # of Megatron, torchtitan and torchao, accelerate, Transformer Engine
+    "precision.fp8_format=hybrid": "did you mean precision.fp8.backward? (with precision.compute: fp8; e5m2 for hybrid",
+    "model.fp8=hybrid": "did you mean precision.compute? (fp8; hybrid is precision.fp8.backward: e5m2",
+    "precision.fp8_recipe=blockwise": "did you mean precision.fp8.recipe? (block for blockwise; delayed is",
+    "precision.fp8_margin=1": "there is no margin: scales are powers of two",
+    "precision.fp8.margin=1": "there is no margin",
+    "precision.fp8_amax_history_len=1024": "did you mean precision.fp8.history? (with recipe: tensorwise and",
+    "precision.fp8_amax_compute_algo=most_recent": "did you mean precision.fp8.history? (1 for most_recent",
+    "precision.no_fp8_wgrad=true": "did you mean precision.fp8.weight_grad? (bf16",
+    "precision.first_last_layers_bf16=true": "did you mean precision.fp8.bf16_first_blocks?",
+    "precision.num_layers_at_start_in_bf16=1": "did you mean precision.fp8.bf16_first_blocks?",
+    "precision.num_layers_at_end_in_bf16=1": "did you mean precision.fp8.bf16_last_blocks?",
+    "model.converters='[float8]'": "did you mean precision.compute? (fp8 for float8",
+    "quantize.linear.float8.recipe_name=rowwise": "did you mean precision.fp8.recipe?",
+    "quantize.linear.float8.enable_fsdp_float8_all_gather=true": "there is nothing to set",
+    "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp=true": "weights are rounded once a step",
+    "quantize.linear.float8.filter_fqns='[output]'": "did you mean precision.fp8.bf16_first_blocks?",
+    "quantize.linear.float8.emulate=true": "did you mean precision.fp8.backend? (emulated, not true)",
+    "quantize.linear.mx.recipe_name=mxfp8": "did you mean precision.fp8.recipe? (mxfp8",
+    "float8.enable_float8_linear=true": "did you mean precision.compute? (fp8, not true)",
+    "precision.fp8.recipe=rowwise_with_gw_hp": "it is rowwise here, where weight gradients stay in BF16",
+    "precision.fp8.recipe=blockwise": "did you mean block?",
+    "train.mixed_precision=fp8": "did you mean precision.compute? (bf16 or fp8",
+    "train.fp8_backend=TE": "did you mean precision.fp8.backend? (te, or torch for ao)",
+    "train.amax_history_len=16": "did you mean precision.fp8.history?",
+    "train.fp8_autocast=true": "did you mean precision.compute? (fp8)",
+    "precision.fp8.recipe=MXFP8BlockScaling": "it is precision.fp8.recipe: mxfp8 here",
+    "precision.fp8.recipe=DelayedScaling": "it is precision.fp8.recipe: tensorwise with scaling: delayed here",
+    "precision.fp8.enabled=true": "did you mean precision.compute? (fp8, not true)",
+}
 QUALIFIED = {  # words that mean something in their own section alone
     "optimizer.name=AdamW": "the only optimizer is AdamW",
     "model.name=llama3": "a recipe gives the shape itself",
@@ -164,7 +194,7 @@ def said(override: str) -> str:
 
 @pytest.mark.parametrize(
     ("override", "wanted"),
-    [*MEGATRON.items(), *TORCHTITAN.items(), *HUGGING_FACE_AND_DEEPSPEED.items(), *QUALIFIED.items()],
+    [*MEGATRON.items(), *TORCHTITAN.items(), *HUGGING_FACE_AND_DEEPSPEED.items(), *FP8.items(), *QUALIFIED.items()],
 )
 def test_a_foreign_name_leads_to_our_key_or_to_a_sentence(override, wanted):
     line = said(override)

@@ -38,8 +38,8 @@ def _shapes(text: str | Shapes) -> Shapes:
 
 
 _TIMED = (
-    "run every backend of every kernel at every shape, forward and backward, and say which one auto takes, and why not "
-    "the others; times are the best of five calls"
+    "run every backend of every kernel at every shape, forward and backward (products in FP8 forward), and say which "
+    "one auto takes, and why not the others; times are the best of five calls"
 )
 _Kernels = Annotated[bool, typer.Option("--kernels", help=_TIMED)]
 _Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="what to look at")]
@@ -121,8 +121,8 @@ def _time_kernels(device: torch.device, dtype: str, shapes: Shapes, json: Path |
     findings = benchmark_backends(device, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], list(shapes))
     seen: set[tuple] = set()
     for f in findings:
-        group = (f.op, f.shape)
-        named = [f.op, "{} x {}".format(*f.shape)] if group not in seen else ["", ""]
+        group = (f.op, f.kind, f.shape)
+        named = [f"{f.op} {f.kind or ''}".rstrip(), "{} x {}".format(*f.shape)] if group not in seen else ["", ""]
         seen.add(group)
         note = "taken by auto" if f.chosen and not f.reason else f.reason
         table.add_row(*named, f.backend, "" if f.milliseconds is None else f"{f.milliseconds:.2f}", note)

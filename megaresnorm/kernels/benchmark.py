@@ -2,16 +2,19 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megaresnorm.kernels.add_norm.reference import AddNormArgs, NormWeights
 from megaresnorm.kernels.cross_entropy import differentiate
+from megaresnorm.kernels.fp8.formats import quantize
+from megaresnorm.kernels.fp8.product import FORMS, RECIPES
 from megaresnorm.kernels.registry import Kernel, backends, choose_kernel
 
 OPS = ("add_norm", "norm_quant", "rotary", "attention", "activation", "cross_entropy")
+PRODUCT = "fp8_product"  # which is timed for every recipe, in BF16, as where precision.compute is fp8
 
 
 @dataclass(frozen=True)
@@ -19,13 +22,15 @@ class BackendTiming:
     """One backend of an op at one shape.
 
     Attributes:
+        kind: the form of an op of which all forms are timed; None of others.
         shape: rows and columns, as ``benchmark_backends`` takes them.
         chosen: whether ``auto`` takes this backend.
-        milliseconds: forward and backward, the best of five calls; None where it cannot run or failed.
+        milliseconds: forward and backward, or one product, the best of five calls; None where it cannot run or failed.
         reason: why ``auto`` does not take it, or why it cannot run; empty for the chosen one.
     """
 
     op: str
+    kind: str | None
     shape: tuple[int, int]
     backend: str
     chosen: bool
@@ -34,44 +39,45 @@ class BackendTiming:
 
 
 def benchmark_backends(
-    device: torch.device, dtype: torch.dtype, shapes: list[tuple[int, int]], ops: Sequence[str] = OPS
+    device: torch.device, dtype: torch.dtype, shapes: list[tuple[int, int]], ops: Sequence[str] = (*OPS, PRODUCT)
 ) -> list[BackendTiming]:
     """Run every backend of some ops a few times.
 
     Args:
         shapes: pairs of rows and columns. Rows are tokens; columns are the model dim, or the vocabulary for
-            cross_entropy. Attention and rotary have heads of 64 columns, attention sequences of at most 256 tokens.
+            cross_entropy. Attention and rotary have heads of 64 columns, attention sequences of at most 256 tokens. A
+            product is with a square weight.
     """
     findings = []
     for op in ops:
-        taken = choose_kernel(op, "auto", device, dtype)[0]
-        for shape in shapes:
-            findings += [_try(kernel, taken, shape, device, dtype) for kernel in backends(op)]
+        for kind in RECIPES if op == PRODUCT else (None,):
+            of_op = torch.bfloat16 if op == PRODUCT else dtype
+            taken = choose_kernel(op, "auto", device, of_op, kind)[0]
+            for shape in shapes:
+                findings += [_try(kernel, taken, kind, shape, device, of_op) for kernel in backends(op)]
     return findings
 
 
 def _try(
-    kernel: Kernel, taken: Kernel, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
+    kernel: Kernel, taken: Kernel, kind: str | None, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
 ) -> BackendTiming:
-    chosen = kernel is taken
-    reason = kernel.requires(device, dtype)
-    if reason is not None:
-        return BackendTiming(kernel.op, shape, kernel.backend, chosen, None, f"cannot run: {reason}")
+    found = BackendTiming(kernel.op, kind, shape, kernel.backend, kernel is taken, None, "")
+    if (reason := kernel.refusal(device, dtype, kind)) is not None:
+        return replace(found, reason=f"cannot run: {reason}")
     try:
-        call = _CALLS[kernel.op](kernel, *shape, device, dtype)
+        call = _call(kernel, kind, shape, device, dtype)
         call()
         milliseconds = 1e3 * min(_seconds(call, device) for _ in range(5))
     except Exception as e:  # noqa: BLE001  (what a kernel raises is what is asked for)
-        return BackendTiming(
-            kernel.op,
-            shape,
-            kernel.backend,
-            chosen,
-            None,
-            f"failed: {(str(e) or type(e).__name__).splitlines()[0][:100]}",
-        )
-    reason = "" if chosen else kernel.avoid(device, dtype) or f"auto takes {taken.backend}"
-    return BackendTiming(kernel.op, shape, kernel.backend, chosen, milliseconds, reason)
+        return replace(found, reason=f"failed: {(str(e) or type(e).__name__).splitlines()[0][:100]}")
+    reason = "" if found.chosen else kernel.avoid(device, dtype) or f"auto takes {taken.backend}"
+    return replace(found, milliseconds=milliseconds, reason=reason)
+
+
+def _call(
+    kernel: Kernel, kind: str | None, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
+) -> Callable[[], object]:
+    return _CALLS[kernel.op](kernel, *shape, device, dtype) if kind is None else _product(kernel, kind, *shape, device)
 
 
 def _seconds(call: Callable, device: torch.device) -> float:
@@ -137,6 +143,12 @@ def _activation(kernel: Kernel, rows: int, columns: int, device: torch.device, d
 def _cross_entropy(kernel: Kernel, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Callable:
     logits, labels = _random((rows, columns), device, dtype), torch.zeros(rows, dtype=torch.long, device=device)
     return lambda: differentiate(kernel.function(logits * 1.0, labels)[1])
+
+
+def _product(kernel: Kernel, recipe: str, rows: int, columns: int, device: torch.device) -> Callable:
+    x = quantize(torch.randn(rows, columns, device=device), FORMS[recipe].rows)
+    w = quantize(torch.randn(columns, columns, device=device), FORMS[recipe].weight)
+    return lambda: kernel.function(x, w, None, torch.bfloat16, precise=False)
 
 
 _CALLS = dict(zip(OPS, (_add_norm, _norm_quant, _rotary, _attention, _activation, _cross_entropy), strict=True))

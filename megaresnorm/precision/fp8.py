@@ -26,14 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from megaresnorm.kernels.fp8.formats import (
-    BLOCK,
     E4M3,
     E5M2,
-    MX,
     ROW,
     TENSOR,
-    TILE,
-    Form,
     Fp8,
     Fp8Output,
     Rows,
@@ -43,7 +39,7 @@ from megaresnorm.kernels.fp8.formats import (
     quantize,
     transposed,
 )
-from megaresnorm.kernels.fp8.product import ProductKernel
+from megaresnorm.kernels.fp8.product import FORMS, ProductKernel
 from megaresnorm.parallel.collectives import largest
 from megaresnorm.parallel.linear import ColumnLinear, Linear
 from megaresnorm.parallel.linear_kernel import LinearKernel
@@ -51,20 +47,6 @@ from megaresnorm.parallel.mesh import Axis
 from megaresnorm.precision.delayed import GRADIENTS, INPUTS, Delayed, DelayedScales
 from megaresnorm.recipe import Fp8Recipe
 
-
-class Fp8Forms(NamedTuple):
-    """What shares a scale: elements of an input or an output's gradient, and of a weight."""
-
-    rows: Form
-    weight: Form
-
-
-FORMS = {
-    "tensorwise": Fp8Forms(TENSOR, TENSOR),
-    "rowwise": Fp8Forms(ROW, ROW),
-    "block": Fp8Forms(BLOCK, TILE),
-    "mxfp8": Fp8Forms(MX, MX),
-}
 _TYPES = {"e4m3": E4M3, "e5m2": E5M2}
 
 

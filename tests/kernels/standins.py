@@ -120,8 +120,8 @@ class Float8TensorStorage:
 
 class Float8BlockwiseQTensorStorage:
     def __init__(
-        self, rowwise_data, rowwise_scale_inv, columnwise_data, columnwise_scale_inv, fp8_dtype, quantizer, is_2D_scaled,
-        *args, fake_dtype=None, **kwargs,
+        self, rowwise_data, rowwise_scale_inv, columnwise_data, columnwise_scale_inv, fp8_dtype, quantizer,
+        is_2D_scaled, *args, fake_dtype=None, **kwargs,
     ):  # fmt: skip
         assert not args and not kwargs and columnwise_data is None and columnwise_scale_inv is None
         assert rowwise_data.dtype == torch.uint8 and rowwise_data.is_contiguous()

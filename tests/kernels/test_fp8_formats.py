@@ -1,6 +1,7 @@
 """FP8 numbers: scales that are powers of two, rounding to nearest even, and what may be done with codes exactly."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -104,7 +105,7 @@ def test_all_codes_are_read_as_the_format_says(dtype):
 def test_rounding_is_to_nearest_and_ties_go_to_even(dtype, sign):
     """Every number of a format, the middle of every two, and what is next to each, at scales of 1 and others."""
     table = [value for value in (number_of(code, dtype) for code in range(128)) if math.isfinite(value)]
-    middles = [(a + b) / 2 for a, b in zip(table, table[1:], strict=False)]
+    middles = [(a + b) / 2 for a, b in pairwise(table)]
     above, below = (torch.nextafter(torch.tensor(middles), torch.tensor(end)) for end in (1e9, -1e9))
     even = [table[i + i % 2] for i in range(len(middles))]  # of two neighbours one has an even code
     given = torch.cat((torch.tensor([*table, *middles]), above, below))

@@ -3,16 +3,30 @@
 M rows   N outputs   K summed
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megaresnorm.kernels.fp8.formats import Fp8, dequantize
+from megaresnorm.kernels.fp8.formats import BLOCK, MX, ROW, TENSOR, TILE, Form, Fp8, dequantize
 from megaresnorm.kernels.registry import register_kernel
 
-RECIPES = ("tensorwise", "rowwise", "block", "mxfp8")  # as precision.fp8.recipe
+
+class Fp8Forms(NamedTuple):
+    """What shares a scale: elements of an input or an output's gradient, and of a weight."""
+
+    rows: Form
+    weight: Form
+
+
+FORMS = {  # of the recipes, as precision.fp8.recipe
+    "tensorwise": Fp8Forms(TENSOR, TENSOR),
+    "rowwise": Fp8Forms(ROW, ROW),
+    "block": Fp8Forms(BLOCK, TILE),
+    "mxfp8": Fp8Forms(MX, MX),
+}
+RECIPES = tuple(FORMS)
 KINDS = (*RECIPES, "block-e5m2")  # of the op; the last with gradients in E5M2, which few products of blocks take
 
 

@@ -18,12 +18,11 @@ ALIGNED = 4  # scales of a row are as many as a multiple of this
 
 def product(a: Fp8, b: Fp8, bias: Tensor | None, dtype: torch.dtype, *, precise: bool) -> Tensor:
     """See ``emulated``; with one scale for each tensor, or 128 x 128 in b and 128 of a row in a, or those in both."""
-    fused = bias is not None and dtype != torch.float32
+    fused = None if bias is None or dtype == torch.float32 else bias.to(dtype)
     y, *_ = general_gemm(
-        _stored(b), _stored(a), out_dtype=dtype, layout="TN", bias=bias.to(dtype) if fused else None,
-        use_split_accumulator=precise,
-    )  # fmt: skip
-    return y if bias is None or fused else y.add_(bias)
+        _stored(b), _stored(a), out_dtype=dtype, layout="TN", bias=fused, use_split_accumulator=precise
+    )
+    return y if bias is None or fused is not None else y.add_(bias)
 
 
 def _stored(q: Fp8) -> Float8TensorStorage | Float8BlockwiseQTensorStorage:
