@@ -138,7 +138,10 @@ def test_doctor_times_a_product_for_every_recipe(capsys, monkeypatch):
     assert te == "cannot run: has no rowwise fp8_product"
     assert main(["doctor", "--kernels", "--device", "cpu", "--shapes", "16x32"]) == 0
     table = capsys.readouterr().out
-    assert all(f"fp8_product {recipe}" in table for recipe in RECIPES) and "twice as slow as the emulation" in table
+    assert (
+        all(f"fp8_product {recipe}" in table for recipe in RECIPES)
+        and "several times slower than the emulation" in table
+    )
 
 
 @pytest.mark.gpu

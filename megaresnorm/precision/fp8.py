@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from megaresnorm.kernels.fp8.formats import (
     E4M3,
     E5M2,
+    MX,
     ROW,
     TENSOR,
     Fp8,

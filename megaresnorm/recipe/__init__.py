@@ -173,11 +173,6 @@ class Recipe(Section):
                     f"GPUs multiply FP8, not {columns}; use {-(-columns // multiple) * multiple}, or "
                     "precision.compute=bf16"
                 )
-        if self.precision.fp8.weight_grad == "fp8" and model.seq_len % by:
-            raise ValueError(
-                f"precision.fp8.weight_grad=fp8 sums over tokens, which GPUs do in multiples of {by}: "
-                f"model.seq_len={model.seq_len}; use {-(-model.seq_len // by) * by}, or weight_grad=bf16"
-            )
         return self
 
     @model_validator(mode="after")

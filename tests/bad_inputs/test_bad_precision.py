@@ -32,8 +32,6 @@ OVERRIDES = [
     ("model.head_dim=6", "model.num_heads=4 of model.head_dim=6: precision.compute=fp8 needs columns in a multiple"),
     ("parallel.tp=4 model.head_dim=8 model.ffn_dim=256", "model.num_heads=4 of model.head_dim=8"),
     ("model.num_heads=8 model.head_dim=4 model.num_kv_heads=1", "model.num_kv_heads=1 of model.head_dim=4: "),
-    ("model.seq_len=24 precision.fp8.weight_grad=fp8", "precision.fp8.weight_grad=fp8 sums over tokens, which GPUs do "
-     "in multiples of 16: model.seq_len=24; use 32, or weight_grad=bf16"),
     # backends
     ("precision.fp8.backend=", "precision.fp8.backend=None: wanted string"),
     # what belongs to other settings

@@ -21,7 +21,6 @@ from megaresnorm.kernels.fp8.formats import (
     dequantize,
     quantize,
     scales_of,
-    spread,
     transposed,
 )
 
@@ -54,6 +53,14 @@ def numbers(rows: int, columns: int, dtype: torch.dtype = F32, seed: int = 0) ->
     x = torch.randn(rows, columns, generator=g) * sizes
     x[rows // 2] = 0.0
     return x.to(dtype)
+
+
+def spread(scales: torch.Tensor, form: Form, shape: tuple[int, int]) -> torch.Tensor:
+    """The scale of every element."""
+    for dim, shared in enumerate(form):
+        length = shape[dim] if shared is None else shared
+        scales = scales.repeat_interleave(length, dim).narrow(dim, 0, shape[dim])
+    return scales
 
 
 # --- scales -----------------------------------------------------------------------------------------------------------

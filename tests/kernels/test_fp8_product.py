@@ -30,7 +30,7 @@ PAIRS = {  # recipe -> forms of a and b in the products of a model
     "mxfp8": [(MX, MX)],
 }
 SHAPES = [(1, 1, 1), (5, 7, 9), (1, 130, 144), (33, 48, 272), (64, 17, 1024)]
-ALIGNED = [(1, 16, 16), (5, 32, 128), (3, 144, 272), (130, 16, 640), (256, 272, 512)]  # K and N as GPUs take them
+ALIGNED = [(1, 16, 16), (5, 32, 128), (3, 144, 272), (130, 16, 640), (32, 48, 135)]  # N as GPUs take it; K is padded
 TYPES = [(E4M3, E4M3), (E5M2, E4M3), (E4M3, E5M2), (E5M2, E5M2)]
 
 
@@ -175,9 +175,9 @@ def test_scales_are_laid_out_as_gpus_read_them(like_cuda, recipe):
     + [("tensorwise", "e5m2", "te"), ("tensorwise", "e4m3", "te"), ("block", "e4m3", "te")],
 )
 def test_all_products_of_a_layer_are_such_as_gpus_take(like_cuda, recipe, backward, kernel):
-    """K, N and T in multiples of 16, the smallest of which are no block; the numbers are the emulation's."""
+    """K and N in multiples of 16, which are no blocks, and T tokens; the numbers are the emulation's."""
     settings = Fp8Recipe(recipe=recipe, backward=backward, weight_grad="bf16" if backward == "bf16" else "fp8")
-    x, dy, bias = values(16, 144, 1).to(BF16), values(16, 32, 2).to(BF16), values(1, 32, 3)[0]
+    x, dy, bias = values(13, 144, 1).to(BF16), values(13, 32, 2).to(BF16), values(1, 32, 3)[0]
     w = quantize(values(32, 144, 4), FORMS[recipe].weight)
     found = []
     for backend in (emulated, kernel_named("fp8_product", kernel).function):
@@ -210,7 +210,7 @@ def test_on_cpus_auto_takes_the_emulation_and_says_why():
     for kind in KINDS:
         kernel, line = choose_kernel("fp8_product", "auto", CPU, BF16, kind)
         assert kernel.backend == "emulated"
-        assert ("twice as slow as the emulation" in line) == (TORCH.refusal(CPU, BF16, kind) is None)
+        assert ("several times slower than the emulation" in line) == (TORCH.refusal(CPU, BF16, kind) is None)
         assert "te" not in line.split()
 
 

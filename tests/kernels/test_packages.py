@@ -13,6 +13,7 @@ from megaresnorm.kernels import load_backends
 from megaresnorm.kernels.activation import activation
 from megaresnorm.kernels.add_norm.reference import AddNormArgs
 from megaresnorm.kernels.cross_entropy import cross_entropy_sums
+from megaresnorm.kernels.fp8.formats import BLOCK, ROW, Fp8Output, quantize
 from megaresnorm.kernels.registry import backends, choose_kernel, kernel_named
 
 load_backends()
@@ -82,6 +83,21 @@ def test_what_a_norm_of_another_package_cannot_do_is_one_line(packages, backend)
         with pytest.raises(ValueError, match="writes no FP8, statistics or amax; take triton or the reference") as e:
             kernel_named("add_norm", backend).function(args)
         assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("backend", NORMS)
+@pytest.mark.parametrize("form", [ROW, BLOCK])
+def test_norms_of_other_packages_leave_fp8_to_the_layer_that_reads_them(packages, backend, form):
+    """Which rounds the values that they write to the codes of a norm that writes FP8 at once."""
+    g, norm = torch.Generator().manual_seed(0), make_norm("rmsnorm", 160, torch.Generator().manual_seed(1))
+    x, delta = torch.randn(7, 160, generator=g), torch.randn(7, 160, generator=g).to(BF16)
+    args = AddNormArgs(x, delta, next_norm=norm, residual_dtype=F32, out_dtype=BF16, fp8=Fp8Output(form))
+    out, wanted = (kernel_named("add_norm", name).function(args) for name in (backend, "reference"))
+    assert out.fp8 is None and out.branch_input.dtype == BF16
+    got = quantize(out.branch_input.detach(), form)
+    assert torch.equal(got.inverse, wanted.fp8.inverse)
+    same = got.codes.view(torch.uint8) == wanted.fp8.codes.view(torch.uint8)
+    assert same.float().mean() > 0.97  # but where BF16 was rounded the other way
 
 
 # --- activation -------------------------------------------------------------------------------------------------------

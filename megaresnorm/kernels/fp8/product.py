@@ -42,6 +42,14 @@ def kind_of(recipe: str, gradients: str) -> str:
     return f"{recipe}-{gradients}" if f"{recipe}-{gradients}" in KINDS else recipe
 
 
+def padded(q: Fp8, multiple: int = 16) -> Fp8:
+    """q [M, K] with zeros behind its columns, up to a multiple, as GPUs sum them. Widths of a model need none."""
+    missing = -q.codes.shape[1] % multiple
+    if not missing:
+        return q
+    return q._replace(codes=F.pad(q.codes.view(torch.uint8), (0, missing)).view(q.codes.dtype))
+
+
 class ProductKernel(Protocol):
     """A backend of ``fp8_product``; it computes what ``emulated`` does."""
 

@@ -12,6 +12,7 @@ from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage i
 from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
 
 from megaresnorm.kernels.fp8.formats import TENSOR, TILE, Fp8
+from megaresnorm.kernels.fp8.product import padded
 
 ALIGNED = 4  # scales of a row are as many as a multiple of this
 
@@ -27,7 +28,7 @@ def product(a: Fp8, b: Fp8, bias: Tensor | None, dtype: torch.dtype, *, precise:
 
 def _stored(q: Fp8) -> Float8TensorStorage | Float8BlockwiseQTensorStorage:
     """Codes and scales as the GEMM reads them. Blocks of a row: [blocks, rows]; of 128 x 128: as they are."""
-    codes, dtype = q.codes.contiguous().view(torch.uint8), TE_DType[q.codes.dtype]
+    codes, dtype = padded(q).codes.contiguous().view(torch.uint8), TE_DType[q.codes.dtype]
     if q.form == TENSOR:
         return Float8TensorStorage(data=codes, fp8_scale_inv=q.inverse.view(1), fp8_dtype=dtype)
     inverse = q.inverse if q.form == TILE else q.inverse.t()

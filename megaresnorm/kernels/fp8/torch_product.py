@@ -1,13 +1,14 @@
-"""FP8 products by torch: cuBLAS and CUTLASS on NVIDIA GPUs, a loop of its own on CPUs.
+"""FP8 products by torch: by cuBLAS and CUTLASS on NVIDIA GPUs, in FP32 on CPUs.
 
                 scales of a and b           GPUs                                          CPUs
     tensorwise  TENSOR, TENSOR              compute capability 8.9 and newer              torch 2.11 and newer
     rowwise     ROW, ROW                    8.9 and newer                                 torch 2.13 and newer
     block       BLOCK, TILE or BLOCK        9.0 alone, E4M3 alone, cuBLAS 12.9 or newer   no
 
-On GPUs K and N must be multiples of 16, one of the operands must be in E4M3, and a bias is for BF16 results alone.
-That is what torch's source says; it has not been run on a GPU yet. So whether a device has a recipe is not looked up
-but tried, once for each, with small products that are compared with those of the emulation.
+On GPUs K and N must be multiples of 16 (K is padded: it may be a number of tokens), one of the operands must be in
+E4M3, and only BF16 results can have a bias. That is what torch's source says; it has not been run on a GPU yet. So
+whether a device has a recipe is not looked up but tried, once for each, with small products that are compared with
+those of the emulation.
 
 M rows   N outputs   K summed   L blocks of 128 along K
 """
@@ -31,7 +32,7 @@ from megaresnorm.kernels.fp8.formats import (
     dequantize,
     quantize,
 )  # fmt: skip
-from megaresnorm.kernels.fp8.product import FORMS, emulated
+from megaresnorm.kernels.fp8.product import FORMS, emulated, padded
 from megaresnorm.kernels.registry import Refusal, register_kernel
 
 _TRIED = {  # recipe -> forms of b, and types of a; b is in E4M3
@@ -57,9 +58,9 @@ def _has(recipe: str) -> Refusal:
 
 
 def _avoid(device: torch.device, dtype: torch.dtype) -> str | None:
-    # One thread of an EPYC without AMX, torch 2.13, BF16 results, M = N = K: 1.4 times the emulation's time at 512, 1.6
-    # at 1024; M = 256 and K = N = 512: up to 2. It makes FP32 of both operands, too, and has no product in BF16.
-    return "on CPUs up to twice as slow as the emulation" if device.type == "cpu" else None
+    # One thread of an EPYC without AMX, torch 2.13: BF16 results take 2.4 times the emulation's time at M = 2048 and K =
+    # N = 1024, 4 and more where all are 512, 9 for one token; FP32 results 1.2. It decodes slowly, and multiplies FP32.
+    return "several times slower than the emulation on CPUs" if device.type == "cpu" else None
 
 
 @register_kernel("fp8_product", "torch", _requires, _avoid, kinds={recipe: _has(recipe) for recipe in _TRIED})
@@ -77,7 +78,7 @@ def product(a: Fp8, b: Fp8, bias: Tensor | None, dtype: torch.dtype, *, precise:
 
 
 def _scaled_mm(a: Fp8, b: Fp8, bias: Tensor | None, dtype: torch.dtype, precise: bool) -> Tensor:
-    codes_a, codes_b = a.codes.contiguous(), b.codes.contiguous().t()
+    codes_a, codes_b = padded(a).codes.contiguous(), padded(b).codes.contiguous().t()
     scale_a, scale_b = _laid_out(a), _laid_out(b)
     if b.form == ROW:
         scale_b = scale_b.t()
