@@ -58,8 +58,8 @@ def _has(recipe: str) -> Refusal:
 
 
 def _avoid(device: torch.device, dtype: torch.dtype) -> str | None:
-    # One thread of an EPYC without AMX, torch 2.13: BF16 results take 2.4 times the emulation's time at M = 2048 and K =
-    # N = 1024, 4 and more where all are 512, 9 for one token; FP32 results 1.2. It decodes slowly, and multiplies FP32.
+    # One thread of an EPYC without AMX, torch 2.13: BF16 results take 2.4 times the emulation's time at M = 2048 and
+    # K = N = 1024, 4 and more at 512, 9 for one token; FP32 results 1.2. It decodes slowly, and multiplies in FP32.
     return "several times slower than the emulation on CPUs" if device.type == "cpu" else None
 
 

@@ -41,7 +41,8 @@ def add_then(normalize: Callable[[Tensor, NormWeights, torch.dtype], Tensor]) ->
     Args:
         normalize: called with (x, norm, out_dtype).
     Returns:
-        A function as ``reference.add_norm``. It raises ValueError where FP8, statistics or amax are wanted.
+        A function as ``reference.add_norm``, which leaves it to the reader to round its values to ``fp8``. It raises
+        ValueError where the output is to be FP8, or statistics or amax are wanted.
     """
 
     def add_norm(args: AddNormArgs) -> AddNormOutput:
@@ -53,7 +54,7 @@ def add_then(normalize: Callable[[Tensor, NormWeights, torch.dtype], Tensor]) ->
         if delta is not None and args.branch_norm is not None:
             delta = normalize(delta, args.branch_norm, torch.float32)
         trunk = reference.add_norm(
-            replace(args, delta=delta, branch_norm=None, norm=None, next_norm=None, out_dtype=None)
+            replace(args, delta=delta, branch_norm=None, norm=None, next_norm=None, out_dtype=None, fp8=None)
         ).trunk
         if args.norm is not None:
             trunk = normalize(trunk, args.norm, args.residual_dtype)
