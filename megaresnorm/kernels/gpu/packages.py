@@ -186,4 +186,5 @@ def _te_product_requires(device: torch.device, dtype: torch.dtype) -> str | None
     kinds={"tensorwise": anywhere, "block": needs_capability(9, 0)},
 )  # fmt: skip  # it gives no row a scale of its own, and its MXFP8 wants scales in E8M0, in an order of its own
 def _te_product(a: Fp8, b: Fp8, bias: Tensor | None, dtype: torch.dtype, *, precise: bool) -> Tensor:
-    return _adapter("te", "fp8").product(a, b, bias, dtype, precise=precise)
+    with torch.cuda.device_of(a.codes):
+        return _adapter("te", "fp8").product(a, b, bias, dtype, precise=precise)
