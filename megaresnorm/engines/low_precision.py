@@ -31,6 +31,11 @@ class LowPrecision:
             layers = fp8_layers(assembled.models.values())
             self._delayed = delayed_scales(layers, self._names, recipe.fp8, assembled.device)
 
+    @property
+    def copies(self) -> list[Tensor]:
+        """Copies of weights, with their scales."""
+        return [tensor for copies in self._copies for tensor in copies.tensors]
+
     def refresh(self) -> None:
         """Copy the weights, after they have changed.
 

@@ -55,6 +55,7 @@ class NativeEngine:
         assembled: the bare stages.
         modules: the stages by number as data parallelism has wrapped them, to be called in training.
         reductions: of gradients, beside those of data parallelism.
+        low_precision: copies of weights and scales.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class NativeEngine:
         )
         self.modules = {number: self._wrapped(model) for number, model in assembled.models.items()}
         self._parameters, table = assembled.parameters(), assembled.table
-        self._low_precision = LowPrecision(recipe.precision, assembled, self._parameters)
+        self.low_precision = LowPrecision(recipe.precision, assembled, self._parameters)
         tied = self._parameters.get("embedding.weight") if recipe.model.tied_embeddings else None
         at = {n: GradientPlacement(table[n].split is not None, n in assembled.copies) for n in self._parameters}
         self._optimizer = Optimizer(self._parameters, table, recipe.optim, at)
@@ -155,7 +156,7 @@ class NativeEngine:
         """
         with no_garbage_collection():
             tokens = self._valid_tokens(batch)
-            self._low_precision.begin_step()
+            self.low_precision.begin_step()
             loss = self._backward(batch, tokens)
             gradients = self._optimizer.collect(per_parameter=self._clipper.clips_each) if tokens else []
             following = (None, lambda: 0) if batch.following is None else batch.following
@@ -175,7 +176,7 @@ class NativeEngine:
         applied = isfinite(loss_sum) and isfinite(total)
         self._updates += applied
         if applied:
-            self._low_precision.step_was_applied()
+            self.low_precision.step_was_applied()
         self._clipper.steps += applied and self._clipper.clips_each
         return StepStats(loss_sum / tokens, total**0.5, tokens, applied, stop=stops > 0)
 
@@ -231,14 +232,14 @@ class NativeEngine:
         if self._clipper.clips_each:
             averages = dict(zip(self._parameters, self._clipper.averages.split(1), strict=True))
             groups["clipper"] = numbers_of_parameters(self.assembled, averages, self.assembled.table, 1)
-        return groups | self._low_precision.tensors()
+        return groups | self.low_precision.tensors()
 
     def load(self, checkpoint: Checkpoint, state: EngineState) -> None:
         """See ``Engine``."""
         for group, members in self.tensors.items():
             if group in FINITE or group in checkpoint.tensors:  # clipping, scaling may have been others until then
                 checkpoint.load(group, members)
-        self._low_precision.loaded()
+        self.low_precision.loaded()
         self._updates = state.updates
         self._clipper.steps = state.clipper_steps if "clipper" in self.tensors else 0
         self._optimizer.rule.set_updates(self._updates)
@@ -258,7 +259,7 @@ class NativeEngine:
 
     def weights_changed(self) -> None:
         """Renew what is derived from the weights, after they have been changed from outside."""
-        self._low_precision.refresh()
+        self.low_precision.refresh()
 
     def _valid_tokens(self, batch: StepBatch) -> int:
         """Number of valid labels on all ranks of dp."""
@@ -341,5 +342,5 @@ class NativeEngine:
             whole = whole_norms(norms, self._own, self.context)
             self._clipper.clip_each([gradient.tensor for gradient in gradients], whole, total, refused)
         self._optimizer.step(lr, divisor=self._clipper.divisor(total), refused=refused)
-        self._low_precision.end_step(refused)
+        self.low_precision.end_step(refused)
         self.weights_changed()

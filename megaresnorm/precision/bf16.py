@@ -86,9 +86,9 @@ class Bf16Copies:
         self.refresh()
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all copies."""
-        return sum(copy.nbytes for copy in self._copies.values())
+    def tensors(self) -> list[Tensor]:
+        """See ``Copies``."""
+        return list(self._copies.values())
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from megaresnorm.parallel.data_parallel import is_sharded
 from megaresnorm.parallel.gathered import gather_in_bf16
@@ -16,6 +16,10 @@ from megaresnorm.precision.fp8_weights import Fp8Weights
 
 class Copies(Protocol):
     """Copies of weights, which products read in their place."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, with their scales."""
 
     def refresh(self) -> None:
         """Copy the current weights."""
