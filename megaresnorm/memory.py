@@ -19,7 +19,7 @@ from megaresnorm.model.transformer import Stage
 from megaresnorm.optim import ALIGNED, SMALL, AdamW
 from megaresnorm.parallel.data_parallel import PREFETCHED
 from megaresnorm.parallel.mesh import Sizes
-from megaresnorm.precision.dtypes import weight_dtype
+from megaresnorm.precision.dtypes import half_dtype, weight_dtype
 from megaresnorm.recipe import Recipe
 from megaresnorm.recompute_budget import Held, Plan, TooSmall, solve
 from megaresnorm.recompute_plan import segments_of
@@ -55,7 +55,7 @@ class MemoryPerRank:
         gradients: of the same.
         packed: gradients of small parameters once more, side by side, as the optimizer takes them.
         optimizer: two moments of each parameter.
-        copies: BF16 copies of the matrices.
+        copies: 16-bit copies of the matrices.
         gathered: weights that FSDP2 has gathered.
         unsharded: gradients of whole FSDP2 units before they are reduced and scattered.
         buckets: DistributedDataParallel's messages, of which gradients become views in the step's last microbatch.
@@ -271,8 +271,8 @@ class MemoryAccounts:
     # Kinds
 
     def _copies(self, units: list[_Unit], has_head: bool) -> int:
-        """Bf16Copies (precision/bf16.py) of every linear layer's matrix, and of a tied embedding that makes logits."""
-        if self.recipe.precision.compute != "bf16":
+        """HalfCopies (precision/half.py) of every linear layer's matrix, and of a tied embedding that makes logits."""
+        if half_dtype(self.recipe.precision) is None:
             return 0
         tied = self.model.tied_embeddings and has_head
 
