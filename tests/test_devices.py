@@ -14,7 +14,7 @@ from megaresnorm.data.loader import Batch, StepBatch
 from megaresnorm.engines.native import NativeEngine
 from megaresnorm.kernels.cross_entropy import cross_entropy_sums
 from megaresnorm.parallel.data_parallel import local, replicate_model, shard_model
-from megaresnorm.parallel.gathered import gather_in_bf16
+from megaresnorm.parallel.gathered import gather_in
 from megaresnorm.parallel.mesh import MESH_AXES, Axis, ParallelContext, urgent_options
 from megaresnorm.parallel.transport import transport_of
 from megaresnorm.recipe import KernelRecipe, ModelRecipe, ParallelRecipe, PrecisionRecipe
@@ -145,7 +145,7 @@ def test_data_parallelism_around_a_model_leaves_its_gradients(group, device, wra
         options = (PrecisionRecipe(compute=compute), KernelRecipe(), ParallelRecipe(), context)
         model = build_model(recipe, *options, device=device, shard=shard).model
         if shard is not None and compute == "bf16":
-            gather_in_bf16(model)
+            gather_in(torch.bfloat16, model)
         module = replicate_model(model, data) if wrapped and wrap == "ddp" else model
         for _ in range(2):  # the second time gathered weights are written where those of the first were
             model.zero_grad()

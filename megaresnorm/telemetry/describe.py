@@ -1,6 +1,7 @@
 """Description of a run, in lines for the console."""
 
 import re
+from math import log2
 
 import torch
 
@@ -48,7 +49,7 @@ def describe_run(recipe: Recipe, assembled: Assembled, samples: Samples, *, full
 
 def _loss_scale(recipe: Recipe) -> str:
     scale = LossScale.of(recipe.precision)
-    return "" if scale is None else f"loss scale {'from ' * scale.is_dynamic}{scale.value:g}, "
+    return "" if scale is None else f"loss scale {'from ' * scale.is_dynamic}2^{log2(scale.value):g}, "
 
 
 def _kernels(assembled: Assembled) -> list[str]:

@@ -41,7 +41,7 @@ def run_of(rank: int, parallel: dict, topology: str, variant: str, rounded: bool
     cases.SAMPLES, cases.MICRO = 6, 1  # as many microbatches on each of two ranks or three
     sent = count_all_gathers()
     if not rounded:
-        native.gather_in_bf16 = lambda model: None
+        native.gather_in = lambda dtype, model: None
     result = outcome(make_recipe(topology, variant, parallel, "bf16", num_blocks=3), optimizer="adamw")
     return [result.loss, result.steps, result.gradients, result.digest, sent]
 
@@ -118,7 +118,7 @@ def test_shards_gradients_moments_and_slices_of_checkpoints_are_plain_fp32():
 def test_a_model_that_is_not_sharded_has_nothing_to_gather():
     assembled, _ = build(make_recipe("keel", "llama", {}, "bf16", num_blocks=3))
     with pytest.raises(ValueError, match="not sharded"):
-        native.gather_in_bf16(assembled.model)
+        native.gather_in(torch.bfloat16, assembled.model)
 
 
 def test_parts_are_in_the_order_in_which_they_run():
