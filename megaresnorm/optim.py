@@ -225,7 +225,7 @@ class Optimizer:
 
     @torch.no_grad()
     def divide_gradients(self, factor: float) -> None:
-        """Divide the gradients of the parameters, which are not collected yet, by a power of two: nothing is rounded."""
+        """Divide the gradients of the parameters, before they are collected, by a power of two: nothing is rounded."""
         tensors = self.tensors if self._keeps_gradients else self._parameters
         gradients = [local(p.grad) for p in tensors if p.grad is not None]
         if factor != 1.0 and gradients:

@@ -157,7 +157,9 @@ class Trainer:
         if stats.loss is None:
             return
         if stats.lowered_to is not None:
-            log.info(skipped_line(run.steps_done + 1, run.recipe.train.steps, stats.loss, stats.loss_scale, stats.lowered_to))
+            log.info(
+                skipped_line(run.steps_done + 1, run.recipe.train.steps, stats.loss, stats.loss_scale, stats.lowered_to)
+            )
             return
         if stats.applied:
             run.skipped_in_a_row = 0

@@ -115,6 +115,4 @@ def stats_of(loss: float, squares: float, tokens: int, scale: LossScale | None, 
     if scale is None:
         return stats
     before, lowered = scale.value, isfinite(loss) and scale.update(overflowed=not applied)
-    return replace(
-        stats, loss_scale=before, lowered_to=scale.value if lowered else None, skipped=scale.state.skipped
-    )
+    return replace(stats, loss_scale=before, lowered_to=scale.value if lowered else None, skipped=scale.state.skipped)

@@ -17,11 +17,11 @@ from megaresnorm.parallel.linear import Linear
 def gather_in(dtype: torch.dtype, model: nn.Module) -> None:
     """Let FSDP2 send the weights of linear layers in BF16 or FP16, before it gathers any.
 
-    For models whose linear layers read their weight in that type alone: it is rounded before it is sent instead of after, so
-    that every product is bit for bit what it was. All else is sent as it is, in the same message; so is a weight that
-    is also another module's, as a tied embedding is, whose rows the stream reads in FP32.
+    For models whose linear layers read their weight in that type alone: it is rounded before it is sent instead of
+    after, so that every product is bit for bit what it was. All else is sent as it is, in the same message; so is a
+    weight that is also another module's, as a tied embedding is, whose rows the stream reads in FP32.
 
-    A gathered weight is an FP32 tensor of 16-bit numbers, of which FSDP2 reduces FP32 gradients that nothing has rounded.
+    A gathered weight is an FP32 tensor of 16-bit numbers, of which FSDP2 reduces FP32 gradients that nothing rounds.
     Shards stay plain FP32 tensors: what FSDP2 calls hangs on each of them.
 
     Args:

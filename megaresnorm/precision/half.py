@@ -37,7 +37,8 @@ class WidenedHalfLinear(PlainLinear):
 
     def forward(self, x: Tensor, operand: Tensor, bias: Tensor | None) -> Tensor:
         """See ``LinearKernel``."""
-        return F.linear(x.float(), _widened(operand, x.dtype), None if bias is None else bias.to(x.dtype).float()).to(x.dtype)
+        rounded = None if bias is None else bias.to(x.dtype).float()
+        return F.linear(x.float(), _widened(operand, x.dtype), rounded).to(x.dtype)
 
     def input_grad(self, dy: Tensor, operand: Tensor) -> Tensor:
         """See ``LinearKernel``."""

@@ -1,7 +1,7 @@
 """The factor of the loss that keeps gradients within what FP16 holds, from 6e-8 to 65504.
 
-Weights' gradients are FP32 before anything reads them, and are divided by the factor there. It is always a power of two,
-so that neither multiplying nor dividing rounds.
+Weights' gradients are FP32 before anything reads them, and are divided by the factor there. It is always a power of
+two, so that neither multiplying nor dividing rounds.
 """
 
 from pydantic import BaseModel, ConfigDict, Field

@@ -10,7 +10,6 @@ from typing_extensions import Self
 from megaresnorm.limits import LARGEST_POWER, MAX_HISTORY
 from megaresnorm.recipe.section import BlocksOr0, Section, Word, refuse_ignored
 
-
 _POWERS = f"a power of two from 2^-{LARGEST_POWER} to 2^{LARGEST_POWER}"
 
 
@@ -90,8 +89,8 @@ class PrecisionRecipe(Section):
     residual_dtype: StreamDtype | None = None
     """Type the residual stream is stored in; unset: fp32, or fp64 under fp64."""
     loss_scale: LossScaleSetting | None = None
-    """fp16: factor of the loss in backward, so that gradients fit into FP16. dynamic: as large as they bear, lowered
-    when they overflow (that step is skipped); or a power of two that stays. Unset: dynamic."""
+    """fp16: factor of the loss in backward, so that gradients fit into FP16. dynamic: halved when they overflow (that
+    step is skipped), doubled after 2,000 good steps; or a power of two that stays. Unset: dynamic."""
     fp8: Fp8Recipe = Fp8Recipe()
     """How products in FP8 are scaled."""
 

@@ -74,7 +74,13 @@ def test_rotary_of_more_tokens_than_two_to_the_16():
     check_rotary(rotary, 1, 1, 2, None, "row", "fp32", batch=2, seq=35_000)
 
 
-LOSSES = (list(FORMS), [torch.float32, torch.bfloat16, torch.float16], [0.0, 1e-2], [1, 2], [(5, 24), (4, 600), (2, 70)])
+LOSSES = (
+    list(FORMS),
+    [torch.float32, torch.bfloat16, torch.float16],
+    [0.0, 1e-2],
+    [1, 2],
+    [(5, 24), (4, 600), (2, 70)],
+)
 
 
 @pytest.mark.parametrize(("form", "dtype", "z_loss", "ranks", "size"), pairwise(*LOSSES))

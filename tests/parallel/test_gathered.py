@@ -1,4 +1,4 @@
-"""Weights that FSDP2 sends in BF16 or FP16 and ahead of time, and DDP's gradients as views of its buckets: the same bits."""
+"""Weights that FSDP2 sends in 16 bits and ahead of time, and DDP's gradients as views of its buckets: the same bits."""
 
 from types import SimpleNamespace
 
