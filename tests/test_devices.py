@@ -135,7 +135,7 @@ def test_every_collective_on_one_rank_gives_what_it_was_given(group, device, dty
     ("wrap", "compute"), [("ddp", "fp32"), ("fsdp2", "fp32"), ("ddp", "bf16"), ("fsdp2", "bf16"), ("fsdp2", "fp16")]
 )
 def test_data_parallelism_around_a_model_leaves_its_gradients(group, device, wrap, compute):
-    """In 16 bits FSDP2 gathers matrices in that type, small blocks ahead of time on a GPU; DDP's gradients are views."""
+    """In 16 bits FSDP2 gathers matrices so, small blocks ahead of time on a GPU; DDP's gradients are views."""
     mesh = init_device_mesh(device.type, (1,) * len(MESH_AXES), mesh_dim_names=MESH_AXES)
     context = replace(ParallelContext.single(), mesh=mesh)
     data = Axis("dp", 1, 0, group, transport_of(group, 0, 1, device.type))

@@ -457,7 +457,7 @@ def test_fp16_gets_no_kernel_in_c_and_says_why():
         with pytest.raises(ConfigError, match=rf"kernels.{op}=cpu cannot run on cpu: it computes in FP32"):
             choose_kernel(op, "cpu", cpu, half)
     x = torch.ones(4, 8, dtype=half)
-    with pytest.raises(TypeError, match="not torch.float16"):
+    with pytest.raises(TypeError, match=r"not torch\.float16"):
         fused_add_norm("cpu")(AddNormArgs(x, x, residual_dtype=torch.float32, out_dtype=torch.float32))
-    with pytest.raises(TypeError, match="not torch.float16"):
+    with pytest.raises(TypeError, match=r"not torch\.float16"):
         fused_activation("cpu")(x, None, "gelu")
