@@ -19,7 +19,7 @@ from megaresnorm.model.transformer import Stage
 from megaresnorm.optim import ALIGNED, SMALL, AdamW
 from megaresnorm.parallel.data_parallel import PREFETCHED
 from megaresnorm.parallel.mesh import Sizes
-from megaresnorm.precision.dtypes import weight_dtype
+from megaresnorm.precision.dtypes import half_dtype, weight_dtype
 from megaresnorm.recipe import Recipe
 from megaresnorm.recompute_budget import Held, Plan, TooSmall, solve
 from megaresnorm.recompute_plan import segments_of
@@ -55,7 +55,7 @@ class MemoryPerRank:
         gradients: of the same.
         packed: gradients of small parameters once more, side by side, as the optimizer takes them.
         optimizer: two moments of each parameter.
-        copies: BF16 copies of the matrices.
+        copies: 16-bit copies of the matrices.
         gathered: weights that FSDP2 has gathered.
         unsharded: gradients of whole FSDP2 units before they are reduced and scattered.
         buckets: DistributedDataParallel's messages, of which gradients become views in the step's last microbatch.
@@ -276,9 +276,9 @@ class MemoryAccounts:
     def _copies(self, units: list[_Unit], has_head: bool) -> int:
         """Copies (precision/copies.py) of linear layers' matrices, and of a tied embedding that makes logits.
 
-        In BF16, but of those in FP8 codes. Where FSDP2 has sharded matrices there are none but codes of the shards.
+        In 16 bits, but of those in FP8 codes. Where FSDP2 has sharded matrices there are none but codes of the shards.
         """
-        if self.recipe.precision.compute not in ("bf16", "fp8"):
+        if half_dtype(self.recipe.precision) is None:
             return 0
         tied, sharded = self.model.tied_embeddings and has_head, self.sizes.dp_shard > 1
 

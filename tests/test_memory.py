@@ -129,6 +129,17 @@ def test_gpus_hold_messages_of_small_blocks_that_are_gathered_ahead() -> None:
     assert gpu.passing == cpu.passing
 
 
+def test_fp16_counts_like_bf16() -> None:
+    """Copies of the matrices and activations of two bytes; what FSDP2 gathers is FP32 once it is there."""
+    for parallel in ({}, {"dp_shard": 2}):
+        half, brain, whole = (
+            memory_per_rank(recipe_of(parallel=parallel, precision={"compute": compute}), 2)
+            for compute in ("fp16", "bf16", "fp32")
+        )
+        assert half == brain and half.activations < whole.activations
+        assert (half.copies > 0) == (not parallel) and whole.copies == 0
+
+
 def saved_bytes(recipe: Recipe) -> int:
     """What autograd keeps of a forward pass of one sequence, without parameters and their copies."""
     assembled, engine = build(recipe)

@@ -23,7 +23,7 @@ class LowPrecision:
 
     def __init__(self, recipe: PrecisionRecipe, assembled: Assembled, parameters: Mapping[str, nn.Parameter]) -> None:
         self._assembled = assembled
-        self._copies = copy_weights(assembled.models.values(), recipe.compute, assembled.context)
+        self._copies = copy_weights(assembled.models.values(), recipe, assembled.context)
         self._all_names = in_linear_layers(assembled)  # in any block: those in FP8 may be others in a later run
         self._names = [name for name in self._all_names if name in parameters]
         self._delayed: DelayedScales | None = None

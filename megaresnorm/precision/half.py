@@ -1,4 +1,4 @@
-"""BF16 products on FP32 weights."""
+"""Products in BF16 or FP16 on FP32 weights. FP16's gradients need a loss scale (loss_scale.py)."""
 
 import torch
 import torch.nn.functional as F
@@ -8,12 +8,12 @@ from megaresnorm.parallel.linear import Linear
 from megaresnorm.parallel.linear_kernel import PlainLinear
 
 
-class Bf16Linear(PlainLinear):
-    """BF16 products, by a BF16 copy of the weight where the layer has one (``Bf16Copies``).
+class HalfLinear(PlainLinear):
+    """Products of 16-bit numbers, by a copy of the weight where the layer has one (``HalfCopies``).
 
     The model's parameters stay FP32. A microbatch's gradient of a weight is FP32 where the product can write that, else
-    rounded to BF16; from there on it is accumulated over microbatches, clipped and applied in FP32. A checkpoint holds
-    the FP32 weights.
+    rounded to the input's type, in which what FP16 cannot hold is infinite; from there on it is accumulated over
+    microbatches, clipped and applied in FP32. A checkpoint holds the FP32 weights.
     """
 
     def weight_grad(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -30,19 +30,20 @@ class Bf16Linear(PlainLinear):
             super().add_weight_grad(total, dy, x)
 
 
-class WidenedBf16Linear(PlainLinear):
-    """The same products of the same BF16 numbers by FP32 instructions, for CPUs without those of BF16.
+class WidenedHalfLinear(PlainLinear):
+    """The same products of the same 16-bit numbers by FP32 instructions, for CPUs without those of the type.
 
-    There torch's BF16 product is a plain loop, many times slower than one in FP32. Sums are FP32 in either.
+    There torch's product is a plain loop, many times slower than one in FP32. Sums are FP32 in either.
     """
 
     def forward(self, x: Tensor, operand: Tensor, bias: Tensor | None) -> Tensor:
         """See ``LinearKernel``."""
-        return F.linear(x.float(), _widened(operand), None if bias is None else bias.to(x.dtype).float()).to(x.dtype)
+        rounded = None if bias is None else bias.to(x.dtype).float()
+        return F.linear(x.float(), _widened(operand, x.dtype), rounded).to(x.dtype)
 
     def input_grad(self, dy: Tensor, operand: Tensor) -> Tensor:
         """See ``LinearKernel``."""
-        return (dy.float() @ _widened(operand)).to(dy.dtype)
+        return (dy.float() @ _widened(operand, dy.dtype)).to(dy.dtype)
 
     def weight_grad(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """See ``LinearKernel``."""
@@ -53,35 +54,38 @@ class WidenedBf16Linear(PlainLinear):
         super().add_weight_grad(total, dy.float(), x.float())
 
 
-def _widened(operand: Tensor) -> Tensor:
-    """BF16 numbers of a copy, or of a weight that is rounded here, in FP32."""
-    return operand.to(torch.bfloat16).float()
+def _widened(operand: Tensor, dtype: torch.dtype) -> Tensor:
+    """The 16-bit numbers of a copy, or of a weight that is rounded here, in FP32."""
+    return operand.to(dtype).float()
 
 
-def bf16_linear(device: torch.device) -> PlainLinear:
-    """The products of a model that computes in BF16 on this device."""
-    native = device.type != "cpu" or (
-        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-    return Bf16Linear() if native else WidenedBf16Linear()
+def half_linear(dtype: torch.dtype, device: torch.device) -> PlainLinear:
+    """The products of a model that computes in BF16 or FP16 on this device."""
+    known = torch.backends.mkldnn.is_available()
+    if dtype == torch.bfloat16:
+        native = device.type != "cpu" or (known and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    else:
+        native = device.type != "cpu" or (known and torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return HalfLinear() if native else WidenedHalfLinear()
 
 
-class Bf16Copies:
-    """BF16 copies of the weights of linear layers that compute in BF16, made anew in one call after they have changed.
+class HalfCopies:
+    """16-bit copies of the weights of linear layers that compute so, made anew in one call after they have changed.
 
     Autocast would cast every weight in every microbatch. Not for weights that FSDP2 gathers for the time of their use:
-    copies of all would undo the sharding.
+    copies of all would undo the sharding. A weight that FP16 cannot hold is infinite in its copy, and the loss tells.
 
     Args:
-        model: with memory; linear layers whose kernel is not ``bf16_linear`` are left out.
+        model: with memory; linear layers whose kernel is not ``half_linear`` are left out.
+        dtype: BF16 or FP16.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._copies: dict[nn.Parameter, Tensor] = {}
         for module in model.modules():
-            if isinstance(module, Linear) and isinstance(module.kernel, Bf16Linear | WidenedBf16Linear):
+            if isinstance(module, Linear) and isinstance(module.kernel, HalfLinear | WidenedHalfLinear):
                 if module.weight not in self._copies:  # tied ones share a copy
-                    self._copies[module.weight] = torch.empty_like(module.weight.detach(), dtype=torch.bfloat16)
+                    self._copies[module.weight] = torch.empty_like(module.weight.detach(), dtype=dtype)
                 module.operand = self._copies[module.weight]
         self.refresh()
 
