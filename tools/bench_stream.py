@@ -13,6 +13,10 @@ from megaresnorm.studies.probe_depth import ProbeSetting
 from megaresnorm.studies.stream_drift import measure_drift
 
 TOPOLOGIES = "pre,pre_scaled,peri,subln,lns,deepnorm,deepnorm_glm,keel,completep,post"
+COLUMNS = (
+    "topology", "lint: BF16 loses from", "after", "RMS", "FP32: error", "BF16: error", "of the movement",
+    "1 - cosine", "lost",
+)  # fmt: skip
 
 
 def main() -> None:

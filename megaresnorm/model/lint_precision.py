@@ -131,7 +131,7 @@ def _gradient_rows(model: ModelRecipe, precision: PrecisionRecipe, estimates: "S
 
     Scales by token (rowwise, block, mxfp8) reach all.
     """
-    fp8, form = precision.fp8, precision.compute
+    fp8, form = precision.fp8, str(precision.compute)
     if form == "fp8":
         form = fp8.gradients if fp8.recipe == "tensorwise" else "bf16"
     if form not in NORMAL_RANGE:

@@ -5,13 +5,14 @@ T tokens (batch * seq)   D model dim
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from megaresnorm.assemble import build_model
+from megaresnorm.model.block import Block
 from megaresnorm.model.residual import Residual
-from megaresnorm.model.stream import Stream
 from megaresnorm.model.transformer import Transformer
 from megaresnorm.recipe import ModelRecipe, PrecisionRecipe
 
@@ -90,8 +91,8 @@ def _streams(
     model = build_model(recipe, precision, seed=seed).model
     rows = model.rows(tokens)
     stream, lost = model.embed(tokens, rows), 0.0
-    for block, run in enumerate(model.blocks.values(), start=1):
-        for residual in run.sublayers:
+    for block, sublayers in enumerate((cast(Block, one).sublayers for one in model.blocks.values()), start=1):
+        for residual in sublayers:
             x, u = residual.open(stream)
             y = residual.run(x, u, rows, None)
             lost = swallowed_share(residual.spec.alpha * x, _added(model, residual, y))
@@ -105,7 +106,9 @@ def _added(model: Transformer, residual: Residual, y: Tensor) -> Tensor:
         return y
     if residual.norm_branch is not None:
         y = model.add_norm.normalize(y, residual.norm_branch)
-    return y * (residual.spec.constant_gate if residual.gate is None else residual.gate)
+    gate = residual.spec.constant_gate if residual.gate is None else residual.gate
+    assert gate is not None
+    return y * gate
 
 
 def _unit(x: Tensor) -> Tensor:
