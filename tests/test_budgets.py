@@ -23,8 +23,9 @@ READ_FIRST_FILES, READ_FIRST_LINES = 12, 2_080
 # memory, determinism on GPUs. From 11,200 and 17,600: kernels for GPUs of rotary, activations and the loss, each both
 # ways, dropout inside add_norm, the packages whose kernels are used by name, the output matrix in parts, FlexAttention,
 # BF16 gathers. From 12,800 and 19,200: recomputation: what is dropped and made again, memory of every policy by terms,
-# plans for a budget, offload.
-TRAINING_PATH, ALL = 14_000, 20_600
+# plans for a budget, offload. From 14,000 and 20,600: settings of FP8, and what FP16 and FP8 make of a topology and a
+# depth, which is said before an accelerator is spent; the command that quantizes.
+TRAINING_PATH, ALL = 14_200, 20_900
 FILE, FUNCTION, NINE_TENTHS = 350, 60, 25  # lines of a file; of a function, its docstring left out
 LINE = 120
 

@@ -1,45 +1,14 @@
 """What the rules for FP16 and FP8 compute, beside what models do at initialisation, in FP64."""
 
 import pytest
-import torch
-import torch.nn.functional as F
 
-from megaresnorm.assemble import build_model
-from megaresnorm.kernels.cross_entropy import cross_entropy_sums
 from megaresnorm.model.lint import estimates
 from megaresnorm.model.lint_precision import NORMAL_RANGE, PEAK, gradient_spread, largest_rms
 from megaresnorm.model.topology import SUBLAYERS, residual_at
-from megaresnorm.parallel.linear import Linear
-from megaresnorm.recipe import PrecisionRecipe
+from megaresnorm.studies.gradient_rows import measure_gradient_rows, watched_linears
 from megaresnorm.studies.probe_depth import ProbeSetting
 
 SETTING = ProbeSetting()
-
-
-class Watched:
-    """Products that keep their operands."""
-
-    def forward(self, x, operand, bias):
-        self.x = x
-        return F.linear(x, operand, bias)
-
-    def input_grad(self, dy, operand):
-        self.dy = dy.clone()
-        return dy @ operand
-
-    def weight_grad(self, dy, x, dtype):
-        return dy.t() @ x
-
-
-def watched(recipe) -> dict[str, Watched]:
-    """The products of every linear of the blocks, after a forward and a backward pass over random tokens."""
-    tokens, labels = torch.randint(256, (2, 4, 64), generator=torch.Generator().manual_seed(0))
-    model = build_model(recipe, PrecisionRecipe(compute="fp64"), seed=0).model
-    found = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
-    for module in found.values():
-        module.kernel = Watched()
-    cross_entropy_sums(model(tokens), labels.flatten())[1].backward()
-    return {name: module.kernel for name, module in found.items() if name.startswith("blocks.")}
 
 
 def rms(x):
@@ -54,11 +23,8 @@ def of_rows(dy):
     ("topology", "num_blocks"), [("post", 24), ("mix_ln", 48), ("pre", 48), ("deepnorm", 24), ("keel", 24)]
 )
 def test_spread_of_gradients_over_tokens_is_that_of_attention_above(topology, num_blocks):
-    recipe = SETTING.model(topology, num_blocks)
-    found, known = watched(recipe), estimates(recipe)
-    for block in (0, num_blocks // 2, num_blocks - 1):
-        rows = of_rows(found[f"blocks.{block}.attention.branch.out"].dy)
-        assert 1 / 6 < (rows.max() / rows.median()).item() / gradient_spread(known, block) < 6, block
+    for one in measure_gradient_rows(SETTING.model(topology, num_blocks), [0, num_blocks // 2, num_blocks - 1]):
+        assert 1 / 6 < one.spread / one.expected < 6, one
 
 
 @pytest.mark.parametrize(("num_blocks", "low", "high"), [(14, 0.0, 0.05), (40, 0.8, 1.0)])
@@ -66,16 +32,15 @@ def test_a_tensor_wide_e4m3_scale_loses_gradients_of_a_deep_post_norm_model(num_
     """Where the rule warns (from 27 blocks on) most elements are subnormal or 0; where it does not, few are."""
     recipe = SETTING.model("post", num_blocks)
     assert (gradient_spread(estimates(recipe)) * PEAK > NORMAL_RANGE["e4m3"]) == (low > 0)
-    dy = watched(recipe)["blocks.0.attention.branch.out"].dy.abs()
-    assert low <= (dy < dy.max() / NORMAL_RANGE["e4m3"]).double().mean().item() <= high
-    by_token = (dy < dy.amax(dim=1, keepdim=True) / NORMAL_RANGE["e4m3"]).double().mean().item()
-    assert by_token < 0.01, "a scale for each token loses nothing"
+    (first,) = measure_gradient_rows(recipe, [0])
+    assert low <= first.below["e4m3"] <= high
+    assert first.below_by_token < 0.01, "a scale for each token loses nothing"
 
 
 @pytest.mark.parametrize("topology", ["keel", "deepnorm", "completep", "layerscale", "peri", "pre"])
 def test_small_gradients_of_a_whole_tensor_cost_one_scale_nothing(topology):
     """KEEL's are 1/L of post-norm's, layerscale's 1e-6: what counts is the spread within a tensor."""
-    for name, kernel in watched(SETTING.model(topology, 48)).items():
+    for name, kernel in watched_linears(SETTING.model(topology, 48)).items():
         if name.endswith((".out", ".down")):
             rows = of_rows(kernel.dy)
             assert kernel.dy.abs().max() / rows.median() < 100 < NORMAL_RANGE["e4m3"] / 100, name
@@ -86,7 +51,7 @@ def test_small_gradients_of_a_whole_tensor_cost_one_scale_nothing(topology):
 def test_largest_rms_is_that_of_a_model(topology, ffn):
     """Within 35 %: the estimate of attention knows nothing of averages over tokens."""
     recipe = SETTING.model(topology, 24).model_copy(update={"ffn": ffn})
-    found, known = watched(recipe), estimates(recipe)
+    found, known = watched_linears(recipe), estimates(recipe)
     for block in (0, 12, 23):
         into = found[f"blocks.{block}.ffn.branch.{'gate_up' if ffn == 'swiglu' else 'up'}"]
         inner = rms(found[f"blocks.{block}.ffn.branch.down"].x) if topology != "subln" else 0.0
@@ -99,7 +64,7 @@ def test_largest_rms_is_that_of_a_model(topology, ffn):
 @pytest.mark.parametrize("topology", ["pre", "peri", "keel", "deepnorm", "post", "reordered"])
 def test_no_element_of_a_normalised_row_is_above_the_root_of_its_width(topology):
     recipe = SETTING.model(topology, 12)
-    inputs = [kernel.x for name, kernel in watched(recipe).items() if name.endswith((".qkv", ".up"))]
+    inputs = [kernel.x for name, kernel in watched_linears(recipe).items() if name.endswith((".qkv", ".up"))]
     bounded = [x.abs().max().item() <= recipe.dim**0.5 for x in inputs]
     assert all(bounded) or topology == "reordered"
     if topology == "reordered":  # its rows grow, all alike, so that one scale serves them
