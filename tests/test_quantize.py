@@ -148,7 +148,7 @@ def test_the_command_prints_a_table_and_writes_figures(run, tmp_path, capsys):
     assert written["schema_version"] == 1 and one == other and one["samples"] == 4
     assert set(one["losses"]) == {name + part for name in SCHEMES for part in ("", INPUTS)}
     assert all(0 < abs(loss - one["trained"]) < 0.2 for loss in one["losses"].values())
-    assert f"{one['losses']['fp8-tensor'] - one['trained']:+.4f}" in printed
+    assert f"{one['losses']['fp8-tensor'] - one['trained']:+.5f}" in printed
     assert len(one["weight_peaks"]) == len(one["input_peaks"]) == 12 and max(one["input_peaks"].values()) > 2
     assert main(["quantize", str(run), "--samples", "4", "--formats", "int8-tensor", "--all", "--json", "-"]) == 0
     (alone,) = json.loads(capsys.readouterr().out)["runs"]

@@ -104,7 +104,7 @@ def _table(found: list[Figures]) -> Table:
     for heading in headings:
         table.add_column(heading.replace("-", "\n"), justify="right")
     for one in found:
-        cells = [str(one.num_blocks), f"{one.trained:.4f}", *(f"{v - one.trained:+.4f}" for v in one.losses.values())]
+        cells = [str(one.num_blocks), f"{one.trained:.5f}", *(f"{v - one.trained:+.5f}" for v in one.losses.values())]
         peaks = [one.weight_peaks, one.input_peaks, one.input_kurtosis]
         cells += [f"{max(figures.values()):.1f}" for figures in peaks if figures]
         table.add_row(one.run, one.topology, *cells)
