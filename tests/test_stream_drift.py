@@ -22,7 +22,7 @@ def test_a_branch_below_half_a_unit_in_the_last_place_is_lost():
 
 @pytest.mark.parametrize(
     ("topology", "deep", "shallow"),
-    [("keel", 200, 64), ("deepnorm_glm", 42, 10), ("completep", 458, 115), ("peri", None, 200), ("pre", None, 200)],
+    [("keel", 200, 64), ("deepnorm_glm", 42, 10), ("peri", None, 100), ("pre", None, 100)],
 )
 def test_the_linter_warns_of_a_bf16_stream_where_most_of_a_branch_is_lost(topology, deep, shallow):
     """Most elements are lost at about twice the depth that the rule names, a third at half of it."""

@@ -128,10 +128,10 @@ def test_a_forged_manifest_costs_one_line(case, good, tmp_path, capfd):
     refused(["generate", folder, "--tokens", "1"], wanted, tmp_path, capfd)
 
 
-@pytest.mark.parametrize("case", [case for case in MANIFESTS if "tokenizer" not in case])
+@pytest.mark.parametrize("case", ["dim 2^40", "10^12 blocks", "no vocab_size", "no recipe", "data of a list"])
 def test_a_forged_manifest_is_not_quantized(case, good, tmp_path, capfd):
     change, wanted = MANIFESTS[case]
-    refused(["quantize", forged(good, tmp_path, change)], "", tmp_path, capfd)
+    refused(["quantize", forged(good, tmp_path, change)], wanted, tmp_path, capfd)
 
 
 @pytest.mark.parametrize("command", ["to-hf", "to-megatron", "compare"])
