@@ -13,40 +13,11 @@ from megaresnorm.assemble import build_model
 from megaresnorm.kernels.cross_entropy import cross_entropy_sums
 from megaresnorm.model.lint import estimates
 from megaresnorm.model.lint_precision import NORMAL_RANGE, gradient_spread
-from megaresnorm.parallel.linear import PLAIN, Linear
+from megaresnorm.parallel.linear import Linear
 from megaresnorm.recipe import ModelRecipe, PrecisionRecipe
+from megaresnorm.studies.products import Watched
 
 BATCH = 4
-
-
-class Watched:
-    """Products that keep their operands.
-
-    Attributes:
-        x: the input.
-        dy: the gradient of the output.
-    """
-
-    x: Tensor
-    dy: Tensor
-
-    def forward(self, x: Tensor, operand: Tensor, bias: Tensor | None) -> Tensor:
-        """See ``LinearKernel``."""
-        self.x = x
-        return PLAIN.forward(x, operand, bias)
-
-    def input_grad(self, dy: Tensor, operand: Tensor) -> Tensor:
-        """See ``LinearKernel``."""
-        self.dy = dy.clone()
-        return PLAIN.input_grad(dy, operand)
-
-    def weight_grad(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """See ``LinearKernel``."""
-        return PLAIN.weight_grad(dy, x, dtype)
-
-    def add_weight_grad(self, total: Tensor, dy: Tensor, x: Tensor) -> None:
-        """See ``LinearKernel``."""
-        PLAIN.add_weight_grad(total, dy, x)
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,12 @@ from megaresnorm.data.training_data import open_data, open_samples, resolve_voca
 from megaresnorm.errors import ConfigError, DataError
 from megaresnorm.limits import FP32_TINY
 from megaresnorm.model.transformer import Transformer
-from megaresnorm.parallel.linear import PLAIN, Linear
+from megaresnorm.parallel.linear import Linear
+from megaresnorm.parallel.linear_kernel import PLAIN
 from megaresnorm.parallel.mesh import ParallelContext
 from megaresnorm.recipe import PrecisionRecipe, Recipe
 from megaresnorm.recipe.explain import suggest
+from megaresnorm.studies.products import Through
 
 
 @dataclass(frozen=True)
@@ -91,29 +93,6 @@ def quantize(x_RC: Tensor, scheme: Scheme) -> Quantized:
     # What lies above the largest code by a rounding of the scale: FP8 casts saturate in some versions of torch only.
     codes = (x_RC / scale.unsqueeze(-1)).clamp(-scheme.largest, scheme.largest)
     return Quantized((codes.round() if scheme.dtype == torch.int8 else codes).to(scheme.dtype), scale)
-
-
-class Through:
-    """Products whose inputs pass through a function first, which gradients ignore."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self._function = function
-
-    def forward(self, x: Tensor, operand: Tensor, bias: Tensor | None) -> Tensor:
-        """See ``LinearKernel``."""
-        return PLAIN.forward(self._function(x), operand, bias)
-
-    def input_grad(self, dy: Tensor, operand: Tensor) -> Tensor:
-        """See ``LinearKernel``."""
-        return PLAIN.input_grad(dy, operand)
-
-    def weight_grad(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """See ``LinearKernel``."""
-        return PLAIN.weight_grad(dy, x, dtype)
-
-    def add_weight_grad(self, total: Tensor, dy: Tensor, x: Tensor) -> None:
-        """See ``LinearKernel``."""
-        PLAIN.add_weight_grad(total, dy, x)
 
 
 class Outliers:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, AddNormOutput
+from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, AddNormOutput, with_fp8
 from megaresnorm.kernels.add_norm.spec import (
     FP8,
     SUMS,
@@ -34,9 +34,11 @@ from megaresnorm.kernels.registry import Refusal, register_kernel
 
 
 def fused_add_norm(backend: str) -> AddNormKernel:
-    """``reference.add_norm`` computed by the fused backend of that name, for FP32 and BF16 tensors."""
+    """``reference.add_norm`` computed by the fused backend of that name, in FP32, BF16 and (not in C) FP16."""
 
     def add_norm(args: AddNormArgs) -> AddNormOutput:
+        if args.fp8 is not None:
+            return with_fp8(add_norm, args)
         if args.dropout is not None and (args.delta is None or not backend_named(backend).drops):
             args = _dropped(args, add_norm)
         x, delta, gate, out_dtype = args.x, args.delta, args.gate, args.out_dtype
@@ -162,7 +164,7 @@ def _check(
     if x.dtype not in FLOATS or (delta is not None and delta.dtype not in FLOATS):
         dtypes = [str(t.dtype) for t in (x, delta) if t is not None]
         raise TypeError(
-            f"add_norm/{spec.backend}: {' and '.join(dtypes)}; wanted float32 or bfloat16, or the reference backend"
+            f"add_norm/{spec.backend}: {' and '.join(dtypes)}; wanted float32, bfloat16 or float16, or the reference"
         )
     if x.dim() != 2 or (delta is not None and delta.shape != x.shape):
         shapes = [list(t.shape) for t in (x, delta) if t is not None]
