@@ -8,7 +8,7 @@ from megaresnorm.parallel.mesh import ParallelContext
 
 INPUTS, GRADIENTS = 0, 1
 # How far a step may go beyond the ones before it. In models of 24 blocks an input's largest number was up to 1.8 times
-# those of 16 earlier steps, a gradient's 2 to 3.5 times. Each factor of two costs one of E4M3's 17 and E5M2's 32 powers.
+# that of 16 earlier steps, a gradient's up to 3.5 times. Each factor of two costs one of E4M3's 17 and E5M2's 32 powers.
 ROOM = (2.0, 4.0)
 
 
