@@ -26,7 +26,7 @@ SCHEMA_VERSION = 1
 MOST = {"saturated": 0.01, "underflown": 0.05}
 _WORDS = {
     "input": "inputs of linear layers", "weight": "weights", "gradient": "gradients of linear layers' outputs",
-    "saturated": "saturates", "underflown": "underflows",
+    "saturated": "saturate", "underflown": "underflow",
 }  # fmt: skip
 
 
