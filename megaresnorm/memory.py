@@ -19,7 +19,7 @@ from megaresnorm.model.transformer import Stage
 from megaresnorm.optim import ALIGNED, SMALL, AdamW
 from megaresnorm.parallel.data_parallel import PREFETCHED
 from megaresnorm.parallel.mesh import Sizes
-from megaresnorm.precision.dtypes import weight_dtype
+from megaresnorm.precision.dtypes import half_dtype, weight_dtype
 from megaresnorm.recipe import Recipe
 from megaresnorm.recompute_budget import Held, Plan, TooSmall, solve
 from megaresnorm.recompute_plan import segments_of
@@ -55,7 +55,7 @@ class MemoryPerRank:
         gradients: of the same.
         packed: gradients of small parameters once more, side by side, as the optimizer takes them.
         optimizer: two moments of each parameter.
-        copies: BF16 copies of the matrices.
+        copies: 16-bit copies of the matrices.
         gathered: weights that FSDP2 has gathered.
         unsharded: gradients of whole FSDP2 units before they are reduced and scattered.
         buckets: DistributedDataParallel's messages, of which gradients become views in the step's last microbatch.
@@ -133,6 +133,7 @@ class _Unit(NamedTuple):
 
     specs: Sequence[ParameterSpec]
     times: int = 1
+    in_fp8: bool = False
 
 
 class MemoryAccounts:
@@ -197,7 +198,7 @@ class MemoryAccounts:
             gradients=self.word * elements,
             packed=0 if sharded else self.word * self._sum(units, self._small),
             optimizer=len(AdamW.names) * self.word * elements,
-            copies=0 if sharded else self._copies(units, has_head),
+            copies=self._copies(units, has_head),
             gathered=self._gathered(units) if sharded else 0,
             unsharded=self._unsharded(units) if sharded else 0,
             buckets=self.word * elements if self.sizes.dp_replicate > 1 and not sharded else 0,
@@ -235,7 +236,9 @@ class MemoryAccounts:
     def _units(self, stage: Stage) -> list[_Unit]:
         """FSDP2 units of a stage, as in Transformer.parts: its blocks, embedding and head (one if tied), the rest."""
         blocks = Counter(self.kinds[block] for block in stage.blocks)
-        units = [_Unit(self._named(f"blocks.{self.examples[kind]}."), count) for kind, count in blocks.items()]
+        units = [
+            _Unit(self._named(f"blocks.{self.examples[kind]}."), count, kind.in_fp8) for kind, count in blocks.items()
+        ]
         tied = self.model.tied_embeddings
         ends = self._named("embedding.") if stage.has_embedding or (tied and stage.has_head) else []
         head = self._named("head.") if stage.has_head else []
@@ -271,16 +274,20 @@ class MemoryAccounts:
     # Kinds
 
     def _copies(self, units: list[_Unit], has_head: bool) -> int:
-        """Bf16Copies (precision/bf16.py) of every linear layer's matrix, and of a tied embedding that makes logits."""
-        if self.recipe.precision.compute != "bf16":
+        """Copies (precision/copies.py) of linear layers' matrices, and of a tied embedding that makes logits.
+
+        In 16 bits, but of those in FP8 codes. Where FSDP2 has sharded matrices there are none but codes of the shards.
+        """
+        if half_dtype(self.recipe.precision) is None:
             return 0
-        tied = self.model.tied_embeddings and has_head
+        tied, sharded = self.model.tied_embeddings and has_head, self.sizes.dp_shard > 1
 
-        def size(spec: ParameterSpec) -> int:
+        def size(spec: ParameterSpec, in_fp8: bool) -> int:
             linear = spec.parts[0].role in _LINEAR_ROLES or (tied and spec.name == "embedding.weight")
-            return self._held(spec) if linear and len(spec.shape) == 2 else 0
+            held = self._held(spec) if linear and len(spec.shape) == 2 else 0
+            return held if in_fp8 else 0 if sharded else self.compute * held
 
-        return self.compute * self._sum(units, size)
+        return sum(unit.times * sum(size(spec, unit.in_fp8) for spec in unit.specs) for unit in units)
 
     @property
     def _keeps_gathered(self) -> bool:

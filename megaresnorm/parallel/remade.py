@@ -111,7 +111,7 @@ def remade_of_columns(
     return u._replace(sources=(z.detach(), statistics, *_vectors(norm)), remake=remake)
 
 
-_MADE = (torch.float64, torch.float32, torch.bfloat16)
+_MADE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _vectors(norm: NormWeights | None) -> list[Tensor]:

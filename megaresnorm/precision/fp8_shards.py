@@ -36,6 +36,11 @@ class Fp8Shards:
         self._shards = [_Shard(layer, kernel, context.dp_shard) for layer, kernel in layers.values()]
         self.refresh()
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """See ``Copies``."""
+        return [tensor for shard in self._shards for tensor in (shard.codes, shard.inverse)]
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Round the current weights.

@@ -127,10 +127,13 @@ def advice(precision: PrecisionRecipe, form: str, kind: str, of: str) -> str:
         of: input, weight or gradient.
 
     >>> advice(PrecisionRecipe(compute="fp16"), "fp16", "underflown", "gradient")
-    'raise precision.loss_scale, or set precision.compute=bf16'
+    'set a larger precision.loss_scale, or set precision.compute=bf16'
     """
     if form == "fp16":
-        scale = {"saturated": "lower precision.loss_scale, or ", "underflown": "raise precision.loss_scale, or "}[kind]
+        dynamic = precision.loss_scale in (None, "dynamic")
+        if of == "gradient" and kind == "saturated" and dynamic:
+            return "the loss scale is halved; where this does not end, set precision.compute=bf16"
+        scale = f"set a {'smaller' if kind == 'saturated' else 'larger'} precision.loss_scale, or "
         return f"{scale if of == 'gradient' else ''}set precision.compute=bf16"
     if form == "bf16":
         lost = "they are below 1e-38, as are FP32's: look at model.init and the topology's gates"

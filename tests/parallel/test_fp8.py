@@ -255,7 +255,7 @@ def histories(rank: int, recipes: list[Recipe]) -> list[Tensor]:
         _, engine = build(recipe)
         for seed in range(3):
             assert engine.step(batches(engine, recipe, seed), 1e-3).applied
-        results.append(engine._low_precision._delayed.history.clone())
+        results.append(engine.low_precision._delayed.history.clone())
     return results
 
 
@@ -264,7 +264,7 @@ def test_a_refused_step_leaves_delayed_scales_and_a_saturated_infinity_is_not_hi
     assembled, engine = build(recipe)
     for seed in range(2):
         assert engine.step(batches(engine, recipe, seed), 1e-3).applied
-    before = engine._low_precision._delayed.history.clone()
+    before = engine.low_precision._delayed.history.clone()
     weights = {name: p.detach().clone() for name, p in assembled.parameters().items()}
     norm = assembled.parameters()["blocks.1.attention.norm_in.weight"]
     with torch.no_grad():
@@ -272,7 +272,7 @@ def test_a_refused_step_leaves_delayed_scales_and_a_saturated_infinity_is_not_hi
     assert not engine.step(batches(engine, recipe), 1e-3).applied
     with torch.no_grad():
         norm.copy_(weights["blocks.1.attention.norm_in.weight"])
-    assert torch.equal(engine._low_precision._delayed.history, before)
+    assert torch.equal(engine.low_precision._delayed.history, before)
     assert all(torch.equal(p, weights[name]) for name, p in assembled.parameters().items())
     assert engine.step(batches(engine, recipe), 1e-3).applied
 

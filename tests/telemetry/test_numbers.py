@@ -17,12 +17,12 @@ from megaresnorm.parallel.layouts import FullLayout
 from megaresnorm.parallel.linear import ColumnLinear
 from megaresnorm.parallel.linear_kernel import LinearKernel, PlainLinear
 from megaresnorm.parallel.mesh import Axis, ParallelContext
-from megaresnorm.precision.bf16 import Bf16Linear
 from megaresnorm.precision.counting import CLASSES, count
-from megaresnorm.precision.delayed import Delayed, DelayedScales
+from megaresnorm.precision.delayed import ROOM, Delayed, DelayedScales
 from megaresnorm.precision.fp8 import Fp8Linear
+from megaresnorm.precision.half import HalfLinear
 from megaresnorm.precision.watched import Watch
-from megaresnorm.recipe import Fp8Recipe, Recipe
+from megaresnorm.recipe import Fp8Recipe, PrecisionRecipe, Recipe
 from megaresnorm.recipe.load import build_recipe
 from megaresnorm.run import Run
 from megaresnorm.telemetry.numbers import MOST, Numbers, advice, read_numbers
@@ -77,11 +77,11 @@ def seen(kernel: LinearKernel, weight: list, x: Tensor, dy: Tensor, dtype: torch
 
 
 def test_shares_of_each_class_are_those_of_hand_made_tensors():
-    """Delayed scaling: earlier inputs were at most 7, earlier gradients 28; then codes have the scale 64 or 2^11."""
+    """Delayed scaling, with room for inputs up to 7 and gradients up to 28; then codes have the scale 64 or 2^11."""
     scales = DelayedScales(1, 1, torch.device("cpu"))
-    scales.largest.copy_(torch.tensor([[7.0, 28.0]]))
+    scales.largest.copy_(torch.tensor([[7.0, 28.0]]) / torch.tensor(ROOM))
     scales.known = [True]
-    kernel = Fp8Linear(Fp8Recipe(recipe="tensorwise", scaling="delayed"), emulated, Bf16Linear())
+    kernel = Fp8Linear(Fp8Recipe(recipe="tensorwise", scaling="delayed"), emulated, HalfLinear())
     kernel.delayed = Delayed(scales, 0)
     weight = [[0.0, 1.0, 2.0**-20, 448.0], [-1.0, 0.0, 1.0, 2.0**-20]]
     x = torch.tensor([[8.0, 7.0, -9.0, 0.0], [2.0**-17, 1.0, 1.0, 1.0]]).bfloat16()
@@ -92,7 +92,7 @@ def test_shares_of_each_class_are_those_of_hand_made_tensors():
     assert found["gradient"] == {"amax": 29.0, "saturated": 1 / 4, "underflown": 1 / 3}
 
 
-@pytest.mark.parametrize(("kernel", "dtype"), [(PlainLinear, torch.float16), (Bf16Linear, torch.bfloat16)])
+@pytest.mark.parametrize(("kernel", "dtype"), [(PlainLinear, torch.float16), (HalfLinear, torch.bfloat16)])
 def test_shares_of_16_bit_types_follow_the_type(kernel, dtype):
     form = torch.finfo(dtype)
     weight = [[0.0, 1.0, form.tiny / 2, form.max], [-1.0, 0.0, 1.0, -form.max]]
@@ -109,7 +109,7 @@ def test_scales_of_rows_and_blocks_clamp_nothing_and_lose_what_is_small_beside_i
     """2^-11 is lost beside 448, as is 1 beside 2^27, and neither is in a row of its own."""
     x = torch.tensor([[448.0, 2.0**-11, 1.0, 0.0], [2.0**-11] * 4]).bfloat16()
     dy = torch.tensor([[2.0**27, 1.0], [1.0, 1.0]]).bfloat16()
-    found = seen(Fp8Linear(Fp8Recipe(recipe=recipe), emulated, Bf16Linear()), [[1.0] * 4] * 2, x, dy, torch.bfloat16)
+    found = seen(Fp8Linear(Fp8Recipe(recipe=recipe), emulated, HalfLinear()), [[1.0] * 4] * 2, x, dy, torch.bfloat16)
     assert found["input"] == {"amax": 448.0, "saturated": 0.0, "underflown": 1 / 7}
     assert found["gradient"] == {"amax": 2.0**27, "saturated": 0.0, "underflown": 1 / 4}
 
@@ -181,14 +181,17 @@ def test_gradients_in_e4m3_with_one_scale_underflow_where_tokens_differ_much(cap
 
 
 def test_advice_names_settings_for_every_format_class_and_kind():
-    for fp8 in (None, {"recipe": "rowwise"}, {"recipe": "tensorwise"}, {"recipe": "mxfp8"}):
-        recipe = recipe_of(fp8, num_blocks=3)
-        for form in ("bf16",) if recipe.precision.compute == "bf16" else ("bf16", "e4m3", "e5m2"):
-            for kind in MOST:
-                for of in CLASSES:
-                    said = advice(recipe.precision, form, kind, of)
-                    assert any(word in said for word in ("=", "bf16_first_blocks", "optim.lr", "model.init"))
-                    assert "\n" not in said and len(said) < 130
+    cases = [(PrecisionRecipe(compute="bf16"), "bf16")]
+    cases += [(PrecisionRecipe(compute="fp16", loss_scale=scale), "fp16") for scale in (None, "dynamic", 1024.0)]
+    for recipe in ("rowwise", "tensorwise", "mxfp8"):
+        precision = PrecisionRecipe(compute="fp8", fp8=Fp8Recipe(recipe=recipe))
+        cases += [(precision, form) for form in ("bf16", "e4m3", "e5m2")]
+    for precision, form in cases:
+        for kind in MOST:
+            for of in CLASSES:
+                said = advice(precision, form, kind, of)
+                assert any(word in said for word in ("=", "bf16_first_blocks", "optim.lr", "model.init"))
+                assert "\n" not in said and len(said) < 130
 
 
 def lines(run: Path) -> list[dict]:
