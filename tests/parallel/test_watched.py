@@ -7,14 +7,22 @@ import pytest
 import torch
 from cases import LAYOUTS, batches, build, make_recipe
 from digests import engine_digest
-from test_fp8 import RECIPES, WIDTHS
 
 from megaresnorm.precision.counting import CLASSES
 from megaresnorm.recipe import Recipe
 from megaresnorm.telemetry.numbers import Numbers
 from megaresnorm.testing import run_ranks
 
-E4M3 = {"recipe": "tensorwise", "backward": "e4m3"}
+RECIPES: dict[str, dict] = {  # of precision.fp8
+    "rowwise": {"recipe": "rowwise"},
+    "block": {"recipe": "block"},
+    "mxfp8": {"recipe": "mxfp8"},
+    "tensorwise, E4M3": {"recipe": "tensorwise", "backward": "e4m3"},
+    "delayed": {"recipe": "tensorwise", "scaling": "delayed", "history": 2},
+    "rowwise, all FP8": {"recipe": "rowwise", "weight_grad": "fp8"},
+    "rowwise, BF16 backward": {"recipe": "rowwise", "backward": "bf16"},
+}
+WIDTHS = {"dim": 64, "ffn_dim": 96}
 
 
 def recipe_of(
@@ -23,8 +31,7 @@ def recipe_of(
     """Three blocks, of which the first is in BF16; for fp8 = bf16 or fp16 all are in that type."""
     precision: dict = {"compute": fp8, "residual_dtype": stream}
     if fp8 not in ("bf16", "fp16"):
-        settings = RECIPES.get(fp8, E4M3)
-        precision |= {"compute": "fp8", "fp8": settings | {"bf16_first_blocks": 1, "bf16_last_blocks": 0}}
+        precision |= {"compute": "fp8", "fp8": RECIPES[fp8] | {"bf16_first_blocks": 1, "bf16_last_blocks": 0}}
     recompute = {"policy": policy} | ({"every": 2} if policy == "every" else {})
     return make_recipe(
         topology, variant, LAYOUTS[place][1] if place else {}, num_blocks=3, model=WIDTHS, precision=precision,
@@ -50,14 +57,18 @@ def found(recipe: Recipe) -> dict:
     return {"seen": [dict(each) for each in seen], "elements": tally._elements, "same": ends[0] == ends[1]}
 
 
-def check(alone: dict, ranks: list[dict], case: object, replicas: int = 1) -> None:
-    """Every element is counted once, and as many are lost, but for what rounding does."""
+def check(alone: dict, ranks: list[dict], case: tuple[str, ...], replicas: int = 1) -> None:
+    """Every element is counted once, and as many are lost, but for what rounding does.
+
+    In FP16 a gradient that cancels is zero or a rounding, which attention makes differently of other numbers of heads.
+    """
+    off = 1e-2 if "fp16" in case else 2e-3
     assert alone["same"] and all(all(of) for of in alone["elements"]), case
     for rank in ranks:
         assert rank["same"], (case, "watching changes bits")
-        for got, wanted, off in zip(rank["seen"], alone["seen"], (0.0, 2e-3, 2e-3), strict=True):
+        for got, wanted, at_most in zip(rank["seen"], alone["seen"], (0.0, off, off), strict=True):
             for name in CLASSES:
-                assert got[name] == pytest.approx(wanted[name], rel=0.1, abs=off), (case, name)
+                assert got[name] == pytest.approx(wanted[name], rel=0.1, abs=at_most), (case, name)
     total, wanted = torch.tensor([rank["elements"] for rank in ranks]).sum(0), torch.tensor(alone["elements"])
     wanted[:, CLASSES.index("weight")] *= replicas
     assert torch.equal(total, wanted), case
@@ -99,7 +110,7 @@ def test_layouts_see_what_one_process_sees_and_change_no_bit(place, cases):
 def test_layouts_of_several_axes_see_what_one_process_sees(place):
     everywhere = run_ranks(LAYOUTS[place][0], found_in, [recipe_of("pre", "tensorwise, E4M3", place)])
     ranks = [rank[0] for rank in everywhere]
-    check(alone("pre", "tensorwise, E4M3"), ranks, place, replicas=2 if place == "hsdp" else 1)
+    check(alone("pre", "tensorwise, E4M3"), ranks, (place,), replicas=2 if place == "hsdp" else 1)
 
 
 ALL = [(("pre", "deepnorm", "keel", "gated")[i % 4], fp8) for i, fp8 in enumerate([*RECIPES, "bf16", "fp16"])]
