@@ -162,6 +162,11 @@ def _never(packed: object) -> Tensor:
     raise AssertionError("nothing is differentiated within a recomputation")
 
 
+def is_running_again() -> bool:
+    """Whether what runs now has run before: it is a recomputation."""
+    return _RUN.made is not None
+
+
 def saves_last(*tensors: Tensor | None) -> None:
     """End a recomputation here where these are the last tensors that it is to make.
 

@@ -33,7 +33,6 @@ from megaresnorm.parallel.control import all_or_raise, run_on_all_ranks
 from megaresnorm.parallel.mesh import ParallelContext, start_process_group
 from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import dump_recipe
-from megaresnorm.recipe.names import flat
 from megaresnorm.recompute_auto import recompute_file
 from megaresnorm.resilience.output import OutputFolder
 from megaresnorm.schedule import batch_size, lr_jump
@@ -171,8 +170,7 @@ class Run:
 
     def open_metrics(self) -> MetricsWriter | None:
         """The first rank's metrics from this step on; None on the other ranks."""
-        loggers, settings = self.recipe.train.loggers, flat(self.recipe.model_dump(exclude_none=True))
-        return self._all_or_raise(lambda: self.folder.open_metrics(self.steps_done + 1, loggers, settings))
+        return self._all_or_raise(lambda: self.folder.open_metrics(self.steps_done + 1, self.recipe))
 
     def evaluate(self) -> Evaluation | None:
         """Losses on the first ``train.eval_samples`` samples of every validation set, always the same ones.

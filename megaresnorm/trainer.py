@@ -25,6 +25,7 @@ from megaresnorm.telemetry.log import (
     step_line,
 )
 from megaresnorm.telemetry.metrics import MetricsWriter
+from megaresnorm.telemetry.numbers import Numbers
 from megaresnorm.telemetry.summary import RunSummary
 from megaresnorm.telemetry.throughput import Meter
 
@@ -53,6 +54,7 @@ class Trainer:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.meter = Meter.of(run.recipe, run.context.world.size, run.device)
+        self.numbers = Numbers(run.recipe, run.engine.assembled)
         self._stop: StopSignals | None = None
         self._asked_to_stop = False
         self._warned_of_no_labels = False
@@ -105,7 +107,7 @@ class Trainer:
                 if self._due(train.eval_every) and not run.is_finished and (evaluation := run.evaluate()) is not None:
                     record |= evaluation.metrics()
                 if metrics is not None:
-                    metrics.write(run.steps_done, record)
+                    metrics.write(run.steps_done, record, self.numbers.record)
                 if (self._due(train.log_every) or "valid_loss" in record) and not run.is_finished:
                     log.info(step_line(run.steps_done, train.steps, record | self.meter.mean()))
                 if saves := self._due(run.recipe.checkpoint.every):
@@ -124,7 +126,8 @@ class Trainer:
         """
         run, start, samples = self.run, time.perf_counter(), self.run.samples_done
         lr, batch = learning_rate(run.steps_done, run.recipe), run.next_batch()
-        stats = run.engine.step(batch, lr, lambda: self._stop is not None and self._stop.exit_code != 0)
+        with self.numbers.seen_in(run.steps_done + 1):
+            stats = run.engine.step(batch, lr, lambda: self._stop is not None and self._stop.exit_code != 0)
         self._asked_to_stop = stats.stop
         self._judge(stats)
         run.step_is_done()
@@ -146,6 +149,7 @@ class Trainer:
         if stats.loss_scale is not None:
             record |= {"loss_scale": stats.loss_scale, "skipped": stats.skipped}
         seconds = time.perf_counter() - start
+        record |= self.numbers.worst
         return record | self.meter.step(stats.tokens, (run.samples_done - samples) * seq_len, seconds)
 
     def _judge(self, stats: StepStats) -> None:

@@ -11,7 +11,6 @@ T tokens   D model dim   p ranks   d = D/p columns of a rank
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -263,8 +262,7 @@ def _read_through(
     reader: LinearKernel,
 ) -> tuple[Tensor, BranchInput | None]:
     """The results of a kernel, of which a branch reads its input through a collective; on one rank as it is."""
-    at_once = None if args.out_dtype is None else reader.output()
-    out = kernel(args if at_once is None else replace(args, fp8=at_once))
+    out = kernel(args) if args.out_dtype is None else reader.write(kernel, args)
     if out.branch_input is None:
         return out.trunk, None
     read: Callable[[Tensor], Rows] | None = reader.rows if out.fp8 is not None else None
@@ -275,8 +273,6 @@ def _read_through(
         if out.fp8 is None and collective is GATHER_ROWS:
             u, read = sent(u, reader, 0)
     if out.fp8 is not None:
-        if out.amax is not None:
-            reader.saw(out.amax)
         through = None if u.collective is None else in_fp8(u.collective, out.fp8.form)
         u = u._replace(collective=through, sources=out.fp8.tensors, part=out.fp8)
     return out.trunk, u if u.keeps else remade_by_kernel(u, out, kernel, args, remakes, read)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megaresnorm.kernels.fp8.formats import Fp8Output, Rows
+from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, AddNormOutput
+from megaresnorm.kernels.fp8.formats import Rows
 from megaresnorm.parallel.mesh import Axis
 
 
@@ -20,11 +21,12 @@ class LinearKernel(Protocol):
     has its weight. An operand is the weight as products read it: the weight itself, or what a layer keeps beside it.
     """
 
-    def output(self) -> Fp8Output | None:
-        """How ``add_norm`` may write the input at once, wherever a rank has whole rows; None: in no other way."""
+    def write(self, add_norm: AddNormKernel, args: AddNormArgs) -> AddNormOutput:
+        """What ``add_norm`` makes of whole rows, with the input in FP8 where the kernel may write it so at once.
 
-    def saw(self, amax: Tensor) -> None:
-        """Take note of the largest |input|, which ``add_norm`` has found as it wrote the input in FP8."""
+        Args:
+            args: with an ``out_dtype``.
+        """
 
     def rows(self, x: Rows) -> Any:
         """An input as products read it: whole rows [T, in_dim], or this rank's columns where inputs are sharded.
@@ -70,11 +72,9 @@ class LinearKernel(Protocol):
 class PlainLinear:
     """Products in the type of the input; a weight of another type is cast for each of them."""
 
-    def output(self) -> None:
+    def write(self, add_norm: AddNormKernel, args: AddNormArgs) -> AddNormOutput:
         """See ``LinearKernel``."""
-
-    def saw(self, amax: Tensor) -> None:
-        """See ``LinearKernel``."""
+        return add_norm(args)
 
     def rows(self, x: Rows) -> Rows:
         """See ``LinearKernel``."""

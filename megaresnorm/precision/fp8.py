@@ -20,11 +20,13 @@ T tokens   K in_dim   N out_dim
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, AddNormOutput
 from megaresnorm.kernels.fp8.formats import (
     E4M3,
     E5M2,
@@ -75,10 +77,12 @@ class Fp8Linear:
 
     Attributes:
         weight: the weight in FP8, which ``Fp8Weights`` or ``Fp8Shards`` renew.
+        shard: the codes of this rank's rows of the weight, where FSDP2 has sharded it; None: ``weight`` has them.
         delayed: the largest numbers of earlier steps; None with current scaling.
     """
 
     weight: Fp8
+    shard: Tensor | None = None
 
     def __init__(
         self,
@@ -96,17 +100,17 @@ class Fp8Linear:
         self._inputs, self._outputs = inputs, outputs
         self.delayed: Delayed | None = None
 
-    def output(self) -> Fp8Output | None:
+    def write(self, add_norm: AddNormKernel, args: AddNormArgs) -> AddNormOutput:
         """See ``LinearKernel``. One scale for all needs to be known before."""
         if self.forms.rows != TENSOR:
-            return Fp8Output(self.forms.rows)
+            return add_norm(replace(args, fp8=Fp8Output(self.forms.rows)))
         amax = None if self.delayed is None else self.delayed.amax(INPUTS)
-        return None if amax is None else Fp8Output(TENSOR, amax)
-
-    def saw(self, amax: Tensor) -> None:
-        """See ``LinearKernel``."""
-        if self.delayed is not None:
-            self.delayed.saw(INPUTS, amax)
+        if self.delayed is None or amax is None:
+            return add_norm(args)
+        out = add_norm(replace(args, fp8=Fp8Output(TENSOR, amax)))
+        assert out.amax is not None
+        self.delayed.saw(INPUTS, out.amax)
+        return out
 
     def rows(self, x: Rows) -> Fp8:
         """See ``LinearKernel``."""

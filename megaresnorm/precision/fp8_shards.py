@@ -115,6 +115,7 @@ class _Shard:
             codes, inverse, _ = quantize(self._mine, self.form, amax=amax)
         missing = self._rows - len(codes)
         self.codes = F.pad(codes.view(torch.uint8), (0, 0, 0, missing)) if missing else codes.view(torch.uint8)
+        self._kernel.shard = self.codes[: len(codes)].view(E4M3)
         if amax is None:
             return F.pad(inverse, (0, 0, 0, missing))
         self.inverse = inverse

@@ -16,6 +16,7 @@ from megaresnorm.recipe.model import InitRecipe, ModelRecipe, RopeScaling, Topol
 from megaresnorm.recipe.precision import FP8_MULTIPLE, Fp8Recipe, PrecisionRecipe
 from megaresnorm.recipe.recompute import RecomputeBlocks, RecomputeRecipe
 from megaresnorm.recipe.section import Section, divisors, refuse_ignored
+from megaresnorm.recipe.telemetry import TelemetryRecipe
 from megaresnorm.recipe.training import (
     BatchRamp,
     BlendSource,
@@ -44,6 +45,7 @@ __all__ = [
     "RecomputeRecipe",
     "RopeScaling",
     "ScheduleRecipe",
+    "TelemetryRecipe",
     "TopologyOptions",
     "TrainRecipe",
     "divisors",
@@ -75,6 +77,8 @@ class Recipe(Section):
     """What makes the optimizer steps."""
     checkpoint: CheckpointRecipe = CheckpointRecipe()
     """Saving the run."""
+    telemetry: TelemetryRecipe = TelemetryRecipe()
+    """What is recorded beside the metrics of every step."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
@@ -173,6 +177,21 @@ class Recipe(Section):
                     f"GPUs multiply FP8, not {columns}; use {-(-columns // multiple) * multiple}, or "
                     "precision.compute=bf16"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _numbers_can_be_seen(self) -> Self:
+        every, compute, mode = self.telemetry.every, self.precision.compute, self.train.compile
+        if every and compute in ("fp32", "fp64"):
+            raise ValueError(
+                f"telemetry.every={every} has no effect with precision.compute={compute}, where nothing is rounded to "
+                "fewer bits; remove it"
+            )
+        if every and mode != "none":
+            raise ValueError(
+                f"telemetry.every={every} does not go with train.compile={mode}: what compiled blocks read is not "
+                "seen; set train.compile=none, or remove it"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,8 +1,6 @@
 """The output folder of a run: held by one job at a time, seen by all of its ranks, and found writable before step 0."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from megaresnorm.checkpoint.format import Groups
 from megaresnorm.checkpoint.resume import wait_until_seen
@@ -11,6 +9,8 @@ from megaresnorm.errors import TrainingError
 from megaresnorm.files import remove_unfinished, replace_file
 from megaresnorm.parallel.control import all_or_raise
 from megaresnorm.parallel.mesh import Axis
+from megaresnorm.recipe import Recipe
+from megaresnorm.recipe.names import flat
 from megaresnorm.resilience.lock import LOCK, FolderLock
 from megaresnorm.resilience.preflight import check_output
 from megaresnorm.telemetry.metrics import MetricsWriter
@@ -76,21 +76,21 @@ class OutputFolder:
         except OSError as e:
             raise TrainingError(f"train.output={self.path}: cannot be written ({e.strerror})") from None
 
-    def open_metrics(self, first_step: int, loggers: Sequence[str], settings: dict[str, Any]) -> MetricsWriter | None:
+    def open_metrics(self, first_step: int, recipe: Recipe) -> MetricsWriter | None:
         """The first rank's metrics, written from ``first_step`` on; None on the other ranks.
 
         Args:
             first_step: counted from 1.
-            loggers: as in train.loggers.
-            settings: the recipe's, by dotted key.
 
         Raises:
             TrainingError: the file cannot be written.
         """
         if self._control.rank > 0:
             return None
+        loggers, numbers = recipe.train.loggers, recipe.telemetry.every > 0
+        settings = flat(recipe.model_dump(exclude_none=True))
         try:
-            return MetricsWriter(self.path, first_step=first_step, loggers=loggers, settings=settings)
+            return MetricsWriter(self.path, first_step=first_step, loggers=loggers, settings=settings, numbers=numbers)
         except OSError as e:
             raise TrainingError(f"train.output={self.path}: cannot be written ({e.strerror})") from None
 

@@ -35,6 +35,8 @@ TAGS = {
     "lr": "optim/lr",
     "loss_scale": "optim/loss_scale",
     "skipped": "optim/skipped",
+    "saturated": "numbers/saturated",
+    "underflown": "numbers/underflown",
     "tokens_per_second": "perf/tokens_per_second",
     "seconds": "perf/seconds_per_step",
     "tflops": "perf/tflops_per_rank",

@@ -1,6 +1,6 @@
-"""Metrics of every step as JSON lines, and for the loggers of a run. A full disk delays them and never ends a run.
+"""Metrics of every step as JSON lines, and for the loggers of a run; numbers of some steps in a file of their own.
 
-Steps are counted from 1, as in the log and in the names of checkpoints.
+A full disk delays them and never ends a run. Steps are counted from 1, as in the log and in the names of checkpoints.
 """
 
 import json
@@ -18,16 +18,19 @@ from megaresnorm.telemetry.loggers import open_loggers, tagged
 log = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 1 << 16  # of metrics.jsonl; ours have a few hundred, and a longer line counts as unreadable
+NUMBERS = "numbers.jsonl"
+MAX_NUMBERS_BYTES = 1 << 22  # of its lines, which have less than 200 for each block
 
 
 class MetricsWriter:
-    """Appends to ``folder/metrics.jsonl``, and gives the same metrics to loggers.
+    """Appends to ``folder/metrics.jsonl``, gives the same metrics to loggers, and appends to ``folder/numbers.jsonl``.
 
     Args:
         first_step: where the run starts or resumes, counted from 1. What an earlier process wrote from there on is
             dropped, since those steps are about to be done again, and so is what cannot be read, with a warning.
         loggers: names, as in train.loggers.
         settings: the recipe's, by dotted key.
+        numbers: whether there will be numbers to write.
 
     Raises:
         ConfigError: a logger refuses to start.
@@ -35,21 +38,31 @@ class MetricsWriter:
     """
 
     def __init__(
-        self, folder: Path, *, first_step: int, loggers: Sequence[str] = (), settings: Mapping[str, Any] | None = None
+        self,
+        folder: Path,
+        *,
+        first_step: int,
+        loggers: Sequence[str] = (),
+        settings: Mapping[str, Any] | None = None,
+        numbers: bool = False,
     ) -> None:
-        path = folder / "metrics.jsonl"
-        if os.path.lexists(path):
-            _drop_from(path, first_step)
-        self._lines, self._last = Appended(path), b""
+        for path, most in ((folder / "metrics.jsonl", MAX_LINE_BYTES), (folder / NUMBERS, MAX_NUMBERS_BYTES)):
+            if os.path.lexists(path):
+                _drop_from(path, first_step, most)
+        self._lines, self._last = Appended(folder / "metrics.jsonl"), b""
+        self._numbers = Appended(folder / NUMBERS) if numbers else None
         self._loggers = open_loggers(loggers, folder, first_step, settings or {})
 
-    def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float | None], numbers: Mapping[str, Any] | None = None) -> None:
         """Record the metrics of one step.
 
         Args:
             step: counted from 1.
             metrics: by name; None where a step has no such figure.
+            numbers: the record of its numbers, as JSON holds it; None where it has none.
         """
+        if numbers is not None and self._numbers is not None:
+            self._numbers.write((json.dumps(numbers, allow_nan=False) + "\n").encode())
         self._last = _line(step, metrics)
         self._lines.write(self._last)
         self._to_loggers(step, metrics)
@@ -68,6 +81,8 @@ class MetricsWriter:
             code: the run's exit code.
         """
         self._lines.close()
+        if self._numbers is not None:
+            self._numbers.close()
         for logger in self._loggers:
             logger.close(code)
 
@@ -83,23 +98,26 @@ def _line(step: int, metrics: Mapping[str, float | None]) -> bytes:
     return (json.dumps({**finite, "step": step} if "step" in finite else {"step": step, **finite}) + "\n").encode()
 
 
-def _drop_from(path: Path, first_step: int) -> None:
-    """Keep only the whole lines of steps before ``first_step`` in a file of metrics.
+def _drop_from(path: Path, first_step: int, most: int) -> None:
+    """Keep only the whole lines of steps before ``first_step`` in a file of records.
 
     Versions before 0.2 counted from 0: their lines are renumbered.
+
+    Args:
+        most: bytes of a line.
 
     Raises:
         OSError: it cannot be read or replaced.
     """
     kept = lines = unreadable = 0
     counted_from = 1
-    for line, step in _lines_of(path):
+    for line, step in lines_of(path, most):
         unreadable += step is None
         counted_from = 0 if step == 0 else counted_from
         kept += step is not None and step - counted_from + 1 < first_step and line.endswith(b"\n")
         lines += 1
     if kept < lines or counted_from == 0:
-        found = ((line, step) for line, step in _lines_of(path) if step is not None)
+        found = ((line, step) for line, step in lines_of(path, most) if step is not None)
         staying = ((line, step + 1 - counted_from) for line, step in found if step - counted_from + 1 < first_step)
         replace_file(path, (_renumbered(line, step) if counted_from == 0 else _ended(line) for line, step in staying))
     if unreadable:
@@ -114,20 +132,23 @@ def _renumbered(line: bytes, step: int) -> bytes:
     return (json.dumps(json.loads(line) | {"step": step}) + "\n").encode()
 
 
-def _lines_of(path: Path) -> Iterator[tuple[bytes, int | None]]:
-    """Read a file of metrics.
+def lines_of(path: Path, most: int) -> Iterator[tuple[bytes, int | None]]:
+    """Read a file of records.
+
+    Args:
+        most: bytes of a line.
 
     Yields:
-        (line, its step); None where a line is not one of metrics.
+        (line, its step); None where a line is no record of a step.
 
     Raises:
         OSError: it cannot be read.
     """
     with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
-        while line := file.readline(MAX_LINE_BYTES):
+        while line := file.readline(most):
             whole = line
-            while len(whole) == MAX_LINE_BYTES and not whole.endswith(b"\n"):
-                whole = file.readline(MAX_LINE_BYTES)  # the rest of a line that is too long
+            while len(whole) == most and not whole.endswith(b"\n"):
+                whole = file.readline(most)  # the rest of a line that is too long
             yield line, _step_of(line) if whole is line else None
 
 

@@ -1,0 +1,174 @@
+"""Records of the numbers that products of fewer bits read: what saturates, what underflows, by class and block."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from megaresnorm.assemble import Assembled
+from megaresnorm.errors import DataError
+from megaresnorm.precision.counting import CLASSES, Seen
+from megaresnorm.precision.dtypes import DTYPES
+from megaresnorm.precision.fp8 import fp8_blocks
+from megaresnorm.precision.watched import Watch
+from megaresnorm.recipe import PrecisionRecipe, Recipe
+from megaresnorm.telemetry.metrics import MAX_NUMBERS_BYTES, NUMBERS, lines_of
+
+log = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+# What is clamped are the largest elements, of which a product's sums consist: a hundredth of them is a large part of
+# those. What underflows are the smallest: a twentieth of a tensor adds little to a sum, but more than that says that
+# the format's range is spent, and that whole rows of small gradients begin to vanish.
+MOST = {"saturated": 0.01, "underflown": 0.05}
+_WORDS = {
+    "input": "inputs of linear layers", "weight": "weights", "gradient": "gradients of linear layers' outputs",
+    "saturated": "saturate", "underflown": "underflow",
+}  # fmt: skip
+
+
+class Numbers:
+    """Watches a run's linear layers at every ``telemetry.every``-th step.
+
+    Args:
+        assembled: before FSDP2 has gathered a weight.
+
+    Attributes:
+        record: of the last step, as a line of numbers.jsonl; None where it was not watched.
+        worst: the largest shares of it, among its metrics.
+    """
+
+    def __init__(self, recipe: Recipe, assembled: Assembled) -> None:
+        self._every, self._precision, self._context = recipe.telemetry.every, recipe.precision, assembled.context
+        self._formats = formats_of(recipe.precision, recipe.model.num_blocks)
+        self._watch: Watch | None = None
+        if self._every:
+            blocks = (pair for model in assembled.models.values() for pair in model.blocks.items())
+            self._watch = Watch(
+                ((int(number), block) for number, block in blocks),
+                recipe.model.num_blocks,
+                assembled.layout,
+                DTYPES[recipe.precision.branches],
+                assembled.device,
+            )
+        self.record: dict[str, Any] | None = None
+        self.worst: dict[str, float | None] = {}
+        self._warned: set[tuple[str, str]] = set()
+
+    @contextmanager
+    def seen_in(self, step: int) -> Iterator[None]:
+        """Watch the step that is made within, if it is one of those. Collective.
+
+        Args:
+            step: counted from 1.
+
+        Communication:
+            That of ``Tally.over_ranks``, in a step that is watched.
+        """
+        self.record, self.worst = None, {}
+        if self._watch is None or step % self._every:
+            yield
+            return
+        with self._watch.watching() as tally:
+            yield
+        seen = tally.over_ranks(self._context)
+        shares = {"saturated": seen.saturated, "underflown": seen.underflown}
+        for kind, found in shares.items():
+            self.worst[kind] = max((s for of in found.values() for s in of if s is not None), default=None)
+        self._warn(step, shares)
+        self.record = record_of(step, self._formats, seen)
+
+    def _warn(self, step: int, shares: Mapping[str, Mapping[str, list[float | None]]]) -> None:
+        """Say, once for each class, where too much of it is lost."""
+        for kind, of in ((kind, name) for kind in shares for name in CLASSES):
+            found = [share or 0.0 for share in shares[kind][of]]
+            block = max(range(len(found)), key=found.__getitem__)
+            if found[block] <= MOST[kind] or (kind, of) in self._warned:
+                continue
+            self._warned.add((kind, of))
+            form = self._formats[of][block]
+            log.warning(
+                "warning: step %d: %.3g %% of the %s of block %d %s in %s; %s",
+                *(step, 100 * found[block], _WORDS[of], block, _WORDS[kind], form.upper()),
+                advice(self._precision, form, kind, of),
+            )
+
+
+def formats_of(precision: PrecisionRecipe, num_blocks: int) -> dict[str, list[str]]:
+    """The formats that linear layers read tensors in: class -> that of each block."""
+    inner = fp8_blocks(precision.fp8, num_blocks) if precision.compute == "fp8" else range(0)
+    fp8 = {"input": "e4m3", "weight": "e4m3", "gradient": precision.fp8.gradients}
+    return {
+        name: [fp8[name] if block in inner else precision.branches for block in range(num_blocks)] for name in CLASSES
+    }
+
+
+def record_of(step: int, formats: dict[str, list[str]], seen: Seen) -> dict[str, Any]:
+    """A line of numbers.jsonl. What is not finite is None; all else has six digits."""
+    blocks = {
+        name: {kind: [_short(number) for number in of[name]] for kind, of in seen._asdict().items()} for name in CLASSES
+    }
+    return {"schema_version": SCHEMA_VERSION, "step": step, "format": formats, "blocks": blocks}
+
+
+def _short(number: float | None) -> float | None:
+    return None if number is None or not isfinite(number) else float(f"{number:.6g}")
+
+
+def advice(precision: PrecisionRecipe, form: str, kind: str, of: str) -> str:
+    """What to change where too much of a class of tensors is lost.
+
+    Args:
+        form: the format in which it is read.
+        kind: saturated or underflown.
+        of: input, weight or gradient.
+
+    >>> advice(PrecisionRecipe(compute="fp16"), "fp16", "underflown", "gradient")
+    'set a larger precision.loss_scale, or set precision.compute=bf16'
+    """
+    if form == "fp16":
+        dynamic = precision.loss_scale in (None, "dynamic")
+        if of == "gradient" and kind == "saturated" and dynamic:
+            return "the loss scale is halved; where this does not end, set precision.compute=bf16"
+        scale = f"set a {'smaller' if kind == 'saturated' else 'larger'} precision.loss_scale, or "
+        return f"{scale if of == 'gradient' else ''}set precision.compute=bf16"
+    if form == "bf16":
+        lost = "they are below 1e-38, as are FP32's: look at model.init and the topology's gates"
+        return "the run diverges: try a smaller optim.lr" if kind == "saturated" else lost
+    if kind == "saturated":
+        return "set precision.fp8.scaling=current, or precision.fp8.recipe=rowwise with a scale for each token"
+    others = "keep more blocks in BF16 (precision.fp8.bf16_first_blocks, bf16_last_blocks)"
+    if of == "gradient":
+        others = f"set precision.fp8.backward={'e5m2, which has a wider range, or ' if form == 'e4m3' else ''}bf16"
+    finer = {"tensorwise": "rowwise", "rowwise": "block"}.get(precision.fp8.recipe)
+    return others if finer is None else f"set precision.fp8.recipe={finer}, or {others}"
+
+
+def read_numbers(run: str | Path) -> list[dict[str, Any]]:
+    """The records of a run's numbers.jsonl, by step. A line that was torn by a crash is left out, with a warning.
+
+    Args:
+        run: the folder of the run.
+
+    Raises:
+        DataError: there is no such file, or it is of a version that this one does not know.
+    """
+    path, found, torn = Path(run) / NUMBERS, [], 0
+    try:
+        for line, step in lines_of(path, MAX_NUMBERS_BYTES):
+            torn += step is None
+            if step is not None:
+                found.append(json.loads(line))
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is none; set telemetry.every, and train") from None
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read ({e.strerror})") from None
+    other = next((r.get("schema_version") for r in found if r.get("schema_version") != SCHEMA_VERSION), SCHEMA_VERSION)
+    if other != SCHEMA_VERSION:
+        raise DataError(f"{path}: schema_version={other!r} is not {SCHEMA_VERSION}, which is read here")
+    if torn:
+        log.warning("warning: %s: %d of its lines cannot be read and are left out", path, torn)
+    return found
