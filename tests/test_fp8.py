@@ -72,8 +72,9 @@ class Checked(Fp8Linear):
 
     counted = 0
 
-    def output(self) -> None:
+    def write(self, add_norm, args):
         """Let add_norm hand values over."""
+        return add_norm(args)
 
     def rows(self, x: Rows) -> Fp8:
         q = super().rows(x)

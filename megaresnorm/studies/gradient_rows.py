@@ -15,7 +15,7 @@ from megaresnorm.model.lint import estimates
 from megaresnorm.model.lint_precision import NORMAL_RANGE, gradient_spread
 from megaresnorm.parallel.linear import Linear
 from megaresnorm.recipe import ModelRecipe, PrecisionRecipe
-from megaresnorm.studies.products import Watched
+from megaresnorm.studies.products import Keeping
 
 BATCH = 4
 
@@ -41,16 +41,16 @@ class GradientRows:
     below_by_token: float
 
 
-def watched_linears(recipe: ModelRecipe, seed: int = 0) -> dict[str, Watched]:
+def watched_linears(recipe: ModelRecipe, seed: int = 0) -> dict[str, Keeping]:
     """The products of the linear layers of the blocks after forward and backward of random tokens, by name."""
     assert recipe.vocab_size is not None
     generator = torch.Generator().manual_seed(seed)
     tokens, labels = torch.randint(recipe.vocab_size, (2, BATCH, recipe.seq_len), generator=generator)
     model = build_model(recipe, PrecisionRecipe(compute="fp64"), seed=seed).model
-    found: dict[str, Watched] = {}
+    found: dict[str, Keeping] = {}
     for name, module in model.named_modules():
         if isinstance(module, Linear) and name.startswith("blocks."):
-            module.kernel = found[name] = Watched()
+            module.kernel = found[name] = Keeping()
     (cross_entropy_sums(model(tokens), labels.flatten())[1] / labels.numel()).backward()
     return found
 

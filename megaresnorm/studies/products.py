@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, AddNormOutput
 from megaresnorm.parallel.linear_kernel import PLAIN
 from megaresnorm.parallel.mesh import Axis
 
@@ -28,11 +29,9 @@ class Through:
     def __init__(self, rows: Function = as_it_is, gradient: Function = as_it_is) -> None:
         self._rows, self._gradient = rows, gradient
 
-    def output(self) -> None:
+    def write(self, add_norm: AddNormKernel, args: AddNormArgs) -> AddNormOutput:
         """See ``LinearKernel``."""
-
-    def saw(self, amax: Tensor) -> None:
-        """See ``LinearKernel``."""
+        return add_norm(args)
 
     def rows(self, x: Any) -> Tensor:
         """See ``LinearKernel``."""
@@ -63,7 +62,7 @@ class Through:
         PLAIN.add_weight_grad(total, dy, x)
 
 
-class Watched(Through):
+class Keeping(Through):
     """Products that keep their operands.
 
     Attributes:
