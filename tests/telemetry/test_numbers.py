@@ -202,6 +202,7 @@ def test_a_run_records_its_numbers_and_goes_on_as_one_that_never_stopped(tiny, t
     """The record of step 6 is of a start that was killed before its checkpoint: it is dropped, and made again."""
     fp8 = {"recipe": "tensorwise", "scaling": "delayed", "history": 2}
     settings = {"precision": {"compute": "fp8", "fp8": fp8}, "telemetry": {"every": 3}, "checkpoint": {"every": 4}}
+    settings |= {"model": {"ffn_dim": 32}}
     train(tiny(**settings))
     run = tmp_path / "run"
     whole, metrics = lines(run), [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
