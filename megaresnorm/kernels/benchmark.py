@@ -9,9 +9,10 @@ from torch import Tensor
 
 from megaresnorm.kernels.add_norm.reference import AddNormArgs, NormWeights
 from megaresnorm.kernels.cross_entropy import differentiate
+from megaresnorm.kernels.fp8.formats import ROW
 from megaresnorm.kernels.registry import Kernel, backends, choose_kernel
 
-OPS = ("add_norm", "norm_quant", "rotary", "attention", "activation", "cross_entropy")
+OPS = ("add_norm", "fp8_quantize", "rotary", "attention", "activation", "cross_entropy")
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class BackendTiming:
     Attributes:
         shape: rows and columns, as ``benchmark_backends`` takes them.
         chosen: whether ``auto`` takes this backend.
-        milliseconds: forward and backward, the best of five calls; None where it cannot run or failed.
+        milliseconds: forward and backward (if it has one), the best of five calls; None where it cannot run or failed.
         reason: why ``auto`` does not take it, or why it cannot run; empty for the chosen one.
     """
 
@@ -101,10 +102,9 @@ def _add_norm(kernel: Kernel, rows: int, columns: int, device: torch.device, dty
     return call
 
 
-def _norm_quant(kernel: Kernel, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Callable:
-    x, weight = _random((rows, columns), device, dtype), torch.ones(columns, device=device)
-    statistics = torch.ones(rows, 2, device=device)
-    return lambda: kernel.function(x, NormWeights("rmsnorm", weight, None, 1e-5), statistics)
+def _fp8_quantize(kernel: Kernel, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Callable:
+    x = _random((rows, columns), device, dtype).detach()
+    return lambda: kernel.function(x, ROW)
 
 
 def _rotary(kernel: Kernel, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Callable:
@@ -139,4 +139,4 @@ def _cross_entropy(kernel: Kernel, rows: int, columns: int, device: torch.device
     return lambda: differentiate(kernel.function(logits * 1.0, labels)[1])
 
 
-_CALLS = dict(zip(OPS, (_add_norm, _norm_quant, _rotary, _attention, _activation, _cross_entropy), strict=True))
+_CALLS = dict(zip(OPS, (_add_norm, _fp8_quantize, _rotary, _attention, _activation, _cross_entropy), strict=True))
