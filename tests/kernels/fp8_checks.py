@@ -16,30 +16,20 @@ from megaresnorm.kernels.fp8.formats import (
     quantize,
     quantize_delayed,
     quantize_transposed,
+    spread,
 )
 
 STREAMS = {name: dtypes[:3] for name, dtypes in DTYPES.items()}  # stream, delta, residual
 
 
 def same(got, want):
-    """Check codes and scales; codes of what is not finite are not told from others."""
+    """Check scales and codes, where their scale is finite: then the codes are all that is read."""
     assert got.form == want.form and got.codes.dtype == want.codes.dtype and got.inverse.dtype == F32
     torch.testing.assert_close(got.inverse, want.inverse, rtol=0, atol=0, equal_nan=True)
     assert got.codes.shape == want.codes.shape
-    known = torch.ones_like(want.inverse)
-    spread = got._replace(codes=want.codes, inverse=torch.where(want.inverse.isfinite(), known, torch.nan))
-    mask = dequantized_mask(spread)
-    assert torch.equal(got.codes.view(torch.uint8)[mask], want.codes.view(torch.uint8)[mask])
-
-
-def dequantized_mask(q):
-    """Where the scale of an element is finite."""
-    inverse = q.inverse
-    for dim, shared in enumerate(q.form):
-        if shared not in (None, 1):
-            inverse = inverse.repeat_interleave(shared, dim)
-        inverse = inverse.narrow(dim, 0, min(inverse.shape[dim], q.codes.shape[dim]))
-    return inverse.expand(q.codes.shape).isfinite()
+    finite = spread(want.inverse.isfinite(), want.form, want.codes.shape).expand(want.codes.shape)
+    a, b = (q.codes.view(torch.uint8).where(~q.codes.float().isnan(), 0x7F)[finite] for q in (got, want))
+    assert torch.equal(a, b)
 
 
 def numbers(rows, columns, dtype, device="cpu", bad=True):
@@ -55,7 +45,7 @@ def numbers(rows, columns, dtype, device="cpu", bad=True):
     return x.to(dtype)
 
 
-def check_fp8(kernel, rows, columns, pattern, gate_kind, stream, form, *, drops=False, device="cpu"):
+def check_fp8(kernel, rows, columns, pattern, gate_kind, stream, form, *, drops=False, gradients=True, device="cpu"):
     """A branch input in FP8: the bits of the same kernel's, quantized behind it, and the gradients of that."""
     g = torch.Generator(device).manual_seed(rows * 31 + columns)
     draw = functools.partial(torch.randn, rows, columns, generator=g, device=device)
@@ -90,9 +80,11 @@ def check_fp8(kernel, rows, columns, pattern, gate_kind, stream, form, *, drops=
     assert got.branch_input.shape == x.shape and got.branch_input.dtype == BF16
     leaves = [t for t in (x, delta, gate) if isinstance(t, torch.Tensor)]
     leaves += [w for n in norms if n is not None for w in n[1:3] if w is not None and (n is not norms[0] or delta is not None)]
+    if not gradients:
+        return got
     several = 2 if want.branch_input is not want.trunk else 1
-    gradients = [draw().to(residual_dtype), draw().to(BF16)][:several]
-    found = [torch.autograd.grad((out.trunk, out.branch_input)[:several], leaves, gradients) for out in (got, want)]
+    d = [draw().to(residual_dtype), draw().to(BF16)][:several]
+    found = [torch.autograd.grad((out.trunk, out.branch_input)[:several], leaves, d) for out in (got, want)]
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
     return got
@@ -117,6 +109,7 @@ def check_quantize(kernels, rows, columns, form, source=BF16, dtype=E4M3, device
 
 def check_transposed(kernels, rows, columns, form, source=BF16, dtype=E4M3, device="cpu"):
     """The transposing op: of values, or of FP8 in a form."""
-    x = numbers(rows, columns, BF16, device)
-    x = x if source == BF16 else quantize(x, FORMS[source])
-    same(kernels.transposed(x, FORMS[form], dtype), quantize_transposed(x, FORMS[form], dtype))
+    for bad in (False, True):
+        x = numbers(rows, columns, BF16, device, bad)
+        x = x if source == BF16 else quantize(x, FORMS[source])
+        same(kernels.transposed(x, FORMS[form], dtype), quantize_transposed(x, FORMS[form], dtype))

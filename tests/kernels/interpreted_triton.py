@@ -1,8 +1,8 @@
 """The Triton kernels' numbers in Triton's interpreter, on CPU tensors.
 
 test_triton.py runs this file in a process of its own with TRITON_INTERPRET=1, since Triton decides when it is imported.
-The interpreter's casts to BF16 truncate and those to FP8 neither carry nor saturate (Triton 3.9), so here, and nowhere
-in the package, they are replaced by torch's.
+The interpreter's casts to BF16 truncate, those to FP8 neither carry nor saturate, and those from both are wrong for
+subnormal numbers (Triton 3.9), so here, and nowhere in the package, they are replaced by torch's.
 """
 
 import numpy as np
@@ -27,10 +27,15 @@ _CASTS = {
 
 
 def _convert(data, source, target, rounding=None):
-    if str(source) != "fp32" or str(target) not in _CASTS:
-        return _original(data, source, target, rounding)
-    dtype, integer, unsigned = _CASTS[str(target)]
-    return torch.from_numpy(np.ascontiguousarray(data).view(np.float32)).to(dtype).view(integer).numpy().view(unsigned)
+    to, of = _CASTS.get(str(target)), _CASTS.get(str(source))
+    if str(source) == "fp32" and to is not None:
+        dtype, integer, unsigned = to
+        return torch.from_numpy(np.ascontiguousarray(data).view(np.float32)).to(dtype).view(integer).numpy().view(unsigned)
+    if str(target) == "fp32" and of is not None:
+        dtype, integer, _ = of
+        signed = np.ascontiguousarray(data).view(np.int16 if integer == torch.int16 else np.uint8)
+        return torch.from_numpy(signed).view(dtype).float().numpy().view(np.uint32)
+    return _original(data, source, target, rounding)
 
 
 interpreter._convert_float = _convert

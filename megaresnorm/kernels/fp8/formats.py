@@ -102,7 +102,7 @@ def scales_of(amax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     >>> [scale.tolist() for scale in scales_of(torch.tensor([0.0, 224.0, 225.0, torch.inf]), E4M3)]
     [[1.0, 2.0, 1.0, 1.0], [1.0, 0.5, 1.0, nan]]
     """
-    bits = amax.view(torch.int32)
+    bits = amax.view(torch.int32) & 0x7FFFFFFF  # a NaN may have a sign
     exponent = bits >> _FRACTION
     power = (TOP[dtype] + _BIAS) - exponent - ((bits & ((1 << _FRACTION) - 1)) > _THREE_QUARTERS).int()
     power = torch.where((bits == 0) | (exponent == 255), 0, power.clamp(max=_DEEPEST))

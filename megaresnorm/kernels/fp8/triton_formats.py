@@ -17,6 +17,7 @@ def size_of(v, mask):
 @triton.jit
 def scales_of(bits, TOP: tl.constexpr):
     """``formats.scales_of`` an amax in int32: the scale, and its inverse, NaN where amax is not finite."""
+    bits = bits & 0x7FFFFFFF  # a NaN may have a sign
     exponent = bits >> 23
     power = (TOP + 127) - exponent - tl.where((bits & 0x7FFFFF) > 0x600000, 1, 0)
     power = tl.where((bits == 0) | (exponent == 255), 0, tl.minimum(power, 126))

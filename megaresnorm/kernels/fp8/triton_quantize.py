@@ -240,7 +240,7 @@ def _quantized(
     amax = None if amax is None else amax.contiguous()
     factor = None if factor is None else factor.contiguous()
     if not x.numel():
-        return codes, inverse
+        return codes, inverse.fill_(1.0)
     top, tile = TOP[dtype], tile_of(columns, form)
     if tile is None:
         launcher(quantize_wide_kernel)[(rows,)](x, factor, amax, codes, inverse, columns, top, WIDE, num_warps=8)
@@ -267,7 +267,7 @@ def quantize_transposed(x: Rows, form: Form, dtype: torch.dtype = E4M3) -> Fp8:
     codes = values.new_empty((columns, rows), dtype=dtype)
     inverse = torch.empty(scales_shape(codes.shape, form), dtype=torch.float32, device=codes.device)
     if not values.numel():
-        return Fp8(codes, inverse, form)
+        return Fp8(codes, inverse.fill_(1.0), form)
     scales = None if scales is None else scales.contiguous()
     grid = triton.cdiv(rows, TOKENS), triton.cdiv(columns, FEATURES)
     group, given = form.columns or 0, None
