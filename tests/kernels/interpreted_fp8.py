@@ -47,9 +47,7 @@ def test_of_rows_in_blocks_of_columns(form, pattern, stream, monkeypatch):
 SOURCES = ([BF16, F32], [E4M3, E5M2])
 
 
-@pytest.mark.parametrize(
-    ("form", "columns", "source", "dtype"), pairwise(list(FORMS), [20, 200, 1000], *SOURCES)
-)
+@pytest.mark.parametrize(("form", "columns", "source", "dtype"), pairwise(list(FORMS), [20, 200, 1000], *SOURCES))
 def test_quantize(form, columns, source, dtype):
     check_quantize(kernels, 9, columns, form, source, dtype)
 

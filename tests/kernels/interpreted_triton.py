@@ -30,7 +30,9 @@ def _convert(data, source, target, rounding=None):
     to, of = _CASTS.get(str(target)), _CASTS.get(str(source))
     if str(source) == "fp32" and to is not None:
         dtype, integer, unsigned = to
-        return torch.from_numpy(np.ascontiguousarray(data).view(np.float32)).to(dtype).view(integer).numpy().view(unsigned)
+        return (
+            torch.from_numpy(np.ascontiguousarray(data).view(np.float32)).to(dtype).view(integer).numpy().view(unsigned)
+        )
     if str(target) == "fp32" and of is not None:
         dtype, integer, _ = of
         signed = np.ascontiguousarray(data).view(np.int16 if integer == torch.int16 else np.uint8)

@@ -32,7 +32,7 @@ from megaresnorm.kernels.add_norm.triton_common import (
     store_statistics,
     tile_of,
 )
-from megaresnorm.kernels.fp8.triton_formats import scaled, size_of
+from megaresnorm.kernels.fp8.triton_formats import scale_for, scaled, size_of
 
 
 @triton.jit
@@ -66,8 +66,8 @@ def forward_kernel(
     multiplied by ``factor``.
 
     With ``codes`` the branch input is rounded to BF16 and written in FP8 instead: GROUP columns share a scale, whose
-    inverse is stored in ``inverse`` [M, groups]. With GROUP 0 all have that of the amax ``given`` [1], and ``own`` [M]
-    is the largest |branch| of every row.
+    inverse is stored in ``inverse`` [M, groups]. With ``own`` [M] all have that of the amax
+    ``given`` [1], and the largest |branch| of every row is stored there.
 
     Reads x and delta, writes z, trunk (with NORM) and branch, each once. With next_norm alone that is 8 bytes an
     element in BF16, 12 with an FP32 stream, 4 without delta; NORM adds the trunk. In FP8 it is one less: 7 and 11.
@@ -78,6 +78,8 @@ def forward_kernel(
     mask = row_mask[:, None] & col_mask[None, :]
     offsets = row[:, None] * columns + cols[None, :]
     v = tile_of(x, offsets, mask)
+    if own is not None:
+        scale_of_all = scale_for(given, 8)
     if delta is not None:
         d = tile_of(delta, offsets, mask)
         factors = gate_of(gate, scale, cols, col_mask, GATE)
@@ -118,7 +120,9 @@ def forward_kernel(
         v = v.to(tl.bfloat16).to(tl.float32)
         if own is not None:
             tl.store(own + row, tl.max(size_of(v, mask), 1).to(tl.float32, bitcast=True), mask=row_mask)
-        v = scaled(v, mask, row, row_mask, 0, columns, inverse, given, GROUP, 8, BLOCK_M, BLOCK_N)
+            v = v * scale_of_all
+        else:
+            v = scaled(v, mask, row, row_mask, 0, columns, inverse, None, GROUP, 8, BLOCK_M, BLOCK_N)
         store_codes(codes, offsets, mask, v)
 
 

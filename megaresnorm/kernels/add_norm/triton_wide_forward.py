@@ -17,7 +17,7 @@ from megaresnorm.kernels.add_norm.triton_common import (
     store_statistics,
     tile_of,
 )
-from megaresnorm.kernels.fp8.triton_formats import scaled, scales_of, size_of
+from megaresnorm.kernels.fp8.triton_formats import scale_for, scaled, scales_of, size_of
 
 
 @triton.jit
@@ -121,6 +121,8 @@ def forward_kernel(
                 sizes = tl.maximum(sizes, tl.max(size_of(v.to(tl.bfloat16).to(tl.float32), mask), 1))
             scales, inverses = scales_of(sizes, 8)
             tl.store(inverse + row, inverses, mask=row_mask)
+        if own is not None:
+            scale_of_all = scale_for(given, 8)
         for start in range(0, columns, BLOCK_N):
             v, offsets, mask = _branch_of(
                 summed, row, start, columns, mean, reciprocal, next_weight, next_bias, NEXT_NORM, BLOCK_N
@@ -128,10 +130,11 @@ def forward_kernel(
             v = v.to(tl.bfloat16).to(tl.float32)
             if GROUP > BLOCK_N:
                 v = v * scales[:, None]
+            elif own is not None:
+                sizes = tl.maximum(sizes, tl.max(size_of(v, mask), 1))
+                v = v * scale_of_all
             else:
-                if own is not None:
-                    sizes = tl.maximum(sizes, tl.max(size_of(v, mask), 1))
-                v = scaled(v, mask, row, row_mask, start, columns, inverse, given, GROUP, 8, BLOCK_M, BLOCK_N)
+                v = scaled(v, mask, row, row_mask, start, columns, inverse, None, GROUP, 8, BLOCK_M, BLOCK_N)
             store_codes(codes, offsets, mask, v)
         if own is not None:
             tl.store(own + row, sizes.to(tl.float32, bitcast=True), mask=row_mask)

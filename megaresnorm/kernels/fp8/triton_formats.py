@@ -1,7 +1,7 @@
 """Device functions that write FP8 in Triton, to the bits of kernels/fp8/formats.py.
 
 Numbers are compared and scaled by their bits. TOP is the exponent of a format's largest number, 8 of E4M3 and 15 of
-E5M2. GROUP columns of a row share a scale; 0: the whole tensor does.
+E5M2.
 """
 
 import triton
@@ -27,6 +27,13 @@ def scales_of(bits, TOP: tl.constexpr):
 
 
 @triton.jit
+def scale_for(given, TOP: tl.constexpr):
+    """The scale of the amax at ``given`` [1]."""
+    scale, _inverse = scales_of(tl.load(given).to(tl.int32, bitcast=True), TOP)
+    return scale
+
+
+@triton.jit
 def amax_of(bits, given, at, mask):
     """The amax of every group in int32: ``bits``, or where there are ``given`` ones those."""
     if given is not None:
@@ -39,18 +46,15 @@ def scaled(
     v, mask, row, row_mask, start, columns, inverse, given,
     GROUP: tl.constexpr, TOP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """v times its scales, whose inverse are stored unless one scale is for all.
+    """v times its scales, of which GROUP columns share one, and whose inverse are stored.
 
     Args:
         start: number of the tile's first column, a multiple of GROUP.
         columns: of a row, which has ceil(columns / GROUP) groups.
         inverse: [M, groups].
-        given: [M, groups], what the scales are for, or None: the largest |v| of a group; [1] with GROUP 0.
+        given: [M, groups], what the scales are for, or None: the largest |v| of a group.
     """
-    if GROUP == 0:
-        scale, _unused = scales_of(tl.load(given).to(tl.int32, bitcast=True), TOP)
-        y = v * scale
-    elif GROUP == BLOCK_N:
+    if GROUP == BLOCK_N:
         at = row * ((columns + GROUP - 1) // GROUP) + start // GROUP
         scales, inverses = scales_of(amax_of(tl.max(size_of(v, mask), 1), given, at, row_mask), TOP)
         tl.store(inverse + at, inverses, mask=row_mask)

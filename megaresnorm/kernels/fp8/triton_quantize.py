@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from megaresnorm.kernels.custom_op import launcher
-from megaresnorm.kernels.fp8.formats import E4M3, ROW, TENSOR, TOP, Form, Fp8, Rows, scales_shape
-from megaresnorm.kernels.fp8.triton_formats import amax_of, saturated, scaled, scales_of, size_of
+from megaresnorm.kernels.fp8.formats import E4M3, MX, ROW, TENSOR, TOP, Form, Fp8, Rows, scales_shape
+from megaresnorm.kernels.fp8.triton_formats import amax_of, saturated, scale_for, scaled, scales_of, size_of
 
 MAX_ROW = 16384  # columns of a row in registers
 TILE, COLUMNS = 4096, 1024  # elements of a program, and its columns where a row is several tiles
@@ -55,10 +55,13 @@ def quantize_kernel(
     mask = row_mask[:, None] & col_mask[None, :]
     offsets = row[:, None] * columns + cols[None, :]
     v = _values_of(x, factor, offsets, mask, cols, col_mask)
+    if GROUP == 0:
+        y = v * scale_for(given, TOP)
     if own is not None:
         largest = tl.max(tl.max(size_of(v, mask), 1), 0)
         tl.store(own + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), largest.to(tl.float32, bitcast=True))
-    y = scaled(v, mask, row, row_mask, start, columns, inverse, given, GROUP, TOP, BLOCK_M, BLOCK_N)
+    if GROUP > 0:
+        y = scaled(v, mask, row, row_mask, start, columns, inverse, given, GROUP, TOP, BLOCK_M, BLOCK_N)
     tl.store(codes + offsets, saturated(y, TOP).to(codes.dtype.element_ty), mask=mask)
 
 
@@ -94,7 +97,8 @@ def _rows_of(
     """A tile of x in FP32, or of BF16 numbers that are codes x times inverse ``scales``, of IN_GROUP columns each."""
     cols = start + tl.arange(0, BLOCK_N)
     mask = row_mask[:, None] & (cols < columns)[None, :]
-    v = tl.load(x + row[:, None] * columns + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    offsets = row[:, None] * columns + cols[None, :]
+    v = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
     if scales is not None:
         if IN_GROUP >= BLOCK_N:
             at = row * ((columns + IN_GROUP - 1) // IN_GROUP) + start // IN_GROUP
@@ -200,6 +204,11 @@ def tile_of(columns: int, form: Form) -> Tile | None:
     return Tile(block_m, block_n, min(16, max(4, block_m * block_n // 1024)))
 
 
+def warps_of(form: Form) -> int:
+    """Of a program that transposes: a thread has as many registers as it needs for groups of 32 rows."""
+    return 16 if form == MX else 8
+
+
 def group_of(form: Form, columns: int, block_n: int) -> int:
     """GROUP of the kernels for tiles of ``block_n`` columns; more than those for a scale a row of several tiles."""
     if form == TENSOR:
@@ -280,6 +289,6 @@ def quantize_transposed(x: Rows, form: Form, dtype: torch.dtype = E4M3) -> Fp8:
         given = partial.amax(0)
     launcher(transpose_kernel)[grid](
         values, scales, given, codes, inverse, rows, columns, in_form.columns or WHOLE, group, TOP[dtype],
-        TOKENS, FEATURES, num_warps=8,
+        TOKENS, FEATURES, num_warps=warps_of(form),
     )  # fmt: skip
     return Fp8(codes, inverse, form)
