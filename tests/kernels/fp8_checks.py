@@ -46,7 +46,9 @@ def numbers(rows, columns, dtype, device="cpu", bad=True):
     return x.to(dtype)
 
 
-def check_fp8(kernel, rows, columns, pattern, gate_kind, stream, form, *, drops=False, gradients=True, remade=True, device="cpu"):
+def check_fp8(
+    kernel, rows, columns, pattern, gate_kind, stream, form, *, drops=False, gradients=True, remade=True, device="cpu"
+):
     """A branch input in FP8: the bits of the same kernel's, quantized behind it, and the gradients of that.
 
     Args:

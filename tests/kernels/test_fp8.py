@@ -103,7 +103,7 @@ CALLS = (list(FORMS), list(PATTERNS), list(GATES), list(STREAMS), [192, 1128, 40
 @pytest.mark.gpu
 @pytest.mark.parametrize(("form", "pattern", "gate", "stream", "columns"), pairwise(*CALLS))
 def test_a_branch_input_in_fp8_on_a_gpu(form, pattern, gate, stream, columns):
-    """Rows with several norms fit in registers up to 8192 columns; what is made again has one less, and another order."""
+    """Up to 8192 columns what is made again, with fewer norms, has its row in registers as well: one order of sums."""
     kernel, remade = fused_add_norm("triton"), columns <= 8192 or columns > 16384
     out = check_fp8(kernel, 199, columns, pattern, gate, stream, form, remade=remade, device="cuda")
     assert out.branch_input is out.trunk or out.branch_input.stride() == (0, 0)
