@@ -93,7 +93,7 @@ def forward(inputs: Inputs, spec: AddNormSpec, outputs: Outputs) -> None:
             *_kinds(spec), _kind_of_gate(gate), group, threshold_of(spec.probability),
             shape.block_m, shape.block_n, num_warps=shape.warps,
         )  # fmt: skip
-    if own is not None:
+    if own is not None and given is not None and amax is not None and inverse is not None:
         note_amax(own, given, amax, inverse, E4M3)
 
 
