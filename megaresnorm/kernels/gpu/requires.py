@@ -34,7 +34,10 @@ def triton_requires(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def converts_fp8(device: torch.device) -> bool:
     """Whether Triton has casts to FP8 (E4M3) there; on a CPU its interpreter has."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+    if device.type != "cuda":
+        return True
+    properties = torch.cuda.get_device_properties(device)  # which torch.compile takes for a constant
+    return (properties.major, properties.minor) >= (8, 9)
 
 
 def fp8_requires(device: torch.device, dtype: torch.dtype) -> str | None:
