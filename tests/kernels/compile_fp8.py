@@ -51,12 +51,12 @@ def everything(some):
     """All of them; with ``some`` one of each kind."""
     found = {}
     for columns in (4096,) if some else (1024, 4096, 8192, 16384, 22016):
-        for name in FORMS:
+        for name in ("block", "tensor") if some else FORMS:
             found |= dict([quantized(columns, name, folded=False)])
     found |= dict([quantized(4096, "row", folded=True), quantized(22016, "row", folded=True)])
-    for name in ("row", "block", "mx"):
-        for source in (None, name):
-            found |= dict(transposed(name, source))
+    every = [(name, source) for name in ("row", "block", "mx") for source in (None, name)]
+    for name, source in [("row", None), ("mx", "mx")] if some else every:
+        found |= dict(transposed(name, source))
     kernel, constants = triton_quantize.amax_kernel, {"TOP": TOP[E4M3], "BLOCK": triton_quantize.AMAXES}
     found["largest of programs"] = compiled(kernel, set(), types_of(kernel), constants, 8)
     return found

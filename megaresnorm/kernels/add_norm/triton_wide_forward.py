@@ -54,6 +54,38 @@ def _branch_of(
     return v, offsets, mask
 
 
+@triton.jit
+def _store_fp8(
+    source, codes, inverse, given, own, row, row_mask, columns, mean, reciprocal, weight, bias,
+    NEXT_NORM: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Store the branch input of a row in FP8; for a scale a row it is computed twice."""
+    sizes = tl.zeros([BLOCK_M], tl.int32)
+    if GROUP > BLOCK_N:
+        for start in range(0, columns, BLOCK_N):
+            v, offsets, mask = _branch_of(
+                source, row, start, columns, mean, reciprocal, weight, bias, NEXT_NORM, BLOCK_N
+            )
+            sizes = tl.maximum(sizes, tl.max(size_of(v.to(tl.bfloat16).to(tl.float32), mask), 1))
+        scales, inverses = scales_of(sizes, 8)
+        tl.store(inverse + row, inverses, mask=row_mask)
+    if own is not None:
+        scale_of_all = scale_for(given, 8)
+    for start in range(0, columns, BLOCK_N):
+        v, offsets, mask = _branch_of(source, row, start, columns, mean, reciprocal, weight, bias, NEXT_NORM, BLOCK_N)
+        v = v.to(tl.bfloat16).to(tl.float32)
+        if GROUP > BLOCK_N:
+            v = v * scales[:, None]
+        elif own is not None:
+            sizes = tl.maximum(sizes, tl.max(size_of(v, mask), 1))
+            v = v * scale_of_all
+        else:
+            v = scaled(v, mask, row, row_mask, start, columns, inverse, None, GROUP, 8, BLOCK_M, BLOCK_N)
+        store_codes(codes, offsets, mask, v)
+    if own is not None:
+        tl.store(own + row, sizes.to(tl.float32, bitcast=True), mask=row_mask)
+
+
 @triton.jit(do_not_specialize=["rows", "first_column"])
 def forward_kernel(
     x, delta, gate, z, trunk, branch, codes, inverse, given, own, key, numbers,
@@ -112,29 +144,7 @@ def forward_kernel(
             )
             tl.store(branch + offsets, v.to(branch.dtype.element_ty), mask=mask)
     if codes is not None:
-        sizes = tl.zeros([BLOCK_M], tl.int32)
-        if GROUP > BLOCK_N:
-            for start in range(0, columns, BLOCK_N):
-                v, offsets, mask = _branch_of(
-                    summed, row, start, columns, mean, reciprocal, next_weight, next_bias, NEXT_NORM, BLOCK_N
-                )
-                sizes = tl.maximum(sizes, tl.max(size_of(v.to(tl.bfloat16).to(tl.float32), mask), 1))
-            scales, inverses = scales_of(sizes, 8)
-            tl.store(inverse + row, inverses, mask=row_mask)
-        if own is not None:
-            scale_of_all = scale_for(given, 8)
-        for start in range(0, columns, BLOCK_N):
-            v, offsets, mask = _branch_of(
-                summed, row, start, columns, mean, reciprocal, next_weight, next_bias, NEXT_NORM, BLOCK_N
-            )
-            v = v.to(tl.bfloat16).to(tl.float32)
-            if GROUP > BLOCK_N:
-                v = v * scales[:, None]
-            elif own is not None:
-                sizes = tl.maximum(sizes, tl.max(size_of(v, mask), 1))
-                v = v * scale_of_all
-            else:
-                v = scaled(v, mask, row, row_mask, start, columns, inverse, None, GROUP, 8, BLOCK_M, BLOCK_N)
-            store_codes(codes, offsets, mask, v)
-        if own is not None:
-            tl.store(own + row, sizes.to(tl.float32, bitcast=True), mask=row_mask)
+        _store_fp8(
+            summed, codes, inverse, given, own, row, row_mask, columns, mean, reciprocal, next_weight, next_bias,
+            NEXT_NORM, GROUP, BLOCK_M, BLOCK_N,
+        )  # fmt: skip

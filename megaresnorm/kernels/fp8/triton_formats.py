@@ -46,13 +46,10 @@ def scaled(
     v, mask, row, row_mask, start, columns, inverse, given,
     GROUP: tl.constexpr, TOP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """v times its scales, of which GROUP columns share one, and whose inverse are stored.
+    """v times its scales, of which GROUP columns share one, and whose inverse are stored in ``inverse`` [M, groups].
 
-    Args:
-        start: number of the tile's first column, a multiple of GROUP.
-        columns: of a row, which has ceil(columns / GROUP) groups.
-        inverse: [M, groups].
-        given: [M, groups], what the scales are for, or None: the largest |v| of a group.
+    The tile begins at column ``start``, a multiple of GROUP, of ``columns`` in a row. The scales are for the largest
+    |v| of a group, or where they are given for those of ``given`` [M, groups].
     """
     if GROUP == BLOCK_N:
         at = row * ((columns + GROUP - 1) // GROUP) + start // GROUP
