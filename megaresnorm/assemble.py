@@ -183,9 +183,11 @@ def _compute_in_fp8(
     product, choices["fp8_product"] = choose_kernel(
         "fp8_product", fp8.backend, device, torch.bfloat16, kind, setting="precision.fp8.backend"
     )
-    backends["fp8_product"] = product.backend
+    quantize, choices["fp8_quantize"] = choose_kernel("fp8_quantize", "auto", device, torch.bfloat16)
+    backends |= {"fp8_product": product.backend, "fp8_quantize": quantize.backend}
     inner = fp8_blocks(fp8, model.recipe.num_blocks)
-    compute_in_fp8((block for i, block in model.blocks.items() if int(i) in inner), fp8, product.function)
+    blocks = (block for i, block in model.blocks.items() if int(i) in inner)
+    compute_in_fp8(blocks, fp8, product.function, quantize.implementation)
 
 
 def _layout(

@@ -21,6 +21,8 @@ NO_COMMANDS = {
     "campaign_stages.py",
     "campaign_engines.py",
     "campaign_report.py",
+    "campaign_kernels.py",
+    "norm_contenders.py",
     "stub_driver.py",
 }
 

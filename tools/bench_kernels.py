@@ -9,6 +9,10 @@ longer for the same bytes. Every call gets other buffers, more of them together 
 take turns; figures are medians. On a GPU times are those of CUDA graphs, on a CPU of one thread's processor time.
 Gradients go through autograd and come with the allocation of every result, for all contenders alike.
 
+fp8-row, fp8-block, fp8-mx and fp8-tensor are BF16 inputs whose branch input is written in FP8; the scale of a tensor is
+known before. Beside each is add_norm in BF16 with a kernel behind it that quantizes, which moves 11 bytes where one
+pass moves 7, and the peers' BF16, which nobody has quantized.
+
 "megaresnorm liger" and the like are our backends by other packages, with our types and weights in FP32; "Liger" and
 "quack" are called as their own users call them. Backends that cannot run are named with the reason before the tables.
 """
@@ -23,20 +27,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from bench_train import machine
 from contenders import MALLOC
-from torch import Tensor
+from norm_contenders import calls
 
 from megaresnorm.kernels import load_backends
-from megaresnorm.kernels.add_norm.fp8 import scale_for
-from megaresnorm.kernels.add_norm.reference import AddNormArgs, NormWeights
+from megaresnorm.kernels.add_norm.spec import FORMS
 from megaresnorm.kernels.registry import backends
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Bytes an element, x and delta of the same type: forward reads x and delta, writes the sum and the output; backward
 # reads the gradients of both and the sum, and writes one gradient, which is that of x and of delta.
-BYTES = {"fp32": (16, 16), "bf16": (8, 8), "fp8": (7, 8)}
+BYTES = {"fp32": (16, 16), "bf16": (8, 8), **{f"fp8-{form}": (7, 8) for form in FORMS}}
 Step = Callable[[int], object]  # with the number of the buffers to use; returns what it has made
 CALLS, SPIN = (
     20,
@@ -86,8 +88,8 @@ def parse() -> argparse.Namespace:
     add(
         "--precisions",
         type=lambda text: words(text, BYTES),
-        default=["bf16", "fp32"] + (["fp8"] if gpu else []),
-        help="bf16, fp32, fp8 (BF16 inputs)",
+        default=["bf16", "fp32"] + (["fp8-row", "fp8-block", "fp8-tensor"] if gpu else []),
+        help="bf16, fp32, fp8-row, fp8-block, fp8-mx, fp8-tensor",
     )
     add(
         "--norms",
@@ -226,75 +228,10 @@ def both(function: Callable, x: list, delta: list, d_sum: list, d_out: list) -> 
 
     def whole(i: int) -> object:
         a, b = x[i].detach().requires_grad_(), delta[i].detach().requires_grad_()
-        z, y = function(a, b)
-        d = d_out[i].to(y.dtype) if y.dtype == torch.float8_e4m3fn else d_out[i]
-        return z, y, torch.autograd.grad((z, y), (a, b), (d_sum[i], d))
+        z, y, *codes = function(a, b)
+        return z, y, codes, torch.autograd.grad((z, y), (a, b), (d_sum[i], d_out[i]))
 
     return forward, whole
-
-
-def calls(
-    device: torch.device, dtype: torch.dtype, precision: str, kind: str, weight: Tensor, bias: Tensor
-) -> dict[str, Callable]:
-    """Contenders as functions of (x, delta) that return (sum, output)."""
-    weight.requires_grad_()
-    bias.requires_grad_()
-    norm = NormWeights(kind, weight, bias if kind == "layernorm" else None, 1e-5)
-    out_dtype = torch.float8_e4m3fn if precision == "fp8" else dtype
-    scale = scale_for(torch.tensor(4.0, device=device)) if precision == "fp8" else None
-    found: dict[str, Callable] = {}
-    for kernel in backends("add_norm"):
-        if kernel.requires(device, dtype) is None and not (
-            precision == "fp8" and kernel.backend in ("te", "apex", "liger", "quack", "torch", "compile")
-        ):
-
-            def ours(x: Tensor, delta: Tensor, function: Callable = kernel.function) -> tuple[Tensor, Tensor]:
-                out = function(
-                    AddNormArgs(x, delta, next_norm=norm, residual_dtype=dtype, out_dtype=out_dtype, fp8_scale=scale)
-                )
-                return out.trunk, out.branch_input
-
-            found[f"megaresnorm {kernel.backend}"] = ours
-    own, own_bias = (t.detach().to(dtype).requires_grad_() for t in (weight, bias))
-
-    def eager(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        z = x + delta
-        if kind == "layernorm":
-            return z, F.layer_norm(z, z.shape[-1:], own, own_bias, 1e-5)
-        return z, F.rms_norm(z, z.shape[-1:], own, 1e-5)
-
-    found["eager"] = eager
-    if device.type == "cuda" or kind == "rmsnorm":  # on CPUs compiling layer_norm is slower than eager
-        found["torch.compile of eager"] = torch.compile(eager)
-    if device.type == "cuda" and kind == "rmsnorm":
-        found |= others(own, dtype)
-    return found
-
-
-def others(weight: Tensor, dtype: torch.dtype) -> dict[str, Callable]:
-    """Fused add and RMSNorm of other projects, where they are installed."""
-    found: dict[str, Callable] = {}
-    try:
-        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
-
-        def liger(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-            y, z = LigerFusedAddRMSNormFunction.apply(x, delta, weight, 1e-5, 0.0, "llama", False)
-            return z, y
-
-        found["Liger"] = liger
-    except ImportError:
-        pass
-    try:
-        from quack.rmsnorm import rmsnorm
-
-        def quack(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-            y, z = rmsnorm(x, weight, residual=delta, eps=1e-5, prenorm=True)
-            return z, y
-
-        found["quack"] = quack
-    except ImportError:
-        pass
-    return found
 
 
 def markdown(results: list[dict]) -> str:

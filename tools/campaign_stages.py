@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from campaign_engines import DEEP, DENSE, engine_of, ours, race, tokens
+from campaign_kernels import backends_of_packages, bandwidths
 from campaign_report import DEVICE, SMOKE, attempt, emit, row, seconds, wait
 from torch import Tensor
 
@@ -145,60 +146,6 @@ def warm() -> None:
             del step
 
 
-def backends_of_packages() -> None:
-    """Every backend of the ops that other packages have too, best of five calls; those that cannot run with why."""
-    from megaresnorm.kernels import load_backends
-    from megaresnorm.kernels.benchmark import benchmark_backends
-
-    load_backends()
-    columns = {"add_norm": 4096, "activation": 5632, "cross_entropy": 50304, "rotary": 4096}
-    for op, width in columns.items():
-        shape = (64, 32) if SMOKE else (8192, width)
-        for found in benchmark_backends(DEVICE, torch.bfloat16, [shape], [op]):
-            time = None if found.milliseconds is None else round(found.milliseconds, 3)
-            failed = {"failed": found.reason} if found.reason.startswith("failed") else {}
-            row("backends", name=f"{op} {shape[0]} x {shape[1]}: {found.backend}", ms=time, why=found.reason, **failed)
-
-
-def bandwidths() -> None:
-    """Rotary, activation and loss as a share of a copy: bytes as docs/kernels.md counts them, forward and both ways."""
-    from megaresnorm.kernels import load_backends
-    from megaresnorm.kernels.cross_entropy import one_for
-    from megaresnorm.kernels.registry import choose_kernel
-
-    load_backends()
-    tokens, heads, width, ffn, vocabulary = (64, 2, 16, 64, 256) if SMOKE else (8192, 32, 128, 8192, 50_304)
-    dtype = torch.bfloat16
-    big = torch.empty(1 << (16 if SMOKE else 29), dtype=torch.uint8, device=DEVICE)
-    copy = 2 * big.numel() / seconds(lambda: big.clone(), 0.2)
-    chosen = {op: choose_kernel(op, "auto", DEVICE, dtype)[0] for op in ("rotary", "activation", "cross_entropy")}
-    rotary, activate, loss = (kernel.function for kernel in chosen.values())
-    draw = lambda *shape: torch.randn(*shape, device=DEVICE, dtype=dtype).requires_grad_()  # noqa: E731
-    qkv, h, logits = draw(1, tokens, 3 * heads, width), draw(tokens, 2 * ffn), draw(tokens, vocabulary)
-    table, labels = torch.ones(tokens, width, device=DEVICE), torch.zeros(tokens, dtype=torch.long, device=DEVICE)
-    d_qkv, dy = [draw(1, tokens, heads, width).detach() for _ in range(3)], draw(tokens, ffn).detach()
-
-    def of_loss() -> None:
-        objective = loss(logits, labels)[1]
-        torch.autograd.grad(objective, logits, one_for(objective))
-
-    calls = {
-        "rotary forward": (lambda: rotary(qkv.detach(), heads, cos=table, sin=table), 4 * qkv.numel()),
-        "rotary both": (
-            lambda: torch.autograd.grad(rotary(qkv, heads, cos=table, sin=table), qkv, d_qkv), 8 * qkv.numel()
-        ),
-        "swiglu forward": (lambda: activate(h.detach(), None, "swiglu"), 6 * dy.numel()),
-        "swiglu both": (lambda: torch.autograd.grad(activate(h, None, "swiglu"), h, dy), 16 * dy.numel()),
-        "loss both": (of_loss, 6 * logits.numel()),
-    }  # fmt: skip
-    for name, (call, size) in calls.items():
-        with attempt("bandwidth", name):
-            rate = size / seconds(call, 0.1)
-            op = {"swiglu": "activation", "loss": "cross_entropy"}.get(name.split()[0], "rotary")
-            shares = {"GB/s": round(1e-9 * rate, 1), "of copy": round(rate / copy, 3)}
-            row("bandwidth", name=f"{name}, {chosen[op].backend}", **shares)
-
-
 def kernels() -> None:
     backends_of_packages()
     bandwidths()
@@ -207,9 +154,10 @@ def kernels() -> None:
     load_backends()
     torch.set_num_threads(1)
     rounds, rows_ = (2, 64) if SMOKE else (5, 8192)
-    cases = [(1024, "bf16"), (4096, "bf16"), (2048, "bf16"), (8192, "bf16"), (4096, "fp32"), (4096, "fp8")]
-    for columns, precision in [(32, "fp32")] if SMOKE else cases:
-        for kind in ("rmsnorm", "layernorm"):
+    cases = [(1024, "bf16"), (4096, "bf16"), (2048, "bf16"), (8192, "bf16"), (4096, "fp32")]
+    cases += [(4096, "fp8-row"), (4096, "fp8-block"), (4096, "fp8-mx"), (4096, "fp8-tensor"), (8192, "fp8-row")]
+    for columns, precision in [(32, "fp32"), (32, "fp8-row")] if SMOKE else cases:
+        for kind in ("rmsnorm",) if precision.startswith("fp8") else ("rmsnorm", "layernorm"):
             with attempt("kernels", f"{columns} {kind} {precision}"):
                 for found in measure(DEVICE, rows_, columns, precision, kind, rounds, 1 << (16 if SMOKE else 28)):
                     row(

@@ -5,9 +5,9 @@ import importlib
 MODULES = (
     "add_norm.reference",
     "add_norm.gpu_backends",
-    "add_norm.fp8",
     "fp8.product",
     "fp8.torch_product",
+    "fp8.quantize",
     "gpu.packages",
     "gpu.backends",
     "cpu.add_norm",

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from megaresnorm.kernels.add_norm.reference import AddNormArgs, NormWeights
 from megaresnorm.kernels.cross_entropy import differentiate
-from megaresnorm.kernels.fp8.formats import quantize
+from megaresnorm.kernels.fp8.formats import ROW, quantize
 from megaresnorm.kernels.fp8.product import FORMS, RECIPES
 from megaresnorm.kernels.registry import Kernel, backends, choose_kernel
 
-OPS = ("add_norm", "norm_quant", "rotary", "attention", "activation", "cross_entropy")
+OPS = ("add_norm", "fp8_quantize", "rotary", "attention", "activation", "cross_entropy")
 PRODUCT = "fp8_product"  # which is timed for every recipe, in BF16, as where precision.compute is fp8
 
 
@@ -25,7 +25,8 @@ class BackendTiming:
         kind: the form of an op of which all forms are timed; None of others.
         shape: rows and columns, as ``benchmark_backends`` takes them.
         chosen: whether ``auto`` takes this backend.
-        milliseconds: forward and backward, or one product, the best of five calls; None where it cannot run or failed.
+        milliseconds: forward and backward (if it has one), or one product, the best of five calls; None where it cannot
+            run or failed.
         reason: why ``auto`` does not take it, or why it cannot run; empty for the chosen one.
     """
 
@@ -107,10 +108,9 @@ def _add_norm(kernel: Kernel, rows: int, columns: int, device: torch.device, dty
     return call
 
 
-def _norm_quant(kernel: Kernel, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Callable:
-    x, weight = _random((rows, columns), device, dtype), torch.ones(columns, device=device)
-    statistics = torch.ones(rows, 2, device=device)
-    return lambda: kernel.function(x, NormWeights("rmsnorm", weight, None, 1e-5), statistics)
+def _fp8_quantize(kernel: Kernel, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Callable:
+    x = _random((rows, columns), device, dtype).detach()
+    return lambda: kernel.function(x, ROW)
 
 
 def _rotary(kernel: Kernel, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Callable:
@@ -151,4 +151,4 @@ def _product(kernel: Kernel, recipe: str, rows: int, columns: int, device: torch
     return lambda: kernel.function(x, w, None, torch.bfloat16, precise=False)
 
 
-_CALLS = dict(zip(OPS, (_add_norm, _norm_quant, _rotary, _attention, _activation, _cross_entropy), strict=True))
+_CALLS = dict(zip(OPS, (_add_norm, _fp8_quantize, _rotary, _attention, _activation, _cross_entropy), strict=True))

@@ -37,12 +37,11 @@ from megaresnorm.kernels.fp8.formats import (
     Fp8Output,
     Rows,
     amax_of,
-    checked,
     dequantize,
-    quantize,
     transposed,
 )
 from megaresnorm.kernels.fp8.product import FORMS, ProductKernel
+from megaresnorm.kernels.fp8.quantize import QuantizeKernels
 from megaresnorm.parallel.collectives import largest
 from megaresnorm.parallel.linear import ColumnLinear, Linear
 from megaresnorm.parallel.linear_kernel import LinearKernel
@@ -71,6 +70,7 @@ class Fp8Linear:
     Args:
         recipe: how they are scaled.
         product: the backend of FP8 products.
+        quantize: the backend that rounds what no norm has written in FP8.
         bf16: the products that stay in BF16.
         inputs: the axis over which inputs are sharded, as in ``RowLinear``; None: they are whole.
         outputs: the axis over which outputs are sharded, as in ``ColumnLinear``.
@@ -88,6 +88,7 @@ class Fp8Linear:
         self,
         recipe: Fp8Recipe,
         product: ProductKernel,
+        quantize: QuantizeKernels,
         bf16: LinearKernel,
         *,
         inputs: Axis | None = None,
@@ -96,7 +97,7 @@ class Fp8Linear:
         self.forms = FORMS[recipe.recipe]
         self._gradients = _TYPES.get(recipe.gradients)
         self._weight_grad_in_fp8 = recipe.weight_grad == "fp8"
-        self._product, self._bf16 = product, bf16
+        self._product, self._quantize, self._bf16 = product, quantize, bf16
         self._inputs, self._outputs = inputs, outputs
         self.delayed: Delayed | None = None
 
@@ -129,10 +130,9 @@ class Fp8Linear:
         if dtype is None:
             return Gradient(dy, None)
         if form != TENSOR:
-            folded = dy * self.weight.inverse.t().to(dy.dtype) if weight == ROW else dy
-            return Gradient(dy, quantize(folded, form, dtype))
-        own = amax_of(dy, TENSOR)
-        return Gradient(dy, self._in_tensor(dy, own, dtype, self._outputs, GRADIENTS))
+            factor = self.weight.inverse.flatten() if weight == ROW else None
+            return Gradient(dy, self._quantize.rows(dy, form, dtype, factor=factor))
+        return Gradient(dy, self._in_tensor(dy, dtype, self._outputs, GRADIENTS))
 
     def forward(self, x: Rows, operand: Tensor, bias: Tensor | None) -> Tensor:
         """See ``LinearKernel``."""
@@ -144,7 +144,7 @@ class Fp8Linear:
         if dy.codes is None:
             return self._bf16.input_grad(dy.values, dequantize(self.weight, dy.values.dtype))
         if self.forms.weight == MX:
-            weight = quantize(dequantize(self.weight, dy.values.dtype).t().contiguous(), MX)
+            weight = self._quantize.transposed(self.weight, MX, E4M3)
         else:
             weight = transposed(self.weight)
         if weight.form == ROW.transposed:  # whose scales are in dy
@@ -161,8 +161,8 @@ class Fp8Linear:
         assert dy.codes is not None and self._gradients is not None, "checked with the recipe"
         if form == TENSOR:
             return self._product(transposed(dy.codes), transposed(x), None, dtype, precise=True)
-        x_KT = quantize(dequantize(x, values.dtype).t().contiguous(), form)
-        dy_NT = quantize(values.t().contiguous(), form, self._gradients)
+        x_KT = self._quantize.transposed(x, form, E4M3)
+        dy_NT = self._quantize.transposed(values, form, self._gradients)
         return self._product(dy_NT, x_KT, None, dtype, precise=True)
 
     def add_weight_grad(self, total: Tensor, dy: Gradient, x: Rows) -> None:
@@ -177,25 +177,31 @@ class Fp8Linear:
         """
         form = self.forms.rows
         if form == TENSOR:
-            return self._in_tensor(x, amax_of(x, TENSOR), E4M3, axis, INPUTS)
-        return quantize(x, form, amax=None if axis is None else largest(amax_of(x, form), axis))
+            return self._in_tensor(x, E4M3, axis, INPUTS)
+        return self._quantize.rows(x, form, E4M3, amax=None if axis is None else largest(amax_of(x, form), axis))
 
-    def _in_tensor(self, x: Tensor, own: Tensor, dtype: torch.dtype, axis: Axis | None, which: int) -> Fp8:
-        """x with one scale: of earlier steps' largest numbers, else of ``own``, and of other ranks' on the axis."""
+    def _in_tensor(self, x: Tensor, dtype: torch.dtype, axis: Axis | None, which: int) -> Fp8:
+        """x with one scale: of earlier steps' largest numbers, else of its own, and of other ranks' on the axis."""
+        before = None if self.delayed is None else self.delayed.amax(which)
+        if before is None:
+            own = amax_of(x, TENSOR)
+            q = self._quantize.rows(x, TENSOR, dtype, amax=own if axis is None else largest(own, axis))
+        else:
+            q, own = self._quantize.delayed(x, dtype, before)
         if self.delayed is not None:
             self.delayed.saw(which, own)
-            if (before := self.delayed.amax(which)) is not None:
-                return checked(quantize(x, TENSOR, dtype, amax=before), own)
-        return quantize(x, TENSOR, dtype, amax=own if axis is None else largest(own, axis))
+        return q
 
 
-def compute_in_fp8(blocks: Iterable[nn.Module], recipe: Fp8Recipe, product: ProductKernel) -> None:
+def compute_in_fp8(
+    blocks: Iterable[nn.Module], recipe: Fp8Recipe, product: ProductKernel, quantize: QuantizeKernels
+) -> None:
     """Let the linear layers of blocks, which compute in BF16, compute in FP8."""
     for block in blocks:
         for module in block.modules():
             if isinstance(module, Linear):
                 axes = {"outputs": module.axis} if isinstance(module, ColumnLinear) else {"inputs": module.layout.axis}
-                module.kernel = Fp8Linear(recipe, product, module.kernel, **axes)
+                module.kernel = Fp8Linear(recipe, product, quantize, module.kernel, **axes)
 
 
 def fp8_layers(models: Iterable[nn.Module]) -> dict[str, tuple[Linear, Fp8Linear]]:

@@ -16,11 +16,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megaresnorm.kernels.add_norm import triton_fp8, triton_launch, triton_rows, triton_sharded, triton_wide
+from megaresnorm.kernels.add_norm import triton_launch, triton_rows, triton_sharded, triton_wide, triton_wide_forward
+from megaresnorm.kernels.add_norm.spec import FORMS
 from megaresnorm.kernels.dropout import threshold_of
+from megaresnorm.kernels.fp8.triton_quantize import group_of
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-POINTERS_OF_FP32 = ("weight", "bias", "statistics", "sums", "sum_", "gate", "amax", "scale", "coefficients", "inverse")
+POINTERS_OF_FP32 = ("weight", "bias", "statistics", "sums", "sum_", "gate", "given", "own", "coefficients", "inverse")
 KINDS = {"rmsnorm": 1, "layernorm": 2}
 TILE = {what: rf"tt\.{what} [^\n]*? : tensor<([^\n]*?)> loc" for what in ("load", "store")}
 WIDTHS = {"bf16": 2, "f8E4M3FN": 1}
@@ -32,7 +34,7 @@ def compiled(kernel, absent, types, constants, warps):
     ``loads_behind_a_barrier`` are loads in the machine code that wait until all threads have met at a sum over columns.
     ``loaded`` and ``stored`` are bytes an element of all tiles [m, n] that the program names, of which rows that are
     read a block of columns at a time have one for each time that they are read. ``wide_offsets`` is whether more than
-    2^31 elements are reached.
+    2^31 elements are reached. ``order_of_sums`` is which threads have which numbers of the tiles that are summed.
 
     Args:
         types: of pointers and numbers by name; everything else is FP32.
@@ -68,6 +70,7 @@ def compiled(kernel, absent, types, constants, warps):
         "loaded": loaded,
         "stored": stored,
         "wide_offsets": has_wide_offsets(made.asm["ttir"]),
+        "order_of_sums": order_of_sums(made.asm["ttgir"]),
     }
 
 
@@ -75,6 +78,13 @@ def has_wide_offsets(code):
     """Whether int64 numbers lead to every tile [m, n] of BF16 or FP8: those of its elements, or that of its row."""
     tiles = re.findall(r"tt\.addptr .*: tensor<\d+x\d+x!tt\.ptr<(?:bf16|f8\w+)>>, tensor<\d+x\d+x(i\d+)>", code)
     return set(tiles) <= {"i64"} or re.search(r"tt\.addptr .*: !tt\.ptr<bf16>, i64", code) is not None
+
+
+def order_of_sums(code):
+    """Layouts of the tiles of FP32 that are summed over columns, one after the other."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", code, re.MULTILINE))
+    sums = re.findall(r'"tt\.reduce"\(.*?\) <{axis = 1 .*?arith\.addf.*?: \(tensor<[^,]*, (#\w+)>', code, re.DOTALL)
+    return [layouts[name] for name in sums]
 
 
 def loads_behind_a_barrier(code):
@@ -97,36 +107,35 @@ def bytes_of(tile):
     return WIDTHS.get(re.search(r"<(\w+)", tile)[1], 0) if re.match(r"\d+x\d+x!", tile) else 0
 
 
-def types_of(kernel, fp8):
-    """BF16 tensors with FP32 weights and statistics."""
+def types_of(kernel):
+    """BF16 tensors with FP32 weights and statistics, and codes in E4M3."""
     types = dict.fromkeys(kernel.arg_names, "*bf16")
     types |= {name: "*fp32" for name in kernel.arg_names if name.startswith("sum_") or name.endswith(POINTERS_OF_FP32)}
     types |= {
         "rows": "i32",
         "columns": "i32",
         "rows_per_program": "i32",
-        "blocks": "i32",
         "whole_columns": "i32",
-        "fp8": "*fp8e4nv",
+        "codes": "*fp8e4nv",
     }
     types |= {"first_column": "i64", "key": "*i64", "numbers": "*i64"}
-    types |= dict.fromkeys(("alpha", "factor", "eps", "branch_eps", "next_eps"), "fp32")
-    types["scale"] = "*fp32" if "fp8" in kernel.arg_names else "fp32"
-    return types | ({"branch": "*fp8e4nv"} if fp8 else {})
+    return types | dict.fromkeys(("alpha", "scale", "factor", "eps", "branch_eps", "next_eps"), "fp32")
 
 
 def add_norm(columns, kind, mode):
     """The kernels of a call.
 
-    One norm, also with dropout; two (KEEL); a branch norm and one (sandwich); one with FP8 and amax.
+    One norm, also with dropout; two (KEEL); a branch norm and one (sandwich); one with each form of FP8.
     """
-    branch, two, fp8, drops = mode == "sandwich", mode == "keel", mode == "fp8", mode == "dropout"
+    branch, two, drops, form = mode == "sandwich", mode == "keel", mode == "dropout", mode.removeprefix("fp8 ")
+    fp8 = form in FORMS
     number = KINDS[kind]
     norms = {"BRANCH_NORM": number * branch, "NORM": number * two, "NEXT_NORM": number, "GATE": 0}
     norms |= {"THRESHOLD": threshold_of(0.1) if drops else 0}
     absent = {"gate", "sum_gate"} | ({"bias", "branch_bias", "next_bias"} if number == 1 else set())
     absent |= {f"sum_{name}" for name in absent if name.endswith("bias")}
-    absent |= set() if fp8 else {"amax", "fp8_scale"}
+    absent |= {"branch"} if fp8 else {"codes", "inverse"}
+    absent |= {"inverse"} if form == "tensor" else {"given", "own"}
     absent |= set() if drops else {"key", "numbers"}
     absent |= set() if two else {"trunk", "weight", "bias", "statistics", "sum_weight", "sum_bias"}
     if not branch:
@@ -135,12 +144,13 @@ def add_norm(columns, kind, mode):
 
     def of(kernel, without, shape, **constants):
         constants |= {"BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n}
-        return compiled(kernel, without, types_of(kernel, fp8), {**norms, **constants}, shape.warps)
+        return compiled(kernel, without, types_of(kernel), {**norms, **constants}, shape.warps)
 
     shape = triton_launch.forward_shape(columns, 1 + two + branch, drops)
-    kernel = (triton_wide if shape is None else triton_rows).forward_kernel
-    wide = ", in blocks" if shape is None else ""
-    yield f"forward{wide} {name}", of(kernel, absent, shape or triton_launch.WIDE, FP8=fp8)
+    kernel = (triton_wide_forward if shape is None else triton_rows).forward_kernel
+    wide, shape = ", in blocks" if shape is None else "", shape or triton_launch.WIDE
+    group = group_of(FORMS[form], columns, shape.block_n) if fp8 else 0
+    yield f"forward{wide} {name}", of(kernel, absent, shape, GROUP=group)
     if fp8:
         return  # its gradient is the other's
     absent |= set() if branch or drops else {"d_delta"}
@@ -166,11 +176,11 @@ def sharded(columns, kind):
         kernel = getattr(triton_sharded, f"{piece}_kernel")
         constants = shape | ({"LAYERNORM": kind == "layernorm"} if "LAYERNORM" in kernel.arg_names else {})
         absent = {"bias"} if kind == "rmsnorm" else set()
-        yield f"sharded {piece} {columns} {kind}", compiled(kernel, absent, types_of(kernel, False), constants, warps)
+        yield f"sharded {piece} {columns} {kind}", compiled(kernel, absent, types_of(kernel), constants, warps)
     if columns == 512:
         kernel = triton_sharded.grad_weights_kernel
         sizes = {"BLOCK_M": triton_sharded.WEIGHTS_M, "BLOCK_N": triton_sharded.WEIGHTS_N}
-        yield "sharded grad_weights, columns", compiled(kernel, set(), types_of(kernel, False), sizes, 4)
+        yield "sharded grad_weights, columns", compiled(kernel, set(), types_of(kernel), sizes, 4)
 
 
 def gathered(columns, kind):
@@ -184,7 +194,7 @@ def gathered(columns, kind):
         kernel = getattr(triton_sharded, f"{name}_kernel")
         yield (
             f"{name} {columns} {kind}",
-            compiled(kernel, absent, types_of(kernel, False) | types, {**constants, "BLOCK_N": columns}, warps),
+            compiled(kernel, absent, types_of(kernel) | types, {**constants, "BLOCK_N": columns}, warps),
         )
 
 
@@ -192,22 +202,20 @@ def everything(some=False):
     """All kernels; with ``some`` as they are launched for 4096 columns, and those that only wider rows have."""
     found = {}
     sizes = (4096,) if some else (1024, 2048, 4096, 8192, 16384, 32768)
-    for columns, kind, mode in product(sizes, KINDS, ("pre", "keel", "sandwich", "fp8", "dropout")):
-        if columns <= 8192 or mode in ("pre", "keel"):
+    modes = ("pre", "keel", "sandwich", "dropout", *(f"fp8 {form}" for form in FORMS))
+    for columns, kind, mode in product(sizes, KINDS, modes):
+        if mode.startswith("fp8"):
+            wanted = columns != 16384 and not (some and kind == "layernorm")
+        else:
+            wanted = columns <= 8192 or mode in ("pre", "keel")
+        if wanted:
             found |= dict(add_norm(columns, kind, mode))
     for columns in (8192, 32768) if some else ():
         found |= dict(add_norm(columns, "layernorm", "keel"))
     kernel, shape = triton_rows.sum_kernel, triton_launch.SUMS_TILE
     sizes = {"USED": 16, "BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n}
-    types = types_of(kernel, False) | {"partial": "*fp32", "programs": "i32"}
+    types = types_of(kernel) | {"partial": "*fp32", "programs": "i32"}
     found["sums of programs"] = compiled(kernel, set(), types, sizes, shape.warps)
-    kernel = triton_fp8.norm_quant_kernel
-    for blocks in (False, True):
-        absent = {"scale"} if blocks else {"inverse"}
-        sizes = {"BLOCK_M": 2, "BLOCK_N": 1024}
-        found[f"norm_quant {'blocks' if blocks else 'whole'}"] = compiled(
-            kernel, absent, types_of(kernel, False), sizes, 4
-        )
     for columns, kind in product((512, 4096) if some else (512, 4096, 8192), KINDS):
         found |= dict(sharded(columns, kind))
     for kind in KINDS:
@@ -216,10 +224,11 @@ def everything(some=False):
 
 
 if __name__ == "__main__":
-    import compile_ops  # which uses what is above
+    import compile_fp8  # which use what is above
+    import compile_ops
 
     some = "--some" in sys.argv
-    usage = everything(some) | compile_ops.everything(some)
+    usage = everything(some) | compile_fp8.everything(some) | compile_ops.everything(some)
     print(json.dumps(usage, indent=1))
     if "--write" in sys.argv:
         file, version = Path(__file__).with_name("registers.json"), ".".join(triton.__version__.split(".")[:2])

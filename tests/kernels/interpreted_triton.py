@@ -1,8 +1,8 @@
 """The Triton kernels' numbers in Triton's interpreter, on CPU tensors.
 
 test_triton.py runs this file in a process of its own with TRITON_INTERPRET=1, since Triton decides when it is imported.
-The interpreter's casts to BF16 truncate and those to E4M3 neither carry nor saturate (Triton 3.9), so here, and nowhere
-in the package, they are replaced by torch's.
+The interpreter's casts to BF16 truncate, those to FP8 neither carry nor saturate, and those from both are wrong for
+subnormal numbers (Triton 3.9), so here, and nowhere in the package, they are replaced by torch's.
 """
 
 import numpy as np
@@ -10,25 +10,34 @@ import pytest
 import test_sharded
 import torch
 import triton.runtime.interpreter as interpreter
-from add_norm_checks import BF16, DTYPES, F32, GATES, PATTERNS, check, check_fp8, make_norm
+from add_norm_checks import DTYPES, F32, GATES, PATTERNS, check, make_norm
 
 from megaresnorm.kernels import load_backends
 from megaresnorm.kernels.add_norm import op, triton_launch, triton_sharded
-from megaresnorm.kernels.add_norm import triton_fp8 as triton_fp8
-from megaresnorm.kernels.add_norm.fp8 import norm_quant
 from megaresnorm.kernels.add_norm.reference import AddNormArgs, add_norm
 
 load_backends()
 triton_kernel = op.fused_add_norm("triton")
 _original = interpreter._convert_float
-_CASTS = {"bf16": (torch.bfloat16, torch.int16, np.uint16), "fp8e4nv": (torch.float8_e4m3fn, torch.uint8, np.uint8)}
+_CASTS = {
+    "bf16": (torch.bfloat16, torch.int16, np.uint16),
+    "fp8e4nv": (torch.float8_e4m3fn, torch.uint8, np.uint8),
+    "fp8e5": (torch.float8_e5m2, torch.uint8, np.uint8),
+}
 
 
 def _convert(data, source, target, rounding=None):
-    if str(source) != "fp32" or str(target) not in _CASTS:
-        return _original(data, source, target, rounding)
-    dtype, integer, unsigned = _CASTS[str(target)]
-    return torch.from_numpy(np.ascontiguousarray(data).view(np.float32)).to(dtype).view(integer).numpy().view(unsigned)
+    to, of = _CASTS.get(str(target)), _CASTS.get(str(source))
+    if str(source) == "fp32" and to is not None:
+        dtype, integer, unsigned = to
+        return (
+            torch.from_numpy(np.ascontiguousarray(data).view(np.float32)).to(dtype).view(integer).numpy().view(unsigned)
+        )
+    if str(target) == "fp32" and of is not None:
+        dtype, integer, _ = of
+        signed = np.ascontiguousarray(data).view(np.int16 if integer == torch.int16 else np.uint8)
+        return torch.from_numpy(signed).view(dtype).float().numpy().view(np.uint32)
+    return _original(data, source, target, rounding)
 
 
 interpreter._convert_float = _convert
@@ -120,19 +129,6 @@ def test_strided_gradients(kernel):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=2e-5)
 
 
-def test_amax_shows_a_value_that_is_not_a_number(kernel):
-    x = torch.ones(3, 40)
-    x[1, 7] = float("nan")
-    assert kernel(
-        AddNormArgs(x, residual_dtype=F32, out_dtype=torch.float8_e4m3fn, fp8_scale=torch.tensor(1.0))
-    ).amax.isnan()
-
-
-@pytest.mark.parametrize("pattern", ["pre", "pre, rms", "keel", "none"])
-def test_fp8(kernel, pattern):
-    check_fp8(kernel, 9, 40, pattern)
-
-
 def test_empty_and_absent_gradients(kernel):
     norm = make_norm("layernorm", 40, torch.Generator().manual_seed(0))
     for rows in (0, 3):
@@ -155,31 +151,3 @@ def test_norms_over_divided_columns(kind, dtypes, monkeypatch):
         test_sharded.check(triton_sharded.SHARDED, kind, rows, columns, dtypes)
         if dtypes[0] == dtypes[1]:
             test_sharded.check_blocks(triton_sharded.SHARDED, kind, rows, columns, dtypes[0])
-
-
-@pytest.mark.parametrize(
-    "columns", [200, 1100, *(pytest.param(columns, marks=pytest.mark.slow) for columns in (128, 384))]
-)
-@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
-@pytest.mark.parametrize("whole", [True, False])
-def test_norm_quant(columns, kind, whole):
-    """Codes and inverse scales those of the reference but for a rounding tie here and there; gradients too."""
-    g = torch.Generator().manual_seed(columns)
-    x = (3 * torch.randn(9, columns, generator=g)).to(BF16)
-    x[3] = 0
-    norm = make_norm(kind, columns, g)
-    out = add_norm(AddNormArgs(x, next_norm=norm, residual_dtype=BF16, out_dtype=None))
-    scale = 448 / out.amax if whole else None
-    d = torch.randn(9, columns, generator=g).to(torch.float8_e4m3fn)
-    found = []
-    for function in (norm_quant, triton_fp8.norm_quant):
-        leaf = x.clone().requires_grad_()
-        fp8, inverse = function(leaf, norm, out.statistics, scale=scale)
-        found.append((fp8, inverse, *torch.autograd.grad(fp8, (leaf, norm.weight), d)))
-    (fp8, inverse, dx, dw), (got, got_inverse, got_dx, got_dw) = found
-    assert got.shape == (9, columns) and got_inverse.shape == (() if whole else (9, -(-columns // 128)))
-    assert (got.float() != fp8.float()).float().mean() < 0.01
-    torch.testing.assert_close(got.float(), fp8.float(), rtol=0.13, atol=0.002)
-    torch.testing.assert_close(got_inverse, inverse, rtol=1e-5, atol=0)
-    torch.testing.assert_close(got_dx, dx, rtol=0.02, atol=0.02)
-    torch.testing.assert_close(got_dw, dw, rtol=1e-4, atol=1e-4)

@@ -16,7 +16,7 @@ from megaresnorm.kernels.cpu.attention import fused_attention
 load_backends()
 cpu_activation = fused_activation("cpu")
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason="no C compiler")
-F32, BF16, FP8 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
+F32, BF16 = torch.float32, torch.bfloat16
 ops = torch.ops.megaresnorm
 fused = fused_add_norm("cpu")
 
@@ -52,7 +52,7 @@ EPS = [1e-5] * 3
 def add_norm_samples():
     x, delta, gate = leaf(5, 16), leaf(5, 16, dtype=BF16, seed=1), leaf(16, seed=2)
     w = [leaf(16, seed=i) for i in range(6)]
-    key, rows, plain = torch.tensor(7), torch.arange(5), (0.0, 0)
+    key, rows, plain = torch.tensor(7), torch.arange(5), (0.0, 0, "none")
     yield (x, delta, *[None] * 6, w[0], None, w[1], None, RMS, EPS, 2.0, 1.0, F32, BF16, "cpu", *plain)
     yield (x, delta, gate, None, key, rows, *w[:2], None, None, *w[4:], LAYER, EPS, 1.0, 1.0, BF16, F32, "cpu", *plain)
     turned = leaf(16, 5, seed=7).t()

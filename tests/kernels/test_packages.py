@@ -5,7 +5,8 @@ import sys
 
 import pytest
 import torch
-from add_norm_checks import BF16, DTYPES, F32, FP8, GATES, PATTERNS, check, make_norm
+from add_norm_checks import BF16, DTYPES, F32, GATES, PATTERNS, check, make_norm
+from fp8_checks import FORMS, check_fp8
 from standins import ADAPTERS, installed
 
 from megaresnorm.errors import ConfigError
@@ -75,14 +76,9 @@ def test_a_layernorm_without_a_bias(packages, backend):
 
 
 @pytest.mark.parametrize("backend", NORMS)
-def test_what_a_norm_of_another_package_cannot_do_is_one_line(packages, backend):
-    norm = make_norm("rmsnorm", 8, torch.Generator().manual_seed(0))
-    x, scale = torch.ones(2, 8), torch.tensor(1.0)
-    for out_dtype in (FP8, None):
-        args = AddNormArgs(x, x, next_norm=norm, residual_dtype=F32, out_dtype=out_dtype, fp8_scale=scale)
-        with pytest.raises(ValueError, match="writes no FP8, statistics or amax; take triton or the reference") as e:
-            kernel_named("add_norm", backend).function(args)
-        assert "\n" not in str(e.value)
+def test_a_branch_input_in_fp8_is_never_left_out(packages, backend):
+    for form, pattern in zip(FORMS, ("pre, rms", "pre", "keel", "none"), strict=True):
+        check_fp8(kernel_named("add_norm", backend).function, 5, 96, pattern, "number", "bf16 on fp32", form)
 
 
 @pytest.mark.parametrize("backend", NORMS)

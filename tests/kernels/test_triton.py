@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from add_norm_checks import BF16, DTYPES, GATES, PATTERNS, check, check_fp8, make_norm
+from add_norm_checks import BF16, DTYPES, GATES, PATTERNS, check, make_norm
 
 from megaresnorm.kernels import load_backends
 from megaresnorm.kernels.add_norm import op
@@ -68,6 +68,7 @@ def test_machine_code_for_sm_90(some):
     assert len(found) > 30
     met = check_bytes(found)
     assert some or met == set(bytes_in_the_docs())
+    assert_same_order_of_sums(found)
     for name, usage in found.items():
         assert usage["spilled_bytes"] == 0, (name, usage)
         assert usage["registers"] <= ceilings.get(name, 255), (name, usage)
@@ -77,8 +78,19 @@ def test_machine_code_for_sm_90(some):
             late = 4 if name.startswith("backward without sums sandwich") else 0
             assert usage["loads_behind_a_barrier"] <= late, (name, usage)
         # A program of the columns kernels stores 128 sums, one a thread; one of statistics and sums a number or two.
-        few = any(word in name for word in ("columns", "stats", "sums", "statistics"))
-        assert usage["loads_128"] > 0 and (usage["stores_128"] > 0 or few), (name, usage)
+        few = any(word in name for word in ("columns", "stats", "sums", "statistics", "largest"))
+        assert (usage["loads_128"] > 0 or name == "largest of programs") and (usage["stores_128"] > 0 or few), (
+            name,
+            usage,
+        )
+
+
+def assert_same_order_of_sums(found):
+    """A branch input in FP8 is the bits of that in BF16, which a recomputation makes of it: sums are in one order."""
+    for name, usage in found.items():
+        if name.startswith("forward") and "fp8" in name:
+            plain = re.sub("fp8 [a-z]+", "pre", name)
+            assert usage["order_of_sums"] and usage["order_of_sums"] == found[plain]["order_of_sums"], name
 
 
 def bytes_in_the_docs():
@@ -98,7 +110,7 @@ def check_bytes(usage):
     """Compare what the kernels move with the table. Returns the rows that were met."""
     table, met = bytes_in_the_docs(), set()
     for name, used in usage.items():
-        if name == "sums of programs":  # which has no tensor of elements
+        if name in ("sums of programs", "largest of programs"):  # which have no tensor of elements
             continue
         plain = re.sub(r" \d+\b|, bias", "", name)  # without the width
         row = max((row for row in table if plain.startswith(row)), key=len, default=None)
@@ -144,12 +156,6 @@ def test_on_a_gpu(pattern, gate, dtypes, columns, rows):
 def test_all_on_a_gpu(rows, columns, dtypes, pattern):
     for gate in GATES:
         check(op.fused_add_norm("triton"), rows, columns, pattern, gate, dtypes, device="cuda")
-
-
-@pytest.mark.gpu
-def test_fp8_on_a_gpu():
-    for columns in (192, 4096, 8192, 12288):
-        check_fp8(op.fused_add_norm("triton"), 199, columns, "pre, rms", device="cuda")
 
 
 @pytest.mark.gpu_all

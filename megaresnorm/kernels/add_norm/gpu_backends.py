@@ -14,10 +14,10 @@ from torch import Tensor
 
 from megaresnorm.kernels.add_norm import reference
 from megaresnorm.kernels.add_norm.op import register_add_norm
-from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, AddNormOutput
+from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, AddNormOutput, fp8_behind
 from megaresnorm.kernels.add_norm.sharded import ShardedNormKernels
-from megaresnorm.kernels.add_norm.spec import FP8, AddNormBackend, AddNormSpec, Inputs, Outputs, Saved
-from megaresnorm.kernels.gpu.requires import found, only_by_name, triton_requires
+from megaresnorm.kernels.add_norm.spec import AddNormBackend, AddNormSpec, Inputs, Outputs, Saved
+from megaresnorm.kernels.gpu.requires import converts_fp8, found, only_by_name, triton_requires
 from megaresnorm.kernels.registry import register_kernel
 
 
@@ -28,18 +28,8 @@ def _module(name: str) -> Any:
 # --- triton -----------------------------------------------------------------------------------------------------------
 
 
-def _fp8_requires(device: torch.device, dtype: torch.dtype) -> str | None:
-    if reason := triton_requires(device, dtype):
-        return reason
-    capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (8, 9)
-    return None if capability >= (8, 9) else "FP8 needs compute capability 8.9"
-
-
 def _triton_forward(inputs: Inputs, spec: AddNormSpec, outputs: Outputs) -> None:
-    x = inputs.x
-    if spec.out_dtype == FP8 and x.is_cuda and (reason := _fp8_requires(x.device, torch.float32)):
-        raise ValueError(f"add_norm/triton cannot write FP8: {reason}")
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(inputs.x):
         _module("triton_launch").forward(inputs, spec, outputs)
 
 
@@ -63,14 +53,9 @@ _TRITON = AddNormBackend(
     _triton_backward,
     ShardedNormKernels(*map(_triton_sharded, ShardedNormKernels._fields)),
     drops=True,
+    writes_fp8=converts_fp8,
 )
 register_add_norm("triton", _TRITON, requires=triton_requires)
-
-
-@register_kernel("norm_quant", "triton", requires=_fp8_requires)
-def _triton_fp8(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    with torch.cuda.device_of(arguments[0]):
-        return _module("triton_fp8").norm_quant(*arguments, **options)
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------------------
@@ -88,5 +73,6 @@ def _compiled() -> AddNormKernel:
 
 
 @register_kernel("add_norm", "compile", requires=_compile_requires, avoid=only_by_name)
+@fp8_behind  # and not compiled with it: the branch input would not be rounded before
 def _compiled_add_norm(args: AddNormArgs) -> AddNormOutput:
     return _compiled()(args)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, AddNormOutput, with_fp8
 from megaresnorm.kernels.add_norm.spec import (
-    FP8,
+    FORMS,
     SUMS,
     AddNormBackend,
     AddNormGradSpec,
@@ -30,6 +30,7 @@ from megaresnorm.kernels.add_norm.spec import (
     make_spec,
 )
 from megaresnorm.kernels.custom_op import FLOATS, CustomOp
+from megaresnorm.kernels.fp8.formats import E4M3, TENSOR, Fp8, scales_shape
 from megaresnorm.kernels.registry import Refusal, register_kernel
 
 
@@ -37,7 +38,8 @@ def fused_add_norm(backend: str) -> AddNormKernel:
     """``reference.add_norm`` computed by the fused backend of that name, in FP32, BF16 and (not in C) FP16."""
 
     def add_norm(args: AddNormArgs) -> AddNormOutput:
-        if args.fp8 is not None:
+        form, amax = _form_written_by(backend, args)
+        if args.fp8 is not None and form == "none":
             return with_fp8(add_norm, args)
         if args.dropout is not None and (args.delta is None or not backend_named(backend).drops):
             args = _dropped(args, add_norm)
@@ -46,7 +48,7 @@ def fused_add_norm(backend: str) -> AddNormKernel:
         probability, key, rows, first_column = _NO_DROPOUT if args.dropout is None else args.dropout
         if delta is None:
             alpha, gate, branch_norm = 1.0, 1.0, None
-            if args.norm is None and args.next_norm is None and out_dtype != FP8:  # nothing to fuse
+            if args.norm is None and args.next_norm is None and form == "none":  # nothing to fuse
                 trunk = x.to(args.residual_dtype)
                 read = None if out_dtype is None else trunk.to(out_dtype)
                 return AddNormOutput(trunk, read, None, None, trunk.detach())
@@ -62,24 +64,31 @@ def fused_add_norm(backend: str) -> AddNormKernel:
         make = AddNormSpec if torch.compiler.is_compiling() else _one_spec
         spec = make(
             (kind_0, kind_1, kind_2), (eps_0, eps_1, eps_2), alpha, constant_gate, args.residual_dtype, out_dtype,
-            backend, probability, first_column,
+            backend, probability, first_column, form,
         )  # fmt: skip
         tensors = _add_norm(
-            x, delta, learned, args.fp8_scale, key, rows, weight_0, bias_0, weight_1, bias_1, weight_2, bias_2, spec
-        )  # fmt: skip
+            x, delta, learned, amax, key, rows, weight_0, bias_0, weight_1, bias_1, weight_2, bias_2, spec
+        )
         outputs = _unflatten(tensors, spec, spec.stores_sum(x, delta))
         stored = x if outputs.z is None else outputs.z
         trunk = stored if outputs.trunk is None else outputs.trunk
         branch = None if out_dtype is None else trunk if outputs.branch is None else outputs.branch
-        return AddNormOutput(
-            trunk,
-            branch,
-            outputs.next_statistics,
-            None if outputs.amax is None else largest_of_rows(outputs.amax),
-            stored.detach(),
-        )
+        fp8 = None
+        if outputs.codes is not None and outputs.inverse is not None:
+            fp8 = Fp8(outputs.codes, outputs.inverse, FORMS[form])
+        return AddNormOutput(trunk, branch, outputs.next_statistics, outputs.amax, stored.detach(), fp8)
 
     return add_norm
+
+
+def _form_written_by(backend: str, args: AddNormArgs) -> tuple[str, Tensor | None]:
+    """The form of FP8 that a backend writes for a call, or none, and the amax that is for it."""
+    fp8 = args.fp8
+    if fp8 is None or args.out_dtype != torch.bfloat16 or not backend_named(backend).writes_fp8(args.x.device):
+        return "none", None
+    if (fp8.form == TENSOR) != (fp8.amax is not None):
+        return "none", None
+    return next((name for name, form in FORMS.items() if form == fp8.form), "none"), fp8.amax
 
 
 def _dropped(args: AddNormArgs, add_norm: AddNormKernel) -> AddNormArgs:
@@ -106,11 +115,6 @@ _NO_NORM = ("none", None, None, 0.0)
 _NO_DROPOUT = (0.0, None, None, 0)
 
 
-def largest_of_rows(amax_T: Tensor) -> Tensor:
-    """The largest amax over all rows; 0 without rows."""
-    return amax_T.amax() if amax_T.numel() else amax_T.new_zeros(())
-
-
 def _unflatten(tensors: Sequence, spec: AddNormSpec, stores_sum: bool) -> Outputs:
     """Name the operator's results, which are those of ``Outputs`` that exist, in its order."""
     rest = iter(tensors)
@@ -118,10 +122,12 @@ def _unflatten(tensors: Sequence, spec: AddNormSpec, stores_sum: bool) -> Output
         next(rest) if stores_sum else None,
         next(rest) if spec.norm else None,
         next(rest) if spec.writes_branch else None,
+        next(rest) if spec.writes_fp8 else None,
+        next(rest) if spec.writes_fp8 else None,
         next(rest) if spec.branch_norm else None,
         next(rest) if spec.norm else None,
         next(rest) if spec.next_norm else None,
-        next(rest) if spec.wants_amax else None,
+        next(rest) if spec.form == "tensor" else None,
     )
 
 
@@ -130,24 +136,33 @@ def _allocate(x: Tensor, delta: Tensor | None, spec: AddNormSpec) -> Outputs:
     return Outputs(
         empty(x, dtype=spec.residual_dtype) if spec.stores_sum(x, delta) else None,
         empty(x, dtype=spec.residual_dtype) if spec.norm else None,
-        empty(x, dtype=spec.out_dtype) if spec.writes_branch else None,
+        _branch(x, spec) if spec.writes_branch else None,
+        empty(x, dtype=E4M3) if spec.writes_fp8 else None,
+        x.new_empty(scales_shape(x.shape, FORMS[spec.form]), dtype=torch.float32) if spec.writes_fp8 else None,
         x.new_empty((rows, 2), dtype=torch.float32) if spec.branch_norm else None,
         x.new_empty((rows, 2), dtype=torch.float32) if spec.norm else None,
         x.new_empty((rows, 2), dtype=torch.float32) if spec.next_norm else None,
-        x.new_empty((rows,), dtype=torch.float32) if spec.wants_amax else None,
+        x.new_empty((1, 1), dtype=torch.float32) if spec.form == "tensor" else None,
     )
 
 
+def _branch(x: Tensor, spec: AddNormSpec) -> Tensor:
+    """The branch input without its values; in FP8 without memory for them, as what autograd sees of the codes."""
+    if spec.writes_fp8:
+        return x.new_empty_strided(x.shape, (0, 0), dtype=spec.out_dtype)
+    return torch.empty_like(x, dtype=spec.out_dtype, memory_format=torch.contiguous_format)
+
+
 def _forward(
-    x: Tensor, delta: Tensor | None, gate: Tensor | None, fp8_scale: Tensor | None, key: Tensor | None,
+    x: Tensor, delta: Tensor | None, gate: Tensor | None, amax: Tensor | None, key: Tensor | None,
     rows: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     *weights, spec = rest
-    _check(x, delta, gate, fp8_scale, weights, spec)
+    _check(x, delta, gate, amax, weights, spec)
     if spec.probability:
         _check_dropout(x, delta, key, rows, spec)
     delta = None if delta is None else delta.contiguous()
-    inputs = Inputs(x.contiguous(), delta, gate, fp8_scale, key, rows, weights)
+    inputs = Inputs(x.contiguous(), delta, gate, amax, key, rows, weights)
     outputs = _allocate(inputs.x, delta, spec)
     backend_named(spec.backend).forward(inputs, spec, outputs)
     return tuple([t for t in outputs if t is not None])
@@ -157,7 +172,7 @@ def _check(
     x: Tensor,
     delta: Tensor | None,
     gate: Tensor | None,
-    fp8_scale: Tensor | None,
+    amax: Tensor | None,
     weights: Sequence[Tensor | None],
     spec: AddNormSpec,
 ) -> None:
@@ -181,12 +196,14 @@ def _check(
         raise ValueError(
             f"add_norm/{spec.backend}: the gate has shape {list(gate.shape)}; wanted [1] or [{x.shape[1]}]"
         )
-    if spec.residual_dtype not in FLOATS or spec.out_dtype not in (*FLOATS, FP8, None):
+    if spec.residual_dtype not in FLOATS or spec.out_dtype not in (*FLOATS, None):
         raise TypeError(
             f"add_norm/{spec.backend}: cannot write {spec.residual_dtype} and {spec.out_dtype}; take the reference"
         )
-    if spec.out_dtype == FP8 and (fp8_scale is None or fp8_scale.numel() != 1 or fp8_scale.dtype != torch.float32):
-        raise ValueError(f"add_norm/{spec.backend}: out_dtype={FP8} needs fp8_scale, one number in float32")
+    if spec.next_norm and spec.out_dtype is None:
+        raise ValueError(f"add_norm/{spec.backend}: a next_norm needs an out_dtype")
+    if spec.form == "tensor" and (amax is None or amax.numel() != 1 or amax.dtype != torch.float32):
+        raise ValueError(f"add_norm/{spec.backend}: one scale for all needs an amax, one number in float32")
 
 
 def _check_dropout(x: Tensor, delta: Tensor | None, key: Tensor | None, rows: Tensor | None, spec: AddNormSpec) -> None:
@@ -206,8 +223,8 @@ def _fake(x: Tensor, delta: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
 def _save(ctx: Any, arguments: tuple, results: tuple[Tensor, ...]) -> None:
     x, delta, gate, _, key, rows, *weights, spec = arguments
     stores_sum = spec.stores_sum(x, delta)
-    z, trunk, _, *statistics, amax = _unflatten(results, spec, stores_sum)
-    ctx.mark_non_differentiable(*[t for t in (*statistics, amax) if t is not None])
+    z, trunk, _, codes, inverse, *statistics, amax = _unflatten(results, spec, stores_sum)
+    ctx.mark_non_differentiable(*[t for t in (codes, inverse, *statistics, amax) if t is not None])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         x if z is None else z,
@@ -284,12 +301,12 @@ _STATISTICS = ", ".join(f"Tensor? {place}_statistics" for place in _PLACES)
 
 _SPEC = (
     "str[] kinds, float[] eps, float alpha, float scale, ScalarType residual_dtype, ScalarType? out_dtype, "
-    "str backend, float probability, int first_column"
+    "str backend, float probability, int first_column, str form"
 )
 
 
 _add_norm = CustomOp(
-    f"add_norm(Tensor x, Tensor? delta, Tensor? gate, Tensor? fp8_scale, Tensor? key, Tensor? rows, "
+    f"add_norm(Tensor x, Tensor? delta, Tensor? gate, Tensor? amax, Tensor? key, Tensor? rows, "
     f"{_WEIGHTS}, {_SPEC}) -> Tensor[]",
     12,
     make_spec,

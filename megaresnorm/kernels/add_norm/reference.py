@@ -3,6 +3,7 @@
 T rows (tokens)   D columns (model dim)
 """
 
+import functools
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megaresnorm.kernels.dropout import Dropout
-from megaresnorm.kernels.fp8.formats import TENSOR, Fp8, Fp8Output, amax_of, checked, quantize
+from megaresnorm.kernels.fp8.formats import E4M3, TENSOR, Fp8, Fp8Output, quantize, quantize_delayed
 from megaresnorm.kernels.registry import register_kernel
 
 
@@ -42,12 +43,8 @@ class AddNormArgs:
         norm: norm of the sum, whose output is the trunk.
         next_norm: norm of the trunk, whose output is the branch input.
         residual_dtype: of the stored sum and the trunk.
-        out_dtype: of the branch input; None where nobody reads it. With float8_e4m3fn the branch input is fp8_scale
-            times the value, saturating at 448, and its gradient is taken to be that of the value. Autograd casts the
-            gradient of an FP8 tensor to E4M3 without a scale, so gradients below 2^-10 would vanish; the consumer of
-            FP8 must prevent that.
-        fp8_scale: a scalar FP32.
-        fp8: how the branch input, rounded to ``out_dtype``, is written in FP8 as well; None: it is not.
+        out_dtype: of the branch input; None where nobody reads it, and then there is no next_norm.
+        fp8: how the branch input, rounded to ``out_dtype``, is written in FP8; None: it is not.
     """
 
     x: Tensor
@@ -60,7 +57,6 @@ class AddNormArgs:
     next_norm: NormWeights | None = None
     residual_dtype: torch.dtype
     out_dtype: torch.dtype | None
-    fp8_scale: Tensor | None = None
     fp8: Fp8Output | None = None
     dropout: Dropout | None = None
 
@@ -72,17 +68,18 @@ class AddNormOutput(NamedTuple):
         trunk: [T, D], the residual stream.
         branch_input: [T, D]; None where no out_dtype was asked for.
         statistics: [T, 2] FP32 of ``next_norm``, mean (0 for RMSNorm) and 1 / deviation of every row.
-        amax: the largest |branch input| before the scale of FP8, a scalar FP32.
+        amax: the largest |branch input|, FP32 [1, 1], where ``fp8`` has an amax of earlier steps.
         stored: the stored sum z without a gradient, which backward keeps: the call without an add, on z in the place
             of x, gives the same branch input. None where a backend does not tell.
-        fp8: the branch input in FP8, where ``fp8`` asks for it. Then ``branch_input`` may have no values, and stands
-            for it in autograd alone.
+        fp8: the branch input in FP8 (E4M3), where ``fp8`` asks for it. Then ``branch_input`` may have no values, and
+            stands for it in autograd alone, so that its gradient is in ``out_dtype``: autograd casts the gradient of
+            an FP8 tensor to FP8 without a scale, where most of it vanishes.
     """
 
     trunk: Tensor
-    branch_input: Tensor | None
-    statistics: Tensor | None
-    amax: Tensor | None
+    branch_input: Tensor | None = None
+    statistics: Tensor | None = None
+    amax: Tensor | None = None
     stored: Tensor | None = None
     fp8: Fp8 | None = None
 
@@ -104,11 +101,6 @@ def add_norm(args: AddNormArgs) -> AddNormOutput:
 
     The statistics of a norm are taken in FP32 from the *stored* tensor before it, and its output is rounded once:
     each result is a function of what is stored, so recomputing it is exact. FP64 input is computed in FP64.
-
-    The amax is computed for FP8, and for out_dtype None with a next_norm: then ``fp8.norm_quant`` can scale by it.
-
-    Raises:
-        ValueError: out_dtype is float8_e4m3fn and fp8_scale is None.
     """
     if args.fp8 is not None:
         return with_fp8(add_norm, args)
@@ -133,17 +125,12 @@ def add_norm(args: AddNormArgs) -> AddNormOutput:
         stored = _stored(normalize(stored, args.norm), residual_dtype)
     trunk = in_type(stored, residual_dtype)
     kept = trunk.detach() if kept is None else kept
-    if args.next_norm is None and out_dtype is None:
-        return AddNormOutput(trunk, None, None, None)
+    if out_dtype is None:
+        assert args.next_norm is None
+        return AddNormOutput(trunk)
     branch_input, statistics = stored, None
     if args.next_norm is not None:
         branch_input, statistics = normalize_with_statistics(stored, args.next_norm)
-    if out_dtype is None:
-        return AddNormOutput(trunk, None, statistics, largest(branch_input))
-    if out_dtype == torch.float8_e4m3fn:
-        if args.fp8_scale is None:
-            raise ValueError("add_norm/reference: out_dtype=torch.float8_e4m3fn needs fp8_scale")
-        return AddNormOutput(trunk, to_fp8(branch_input, args.fp8_scale), statistics, largest(branch_input))
     return AddNormOutput(trunk, in_type(branch_input, out_dtype), statistics, None, kept)
 
 
@@ -155,8 +142,19 @@ def with_fp8(kernel: AddNormKernel, args: AddNormArgs) -> AddNormOutput:
     values, (form, amax) = out.branch_input.detach(), args.fp8
     if amax is None:
         return out._replace(fp8=quantize(values, form))
-    own = amax_of(values, TENSOR)
-    return out._replace(fp8=checked(quantize(values, form, amax=amax), own), amax=own)
+    assert form == TENSOR
+    q, own = quantize_delayed(values, E4M3, amax)
+    return out._replace(fp8=q, amax=own)
+
+
+def fp8_behind(kernel: AddNormKernel) -> AddNormKernel:
+    """Decorator that lets a kernel that does not write FP8 take ``fp8``: its branch input is quantized behind it."""
+
+    @functools.wraps(kernel)
+    def add_norm(args: AddNormArgs) -> AddNormOutput:
+        return kernel(args) if args.fp8 is None else with_fp8(kernel, args)
+
+    return add_norm
 
 
 def in_type(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -186,11 +184,6 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
-
-
-def largest(x: Tensor) -> Tensor:
-    """The largest |x|; 0 for an empty tensor. No gradient."""
-    return x.detach().abs().amax() if x.numel() else x.new_zeros(())
 
 
 def normalize(x_TD: Tensor, norm: NormWeights) -> Tensor:
@@ -236,18 +229,3 @@ class _RMSNorm(torch.autograd.Function):
         mean = (product @ weight).div_(x.shape[-1]).unsqueeze(-1)
         dx = (dy * weight).addcmul_(unit, mean, value=-1.0).mul_(reciprocal)
         return dx, product.sum_to_size(weight.shape), None
-
-
-def to_fp8(x: Tensor, scale: Tensor) -> Tensor:
-    """x times ``scale`` in saturating E4M3; NaN stays NaN. The output's gradient is passed on as the gradient of x."""
-    return _ToFp8.apply(x, scale)
-
-
-class _ToFp8(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
-        return (x * scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].float(), None

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from megaresnorm.kernels.add_norm.sharded import REFERENCE, ShardedNormKernels
+from megaresnorm.kernels.fp8.formats import BLOCK, MX, ROW, TENSOR
 from megaresnorm.kernels.registry import kernel_named
 
-FP8 = torch.float8_e4m3fn
+# Forms of FP8 that a fused backend may write at once; a tensor's with an amax of earlier steps.
+FORMS = {"row": ROW, "block": BLOCK, "mx": MX, "tensor": TENSOR}
 SUMS = 7  # column sums of the backward pass: gradients of weight and bias of the three norms, and of the gate
 
 
@@ -28,11 +30,12 @@ class AddNormSpec:
         backend: name of the fused backend.
         probability: of dropout of the branch; 0 for none.
         first_column: the global number of the first column, for the mask of dropout.
+        form: of ``FORMS``, in which the branch input is written in FP8 instead; none where it is not.
 
     Attributes:
         branch_norm, norm, next_norm: whether there is that norm.
-        writes_branch: whether the branch input is a tensor of its own, not the trunk.
-        wants_amax: whether the call computes amax.
+        writes_branch: whether the branch input is a tensor of its own, not the trunk. With FP8 it has no values.
+        writes_fp8: whether the branch input is written in FP8.
     """
 
     def __init__(
@@ -46,19 +49,20 @@ class AddNormSpec:
         backend: str,
         probability: float = 0.0,
         first_column: int = 0,
+        form: str = "none",
     ) -> None:
         self.kinds, self.eps, self.alpha, self.constant_gate = kinds, eps, alpha, constant_gate
         self.residual_dtype, self.out_dtype, self.backend = residual_dtype, out_dtype, backend
-        self.probability, self.first_column = probability, first_column
+        self.probability, self.first_column, self.form = probability, first_column, form
         self.branch_norm, self.norm, self.next_norm = (kind != "none" for kind in kinds)
         self.writes_branch = out_dtype is not None and (self.next_norm or out_dtype != residual_dtype)
-        self.wants_amax = out_dtype == FP8 or (out_dtype is None and self.next_norm)
+        self.writes_fp8 = form != "none"
 
     def values(self) -> tuple:
         """The constructor's arguments, in the order of the operator's schema."""
         return (
             self.kinds, self.eps, self.alpha, self.constant_gate, self.residual_dtype, self.out_dtype, self.backend,
-            self.probability, self.first_column,
+            self.probability, self.first_column, self.form,
         )  # fmt: skip
 
     def without_next_norm(self) -> "AddNormSpec":
@@ -84,7 +88,7 @@ class Inputs(NamedTuple):
     Attributes:
         x, delta: the residual stream and the branch's output [T, D]; delta is None where nothing is added.
         gate: learned gate, FP32 [1] or [D].
-        fp8_scale: FP32, one number.
+        amax: FP32 [1, 1], for whose scale a whole tensor is written in FP8.
         key, rows: of dropout, as in ``kernels.dropout.Dropout``; None without it.
         weights: weight and bias of the three norms, FP32 [D] or None, six in all.
     """
@@ -92,7 +96,7 @@ class Inputs(NamedTuple):
     x: Tensor
     delta: Tensor | None
     gate: Tensor | None
-    fp8_scale: Tensor | None
+    amax: Tensor | None
     key: Tensor | None
     rows: Tensor | None
     weights: Sequence[Tensor | None]
@@ -104,14 +108,17 @@ class Outputs(NamedTuple):
     Attributes:
         z: the stored sum; None too where x itself is the stored sum.
         trunk: the output of ``norm``.
-        branch: the branch input, where it is not the trunk.
+        branch: the branch input, where it is not the trunk. With FP8 it has no values, and a backend leaves it alone.
+        codes, inverse: the branch input in FP8, as in ``Fp8``.
         branch_statistics, statistics, next_statistics: [T, 2] FP32 of each norm, mean and 1 / deviation.
-        amax: [T] FP32, the largest |branch input| of every row, before the scale of FP8.
+        amax: FP32 [1, 1], the largest |branch input|, where that of earlier steps is given.
     """
 
     z: Tensor | None
     trunk: Tensor | None
     branch: Tensor | None
+    codes: Tensor | None
+    inverse: Tensor | None
     branch_statistics: Tensor | None
     statistics: Tensor | None
     next_statistics: Tensor | None
@@ -149,12 +156,15 @@ class AddNormBackend(NamedTuple):
             was added.
         drops: whether it computes dropout of the branch; otherwise it is given what eager PyTorch has dropped.
         sharded: kernels of its norm over a sharded hidden dimension.
+        writes_fp8: called with a device: whether it writes the branch input in ``FORMS`` of FP8 there, in the place of
+            BF16; otherwise it is quantized behind it.
     """
 
     forward: Callable[[Inputs, AddNormSpec, Outputs], None]
     backward: Callable[[Tensor | None, Tensor | None, Saved, AddNormSpec, Tensor, Tensor | None], Tensor]
     sharded: ShardedNormKernels = REFERENCE
     drops: bool = False
+    writes_fp8: Callable[[torch.device], bool] = lambda device: False
 
 
 def backend_named(name: str) -> AddNormBackend:
@@ -195,4 +205,4 @@ _one_grad_spec = functools.lru_cache(maxsize=4096)(AddNormGradSpec)
 
 def make_grad_spec(*values: Any) -> AddNormGradSpec:
     """The one ``AddNormGradSpec`` whose ``values()`` these are, from a cache."""
-    return _one_grad_spec(make_spec(*values[:9]), *values[9:])
+    return _one_grad_spec(make_spec(*values[:10]), *values[10:])

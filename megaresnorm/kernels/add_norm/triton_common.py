@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from megaresnorm.kernels.fp8.triton_formats import saturated
+
 
 @triton.jit
 def tile_of(ptr, offsets, mask):
@@ -95,6 +97,20 @@ def kept(bits, row_hash, cols, first_column, THRESHOLD: tl.constexpr):
 
 
 @triton.jit
+def factors_of(
+    gate, scale, key, numbers, factor, row, row_mask, cols, col_mask, first_column,
+    GATE: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    """What a tile of the branch is multiplied by: its gate, and with a THRESHOLD the mask of dropout and ``factor``."""
+    found = gate_of(gate, scale, cols, col_mask, GATE)
+    if THRESHOLD:
+        bits = tl.load(key)
+        row_hash = hash_of_rows(bits, numbers, row, row_mask)
+        found = tl.where(kept(bits, row_hash, cols, first_column, THRESHOLD), found * factor, 0.0)
+    return found
+
+
+@triton.jit
 def store_pair(coefficients, row, row_mask, along, average, PLACE: tl.constexpr):
     """Store mean(g unit) and mean(g) of every row for the norm at PLACE: 0 the branch's, 1 the sum's, 2 the next."""
     at = coefficients + 6 * row + 2 * PLACE
@@ -103,17 +119,10 @@ def store_pair(coefficients, row, row_mask, along, average, PLACE: tl.constexpr)
 
 
 @triton.jit
-def largest_of(v, mask):
-    """The largest |v| of every row, compared as bit patterns: NaN is the largest."""
-    size = tl.where(mask, tl.abs(v), 0.0).to(tl.int32, bitcast=True)
-    return tl.max(size, 1).to(tl.float32, bitcast=True)
+def store_codes(codes, offsets, mask, y):
+    """Store y, which has been scaled, in E4M3.
 
-
-@triton.jit
-def as_output(y, factor, branch, FP8: tl.constexpr):
-    """y in the type of ``branch``; for FP8 times ``factor`` and saturated at 448, the largest number of E4M3."""
-    if FP8:
-        y = y * factor
-        y = tl.where(y > 448.0, 448.0, y)
-        y = tl.where(y < -448.0, -448.0, y)
-    return y.to(branch.dtype.element_ty)
+    Eight codes a thread, as many as of BF16 numbers: the compiler gives all tiles of a kernel the layout of the widest
+    accesses, and with sixteen a row would be summed in another order than where its branch input is stored in BF16.
+    """
+    tl.store(tl.max_contiguous(codes + offsets, [1, 8]), saturated(y, 8).to(codes.dtype.element_ty), mask=mask)

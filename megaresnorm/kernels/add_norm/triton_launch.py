@@ -10,10 +10,12 @@ import torch
 import triton
 from torch import Tensor
 
-from megaresnorm.kernels.add_norm import triton_rows, triton_wide
-from megaresnorm.kernels.add_norm.spec import FP8, SUMS, AddNormSpec, Inputs, Outputs, Saved
+from megaresnorm.kernels.add_norm import triton_rows, triton_wide, triton_wide_forward
+from megaresnorm.kernels.add_norm.spec import FORMS, SUMS, AddNormSpec, Inputs, Outputs, Saved
 from megaresnorm.kernels.custom_op import launcher
 from megaresnorm.kernels.dropout import factor_of, threshold_of
+from megaresnorm.kernels.fp8.formats import E4M3
+from megaresnorm.kernels.fp8.triton_quantize import group_of, note_amax
 
 MAX_FORWARD = 16384  # columns of a row in registers, with one norm; half as many with several
 MAX_BACKWARD = 8192  # likewise in backward, however many norms
@@ -75,21 +77,24 @@ def shape_without_sums(columns: int) -> Shape | None:
 
 def forward(inputs: Inputs, spec: AddNormSpec, outputs: Outputs) -> None:
     """Fill ``outputs``, as ``AddNormBackend.forward``."""
-    x, delta, gate, fp8_scale, key, numbers, w = inputs
+    x, delta, gate, given, key, numbers, w = inputs
     rows, columns = x.shape
-    if rows == 0:
-        return
     shape = forward_shape(columns, *_work(spec))
-    kernel = triton_wide.forward_kernel if shape is None else triton_rows.forward_kernel
+    kernel = triton_wide_forward.forward_kernel if shape is None else triton_rows.forward_kernel
     shape = shape or WIDE
-    z, trunk, branch, branch_statistics, statistics, next_statistics, amax = outputs
-    launcher(kernel)[(triton.cdiv(rows, shape.block_m),)](
-        x, delta, gate, z, trunk, branch, amax, fp8_scale, key, numbers,
-        w[0], w[1], branch_statistics, w[2], w[3], statistics, w[4], w[5], next_statistics,
-        rows, columns, spec.alpha, spec.constant_gate, factor_of(spec.probability), spec.first_column, *spec.eps,
-        *_kinds(spec), _kind_of_gate(gate), spec.out_dtype == FP8, threshold_of(spec.probability),
-        shape.block_m, shape.block_n, num_warps=shape.warps,
-    )  # fmt: skip
+    z, trunk, branch, codes, inverse, branch_statistics, statistics, next_statistics, amax = outputs
+    group = group_of(FORMS[spec.form], columns, shape.block_n) if spec.writes_fp8 else 0
+    own = None if amax is None else x.new_empty(rows, dtype=torch.float32)
+    if rows:
+        launcher(kernel)[(triton.cdiv(rows, shape.block_m),)](
+            x, delta, gate, z, trunk, None if spec.writes_fp8 else branch, codes, inverse, given, own, key, numbers,
+            w[0], w[1], branch_statistics, w[2], w[3], statistics, w[4], w[5], next_statistics,
+            rows, columns, spec.alpha, spec.constant_gate, factor_of(spec.probability), spec.first_column, *spec.eps,
+            *_kinds(spec), _kind_of_gate(gate), group, threshold_of(spec.probability),
+            shape.block_m, shape.block_n, num_warps=shape.warps,
+        )  # fmt: skip
+    if own is not None and given is not None and amax is not None and inverse is not None:
+        note_amax(own, given, amax, inverse, E4M3)
 
 
 def backward(

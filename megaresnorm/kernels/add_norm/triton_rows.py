@@ -21,18 +21,18 @@ import triton
 import triton.language as tl
 
 from megaresnorm.kernels.add_norm.triton_common import (
-    as_output,
     columns_of,
     gate_of,
     hash_of_rows,
     kept,
-    largest_of,
     load_statistics,
     statistics_of,
+    store_codes,
     store_pair,
     store_statistics,
     tile_of,
 )
+from megaresnorm.kernels.fp8.triton_formats import scale_for, scaled, size_of
 
 
 @triton.jit
@@ -53,20 +53,24 @@ def _weight_and_bias(weight, bias, cols, mask):
 
 @triton.jit(do_not_specialize=["rows", "first_column"])
 def forward_kernel(
-    x, delta, gate, z, trunk, branch, amax, fp8_scale, key, numbers,
+    x, delta, gate, z, trunk, branch, codes, inverse, given, own, key, numbers,
     branch_weight, branch_bias, branch_statistics, weight, bias, statistics, next_weight, next_bias, next_statistics,
     rows, columns, alpha, scale, factor, first_column, branch_eps, eps, next_eps,
-    BRANCH_NORM: tl.constexpr, NORM: tl.constexpr, NEXT_NORM: tl.constexpr, GATE: tl.constexpr, FP8: tl.constexpr,
+    BRANCH_NORM: tl.constexpr, NORM: tl.constexpr, NEXT_NORM: tl.constexpr, GATE: tl.constexpr, GROUP: tl.constexpr,
     THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """z = alpha x + gate dropout(branch_norm(delta)), trunk = norm(z), branch = next_norm(trunk) of BLOCK_M rows.
 
-    Tensors are [M, N], statistics [M, 2], amax and numbers [M], weights and biases [N]; None where a call has none.
-    Each norm reads the rounded tensor before it. amax is the largest |branch| of a row before ``fp8_scale``. With a
-    THRESHOLD there is dropout (``triton_common.kept``), and what is kept is multiplied by ``factor``.
+    Tensors are [M, N], statistics [M, 2], numbers [M], weights and biases [N]; None where a call has none. Each norm
+    reads the rounded tensor before it. With a THRESHOLD there is dropout (``triton_common.kept``), and what is kept is
+    multiplied by ``factor``.
+
+    With ``codes`` the branch input is rounded to BF16 and written in FP8 instead: GROUP columns share a scale, whose
+    inverse is stored in ``inverse`` [M, groups]. With ``own`` [M] all have that of the amax
+    ``given`` [1], and the largest |branch| of every row is stored there.
 
     Reads x and delta, writes z, trunk (with NORM) and branch, each once. With next_norm alone that is 8 bytes an
-    element in BF16, 12 with an FP32 stream, 7 with branch in FP8, 4 without delta; NORM adds the trunk.
+    element in BF16, 12 with an FP32 stream, 4 without delta; NORM adds the trunk. In FP8 it is one less: 7 and 11.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
@@ -74,7 +78,8 @@ def forward_kernel(
     mask = row_mask[:, None] & col_mask[None, :]
     offsets = row[:, None] * columns + cols[None, :]
     v = tile_of(x, offsets, mask)
-    fp8_factor = tl.load(fp8_scale) if FP8 else 1.0
+    if own is not None:
+        scale_of_all = scale_for(given, 8)
     if delta is not None:
         d = tile_of(delta, offsets, mask)
         factors = gate_of(gate, scale, cols, col_mask, GATE)
@@ -109,10 +114,16 @@ def forward_kernel(
         mean, reciprocal = statistics_of(v, mask, columns, next_eps, NEXT_NORM)
         store_statistics(next_statistics, row, row_mask, mean, reciprocal)
         v = _affine(v, mean, reciprocal, next_w, next_b, next_bias)
-    if amax is not None:
-        tl.store(amax + row, largest_of(v, mask), mask=row_mask)
     if branch is not None:
-        tl.store(branch + offsets, as_output(v, fp8_factor, branch, FP8), mask=mask)
+        tl.store(branch + offsets, v.to(branch.dtype.element_ty), mask=mask)
+    if codes is not None:
+        v = v.to(tl.bfloat16).to(tl.float32)
+        if own is not None:
+            tl.store(own + row, tl.max(size_of(v, mask), 1).to(tl.float32, bitcast=True), mask=row_mask)
+            v = v * scale_of_all
+        else:
+            v = scaled(v, mask, row, row_mask, 0, columns, inverse, None, GROUP, 8, BLOCK_M, BLOCK_N)
+        store_codes(codes, offsets, mask, v)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
-"""add_norm in Triton for rows that do not fit in registers: a block of columns at a time.
+"""Gradients of add_norm in Triton for rows that do not fit in registers: a block of columns at a time.
 
-The forward pass and the gradients of rows have one program a row, which reads its row once for each sum that it needs.
-The column sums are a second kernel, over blocks of columns, that reads the few numbers a row which the first one left.
+The gradients of rows have one program a row, which reads its row once for each sum that it needs. The column sums are a
+second kernel, over blocks of columns, that reads the few numbers a row which the first one left.
 
 triton_rows has the equations, triton_launch the tiles. Bytes an element count every load and store of the code; a row
 that is read again may come from a cache.
@@ -13,117 +13,13 @@ import triton
 import triton.language as tl
 
 from megaresnorm.kernels.add_norm.triton_common import (
-    as_output,
     columns_of,
-    gate_of,
-    hash_of_rows,
-    kept,
-    largest_of,
+    factors_of,
     load_statistics,
     normalized,
     store_pair,
-    store_statistics,
     tile_of,
 )
-
-
-@triton.jit
-def _statistics(source, row, columns, eps, KIND: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Mean and 1 / deviation [1] of one row in memory, in two passes; RMSNorm (KIND 1) needs only the second."""
-    mean = tl.zeros([1], tl.float32)
-    if KIND == 2:
-        total = tl.zeros([1, BLOCK_N], tl.float32)
-        for start in range(0, columns, BLOCK_N):
-            cols = start + tl.arange(0, BLOCK_N)
-            total += tile_of(source, row[:, None] * columns + cols[None, :], (cols < columns)[None, :])
-        mean = tl.sum(total, 1) / columns
-    squares = tl.zeros([1, BLOCK_N], tl.float32)
-    for start in range(0, columns, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        mask = (cols < columns)[None, :]
-        centred = tile_of(source, row[:, None] * columns + cols[None, :], mask) - mean[:, None]
-        squares += tl.where(mask, centred * centred, 0.0)
-    variance = tl.sum(squares, 1) / columns
-    return mean, tl.div_rn(variance * 0.0 + 1.0, tl.sqrt_rn(variance + eps))
-
-
-@triton.jit
-def _factors(
-    gate, scale, key, numbers, factor, row, row_mask, cols, col_mask, first_column,
-    GATE: tl.constexpr, THRESHOLD: tl.constexpr,
-):  # fmt: skip
-    """What a tile of the branch is multiplied by: its gate, and with a THRESHOLD the mask of dropout and ``factor``."""
-    found = gate_of(gate, scale, cols, col_mask, GATE)
-    if THRESHOLD:
-        bits = tl.load(key)
-        row_hash = hash_of_rows(bits, numbers, row, row_mask)
-        found = tl.where(kept(bits, row_hash, cols, first_column, THRESHOLD), found * factor, 0.0)
-    return found
-
-
-@triton.jit(do_not_specialize=["rows", "first_column"])
-def forward_kernel(
-    x, delta, gate, z, trunk, branch, amax, fp8_scale, key, numbers,
-    branch_weight, branch_bias, branch_statistics, weight, bias, statistics, next_weight, next_bias, next_statistics,
-    rows, columns, alpha, scale, factor, first_column, branch_eps, eps, next_eps,
-    BRANCH_NORM: tl.constexpr, NORM: tl.constexpr, NEXT_NORM: tl.constexpr, GATE: tl.constexpr, FP8: tl.constexpr,
-    THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Equations and arguments of triton_rows.forward_kernel; BLOCK_M is 1.
-
-    With next_norm alone and in BF16 it moves 12 bytes an element for RMSNorm and 14 for LayerNorm: x, delta and z for
-    the sum (6), z once or twice for the statistics (2 or 4), z and branch for the output (4).
-    """
-    row = tl.program_id(0).to(tl.int64) + tl.arange(0, BLOCK_M)
-    row_mask = row < rows
-    if BRANCH_NORM:
-        b_mean, b_reciprocal = _statistics(delta, row, columns, branch_eps, BRANCH_NORM, BLOCK_N)
-        store_statistics(branch_statistics, row, row_mask, b_mean, b_reciprocal)
-    if z is not None:
-        for start in range(0, columns, BLOCK_N):
-            cols = start + tl.arange(0, BLOCK_N)
-            col_mask = cols < columns
-            offsets, mask = row[:, None] * columns + cols[None, :], col_mask[None, :]
-            v = tile_of(x, offsets, mask)
-            if delta is not None:
-                d = tile_of(delta, offsets, mask)
-                if BRANCH_NORM:
-                    d = normalized(d, b_mean, b_reciprocal, branch_weight, branch_bias, cols, col_mask)
-                v = alpha * v + d * _factors(
-                    gate, scale, key, numbers, factor, row, row_mask, cols, col_mask, first_column, GATE, THRESHOLD
-                )
-            tl.store(z + offsets, v.to(z.dtype.element_ty), mask=mask)
-        tl.debug_barrier()  # other threads of the program read what was stored
-    stored = x if z is None else z
-    if NORM:
-        mean, reciprocal = _statistics(stored, row, columns, eps, NORM, BLOCK_N)
-        store_statistics(statistics, row, row_mask, mean, reciprocal)
-        for start in range(0, columns, BLOCK_N):
-            cols = start + tl.arange(0, BLOCK_N)
-            col_mask = cols < columns
-            offsets, mask = row[:, None] * columns + cols[None, :], col_mask[None, :]
-            v = normalized(tile_of(stored, offsets, mask), mean, reciprocal, weight, bias, cols, col_mask)
-            tl.store(trunk + offsets, v.to(trunk.dtype.element_ty), mask=mask)
-        tl.debug_barrier()
-    summed = trunk if NORM else stored
-    if NEXT_NORM:
-        mean, reciprocal = _statistics(summed, row, columns, next_eps, NEXT_NORM, BLOCK_N)
-        store_statistics(next_statistics, row, row_mask, mean, reciprocal)
-    largest = tl.zeros([BLOCK_M], tl.int32)
-    fp8_factor = tl.load(fp8_scale) if FP8 else 1.0
-    if (branch is not None) or (amax is not None):
-        for start in range(0, columns, BLOCK_N):
-            cols = start + tl.arange(0, BLOCK_N)
-            col_mask = cols < columns
-            offsets, mask = row[:, None] * columns + cols[None, :], col_mask[None, :]
-            v = tile_of(summed, offsets, mask)
-            if NEXT_NORM:
-                v = normalized(v, mean, reciprocal, next_weight, next_bias, cols, col_mask)
-            largest = tl.maximum(largest, largest_of(v, mask).to(tl.int32, bitcast=True))
-            if branch is not None:
-                tl.store(branch + offsets, as_output(v, fp8_factor, branch, FP8), mask=mask)
-    if amax is not None:
-        tl.store(amax + row, largest.to(tl.float32, bitcast=True), mask=row_mask)
 
 
 @triton.jit
@@ -235,7 +131,7 @@ def rows_kernel(
         )  # fmt: skip
         tl.store(dx + offsets, (g * alpha).to(dx.dtype.element_ty), mask=mask)
         if d_delta is not None:
-            gated = tl.where(mask, g, 0.0) * _factors(
+            gated = tl.where(mask, g, 0.0) * factors_of(
                 gate, scale, key, numbers, factor, row, row_mask, cols, col_mask, first_column, GATE, THRESHOLD
             )
             if BRANCH_NORM:
@@ -256,7 +152,7 @@ def rows_kernel(
                 d_trunk, d_branch, z, trunk, weight, statistics, next_weight, next_statistics, coefficients,
                 row, row_mask, offsets, mask, cols, col_mask, NORM, NEXT_NORM, 2,
             )  # fmt: skip
-            gated = g * _factors(
+            gated = g * factors_of(
                 gate, scale, key, numbers, factor, row, row_mask, cols, col_mask, first_column, GATE, THRESHOLD
             )
             mean, reciprocal = load_statistics(branch_statistics, row, row_mask)
@@ -310,14 +206,14 @@ def columns_kernel(
             d = tile_of(delta, offsets, mask)
             if BRANCH_NORM:
                 mean, reciprocal = load_statistics(branch_statistics, row, row_mask)
-                gated = g * _factors(
+                gated = g * factors_of(
                     gate, scale, key, numbers, factor, row, row_mask, cols, col_mask, first_column, GATE, THRESHOLD
                 )
                 a_branch_weight += gated * ((d - mean[:, None]) * reciprocal[:, None])
                 a_branch_bias += gated
                 d = normalized(d, mean, reciprocal, branch_weight, branch_bias, cols, col_mask)
             if sum_gate is not None:
-                ones = _factors(
+                ones = factors_of(
                     gate, 1.0, key, numbers, factor, row, row_mask, cols, col_mask, first_column, 0, THRESHOLD
                 )
                 a_gate += tl.where(mask, g * ones * d, 0.0)

@@ -24,8 +24,6 @@ struct forward {
     const void *x, *delta;      /* [rows, columns] */
     const float *gate;          /* [columns], [1] or NULL: then scale */
     void *z, *trunk, *branch;   /* outputs, or NULL; z and trunk have residual_type */
-    float *amax;                /* [rows], or NULL */
-    const float *fp8_scale;     /* [1], or NULL */
     struct norm branch_norm, norm, next_norm;
     long columns, gate_size, x_type, delta_type, residual_type, branch_type;
     long stream; /* outputs are larger than the caches */
@@ -96,22 +94,18 @@ static void row_statistics(const float *restrict x, long n, const struct norm *n
     norm->statistics[2 * row + 1] = *reciprocal;
 }
 
-/* y = (x - mean) * reciprocal * weight + bias, stored as OUT; the scratch row gets what was stored, and the largest |y| is returned. */
-INLINE float apply_norm(const struct norm *norm, const float *x, float *y, void *restrict out, int OUT, float fp8_scale, int want_amax,
-                        float mean, float reciprocal, long n) {
+/* y = (x - mean) * reciprocal * weight + bias, stored as OUT; the scratch row gets what was stored. */
+INLINE void apply_norm(const struct norm *norm, const float *x, float *y, void *restrict out, int OUT, float mean, float reciprocal,
+                       long n) {
     const float *restrict weight = norm->weight, *restrict bias = norm->bias;
-    uint32_t amax = 0; /* of bit patterns: NaN is the largest */
 #define NORMALIZE(offset) \
-    _Pragma("omp simd reduction(max : amax)") for (long i = 0; i < n; i++) { \
+    _Pragma("omp simd") for (long i = 0; i < n; i++) { \
         float value = (x[i] - mean) * reciprocal * weight[i] + (offset); \
-        const uint32_t size = bits(fabsf(value)); \
-        if (want_amax) amax = size > amax ? size : amax; \
-        if (out) store(out, OUT, i, OUT == E4M3 ? value * fp8_scale : value); \
+        if (out) store(out, OUT, i, value); \
         if (y) y[i] = rounded(value, OUT); \
     }
     if (bias) { NORMALIZE(bias[i]) } else { NORMALIZE(0.0f) }
 #undef NORMALIZE
-    return from_bits(amax);
 }
 
 INLINE void copy_row(const void *from, int T, float *restrict to, long n) {
@@ -119,30 +113,23 @@ INLINE void copy_row(const void *from, int T, float *restrict to, long n) {
     for (long i = 0; i < n; i++) to[i] = load(from, T, i);
 }
 
-INLINE float store_row(const float *restrict x, void *restrict out, int OUT, float fp8_scale, long n) {
-    uint32_t amax = 0;
-#pragma omp simd reduction(max : amax)
-    for (long i = 0; i < n; i++) {
-        const uint32_t size = bits(fabsf(x[i]));
-        amax = size > amax ? size : amax;
-        store(out, OUT, i, OUT == E4M3 ? x[i] * fp8_scale : x[i]);
-    }
-    return from_bits(amax);
+INLINE void store_row(const float *restrict x, void *restrict out, int OUT, long n) {
+#pragma omp simd
+    for (long i = 0; i < n; i++) store(out, OUT, i, x[i]);
 }
 
 EXPORT void add_norm_forward(const struct forward *a, long first, long last) {
     const long n = a->columns;
     float *z = scratch(3, n), *y = z + padded(n), *staging = y + padded(n);
     const float scale = a->gate_size == 1 ? a->gate[0] : (float)a->scale;
-    const float fp8_scale = a->fp8_scale ? a->fp8_scale[0] : 1.0f;
     for (long row = first; row < last; row++) {
-        float mean, reciprocal, amax = 0.0f;
+        float mean, reciprocal;
         const void *delta = row_of(a->delta, a->delta_type, row, n);
         int delta_type = a->delta_type;
         if (a->branch_norm.kind) {
             WITH_TYPE(delta_type, D, copy_row(delta, D, y, n));
             row_statistics(y, n, &a->branch_norm, row, &mean, &reciprocal);
-            apply_norm(&a->branch_norm, y, y, NULL, F32, 1.0f, 0, mean, reciprocal, n);
+            apply_norm(&a->branch_norm, y, y, NULL, F32, mean, reciprocal, n);
             delta = y, delta_type = F32;
         }
         sum_row(a, row, delta, delta_type, scale, z, staging);
@@ -150,20 +137,17 @@ EXPORT void add_norm_forward(const struct forward *a, long first, long last) {
         if (a->norm.kind) {
             void *trunk = target(a->trunk, a->residual_type, row, n, a->stream, staging);
             row_statistics(z, n, &a->norm, row, &mean, &reciprocal);
-            WITH_TYPE(a->residual_type, T, apply_norm(&a->norm, z, z, trunk, T, 1.0f, 0, mean, reciprocal, n));
+            WITH_TYPE(a->residual_type, T, apply_norm(&a->norm, z, z, trunk, T, mean, reciprocal, n));
             flush(a->trunk, a->residual_type, row, n, a->stream, staging);
         }
         void *branch = target(a->branch, a->branch_type, row, n, a->stream, staging);
         if (a->next_norm.kind) {
             row_statistics(z, n, &a->next_norm, row, &mean, &reciprocal);
-            if (a->amax) WITH_OUTPUT(a->branch_type, B,
-                amax = apply_norm(&a->next_norm, z, NULL, branch, B, fp8_scale, 1, mean, reciprocal, n));
-            else WITH_OUTPUT(a->branch_type, B, apply_norm(&a->next_norm, z, NULL, branch, B, 1.0f, 0, mean, reciprocal, n));
+            WITH_TYPE(a->branch_type, B, apply_norm(&a->next_norm, z, NULL, branch, B, mean, reciprocal, n));
         } else if (branch) {
-            WITH_OUTPUT(a->branch_type, B, amax = store_row(z, branch, B, fp8_scale, n));
+            WITH_TYPE(a->branch_type, B, store_row(z, branch, B, n));
         }
         flush(a->branch, a->branch_type, row, n, a->stream, staging);
-        if (a->amax) a->amax[row] = amax;
     }
     stream_end();
     free(z);

@@ -35,7 +35,7 @@ def _fields(pointers: str, numbers: str) -> list[tuple]:
 
 class _Forward(ctypes.Structure):
     _fields_ = _fields(
-        "x delta gate z trunk branch amax fp8_scale",
+        "x delta gate z trunk branch",
         "columns gate_size x_type delta_type residual_type branch_type stream",
     )
 
@@ -49,12 +49,12 @@ class _Backward(ctypes.Structure):
 
 
 def _forward(inputs: Inputs, spec: AddNormSpec, outputs: Outputs) -> None:
-    x, delta, gate, fp8_scale, _, _, weights = inputs
-    z, trunk, branch, *statistics, amax = outputs
+    x, delta, gate, _, _, _, weights = inputs
+    z, trunk, branch, _, _, *statistics, _ = outputs
     rows, columns = x.shape
     at, type_of = build.address, build.type_of
     argument = _Forward(
-        at(x), at(delta), at(gate), at(z), at(trunk), at(branch), at(amax), at(fp8_scale),
+        at(x), at(delta), at(gate), at(z), at(trunk), at(branch),
         *_norms(spec, weights, statistics), columns, 0 if gate is None else gate.numel(),
         type_of(x), type_of(delta), build.number_of(spec.residual_dtype), type_of(branch),
         rows * columns > STREAM_ELEMENTS, spec.alpha, spec.constant_gate,

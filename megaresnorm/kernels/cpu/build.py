@@ -52,7 +52,7 @@ LEVELS: dict[str, tuple[set[str], list[str]]] = {
     "scalar": (set(), []),
 }
 FLOATS = (torch.float32, torch.bfloat16)  # of activations
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}  # as common.h numbers them
+TYPES = {torch.float32: 0, torch.bfloat16: 1}  # as common.h numbers them
 THREAD_ELEMENTS = 1 << 18  # elements of work for which a thread is worth starting
 VERSION_SECONDS = (
     60.0  # for ``cc --version``: milliseconds, but a cold network file system under a cluster's start takes its time

@@ -19,7 +19,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 
-enum type { F32 = 0, BF16 = 1, E4M3 = 2 }; /* as build.py numbers torch's types */
+enum type { F32 = 0, BF16 = 1 }; /* as build.py numbers torch's types */
 
 INLINE uint32_t bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
 INLINE float from_bits(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
@@ -31,31 +31,18 @@ INLINE uint16_t to_bf16(float f) { /* nearest, ties to even; NaN stays NaN */
     return (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
 }
 
-INLINE uint8_t to_e4m3(float f) { /* nearest, ties to even, saturating at 448; NaN stays NaN */
-    uint32_t u = bits(f), magnitude = u & 0x7fffffff;
-    float a = from_bits(magnitude);
-    float clamped = a > 448.0f ? 448.0f : a;
-    uint32_t v = bits(clamped);
-    uint32_t normal = ((v + 0x7ffff + ((v >> 20) & 1)) >> 20) - ((127 - 7) << 3);
-    uint32_t tiny = bits(clamped + 0x1p14f) - bits(0x1p14f); /* the addition rounds to multiples of 2^-9 */
-    uint32_t code = a < 0x1p-6f ? tiny : normal;
-    code = magnitude > 0x7f800000 ? 0x7f : code;
-    return (uint8_t)(code | (u >> 24 & 0x80));
-}
-
 INLINE float load(const void *p, int type, long i) {
     return type == BF16 ? from_bf16(((const uint16_t *)p)[i]) : ((const float *)p)[i];
 }
 
 INLINE void store(void *p, int type, long i, float f) {
     if (type == F32) ((float *)p)[i] = f;
-    else if (type == BF16) ((uint16_t *)p)[i] = to_bf16(f);
-    else ((uint8_t *)p)[i] = to_e4m3(f);
+    else ((uint16_t *)p)[i] = to_bf16(f);
 }
 
 INLINE float rounded(float f, int type) { return type == BF16 ? from_bf16(to_bf16(f)) : f; }
 
-INLINE long size_of(int type) { return type == F32 ? 4 : type == BF16 ? 2 : 1; }
+INLINE long size_of(int type) { return type == F32 ? 4 : 2; }
 
 /* Row r of a matrix of n columns; NULL stays NULL. */
 INLINE const void *row_of(const void *p, int type, long r, long n) {
@@ -72,8 +59,6 @@ INLINE void prefetch_next(const void *p, int type, long r, long last, long n) {
 /* A loop is specialised for each type by calling it with constants: WITH_TYPE(t, T, f(T, ...)). */
 #define WITH_TYPE(type, T, call) \
     do { if ((type) == BF16) { const int T = BF16; call; } else { const int T = F32; call; } } while (0)
-#define WITH_OUTPUT(type, T, call) \
-    do { if ((type) == E4M3) { const int T = E4M3; call; } else WITH_TYPE(type, T, call); } while (0)
 
 /* e^x to about 1e-7; 0 below -87 and infinity above 88.37. */
 INLINE float exp_f32(float x) {

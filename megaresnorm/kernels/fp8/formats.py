@@ -15,7 +15,7 @@ from torch import Tensor
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
-_TOP = {E4M3: 8, E5M2: 15}  # both largest numbers are 1.75 times 2 to this power
+TOP = {E4M3: 8, E5M2: 15}  # both largest numbers are 1.75 times 2 to this power
 _BIAS, _FRACTION, _THREE_QUARTERS = 127, 23, 0x600000  # of FP32: exponents begin there; the bits of 1.75's fraction
 _DEEPEST = 126  # a scale of more than 2^126 would have an inverse that is no normal number
 
@@ -102,9 +102,9 @@ def scales_of(amax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     >>> [scale.tolist() for scale in scales_of(torch.tensor([0.0, 224.0, 225.0, torch.inf]), E4M3)]
     [[1.0, 2.0, 1.0, 1.0], [1.0, 0.5, 1.0, nan]]
     """
-    bits = amax.view(torch.int32)
+    bits = amax.view(torch.int32) & 0x7FFFFFFF  # a NaN may have a sign
     exponent = bits >> _FRACTION
-    power = (_TOP[dtype] + _BIAS) - exponent - ((bits & ((1 << _FRACTION) - 1)) > _THREE_QUARTERS).int()
+    power = (TOP[dtype] + _BIAS) - exponent - ((bits & ((1 << _FRACTION) - 1)) > _THREE_QUARTERS).int()
     power = torch.where((bits == 0) | (exponent == 255), 0, power.clamp(max=_DEEPEST))
     scales = ((_BIAS + power) << _FRACTION).view(torch.float32)
     inverse = ((_BIAS - power) << _FRACTION).view(torch.float32)
@@ -118,7 +118,7 @@ def amax_of(x: Tensor, form: Form) -> Tensor:
         x: [M, K].
     """
     if not x.numel():
-        return x.new_zeros(_count(x.shape[0], form.rows), _count(x.shape[1], form.columns), dtype=torch.float32)
+        return x.new_zeros(scales_shape(x.shape, form), dtype=torch.float32)
     size = x.abs()
     if form == TENSOR:
         return size.amax().float().view(1, 1)
@@ -129,14 +129,25 @@ def amax_of(x: Tensor, form: Form) -> Tensor:
     return _in_blocks(padded, form).amax((1, 3)).float()
 
 
-def quantize(x: Tensor, form: Form, dtype: torch.dtype = E4M3, *, amax: Tensor | None = None) -> Fp8:
+def quantize(
+    x: Tensor,
+    form: Form,
+    dtype: torch.dtype = E4M3,
+    *,
+    amax: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> Fp8:
     """x in FP8, every element rounded to nearest, ties to even.
 
     Args:
         x: [M, K] in BF16 or FP32.
         amax: FP32, what the scales are for, in their shape; larger elements become the largest number of the format.
             None: that of x.
+        factor: FP32 [K], by which the columns of x are multiplied before, in the type of x, which is exact for powers
+            of two; None: they are not.
     """
+    if factor is not None:
+        x = x * factor.to(x.dtype)
     scales, inverse = scales_of(amax_of(x, form) if amax is None else amax, dtype)
     y = _times(x, scales, form)  # in x's type: exact, but for what rounds to zero afterwards
     if amax is not None:
@@ -144,9 +155,27 @@ def quantize(x: Tensor, form: Form, dtype: torch.dtype = E4M3, *, amax: Tensor |
     return Fp8(y.to(dtype), inverse, form)
 
 
-def checked(q: Fp8, amax: Tensor) -> Fp8:
-    """q, or numbers that are not finite where their largest, amax, was not, which saturation would hide."""
-    return q._replace(inverse=torch.where(amax.isfinite(), q.inverse, torch.nan))
+def quantize_delayed(x: Tensor, dtype: torch.dtype, amax: Tensor) -> tuple[Fp8, Tensor]:
+    """x in FP8 with the one scale of an amax of earlier steps (delayed scaling), and the largest |x|.
+
+    Args:
+        amax: FP32 [1, 1]; larger elements become the largest number of the format.
+
+    Returns:
+        x in FP8, whose inverse scale is NaN where an element was not finite, which saturation would hide; and FP32
+        [1, 1].
+    """
+    own, q = amax_of(x, TENSOR), quantize(x, TENSOR, dtype, amax=amax)
+    return q._replace(inverse=torch.where(own.isfinite(), q.inverse, torch.nan)), own
+
+
+def quantize_transposed(x: Rows, form: Form, dtype: torch.dtype = E4M3) -> Fp8:
+    """The transpose of x [M, K] in FP8 [K, M], with scales of its own: for a product that sums along M.
+
+    Args:
+        x: values, or FP8, which is read as BF16.
+    """
+    return quantize((dequantize(x, torch.bfloat16) if isinstance(x, Fp8) else x).t().contiguous(), form, dtype)
 
 
 def dequantize(q: Fp8, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -198,5 +227,7 @@ def _in_blocks(x: Tensor, form: Form) -> Tensor:
     return x.unflatten(1, (-1, form.columns or x.shape[1])).unflatten(0, (-1, form.rows or x.shape[0]))
 
 
-def _count(size: int, shared: int | None) -> int:
-    return 1 if shared is None else -(-size // shared)
+def scales_shape(shape: tuple[int, ...], form: Form) -> tuple[int, int]:
+    """The shape of the scales of [M, K]."""
+    rows, columns = (1 if shared is None else -(-size // shared) for size, shared in zip(shape, form, strict=True))
+    return rows, columns

@@ -14,7 +14,7 @@ from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
 from torch import Tensor
 
-from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormOutput, NormWeights
+from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormOutput, NormWeights, fp8_behind
 from megaresnorm.kernels.cross_entropy import GradientInPlace
 from megaresnorm.kernels.gpu.packages import add_then, is_plain_add_rms_norm
 
@@ -23,12 +23,9 @@ CASTING, OFFSET, IN_PLACE = "gemma", 0.0, False
 IGNORED = -1
 
 
+@fp8_behind
 def add_norm(args: AddNormArgs) -> AddNormOutput:
-    """``reference.add_norm``: a plain add before an RMSNorm is one kernel, every other norm one behind our add.
-
-    Raises:
-        ValueError: FP8, statistics or amax are wanted.
-    """
+    """``reference.add_norm``: a plain add before an RMSNorm is one kernel, every other norm one behind our add."""
     if not _is_fused(args):
         return add_then(normalize)(args)
     norm = args.next_norm
@@ -36,7 +33,7 @@ def add_norm(args: AddNormArgs) -> AddNormOutput:
     branch, trunk = LigerFusedAddRMSNormFunction.apply(
         args.x, args.delta, norm.weight, norm.eps, OFFSET, CASTING, IN_PLACE
     )
-    return AddNormOutput(trunk, branch.to(args.out_dtype), None, None)
+    return AddNormOutput(trunk, branch.to(args.out_dtype))
 
 
 def _is_fused(args: AddNormArgs) -> bool:

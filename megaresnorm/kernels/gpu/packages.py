@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megaresnorm.kernels.add_norm import reference
-from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, AddNormOutput, NormWeights
+from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, AddNormOutput, NormWeights, fp8_behind
 from megaresnorm.kernels.fp8.formats import Fp8
 from megaresnorm.kernels.gpu.requires import found, needs_capability, needs_gpu, only_by_name
 from megaresnorm.kernels.registry import Refusal, anywhere, register_kernel
@@ -41,16 +41,12 @@ def add_then(normalize: Callable[[Tensor, NormWeights, torch.dtype], Tensor]) ->
     Args:
         normalize: called with (x, norm, out_dtype).
     Returns:
-        A function as ``reference.add_norm``, which leaves it to the reader to round its values to ``fp8``. It raises
-        ValueError where the output is to be FP8, or statistics or amax are wanted.
+        A function as ``reference.add_norm``, which gives no statistics.
     """
 
+    @fp8_behind
     def add_norm(args: AddNormArgs) -> AddNormOutput:
         delta, out_dtype = args.delta, args.out_dtype
-        if out_dtype == torch.float8_e4m3fn or (out_dtype is None and args.next_norm is not None):
-            raise ValueError(
-                "add_norm by another package's norm writes no FP8, statistics or amax; take triton or the reference"
-            )
         if delta is not None and args.branch_norm is not None:
             delta = normalize(delta, args.branch_norm, torch.float32)
         trunk = reference.add_norm(
@@ -59,9 +55,10 @@ def add_then(normalize: Callable[[Tensor, NormWeights, torch.dtype], Tensor]) ->
         if args.norm is not None:
             trunk = normalize(trunk, args.norm, args.residual_dtype)
         if out_dtype is None:
-            return AddNormOutput(trunk, None, None, None)
+            assert args.next_norm is None
+            return AddNormOutput(trunk)
         branch = trunk if args.next_norm is None else normalize(trunk, args.next_norm, out_dtype)
-        return AddNormOutput(trunk, branch.to(out_dtype), None, None)
+        return AddNormOutput(trunk, branch.to(out_dtype))
 
     return add_norm
 

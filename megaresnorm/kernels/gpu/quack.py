@@ -10,20 +10,18 @@ from quack.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
 from quack.rmsnorm import layernorm_bwd, layernorm_fwd, rmsnorm
 from torch import Tensor
 
-from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormOutput, NormWeights
+from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormOutput, NormWeights, fp8_behind
 from megaresnorm.kernels.gpu.packages import add_then, is_plain_add_rms_norm
 
 IGNORED = -1
 ALIGNED = 8  # elements: rows of a slice begin at multiples of 16 bytes
 
 
+@fp8_behind
 def add_norm(args: AddNormArgs) -> AddNormOutput:
     """``reference.add_norm``: a plain add before an RMSNorm is one kernel, every other norm one behind our add.
 
     Where the sum is stored in BF16 the add is ours, too: quack would normalize the sum before it is rounded.
-
-    Raises:
-        ValueError: FP8, statistics or amax are wanted.
     """
     if not _is_fused(args):
         return add_then(normalize)(args)
@@ -33,7 +31,7 @@ def add_norm(args: AddNormArgs) -> AddNormOutput:
         args.delta, norm.weight, residual=args.x, out_dtype=args.out_dtype, residual_dtype=args.residual_dtype,
         eps=norm.eps, prenorm=True,
     )  # fmt: skip
-    return AddNormOutput(trunk, branch, None, None)
+    return AddNormOutput(trunk, branch)
 
 
 def _is_fused(args: AddNormArgs) -> bool:

@@ -51,6 +51,22 @@ def needs_capability(major: int, minor: int) -> Refusal:
     return requires
 
 
+def converts_fp8(device: torch.device) -> bool:
+    """Whether Triton has casts to FP8 (E4M3) there; on a CPU its interpreter has."""
+    if device.type != "cuda":
+        return True
+    properties = torch.cuda.get_device_properties(device)  # which torch.compile takes for a constant
+    return (properties.major, properties.minor) >= (8, 9)
+
+
+def fp8_requires(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The ``requires`` of kernels in Triton that write FP8."""
+    if reason := triton_requires(device, dtype):
+        return reason
+    known = not torch.cuda.is_available() or converts_fp8(device)
+    return None if known else "it needs compute capability 8.9 for FP8"
+
+
 def only_by_name(device: torch.device, dtype: torch.dtype) -> str:
     """The ``avoid`` of backends that ``auto`` never takes."""
     return "chosen only by name"
