@@ -13,6 +13,7 @@ from megaresnorm.kernels import load_backends
 from megaresnorm.kernels.fp8 import torch_product
 from megaresnorm.kernels.fp8.formats import BLOCK, E4M3, E5M2, MX, ROW, TENSOR, TILE, dequantize, quantize, transposed
 from megaresnorm.kernels.fp8.product import KINDS, RECIPES, emulated, kind_of
+from megaresnorm.kernels.fp8.quantize import REFERENCE
 from megaresnorm.kernels.gpu import packages
 from megaresnorm.kernels.registry import choose_kernel, kernel_named
 from megaresnorm.parallel.linear_kernel import PLAIN
@@ -181,7 +182,7 @@ def test_all_products_of_a_layer_are_such_as_gpus_take(like_cuda, recipe, backwa
     w = quantize(values(32, 144, 4), FORMS[recipe].weight)
     found = []
     for backend in (emulated, kernel_named("fp8_product", kernel).function):
-        layer = Fp8Linear(settings, backend, PLAIN)
+        layer = Fp8Linear(settings, backend, REFERENCE, PLAIN)
         layer.weight = w
         with installed():
             rows, gradient = layer.rows(x), layer.gradient(dy)
