@@ -61,6 +61,11 @@ def opaque_kernel(kernels: KernelRecipe) -> str | None:
     return next((f"kernels.{op}={backend}" for op, backend in named if backend in packages[op]), None)
 
 
+def opaque_weights(precision: PrecisionRecipe) -> str | None:
+    """Weights, as key=value, whose gradients torch.compile would round to their type."""
+    return "precision.weights=bf16" if precision.weights == "bf16" else None
+
+
 def check_sharded_loss(kernels: KernelRecipe, tp: int) -> None:
     """Check that the backend of the loss that was asked for can have a vocabulary sharded over tp.
 

@@ -1,4 +1,4 @@
-"""BF16 products on FP32 weights."""
+"""BF16 products, on FP32 weights or on BF16 ones."""
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +10,8 @@ from megaresnorm.parallel.linear import Linear, PlainLinear
 class Bf16Linear(PlainLinear):
     """BF16 products, by a BF16 copy of the weight where the layer has one (``Bf16Copies``).
 
-    The model's parameters stay FP32. A microbatch's gradient of a weight is FP32 where the product can write that, else
-    rounded to BF16; from there on it is accumulated over microbatches, clipped and applied in FP32. A checkpoint holds
-    the FP32 weights.
+    A microbatch's gradient of a weight is FP32 where the product can write that, else rounded to BF16; from there on it
+    is accumulated over microbatches, clipped and applied in FP32.
     """
 
     def weight_grad(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,7 +77,7 @@ class Bf16Copies:
     def __init__(self, model: nn.Module) -> None:
         self._copies: dict[nn.Parameter, Tensor] = {}
         for module in model.modules():
-            if isinstance(module, Linear):
+            if isinstance(module, Linear) and module.weight.dtype != torch.bfloat16:  # such are read as they are
                 assert isinstance(module.kernel, Bf16Linear | WidenedBf16Linear)
                 if module.weight not in self._copies:  # tied ones share a copy
                     self._copies[module.weight] = torch.empty_like(module.weight.detach(), dtype=torch.bfloat16)
