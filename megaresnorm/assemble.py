@@ -21,7 +21,6 @@ from megaresnorm.layout import (
     check_sharded_loss,
     gathers_stream,
     opaque_kernel,
-    opaque_weights,
     split_stages,
 )
 from megaresnorm.model.compiled import compile_blocks, resolve_compile_mode
@@ -128,7 +127,7 @@ def build_model(
     precision, kernels = precision or PrecisionRecipe(), kernels or KernelRecipe()
     parallel, context = parallel or ParallelRecipe(), context or ParallelContext.single()
     offload = Offload.of_device(device) if recompute.offload else None
-    opaque, dtypes = opaque_kernel(kernels) or opaque_weights(precision), stored_dtypes(precision)
+    opaque, dtypes = opaque_kernel(kernels, precision), stored_dtypes(precision)
     compiling = resolve_compile_mode(
         compiled, recipe, device.type, tp=context.tp.size, sharded=shard is not None, opaque=opaque
     )

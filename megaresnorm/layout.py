@@ -54,16 +54,16 @@ def ranks_without_samples(recipe: Recipe, sizes: Sizes) -> str | None:
     )
 
 
-def opaque_kernel(kernels: KernelRecipe) -> str | None:
-    """A kernel of another package in the blocks, as key=backend, which torch.compile does not see through."""
+def opaque_kernel(kernels: KernelRecipe, precision: PrecisionRecipe | None = None) -> str | None:
+    """A kernel of another package in the blocks, as key=backend, which torch.compile does not see through.
+
+    Or weights in BF16, whose gradients it would round to BF16.
+    """
+    if precision is not None and precision.weights == "bf16":
+        return "precision.weights=bf16"
     packages = {"add_norm": ("te", "apex", "liger", "quack"), "activation": ("liger",)}
     named = [(op, getattr(kernels, op)) for op in packages]
     return next((f"kernels.{op}={backend}" for op, backend in named if backend in packages[op]), None)
-
-
-def opaque_weights(precision: PrecisionRecipe) -> str | None:
-    """Weights, as key=value, whose gradients torch.compile would round to their type."""
-    return "precision.weights=bf16" if precision.weights == "bf16" else None
 
 
 def check_sharded_loss(kernels: KernelRecipe, tp: int) -> None:

@@ -120,8 +120,8 @@ class AdamW:
                 scale = None
             states = [self.state(tensor) for tensor in group.tensors]
             moments = [[state[name] for state in states] for name in self.names]
-            options = {"lr": lr * group.lr_multiplier, "weight_decay": group.weight_decay, "eps": group.eps}
-            options |= {"grad_scale": scale, "found_inf": refused}
+            options: dict[str, Any] = {"lr": lr * group.lr_multiplier, "weight_decay": group.weight_decay}
+            options |= {"eps": group.eps, "grad_scale": scale, "found_inf": refused}
             if group.tensors[0] not in self._pieces:
                 self._fused(list(group.tensors), gradients, *moments, **options)
                 continue

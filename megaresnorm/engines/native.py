@@ -220,8 +220,7 @@ class NativeEngine:
 
     def full_state(self) -> FullState:
         """Every weight, whole, by global name; ``FullState`` has what ranks must observe."""
-        mine = {name: local(p.detach()) for name, p in self._parameters.items()}
-        return FullState(self.assembled, mine, self.assembled.dtypes)
+        return FullState.of_weights(self.assembled)
 
     @cached_property
     def tensors(self) -> dict[str, dict[str, TensorSlices]]:

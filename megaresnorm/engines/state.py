@@ -116,11 +116,15 @@ class FullState(Mapping[str, Tensor]):
         over pp.
     """
 
-    def __init__(
-        self, assembled: Assembled, local: Mapping[str, Tensor], dtypes: StoredDtypes | None = None
-    ) -> None:
+    def __init__(self, assembled: Assembled, local: Mapping[str, Tensor], dtypes: StoredDtypes | None = None) -> None:
         self._assembled, self._local = assembled, local
         self._dtypes = dtypes or StoredDtypes(*[next(iter(local.values())).dtype] * 2)
+
+    @classmethod
+    def of_weights(cls, assembled: Assembled) -> "FullState":
+        """The weights as they are now and later."""
+        mine = {name: local(p.detach()) for name, p in assembled.parameters().items()}
+        return cls(assembled, mine, assembled.dtypes)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._assembled.table)

@@ -3,7 +3,6 @@
 R rows   C columns
 """
 
-import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
@@ -12,9 +11,9 @@ _MASK = 0xFFFFFFFF
 def mix32(h: Tensor) -> Tensor:
     """A bijection of 32-bit numbers (held in int64) in which every input bit moves every output bit (lowbias32)."""
     h = h & _MASK
-    h = ((h ^ (h >> 16)) * 0x7FEB352D) & _MASK
-    h = ((h ^ (h >> 15)) * 0x846CA68B) & _MASK
-    return h ^ (h >> 16)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        h.bitwise_xor_(h >> shift).mul_(factor).bitwise_and_(_MASK)
+    return h.bitwise_xor_(h >> 16)
 
 
 def hash_elements(rows_R: Tensor, columns_C: Tensor, key: Tensor) -> Tensor:

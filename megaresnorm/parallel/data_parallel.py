@@ -207,9 +207,9 @@ def grad_sync(model: nn.Module, last: bool, *, sharded: bool) -> Iterator[None]:
             keeps more than its shard of them. Otherwise it keeps whole gradients until the last microbatch.
 
     Communication:
-        DDP and ``Replicas`` make all-reduces of all gradients over dp in the last microbatch. FSDP2 makes one reduce-scatter over
-        dp_shard for each part of ``shard_model``, in every microbatch if ``sharded``, else in the last. The replicas of
-        a sharded group are summed over dp_replicate in the last microbatch in either case.
+        DDP and ``Replicas`` make all-reduces of all gradients over dp in the last microbatch. FSDP2 makes one
+        reduce-scatter over dp_shard for each part of ``shard_model``, in every microbatch if ``sharded``, else in the
+        last. The replicas of a sharded group are summed over dp_replicate in the last microbatch in either case.
     """
     if (sharded_model := _as_sharded(model)) is not None:
         accumulate_in_shards(sharded_model, last, sharded=sharded)

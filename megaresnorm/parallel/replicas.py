@@ -49,8 +49,8 @@ class Replicas(nn.Module):
         """Goes around the backward pass of a microbatch, of which the last one's sums are complete afterwards.
 
         Communication:
-            In the last microbatch one all-reduce of each bucket, in the order in which backward completes them; together
-            they are all gradients. A parameter without a gradient counts as zeros.
+            In the last microbatch one all-reduce of each bucket as soon as backward has completed it and those before
+            it; together they are all gradients. A parameter without a gradient counts as zeros.
         """
         self._sent, self._missing = [], [len(bucket) for bucket in self._buckets] if last else None
         yield

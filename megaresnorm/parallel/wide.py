@@ -1,4 +1,4 @@
-"""Weights stored in BF16 whose gradients are FP32: nothing on a gradient's way from its product to the update rounds it.
+"""Weights stored in BF16 whose gradients are FP32: nothing on the way from its product to the update rounds one.
 
 Autograd would give a gradient the type of its weight. torch's ``Tensor.grad_dtype`` lets a weight have one of another
 type; the functions here are what computes it.
