@@ -26,6 +26,7 @@ def describe_run(recipe: Recipe, assembled: Assembled, samples: Samples, *, full
     parameters = sum(spec.num_elements for spec in assembled.table.values())
     drawn = samples_before(train.steps, train)
     epochs = max(draw.epochs for draw in draws_of(recipe, samples, drawn))
+    weights = "" if recipe.precision.weights == "fp32" else f", weights {recipe.precision.weights}"
     lines = [
         f"recipe    {train.output}/recipe.yaml{'' if full else ', where it differs from the defaults'}",
         *(f"  {line}" for line in dump_recipe(recipe, full=full).rstrip().splitlines()),
@@ -33,7 +34,8 @@ def describe_run(recipe: Recipe, assembled: Assembled, samples: Samples, *, full
         f"width {model.dim}, {parameters:,} parameters",
         *_ranks(recipe, assembled),
         *_recompute(recipe, assembled),
-        f"precision {recipe.precision.compute}, residual stream {recipe.precision.stream}, {assembled.device.type}, "
+        f"precision {recipe.precision.compute}{weights}, residual stream {recipe.precision.stream}, "
+        f"{assembled.device.type}, "
         f"{threads} thread{'s' * (threads > 1)}",
         *_kernels(assembled),
         f"data      {data_name(recipe)}: {samples.num_documents:,} documents, "
