@@ -34,13 +34,14 @@ from megaresnorm.offload import Offload
 from megaresnorm.parallel.control import all_gather_json
 from megaresnorm.parallel.head import HeadLoss
 from megaresnorm.parallel.layouts import FullLayout, TensorLayout, tensor_layout
-from megaresnorm.parallel.linear import PLAIN, LinearKernel
+from megaresnorm.parallel.linear_kernel import PLAIN, LinearKernel
 from megaresnorm.parallel.mesh import Axis, ParallelContext
 from megaresnorm.parallel.sharded_norm import ShardedNorm
 from megaresnorm.parallel.stages import stages_of_rank
 from megaresnorm.parallel.vocab import vocab_parallel_loss
 from megaresnorm.precision.bf16 import bf16_linear
 from megaresnorm.precision.dtypes import DTYPES, StoredDtypes, stored_dtypes
+from megaresnorm.precision.fp8 import compute_in_fp8, fp8_blocks
 from megaresnorm.recipe import KernelRecipe, ModelRecipe, ParallelRecipe, PrecisionRecipe, RecomputeRecipe
 from megaresnorm.recompute_plan import Segment, segments_of, set_up
 
@@ -157,6 +158,7 @@ def build_model(
         with torch.device("meta"):
             model = Transformer(recipe, model_kernels, layout, stages[number])
         set_up(model, segments[number], offload)
+        _compute_in_fp8(model, precision, choices, backends, device)
         compile_blocks(model, compiling)
         if shard is not None:
             shard(model)
@@ -165,6 +167,25 @@ def build_model(
             model.head.loss = HeadLoss(_loss_of(loss_kernel, model, context.tp), logit_rows)
         models[number] = model
     return Assembled(models, table, dtypes, layout, context, device, backends, choices, compiling.mode, segments)
+
+
+def _compute_in_fp8(
+    model: Transformer,
+    precision: PrecisionRecipe,
+    choices: dict[str, str],
+    backends: dict[str, str],
+    device: torch.device,
+) -> None:
+    """Let the blocks of a stage that are to be in FP8 compute so, by the backend that is chosen here."""
+    if precision.compute != "fp8":
+        return
+    fp8 = precision.fp8
+    product, choices["fp8_product"] = choose_kernel(
+        "fp8_product", fp8.backend, device, torch.bfloat16, fp8.recipe, setting="precision.fp8.backend"
+    )
+    backends["fp8_product"] = product.backend
+    inner = fp8_blocks(fp8, model.recipe.num_blocks)
+    compute_in_fp8((block for i, block in model.blocks.items() if int(i) in inner), fp8, product.function)
 
 
 def _layout(

@@ -16,7 +16,7 @@ from megaresnorm.errors import CheckpointError, DataError
 from megaresnorm.limits import FP32_TINY
 from megaresnorm.model.sequence import KeyValueCache
 from megaresnorm.model.transformer import Transformer
-from megaresnorm.precision.bf16 import Bf16Copies
+from megaresnorm.precision.copies import copy_weights
 
 
 def generate(
@@ -153,6 +153,5 @@ def load_model(
         recipe.model, recipe.precision, recipe.kernels, seed=recipe.train.seed, device=choose_device("auto")
     )
     checkpoint.load("weights", {name: TensorSlices.of_whole(p.data) for name, p in assembled.model.named_parameters()})
-    if recipe.precision.compute == "bf16":
-        Bf16Copies(assembled.model)  # its layers keep them
+    copy_weights([assembled.model], recipe.precision.compute, assembled.context)  # its layers keep them
     return assembled.model, tokenizer

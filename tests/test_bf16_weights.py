@@ -63,7 +63,7 @@ def test_matrices_are_bf16_all_else_fp32_and_nothing_is_kept_twice() -> None:
     }
     assert kinds["blocks.0.ffn.token_gate.weight"] == kinds["blocks.0.ffn.branch.down.bias"] == torch.float32
     assert {"embedding.weight", "positions.weight"} < {n for n, dtype in kinds.items() if dtype == torch.bfloat16}
-    assert sum(copies.nbytes for copies in engine._copies) == 0
+    assert sum(copies.nbytes for copies in engine._low_precision._copies) == 0
     engine.step(batches(engine, recipe), 1e-3)
     states = [state for p in assembled.parameters().values() for state in engine._optimizer.state(p).values()]
     assert {state.dtype for state in states} == {torch.float32}
@@ -247,10 +247,10 @@ def test_weights_of_fp32_are_rounded_to_nearest_when_they_are_read_and_those_of_
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
-        ({"precision": {"weights": "bf16"}}, "precision.weights=bf16 does not go with precision.compute=fp32"),
-        ({"precision": BF16 | {"compute": "fp8"}}, "precision.weights=bf16 does not go with precision.compute=fp8"),
-        ({"precision": BF16 | {"compute": "fp16"}}, "precision.weights=bf16 does not go with precision.compute=fp16"),
-        ({"precision": BF16 | {"compute": "fp64"}}, "precision.weights=bf16 does not go with precision.compute=fp64"),
+        ({"precision": {"weights": "bf16"}}, "goes with precision.compute=bf16 alone, not fp32"),
+        ({"precision": BF16 | {"compute": "fp8"}}, "goes with precision.compute=bf16 alone, not fp8"),
+        ({"precision": BF16 | {"compute": "fp16"}}, "goes with precision.compute=bf16 alone, not fp16"),
+        ({"precision": BF16 | {"compute": "fp64"}}, "goes with precision.compute=bf16 alone, not fp64"),
         ({"precision": BF16, "parallel": {"dp_shard": 2}}, "with parallel.dp_shard=2: FSDP2 has one type"),
         ({"precision": BF16, "train": {"compile": "blocks"}}, "with train.compile=blocks: torch.compile rounds"),
         ({"precision": BF16, "train": {"compile": "cuda_graphs"}}, "train.compile=cuda_graphs: torch.compile rounds"),

@@ -55,7 +55,7 @@ def allocated(recipe: Recipe) -> dict[str, int]:
         "stage": assembled.context.pp.rank,
         "weights": sum(local(p.detach()).nbytes for p in parameters.values()),
         "optimizer": sum(t.nbytes for p in parameters.values() for t in optimizer.state(p).values()),
-        "copies": sum(copies.nbytes for copies in engine._copies),
+        "copies": sum(copies.nbytes for copies in engine._low_precision._copies),
         "gradients": sum(local(g).nbytes for g in gradients),
         "packed": sum(g.nbytes for g in packed),
         "checkpoint": sum(s.local.nbytes for s in slices if s.owned and s.local is not None),
@@ -135,7 +135,7 @@ def test_gpus_hold_messages_of_small_blocks_that_are_gathered_ahead() -> None:
 def saved_bytes(recipe: Recipe) -> int:
     """What autograd keeps of a forward pass of one sequence, without parameters and their copies."""
     assembled, engine = build(recipe)
-    copies = [copy for one in engine._copies for copy in one._copies.values()]
+    copies = [copy for one in engine._low_precision._copies for copy in one._copies.values()]
     ours = {t.untyped_storage().data_ptr() for t in (*assembled.parameters().values(), *copies)}
     seen: dict[int, torch.Tensor] = {}
 

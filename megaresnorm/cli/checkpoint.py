@@ -33,7 +33,9 @@ _ALL = "checkpoints, or output folders of runs: all of theirs"
 _Checkpoints = Annotated[list[Path], typer.Argument(parser=path, metavar="CHECKPOINT...", help=_ALL)]
 _A = Annotated[Path, typer.Argument(parser=path, metavar="A", help=CHECKPOINT_OR_RUN)]
 _B = Annotated[Path, typer.Argument(parser=path, metavar="B", help="another one")]
-_Only = Annotated[Literal["weights", "optimizer", "clipper"] | None, typer.Option(help="compare these tensors alone")]
+_Only = Annotated[
+    Literal["weights", "optimizer", "clipper", "amax"] | None, typer.Option(help="compare these tensors alone")
+]
 _Rows = Annotated[int, typer.Option(parser=count, metavar="N", help="largest differences to show")]
 _Keep = Annotated[int, typer.Option(parser=count, metavar="K", help="how many stay, at least 2")]
 _KeepEvery = Annotated[

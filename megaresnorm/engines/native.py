@@ -17,7 +17,8 @@ from megaresnorm.data.loader import Batch, SampleRange, StepBatch
 from megaresnorm.engines.engine import StepStats
 from megaresnorm.engines.garbage import no_garbage_collection
 from megaresnorm.engines.graphs import MicrobatchGraph, Recorder
-from megaresnorm.engines.state import FullState, clipper_slices, placements, rounded_weights
+from megaresnorm.engines.low_precision import LowPrecision
+from megaresnorm.engines.state import FullState, numbers_of_parameters, placements, rounded_weights
 from megaresnorm.engines.step_vector import (
     OwnShares,
     gradient_norms,
@@ -34,10 +35,8 @@ from megaresnorm.model.transformer import Transformer
 from megaresnorm.optim import Gradient, GradientPlacement, Optimizer
 from megaresnorm.parallel.collectives import all_reduce
 from megaresnorm.parallel.data_parallel import grad_sync, local, pad_uneven_shards, replicate_model, shard_model
-from megaresnorm.parallel.gathered import gather_in_bf16
 from megaresnorm.parallel.gradients import reduce_gradients, reductions
 from megaresnorm.parallel.mesh import ParallelContext
-from megaresnorm.precision.bf16 import Bf16Copies
 from megaresnorm.recipe import Recipe
 from megaresnorm.recompute_auto import plan_on_all_ranks
 
@@ -80,12 +79,9 @@ class NativeEngine:
             logit_rows=logit_rows_of(recipe, context.tp.size, torch.device(device).type),
             shard=self._sharding(recipe) if context.dp_shard.size > 1 else None,
         )
-        rounds = recipe.precision.compute == "bf16"
-        self.modules = {number: self._wrapped(model, rounds) for number, model in assembled.models.items()}
-        copied = rounds and context.dp_shard.size == 1
-        self._copies = [Bf16Copies(model) for model in assembled.models.values()] if copied else []
-
+        self.modules = {number: self._wrapped(model) for number, model in assembled.models.items()}
         self._parameters, table = assembled.parameters(), assembled.table
+        self._low_precision = LowPrecision(recipe.precision, assembled, self._parameters)
         tied = self._parameters.get("embedding.weight") if recipe.model.tied_embeddings else None
         at = {n: GradientPlacement(table[n].split is not None, n in assembled.copies) for n in self._parameters}
         rounded = rounded_weights(assembled, self._seed)
@@ -113,11 +109,9 @@ class NativeEngine:
         reshards = recipe.parallel.reshard_after_forward and recipe.parallel.num_stages == 1
         return lambda model: shard_model(model, model.parts(), self.context, reshard_after_forward=reshards)
 
-    def _wrapped(self, model: Transformer, rounds: bool) -> nn.Module:
+    def _wrapped(self, model: Transformer) -> nn.Module:
         if self.context.dp_shard.size > 1:
             pad_uneven_shards(model)
-            if rounds:
-                gather_in_bf16(model)
             return model
         return replicate_model(model, self.context.dp) if self.context.dp_replicate.size > 1 else model
 
@@ -162,6 +156,7 @@ class NativeEngine:
         """
         with no_garbage_collection():
             tokens = self._valid_tokens(batch)
+            self._low_precision.begin_step()
             loss = self._backward(batch, tokens)
             gradients = self._optimizer.collect(per_parameter=self._clipper.clips_each) if tokens else []
             following = (None, lambda: 0) if batch.following is None else batch.following
@@ -180,6 +175,8 @@ class NativeEngine:
             return StepStats(None, 0.0, 0, applied=False, stop=stops > 0)
         applied = isfinite(loss_sum) and isfinite(total)
         self._updates += applied
+        if applied:
+            self._low_precision.step_was_applied()
         self._clipper.steps += applied and self._clipper.clips_each
         return StepStats(loss_sum / tokens, total**0.5, tokens, applied, stop=stops > 0)
 
@@ -234,14 +231,15 @@ class NativeEngine:
                 groups["optimizer"][f"{key}.{name}"] = place.of(states.get(name, {}).get(key), wide=True)
         if self._clipper.clips_each:
             averages = dict(zip(self._parameters, self._clipper.averages.split(1), strict=True))
-            groups["clipper"] = clipper_slices(self.assembled, averages)
-        return groups
+            groups["clipper"] = numbers_of_parameters(self.assembled, averages, self.assembled.table, 1)
+        return groups | self._low_precision.tensors()
 
     def load(self, checkpoint: Checkpoint, state: EngineState) -> None:
         """See ``Engine``."""
         for group, members in self.tensors.items():
-            if group != "clipper" or group in checkpoint.tensors:  # clipping may have been another until then
+            if group in FINITE or group in checkpoint.tensors:  # clipping, scaling may have been others until then
                 checkpoint.load(group, members)
+        self._low_precision.loaded()
         self._updates = state.updates
         self._clipper.steps = state.clipper_steps if "clipper" in self.tensors else 0
         self._optimizer.rule.set_updates(self._updates)
@@ -261,8 +259,7 @@ class NativeEngine:
 
     def weights_changed(self) -> None:
         """Renew what is derived from the weights, after they have been changed from outside."""
-        for copies in self._copies:
-            copies.refresh()
+        self._low_precision.refresh()
 
     def _valid_tokens(self, batch: StepBatch) -> int:
         """Number of valid labels on all ranks of dp."""
@@ -345,4 +342,5 @@ class NativeEngine:
             whole = whole_norms(norms, self._own, self.context)
             self._clipper.clip_each([gradient.tensor for gradient in gradients], whole, total, refused)
         self._optimizer.step(lr, divisor=self._clipper.divisor(total), refused=refused)
+        self._low_precision.end_step(refused)
         self.weights_changed()

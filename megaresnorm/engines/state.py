@@ -1,7 +1,7 @@
 """The engine's tensors as a checkpoint sees them: sharded state (this rank's slices of each) and full state."""
 
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -61,23 +61,33 @@ def rounded_weights(assembled: Assembled, seed: int) -> dict[str, Rounded]:
     return {name: Rounded.of(seed, name, place.boxes) for name, place in placed.items() if place.boxes}
 
 
-def clipper_slices(assembled: Assembled, numbers: Mapping[str, Tensor]) -> dict[str, TensorSlices]:
-    """Slices of tensors [1], one for every parameter of the whole model by global name.
+def numbers_of_parameters(
+    assembled: Assembled, numbers: Mapping[str, Tensor], names: Iterable[str], *shape: int
+) -> dict[str, TensorSlices]:
+    """Slices of small tensors, one for each of some parameters of the whole model by global name.
 
     Args:
         numbers: those of this rank's parameters. They are the same on all ranks of its stage, of which the first writes
             them.
+        shape: of each of them.
     """
     context = assembled.context
     first = context.dp_replicate.rank == context.dp_shard.rank == context.tp.rank == 0
+    whole = tuple((0, size) for size in shape)
     found = {}
-    for name in assembled.table:
+    for name in names:
         mine = numbers.get(name)
-        held = () if mine is None else (((0, 1),),)
-        found[name] = TensorSlices(
-            (1,), torch.float32, mine, held, first and mine is not None and name not in assembled.copies
-        )
+        owned = first and mine is not None and name not in assembled.copies
+        found[name] = TensorSlices(shape, torch.float32, mine, () if mine is None else (whole,), owned)
     return found
+
+
+def in_linear_layers(assembled: Assembled) -> list[str]:
+    """The weights of linear layers of blocks, of the whole model."""
+    return [name for name, spec in assembled.table.items() if spec.parts[0].role in IN_LINEAR_LAYERS]
+
+
+IN_LINEAR_LAYERS = ("q", "out", "gate", "up", "down")  # roles of a weight's first part
 
 
 def _written(assembled: Assembled) -> set[str]:

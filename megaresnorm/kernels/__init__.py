@@ -6,6 +6,7 @@ MODULES = (
     "add_norm.reference",
     "add_norm.gpu_backends",
     "add_norm.fp8",
+    "fp8.product",
     "gpu.packages",
     "gpu.backends",
     "cpu.add_norm",

@@ -84,19 +84,29 @@ def kernel_named(op: str, backend: str) -> Kernel:
     return _KERNELS[op][backend]
 
 
-def check_backend(op: str, backend: str) -> None:
+def check_backend(op: str, backend: str, setting: str | None = None) -> None:
     """Check that a backend of ``op`` exists, or that it is ``auto``; whether it can run is not asked.
+
+    Args:
+        setting: the recipe's key that names it; None: kernels.OP.
 
     Raises:
         ConfigError: it does not; the line names those that do.
     """
     known = ["auto", *(kernel.backend for kernel in backends(op))]
     if backend not in known:
-        raise ConfigError(f"kernels.{op}={backend!r}: wanted one of {', '.join(known)}")
+        raise ConfigError(f"{setting or f'kernels.{op}'}={backend!r}: wanted one of {', '.join(known)}")
 
 
 def choose_kernel(
-    op: str, backend: str, device: torch.device, dtype: torch.dtype, kind: str | None = None, *, fused: bool = False
+    op: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    kind: str | None = None,
+    *,
+    fused: bool = False,
+    setting: str | None = None,
 ) -> tuple[Kernel, str]:
     """Choose the kernel that runs ``op``.
 
@@ -105,12 +115,13 @@ def choose_kernel(
         dtype: of the model's matrix products.
         kind: the form of the op that is wanted, where it has several.
         fused: whether ``auto`` takes the reference, which torch.compile fuses with what is around it.
+        setting: as of ``check_backend``.
     Returns:
         The kernel, and a line that says which it is and why.
     Raises:
         ConfigError: the backend does not exist, or was asked for by name and cannot run here.
     """
-    check_backend(op, backend)
+    check_backend(op, backend, setting)
     if fused and backend == "auto":
         return kernel_named(op, "reference"), f"{op} on {device.type}: reference (fused by torch.compile)"
     refusals: list[str] = []
@@ -126,6 +137,6 @@ def choose_kernel(
             why = "asked for" if backend != "auto" else "; ".join(["first that can run", *refusals])
             return kernel, f"{op} on {device.type}: {kernel.backend} ({why})"
         if backend != "auto":
-            raise ConfigError(f"kernels.{op}={backend} cannot run on {device.type}: {reason}")
+            raise ConfigError(f"{setting or f'kernels.{op}'}={backend} cannot run on {device.type}: {reason}")
         refusals.append(f"not {kernel.backend}: {reason}")
     raise AssertionError(f"no backend of {op} runs on {device.type}")

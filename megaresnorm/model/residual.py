@@ -102,7 +102,8 @@ class Residual(nn.Module):
 
     def open(self, stream: Stream) -> tuple[Tensor, BranchInput]:
         """The trunk x and the branch input u, from the stream."""
-        return self.add_norm(stream, next_norm=self._norm_in_weights(), remakes=self.remakes)
+        reader = self.branch.reader.kernel
+        return self.add_norm(stream, next_norm=self._norm_in_weights(), remakes=self.remakes, reader=reader)
 
     def close_and_open(
         self, following: "Residual", x: Tensor, y: Tensor, masks: DropoutMasks | None
@@ -114,6 +115,7 @@ class Residual(nn.Module):
             following._norm_in_weights(),
             branch_norm=self._fused_branch_norm,
             remakes=following.remakes,
+            reader=following.branch.reader.kernel,
         )
 
     def close(self, x: Tensor, y: Tensor, masks: DropoutMasks | None) -> Stream:

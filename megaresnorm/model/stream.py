@@ -18,7 +18,7 @@ from megaresnorm.kernels.rotary import RotaryKernel
 from megaresnorm.model.norm import Norm
 from megaresnorm.parallel.branch_input import BranchInput
 from megaresnorm.parallel.layouts import TensorLayout
-from megaresnorm.parallel.linear import LinearKernel
+from megaresnorm.parallel.linear_kernel import PLAIN, LinearKernel
 from megaresnorm.parallel.remade import Remakes
 
 
@@ -71,6 +71,7 @@ class AddNorm:
         *,
         branch_norm: Norm | None = None,
         remakes: Remakes = Remakes.NOTHING,
+        reader: LinearKernel = PLAIN,
     ) -> tuple[Tensor, BranchInput]:
         """Close the stream's add and open the next branch.
 
@@ -79,12 +80,13 @@ class AddNorm:
             next_norm: the norm_in of the next branch.
             branch_norm: the norm of the pending branch output, before its gate.
             remakes: what the branch input may be made of again in backward.
+            reader: the products that read the branch input.
 
         Returns:
             The trunk norm(alpha * x + gate * branch_norm(delta)), and the branch input next_norm(trunk).
         """
         args = self._args(stream, norm, branch_norm, next_norm, reads=True)
-        trunk, u = self.layout.add_norm(self.kernel, args, remakes)
+        trunk, u = self.layout.add_norm(self.kernel, args, remakes, reader)
         assert u is not None
         return trunk, u
 

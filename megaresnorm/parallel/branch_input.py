@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megaresnorm.kernels.fp8.formats import Fp8, Rows, dequantize, rows_of, tensors_of
 from megaresnorm.parallel.collectives import (
     all_gather_blocks,
     all_reduce,
@@ -25,6 +26,8 @@ from megaresnorm.parallel.collectives import (
 )
 from megaresnorm.parallel.mesh import Axis
 from megaresnorm.parallel.transport import Pending
+
+PendingRows = Callable[[], Rows]  # waits for whole rows
 
 
 def _same(x: Tensor, axis: Axis) -> Tensor:
@@ -70,7 +73,7 @@ class Collective(NamedTuple):
             what it is given. None: the gradient of whole rows is passed on as it is.
     """
 
-    start: Callable[[tuple[Tensor, ...], Axis], Pending]
+    start: Callable[[tuple[Tensor, ...], Axis], PendingRows]
     start_transpose: Callable[[Tensor, Axis], Pending] | None
 
 
@@ -90,13 +93,15 @@ class BranchInput(NamedTuple):
     (``gathered``). With ``remake`` the sources are what this rank's part is made of, and it is made again as well.
 
     Attributes:
-        local: what autograd sees: this rank's part, or whole rows that a node of its own has made.
+        local: what autograd sees: this rank's part, or whole rows that a node of its own has made. Where ``part`` is
+            there it may have no values.
         collective: None where ``local`` is whole rows and their gradient is whole, too: on one rank.
         axis: the axis of the collective; None without one.
         sources: what the collective makes whole rows of, without gradients.
         keeps: whether a linear keeps whole rows (recompute.gathered: keep).
         rows: whole rows that have been made already, without a gradient.
-        remake: sources -> this rank's part, the bits of ``local``; None: it is the source itself.
+        remake: sources -> this rank's part, the bits of ``part`` or ``local``; None: it is the source itself.
+        part: this rank's part in FP8; None: it is ``local``.
     """
 
     local: Tensor
@@ -104,10 +109,11 @@ class BranchInput(NamedTuple):
     axis: Axis | None = None
     sources: tuple[Tensor, ...] = ()
     keeps: bool = False
-    rows: Tensor | None = None
-    remake: Callable[[tuple[Tensor, ...]], Tensor] | None = None
+    rows: Rows | None = None
+    remake: Callable[[tuple[Tensor, ...]], Rows] | None = None
+    part: Fp8 | None = None
 
-    def whole(self) -> Tensor:
+    def whole(self) -> Rows:
         """Whole rows [T, D] without a gradient, for a node that sends their gradient itself. Collective.
 
         Communication:
@@ -116,25 +122,29 @@ class BranchInput(NamedTuple):
         if self.rows is not None:
             return self.rows
         if self.collective is None or self.axis is None:
-            return self.local if self.remake is None else self.local.detach()
-        return self.collective.start(self.sources if self.remake is None else (self.local.detach(),), self.axis)()
+            return self.part or (self.local if self.remake is None else self.local.detach())
+        part = tensors_of(self.part or self.local.detach())
+        return self.collective.start(self.sources if self.remake is None else part, self.axis)()
 
     @property
     def is_local(self) -> bool:
         """Whether it is a tensor of this rank that a reader keeps as it is."""
-        return self.collective is None and self.remake is None
+        return self.collective is None and self.remake is None and self.part is None
 
-    def restart(self) -> Callable[[tuple[Tensor, ...]], Pending]:
+    def restart(self) -> Callable[[tuple[Tensor, ...]], PendingRows]:
         """What begins to make whole rows of the sources alone, in backward. It keeps nothing of this input.
 
         Communication:
             Of what is returned, one all-gather; none for ``COPY`` and without a collective.
         """
         collective, axis, remake = self.collective, self.axis, self.remake
+        form = None if self.part is None else self.part.form
 
-        def start(sources: tuple[Tensor, ...]) -> Pending:
-            part = sources if remake is None else (remake(sources),)
-            return (lambda: part[0]) if collective is None or axis is None else collective.start(part, axis)
+        def start(sources: tuple[Tensor, ...]) -> PendingRows:
+            part = sources if remake is None else tensors_of(remake(sources))
+            if collective is None or axis is None:
+                return lambda: rows_of(part, form)
+            return collective.start(part, axis)
 
         return start
 
@@ -148,15 +158,20 @@ class BranchInput(NamedTuple):
 
 
 def whole_rows(u: BranchInput) -> Tensor:
-    """A branch's input as one tensor [T, D], whose gradient is sent back when it is known.
+    """A branch's input as values [T, D], whose gradient is sent back when it is known.
 
     Communication:
         In forward that of ``BranchInput.whole``; in backward, where the gradient is sent, one reduce-scatter or
         all-reduce of [T, D].
     """
-    if u.collective is None or u.collective.start_transpose is None:
+    start = None if u.collective is None else u.collective.start_transpose
+    if start is None and u.part is None:
         return u.local
-    whole, start = u.whole(), u.collective.start_transpose
+    whole = u.whole()
+    if isinstance(whole, Fp8):
+        whole = dequantize(whole, u.local.dtype)
+    if start is None:
+        return _Transposed.apply(u.local, u.axis, lambda x, axis: whole, lambda dx, axis: dx)
     return _Transposed.apply(
         u.local, u.axis, lambda x, axis: whole.view_as(whole), lambda dx, axis: start(dx.clone(), axis)()
     )

@@ -51,6 +51,15 @@ def start_all_gather(x: Tensor, axis: Axis) -> Pending:
     return (lambda: x.unsqueeze(0)) if axis.transport is None else axis.transport.start_all_gather(x)
 
 
+def largest(x: Tensor, axis: Axis) -> Tensor:
+    """The largest over the axis of every element of x; NaN where a rank has NaN. Collective.
+
+    Communication:
+        One all-gather of x, which is small.
+    """
+    return x if axis.size == 1 else all_gather_blocks(x, axis).amax(0)
+
+
 def reduce_scatter_blocks(x_p: Tensor, axis: Axis) -> Tensor:
     """The sum over the axis of this rank's block of x [p, ...]. Collective.
 

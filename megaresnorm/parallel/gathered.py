@@ -3,6 +3,7 @@
 FSDP2's own ``param_dtype`` would cast norms, gates and embeddings as well, and round the gradients of weights to BF16.
 """
 
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ from megaresnorm.parallel.data_parallel import is_sharded
 from megaresnorm.parallel.linear import Linear
 
 
-def gather_in_bf16(model: nn.Module) -> None:
+def gather_in_bf16(model: nn.Module, but: Collection[nn.Parameter] = ()) -> None:
     """Let FSDP2 send the weights of linear layers in BF16, before it gathers any.
 
     For models whose linear layers read their weight in BF16 alone: it is rounded before it is sent instead of after, so
@@ -26,6 +27,7 @@ def gather_in_bf16(model: nn.Module) -> None:
 
     Args:
         model: sharded (``shard_model``), with memory and initial values, its shards padded (``pad_uneven_shards``).
+        but: weights that are gathered otherwise.
 
     Communication:
         None. From now on the all-gather of a module has 2 bytes for each element of these weights, not 4.
@@ -35,7 +37,7 @@ def gather_in_bf16(model: nn.Module) -> None:
     """
     if not any(is_sharded(module) for module in model.modules()):
         raise ValueError("the model is not sharded: there is nothing to gather")
-    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    linears = [m for m in model.modules() if isinstance(m, Linear) and m.weight not in but]
     others = (module for module in model.modules() if not isinstance(module, Linear))
     read_otherwise = {parameter for module in others for parameter in module.parameters(recurse=False)}
     for module in linears:
@@ -43,8 +45,17 @@ def gather_in_bf16(model: nn.Module) -> None:
             shard = cast(
                 Any, module.weight
             )._local_tensor  # the tensor that FSDP2 gathers; to_local may be a view of it
-            for name, function in zip(_HOOKS, _hooks(shard.detach(), module.weight.shape[0]), strict=True):
-                setattr(shard, name, function)
+            set_gather(shard, *_hooks(shard.detach(), module.weight.shape[0]))
+
+
+def set_gather(shard: Tensor, before: Any, after: Any) -> None:
+    """Let FSDP2 call these before and after it gathers a shard.
+
+    Args:
+        shard: the tensor that it gathers.
+    """
+    for name, function in zip(_HOOKS, (before, after), strict=True):
+        setattr(shard, name, function)
 
 
 _HOOKS = ("fsdp_pre_all_gather", "fsdp_post_all_gather")  # by which FSDP2 knows them (its all-gather extensions)

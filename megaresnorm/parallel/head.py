@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megaresnorm.kernels.cross_entropy import CrossEntropyKernel, one_for, scaled
 from megaresnorm.parallel.branch_input import BranchInput, whole_rows
-from megaresnorm.parallel.linear import ColumnLinear, LinearKernel
+from megaresnorm.parallel.linear import ColumnLinear
+from megaresnorm.parallel.linear_kernel import LinearKernel
 from megaresnorm.parallel.wide import no_gradient
 
 

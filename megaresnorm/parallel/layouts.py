@@ -10,12 +10,17 @@ T tokens   D model dim   p ranks   d = D/p columns of a rank
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
 from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel
+from megaresnorm.kernels.fp8.formats import Rows
 from megaresnorm.parallel import branch_input
 from megaresnorm.parallel.branch_input import COPY, GATHER_ROWS, BranchInput, Collective
+from megaresnorm.parallel.fp8_wire import in_fp8, sent
+from megaresnorm.parallel.linear_kernel import PLAIN, LinearKernel
 from megaresnorm.parallel.mesh import Axis
 from megaresnorm.parallel.remade import Remakes, remade_by_kernel
 from megaresnorm.parallel.sharded_norm import ShardedNorm, columns_add_norm
@@ -37,13 +42,18 @@ class TensorLayout(ABC):
 
     @abstractmethod
     def add_norm(
-        self, kernel: AddNormKernel, args: AddNormArgs, remakes: Remakes = Remakes.NOTHING
+        self,
+        kernel: AddNormKernel,
+        args: AddNormArgs,
+        remakes: Remakes = Remakes.NOTHING,
+        reader: LinearKernel = PLAIN,
     ) -> tuple[Tensor, BranchInput | None]:
         """``kernel`` on a stream in this layout. All tensors and weights are this rank's part of them.
 
         Args:
             remakes: what the branch input may be made of again in backward, rather than kept. With whole rows kept
                 (``keeps``) it has no effect.
+            reader: the products that read the branch input.
 
         Returns:
             The trunk, in this layout, and what a branch reads; None where out_dtype is None.
@@ -80,14 +90,18 @@ class FullLayout(TensorLayout):
     name = "full"
 
     def add_norm(
-        self, kernel: AddNormKernel, args: AddNormArgs, remakes: Remakes = Remakes.NOTHING
+        self,
+        kernel: AddNormKernel,
+        args: AddNormArgs,
+        remakes: Remakes = Remakes.NOTHING,
+        reader: LinearKernel = PLAIN,
     ) -> tuple[Tensor, BranchInput | None]:
         """``kernel`` itself; only the gradient of its branch input is sent.
 
         Communication:
             Nothing in forward; in backward one all-reduce of [T, D].
         """
-        return _read_through(COPY, self, kernel, args, remakes)
+        return _read_through(COPY, self, kernel, args, remakes, reader)
 
     def reduce(self, y_TD: Tensor) -> Tensor:
         """The sum [T, D].
@@ -112,7 +126,11 @@ class TokensLayout(TensorLayout):
     name = "tokens"
 
     def add_norm(
-        self, kernel: AddNormKernel, args: AddNormArgs, remakes: Remakes = Remakes.NOTHING
+        self,
+        kernel: AddNormKernel,
+        args: AddNormArgs,
+        remakes: Remakes = Remakes.NOTHING,
+        reader: LinearKernel = PLAIN,
     ) -> tuple[Tensor, BranchInput | None]:
         """``kernel`` on this rank's rows; the branch input is gathered by its reader.
 
@@ -120,7 +138,7 @@ class TokensLayout(TensorLayout):
             One all-gather of [T/p, D]; in backward one reduce-scatter of [T, D], and unless rows are kept one more
             all-gather.
         """
-        return _read_through(GATHER_ROWS, self, kernel, args, remakes)
+        return _read_through(GATHER_ROWS, self, kernel, args, remakes, reader)
 
     def reduce(self, y_TD: Tensor) -> Tensor:
         """This rank's rows [T/p, D] of the sum.
@@ -181,7 +199,11 @@ class ColumnsLayout(TensorLayout):
         self.gather, self.norm = gather, norm
 
     def add_norm(
-        self, kernel: AddNormKernel, args: AddNormArgs, remakes: Remakes = Remakes.NOTHING
+        self,
+        kernel: AddNormKernel,
+        args: AddNormArgs,
+        remakes: Remakes = Remakes.NOTHING,
+        reader: LinearKernel = PLAIN,
     ) -> tuple[Tensor, BranchInput | None]:
         """``columns_add_norm`` in the chosen form.
 
@@ -189,9 +211,11 @@ class ColumnsLayout(TensorLayout):
             That of the class without the branch output and its gradient.
         """
         if self.axis.size == 1:
-            return _read_through(None, self, kernel, args, remakes)
+            return _read_through(None, self, kernel, args, remakes, reader)
         keeps = self.keeps or remakes is Remakes.ROWS
-        return columns_add_norm(kernel, args, self.norm, gather=self.gather, keeps=keeps, remakes=remakes)
+        return columns_add_norm(
+            kernel, args, self.norm, gather=self.gather, keeps=keeps, remakes=remakes, reader=reader
+        )
 
     def reduce(self, y_TD: Tensor) -> Tensor:
         """This rank's columns [T, d] of the sum.
@@ -231,14 +255,28 @@ def tensor_layout(
 
 
 def _read_through(
-    collective: Collective | None, layout: TensorLayout, kernel: AddNormKernel, args: AddNormArgs, remakes: Remakes
+    collective: Collective | None,
+    layout: TensorLayout,
+    kernel: AddNormKernel,
+    args: AddNormArgs,
+    remakes: Remakes,
+    reader: LinearKernel,
 ) -> tuple[Tensor, BranchInput | None]:
     """The results of a kernel, of which a branch reads its input through a collective; on one rank as it is."""
-    out = kernel(args)
+    at_once = None if args.out_dtype is None else reader.output()
+    out = kernel(args if at_once is None else replace(args, fp8=at_once))
     if out.branch_input is None:
         return out.trunk, None
-    if collective is None or layout.axis.size == 1:
-        return out.trunk, remade_by_kernel(BranchInput(out.branch_input), out, kernel, args, remakes)
-    keeps = layout.keeps or remakes is Remakes.ROWS
-    u = BranchInput(out.branch_input, collective, layout.axis, (out.branch_input.detach(),), keeps)
-    return out.trunk, u if keeps else remade_by_kernel(u, out, kernel, args, remakes)
+    read: Callable[[Tensor], Rows] | None = reader.rows if out.fp8 is not None else None
+    u = BranchInput(out.branch_input)
+    if collective is not None and layout.axis.size > 1:
+        keeps = layout.keeps or remakes is Remakes.ROWS
+        u = BranchInput(out.branch_input, collective, layout.axis, (out.branch_input.detach(),), keeps)
+        if out.fp8 is None and collective is GATHER_ROWS:
+            u, read = sent(u, reader, 0)
+    if out.fp8 is not None:
+        if out.amax is not None:
+            reader.saw(out.amax)
+        through = None if u.collective is None else in_fp8(u.collective, out.fp8.form)
+        u = u._replace(collective=through, sources=out.fp8.tensors, part=out.fp8)
+    return out.trunk, u if u.keeps else remade_by_kernel(u, out, kernel, args, remakes, read)

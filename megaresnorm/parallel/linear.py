@@ -4,63 +4,20 @@ T tokens   D model dim   p ranks of the axis
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megaresnorm.parallel.branch_input import BranchInput
+from megaresnorm.kernels.fp8.formats import Form, Fp8, Rows, rows_of, tensors_of
+from megaresnorm.parallel.branch_input import BranchInput, PendingRows
 from megaresnorm.parallel.data_parallel import is_sharded
 from megaresnorm.parallel.layouts import TensorLayout
+from megaresnorm.parallel.linear_kernel import PLAIN, LinearKernel, PlainLinear
 from megaresnorm.parallel.mesh import Axis
 from megaresnorm.parallel.wide import gradient_dtype
 from megaresnorm.recompute import saves_last
-
-
-class LinearKernel(Protocol):
-    """The three products of a linear layer. One object serves all layers of a model, so that equal blocks share code.
-
-    An operand is the weight as products read it: the weight itself, or what a layer keeps beside it.
-    """
-
-    def forward(self, x: Tensor, operand: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + b [T, out_dim], in x's type."""
-
-    def input_grad(self, dy: Tensor, operand: Tensor) -> Tensor:
-        """dy W [T, in_dim], in dy's type."""
-
-    def weight_grad(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """dy^T x [out_dim, in_dim], in ``dtype``."""
-
-    def add_weight_grad(self, total: Tensor, dy: Tensor, x: Tensor) -> None:
-        """Add dy^T x to ``total``, in its type and in place."""
-
-
-class PlainLinear:
-    """Products in the type of the input; a weight of another type is cast for each of them."""
-
-    def forward(self, x: Tensor, operand: Tensor, bias: Tensor | None) -> Tensor:
-        """See ``LinearKernel``."""
-        return F.linear(x, operand.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-    def input_grad(self, dy: Tensor, operand: Tensor) -> Tensor:
-        """See ``LinearKernel``."""
-        return dy @ operand.to(dy.dtype)
-
-    def weight_grad(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """See ``LinearKernel``."""
-        return (dy.t() @ x).to(dtype)
-
-    def add_weight_grad(self, total: Tensor, dy: Tensor, x: Tensor) -> None:
-        """See ``LinearKernel``."""
-        if total.dtype == dy.dtype == x.dtype:
-            total.addmm_(dy.t(), x)
-        else:
-            total += self.weight_grad(dy, x, total.dtype)
-
-
-PLAIN = PlainLinear()
 
 
 class WeightGradQueue:
@@ -143,11 +100,11 @@ class _Linear(torch.autograd.Function):
         kernel: LinearKernel,
         queue: WeightGradQueue | None,
     ) -> Tensor:
-        x = local if source is None else source.whole()
         again = source is not None and not source.keeps
+        x = kernel.rows(local if source is None else source.whole())
         read = weight if operand is None else operand
         kept = None if queue is None else weight  # whose ``grad`` the queue adds to
-        saved = read, kept, *(source.sources if source is not None and again else (x,))
+        saved = read, kept, *(source.sources if source is not None and again else tensors_of(x))
         if any(ctx.needs_input_grad):  # else nothing is saved
             saves_last(*saved)
         ctx.save_for_backward(*saved)
@@ -155,7 +112,8 @@ class _Linear(torch.autograd.Function):
             kernel, queue, gradient_dtype(weight.dtype), None if bias is None else bias.dtype,
         )  # fmt: skip
         collective, axis = (None, None) if source is None else (source.collective, source.axis)
-        ctx.start_gather = source.restart() if source is not None and again else _kept
+        form = x.form if isinstance(x, Fp8) else None
+        ctx.start_gather = _read_again(source.restart(), kernel) if source is not None and again else _kept(form)
         ctx.start_transpose = None if collective is None else collective.start_transpose
         ctx.axis = axis
         return kernel.forward(x, read, bias)
@@ -165,20 +123,29 @@ class _Linear(torch.autograd.Function):
         (dy,), (operand, weight, *sources) = grads, ctx.saved_tensors
         d_bias = None if ctx.bias_dtype is None else dy.sum(0, dtype=ctx.bias_dtype)
         kernel, axis, start_gather, dtype = ctx.kernel, ctx.axis, ctx.start_gather, ctx.dtype
+        read = kernel.gradient(dy)
         if ctx.queue is not None:
-            ctx.queue.put(weight, lambda: kernel.weight_grad(dy, start_gather(tuple(sources))(), dtype))
-            dx = kernel.input_grad(dy, operand)
+            ctx.queue.put(weight, lambda: kernel.weight_grad(read, start_gather(tuple(sources))(), dtype))
+            dx = kernel.input_grad(read, operand)
             return _sent(dx, ctx.start_transpose, axis)(), None, None, d_bias, None, None, None
         rows = start_gather(tuple(sources))  # under the product for the input's gradient
-        dx = kernel.input_grad(dy, operand)
+        dx = kernel.input_grad(read, operand)
         x = rows()
         arriving = _sent(dx, ctx.start_transpose, axis)  # under the product for the weight's gradient
-        d_weight = kernel.weight_grad(dy, x, dtype)
+        d_weight = kernel.weight_grad(read, x, dtype)
         return arriving(), d_weight, None, d_bias, None, None, None
 
 
-def _kept(sources: tuple[Tensor, ...]) -> Callable[[], Tensor]:
-    return lambda: sources[0]
+def _kept(form: Form | None) -> Callable[[tuple[Tensor, ...]], Callable[[], Rows]]:
+    return lambda sources: lambda: rows_of(sources, form)
+
+
+def _read_again(restart: Callable[[tuple[Tensor, ...]], PendingRows], kernel: LinearKernel) -> Callable:
+    def start(sources: tuple[Tensor, ...]) -> Callable[[], Rows]:
+        arriving = restart(sources)
+        return lambda: kernel.rows(arriving())
+
+    return start
 
 
 def _sent(dx: Tensor, start: Callable | None, axis: Axis | None) -> Callable[[], Tensor]:
@@ -205,7 +172,7 @@ class ColumnLinear(nn.Module):
         assert out_dim % axis.size == 0, "checked with the recipe"
         self.weight = nn.Parameter(torch.empty(out_dim // axis.size, in_dim))
         self.bias = nn.Parameter(torch.empty(out_dim // axis.size)) if bias else None
-        self.kernel = kernel
+        self.kernel, self.axis = kernel, axis
         self.queue: WeightGradQueue | None = None
         self.register_buffer("operand", None, persistent=False)
 

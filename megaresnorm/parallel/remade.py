@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, AddNormOutput, NormWeights
 from megaresnorm.kernels.add_norm.sharded import ShardedNormKernels
+from megaresnorm.kernels.fp8.formats import Rows, rows_of, tensors_of
 from megaresnorm.parallel.branch_input import BranchInput
 
 
@@ -36,7 +37,12 @@ class Remakes(Enum):
 
 
 def remade_by_kernel(
-    u: BranchInput, out: AddNormOutput, kernel: AddNormKernel, args: AddNormArgs, remakes: Remakes
+    u: BranchInput,
+    out: AddNormOutput,
+    kernel: AddNormKernel,
+    args: AddNormArgs,
+    remakes: Remakes,
+    read: Callable[[Tensor], Rows] | None = None,
 ) -> BranchInput:
     """The branch input of ``kernel(args)``, made again by the same kernel of the stored sum; u where it cannot be.
 
@@ -45,6 +51,7 @@ def remade_by_kernel(
     Args:
         u: this rank's whole rows, of all tokens or its share of them.
         out: the results of the call.
+        read: makes what ``u.part`` is of its values; None: there is none.
     """
     norm, next_norm, out_dtype = args.norm, args.next_norm, args.out_dtype
     if not remakes.of_what_is_kept or out.stored is None or out_dtype not in _MADE:
@@ -55,7 +62,7 @@ def remade_by_kernel(
             return u
     stored_dtype = args.residual_dtype
 
-    def remake(sources: Sequence[Tensor]) -> Tensor:
+    def remake(sources: Sequence[Tensor]) -> Rows:
         z, *vectors = sources
         again = AddNormArgs(
             z,
@@ -66,7 +73,7 @@ def remade_by_kernel(
         )
         made = kernel(again).branch_input
         assert made is not None
-        return made
+        return made if read is None else read(made)
 
     norm, next_norm = _bare(norm), _bare(next_norm)
     vectors = [*_vectors(args.norm), *_vectors(args.next_norm)]
@@ -74,7 +81,13 @@ def remade_by_kernel(
 
 
 def remade_of_columns(
-    u: BranchInput, z: Tensor, statistics: Tensor, norm: NormWeights, kernels: ShardedNormKernels, dtype: torch.dtype
+    u: BranchInput,
+    z: Tensor,
+    statistics: Tensor,
+    norm: NormWeights,
+    kernels: ShardedNormKernels,
+    dtype: torch.dtype,
+    read: Callable[[Tensor], Rows] | None = None,
 ) -> BranchInput:
     """The branch input that is the norm of this rank's columns with merged statistics; nothing is merged again.
 
@@ -83,15 +96,17 @@ def remade_of_columns(
         z: [T, d], as stored.
         statistics: [T, 2], merged.
         dtype: in which the norm was rounded, before it was cast to the type of the branch input.
+        read: as of ``remade_by_kernel``.
     """
     bare, out_dtype = _bare(norm), u.local.dtype
 
-    def remake(sources: Sequence[Tensor]) -> Tensor:
+    def remake(sources: Sequence[Tensor]) -> Rows:
         z, statistics, *vectors = sources
         again = _with(bare, vectors)
         assert again is not None
         made = kernels.apply(z, statistics, again.weight, again.bias, again.kind, dtype)
-        return made if made.dtype == out_dtype else made.to(out_dtype)
+        made = made if made.dtype == out_dtype else made.to(out_dtype)
+        return made if read is None else read(made)
 
     return u._replace(sources=(z.detach(), statistics, *_vectors(norm)), remake=remake)
 
@@ -137,18 +152,25 @@ def read_twice(
     if u.is_local:
         local = keep(u.local)
         return u, lambda: BranchInput(local())
+    form = None if u.part is None else u.part.form
     now = u._replace(rows=u.whole(), keeps=True)
     start = None if u.keeps else u.restart()
-    collective, axis, wants = u.collective, u.axis, u.local.requires_grad
-    fetches = [keep(source) for source in ((now.whole(),) if u.keeps else u.sources)]
+    collective, axis, wants, dtype = u.collective, u.axis, u.local.requires_grad, u.local.dtype
+    fetches = [keep(source) for source in (tensors_of(now.whole()) if u.keeps else u.sources)]
 
     def again() -> BranchInput:
         with torch.no_grad():
             sources = tuple(fetch() for fetch in fetches)
-            whole = sources[0] if start is None else start(sources)()
-        return BranchInput(whole.detach().requires_grad_(wants), collective, axis, (), True, whole, _never)
+            whole = rows_of(sources, form) if start is None else start(sources)()
+        local = whole.detach() if isinstance(whole, Tensor) else stand_in(whole.codes, dtype)
+        return BranchInput(local.requires_grad_(wants), collective, axis, (), True, whole, _never)
 
     return now, again
+
+
+def stand_in(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """What autograd sees in the place of codes: their shape, in the type of their gradient, without memory."""
+    return codes.new_empty((1, 1), dtype=dtype).expand(codes.shape)
 
 
 def _never(sources: tuple[Tensor, ...]) -> Tensor:

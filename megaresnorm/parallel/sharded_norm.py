@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, AddNormOutput, NormWeights
 from megaresnorm.kernels.add_norm.sharded import REFERENCE, ShardedNormKernels, merge_stats
+from megaresnorm.kernels.fp8.formats import Rows
 from megaresnorm.parallel.branch_input import GATHER_COLUMNS, BranchInput, Collective
 from megaresnorm.parallel.collectives import (
     all_reduce,
@@ -23,6 +24,8 @@ from megaresnorm.parallel.collectives import (
     start_all_gather,
     start_all_reduce,
 )
+from megaresnorm.parallel.fp8_wire import sent
+from megaresnorm.parallel.linear_kernel import LinearKernel
 from megaresnorm.parallel.mesh import Axis
 from megaresnorm.parallel.remade import Remakes, remade_by_kernel, remade_of_columns
 from megaresnorm.parallel.transport import Pending
@@ -272,6 +275,7 @@ def columns_add_norm(
     gather: bool,
     keeps: bool,
     remakes: Remakes = Remakes.NOTHING,
+    reader: LinearKernel,
 ) -> tuple[Tensor, BranchInput | None]:
     """``add_norm`` of a stream sharded over the hidden dimension.
 
@@ -283,17 +287,13 @@ def columns_add_norm(
             branch's type. Otherwise, and for every other norm, statistics are merged.
         keeps: whether gathered rows are kept for backward.
         remakes: as of ``TensorLayout.add_norm``; where z is gathered it is what is kept in any case.
+        reader: likewise. Where z is gathered it reads what is made of it.
 
     Communication:
         That of ``ShardedNorm`` for each norm whose statistics are merged. For a branch input also one all-gather of
         [T, d], in backward one more unless rows are kept, and one reduce-scatter of [T, D]; or with ``gather`` what
         ``gathered_norm`` sends in their place.
-
-    Raises:
-        ValueError: out_dtype is FP8: a scale would have to travel with the columns.
     """
-    if args.out_dtype == torch.float8_e4m3fn:
-        raise ValueError("a stream sharded over the hidden dimension has no branch input in FP8")
     delta, norm, next_norm, stored, out_dtype = (
         args.delta, args.norm, args.next_norm, args.residual_dtype, args.out_dtype,
     )  # fmt: skip
@@ -307,9 +307,10 @@ def columns_add_norm(
         return z, None
     last = norm or next_norm  # post-norm: its output is trunk and branch input; pre-norm: of the branch input alone
     if last is None:
-        u = _gathered_columns(z.to(out_dtype), sharded.axis, keeps)
+        u, read = _gathered_columns(z.to(out_dtype), sharded.axis, keeps, reader)
         out = AddNormOutput(z, u.local, None, None, z.detach())
-        return z, u if keeps else remade_by_kernel(u, out, kernel, replace(args, norm=None, next_norm=None), remakes)
+        args = replace(args, norm=None, next_norm=None)
+        return z, u if keeps else remade_by_kernel(u, out, kernel, args, remakes, read)
     if gather:
 
         def normalize_whole(z_pTd: Tensor, norm: NormWeights) -> tuple[Tensor, Tensor]:
@@ -319,14 +320,17 @@ def columns_add_norm(
         return mine if norm is not None else z, u
     rounded = stored if norm is not None else out_dtype
     y, statistics = sharded.with_statistics(z, last, rounded)
-    u = _gathered_columns(y.to(out_dtype), sharded.axis, keeps)
+    u, read = _gathered_columns(y.to(out_dtype), sharded.axis, keeps, reader)
     if not keeps and remakes.of_what_is_kept:
-        u = remade_of_columns(u, z, statistics, last, sharded.traceable, rounded)
+        u = remade_of_columns(u, z, statistics, last, sharded.traceable, rounded, read)
     return y if norm is not None else z, u
 
 
-def _gathered_columns(u: Tensor, axis: Axis, keeps: bool) -> BranchInput:
-    return BranchInput(u, GATHER_COLUMNS, axis, (u.detach(),), keeps)
+def _gathered_columns(
+    u: Tensor, axis: Axis, keeps: bool, reader: LinearKernel
+) -> tuple[BranchInput, Callable[[Tensor], Rows] | None]:
+    """The branch input of these columns, and what makes its ``part`` of them; None where it has none."""
+    return sent(BranchInput(u, GATHER_COLUMNS, axis, (u.detach(),), keeps), reader, 1)
 
 
 @torch.no_grad()

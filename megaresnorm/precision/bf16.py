@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megaresnorm.parallel.linear import Linear, PlainLinear
+from megaresnorm.parallel.linear import Linear
+from megaresnorm.parallel.linear_kernel import PlainLinear
 
 
 class Bf16Linear(PlainLinear):
@@ -65,20 +66,21 @@ def bf16_linear(device: torch.device) -> PlainLinear:
 
 
 class Bf16Copies:
-    """BF16 copies of the weights of every linear layer, made anew in one call after the weights have changed.
+    """BF16 copies of the weights of linear layers that compute in BF16, made anew in one call after they have changed.
 
     Autocast would cast every weight in every microbatch. Not for weights that FSDP2 gathers for the time of their use:
     copies of all would undo the sharding.
 
     Args:
-        model: with memory; the kernel of its linear layers is ``bf16_linear``.
+        model: with memory; linear layers whose kernel is not ``bf16_linear`` are left out.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._copies: dict[nn.Parameter, Tensor] = {}
         for module in model.modules():
-            if isinstance(module, Linear) and module.weight.dtype != torch.bfloat16:  # such are read as they are
-                assert isinstance(module.kernel, Bf16Linear | WidenedBf16Linear)
+            if not isinstance(module, Linear) or module.weight.dtype == torch.bfloat16:  # such are read as they are
+                continue
+            if isinstance(module.kernel, Bf16Linear | WidenedBf16Linear):
                 if module.weight not in self._copies:  # tied ones share a copy
                     self._copies[module.weight] = torch.empty_like(module.weight.detach(), dtype=torch.bfloat16)
                 module.operand = self._copies[module.weight]

@@ -39,6 +39,8 @@ class Fp8Recipe(Section):
             refuse_ignored(self, "precision.fp8", f"precision.fp8.recipe={self.recipe}", "scaling")
         if self.scaling != "delayed":
             refuse_ignored(self, "precision.fp8", f"precision.fp8.scaling={self.scaling}", "history")
+        if self.backward == "bf16":
+            refuse_ignored(self, "precision.fp8", "precision.fp8.backward=bf16", "weight_grad")
         return self
 
     @property
@@ -85,8 +87,8 @@ class PrecisionRecipe(Section):
     def _bf16_weights_are_read_in_bf16(self) -> Self:
         if self.weights == "bf16" and self.compute != "bf16":
             raise ValueError(
-                f"precision.weights=bf16 does not go with precision.compute={self.compute}, whose products would read "
-                "rounded weights; set precision.compute=bf16, or remove it"
+                f"precision.weights=bf16 goes with precision.compute=bf16 alone, not {self.compute}; set that, or "
+                "remove precision.weights"
             )
         return self
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, AddNormOutput
+from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, AddNormOutput, with_fp8
 from megaresnorm.kernels.add_norm.spec import (
     FP8,
     SUMS,
@@ -37,6 +37,8 @@ def fused_add_norm(backend: str) -> AddNormKernel:
     """``reference.add_norm`` computed by the fused backend of that name, for FP32 and BF16 tensors."""
 
     def add_norm(args: AddNormArgs) -> AddNormOutput:
+        if args.fp8 is not None:
+            return with_fp8(add_norm, args)
         if args.dropout is not None and (args.delta is None or not backend_named(backend).drops):
             args = _dropped(args, add_norm)
         x, delta, gate, out_dtype = args.x, args.delta, args.gate, args.out_dtype

@@ -3,13 +3,14 @@
 T rows (tokens)   D columns (model dim)
 """
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from megaresnorm.kernels.dropout import Dropout
+from megaresnorm.kernels.fp8.formats import TENSOR, Fp8, Fp8Output, amax_of, checked, quantize
 from megaresnorm.kernels.registry import register_kernel
 
 
@@ -46,6 +47,7 @@ class AddNormArgs:
             gradient of an FP8 tensor to E4M3 without a scale, so gradients below 2^-10 would vanish; the consumer of
             FP8 must prevent that.
         fp8_scale: a scalar FP32.
+        fp8: how the branch input, rounded to ``out_dtype``, is written in FP8 as well; None: it is not.
     """
 
     x: Tensor
@@ -59,6 +61,7 @@ class AddNormArgs:
     residual_dtype: torch.dtype
     out_dtype: torch.dtype | None
     fp8_scale: Tensor | None = None
+    fp8: Fp8Output | None = None
     dropout: Dropout | None = None
 
 
@@ -72,6 +75,8 @@ class AddNormOutput(NamedTuple):
         amax: the largest |branch input| before the scale of FP8, a scalar FP32.
         stored: the stored sum z without a gradient, which backward keeps: the call without an add, on z in the place
             of x, gives the same branch input. None where a backend does not tell.
+        fp8: the branch input in FP8, where ``fp8`` asks for it. Then ``branch_input`` may have no values, and stands
+            for it in autograd alone.
     """
 
     trunk: Tensor
@@ -79,6 +84,7 @@ class AddNormOutput(NamedTuple):
     statistics: Tensor | None
     amax: Tensor | None
     stored: Tensor | None = None
+    fp8: Fp8 | None = None
 
 
 class AddNormKernel(Protocol):
@@ -104,6 +110,8 @@ def add_norm(args: AddNormArgs) -> AddNormOutput:
     Raises:
         ValueError: out_dtype is float8_e4m3fn and fp8_scale is None.
     """
+    if args.fp8 is not None:
+        return with_fp8(add_norm, args)
     x, delta, gate, residual_dtype, out_dtype = args.x, args.delta, args.gate, args.residual_dtype, args.out_dtype
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     z = x
@@ -137,6 +145,18 @@ def add_norm(args: AddNormArgs) -> AddNormOutput:
             raise ValueError("add_norm/reference: out_dtype=torch.float8_e4m3fn needs fp8_scale")
         return AddNormOutput(trunk, to_fp8(branch_input, args.fp8_scale), statistics, largest(branch_input))
     return AddNormOutput(trunk, in_type(branch_input, out_dtype), statistics, None, kept)
+
+
+def with_fp8(kernel: AddNormKernel, args: AddNormArgs) -> AddNormOutput:
+    """The results of a kernel that does not write FP8, and its branch input in FP8."""
+    assert args.fp8 is not None
+    out = kernel(replace(args, fp8=None))
+    assert out.branch_input is not None
+    values, (form, amax) = out.branch_input.detach(), args.fp8
+    if amax is None:
+        return out._replace(fp8=quantize(values, form))
+    own = amax_of(values, TENSOR)
+    return out._replace(fp8=checked(quantize(values, form, amax=amax), own), amax=own)
 
 
 def in_type(x: Tensor, dtype: torch.dtype) -> Tensor:

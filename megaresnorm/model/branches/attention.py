@@ -50,6 +50,11 @@ class Attention(Branch):
             widths = per_head if self.norm_per_head else (q_dim // axis.size, kv_dim // axis.size)
             self.q_norm, self.k_norm = (norm_of(recipe)(width) for width in widths)
 
+    @property
+    def reader(self) -> ColumnLinear:
+        """See ``Branch``."""
+        return self.qkv
+
     def forward(self, u_TD: BranchInput, rows: SequenceInfo) -> Tensor:
         """See ``Branch``."""
         heads = self.num_heads, self.kv_heads, self.kv_heads

@@ -15,6 +15,7 @@ from megaresnorm.model.stream import Kernels
 from megaresnorm.model.topology import ResidualSpec
 from megaresnorm.parallel.branch_input import BranchInput
 from megaresnorm.parallel.layouts import TensorLayout
+from megaresnorm.parallel.linear import ColumnLinear
 from megaresnorm.recipe import ModelRecipe
 
 
@@ -30,6 +31,11 @@ class Branch(nn.Module, ABC):
         self, recipe: ModelRecipe, kernels: Kernels, layout: TensorLayout, norm_inner: Callable[[int], Norm] | None
     ) -> None:
         super().__init__()
+
+    @property
+    @abstractmethod
+    def reader(self) -> ColumnLinear:
+        """The linear layer that reads its input."""
 
     @abstractmethod
     def forward(self, u_TD: BranchInput, rows: SequenceInfo) -> Tensor:

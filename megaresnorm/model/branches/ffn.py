@@ -47,9 +47,14 @@ class FeedForward(Branch):
         self.norm_inner = None if norm_inner is None else norm_inner(recipe.ffn_width // axis.size)
         self.remakes_activation = False
 
+    @property
+    def reader(self) -> ColumnLinear:
+        """See ``Branch``."""
+        return self.gate_up if self.gated else self.up
+
     def forward(self, u_TD: BranchInput, rows: SequenceInfo) -> Tensor:
         """See ``Branch``."""
-        into = self.gate_up if self.gated else self.up
+        into = self.reader
         # The bias belongs to the activation's kernel, which sums its gradient on the way.
         a = into.without_bias(u_TD)
         if self.remakes_activation and torch.compiler.is_compiling():  # which makes again what of this backward needs

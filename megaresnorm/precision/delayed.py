@@ -1,0 +1,84 @@
+"""Delayed scaling: one scale for a tensor, from the largest numbers of earlier steps."""
+
+import torch
+from torch import Tensor
+
+from megaresnorm.parallel.collectives import largest
+from megaresnorm.parallel.mesh import ParallelContext
+
+INPUTS, GRADIENTS = 0, 1
+
+
+class Delayed:
+    """The largest numbers that one layer has seen in earlier steps.
+
+    Args:
+        all_layers: of which it is one.
+        index: its number among them.
+    """
+
+    def __init__(self, all_layers: "DelayedScales", index: int) -> None:
+        self._all, self._index = all_layers, index
+
+    def saw(self, which: int, amax: Tensor) -> None:
+        """Take note of the largest |input| (INPUTS) or |output's gradient| (GRADIENTS) of a pass."""
+        seen = self._all.seen[self._index, which]
+        torch.maximum(seen, amax.view(()), out=seen)
+
+    def amax(self, which: int) -> Tensor | None:
+        """The largest of the earlier steps, FP32 [1, 1]; None before there are any."""
+        return self._all.largest[self._index, which].view(1, 1) if self._all.known[self._index] else None
+
+
+class DelayedScales:
+    """Scales from the largest numbers of the last steps, for all layers of a stage (delayed scaling).
+
+    They change once a step, so that all microbatches, and what is computed again in backward, have the same.
+
+    Args:
+        num_layers: of this rank.
+        history: steps that are looked at.
+
+    Attributes:
+        history: [layers, steps, 2] FP32, the largest |input| and |output's gradient| of the last steps, newest first; 0
+            where there is none.
+        seen: [layers, 2], of the step that is under way.
+        largest: [layers, 2], over the history.
+        known: of each layer, whether the history has seen it. Until then it takes scales of its numbers themselves.
+
+    Source:
+        Micikevicius et al., arXiv:2209.05433, section 3; the largest of a window as in Transformer Engine.
+    """
+
+    def __init__(self, num_layers: int, history: int, device: torch.device) -> None:
+        self.history = torch.zeros(num_layers, history, 2, device=device)
+        self.seen, self.largest = torch.zeros(2, num_layers, 2, device=device)
+        self.known = [False] * num_layers
+
+    def begin_step(self) -> None:
+        """Forget what passes outside of training have seen."""
+        self.seen.zero_()
+
+    def end_step(self, context: ParallelContext, refused: Tensor) -> None:
+        """Take over what this step has seen, unless it is refused. What is not finite is not taken.
+
+        Args:
+            refused: a number FP32 on the device; where it is 1 nothing changes.
+
+        Communication:
+            One all-gather of [layers, 2] over model_shards, and one over dp_replicate.
+        """
+        seen = largest(largest(self.seen, context.model_shards), context.dp_replicate)
+        seen = torch.where(seen.isfinite(), seen, self.largest)
+        moved = torch.cat((seen.unsqueeze(1), self.history[:, :-1]), 1)
+        self.history.copy_(torch.where(refused > 0, self.history, moved))
+        torch.amax(self.history, 1, out=self.largest)
+
+    def step_was_applied(self) -> None:
+        """Use what the history has seen from now on."""
+        self.known = [True] * len(self.known)
+
+    def loaded(self) -> None:
+        """Use a history that a checkpoint has given. Waits for the device."""
+        torch.amax(self.history, 1, out=self.largest)
+        self.known = self.largest.any(1).tolist()

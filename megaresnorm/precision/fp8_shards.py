@@ -1,0 +1,127 @@
+"""FP8 all-gathers of the weights that FSDP2 shards and FP8 products read: a byte an element, rounded once a step.
+
+N outputs, in rows that are sharded   K inputs   p ranks of dp_shard
+"""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.distributed.device_mesh import DeviceMesh
+
+from megaresnorm.kernels.fp8.formats import E4M3, TENSOR, TILE, Form, Fp8, amax_of, exponents, quantize, scales
+from megaresnorm.parallel.collectives import largest
+from megaresnorm.parallel.data_parallel import local
+from megaresnorm.parallel.gathered import set_gather
+from megaresnorm.parallel.linear import Linear
+from megaresnorm.parallel.mesh import Axis, ParallelContext
+from megaresnorm.precision.fp8 import Fp8Linear
+
+
+class Fp8Shards:
+    """This rank's rows of every weight that is read in FP8, as FSDP2 is to send them.
+
+    A gathered weight is codes that the layer's products read; the FP32 tensor that FSDP2 reduces gradients for has no
+    values, and no memory after its first use.
+
+    Args:
+        layers: whose weights FSDP2 has sharded, with memory and initial values, before any has been gathered.
+    """
+
+    def __init__(self, layers: Mapping[str, tuple[Linear, Fp8Linear]], context: ParallelContext) -> None:
+        self._context = context
+        self._shards = [_Shard(layer, kernel, context.dp_shard) for layer, kernel in layers.values()]
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Round the current weights.
+
+        Communication:
+            For scales that ranks share one all-gather of a number for each weight over model_shards (tensorwise), or of
+            one for each 128 x 128 elements over dp_shard (block).
+        """
+        shared = [shard for shard in self._shards if shard.shares]
+        if shared:
+            axis = self._context.model_shards if shared[0].form == TENSOR else self._context.dp_shard
+            own = [shard.amax() for shard in shared]
+            whole = largest(torch.cat([amax.flatten() for amax in own]), axis).split([amax.numel() for amax in own])
+        for i, shard in enumerate(self._shards):
+            shard.round(whole[i].view_as(own[i]) if shared else None)
+
+
+class _Shard:
+    """This rank's rows of one weight.
+
+    Attributes:
+        codes: [rows, K], filled up with zeros where other ranks have more rows.
+        inverse: of these rows, or of the whole weight where ranks share scales.
+    """
+
+    codes: Tensor
+    inverse: Tensor
+
+    def __init__(self, layer: Linear, kernel: Fp8Linear, axis: Axis) -> None:
+        weight: Any = layer.weight
+        self.form: Form = kernel.forms.weight
+        self.shares = self.form in (TENSOR, TILE)
+        self._num_rows, width = weight.shape
+        self._rows = -(-self._num_rows // axis.size)
+        self._first = self._rows * axis.rank
+        self._mine = local(weight.detach())
+        self._grid = -(-self._num_rows // TILE.rows), -(-width // TILE.columns)
+        self._kernel = kernel
+        # What FSDP2 calls hangs on the tensor that it gathers; to_local may be a view of it.
+        set_gather(cast(Any, layer.weight)._local_tensor, self._before, self._after)
+
+    def amax(self) -> Tensor:
+        """What the shared scales are for, as far as this rank's rows say: [1, 1], or of each tile of the weight."""
+        if self.form == TENSOR:
+            return amax_of(self._mine, TENSOR)
+        found = self._mine.new_zeros(self._grid, dtype=torch.float32)
+        if len(self._mine):
+            first, padded = self._in_tiles()
+            here = amax_of(padded, TILE)
+            found[first : first + len(here)] = here
+        return found
+
+    def round(self, amax: Tensor | None) -> None:
+        """Make codes of the current weights; ``amax`` is that of shared scales."""
+        if self.form == TILE and amax is not None:
+            first, padded = self._in_tiles()
+            tiles = -(-len(padded) // TILE.rows)  # type: ignore[operator]
+            codes = quantize(padded, TILE, amax=amax[first : first + tiles]).codes[len(padded) - len(self._mine) :]
+            inverse = quantize(padded.new_zeros(self._num_rows, padded.shape[1]), TILE, amax=amax).inverse
+        else:
+            codes, inverse, _ = quantize(self._mine, self.form, amax=amax)
+        missing = self._rows - len(codes)
+        self.codes = F.pad(codes.view(torch.uint8), (0, 0, 0, missing)) if missing else codes.view(torch.uint8)
+        self.inverse = inverse if self.shares else F.pad(inverse, (0, 0, 0, missing))
+
+    def _in_tiles(self) -> tuple[int, Tensor]:
+        """The number of the first row of tiles, and this rank's rows below the rows of other ranks in it."""
+        above = self._first % TILE.rows
+        return self._first // TILE.rows, F.pad(self._mine, (0, 0, above, 0))
+
+    def _before(
+        self, mesh: DeviceMesh, size: torch.Size, stride: tuple[int, ...], module: Any, policy: Any
+    ) -> tuple[tuple[Tensor, ...], None]:
+        return ((self.codes,) if self.shares else (self.codes, exponents(self.inverse))), None
+
+    @torch.no_grad()
+    def _after(
+        self, gathered: tuple[Tensor, ...], metadata: None, dtype: torch.dtype, *, out: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """Give the layer its codes. FSDP2 wants a tensor of the weight's shape, which nothing reads."""
+        codes = gathered[0][: self._num_rows].view(E4M3)
+        inverse = self.inverse if self.shares else scales(gathered[1][: self._num_rows])
+        self._kernel.weight = Fp8(codes, inverse, self.form)
+        if out is None:
+            whole = codes.new_empty(codes.shape, dtype=dtype)
+            return whole, (whole,)
+        with _unsafe_preserve_version_counter(out):
+            out.untyped_storage().resize_(0)  # FSDP2 has given it memory again
+        return None
