@@ -6,24 +6,32 @@
 
 Rounding to nearest is no setting of a recipe: an update of less than half of a weight's last place is lost. How many
 are is told by the share of elements of matrices that have the value in the end that they were initialized with.
+
+    python tools/bench_weights.py --updates
+
+measures the time of updates alone, of matrices that are packed together and of one that is updated by itself.
 """
 
 import argparse
 import json
 import logging
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.engines.native import NativeEngine
+from megaresnorm.model.specs import ParameterSpec, Part
+from megaresnorm.optim import Optimizer
+from megaresnorm.parallel.wide import with_wide_gradient
 from megaresnorm.precision import rounded_updates
-from megaresnorm.recipe import Recipe
+from megaresnorm.recipe import OptimRecipe, Recipe
 from megaresnorm.recipe.load import build_recipe
 from megaresnorm.resilience.signals import StopSignals
 from megaresnorm.run import Run
@@ -35,13 +43,25 @@ LAST = 20  # steps whose mean is a loss
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="token files, as `megaresnorm prepare` writes them")
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--data", help="token files, as `megaresnorm prepare` writes them")
+    kind.add_argument("--updates", action="store_true", help="measure updates alone")
     parser.add_argument("--lr", default="3e-3,3e-4", help="peak learning rates [3e-3,3e-4]")
     for name, default in (("steps", 400), ("num-blocks", 8), ("dim", 128), ("seq-len", 128), ("batch", 8), ("seed", 1)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"[{default}]")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.INFO)
+    if arguments.updates:
+        print("| matrices | FP32, ns an element | BF16 | ratio |\n| --- | --- | --- | --- |")
+        for rows, columns, count in ((128, 128, 256), (1024, 4096, 1)):
+            fp32, bf16 = (update_seconds(rows, columns, count, dtype) for dtype in (torch.float32, torch.bfloat16))
+            scale = 1e9 / (rows * columns * count)
+            print(
+                f"| {count} of {rows} x {columns} | {fp32 * scale:.2f} | {bf16 * scale:.2f} | {bf16 / fp32:.0f} |",
+                flush=True,
+            )
+        return
     marks = [arguments.steps * part // 4 for part in (1, 2, 3, 4)]
     print(f"| peak lr | weights | {' | '.join(f'step {mark}' for mark in marks)} | validation | never moved |")
     print("| --- " * (len(marks) + 4) + "|")
@@ -84,6 +104,25 @@ def trained(recipe: Recipe) -> tuple[list[float], float, float]:
             still += int((checkpoint.read("weights", name) == weight).sum())
             total += weight.numel()
     return [record["loss"] for record in records], summary.valid_loss, still / total
+
+
+def update_seconds(rows: int, columns: int, count: int, dtype: torch.dtype) -> float:
+    """Processor time of one update of all matrices, the median of seven."""
+    names = [str(number) for number in range(count)]
+    weights = {name: with_wide_gradient(nn.Parameter(torch.ones((rows, columns), dtype=dtype))) for name in names}
+    table = {name: ParameterSpec(name, (rows, columns), (Part("q", rows),), True, matrix=True) for name in names}
+    box = ((0, rows), (0, columns))
+    rounded = {name: rounded_updates.Rounded.of(1, name, [box]) for name in names if dtype == torch.bfloat16}
+    optimizer = Optimizer(weights, table, OptimRecipe(), rounded=rounded)
+    for weight in weights.values():
+        weight.grad = torch.ones((rows, columns))
+    optimizer.collect()
+    times = []
+    for _ in range(8):
+        start = time.process_time()
+        optimizer.step(1e-3)
+        times.append(time.process_time() - start)
+    return median(times[1:])
 
 
 @contextmanager

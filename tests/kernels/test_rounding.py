@@ -65,3 +65,15 @@ def test_a_part_of_a_matrix_has_the_bits_of_its_global_rows_and_columns():
     whole = hash_elements(torch.arange(40), torch.arange(24), torch.tensor([7, -9]))
     rows, columns = torch.tensor([3, 4, 30, 39]), torch.arange(8, 16)
     assert torch.equal(hash_elements(rows, columns, torch.tensor(-9)), whole[1][rows][:, columns])
+
+
+@pytest.mark.gpu
+def test_a_gpu_makes_the_same_bits_and_rounds_alike():
+    bits = bits_of((64, 32), 8)
+    keys = numbered(torch.tensor([-(2**61) + 12345], device="cuda"), torch.arange(8, device="cuda"))
+    there = hash_elements(torch.arange(64, device="cuda"), torch.arange(32, device="cuda"), keys)
+    assert torch.equal(there.cpu(), bits)
+    x = torch.randn(8, 64, 32, generator=torch.Generator().manual_seed(0))
+    x[0, 0, :3] = torch.tensor([torch.nan, torch.inf, torch.finfo(torch.float32).max])
+    here = rounded_at_random(x, bits)
+    assert torch.equal(rounded_at_random(x.cuda(), there).cpu().nan_to_num(), here.nan_to_num())
