@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaresnorm.errors import ConfigError
+from megaresnorm.kernels.hashing import hash_number
 from megaresnorm.model.specs import ParameterSpec
 from megaresnorm.parallel.data_parallel import local
 from megaresnorm.parallel.wide import gradient_dtype, no_gradient, with_wide_gradient
@@ -112,6 +113,7 @@ class AdamW:
             refused: a number FP32; where it is 1 nothing changes. None: 0.
         """
         self._count(groups, refused)
+        numbers = {device: hash_number(number) for device, (_, number) in self._steps.items()} if self._pieces else {}
         for group in groups:
             gradients = [_gradient_of(tensor) for tensor in group.tensors]
             scale = None if divisor is None else divisor.float()
@@ -129,7 +131,7 @@ class AdamW:
                 for piece in self._pieces[tensor]:
                     updated = tensor[piece.at].float()
                     self._fused([updated], [gradient[piece.at]], *([each[piece.at]] for each in two), **options)
-                    piece.store(updated, tensor, self._steps[tensor.device][1])
+                    piece.store(updated, tensor, numbers[tensor.device])
 
     def _fused(
         self, weights: list[Tensor], gradients: list[Tensor], averages: list[Tensor], squares: list[Tensor],

@@ -9,7 +9,8 @@ are is told by the share of elements of matrices that have the value in the end 
 
     python tools/bench_weights.py --updates
 
-measures the time of updates alone, of matrices that are packed together and of one that is updated by itself.
+measures the time of updates alone, of matrices that are packed together and of one that is updated by itself, and of
+whole steps of the model.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from megaresnorm.checkpoint.reader import Checkpoint
+from megaresnorm.data.loader import Batch, StepBatch
 from megaresnorm.engines.native import NativeEngine
 from megaresnorm.model.specs import ParameterSpec, Part
 from megaresnorm.optim import Optimizer
@@ -61,9 +63,11 @@ def main() -> None:
                 f"| {count} of {rows} x {columns} | {fp32 * scale:.2f} | {bf16 * scale:.2f} | {bf16 / fp32:.0f} |",
                 flush=True,
             )
+        fp32, bf16 = (step_seconds(arguments, weights) for weights in ("fp32", "bf16"))
+        print(f"a step: {fp32:.3f} s with FP32 weights, {bf16:.3f} s with BF16")
         return
     marks = [arguments.steps * part // 4 for part in (1, 2, 3, 4)]
-    print(f"| peak lr | weights | {' | '.join(f'step {mark}' for mark in marks)} | validation | never moved |")
+    print(f"| peak lr | weights | {' | '.join(f'step {mark}' for mark in marks)} | validation | unmoved |")
     print("| --- " * (len(marks) + 4) + "|")
     for lr in map(float, arguments.lr.split(",")):
         for name, weights in CONTENDERS.items():
@@ -80,7 +84,7 @@ def recipe_of(arguments: argparse.Namespace, lr: float, weights: str, output: Pa
     return build_recipe(
         {
             "model": model | {"num_blocks": arguments.num_blocks},
-            "data": {"path": arguments.data},
+            "data": {"path": arguments.data or "none"},
             "train": train | {"eval_every": 0, "sample_tokens": 0, "log_every": arguments.steps},
             "optim": {"lr": lr},
             "schedule": {"kind": "cosine", "warmup_steps": arguments.steps // 20},
@@ -121,6 +125,21 @@ def update_seconds(rows: int, columns: int, count: int, dtype: torch.dtype) -> f
     for _ in range(8):
         start = time.process_time()
         optimizer.step(1e-3)
+        times.append(time.process_time() - start)
+    return median(times[1:])
+
+
+def step_seconds(arguments: argparse.Namespace, weights: str) -> float:
+    """Processor time of one step with a vocabulary of 1,024, the median of seven."""
+    values = recipe_of(arguments, 1e-3, weights, Path("none")).model_dump(exclude_none=True)
+    values["model"]["vocab_size"] = 1024
+    engine = NativeEngine(build_recipe(values))
+    tokens = torch.randint(1024, (arguments.batch, arguments.seq_len), generator=torch.Generator().manual_seed(0))
+    batch = StepBatch.of([Batch(tokens, tokens, torch.arange(len(tokens)))])
+    times = []
+    for _ in range(8):
+        start = time.process_time()
+        engine.step(batch, 1e-3)
         times.append(time.process_time() - start)
     return median(times[1:])
 

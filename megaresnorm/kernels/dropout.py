@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megaresnorm.kernels.custom_op import CustomOp
-from megaresnorm.kernels.hashing import hash_elements
+from megaresnorm.kernels.hashing import at_least, hash_elements, hash_number
 
 
 class Dropout(NamedTuple):
@@ -69,7 +69,7 @@ class _Place(NamedTuple):
 
 def _mask(rows_T: Tensor, key: Tensor, place: _Place) -> Tensor:
     columns_D = torch.arange(place.first_column, place.first_column + place.columns, device=rows_T.device)
-    return hash_elements(rows_T, columns_D, key.reshape(())) >= place.threshold
+    return at_least(hash_elements(hash_number(rows_T), columns_D, key.reshape(())), place.threshold)
 
 
 # One operator: a code generator that sees the forty integer operations of a mask takes minutes for a few blocks.

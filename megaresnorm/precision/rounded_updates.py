@@ -16,13 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megaresnorm.kernels.hashing import hash_elements, numbered
+from megaresnorm.kernels.hashing import hash_elements, hash_number, numbered
 from megaresnorm.kernels.rounding import rounded_at_random
 from megaresnorm.parallel.sharding import Box
 
-# Elements in FP32 at a time, each with about five numbers of 8 bytes while its bits are made. On a CPU those stay in
-# its caches (measured: twice as fast as four times as many); a GPU is busy with 4 Mi, which take some 200 MiB.
-CPU_PIECE, GPU_PIECE = 1 << 18, 1 << 22
+# Elements in FP32 at a time, each with about five other numbers of 4 bytes while its bits are made. On a CPU those stay
+# in its caches (four times as many take a third longer); on a GPU, where they take some 200 MB, the kernels of a piece
+# should run for longer than it takes to launch them.
+CPU_PIECE, GPU_PIECE = 1 << 18, 1 << 23
 
 
 class Place(NamedTuple):
@@ -77,7 +78,8 @@ class Piece(NamedTuple):
     Attributes:
         at: which of the tensor's first dim.
         keys: [K] int64.
-        rows_R, columns_C: int64, global numbers.
+        rows_R: ``hash_number`` of the global numbers of the rows.
+        columns_C: global numbers, int32.
     """
 
     at: slice
@@ -91,7 +93,7 @@ class Piece(NamedTuple):
         Args:
             x: FP32, of the shape of ``weights[at]``.
             weights: the tensor in BF16.
-            number: of the update, an int64 tensor of one number.
+            number: ``hash_number`` of that of the update.
         """
         bits = hash_elements(self.rows_R, self.columns_C, numbered(self.keys, number))
         self._matrices(weights[self.at]).copy_(rounded_at_random(self._matrices(x), bits))
@@ -129,7 +131,8 @@ def pieces_of_packed(members: Sequence[Rounded], aligned: int, device: torch.dev
 
 def _numbers(place: Place, device: torch.device) -> tuple[Tensor, Tensor]:
     rows = torch.cat([torch.arange(run.start, run.stop, device=device) for run in place.rows])
-    return rows, torch.arange(place.columns.start, place.columns.stop, device=device)
+    columns = torch.arange(place.columns.start, place.columns.stop, dtype=torch.int32, device=device)
+    return hash_number(rows), columns
 
 
 def _piece(device: torch.device) -> int:
