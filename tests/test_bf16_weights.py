@@ -300,7 +300,7 @@ def test_fourteen_bytes_a_parameter_instead_of_eighteen() -> None:
     before, after = (states_of(recipe) for recipe in recipes)
     specs = parameter_table(recipes[0].model).values()
     linear = sum(spec.num_elements for spec in specs if spec.matrix and spec.name != "embedding.weight")
-    # The numbers of rows and columns, by which bits are made, take 8 bytes each.
+    # The numbers of rows and columns, by which bits are made, take 4 bytes each.
     assert before - after == pytest.approx(4 * linear + 2 * 512 * 512, rel=1e-2)
     told = [memory_per_rank(recipe, 1) for recipe in recipes]
     sums = [m.weights + m.copies + m.gradients + m.packed + m.optimizer for m in told]
