@@ -20,6 +20,7 @@ from megaresnorm.offload import LEAST
 from megaresnorm.parallel.mesh import Sizes
 from megaresnorm.parallel.stages import most_under_way, smallest_batch, stages_of_rank
 from megaresnorm.precision.dtypes import DTYPES, weight_dtype
+from megaresnorm.precision.fp8 import FORMS, fp8_blocks
 from megaresnorm.recipe import Recipe
 from megaresnorm.recompute_budget import SPAN, Choice, Group, Held, Plan, Run, held
 from megaresnorm.recompute_budget import Stage as StageCost
@@ -47,7 +48,10 @@ class ActivationMemory:
         self.compute = DTYPES[recipe.precision.branches].itemsize
         self.stream = DTYPES[recipe.precision.stream].itemsize
         self.stages = split_stages(recipe.model, recipe.parallel)
-        self.kinds = [BlockKind.of(recipe.model, block) for block in range(recipe.model.num_blocks)]
+        fp8 = recipe.precision.fp8
+        in_fp8 = fp8_blocks(fp8, recipe.model.num_blocks) if recipe.precision.compute == "fp8" else range(0)
+        self.kinds = [BlockKind.of(recipe.model, i, in_fp8=i in in_fp8) for i in range(recipe.model.num_blocks)]
+        self.scaled = FORMS[fp8.recipe].rows.columns
         data = sizes.dp_replicate * sizes.dp_shard
         samples = ceil(batch_size(recipe.train.steps - 1, recipe.train) / data)
         micro = recipe.train.micro_batch_of(data, sizes.pp)
@@ -67,7 +71,7 @@ class ActivationMemory:
         if self.recipe.train.compile != "none" and parallel.tensor_layout == "columns":
             keeps = keeps or gathers
         writes = self.on_cpu or self.compute > 4  # FP64 goes to the reference
-        return Activations(self.model, self.sizes.tp, layout, keeps, self.compute, self.stream, writes)
+        return Activations(self.model, self.sizes.tp, layout, keeps, self.compute, self.stream, writes, self.scaled)
 
     def of_rank(self, rank: int, segments: Segments) -> tuple[Held, int]:
         """Activations of a pipeline rank, and those of them that are in host memory instead of a GPU's."""

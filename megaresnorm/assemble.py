@@ -39,9 +39,9 @@ from megaresnorm.parallel.mesh import Axis, ParallelContext
 from megaresnorm.parallel.sharded_norm import ShardedNorm
 from megaresnorm.parallel.stages import stages_of_rank
 from megaresnorm.parallel.vocab import vocab_parallel_loss
-from megaresnorm.precision.bf16 import bf16_linear
 from megaresnorm.precision.dtypes import DTYPES, StoredDtypes, stored_dtypes
 from megaresnorm.precision.fp8 import compute_in_fp8, fp8_blocks
+from megaresnorm.precision.half import half_linear
 from megaresnorm.recipe import KernelRecipe, ModelRecipe, ParallelRecipe, PrecisionRecipe, RecomputeRecipe
 from megaresnorm.recompute_plan import Segment, segments_of, set_up
 
@@ -146,7 +146,7 @@ def build_model(
     backends["cross_entropy"] = loss_kernel.backend
     choices["cross_entropy"] = _loss_choice(choices["cross_entropy"], loss_kernel, context.tp.size, logit_rows)
     functions = {op: kernel.function for op, (kernel, _) in chosen.items()}
-    linear = bf16_linear(device) if compute == torch.bfloat16 else PLAIN
+    linear = half_linear(compute, device) if compute.itemsize == 2 else PLAIN
     attention = _fused_attention(recipe, kernels, chosen["attention"][0], choices, backends)
     prepare = PREPARATIONS.get(backends["attention"])
     model_kernels = _model_kernels(functions, layout, attention, norm, linear, stored, compute, prepare)

@@ -153,5 +153,5 @@ def load_model(
         recipe.model, recipe.precision, recipe.kernels, seed=recipe.train.seed, device=choose_device("auto")
     )
     checkpoint.load("weights", {name: TensorSlices.of_whole(p.data) for name, p in assembled.model.named_parameters()})
-    copy_weights([assembled.model], recipe.precision.compute, assembled.context)  # its layers keep them
+    copy_weights([assembled.model], recipe.precision, assembled.context)  # its layers keep them
     return assembled.model, tokenizer

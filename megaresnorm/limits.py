@@ -19,4 +19,5 @@ MAX_TOKENS = 10**6  # tokens of one generated text, which is kept as a whole
 # it; a larger one is infinite.
 FP32_TINY = 1.1754943508222875e-38
 FP32_MAX = 3.4028234663852886e38
+LARGEST_POWER = 126  # of two, whose reciprocal FP32 holds as a normal number, too
 MAX_SHOWN = 60  # characters of a name, value or argument that an error shows

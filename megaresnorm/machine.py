@@ -120,7 +120,7 @@ def _gpus() -> Iterator[Check]:
     triton = _version("triton")
     yield _check("triton", triton or "missing", triton is not None, "pip install triton")
     if not torch.cuda.is_bf16_supported():
-        yield Check("BF16", "WARN", "these GPUs have none", "precision.compute: fp32")
+        yield Check("BF16", "WARN", "these GPUs have none", "precision.compute: fp16")
 
 
 def _processor() -> Check:

@@ -20,7 +20,7 @@ from megaresnorm.optim import ALIGNED, SMALL, AdamW
 from megaresnorm.parallel.data_parallel import PREFETCHED
 from megaresnorm.parallel.mesh import Sizes
 from megaresnorm.parallel.replicas import BUCKET
-from megaresnorm.precision.dtypes import stored_dtypes, weight_dtype
+from megaresnorm.precision.dtypes import half_dtype, stored_dtypes, weight_dtype
 from megaresnorm.recipe import Recipe
 from megaresnorm.recompute_budget import Held, Plan, TooSmall, solve
 from megaresnorm.recompute_plan import segments_of
@@ -56,7 +56,7 @@ class MemoryPerRank:
         gradients: of the same.
         packed: gradients of small parameters once more, side by side, as the optimizer takes them.
         optimizer: two moments of each parameter.
-        copies: BF16 copies of the matrices.
+        copies: 16-bit copies of the matrices.
         gathered: weights that FSDP2 has gathered.
         unsharded: gradients of whole FSDP2 units before they are reduced and scattered.
         buckets: DistributedDataParallel's messages, of which gradients become views in the step's last microbatch.
@@ -134,6 +134,7 @@ class _Unit(NamedTuple):
 
     specs: Sequence[ParameterSpec]
     times: int = 1
+    in_fp8: bool = False
 
 
 class MemoryAccounts:
@@ -144,14 +145,10 @@ class MemoryAccounts:
         self.on_cpu = device_type == "cpu"
         self.word = weight_dtype(recipe.precision.compute).itemsize  # of a gradient, or of a moment
         self.dtypes = stored_dtypes(recipe.precision)
-        self.rounds = recipe.precision.weights == "bf16"
+        self.own_messages = recipe.precision.weights == "bf16" and sizes.dp_replicate > 1  # parallel/replicas.py
         self.activations = of = ActivationMemory(recipe, sizes, device_type)
-        self.compute, self.stages, self.kinds, self.num_microbatches = (
-            of.compute,
-            of.stages,
-            of.kinds,
-            of.num_microbatches,
-        )
+        self.compute, self.stages = of.compute, of.stages
+        self.kinds, self.num_microbatches = of.kinds, of.num_microbatches
         self.examples = {kind: block for block, kind in reversed([*enumerate(self.kinds)])}
         layout = recipe.parallel.tensor_layout if sizes.tp > 1 else "full"
         self.table = parameter_table(recipe.model, layout, sorted(self.examples.values()))
@@ -200,10 +197,12 @@ class MemoryAccounts:
             gradients=self.word * elements,
             packed=0 if sharded else self.word * self._sum(units, self._small),
             optimizer=len(AdamW.names) * self.word * elements,
-            copies=0 if sharded else self._copies(units, has_head),
+            copies=self._copies(units, has_head),
             gathered=self._gathered(units) if sharded else 0,
             unsharded=self._unsharded(units) if sharded else 0,
-            buckets=self.word * elements if self.sizes.dp_replicate > 1 and not sharded and not self.rounds else 0,
+            buckets=self.word * elements
+            if self.sizes.dp_replicate > 1 and not sharded and not self.own_messages
+            else 0,
             received=sum(self.activations.received(number) for number in stages),
             logits=self.activations.logits() if has_head else 0,
             checkpoint=self._checkpoint(units, stages) if self.recipe.checkpoint.asynchronous else 0,
@@ -238,7 +237,9 @@ class MemoryAccounts:
     def _units(self, stage: Stage) -> list[_Unit]:
         """FSDP2 units of a stage, as in Transformer.parts: its blocks, embedding and head (one if tied), the rest."""
         blocks = Counter(self.kinds[block] for block in stage.blocks)
-        units = [_Unit(self._named(f"blocks.{self.examples[kind]}."), count) for kind, count in blocks.items()]
+        units = [
+            _Unit(self._named(f"blocks.{self.examples[kind]}."), count, kind.in_fp8) for kind, count in blocks.items()
+        ]
         tied = self.model.tied_embeddings
         ends = self._named("embedding.") if stage.has_embedding or (tied and stage.has_head) else []
         head = self._named("head.") if stage.has_head else []
@@ -274,16 +275,20 @@ class MemoryAccounts:
     # Kinds
 
     def _copies(self, units: list[_Unit], has_head: bool) -> int:
-        """Bf16Copies (precision/bf16.py) of every linear layer's matrix, and of a tied embedding that makes logits."""
-        if self.recipe.precision.compute != "bf16" or self.rounds:  # whose weights are read as they are
+        """Copies (precision/copies.py) of linear layers' matrices, and of a tied embedding that makes logits.
+
+        In 16 bits, but of those in FP8 codes. Where FSDP2 has sharded matrices there are none but codes of the shards.
+        """
+        if half_dtype(self.recipe.precision) is None:
             return 0
-        tied = self.model.tied_embeddings and has_head
+        tied, sharded = self.model.tied_embeddings and has_head, self.sizes.dp_shard > 1
 
-        def size(spec: ParameterSpec) -> int:
+        def size(spec: ParameterSpec, in_fp8: bool) -> int:
             linear = spec.parts[0].role in _LINEAR_ROLES or (tied and spec.name == "embedding.weight")
-            return self._held(spec) if linear and len(spec.shape) == 2 else 0
+            held = self._held(spec) if linear and len(spec.shape) == 2 else 0
+            return held if in_fp8 else 0 if sharded else self.compute * held
 
-        return self.compute * self._sum(units, size)
+        return sum(unit.times * sum(size(spec, unit.in_fp8) for spec in unit.specs) for unit in units)
 
     @property
     def _keeps_gathered(self) -> bool:
@@ -319,14 +324,10 @@ class MemoryAccounts:
         return memory.gradients + memory.unsharded
 
     def _passing(self, units: list[_Unit]) -> int:
-        """The largest new gradient, and a message of ``Replicas``.
-
-        Of FSDP2 a unit as it was gathered, one as it is sent, and on GPUs those ahead.
-        """
+        """The largest new gradient; of FSDP2 a unit as it was gathered, one as it is sent, and on GPUs those ahead."""
         gradient = self.word * max(self._whole(spec) for unit in units for spec in unit.specs)
         if self.sizes.dp_shard == 1:
-            message = min(BUCKET, self.word * self._sum(units, self._held))
-            return gradient + (message if self.rounds and self.sizes.dp_replicate > 1 else 0)
+            return gradient + (min(BUCKET, self.word * self._sum(units, self._held)) if self.own_messages else 0)
         smallest = min(self._largest([unit]) for unit in units if any(len(spec.shape) > 1 for spec in unit.specs))
         ahead = 0 if self.on_cpu or smallest >= PREFETCHED else min(PREFETCHED, self._sum(units, self._whole))
         return gradient + 2 * self.word * self._largest(units) + min(self.compute, self.word) * ahead

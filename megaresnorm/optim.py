@@ -242,6 +242,14 @@ class Optimizer:
             return [Gradient(self.gradient(p), at) for p, at in zip(self._parameters, self._placements, strict=True)]
         return [Gradient(_gradient_of(p), group.placement) for group in self.groups for p in group.tensors]
 
+    @torch.no_grad()
+    def divide_gradients(self, factor: float) -> None:
+        """Divide the gradients of the parameters, before they are collected, by a power of two: nothing is rounded."""
+        tensors = self.tensors if self._keeps_gradients else self._parameters
+        gradients = [local(p.grad) for p in tensors if p.grad is not None]
+        if factor != 1.0 and gradients:
+            torch._foreach_mul_(gradients, 1.0 / factor)
+
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         """The collected gradient of a parameter of the model."""
         return self._slice_for(parameter, _gradient_of(self.updated_as(parameter)))

@@ -16,7 +16,14 @@ from megaresnorm.recipe import Recipe
 from megaresnorm.resilience.signals import StopSignals, exit_reason
 from megaresnorm.run import Run
 from megaresnorm.schedule import learning_rate
-from megaresnorm.telemetry.log import bar_note, log_lines, log_to_console_by_default, progress_bar, step_line
+from megaresnorm.telemetry.log import (
+    bar_note,
+    log_lines,
+    log_to_console_by_default,
+    progress_bar,
+    skipped_line,
+    step_line,
+)
 from megaresnorm.telemetry.metrics import MetricsWriter
 from megaresnorm.telemetry.summary import RunSummary
 from megaresnorm.telemetry.throughput import Meter
@@ -136,13 +143,23 @@ class Trainer:
             "tokens": run.samples_done * seq_len,
             "time": time.time(),
         }
+        if stats.loss_scale is not None:
+            record |= {"loss_scale": stats.loss_scale, "skipped": stats.skipped}
         seconds = time.perf_counter() - start
         return record | self.meter.step(stats.tokens, (run.samples_done - samples) * seq_len, seconds)
 
     def _judge(self, stats: StepStats) -> None:
-        """Count refused steps: the engine refuses one that would put NaN or Inf into the weights."""
+        """Count refused steps: the engine refuses one that would put NaN or Inf into the weights.
+
+        An overflow that a smaller loss scale may cure is no fault of the run, and neither counted nor an end to a row.
+        """
         run = self.run
         if stats.loss is None:
+            return
+        if stats.lowered_to is not None:
+            log.info(
+                skipped_line(run.steps_done + 1, run.recipe.train.steps, stats.loss, stats.loss_scale, stats.lowered_to)
+            )
             return
         if stats.applied:
             run.skipped_in_a_row = 0

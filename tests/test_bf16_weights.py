@@ -63,7 +63,7 @@ def test_matrices_are_bf16_all_else_fp32_and_nothing_is_kept_twice() -> None:
     }
     assert kinds["blocks.0.ffn.token_gate.weight"] == kinds["blocks.0.ffn.branch.down.bias"] == torch.float32
     assert {"embedding.weight", "positions.weight"} < {n for n, dtype in kinds.items() if dtype == torch.bfloat16}
-    assert sum(copies.nbytes for copies in engine._low_precision._copies) == 0
+    assert not engine.low_precision.copies
     engine.step(batches(engine, recipe), 1e-3)
     states = [state for p in assembled.parameters().values() for state in engine._optimizer.state(p).values()]
     assert {state.dtype for state in states} == {torch.float32}

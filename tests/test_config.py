@@ -62,7 +62,7 @@ BAD = [
     (["model.positions=ropee"], ["did you mean rope?"]),
     (["model.ffn=swglu"], ["did you mean swiglu?"]),
     (["schedule.kind=cosin"], ["did you mean cosine?"]),
-    (["precision.compute=bfloat16"], ["fp32, bf16, fp64", "it is called bf16 here"]),
+    (["precision.compute=bfloat16"], ["fp32, bf16, fp16, fp8, fp64", "it is called bf16 here"]),
     (["optim.clip=adaGC"], ["did you mean adagc?"]),
     (["train.device=gpu"], ["auto, cpu, cuda"]),
     # types and ranges

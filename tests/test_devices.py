@@ -14,9 +14,10 @@ from megaresnorm.data.loader import Batch, StepBatch
 from megaresnorm.engines.native import NativeEngine
 from megaresnorm.kernels.cross_entropy import cross_entropy_sums
 from megaresnorm.parallel.data_parallel import local, replicate_model, shard_model
-from megaresnorm.parallel.gathered import gather_in_bf16
+from megaresnorm.parallel.gathered import gather_in
 from megaresnorm.parallel.mesh import MESH_AXES, Axis, ParallelContext, urgent_options
 from megaresnorm.parallel.transport import transport_of
+from megaresnorm.precision.dtypes import half_dtype
 from megaresnorm.recipe import KernelRecipe, ModelRecipe, ParallelRecipe, PrecisionRecipe
 from megaresnorm.recipe.load import build_recipe
 from megaresnorm.run import Run
@@ -53,7 +54,7 @@ def step_batch(device, count=2, seed=0):
 
 
 @pytest.mark.parametrize("topology", SIX)
-@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("compute", ["fp32", "bf16", "fp16"])
 def test_gradients_are_those_of_the_reference_kernels_on_a_cpu(topology, compute, device):
     engines = [engine_on("cpu", topology, "fp32", REFERENCE), engine_on(device, topology, compute)]
     found = []
@@ -73,7 +74,7 @@ def test_gradients_are_those_of_the_reference_kernels_on_a_cpu(topology, compute
         assert (got[name] - gradient).norm() <= bound * torch.maximum(gradient.norm(), floor), name
 
 
-@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("compute", ["fp32", "bf16", "fp16"])
 def test_the_loss_goes_down(compute, device):
     engine = engine_on(device, "deepnorm", compute)
     losses = [engine.step(step_batch(device, seed=step), 3e-3).loss for step in range(60)]
@@ -130,9 +131,11 @@ def test_every_collective_on_one_rank_gives_what_it_was_given(group, device, dty
     assert torch.equal(transport.start_reduce_scatter(x.unsqueeze(0))(), x)
 
 
-@pytest.mark.parametrize(("wrap", "compute"), [("ddp", "fp32"), ("fsdp2", "fp32"), ("ddp", "bf16"), ("fsdp2", "bf16")])
+@pytest.mark.parametrize(
+    ("wrap", "compute"), [("ddp", "fp32"), ("fsdp2", "fp32"), ("ddp", "bf16"), ("fsdp2", "bf16"), ("fsdp2", "fp16")]
+)
 def test_data_parallelism_around_a_model_leaves_its_gradients(group, device, wrap, compute):
-    """In BF16 FSDP2 gathers matrices in that type, small blocks ahead of time on a GPU; DDP's gradients are views."""
+    """In 16 bits FSDP2 gathers matrices so, small blocks ahead of time on a GPU; DDP's gradients are views."""
     mesh = init_device_mesh(device.type, (1,) * len(MESH_AXES), mesh_dim_names=MESH_AXES)
     context = replace(ParallelContext.single(), mesh=mesh)
     data = Axis("dp", 1, 0, group, transport_of(group, 0, 1, device.type))
@@ -144,8 +147,8 @@ def test_data_parallelism_around_a_model_leaves_its_gradients(group, device, wra
             shard = lambda model: shard_model(model, model.parts(), context, reshard_after_forward=True)  # noqa: E731
         options = (PrecisionRecipe(compute=compute), KernelRecipe(), ParallelRecipe(), context)
         model = build_model(recipe, *options, device=device, shard=shard).model
-        if shard is not None and compute == "bf16":
-            gather_in_bf16(model)
+        if shard is not None and (half := half_dtype(options[0])) is not None:
+            gather_in(half, model)
         module = replicate_model(model, data) if wrapped and wrap == "ddp" else model
         for _ in range(2):  # the second time gathered weights are written where those of the first were
             model.zero_grad()

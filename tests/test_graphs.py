@@ -17,6 +17,7 @@ from megaresnorm.testing import RunAgain
 SETTINGS = {
     "fp32": {},
     "bf16": {"precision": {"compute": "bf16"}},
+    "fp16": {"precision": {"compute": "fp16"}},
     "dropout": {"model": {"dropout": 0.25}},
     "tied, adagc": {"model": {"tied_embeddings": True}, "optim": {"clip": "adagc", "adagc_warmup": 2}},
     "fp64": {"precision": {"compute": "fp64"}},

@@ -69,6 +69,7 @@ ONLY_IN = {  # package -> the files that may import it
             "depth",
             "doctor",
             "generate",
+            "quantize",
             "recipes",
             "train",
         )

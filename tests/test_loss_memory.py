@@ -14,7 +14,7 @@ from megaresnorm.layout import logit_rows_of
 from megaresnorm.parallel.branch_input import BranchInput
 from megaresnorm.parallel.head import HeadLoss, OutputMatrix
 from megaresnorm.parallel.mesh import Axis
-from megaresnorm.precision.bf16 import Bf16Linear
+from megaresnorm.precision.half import HalfLinear
 from megaresnorm.recipe.load import build_recipe
 
 load_backends()
@@ -84,8 +84,8 @@ def test_the_loss_needs_little_beside_its_logits(form):
     assert 0 < found.peak < 0.3e9, found.peak
 
 
-class Counting(Bf16Linear):
-    """Bf16Linear that says what it was asked for."""
+class Counting(HalfLinear):
+    """HalfLinear that says what it was asked for."""
 
     def __init__(self):
         self.products = []
@@ -126,7 +126,7 @@ def test_a_product_adds_its_fp32_sums_on_a_gpu():
     dy, x = (torch.randn(512, n, generator=g, device="cuda").to(BF16) for n in (384, 256))
     total = torch.randn(384, 256, generator=g, device="cuda")
     wanted = total.double() + dy.double().t() @ x.double()
-    Bf16Linear().add_weight_grad(total, dy, x)
+    HalfLinear().add_weight_grad(total, dy, x)
     assert (total.double() - wanted).norm() < 1e-5 * wanted.norm()
 
 
@@ -139,7 +139,7 @@ def test_an_output_matrix_in_parts_never_has_all_logits(form):
     rows = logit_rows_of(recipe, 1, "cuda")
     assert rows == 512 and logit_rows_of(recipe, 1, "cpu") is None and logit_rows_of(recipe, 4, "cuda") is None
     with torch.device("meta"):
-        head = OutputMatrix(DIM, VOCABULARY, Axis("tp"), kernel=Bf16Linear())
+        head = OutputMatrix(DIM, VOCABULARY, Axis("tp"), kernel=HalfLinear())
         head.operand = torch.empty(VOCABULARY, DIM, dtype=BF16)
         x = torch.empty(TOKENS, DIM, dtype=BF16, requires_grad=True)
         labels = torch.empty(TOKENS, dtype=torch.int64)

@@ -55,7 +55,7 @@ def allocated(recipe: Recipe) -> dict[str, int]:
         "stage": assembled.context.pp.rank,
         "weights": sum(local(p.detach()).nbytes for p in parameters.values()),
         "optimizer": sum(t.nbytes for p in parameters.values() for t in optimizer.state(p).values()),
-        "copies": sum(copies.nbytes for copies in engine._low_precision._copies),
+        "copies": sum(copy.nbytes for copy in engine.low_precision.copies),
         "gradients": sum(local(g).nbytes for g in gradients),
         "packed": sum(g.nbytes for g in packed),
         "checkpoint": sum(s.local.nbytes for s in slices if s.owned and s.local is not None),
@@ -132,10 +132,21 @@ def test_gpus_hold_messages_of_small_blocks_that_are_gathered_ahead() -> None:
     assert gpu.passing == cpu.passing
 
 
+def test_fp16_counts_like_bf16() -> None:
+    """Copies of the matrices and activations of two bytes; what FSDP2 gathers is FP32 once it is there."""
+    for parallel in ({}, {"dp_shard": 2}):
+        half, brain, whole = (
+            memory_per_rank(recipe_of(parallel=parallel, precision={"compute": compute}), 2)
+            for compute in ("fp16", "bf16", "fp32")
+        )
+        assert half == brain and half.activations < whole.activations
+        assert (half.copies > 0) == (not parallel) and whole.copies == 0
+
+
 def saved_bytes(recipe: Recipe) -> int:
     """What autograd keeps of a forward pass of one sequence, without parameters and their copies."""
     assembled, engine = build(recipe)
-    copies = [copy for one in engine._low_precision._copies for copy in one._copies.values()]
+    copies = engine.low_precision.copies
     ours = {t.untyped_storage().data_ptr() for t in (*assembled.parameters().values(), *copies)}
     seen: dict[int, torch.Tensor] = {}
 
@@ -149,17 +160,19 @@ def saved_bytes(recipe: Recipe) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
 
 
-@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("compute", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize("name", ["pre", "keel", "peri", "subln", "rezero", "layerscale", "gated", "reordered"])
 def test_activations_are_estimated_within_a_tenth(name: str, compute: str) -> None:
     def recipe(blocks: int) -> Recipe:
         model = {"topology": name, "num_blocks": blocks, **beside_others(name)}
-        return recipe_of(model, precision={"compute": compute})
+        fp8 = {"fp8": {"bf16_first_blocks": 0, "bf16_last_blocks": 0}} if compute == "fp8" else {}
+        return recipe_of(model, precision={"compute": compute} | fp8)
 
     more, fewer = recipe(4), recipe(2)
     of_block = (saved_bytes(more) - saved_bytes(fewer)) / 2 / more.model.seq_len
-    sizes = DTYPES[compute].itemsize, DTYPES[more.precision.stream].itemsize
-    estimate = Activations(more.model, 1, "full", False, *sizes).of_block(BlockKind.of(more.model, 3))
+    sizes = DTYPES[more.precision.branches].itemsize, DTYPES[more.precision.stream].itemsize
+    kind = BlockKind.of(more.model, 3, in_fp8=compute == "fp8")
+    estimate = Activations(more.model, 1, "full", False, *sizes).of_block(kind)
     assert estimate == pytest.approx(of_block, rel=0.1)
 
 

@@ -1,4 +1,4 @@
-"""BF16 products on FP32 weights: close to FP32 for every topology, and every setting obeyed."""
+"""Products in BF16 and FP16 on FP32 weights: close to FP32 for every topology, and every setting obeyed."""
 
 import pytest
 import torch
@@ -6,12 +6,13 @@ import torch
 from megaresnorm.assemble import build_model
 from megaresnorm.kernels.cross_entropy import cross_entropy_sums
 from megaresnorm.model.topology import TOPOLOGIES
-from megaresnorm.precision.bf16 import Bf16Copies
+from megaresnorm.precision.dtypes import half_dtype
+from megaresnorm.precision.half import HalfCopies
 from megaresnorm.recipe import KernelRecipe, ModelRecipe, PrecisionRecipe
 
 
 def backward(topology, compute, residual=None, attention="auto", **settings):
-    """Loss and gradients of one batch; the perturbed weights are cast again for BF16."""
+    """Loss and gradients of one batch; the perturbed weights are cast again for products of 16-bit numbers."""
     recipe = ModelRecipe(
         dim=32,
         num_blocks=4,
@@ -30,8 +31,8 @@ def backward(topology, compute, residual=None, attention="auto", **settings):
     with torch.no_grad():  # away from gates of 0 and 1e-6, behind which nothing could be seen
         for p in assembled.model.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=generator))
-    if compute == "bf16":
-        Bf16Copies(assembled.model)
+    if (half := half_dtype(precision)) is not None:
+        HalfCopies(assembled.model, half)
     tokens, labels = torch.randint(64, (2, 4, 16), generator=generator)
     loss = cross_entropy_sums(assembled.model(tokens), labels.flatten(), 1e-3)[1] / labels.numel()
     loss.backward()
@@ -48,6 +49,18 @@ def test_bf16_follows_fp32(topology, residual):
     for name, gradient in exact.items():
         assert got[name].dtype == torch.float32
         assert (got[name] - gradient).norm() <= 0.08 * torch.maximum(gradient.norm(), floor), name
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_fp16_follows_fp32_eight_times_as_closely_as_bf16(topology):
+    """It has three bits more. The loss is of order one, and so small a model's gradients fit without a scale."""
+    exact_loss, exact = backward(topology, "fp32")
+    loss, got = backward(topology, "fp16")
+    assert loss == pytest.approx(exact_loss, rel=0.01 / 8)
+    floor = 1e-2 * max(g.norm() for g in exact.values())
+    for name, gradient in exact.items():
+        assert got[name].dtype == torch.float32
+        assert (got[name] - gradient).norm() <= 0.08 / 8 * torch.maximum(gradient.norm(), floor), name
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
@@ -75,7 +88,7 @@ def test_tied_weights_share_one_copy_and_sum_their_gradients():
     recipe = ModelRecipe(dim=32, num_blocks=1, num_heads=4, seq_len=8, vocab_size=64, tied_embeddings=True)
     exact, rounded = (build_model(recipe, PrecisionRecipe(compute=c)) for c in ("fp32", "bf16"))
     tokens = torch.arange(8).unsqueeze(0)
-    Bf16Copies(rounded.model)
+    HalfCopies(rounded.model, torch.bfloat16)
     for assembled in (exact, rounded):
         cross_entropy_sums(assembled.model(tokens), tokens.flatten() + 1)[0].backward()
     want, got = exact.model.embedding.weight.grad, rounded.model.embedding.weight.grad

@@ -57,6 +57,7 @@ def test_settings_that_are_named_exist(page):
         ["data", "verify"],
         ["generate"],
         ["depth"],
+        ["quantize"],
         ["doctor"],
         ["schema"],
         ["recipe"],

@@ -54,6 +54,17 @@ CASES: dict[str, dict] = {
         "recompute": {"policy": "norm", "blocks": [{"first": 0, "last": 4, "policy": "block"}]},
     },
     "reordered": {"topology": "reordered", "recompute": {"policy": "every", "every": 3}},
+    "fp8": {"topology": "deepnorm", "precision": {"compute": "fp8"}, "recompute": "none"},
+    "fp8, block": {
+        "topology": "keel",
+        "precision": {"compute": "fp8", "fp8": {"recipe": "block"}},
+        "recompute": {"policy": "norm", "blocks": [{"first": 0, "last": 5, "policy": "none"}]},
+    },
+    "tp2 tokens, fp8": {
+        "parallel": {"tp": 2, "tensor_layout": "tokens"},
+        "precision": {"compute": "fp8"},
+        "recompute": {"policy": "branch", "gathered": "keep"},
+    },
     "tp2 full": {"topology": "layerscale", "parallel": {"tp": 2}, "recompute": "norm"},
     "tp2 tokens": {
         "topology": "sandwich",

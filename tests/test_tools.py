@@ -56,3 +56,9 @@ def test_compare_loss(tmp_path):
     assert run("compare_loss.py", tmp_path / "a", tmp_path / "b", "--tolerance", "2e-6").returncode == 0
     assert run("compare_loss.py", tmp_path / "a", tmp_path / "c", "--tolerance", "1").returncode == 1
     assert run("compare_loss.py", tmp_path / "a", tmp_path / "none").returncode == 2
+    (tmp_path / "b" / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": s, "loss": 2.626}) + "\n" for s in range(5))
+    )
+    for percent, code in ((1.1, 0), (0.9, 1)):
+        final = run("compare_loss.py", tmp_path / "a", tmp_path / "b", "--final", percent)
+        assert final.returncode == code and "2.6000 and 2.6260, 1.000 % apart" in final.stdout

@@ -311,8 +311,7 @@ def test_a_refused_step_leaves_the_engine_as_it_was(tiny, clip, compute):
 
     def everything():
         tensors = {f"{g} {n}": s.local.clone() for g, m in run.engine.tensors.items() for n, s in m.items()}
-        kept = run.engine._low_precision._copies
-        copies = {f"copy {i}": c.clone() for one in kept for i, c in enumerate(one._copies.values())}
+        copies = {f"copy {i}": c.clone() for i, c in enumerate(run.engine.low_precision.copies)}
         return tensors | copies
 
     before, state = everything(), run.engine.state()

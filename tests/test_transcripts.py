@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 # In the order in which a newcomer would meet them: a later page uses what an earlier one has made.
 NAMES = ("README", "configs/README", "launch/README", "CONTRIBUTING", "docs/quickstart", "docs/configuration",
          "docs/coming-from", "docs/conversion", "docs/data", "docs/checkpoints", "docs/clusters", "docs/depth",
-         "docs/kernels", "docs/numerics", "docs/parallel", "docs/speed",
-         "docs/gpu")  # fmt: skip
+         "docs/quantization", "docs/results/2026-11-29-quantization", "docs/kernels", "docs/numerics", "docs/parallel",
+         "docs/speed", "docs/gpu")  # fmt: skip
 PAGES = [ROOT / f"{name}.md" for name in NAMES]
 NOT_RUN = {  # pattern -> why
     r"git clone ": "the test has cloned it",
@@ -55,6 +55,7 @@ SHORTER = [  # (pattern, what takes its place), all that fit, in turn
     (r"^(megaresnorm convert compare )(\S+) (\S+/hf)$",  # of the run as it is by then
      r"rm -r \3; megaresnorm convert to-hf \2 \3; \1\2 \3"),
     (r"^(megaresnorm generate .*)", r"\1 --tokens 4"),
+    (r"^megaresnorm quantize runs/quantization/.*", "megaresnorm quantize runs/quantization/runs/*-2-seed0"),
     (r"^(megaresnorm depth --probe.*)", r"\1 --depths 2 --seeds 1"),
     (r"^(megaresnorm depth --train.*?)( train\.steps=4)?$", r"\1 --depths 2 --seeds 1 train.steps=3"),
     (r"--shapes 1024x1024", "--shapes 64x64"),

@@ -29,7 +29,7 @@ import megaresnorm.assemble
 from megaresnorm.kernels import load_backends, registry
 from megaresnorm.kernels.cross_entropy import cross_entropy_sums
 from megaresnorm.model.compiled import CompiledBlocks
-from megaresnorm.precision.bf16 import Bf16Linear
+from megaresnorm.precision.half import HalfLinear
 
 FEW, MANY = 6, 18
 NO_LAUNCH = {  # operators that compute nothing
@@ -75,7 +75,7 @@ def be_on_a_gpu() -> None:
     load_backends()
     kernels = registry._KERNELS["add_norm"]
     kernels["triton"] = replace(kernels["triton"], requires=lambda device, dtype: None)
-    megaresnorm.assemble.bf16_linear = lambda device: Bf16Linear()
+    megaresnorm.assemble.half_linear = lambda dtype, device: HalfLinear()
 
 
 def contenders_of(architecture: str) -> dict[str, Callable[[int], Callable[[], Any]]]:

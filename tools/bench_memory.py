@@ -94,7 +94,7 @@ def states_of(engine: NativeEngine) -> list[Tensor]:
     found = [local(p.detach()) for p in parameters.values()]
     found += [local(p.grad) if p.grad is not None else local(p.detach()) for p in parameters.values()]
     found += [t for p in parameters.values() for t in optimizer.state(p).values()]
-    return found + packed + [copy for one in engine._copies for copy in one._copies.values()]
+    return found + packed + engine.low_precision.copies
 
 
 def batch_of(engine: NativeEngine, recipe: Recipe) -> StepBatch:

@@ -11,13 +11,13 @@ import time
 import torch
 
 from megaresnorm.assemble import Assembled, build_model
-from megaresnorm.precision.bf16 import Bf16Copies
+from megaresnorm.precision.half import HalfCopies
 from megaresnorm.recipe import ModelRecipe, PrecisionRecipe
 
 
 def step_seconds(
     assembled: Assembled,
-    copies: Bf16Copies | None,
+    copies: HalfCopies | None,
     tokens: torch.Tensor,
     labels: torch.Tensor,
     *,
@@ -56,7 +56,7 @@ def main() -> None:
     )
     fp32, cast_once = (build_model(recipe, PrecisionRecipe(compute=compute)) for compute in ("fp32", "bf16"))
     tokens, labels = torch.randint(a.vocab_size, (2, a.batch, a.seq_len))
-    copies = Bf16Copies(cast_once.model)
+    copies = HalfCopies(cast_once.model, torch.bfloat16)
     variants = {
         "fp32": (fp32, None, False), "bf16, cast once": (cast_once, copies, False), "autocast": (fp32, None, True),
     }  # fmt: skip

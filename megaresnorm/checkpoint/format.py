@@ -38,6 +38,7 @@ DTYPES = {
     "torch.bfloat16": "BF16",
     "torch.float16": "F16",
     "torch.int8": "I8",
+    "torch.float8_e4m3fn": "F8_E4M3",
 }  # PyTorch name -> safetensors name
 _FOLDER_NAME = re.compile(r"step-([0-9]{8,})")
 _CHUNK = 1 << 22
@@ -187,5 +188,6 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite, in one pass without extra memory."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
+    tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # FP8 has few operations
     least, most = torch.aminmax(tensor)
     return isfinite(least.item()) and isfinite(most.item())

@@ -28,7 +28,10 @@ FIXED_ON_RESUME = (
     "data.seed",
     "data.mask_documents",
     "train.seed",
-    "precision.",
+    "precision.compute",
+    "precision.weights",
+    "precision.residual_dtype",
+    "precision.fp8.",
 )
 SECONDS_TO_SEE = 30.0  # network file systems show a node what another has written after a while
 

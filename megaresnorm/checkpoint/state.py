@@ -10,6 +10,7 @@ from megaresnorm.errors import CheckpointError, ConfigError
 from megaresnorm.limits import MAX_STEPS
 from megaresnorm.model.parameters import parameter_table
 from megaresnorm.model.specs import ParameterSpec
+from megaresnorm.precision.loss_scale import LossScaleState
 from megaresnorm.recipe import ModelRecipe, Recipe
 from megaresnorm.recipe.load import build_recipe
 
@@ -24,10 +25,12 @@ class EngineState(_Typed):
     Attributes:
         updates: how many the optimizer has made.
         clipper_steps: how many steps per-tensor clipping has seen.
+        loss_scale: of FP16; None under other precisions, and in checkpoints of versions without it.
     """
 
     updates: int = Field(ge=0, le=MAX_STEPS)
     clipper_steps: int = Field(ge=0, le=MAX_STEPS)
+    loss_scale: LossScaleState | None = None
 
 
 class RunState(_Typed):

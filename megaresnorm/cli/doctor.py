@@ -44,7 +44,7 @@ _TIMED = (
 _Kernels = Annotated[bool, typer.Option("--kernels", help=_TIMED)]
 _Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="what to look at")]
 _PRODUCTS = "--kernels: type of the matrix products, as precision.compute, which decides too [fp32]"
-_Dtype = Annotated[Literal["fp32", "bf16"] | None, typer.Option(help=_PRODUCTS)]
+_Dtype = Annotated[Literal["fp32", "bf16", "fp16"] | None, typer.Option(help=_PRODUCTS)]
 _ROWS = "--kernels: rows x columns [256x64,1024x1024]"
 _Shapes = Annotated[Shapes | None, typer.Option(parser=_shapes, metavar="RxC,..", help=_ROWS)]
 USUAL = Shapes(((256, 64), (1024, 1024)))
@@ -106,6 +106,7 @@ def _time_kernels(device: torch.device, dtype: str, shapes: Shapes, json: Path |
     from megaresnorm.kernels import load_backends
     from megaresnorm.kernels.benchmark import benchmark_backends
     from megaresnorm.kernels.cpu.build import levels
+    from megaresnorm.precision.dtypes import DTYPES
     from megaresnorm.telemetry.log import Table
 
     load_backends()
@@ -118,7 +119,7 @@ def _time_kernels(device: torch.device, dtype: str, shapes: Shapes, json: Path |
     table = Table(box=box.SIMPLE, pad_edge=False)
     for heading in ("op", "rows x columns", "backend", "ms", ""):
         table.add_column(heading, justify="right" if heading == "ms" else "left", no_wrap=heading != "")
-    findings = benchmark_backends(device, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], list(shapes))
+    findings = benchmark_backends(device, DTYPES[dtype], list(shapes))
     seen: set[tuple] = set()
     for f in findings:
         group = (f.op, f.shape)

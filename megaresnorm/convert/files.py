@@ -161,6 +161,9 @@ def check_plain_files(folder: Path) -> None:
 class Weights:
     """The tensors of a folder of safetensors, in one file or in several with an index. A TensorSource of links.py.
 
+    Args:
+        types: by safetensors' names, those that tensors may have.
+
     Attributes:
         tensors: name -> file, shape, type.
         metadata: of all files.
@@ -170,8 +173,8 @@ class Weights:
         CheckpointError: something is missing, damaged or not what the index says; it is named.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, types: Mapping[str, torch.dtype] = _TYPES) -> None:
+        self.folder, self._types = folder, types
         self.tensors: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = {}
         self.metadata: dict[str, str] = {}
         where = self._index()
@@ -234,11 +237,11 @@ class Weights:
                     if where is not None and where.get(name) != file:
                         continue  # the index says which copy counts
                     view = tensors.get_slice(name)
-                    if view.get_dtype() not in _TYPES:
+                    if view.get_dtype() not in self._types:
                         if is_buffer(name):
                             continue
-                        raise ValueError(f"{name} is {view.get_dtype()}; wanted one of {', '.join(_TYPES)}")
-                    self.tensors[name] = file, tuple(view.get_shape()), _TYPES[view.get_dtype()]
+                        raise ValueError(f"{name} is {view.get_dtype()}; wanted one of {', '.join(self._types)}")
+                    self.tensors[name] = file, tuple(view.get_shape()), self._types[view.get_dtype()]
         except FileNotFoundError:
             raise CheckpointError(f"{path}: is missing") from None
         except (SafetensorError, OSError, ValueError) as e:

@@ -301,7 +301,7 @@ def training_values(model: ModelRecipe, name: str, data: str, provenance: Proven
     The run is beside it.
     The learning rate is a usual one to go on with: the one to start with would undo what the model has learned.
     """
-    compute = {"float64": "fp64", "bfloat16": "bf16"}.get(provenance.dtype, "fp32")
+    compute = {"float64": "fp64", "bfloat16": "bf16", "float16": "fp16"}.get(provenance.dtype, "fp32")
     return {
         "model": model.model_dump(exclude_none=True),
         "data": {"path": data},

@@ -23,6 +23,10 @@ class StepStats:
         applied: whether the weights were updated. They are not without labels, and not where loss or norm is NaN or
             infinite; then nothing has changed.
         stop: whether any rank asked to stop.
+        loss_scale: factor of the loss in this step; None where gradients need none.
+        lowered_to: that of the next step, where the gradients of a finite loss have overflowed and a smaller one may
+            help; else None.
+        skipped: steps whose gradients have overflowed so far, with this one.
     """
 
     loss: float | None
@@ -30,6 +34,9 @@ class StepStats:
     tokens: int
     applied: bool
     stop: bool = False
+    loss_scale: float | None = None
+    lowered_to: float | None = None
+    skipped: int = 0
 
 
 class Engine(Protocol):

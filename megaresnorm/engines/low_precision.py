@@ -23,13 +23,18 @@ class LowPrecision:
 
     def __init__(self, recipe: PrecisionRecipe, assembled: Assembled, parameters: Mapping[str, nn.Parameter]) -> None:
         self._assembled = assembled
-        self._copies = copy_weights(assembled.models.values(), recipe.compute, assembled.context)
+        self._copies = copy_weights(assembled.models.values(), recipe, assembled.context)
         self._all_names = in_linear_layers(assembled)  # in any block: those in FP8 may be others in a later run
         self._names = [name for name in self._all_names if name in parameters]
         self._delayed: DelayedScales | None = None
         if recipe.compute == "fp8" and recipe.fp8.scaling == "delayed":
             layers = fp8_layers(assembled.models.values())
             self._delayed = delayed_scales(layers, self._names, recipe.fp8, assembled.device)
+
+    @property
+    def copies(self) -> list[Tensor]:
+        """Copies of weights, with their scales."""
+        return [tensor for copies in self._copies for tensor in copies.tensors]
 
     def refresh(self) -> None:
         """Copy the weights, after they have changed.

@@ -24,6 +24,7 @@ from megaresnorm.engines.step_vector import (
     gradient_norms,
     own_shares,
     own_squares,
+    stats_of,
     sum_over_ranks,
     whole_norms,
 )
@@ -37,6 +38,7 @@ from megaresnorm.parallel.collectives import all_reduce
 from megaresnorm.parallel.data_parallel import grad_sync, local, pad_uneven_shards, replicate_model, shard_model
 from megaresnorm.parallel.gradients import reduce_gradients, reductions
 from megaresnorm.parallel.mesh import ParallelContext
+from megaresnorm.precision.loss_scale import LossScale
 from megaresnorm.recipe import Recipe
 from megaresnorm.recompute_auto import plan_on_all_ranks
 
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
 
 
 class NativeEngine:
-    """An ``Engine`` of plain PyTorch: DDP or FSDP2, torch's pipelines, AdamW, BF16 copies of the weights.
+    """An ``Engine`` of plain PyTorch: DDP or FSDP2, torch's pipelines, AdamW, 16-bit copies of the weights.
 
     Args:
         recipe: resolved, so that model.vocab_size is set.
@@ -55,6 +57,7 @@ class NativeEngine:
         assembled: the bare stages.
         modules: the stages by number as data parallelism has wrapped them, to be called in training.
         reductions: of gradients, beside those of data parallelism.
+        low_precision: copies of weights and scales.
     """
 
     def __init__(
@@ -80,8 +83,9 @@ class NativeEngine:
             shard=self._sharding(recipe) if context.dp_shard.size > 1 else None,
         )
         self.modules = {number: self._wrapped(model) for number, model in assembled.models.items()}
+        self._loss_scale = LossScale.of(recipe.precision)
         self._parameters, table = assembled.parameters(), assembled.table
-        self._low_precision = LowPrecision(recipe.precision, assembled, self._parameters)
+        self.low_precision = LowPrecision(recipe.precision, assembled, self._parameters)
         tied = self._parameters.get("embedding.weight") if recipe.model.tied_embeddings else None
         at = {n: GradientPlacement(table[n].split is not None, n in assembled.copies) for n in self._parameters}
         rounded = rounded_weights(assembled, self._seed)
@@ -147,7 +151,7 @@ class NativeEngine:
         2. Forward and backward of every microbatch, or the pipeline's schedule (tp and pp inside; dp as ``grad_sync``).
         3. Add up what dp does not: partial sums over tp, tied embeddings over the first and last stage.
         4. One vector over all ranks: loss, squares of the gradients, stop flag, valid tokens of the next step.
-        5. Clip, AdamW, renew the BF16 copies: on the device, and nothing at all where loss or norm is not finite.
+        5. Clip, AdamW, renew the 16-bit copies: on the device, and nothing at all where loss or norm is not finite.
         6. The host reads the vector.
 
         Communication:
@@ -156,7 +160,7 @@ class NativeEngine:
         """
         with no_garbage_collection():
             tokens = self._valid_tokens(batch)
-            self._low_precision.begin_step()
+            self.low_precision.begin_step()
             loss = self._backward(batch, tokens)
             gradients = self._optimizer.collect(per_parameter=self._clipper.clips_each) if tokens else []
             following = (None, lambda: 0) if batch.following is None else batch.following
@@ -171,14 +175,12 @@ class NativeEngine:
             loss_sum, total, stops, next_tokens = vector.tolist()
         known = following[0] is not None and isfinite(next_tokens)
         self._counted = (following[0], int(next_tokens)) if known else None
-        if not tokens:  # nothing was to be learned: neither moments nor decay may move a weight
-            return StepStats(None, 0.0, 0, applied=False, stop=stops > 0)
-        applied = isfinite(loss_sum) and isfinite(total)
-        self._updates += applied
-        if applied:
-            self._low_precision.step_was_applied()
-        self._clipper.steps += applied and self._clipper.clips_each
-        return StepStats(loss_sum / tokens, total**0.5, tokens, applied, stop=stops > 0)
+        stats = stats_of(loss_sum, total, tokens, self._loss_scale, stop=stops > 0)
+        self._updates += stats.applied
+        if stats.applied:
+            self.low_precision.step_was_applied()
+        self._clipper.steps += stats.applied and self._clipper.clips_each
+        return stats
 
     def gradients(self, batch: StepBatch) -> tuple[float, int]:
         """Put the reduced gradients of one global batch into the parameters' ``grad``. Collective.
@@ -213,7 +215,8 @@ class NativeEngine:
 
     def state(self) -> EngineState:
         """See ``Engine``."""
-        return EngineState(updates=self._updates, clipper_steps=self._clipper.steps)
+        scale = None if self._loss_scale is None else self._loss_scale.state
+        return EngineState(updates=self._updates, clipper_steps=self._clipper.steps, loss_scale=scale)
 
     def full_state(self) -> FullState:
         """Every weight, whole, by global name; ``FullState`` has what ranks must observe."""
@@ -232,17 +235,19 @@ class NativeEngine:
         if self._clipper.clips_each:
             averages = dict(zip(self._parameters, self._clipper.averages.split(1), strict=True))
             groups["clipper"] = numbers_of_parameters(self.assembled, averages, self.assembled.table, 1)
-        return groups | self._low_precision.tensors()
+        return groups | self.low_precision.tensors()
 
     def load(self, checkpoint: Checkpoint, state: EngineState) -> None:
         """See ``Engine``."""
         for group, members in self.tensors.items():
             if group in FINITE or group in checkpoint.tensors:  # clipping, scaling may have been others until then
                 checkpoint.load(group, members)
-        self._low_precision.loaded()
+        self.low_precision.loaded()
         self._updates = state.updates
         self._clipper.steps = state.clipper_steps if "clipper" in self.tensors else 0
         self._optimizer.rule.set_updates(self._updates)
+        if self._loss_scale is not None:
+            self._loss_scale.load(state.loss_scale)
         self.weights_changed()
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
@@ -259,7 +264,7 @@ class NativeEngine:
 
     def weights_changed(self) -> None:
         """Renew what is derived from the weights, after they have been changed from outside."""
-        self._low_precision.refresh()
+        self.low_precision.refresh()
 
     def _valid_tokens(self, batch: StepBatch) -> int:
         """Number of valid labels on all ranks of dp."""
@@ -277,8 +282,10 @@ class NativeEngine:
         """
         if not tokens:
             return self._no_loss()
-        loss = self._run_pipeline(batch, 1 / tokens) if self._pipeline else self._accumulate(batch, 1 / tokens)
+        factor = 1.0 if self._loss_scale is None else self._loss_scale.value
+        loss = (self._run_pipeline if self._pipeline else self._accumulate)(batch, factor / tokens)
         reduce_gradients(self.reductions)
+        self._optimizer.divide_gradients(factor)
         return loss
 
     def _accumulate(self, batch: StepBatch, scale: float) -> Tensor:
@@ -327,11 +334,7 @@ class NativeEngine:
         return torch.zeros((), dtype=torch.float64, device=self.assembled.device)
 
     def _dropout(self, batch: Batch) -> DropoutKey | None:
-        if not self._drops:
-            return None
-        seq_len = batch.tokens.shape[1]
-        rows = batch.samples.unsqueeze(1) * seq_len + torch.arange(seq_len, device=batch.samples.device)
-        return DropoutKey(self._seed, rows.flatten())
+        return DropoutKey.of_samples(self._seed, batch.samples, batch.tokens.shape[1]) if self._drops else None
 
     @torch.no_grad()
     def _update(self, gradients: list[Gradient], norms: Tensor, vector: Tensor, lr: float) -> None:
@@ -342,5 +345,5 @@ class NativeEngine:
             whole = whole_norms(norms, self._own, self.context)
             self._clipper.clip_each([gradient.tensor for gradient in gradients], whole, total, refused)
         self._optimizer.step(lr, divisor=self._clipper.divisor(total), refused=refused)
-        self._low_precision.end_step(refused)
+        self.low_precision.end_step(refused)
         self.weights_changed()

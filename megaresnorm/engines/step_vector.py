@@ -5,14 +5,18 @@ rank is put into tensors once, with the first gradients (``own_shares``).
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from math import isfinite
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megaresnorm.engines.engine import StepStats
 from megaresnorm.optim import Gradient
 from megaresnorm.parallel.collectives import all_reduce
 from megaresnorm.parallel.mesh import ParallelContext
+from megaresnorm.precision.loss_scale import LossScale
 
 NORM_PIECE = 1 << 16  # elements whose squares may be added in FP32: the error is below 1e-6
 
@@ -97,3 +101,18 @@ def sum_over_ranks(
     if counts and context.pp.rank == 0:
         vector[3].fill_(tokens)
     return all_reduce(vector, context.world)
+
+
+def stats_of(loss: float, squares: float, tokens: int, scale: LossScale | None, *, stop: bool) -> StepStats:
+    """What has become of a step, by its vector, and so on all ranks the loss scale of the next one.
+
+    A loss that is not finite says nothing of the scale, which has no part in it.
+    """
+    if not tokens:  # nothing was to be learned: neither moments nor decay may move a weight
+        return StepStats(None, 0.0, 0, applied=False, stop=stop)
+    applied = isfinite(loss) and isfinite(squares)
+    stats = StepStats(loss / tokens, squares**0.5, tokens, applied, stop)
+    if scale is None:
+        return stats
+    before, lowered = scale.value, isfinite(loss) and scale.update(overflowed=not applied)
+    return replace(stats, loss_scale=before, lowered_to=scale.value if lowered else None, skipped=scale.state.skipped)

@@ -56,7 +56,7 @@ def activation(h_TF: Tensor, bias: Tensor | None, kind: str) -> Tensor:
 
 
 class ActivationBackend(NamedTuple):
-    """A fused backend: all tensors are contiguous, FP32 or BF16, and bias FP32.
+    """A fused backend: all tensors are contiguous, FP32, BF16 or (not in C) FP16, and bias FP32.
 
     Attributes:
         forward: called with (h, bias, kind, y). Fills y.
@@ -85,7 +85,7 @@ class _Call(NamedTuple):
 
 
 def fused_activation(backend: str) -> ActivationKernel:
-    """``activation`` by the fused backend of that name, for FP32 and BF16; bias in FP32, contiguous."""
+    """``activation`` by the fused backend of that name, for FP32, BF16 and FP16; bias in FP32, contiguous."""
 
     def run(h_TF: Tensor, bias: Tensor | None, kind: str) -> Tensor:
         return _activation(h_TF, bias, _Call(kind, backend))
@@ -101,7 +101,7 @@ def register_activation(name: str, backend: ActivationBackend, requires: Refusal
 def _forward(h: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
     (kind, name), backend = call, call.implementation
     if h.dtype not in FLOATS:
-        raise TypeError(f"activation/{name}: h is {h.dtype}, wanted float32 or bfloat16; take the reference")
+        raise TypeError(f"activation/{name}: h is {h.dtype}, wanted float32, bfloat16 or float16; take the reference")
     if kind not in backend.kinds or (kind in GATED and h.shape[1] % 2):
         wanted = ", ".join(backend.kinds)
         raise ValueError(

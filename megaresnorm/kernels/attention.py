@@ -216,6 +216,8 @@ def sdpa_attention(
         return _varlen_attention(q_BSNH, k_BCKH, v_BCKH, segments, causal, scale)
     q, k, v = (t.transpose(1, 2) for t in (q_BSNH, k_BCKH, v_BCKH))
     if q.device.type == "cpu":
+        if (dtype := q.dtype) == torch.float16:  # of which torch's kernel makes products in plain loops
+            q, k, v = q.float(), k.float(), v.float()
         bias = None
         if segments is not None:
             bias = q.new_zeros(()).where(segments.mask(causal), -inf).unsqueeze(1)
@@ -223,7 +225,7 @@ def sdpa_attention(
         y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal and segments is None, attn_mask=bias, scale=scale
         )
-        return y.transpose(1, 2), lse.detach()
+        return y.transpose(1, 2).to(dtype), lse.detach()
     mask = None if segments is None else segments.mask(causal).unsqueeze(1)
     y = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale, enable_gqa=k.shape[1] != q.shape[1]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _library = torch.library.Library("megaresnorm", "FRAGMENT")
-FLOATS = (torch.float32, torch.bfloat16)  # what kernels read and write
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what kernels read and write; those in C have no FP16
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 

@@ -119,7 +119,7 @@ class RotarySpec(NamedTuple):
 
 
 class RotaryBackend(NamedTuple):
-    """A fused backend in Triton: all tensors are contiguous, FP32 or BF16; tables, weights and biases are FP32.
+    """A fused backend in Triton: all tensors are contiguous, FP32, BF16 or FP16; tables, weights and biases are FP32.
 
     Attributes:
         forward: called with (qkv, cos, sin, q_weight, q_bias, k_weight, k_bias, spec, q, k, v). Fills the last three.
@@ -132,7 +132,7 @@ class RotaryBackend(NamedTuple):
 
 
 def fused_rotary(backend: str) -> RotaryKernel:
-    """Rotary by the fused backend of that name, for FP32 and BF16; what it returns is contiguous."""
+    """Rotary by the fused backend of that name, for FP32, BF16 and FP16; what it returns is contiguous."""
 
     def run(
         qkv_BSJH: Tensor,
@@ -179,7 +179,7 @@ def _check(qkv: Tensor, *rest: Any) -> None:
     cos, sin, *weights, spec = rest
     name = f"rotary/{spec.backend}"
     if qkv.dtype not in FLOATS:
-        raise TypeError(f"{name}: qkv is {qkv.dtype}, wanted float32 or bfloat16; take the reference")
+        raise TypeError(f"{name}: qkv is {qkv.dtype}, wanted float32, bfloat16 or float16; take the reference")
     batch, seq, all_heads, width = qkv.shape
     if spec.kv_heads < 1 or all_heads <= 2 * spec.kv_heads or width % 2:
         raise ValueError(f"{name}: {all_heads} heads of width {width}, of which {spec.kv_heads} are keys'")

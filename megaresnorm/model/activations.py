@@ -74,15 +74,17 @@ class ResidualKind(NamedTuple):
 
 
 class BlockKind(NamedTuple):
-    """The kind of a block: blocks of one kind have parameters and activations of the same shapes."""
+    """The kind of a block: blocks of one kind have parameters and activations of the same shapes and types."""
 
     attention: ResidualKind
     ffn: ResidualKind
+    in_fp8: bool = False
 
     @classmethod
-    def of(cls, recipe: ModelRecipe, block: int) -> "BlockKind":
+    def of(cls, recipe: ModelRecipe, block: int, *, in_fp8: bool = False) -> "BlockKind":
         """The kind of the block of this global number."""
-        return cls(*(ResidualKind.of(residual_at(recipe, block, kind)) for kind in SUBLAYERS))
+        attention, ffn = (ResidualKind.of(residual_at(recipe, block, kind)) for kind in SUBLAYERS)
+        return cls(attention, ffn, in_fp8)
 
 
 class Term(NamedTuple):
@@ -112,6 +114,7 @@ class Activations:
         compute, stream: bytes of an element of the compute type and of the stream's type.
         writes: whether capped attention scores and masks of dropout are written out, and BF16 products copy what they
             read, as on CPUs; not so on GPUs.
+        scaled: elements of a token that share a scale in blocks in FP8; None: all of them, or of the whole tensor.
     """
 
     recipe: ModelRecipe
@@ -121,6 +124,7 @@ class Activations:
     compute: int
     stream: int
     writes: bool = True
+    scaled: int | None = None
 
     def of_block(self, kind: BlockKind, policy: str = "none") -> int:
         """Bytes per token that a block of this kind keeps from forward to backward.
@@ -156,6 +160,8 @@ class Activations:
         # A gradient; under tp also rows that are gathered again, and columns once more as messages have them.
         read = (1 + (tp > 1) * (1 + (self.layout in ("merge", "gather")))) * c * recipe.dim
         copied = (first + c * recipe.dim) * (self.writes and c < 4)  # BF16 products of CPUs reorder their operands
+        if kind.in_fp8:  # codes of the gradient, and the input as BF16 again
+            copied += first // c + c * recipe.dim
         before = live("open", "attention", "add", branch="ffn")
         moments = (
             before + live("ffn", branch="ffn", without=("activation", *passed)) + width + first,
@@ -179,14 +185,18 @@ class Activations:
 
     def terms(self, kind: BlockKind) -> list[Term]:
         """All that a block of this kind keeps without recomputation. Blocks around it are taken to be of its kind."""
-        attention, ffn = kind
+        attention, ffn, in_fp8 = kind
         return [
-            *self._opening(attention.norm_in, pending=not ffn.closes, gate=attention),
-            *self._of_attention(attention),
-            *self._between(attention, ffn),
-            *self._of_ffn(ffn),
+            *self._opening(attention.norm_in, pending=not ffn.closes, gate=attention, in_fp8=in_fp8),
+            *self._of_attention(attention, in_fp8),
+            *self._between(attention, ffn, in_fp8),
+            *self._of_ffn(ffn, in_fp8),
             *self._closing(ffn, attention),
         ]
+
+    def _read(self, width: int, in_fp8: bool) -> int:
+        """Bytes that a linear layer keeps of a token's input of so many elements."""
+        return width + 4 * -(-width // (self.scaled or width)) if in_fp8 else self.compute * width
 
     @property
     def _width(self) -> int:
@@ -209,11 +219,14 @@ class Activations:
     def _opened(self, kind: BlockKind) -> int:
         """What a block keeps that is run again as a whole: the trunk that its first kernel stores."""
         pending = not kind.ffn.closes
-        rows = self.recipe.dim * self.compute if self.keeps_rows and self.tp > 1 and self.layout != "full" else 0
+        whole = self.keeps_rows and self.tp > 1 and self.layout != "full"
+        rows = self._read(self.recipe.dim, kind.in_fp8) if whole else 0
         kept = self._width * self.stream + rows + (self._statistics if kind.attention.norm_in else 0)
         return kept + (self._mask if pending else 0)
 
-    def _opening(self, norm_in: bool, *, pending: bool, gate: ResidualKind | None = None) -> Iterator[Term]:
+    def _opening(
+        self, norm_in: bool, *, pending: bool, gate: ResidualKind | None = None, in_fp8: bool = False
+    ) -> Iterator[Term]:
         """Of the kernel that opens a block, or the input of the output matrix."""
         stored = self._width * self.stream
         if norm_in or pending:  # or it was stored by the block before, and belongs to this one as its input
@@ -222,10 +235,11 @@ class Activations:
             yield Term("statistics", "open", self._statistics)
         if pending and self._mask:
             yield Term("dropout's mask", "open", self._mask)
-        own = norm_in or self._rounds or not pending
-        yield from self._input("open", own=own, normed=norm_in, sum_kept=pending and self._rounds, gate=gate)
+        rounds = self._rounds or in_fp8
+        own, sum_kept = norm_in or rounds or not pending, pending and rounds
+        yield from self._input("open", own=own, normed=norm_in, sum_kept=sum_kept, gate=gate, in_fp8=in_fp8)
 
-    def _between(self, this: ResidualKind, following: ResidualKind) -> Iterator[Term]:
+    def _between(self, this: ResidualKind, following: ResidualKind, in_fp8: bool) -> Iterator[Term]:
         """Of the kernel that closes the attention branch's add and opens the FFN branch."""
         yield Term("stored sum", "add", self._width * self.stream)
         if this.norm_out and following.norm_in:
@@ -234,8 +248,9 @@ class Activations:
         yield Term("statistics", "add", norms * self._statistics)
         yield from self._output("add", this)
         normed = this.norm_out or following.norm_in
-        own = normed or self._rounds
-        yield from self._input("add", own=own, normed=normed, sum_kept=self._rounds, gate=following)
+        rounds = self._rounds or in_fp8
+        own = normed or rounds
+        yield from self._input("add", own=own, normed=normed, sum_kept=rounds, gate=following, in_fp8=in_fp8)
 
     def _closing(self, this: ResidualKind, following: ResidualKind) -> Iterator[Term]:
         """Of the kernel that closes the FFN branch's add, where it is not left pending."""
@@ -254,7 +269,14 @@ class Activations:
             yield Term("dropout's mask", part, self._mask)
 
     def _input(
-        self, part: Literal["open", "add"], *, own: bool, normed: bool, sum_kept: bool, gate: ResidualKind | None
+        self,
+        part: Literal["open", "add"],
+        *,
+        own: bool,
+        normed: bool,
+        sum_kept: bool,
+        gate: ResidualKind | None,
+        in_fp8: bool,
     ) -> Iterator[Term]:
         """The input of a branch: u, or this rank's share of it, and what a token gate keeps of it.
 
@@ -267,15 +289,15 @@ class Activations:
         gated = gate is not None and gate.gates_tokens
         branch: Literal["attention", "ffn"] = "attention" if part == "open" else "ffn"
         if whole and self.keeps_rows:
-            yield Term("branch input", part, dim * self.compute)
+            yield Term("branch input", part, self._read(dim, in_fp8))
         elif own and not (self.layout == "gather" and normed and self.tp > 1):  # then the stored sum is gathered
             shared = gated and self.compute >= 4 and not whole  # with the gate, which keeps it as it is
             remade = (normed or sum_kept) and not shared
-            yield Term("branch input", branch if shared else part, self._width * self.compute, remade)
+            yield Term("branch input", branch if shared else part, self._read(self._width, in_fp8), remade)
         if gated and (self.compute < 4 or (whole and not self.keeps_rows)):
             yield Term("branch input in FP32", branch, dim * max(4, self.compute))
 
-    def _of_attention(self, kind: ResidualKind) -> Iterator[Term]:
+    def _of_attention(self, kind: ResidualKind, in_fp8: bool) -> Iterator[Term]:
         recipe, c, tp = self.recipe, self.compute, self.tp
         q, kv = recipe.num_heads * recipe.head_width, recipe.kv_heads * recipe.head_width
         heads = recipe.num_heads + recipe.kv_heads
@@ -288,17 +310,21 @@ class Activations:
         if recipe.attention_softcap is not None and self.writes:
             scores = 3 * 4 * recipe.num_heads * recipe.seq_len  # in FP32: capped, normalised, and what lies between
         yield Term("normaliser", "attention", scores // tp)
-        yield Term("attention output", "attention", c * q // tp)
+        if kind.norm_inner or not (in_fp8 and self.writes):  # which kernels for GPUs keep for their own gradient
+            yield Term("attention output", "attention", c * q // tp)
         if kind.norm_inner:
-            yield Term("inner norm", "attention", c * q // tp + STATISTICS)
+            yield Term("inner norm", "attention", self._read(q // tp, in_fp8) + STATISTICS)
+        elif in_fp8:
+            yield Term("attention output in FP8", "attention", self._read(q // tp, in_fp8))
         yield from self._of_gate("attention", kind)
 
-    def _of_ffn(self, kind: ResidualKind) -> Iterator[Term]:
+    def _of_ffn(self, kind: ResidualKind, in_fp8: bool) -> Iterator[Term]:
         recipe, width = self.recipe, self.compute * self.recipe.ffn_width // self.tp
+        read = self._read(recipe.ffn_width // self.tp, in_fp8)
         yield Term("gate, up" if recipe.gated_ffn else "up", "ffn", width * (1 + recipe.gated_ffn))
-        yield Term("activation", "ffn", width, remade=not kind.norm_inner)
+        yield Term("activation", "ffn", width if kind.norm_inner else read, remade=not kind.norm_inner)
         if kind.norm_inner:
-            yield Term("inner norm", "ffn", width + STATISTICS)
+            yield Term("inner norm", "ffn", read + STATISTICS)
         yield from self._of_gate("ffn", kind)
 
     def _of_gate(self, branch: Literal["attention", "ffn"], kind: ResidualKind) -> Iterator[Term]:

@@ -26,6 +26,12 @@ class DropoutKey(NamedTuple):
     seed: int
     rows: Tensor
 
+    @classmethod
+    def of_samples(cls, seed: int, samples: Tensor, seq_len: int) -> "DropoutKey":
+        """That of samples by their number in the data, of ``seq_len`` tokens each."""
+        rows = samples.unsqueeze(1) * seq_len + torch.arange(seq_len, device=samples.device)
+        return cls(seed, rows.flatten())
+
     def of_stream(self, layout: TensorLayout, dim: int, num_sublayers: int) -> "DropoutMasks":
         """The masks of this rank's share of a stream of width ``dim``."""
         keys = _keys(self.seed, num_sublayers + 1, self.rows.device)

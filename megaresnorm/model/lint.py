@@ -11,6 +11,7 @@ from math import sqrt
 from pathlib import Path
 
 from megaresnorm.errors import ConfigError
+from megaresnorm.model.lint_precision import precision_warnings
 from megaresnorm.model.parameters import default_embedding_std, default_position_std
 from megaresnorm.model.specs import matrix_std
 from megaresnorm.model.topology import SUBLAYERS, ResidualSpec, residual_at, topology
@@ -41,12 +42,14 @@ class SublayerEstimate:
 
     Attributes:
         v, w: gains of the branch's two matrices relative to Xavier.
+        trunk: RMS of x.
         branch_to_trunk: RMS of gate * y over RMS of alpha * x.
     """
 
     spec: ResidualSpec
     v: float
     w: float
+    trunk: float
     branch_to_trunk: float
 
 
@@ -92,6 +95,7 @@ def lint(model: ModelRecipe, precision: PrecisionRecipe) -> list[Finding]:
     findings = [*_options_fit(model), *_combinations(model), *_completep_base(model)]
     if not any(f.refused for f in findings):  # the estimates below need a topology that can be evaluated
         findings += [*_tied_self_match(model), *_update_bound(model), *_swallowed_updates(model, precision)]
+        findings += [Finding(*warning) for warning in precision_warnings(model, precision, estimates(model))]
     return sorted(findings, key=lambda finding: not finding.refused)
 
 
@@ -106,7 +110,7 @@ def estimates(model: ModelRecipe) -> list[SublayerEstimate]:
             branch = 1.0 if spec.norm_branch else v * w * (spec.norm_in_scale if spec.norm_in else trunk)
             gate = spec.constant_gate
             ratio = (1.0 if gate is None else gate) * branch / (spec.alpha * trunk)
-            out.append(SublayerEstimate(spec, v, w, ratio))
+            out.append(SublayerEstimate(spec, v, w, trunk, ratio))
             trunk = 1.0 if spec.norm_out else spec.alpha * trunk * sqrt(1 + ratio**2)
     return out
 

@@ -32,7 +32,7 @@ def shard_model(
 ) -> None:
     """Apply FSDP2 (fully_shard) to each part of a model and to the rest, on the meta device.
 
-    Weights are gathered in their own type, FP32 (but see ``gather_in_bf16``), and the stream is never cast: a rank
+    Weights are gathered in their own type, FP32 (but see ``gather_in``), and the stream is never cast: a rank
     computes what one process would. On GPUs small parts gather those that follow (``prefetch``).
 
     Args:

@@ -1,6 +1,6 @@
-"""BF16 all-gathers of the weights that FSDP2 shards and BF16 products read: half the bytes, the same numbers.
+"""All-gathers in BF16 or FP16 of weights that FSDP2 shards and products read so: half the bytes, the same numbers.
 
-FSDP2's own ``param_dtype`` would cast norms, gates and embeddings as well, and round the gradients of weights to BF16.
+FSDP2's own ``param_dtype`` would cast norms, gates and embeddings as well, and round the gradients of weights.
 """
 
 from collections.abc import Collection
@@ -15,14 +15,14 @@ from megaresnorm.parallel.data_parallel import is_sharded
 from megaresnorm.parallel.linear import Linear
 
 
-def gather_in_bf16(model: nn.Module, but: Collection[nn.Parameter] = ()) -> None:
-    """Let FSDP2 send the weights of linear layers in BF16, before it gathers any.
+def gather_in(dtype: torch.dtype, model: nn.Module, but: Collection[nn.Parameter] = ()) -> None:
+    """Let FSDP2 send the weights of linear layers in BF16 or FP16, before it gathers any.
 
-    For models whose linear layers read their weight in BF16 alone: it is rounded before it is sent instead of after, so
-    that every product is bit for bit what it was. All else is sent as it is, in the same message; so is a weight that
-    is also another module's, as a tied embedding is, whose rows the stream reads in FP32.
+    For models whose linear layers read their weight in that type alone: it is rounded before it is sent instead of
+    after, so that every product is bit for bit what it was. All else is sent as it is, in the same message; so is a
+    weight that is also another module's, as a tied embedding is, whose rows the stream reads in FP32.
 
-    A gathered weight is an FP32 tensor of BF16 numbers, of which FSDP2 reduces FP32 gradients that nothing has rounded.
+    A gathered weight is an FP32 tensor of 16-bit numbers, of which FSDP2 reduces FP32 gradients that nothing rounds.
     Shards stay plain FP32 tensors: what FSDP2 calls hangs on each of them.
 
     Args:
@@ -45,7 +45,7 @@ def gather_in_bf16(model: nn.Module, but: Collection[nn.Parameter] = ()) -> None
             shard = cast(
                 Any, module.weight
             )._local_tensor  # the tensor that FSDP2 gathers; to_local may be a view of it
-            set_gather(shard, *_hooks(shard.detach(), module.weight.shape[0]))
+            set_gather(shard, *_hooks(shard.detach(), module.weight.shape[0], dtype))
 
 
 def set_gather(shard: Tensor, before: Any, after: Any) -> None:
@@ -61,23 +61,24 @@ def set_gather(shard: Tensor, before: Any, after: Any) -> None:
 _HOOKS = ("fsdp_pre_all_gather", "fsdp_post_all_gather")  # by which FSDP2 knows them (its all-gather extensions)
 
 
-def _hooks(shard: Tensor, num_rows: int) -> tuple[Any, Any]:
+def _hooks(shard: Tensor, num_rows: int, sent: torch.dtype) -> tuple[Any, Any]:
     """What FSDP2 calls before and after the all-gather of a weight.
 
     Args:
         shard: the rows of this rank, another tensor over the same memory: a tensor that its own attribute refers to
             would be freed late.
         num_rows: those of the whole weight.
+        sent: the type in which it travels.
     """
 
     def pre_all_gather(
         mesh: DeviceMesh, size: torch.Size, stride: tuple[int, ...], module: nn.Module, policy: Any
     ) -> tuple[tuple[Tensor], None]:
-        """The shard in BF16, filled up with rows of zeros where other ranks have more."""
+        """The shard as it is sent, filled up with rows of zeros where other ranks have more."""
         rows = -(-num_rows // mesh.size())
         if len(shard) == rows:
-            return (shard.to(torch.bfloat16),), None
-        padded = shard.new_zeros((rows, *shard.shape[1:]), dtype=torch.bfloat16)
+            return (shard.to(sent),), None
+        padded = shard.new_zeros((rows, *shard.shape[1:]), dtype=sent)
         padded[: len(shard)] = shard
         return (padded,), None
 

@@ -111,7 +111,7 @@ def remade_of_columns(
     return u._replace(sources=(z.detach(), statistics, *_vectors(norm)), remake=remake)
 
 
-_MADE = (torch.float64, torch.float32, torch.bfloat16)
+_MADE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _vectors(norm: NormWeights | None) -> list[Tensor]:
@@ -162,8 +162,10 @@ def read_twice(
         with torch.no_grad():
             sources = tuple(fetch() for fetch in fetches)
             whole = rows_of(sources, form) if start is None else start(sources)()
-        local = whole.detach() if isinstance(whole, Tensor) else stand_in(whole.codes, dtype)
-        return BranchInput(local.requires_grad_(wants), collective, axis, (), True, whole, _never)
+        if isinstance(whole, Tensor):
+            return BranchInput(whole.detach().requires_grad_(wants), collective, axis, (), True, whole, _never)
+        local, part = stand_in(whole.codes, dtype), whole
+        return BranchInput(local.requires_grad_(wants), collective, axis, (), True, whole, _never, part)
 
     return now, again
 

@@ -23,7 +23,7 @@ from megaresnorm.recompute_plan import segments_of
 from megaresnorm.resilience.host import host_memory
 from megaresnorm.schedule import samples_before
 from megaresnorm.telemetry.log import large
-from megaresnorm.telemetry.throughput import PEAK_BF16
+from megaresnorm.telemetry.throughput import PEAK_HALF
 
 EPOCHS = 4  # more repetitions of the same data than these are worth much less (arXiv:2305.16264)
 SHARE_OF_PEAK = 0.4  # assumed where a time is told
@@ -139,11 +139,11 @@ class Estimate:
         return lines
 
     def _time(self) -> str:
-        if not self.on_gpus or self.recipe.precision.compute != "bf16":
+        if not self.on_gpus or self.recipe.precision.compute not in ("bf16", "fp16"):
             return ""
-        seconds = self.flops * self.tokens / (self.sizes.num_ranks * PEAK_BF16[GPU] * 1e12 * SHARE_OF_PEAK)
+        seconds = self.flops * self.tokens / (self.sizes.num_ranks * PEAK_HALF[GPU] * 1e12 * SHARE_OF_PEAK)
         days = f"{seconds / 86400:.1f} days" if seconds > 2 * 86400 else f"{seconds / 3600:.1f} hours"
-        return f"; at {SHARE_OF_PEAK:.0%} of {PEAK_BF16[GPU]:g} TFLOP/s a GPU (a guess, not measured) {days}"
+        return f"; at {SHARE_OF_PEAK:.0%} of {PEAK_HALF[GPU]:g} TFLOP/s a GPU (a guess, not measured) {days}"
 
 
 def estimate(

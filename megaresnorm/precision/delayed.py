@@ -7,6 +7,9 @@ from megaresnorm.parallel.collectives import largest
 from megaresnorm.parallel.mesh import ParallelContext
 
 INPUTS, GRADIENTS = 0, 1
+# How far a step may go beyond the ones before it. In models of 24 blocks an input's largest number was up to 1.8 times
+# that of 16 earlier steps, a gradient's up to 3.5 times. A factor of two costs one of E4M3's 17 or E5M2's 32 powers.
+ROOM = (2.0, 4.0)
 
 
 class Delayed:
@@ -26,8 +29,10 @@ class Delayed:
         torch.maximum(seen, amax.view(()), out=seen)
 
     def amax(self, which: int) -> Tensor | None:
-        """The largest of the earlier steps, FP32 [1, 1]; None before there are any."""
-        return self._all.largest[self._index, which].view(1, 1) if self._all.known[self._index] else None
+        """What scales are for, FP32 [1, 1]: earlier steps' largest number times ``ROOM``; None before there is one."""
+        if not self._all.known[self._index]:
+            return None
+        return self._all.largest[self._index, which].view(1, 1) * ROOM[which]
 
 
 class DelayedScales:

@@ -35,3 +35,9 @@ def stored_dtypes(precision: PrecisionRecipe) -> StoredDtypes:
     """The dtypes that weights are stored in, from ``precision.weights`` and ``precision.compute``."""
     others = weight_dtype(precision.compute)
     return StoredDtypes(torch.bfloat16 if precision.weights == "bf16" else others, others)
+
+
+def half_dtype(precision: PrecisionRecipe) -> torch.dtype | None:
+    """The 16-bit type that linear layers read their FP32 weights in; None where they read them as they are."""
+    dtype = DTYPES[precision.branches]
+    return dtype if dtype.itemsize == 2 and precision.weights == "fp32" else None

@@ -13,7 +13,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.distributed.device_mesh import DeviceMesh
 
 from megaresnorm.kernels.fp8.formats import E4M3, TENSOR, TILE, Form, Fp8, amax_of, exponents, quantize, scales
-from megaresnorm.parallel.collectives import largest
+from megaresnorm.parallel.collectives import all_gather_blocks, largest
 from megaresnorm.parallel.data_parallel import local
 from megaresnorm.parallel.gathered import set_gather
 from megaresnorm.parallel.linear import Linear
@@ -36,21 +36,31 @@ class Fp8Shards:
         self._shards = [_Shard(layer, kernel, context.dp_shard) for layer, kernel in layers.values()]
         self.refresh()
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """See ``Copies``."""
+        return [tensor for shard in self._shards for tensor in (shard.codes, shard.inverse)]
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Round the current weights.
 
         Communication:
-            For scales that ranks share one all-gather of a number for each weight over model_shards (tensorwise), or of
-            one for each 128 x 128 elements over dp_shard (block).
+            One all-gather for all weights: tensorwise of a number for each over model_shards; else over dp_shard, of a
+            number for each 128 x 128 elements (block), or of a byte for each scale of this rank's rows.
         """
-        shared = [shard for shard in self._shards if shard.shares]
-        if shared:
-            axis = self._context.model_shards if shared[0].form == TENSOR else self._context.dp_shard
-            own = [shard.amax() for shard in shared]
+        tensorwise = self._shards[0].form == TENSOR
+        axis = self._context.model_shards if tensorwise else self._context.dp_shard
+        if tensorwise or self._shards[0].form == TILE:
+            own = [shard.amax() for shard in self._shards]
             whole = largest(torch.cat([amax.flatten() for amax in own]), axis).split([amax.numel() for amax in own])
-        for i, shard in enumerate(self._shards):
-            shard.round(whole[i].view_as(own[i]) if shared else None)
+            for shard, amax, like in zip(self._shards, whole, own, strict=True):
+                shard.round(amax.view_as(like))
+            return
+        sent = [exponents(shard.round(None)) for shard in self._shards]
+        everyone = all_gather_blocks(torch.cat([one.flatten() for one in sent]), axis)
+        for shard, all_rows, one in zip(self._shards, everyone.split([s.numel() for s in sent], 1), sent, strict=True):
+            shard.take_scales(all_rows.reshape(-1, one.shape[1]))
 
 
 class _Shard:
@@ -58,7 +68,7 @@ class _Shard:
 
     Attributes:
         codes: [rows, K], filled up with zeros where other ranks have more rows.
-        inverse: of these rows, or of the whole weight where ranks share scales.
+        inverse: scales of the whole weight.
     """
 
     codes: Tensor
@@ -67,7 +77,6 @@ class _Shard:
     def __init__(self, layer: Linear, kernel: Fp8Linear, axis: Axis) -> None:
         weight: Any = layer.weight
         self.form: Form = kernel.forms.weight
-        self.shares = self.form in (TENSOR, TILE)
         self._num_rows, width = weight.shape
         self._rows = -(-self._num_rows // axis.size)
         self._first = self._rows * axis.rank
@@ -88,8 +97,15 @@ class _Shard:
             found[first : first + len(here)] = here
         return found
 
-    def round(self, amax: Tensor | None) -> None:
-        """Make codes of the current weights; ``amax`` is that of shared scales."""
+    def round(self, amax: Tensor | None) -> Tensor:
+        """Make codes of the current weights.
+
+        Args:
+            amax: what shared scales are for; None where each row has its own.
+
+        Returns:
+            The inverse scales of as many rows as each rank has, or the shared ones.
+        """
         if self.form == TILE and amax is not None:
             first, padded = self._in_tiles()
             tiles = -(-len(padded) // TILE.rows)  # type: ignore[operator]
@@ -99,7 +115,14 @@ class _Shard:
             codes, inverse, _ = quantize(self._mine, self.form, amax=amax)
         missing = self._rows - len(codes)
         self.codes = F.pad(codes.view(torch.uint8), (0, 0, 0, missing)) if missing else codes.view(torch.uint8)
-        self.inverse = inverse if self.shares else F.pad(inverse, (0, 0, 0, missing))
+        if amax is None:
+            return F.pad(inverse, (0, 0, 0, missing))
+        self.inverse = inverse
+        return inverse
+
+    def take_scales(self, all_rows: Tensor) -> None:
+        """Take over the scales of all ranks' rows, as ``exponents``."""
+        self.inverse = scales(all_rows[: self._num_rows])
 
     def _in_tiles(self) -> tuple[int, Tensor]:
         """The number of the first row of tiles, and this rank's rows below the rows of other ranks in it."""
@@ -109,7 +132,7 @@ class _Shard:
     def _before(
         self, mesh: DeviceMesh, size: torch.Size, stride: tuple[int, ...], module: Any, policy: Any
     ) -> tuple[tuple[Tensor, ...], None]:
-        return ((self.codes,) if self.shares else (self.codes, exponents(self.inverse))), None
+        return (self.codes,), None
 
     @torch.no_grad()
     def _after(
@@ -117,8 +140,7 @@ class _Shard:
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
         """Give the layer its codes. FSDP2 wants a tensor of the weight's shape, which nothing reads."""
         codes = gathered[0][: self._num_rows].view(E4M3)
-        inverse = self.inverse if self.shares else scales(gathered[1][: self._num_rows])
-        self._kernel.weight = Fp8(codes, inverse, self.form)
+        self._kernel.weight = Fp8(codes, self.inverse, self.form)
         if out is None:
             whole = codes.new_empty(codes.shape, dtype=dtype)
             return whole, (whole,)

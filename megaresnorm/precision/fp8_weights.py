@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from megaresnorm.kernels.fp8.formats import TENSOR, amax_of, quantize
 from megaresnorm.parallel.collectives import largest
@@ -24,6 +25,11 @@ class Fp8Weights:
     def __init__(self, layers: Mapping[str, tuple[Linear, Fp8Linear]], axis: Axis) -> None:
         self._layers, self._axis = list(layers.values()), axis
         self.refresh()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """See ``Copies``."""
+        return [tensor for _, kernel in self._layers for tensor in kernel.weight.tensors]
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -88,6 +88,7 @@ def under_new_names(values: dict) -> dict:
 
 NEWER = {  # settings that there once were not, which is None today
     "data": ("tokenizer", "split", "valid"),
+    "precision": ("loss_scale",),
     "schedule": ("warmup_ratio", "min_lr"),
 }
 

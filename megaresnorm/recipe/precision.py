@@ -1,12 +1,45 @@
 """Settings of number formats."""
 
-from typing import Annotated, Literal
+from math import frexp
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
-from megaresnorm.limits import MAX_HISTORY
+from megaresnorm.limits import LARGEST_POWER, MAX_HISTORY
 from megaresnorm.recipe.section import BlocksOr0, Section, Word, refuse_ignored
+
+_POWERS = f"a power of two from 2^-{LARGEST_POWER} to 2^{LARGEST_POWER}"
+
+
+def _power_of_two(value: float) -> float:
+    in_range = 2.0**-LARGEST_POWER <= value <= 2.0**LARGEST_POWER
+    if not in_range or float(value) != value or frexp(value)[0] != 0.5:
+        raise PydanticCustomError("power_of_two", f"{_POWERS}, which FP32 multiplies and divides by without rounding")
+    return float(value)
+
+
+def _loss_scale(value: Any) -> Any:
+    """One line for whatever is no loss scale; a union of types would have one for each of them."""
+    if value == "dynamic":
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise PydanticCustomError("loss_scale", f"dynamic, or {_POWERS}, such as 65536")
+    return _power_of_two(value)
+
+
+def _no_fp16_stream(value: Any) -> Any:
+    if value == "fp16":
+        raise PydanticCustomError(
+            "fp16_stream", "fp32: the sum of many branches grows beyond 65504, where FP16 ends; leave it unset"
+        )
+    return value
+
+
+PowerOfTwo = Annotated[float, AfterValidator(_power_of_two)]
+LossScaleSetting = Annotated[Literal["dynamic"] | float, BeforeValidator(_loss_scale)]
+StreamDtype = Annotated[Literal["fp32", "bf16", "fp64"], BeforeValidator(_no_fp16_stream)]
 
 
 class Fp8Recipe(Section):
@@ -59,8 +92,11 @@ class PrecisionRecipe(Section):
     """bf16: the matrices (linear layers, embedding, learned positions, output matrix) are stored in BF16 alone and
     updated with stochastic rounding, with compute bf16. All else stays FP32: norms, biases, gates, gradients, moments.
     """
-    residual_dtype: Literal["fp32", "bf16", "fp64"] | None = None
+    residual_dtype: StreamDtype | None = None
     """Type the residual stream is stored in; unset: fp32, or fp64 under fp64."""
+    loss_scale: LossScaleSetting | None = None
+    """fp16: factor of the loss in backward, so that gradients fit into FP16. dynamic: halved when they overflow (that
+    step is skipped), doubled after 2,000 good steps; or a power of two that stays. Unset: dynamic."""
     fp8: Fp8Recipe = Fp8Recipe()
     """How products in FP8 are scaled."""
 
@@ -89,6 +125,20 @@ class PrecisionRecipe(Section):
             raise ValueError(
                 f"precision.weights=bf16 goes with precision.compute=bf16 alone, not {self.compute}; set that, or "
                 "remove precision.weights"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fp16_has_what_it_needs(self) -> Self:
+        if self.compute != "fp16" and self.loss_scale is not None:
+            shown = self.loss_scale if isinstance(self.loss_scale, str) else f"{self.loss_scale:g}"
+            raise ValueError(
+                f"precision.loss_scale={shown} has no effect with precision.compute={self.compute}; remove it"
+            )
+        if self.compute == "fp16" and self.stream != "fp32":
+            raise ValueError(
+                f"precision.residual_dtype={self.stream} does not go with precision.compute=fp16: it would round away "
+                "bits that FP16 branches have; leave it unset (fp32)"
             )
         return self
 

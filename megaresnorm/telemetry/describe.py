@@ -1,6 +1,7 @@
 """Description of a run, in lines for the console."""
 
 import re
+from math import log2
 
 import torch
 
@@ -8,6 +9,7 @@ from megaresnorm.assemble import Assembled
 from megaresnorm.data.inspect import draws_of
 from megaresnorm.data.samples import Samples
 from megaresnorm.layout import split_stages
+from megaresnorm.precision.loss_scale import LossScale
 from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import dump_recipe
 from megaresnorm.recompute_auto import describe_recompute, sizes_of
@@ -34,9 +36,8 @@ def describe_run(recipe: Recipe, assembled: Assembled, samples: Samples, *, full
         f"width {model.dim}, {parameters:,} parameters",
         *_ranks(recipe, assembled),
         *_recompute(recipe, assembled),
-        f"precision {recipe.precision.compute}{weights}, residual stream {recipe.precision.stream}, "
-        f"{assembled.device.type}, "
-        f"{threads} thread{'s' * (threads > 1)}",
+        f"precision {recipe.precision.compute}{weights}, {_loss_scale(recipe)}"
+        f"residual stream {recipe.precision.stream}, {assembled.device.type}, {threads} thread{'s' * (threads > 1)}",
         *_kernels(assembled),
         f"data      {data_name(recipe)}: {samples.num_documents:,} documents, "
         f"{samples.per_epoch:,} sequences of {model.seq_len} tokens to train on",
@@ -45,6 +46,11 @@ def describe_run(recipe: Recipe, assembled: Assembled, samples: Samples, *, full
         f"{epochs:.3g} epochs{' of the source that is drawn from most often' if recipe.data.blend else ''}",
     ]
     return [shown(line) for line in lines]
+
+
+def _loss_scale(recipe: Recipe) -> str:
+    scale = LossScale.of(recipe.precision)
+    return "" if scale is None else f"loss scale {'from ' * scale.is_dynamic}2^{log2(scale.value):g}, "
 
 
 def _kernels(assembled: Assembled) -> list[str]:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from math import log2
 from typing import Any
 
 import rich.console
@@ -162,7 +163,7 @@ def step_line(step: int, steps: int, metrics: Mapping[str, float | None]) -> str
     """One aligned line: its columns stay in place from the first step of a run to the last.
 
     Speeds are means over the steps since the line before. FLOP/s are those of one rank, peak memory is the first
-    rank's. A step without labels has no loss.
+    rank's. A step without labels has no loss, and only FP16 has a loss scale.
 
     >>> figures = {"loss": 5.25, "gradient_norm": 1.5, "lr": 1e-3, "tokens_per_second": 10500.0, "seconds": 0.0975}
     >>> line = step_line(7, 1000, figures | {"tflops": 0.021, "peak_memory": 5.3e8, "tokens": 7168, "time": 0.0})
@@ -179,9 +180,24 @@ def step_line(step: int, steps: int, metrics: Mapping[str, float | None]) -> str
     ]
     if metrics.get("peak_memory") is not None:
         parts.append(f"{(metrics['peak_memory'] or 0) / 1e9:.2f} GB")
+    if metrics.get("loss_scale") is not None:
+        parts.append(f"scale 2^{log2(metrics['loss_scale'] or 1):<2.0f}")
     parts.append(f"{large(metrics['tokens'] or 0):>6} tokens")
     parts.append(time.strftime("%H:%M:%S", time.localtime(metrics["time"])))
     return " | ".join(parts) + (f" | {valid_figures(metrics)}" if "valid_loss" in metrics else "")
+
+
+def skipped_line(step: int, steps: int, loss: float, scale: float | None, lowered_to: float) -> str:
+    """One line, aligned with ``step_line``, for a step whose gradients overflow.
+
+    >>> skipped_line(7, 1000, 5.25, 65536.0, 32768.0)
+    'step    7/1000 | loss  5.2500 | skipped: gradients overflow at loss scale 2^16, next 2^15'
+    """
+    powers = [log2(one or 1) for one in (scale, lowered_to)]
+    return (
+        f"step {step:>{len(str(steps))}}/{steps} | loss {loss:7.4f} | skipped: gradients overflow at loss scale "
+        f"2^{powers[0]:g}, next 2^{powers[1]:g}"
+    )
 
 
 def bar_note(metrics: Mapping[str, float | None]) -> str:

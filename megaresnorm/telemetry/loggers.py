@@ -33,6 +33,8 @@ TAGS = {
     "samples": "train/samples",
     "tokens": "train/tokens",
     "lr": "optim/lr",
+    "loss_scale": "optim/loss_scale",
+    "skipped": "optim/skipped",
     "tokens_per_second": "perf/tokens_per_second",
     "seconds": "perf/seconds_per_step",
     "tflops": "perf/tflops_per_rank",

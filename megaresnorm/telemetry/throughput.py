@@ -10,8 +10,9 @@ import torch
 from megaresnorm.model.cost import training_flops
 from megaresnorm.recipe import Recipe
 
-# Dense BF16 products of one GPU in TFLOP/s, from NVIDIA's data sheets, by words of its name; the first that fit.
-PEAK_BF16 = {
+# Dense products in BF16, and FP16 alike, of one GPU in TFLOP/s, from NVIDIA's data sheets, by words of its name; the
+# first that fit.
+PEAK_HALF = {
     "H100 NVL": 835.0, "H100 PCIe": 756.0, "H100": 989.4, "H200 NVL": 835.0, "H200": 989.4, "GH200": 989.4,
     "GB200": 2500.0, "B200": 2250.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0, "L40": 181.0, "L4": 121.0,
     "A10G": 70.0, "A10": 125.0, "RTX 4090": 165.2, "RTX 3090": 71.0,
@@ -20,17 +21,17 @@ _OTHERS = re.compile(r"\b(MIG|Laptop|RTX 4090 D)\b")  # a share of such a GPU, o
 
 
 def peak_tflops(device: torch.device, compute: str) -> float | None:
-    """Peak of one GPU in TFLOP/s for products in BF16; None where it is not known.
+    """Peak of one GPU in TFLOP/s for products in BF16 or FP16; None where it is not known.
 
     Args:
         compute: type of the products, as precision.compute.
     """
-    if device.type != "cuda" or compute != "bf16":
+    if device.type != "cuda" or compute not in ("bf16", "fp16"):
         return None
     name = torch.cuda.get_device_name(device)
     if _OTHERS.search(name):
         return None
-    return next((peak for words, peak in PEAK_BF16.items() if re.search(rf"\b{words}\b", name)), None)
+    return next((peak for words, peak in PEAK_HALF.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -10,7 +10,8 @@ import transformers.models.llama.modeling_llama  # noqa: F401 - once, so that no
 
 import megaresnorm.convert.from_hf
 import megaresnorm.convert.to_hf
-import megaresnorm.generate  # noqa: F401
+import megaresnorm.generate
+import megaresnorm.studies.quantized_files  # noqa: F401
 from megaresnorm.cli import main
 
 SECONDS = 2.0  # of the processor; other processes may have the machine

@@ -128,6 +128,12 @@ def test_a_forged_manifest_costs_one_line(case, good, tmp_path, capfd):
     refused(["generate", folder, "--tokens", "1"], wanted, tmp_path, capfd)
 
 
+@pytest.mark.parametrize("case", ["dim 2^40", "10^12 blocks", "no vocab_size", "no recipe", "data of a list"])
+def test_a_forged_manifest_is_not_quantized(case, good, tmp_path, capfd):
+    change, wanted = MANIFESTS[case]
+    refused(["quantize", forged(good, tmp_path, change)], wanted, tmp_path, capfd)
+
+
 @pytest.mark.parametrize("command", ["to-hf", "to-megatron", "compare"])
 @pytest.mark.parametrize(
     "case", ["dim 2^40", "dim that fits no file", "10,000 blocks", "no vocab_size", "a recipe of numbers"]
@@ -151,7 +157,7 @@ def test_a_checkpoint_whose_files_are_none_costs_one_line(case, name, good, tmp_
 
 @pytest.mark.parametrize("text", ["/dev/zero", "/dev/null", "nowhere", "", "a\0b", "x" * 5000])
 @pytest.mark.parametrize(
-    "command", [["generate"], ["checkpoint", "show"], ["checkpoint", "ls"], ["checkpoint", "verify"]]
+    "command", [["generate"], ["quantize"], ["checkpoint", "show"], ["checkpoint", "ls"], ["checkpoint", "verify"]]
 )
 def test_what_is_no_checkpoint_costs_one_line(command, text, tmp_path, capfd):
     refused([*command, text], "", tmp_path, capfd)

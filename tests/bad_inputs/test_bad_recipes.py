@@ -48,6 +48,23 @@ OVERRIDES = [
     ("optim.lr=1" + "0" * 399, "optim.lr="),
     ("optim.lr=1" + "0" * 5000, "a whole number of 5001 digits"),
     ("optim.lr=1e" + "9" * 5000, "optim.lr=inf"),
+    # FP16 and its loss scale
+    *((f"precision.compute=fp16 precision.loss_scale={value}", f"precision.loss_scale={shown}: wanted {wanted}")
+      for value, shown, wanted in (
+        ("3", "3", "a power of two"), ("0", "0", "a power of two"), ("-2", "-2", "a power of two"),
+        (".nan", "nan", "a power of two"), ("1e39", "1e+39", "a power of two"), ("1e-39", "1e-39", "a power of two"),
+        ("1152921504606846977", "1152921504606846977", "a power of two"),  # 2^60 + 1
+        ("1" + "0" * 399, "a whole number of over 60 digits", "a power of two"),
+        ("true", "True", "dynamic, or a power of two"), ("static", "'static'", "dynamic, or a power of two"),
+        ("[1]", "[1]", "dynamic, or a power of two"),
+    )),
+    ("precision.loss_scale=65536", "precision.loss_scale=65536 has no effect with precision.compute=fp32; remove it"),
+    ("precision.compute=bf16 precision.loss_scale=dynamic",
+     "precision.loss_scale=dynamic has no effect with precision.compute=bf16; remove it"),
+    ("precision.compute=fp16 precision.residual_dtype=fp16", "grows beyond 65504, where FP16 ends; leave it unset"),
+    ("precision.compute=fp16 precision.residual_dtype=bf16", "bits that FP16 branches have; leave it unset (fp32)"),
+    ("precision.compute=fp16 precision.residual_dtype=fp64", "fp64 is for both or neither"),
+    ("precision.compute=fp16 precision.loss_scale.value=2", "precision.loss_scale={'value': 2}"),
     # numbers that FP32 does not hold
     *((f"{key}={value}", "a number that FP32 holds, from 1.17549e-38") for key, value in (
         ("optim.eps", "1e-46"), ("optim.eps", "1e-320"), ("optim.lr", "1e39"), ("optim.lr", "1e-300"),

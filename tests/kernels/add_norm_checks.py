@@ -7,7 +7,7 @@ import torch
 from megaresnorm.kernels.add_norm.reference import AddNormArgs, NormWeights, add_norm
 from megaresnorm.kernels.dropout import Dropout
 
-F32, BF16, FP8 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
+F32, BF16, F16, FP8 = torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn
 # branch_norm, norm, next_norm: the patterns of the topologies, and all at once.
 PATTERNS = {
     "pre": (None, None, "layernorm"),
@@ -25,6 +25,7 @@ DTYPES = {  # stream, delta, residual, branch input
     "bf16 on fp32": (F32, BF16, F32, BF16),
     "bf16": (BF16, BF16, BF16, BF16),
 }
+WITHOUT_C = {"fp16 on fp32": (F32, F16, F32, F16)}  # the C kernels have no FP16
 # Rounding at most 1.5 times as far from FP64 as rounding FP64 once is.
 ROUNDING = 1.5
 FP32_OF_ROW = 5e-7
@@ -74,7 +75,7 @@ def check(kernel, rows, columns, pattern, gate_kind, dtypes, alpha=2.5, device="
     """
     g = torch.Generator(device).manual_seed(rows * 31 + columns)  # on the device: a CPU would draw for minutes
     draw = functools.partial(torch.randn, rows, columns, generator=g, device=device)
-    x_dtype, delta_dtype, residual_dtype, out_dtype = DTYPES[dtypes]
+    x_dtype, delta_dtype, residual_dtype, out_dtype = (DTYPES | WITHOUT_C)[dtypes]
     x = draw().to(x_dtype).requires_grad_()
     delta = None if gate_kind == "no delta" else draw().to(delta_dtype).requires_grad_()
     gates = {"scalar": torch.tensor([0.7]), "vector": torch.linspace(0.5, 1.5, columns), "one": 1.0}

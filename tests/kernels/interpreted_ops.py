@@ -8,7 +8,7 @@ import interpreted_triton  # noqa: F401
 import pytest
 import torch
 from loss_checks import FORMS, check_loss
-from ops_checks import FLOATS, KINDS, check_activation, check_rotary
+from ops_checks import FLOATS, KINDS, WITHOUT_C, check_activation, check_rotary
 from test_triton import pairwise
 
 from megaresnorm.kernels import load_backends
@@ -20,9 +20,9 @@ from megaresnorm.kernels.rotary import fused_rotary
 
 load_backends()
 activate, rotary = fused_activation("triton"), fused_rotary("triton")
-ACTIVATIONS = (KINDS, [False, True], list(FLOATS), [(5, 40), (133, 17), (9, 300), (0, 8)], [False, True])
+ACTIVATIONS = (KINDS, [False, True], [*FLOATS, *WITHOUT_C], [(5, 40), (133, 17), (9, 300), (0, 8)], [False, True])
 HEADS = [(4, 4, 16), (4, 2, 80), (9, 1, 20)]
-ROTARIES = (HEADS, [None, "rmsnorm", "layernorm"], ["none", "row", "batch", "partial"], list(FLOATS))
+ROTARIES = (HEADS, [None, "rmsnorm", "layernorm"], ["none", "row", "batch", "partial"], [*FLOATS, *WITHOUT_C])
 
 
 @pytest.mark.parametrize(("kind", "bias", "dtype", "size", "strided"), pairwise(*ACTIVATIONS))
@@ -74,7 +74,13 @@ def test_rotary_of_more_tokens_than_two_to_the_16():
     check_rotary(rotary, 1, 1, 2, None, "row", "fp32", batch=2, seq=35_000)
 
 
-LOSSES = (list(FORMS), [torch.float32, torch.bfloat16], [0.0, 1e-2], [1, 2], [(5, 24), (4, 600), (2, 70)])
+LOSSES = (
+    list(FORMS),
+    [torch.float32, torch.bfloat16, torch.float16],
+    [0.0, 1e-2],
+    [1, 2],
+    [(5, 24), (4, 600), (2, 70)],
+)
 
 
 @pytest.mark.parametrize(("form", "dtype", "z_loss", "ranks", "size"), pairwise(*LOSSES))

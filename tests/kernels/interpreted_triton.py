@@ -78,6 +78,12 @@ def test_values_and_gradients(kernel, pattern, gate, dtypes):
         check(kernel, 5, 40, pattern, gate, dtypes)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_values_and_gradients_in_fp16(kernel, pattern):
+    for gate in ("number", "vector"):
+        check(kernel, 5, 40, pattern, gate, "fp16 on fp32")
+
+
 @pytest.mark.parametrize(
     ("rows", "columns"),
     [(1, 1), (1, 192), (199, 64)]

@@ -1,19 +1,20 @@
 """What every backend of the activation and of rotary is held to, against FP64."""
 
 import torch
-from add_norm_checks import BF16, F32, SUMS, Stored, make_norm, near, textbook_norm
+from add_norm_checks import BF16, F16, F32, SUMS, Stored, make_norm, near, textbook_norm
 
 from megaresnorm.kernels.activation import GATED, activation
 from megaresnorm.kernels.rotary import rotate
 
 FLOATS = {"fp32": F32, "bf16": BF16}
+WITHOUT_C = {"fp16": F16}  # the C kernels have none
 KINDS = ("gelu", "gelu_tanh", "relu", "swiglu", "geglu", "geglu_tanh")
 
 
 def check_activation(kernel, rows, width, kind, bias, dtype, device="cpu", strided=False):
     """Values and gradients of one call; with ``strided`` neither h nor the gradient is contiguous."""
     g = torch.Generator(device).manual_seed(rows + width)
-    dtype, columns = FLOATS[dtype], width * (1 + (kind in GATED))
+    dtype, columns = (FLOATS | WITHOUT_C)[dtype], width * (1 + (kind in GATED))
 
     def draw(columns, scale):
         made = scale * torch.randn(rows, columns * (1 + strided), generator=g, device=device)
@@ -61,7 +62,7 @@ def check_rotary(
         given: the outputs that have a gradient.
         strided: neither qkv nor the gradients are contiguous.
     """
-    g, dtype = torch.Generator(device).manual_seed(heads + width), FLOATS[dtype]
+    g, dtype = torch.Generator(device).manual_seed(heads + width), (FLOATS | WITHOUT_C)[dtype]
 
     def draw(number):
         made = torch.randn(batch, number, seq, width, generator=g, device=device).to(dtype).transpose(1, 2)

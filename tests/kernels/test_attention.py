@@ -90,6 +90,16 @@ def test_in_bf16_it_is_as_near_the_truth_as_torch():
     ), errors
 
 
+def test_in_fp16_torch_computes_in_fp32_and_rounds_once():
+    q, k, v = inputs(64, 64, width=64, dtype=torch.float16)
+    wide = [t.detach().float().requires_grad_() for t in (q, k, v)]
+    d = torch.randn(2, 64, 4, 64)
+    (y, _), (want_y, _) = sdpa_attention(q, k, v), sdpa_attention(*wide)
+    assert torch.equal(y, want_y.half())
+    for a, b in zip(torch.autograd.grad(y, (q, k, v), d.half()), torch.autograd.grad(want_y, wide, d), strict=True):
+        torch.testing.assert_close(a.float(), b, rtol=2e-3, atol=2e-3)  # the output's gradient was rounded
+
+
 def test_auto_takes_the_c_kernel_then_blocks_for_bf16_on_cpus_and_says_why(monkeypatch):
     if build.unavailable() is None:
         assert choose_kernel("attention", "auto", CPU, torch.bfloat16)[0].function is cpu_attention

@@ -16,6 +16,8 @@ import torch
 from megaresnorm.errors import ConfigError
 from megaresnorm.kernels import load_backends
 from megaresnorm.kernels.activation import fused_activation
+from megaresnorm.kernels.add_norm.op import fused_add_norm
+from megaresnorm.kernels.add_norm.reference import AddNormArgs
 from megaresnorm.kernels.cpu import build, trusted
 from megaresnorm.kernels.registry import choose_kernel
 
@@ -443,3 +445,19 @@ def test_whatever_is_wrong_the_reference_runs_with_one_warning(problem, monkeypa
 def test_fp64_gets_the_reference_and_says_why():
     kernel, line = choose_kernel("add_norm", "auto", torch.device("cpu"), torch.float64)
     assert kernel.backend == "reference" and "not cpu: it computes in FP32, not in torch.float64" in line
+
+
+@needs_compiler
+def test_fp16_gets_no_kernel_in_c_and_says_why():
+    """By name it is an error, and tensors that reach one all the same are refused, not read as another type."""
+    cpu, half = torch.device("cpu"), torch.float16
+    for op in ("add_norm", "rotary", "attention", "activation", "cross_entropy"):
+        kernel, line = choose_kernel(op, "auto", cpu, half)
+        assert kernel.backend != "cpu" and "not cpu: it computes in FP32, not in torch.float16" in line
+        with pytest.raises(ConfigError, match=rf"kernels.{op}=cpu cannot run on cpu: it computes in FP32"):
+            choose_kernel(op, "cpu", cpu, half)
+    x = torch.ones(4, 8, dtype=half)
+    with pytest.raises(TypeError, match=r"not torch\.float16"):
+        fused_add_norm("cpu")(AddNormArgs(x, x, residual_dtype=torch.float32, out_dtype=torch.float32))
+    with pytest.raises(TypeError, match=r"not torch\.float16"):
+        fused_activation("cpu")(x, None, "gelu")

@@ -50,7 +50,7 @@ def test_a_compiler_sees_the_kernels():
 
 def test_auto_takes_them_on_a_gpu_and_what_is_fused_by_a_compiler_stays_the_reference():
     for op in ("activation", "rotary"):
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
             assert choose_kernel(op, "auto", CUDA, dtype)[0].backend == "triton"
         assert choose_kernel(op, "auto", CUDA, torch.float64)[0].backend == "reference"
         assert choose_kernel(op, "auto", CUDA, torch.bfloat16, fused=True)[0].backend == "reference"

@@ -199,7 +199,8 @@ def test_a_package_that_is_missing_is_one_line_and_imports_nothing(op, backend):
     assert "\n" not in str(e.value)
     assert not {f"megaresnorm.kernels.{name}" for name in ADAPTERS} & (set(sys.modules) - before)
     assert kernel.requires(torch.device("cpu"), F32) == "made for NVIDIA GPUs"
-    assert kernel.requires(CUDA, torch.float64) == "it computes in FP32, not in torch.float64"
+    for dtype in (torch.float64, torch.float16):
+        assert kernel.requires(CUDA, dtype) == f"it computes in FP32, not in {dtype}"
 
 
 @pytest.mark.parametrize(("op", "backend"), [*BY_PACKAGE, ("add_norm", "torch")])

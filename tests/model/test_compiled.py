@@ -13,7 +13,8 @@ from megaresnorm.kernels.cross_entropy import cross_entropy_sums
 from megaresnorm.model.compiled import equal_runs, num_kinds, resolve_compile_mode
 from megaresnorm.model.dropout import DropoutKey
 from megaresnorm.model.topology import TOPOLOGIES
-from megaresnorm.precision.bf16 import Bf16Copies
+from megaresnorm.precision.dtypes import half_dtype
+from megaresnorm.precision.half import HalfCopies
 from megaresnorm.recipe import KernelRecipe, ModelRecipe, PrecisionRecipe, RecomputeRecipe
 from megaresnorm.recipe.load import build_recipe
 
@@ -49,8 +50,8 @@ def built(recipe, compute="fp32", compiled="blocks", recompute=None):
     with torch.no_grad():  # away from gates of 0, behind which nothing could be seen
         for p in assembled.model.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=generator))
-    if compute == "bf16":
-        Bf16Copies(assembled.model)
+    if (half := half_dtype(PrecisionRecipe(compute=compute))) is not None:
+        HalfCopies(assembled.model, half)
     return assembled.model
 
 
@@ -61,7 +62,10 @@ def backward(model, tokens=TOKENS, labels=LABELS, dropout=None):
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("settings", [{}, {"dropout": 0.25}, {"compute": "bf16"}, {"bias": True, "ffn": "gelu"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"dropout": 0.25}, {"compute": "bf16"}, {"compute": "fp16"}, {"bias": True, "ffn": "gelu"}],
+)
 def test_a_model_is_two_graphs_at_any_depth(settings, graphs, monkeypatch):
     """The blocks that get the stream with an add pending, and the first ones."""
     monkeypatch.setattr("megaresnorm.model.compiled.BLOCKS_PER_GRAPH", 2)

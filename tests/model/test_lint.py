@@ -10,6 +10,9 @@ from megaresnorm.model.topology import TOPOLOGIES
 from megaresnorm.recipe import ModelRecipe, PrecisionRecipe
 
 BF16 = {"compute": "bf16", "residual_dtype": "bf16"}
+FP16 = {"compute": "fp16"}
+TENSORWISE = {"compute": "fp8", "fp8": {"recipe": "tensorwise"}}
+E4M3 = {"compute": "fp8", "fp8": {"recipe": "tensorwise", "backward": "e4m3"}}
 
 
 def model(**settings) -> ModelRecipe:
@@ -30,6 +33,7 @@ def square(ratio):
 
 
 TIED = {"tied_embeddings": True}
+REORDERED = {"topology": "reordered", "qk_norm": "head"}
 CASES = [
     # rule, refused, settings that trip it, settings just inside, precision
     ("reordered-qk-norm", True, {"topology": "reordered"}, {"topology": "reordered", "qk_norm": "head"}, {}),
@@ -60,13 +64,67 @@ CASES = [
     ("bf16-swallows", False, {"topology": "deepnorm", "num_blocks": 323},
      {"topology": "deepnorm", "num_blocks": 322}, BF16),
     ("bf16-swallows", False, {"topology": "keel", "num_blocks": 129}, {"topology": "keel", "num_blocks": 128}, BF16),
+    ("fp16-stream-growth", False, {**REORDERED, "num_blocks": 72}, {**REORDERED, "num_blocks": 71}, FP16),
+    # Without the product of a gated ffn, which grows as the square of the stream.
+    ("fp16-stream-growth", False, {**REORDERED, "ffn": "gelu", "embedding_multiplier": 66},
+     {**REORDERED, "ffn": "gelu", "embedding_multiplier": 65}, FP16),
+    ("fp16-rezero", False, {"topology": "rezero", "num_blocks": 1}, {"topology": "layerscale", "num_blocks": 1}, FP16),
 ]  # fmt: skip
+OF_POST_NORM = "update-bound"  # which warns of the same recipes
+ROWS = [  # rule, topology, blocks from which on, precision
+    ("fp16-gradient-rows", "post", 56, FP16),
+    ("fp8-gradient-rows", "post", 27, E4M3),
+    ("fp8-gradient-rows", "post", 57, TENSORWISE),
+    ("fp8-gradient-rows", "gated", 71, E4M3),
+    ("fp8-gradient-rows", "mix_ln", 92, E4M3),
+]
 
 
 @pytest.mark.parametrize(("rule", "refused", "outside", "inside", "precision"), CASES)
 def test_rule_trips_and_just_inside_it_does_not(rule, refused, outside, inside, precision):
     assert (rule, refused) in rules(precision, **outside)
     assert not rules(precision, **inside)
+
+
+@pytest.mark.parametrize(("rule", "topology", "num_blocks", "precision"), ROWS)
+def test_gradient_rows_are_warned_of_from_a_depth_on(rule, topology, num_blocks, precision):
+    found = rules(precision, topology=topology, num_blocks=num_blocks)
+    assert (rule, False) in found and {name for name, _ in found} <= {rule, OF_POST_NORM}
+    assert {name for name, _ in rules(precision, topology=topology, num_blocks=num_blocks - 1)} <= {OF_POST_NORM}
+
+
+@pytest.mark.parametrize("fp8", [
+    {"recipe": "rowwise"}, {"recipe": "block"}, {"recipe": "mxfp8"}, {"recipe": "tensorwise", "backward": "bf16"},
+])  # fmt: skip
+def test_scales_of_tokens_and_bf16_gradients_reach_every_row(fp8):
+    assert rules({"compute": "fp8", "fp8": fp8}, topology="post", num_blocks=500) == {(OF_POST_NORM, False)}
+
+
+def test_blocks_in_bf16_have_no_fp8_gradients():
+    kept = {**E4M3, "fp8": {**E4M3["fp8"], "bf16_first_blocks": 20}}
+    assert rules(kept, topology="post", num_blocks=45) == {(OF_POST_NORM, False)}
+    assert ("fp8-gradient-rows", False) in rules(kept, topology="post", num_blocks=46)
+
+
+@pytest.mark.parametrize("key", ["bf16_first_blocks", "bf16_last_blocks"])
+def test_ends_of_a_deep_model_in_fp8_are_warned_of(key):
+    assert rules({"compute": "fp8", "fp8": {key: 0}}, num_blocks=20) == {("fp8-first-last", False)}
+    assert not rules({"compute": "fp8", "fp8": {key: 0}}, num_blocks=19)
+    assert not rules({"compute": "fp8", "fp8": {key: 1}}, num_blocks=20)
+
+
+@pytest.mark.parametrize("precision", [FP16, E4M3], ids=["fp16", "e4m3"])
+@pytest.mark.parametrize("topology", ["pre", "pre_scaled", "deepnorm", "keel", "peri", "subln", "lns", "layerscale"])
+def test_normalised_branches_are_safe_at_any_depth(topology, precision):
+    """The 1/L of KEEL and a gate of 1e-6 are one factor on a tensor; a normalised row cannot exceed D^1/2."""
+    assert not rules(precision, topology=topology, num_blocks=500)
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16", "fp8"])  # fp16 has no BF16 stream
+def test_a_bf16_stream_is_warned_of_whatever_the_products(compute):
+    stream = {"compute": compute, "residual_dtype": "bf16"}
+    assert ("bf16-swallows", False) in rules(stream, topology="keel", num_blocks=129)
+    assert not rules(stream, topology="keel", num_blocks=128)
 
 
 def test_bf16_warning_is_about_the_stream_not_the_products():

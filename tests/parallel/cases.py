@@ -83,7 +83,7 @@ def make_recipe(
     model = {
         "dim": 16, "num_blocks": num_blocks, "num_heads": 4, "num_kv_heads": 2, "seq_len": SEQ, "vocab_size": VOCAB,
         "vocab_multiple": 8, "ffn_dim": 24, "topology": topology, **beside_others(topology),
-        **(VARIANTS | PUBLISHED)[variant],
+        **(VARIANTS | PUBLISHED)[variant], **sections.pop("model", {}),
     }  # fmt: skip
     gpt = variant == "gpt"
     train = {

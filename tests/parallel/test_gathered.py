@@ -1,4 +1,4 @@
-"""Weights that FSDP2 sends in BF16 and ahead of time, and DDP's gradients as views of its buckets: the same bits."""
+"""Weights that FSDP2 sends in 16 bits and ahead of time, and DDP's gradients as views of its buckets: the same bits."""
 
 from types import SimpleNamespace
 
@@ -10,18 +10,23 @@ from cases import batches, build, make_recipe, outcome
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from megaresnorm.engines import native
 from megaresnorm.model.transformer import Transformer
 from megaresnorm.parallel import data_parallel, mesh
 from megaresnorm.parallel.data_parallel import local, parts_ahead, prefetch
+from megaresnorm.parallel.gathered import gather_in
 from megaresnorm.parallel.linear import ColumnLinear, RowLinear
 from megaresnorm.parallel.mesh import TIMEOUT, ParallelContext, Sizes, urgent_options
+from megaresnorm.precision import copies
 from megaresnorm.testing import run_ranks
 
 ALL_GATHER = (
     "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 )  # before torch 2.13
-CASES = [("keel", "llama", {}), ("pre", "gpt", {}), ("gated", "llama", {"reshard_after_forward": False})]
+CASES = [
+    ("keel", "llama", "bf16", {}),
+    ("pre", "gpt", "fp16", {}),
+    ("gated", "llama", "bf16", {"reshard_after_forward": False}),
+]
 
 
 def count_all_gathers() -> list[int]:
@@ -37,20 +42,20 @@ def count_all_gathers() -> list[int]:
     return sent
 
 
-def run_of(rank: int, parallel: dict, topology: str, variant: str, rounded: bool) -> list:
+def run_of(rank: int, parallel: dict, topology: str, variant: str, compute: str, rounded: bool) -> list:
     cases.SAMPLES, cases.MICRO = 6, 1  # as many microbatches on each of two ranks or three
     sent = count_all_gathers()
     if not rounded:
-        native.gather_in_bf16 = lambda model: None
-    result = outcome(make_recipe(topology, variant, parallel, "bf16", num_blocks=3), optimizer="adamw")
+        copies.gather_in = lambda dtype, model, but=(): None
+    result = outcome(make_recipe(topology, variant, parallel, compute, num_blocks=3), optimizer="adamw")
     return [result.loss, result.steps, result.gradients, result.digest, sent]
 
 
 @pytest.mark.parametrize("num_shards", [2, 3])
-def test_bf16_gathers_are_bit_for_bit_those_of_fp32(num_shards):
+def test_gathers_in_16_bits_are_bit_for_bit_those_of_fp32(num_shards):
     """Three ranks divide no matrix evenly. Losses, gradients, and two steps of AdamW; as many messages, but smaller."""
-    for topology, variant, options in CASES if num_shards == 2 else CASES[:1]:
-        arguments = {"dp_shard": num_shards} | options, topology, variant
+    for topology, variant, compute, options in CASES if num_shards == 2 else CASES[:1]:
+        arguments = {"dp_shard": num_shards} | options, topology, variant, compute
         for got, wanted in zip(
             run_ranks(num_shards, run_of, *arguments, True),
             run_ranks(num_shards, run_of, *arguments, False),
@@ -118,7 +123,7 @@ def test_shards_gradients_moments_and_slices_of_checkpoints_are_plain_fp32():
 def test_a_model_that_is_not_sharded_has_nothing_to_gather():
     assembled, _ = build(make_recipe("keel", "llama", {}, "bf16", num_blocks=3))
     with pytest.raises(ValueError, match="not sharded"):
-        native.gather_in_bf16(assembled.model)
+        gather_in(torch.bfloat16, assembled.model)
 
 
 def test_parts_are_in_the_order_in_which_they_run():

@@ -34,7 +34,7 @@ from megaresnorm.kernels.registry import Refusal, register_kernel
 
 
 def fused_add_norm(backend: str) -> AddNormKernel:
-    """``reference.add_norm`` computed by the fused backend of that name, for FP32 and BF16 tensors."""
+    """``reference.add_norm`` computed by the fused backend of that name, in FP32, BF16 and (not in C) FP16."""
 
     def add_norm(args: AddNormArgs) -> AddNormOutput:
         if args.fp8 is not None:
@@ -164,7 +164,7 @@ def _check(
     if x.dtype not in FLOATS or (delta is not None and delta.dtype not in FLOATS):
         dtypes = [str(t.dtype) for t in (x, delta) if t is not None]
         raise TypeError(
-            f"add_norm/{spec.backend}: {' and '.join(dtypes)}; wanted float32 or bfloat16, or the reference backend"
+            f"add_norm/{spec.backend}: {' and '.join(dtypes)}; wanted float32, bfloat16 or float16, or the reference"
         )
     if x.dim() != 2 or (delta is not None and delta.shape != x.shape):
         shapes = [list(t.shape) for t in (x, delta) if t is not None]

@@ -56,8 +56,8 @@ def _forward(inputs: Inputs, spec: AddNormSpec, outputs: Outputs) -> None:
     argument = _Forward(
         at(x), at(delta), at(gate), at(z), at(trunk), at(branch), at(amax), at(fp8_scale),
         *_norms(spec, weights, statistics), columns, 0 if gate is None else gate.numel(),
-        type_of(x), type_of(delta), build.TYPES[spec.residual_dtype], type_of(branch), rows * columns > STREAM_ELEMENTS,
-        spec.alpha, spec.constant_gate,
+        type_of(x), type_of(delta), build.number_of(spec.residual_dtype), type_of(branch),
+        rows * columns > STREAM_ELEMENTS, spec.alpha, spec.constant_gate,
     )  # fmt: skip
     build.call(build.load().add_norm_forward, argument, rows, rows * columns)
 

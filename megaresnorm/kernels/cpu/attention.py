@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megaresnorm.kernels.attention import Segments
 from megaresnorm.kernels.cpu import build
-from megaresnorm.kernels.custom_op import FLOATS, CustomOp, check_fp32
+from megaresnorm.kernels.custom_op import CustomOp, check_fp32
 from megaresnorm.kernels.registry import register_kernel
 
 
@@ -98,7 +98,7 @@ def _forward(
 
 
 def _check(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, first: Tensor | None, kv_heads: int) -> None:
-    if qkv.dtype not in FLOATS:
+    if qkv.dtype not in build.FLOATS:
         raise TypeError(f"attention/cpu: qkv is {qkv.dtype}, wanted float32 or bfloat16; take another backend")
     batch, seq, all_heads, width = qkv.shape
     heads = all_heads - 2 * kv_heads

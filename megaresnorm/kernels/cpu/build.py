@@ -51,6 +51,7 @@ LEVELS: dict[str, tuple[set[str], list[str]]] = {
     "avx2": ({"avx2", "fma"}, ["-mavx2", "-mfma"]),
     "scalar": (set(), []),
 }
+FLOATS = (torch.float32, torch.bfloat16)  # of activations
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}  # as common.h numbers them
 THREAD_ELEMENTS = 1 << 18  # elements of work for which a thread is worth starting
 VERSION_SECONDS = (
@@ -115,7 +116,7 @@ def requires(device: torch.device, dtype: torch.dtype) -> str | None:
     """The ``requires`` of every kernel here, as registry.py takes it."""
     if device.type != "cpu":
         return "made for CPUs"
-    if dtype not in (torch.float32, torch.bfloat16):
+    if dtype not in FLOATS:
         return f"it computes in FP32, not in {dtype}"
     return unavailable()
 
@@ -156,7 +157,18 @@ def address(tensor: Tensor | None) -> int | None:
 
 def type_of(tensor: Tensor | None) -> int:
     """The number of a tensor's type in common.h; 0, which is not read, for None."""
-    return 0 if tensor is None else TYPES[tensor.dtype]
+    return 0 if tensor is None else number_of(tensor.dtype)
+
+
+def number_of(dtype: torch.dtype) -> int:
+    """The number of a type in common.h.
+
+    Raises:
+        TypeError: it has none.
+    """
+    if dtype not in TYPES:
+        raise TypeError(f"the C kernels read and write float32 and bfloat16, not {dtype}; take the reference")
+    return TYPES[dtype]
 
 
 @functools.lru_cache(maxsize=1)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from megaresnorm.kernels.cpu import build
 from megaresnorm.kernels.cross_entropy import GradientInPlace
-from megaresnorm.kernels.custom_op import FLOATS
 from megaresnorm.kernels.registry import register_kernel
 
 
@@ -34,7 +33,7 @@ def cpu_cross_entropy(
 class _CrossEntropy(GradientInPlace):
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, z_loss: float, scale: float) -> tuple[Tensor, Tensor]:
-        if logits_TV.dtype not in FLOATS:
+        if logits_TV.dtype not in build.FLOATS:
             raise TypeError(
                 f"cross_entropy/cpu: logits are {logits_TV.dtype}, wanted float32 or bfloat16; take another backend"
             )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megaresnorm.kernels.add_norm.sharded import ShardedNormKernels, empty_sums
 from megaresnorm.kernels.cpu import build
-from megaresnorm.kernels.custom_op import FLOATS, check_fp32
+from megaresnorm.kernels.custom_op import check_fp32
 
 ROWS_PER_BLOCK = 256  # weight gradients are summed within a block of rows, then over the blocks
 
@@ -35,7 +35,7 @@ def _run(
         check_fp32(f"{function}: {name}", get(name), shape)
     check_fp32(f"{function}: sums", get("sums"), (rows, 1 + (kind == "layernorm")))
     for name, tensor in (("z", z), ("dy", get("dy")), ("out", get("out"))):
-        if tensor is not None and (tensor.dtype not in FLOATS or tensor.shape != z.shape):
+        if tensor is not None and (tensor.dtype not in build.FLOATS or tensor.shape != z.shape):
             raise TypeError(
                 f"{function}: {name} is {tensor.dtype} {list(tensor.shape)}; wanted float32 or bfloat16 {list(z.shape)}"
             )

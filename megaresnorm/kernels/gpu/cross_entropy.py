@@ -104,7 +104,7 @@ def pieces(
         ValueError: they are not rows of neighbours.
     """
     if outputs_TV.dtype not in FLOATS:
-        raise TypeError(f"cross_entropy/triton: {outputs_TV.dtype}, wanted float32 or bfloat16; take another backend")
+        raise TypeError(f"cross_entropy/triton: {outputs_TV.dtype}, wanted float32, bfloat16 or float16; take another")
     if outputs_TV.stride(1) != 1 or labels_T.shape != outputs_TV.shape[:1]:
         raise ValueError("cross_entropy/triton: wanted rows whose numbers are neighbours, and a label for each row")
     (rows, width), pitch = outputs_TV.shape, outputs_TV.stride(0)

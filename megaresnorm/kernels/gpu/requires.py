@@ -4,6 +4,8 @@ import importlib.util
 
 import torch
 
+from megaresnorm.kernels.custom_op import FLOATS
+
 
 def found(package: str) -> bool:
     """Whether a package is installed. Does not import it."""
@@ -13,18 +15,24 @@ def found(package: str) -> bool:
         return False
 
 
-def needs_gpu(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The ``requires`` of kernels that compute in FP32 on NVIDIA GPUs."""
+def needs_gpu(
+    device: torch.device, dtype: torch.dtype, floats: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+) -> str | None:
+    """The ``requires`` of kernels that compute in FP32 on NVIDIA GPUs.
+
+    Args:
+        floats: types that they read and write; packages are not tried in FP16.
+    """
     if device.type != "cuda":
         return "made for NVIDIA GPUs"
-    if dtype not in (torch.float32, torch.bfloat16):
+    if dtype not in floats:
         return f"it computes in FP32, not in {dtype}"
     return None
 
 
 def triton_requires(device: torch.device, dtype: torch.dtype) -> str | None:
     """The same of kernels in Triton."""
-    if reason := needs_gpu(device, dtype):
+    if reason := needs_gpu(device, dtype, FLOATS):
         return reason
     if not found("triton"):
         return "the package triton is not installed"
