@@ -24,8 +24,8 @@ READ_FIRST_FILES, READ_FIRST_LINES = 12, 2_110
 # ways, dropout inside add_norm, the packages whose kernels are used by name, the output matrix in parts, FlexAttention,
 # BF16 gathers. From 12,800 and 19,200: recomputation: what is dropped and made again, memory of every policy by terms,
 # plans for a budget, offload. From 14,000 and 20,600: settings of FP8; FP16, whose loss scale moves, is saved and said;
-# products in FP8; what both make of a topology and a depth, said before an accelerator is spent; quantize. From 15,050 and 21,750:
-# weights in BF16 alone: their rounding, FP32 gradients beside them, and sums of these over copies of the model.
+# products in FP8; what both make of a topology and a depth, said before an accelerator is spent; quantize.
+# From 15,050 and 21,750: weights in BF16 alone: their rounding, FP32 gradients beside them, sums of these over copies.
 TRAINING_PATH, ALL = 15_330, 22_050
 FILE, FUNCTION, NINE_TENTHS = 350, 60, 25  # lines of a file; of a function, its docstring left out
 LINE = 120
