@@ -40,7 +40,7 @@ from megaresnorm.parallel.mesh import Axis, ParallelContext
 from megaresnorm.parallel.sharded_norm import ShardedNorm
 from megaresnorm.parallel.stages import stages_of_rank
 from megaresnorm.parallel.vocab import vocab_parallel_loss
-from megaresnorm.precision.dtypes import DTYPES, weight_dtype
+from megaresnorm.precision.dtypes import DTYPES, StoredDtypes, stored_dtypes
 from megaresnorm.precision.fp8 import compute_in_fp8, fp8_blocks
 from megaresnorm.precision.half import half_linear
 from megaresnorm.recipe import KernelRecipe, ModelRecipe, ParallelRecipe, PrecisionRecipe, RecomputeRecipe
@@ -54,6 +54,7 @@ class Assembled:
     Attributes:
         models: this rank's stages by number; one process has stage 0 alone.
         table: parameters of the whole model by global name.
+        dtypes: the types that they are stored in.
         backends: chosen kernel backend by op.
         kernel_choices: the same with their reasons, and of compiling, for people to read.
         compiled: what ``train.compile`` came to.
@@ -62,6 +63,7 @@ class Assembled:
 
     models: dict[int, Transformer]
     table: dict[str, ParameterSpec]
+    dtypes: StoredDtypes
     layout: TensorLayout
     context: ParallelContext
     device: torch.device
@@ -127,7 +129,7 @@ def build_model(
     precision, kernels = precision or PrecisionRecipe(), kernels or KernelRecipe()
     parallel, context = parallel or ParallelRecipe(), context or ParallelContext.single()
     offload = Offload.of_device(device) if recompute.offload else None
-    opaque = opaque_kernel(kernels, precision)
+    opaque, dtypes = opaque_kernel(kernels, precision), stored_dtypes(precision)
     compiling = resolve_compile_mode(
         compiled, recipe, device.type, tp=context.tp.size, sharded=shard is not None, opaque=opaque
     )
@@ -161,11 +163,11 @@ def build_model(
         compile_blocks(model, compiling)
         if shard is not None:
             shard(model)
-        materialize(model, table, context, seed=seed, dtype=weight_dtype(precision.compute), device=device)
+        materialize(model, table, context, seed=seed, dtype_of=dtypes.of, device=device)
         if model.head is not None:
             model.head.loss = HeadLoss(_loss_of(loss_kernel, model, context.tp), logit_rows)
         models[number] = model
-    return Assembled(models, table, layout, context, device, backends, choices, compiling.mode, segments)
+    return Assembled(models, table, dtypes, layout, context, device, backends, choices, compiling.mode, segments)
 
 
 def _compute_in_fp8(

@@ -57,11 +57,13 @@ def ranks_without_samples(recipe: Recipe, sizes: Sizes) -> str | None:
 def opaque_kernel(kernels: KernelRecipe, precision: PrecisionRecipe) -> str | None:
     """What torch.compile does not see through in the blocks, as key=value; None where there is nothing.
 
-    That is a kernel of another package, or FP8: each layer's products are an object of its own, which has its weight,
-    so that no two layers would share code.
+    That is a kernel of another package; FP8, where each layer's products are an object of its own, which has its
+    weight, so that no two layers would share code; or weights in BF16, whose gradients it would round to BF16.
     """
     if precision.compute == "fp8":
         return "precision.compute=fp8"
+    if precision.weights == "bf16":
+        return "precision.weights=bf16"
     packages = {"add_norm": ("te", "apex", "liger", "quack"), "activation": ("liger",)}
     named = [(op, getattr(kernels, op)) for op in packages]
     return next((f"kernels.{op}={backend}" for op, backend in named if backend in packages[op]), None)

@@ -19,7 +19,8 @@ from megaresnorm.model.transformer import Stage
 from megaresnorm.optim import ALIGNED, SMALL, AdamW
 from megaresnorm.parallel.data_parallel import PREFETCHED
 from megaresnorm.parallel.mesh import Sizes
-from megaresnorm.precision.dtypes import half_dtype, weight_dtype
+from megaresnorm.parallel.replicas import BUCKET
+from megaresnorm.precision.dtypes import half_dtype, stored_dtypes, weight_dtype
 from megaresnorm.recipe import Recipe
 from megaresnorm.recompute_budget import Held, Plan, TooSmall, solve
 from megaresnorm.recompute_plan import segments_of
@@ -142,14 +143,12 @@ class MemoryAccounts:
     def __init__(self, recipe: Recipe, sizes: Sizes, device_type: str) -> None:
         self.recipe, self.sizes, self.model = recipe, sizes, recipe.model
         self.on_cpu = device_type == "cpu"
-        self.word = weight_dtype(recipe.precision.compute).itemsize
+        self.word = weight_dtype(recipe.precision.compute).itemsize  # of a gradient, or of a moment
+        self.dtypes = stored_dtypes(recipe.precision)
+        self.own_messages = recipe.precision.weights == "bf16" and sizes.dp_replicate > 1  # parallel/replicas.py
         self.activations = of = ActivationMemory(recipe, sizes, device_type)
-        self.compute, self.stages, self.kinds, self.num_microbatches = (
-            of.compute,
-            of.stages,
-            of.kinds,
-            of.num_microbatches,
-        )
+        self.compute, self.stages = of.compute, of.stages
+        self.kinds, self.num_microbatches = of.kinds, of.num_microbatches
         self.examples = {kind: block for block, kind in reversed([*enumerate(self.kinds)])}
         layout = recipe.parallel.tensor_layout if sizes.tp > 1 else "full"
         self.table = parameter_table(recipe.model, layout, sorted(self.examples.values()))
@@ -194,14 +193,16 @@ class MemoryAccounts:
         has_head = any(stage.has_head for stage in stages.values())
         sharded = self.sizes.dp_shard > 1
         return MemoryPerRank(
-            weights=self.word * elements,
+            weights=self._sum(units, lambda spec: self.dtypes.of(spec).itemsize * self._held(spec)),
             gradients=self.word * elements,
             packed=0 if sharded else self.word * self._sum(units, self._small),
             optimizer=len(AdamW.names) * self.word * elements,
             copies=self._copies(units, has_head),
             gathered=self._gathered(units) if sharded else 0,
             unsharded=self._unsharded(units) if sharded else 0,
-            buckets=self.word * elements if self.sizes.dp_replicate > 1 and not sharded else 0,
+            buckets=self.word * elements
+            if self.sizes.dp_replicate > 1 and not sharded and not self.own_messages
+            else 0,
             received=sum(self.activations.received(number) for number in stages),
             logits=self.activations.logits() if has_head else 0,
             checkpoint=self._checkpoint(units, stages) if self.recipe.checkpoint.asynchronous else 0,
@@ -326,7 +327,7 @@ class MemoryAccounts:
         """The largest new gradient; of FSDP2 a unit as it was gathered, one as it is sent, and on GPUs those ahead."""
         gradient = self.word * max(self._whole(spec) for unit in units for spec in unit.specs)
         if self.sizes.dp_shard == 1:
-            return gradient
+            return gradient + (min(BUCKET, self.word * self._sum(units, self._held)) if self.own_messages else 0)
         smallest = min(self._largest([unit]) for unit in units if any(len(spec.shape) > 1 for spec in unit.specs))
         ahead = 0 if self.on_cpu or smallest >= PREFETCHED else min(PREFETCHED, self._sum(units, self._whole))
         return gradient + 2 * self.word * self._largest(units) + min(self.compute, self.word) * ahead
@@ -337,12 +338,13 @@ class MemoryAccounts:
 
         def size(spec: ParameterSpec) -> int:
             held = 0 if copy and spec.name == "embedding.weight" else self._held(spec)
-            return held * (self.sizes.tp if spec.split is not None else 1)
+            return held * (self.sizes.tp if spec.split is not None else 1) * (self.dtypes.of(spec).itemsize + moments)
 
-        shares = self.sizes.tp * self.sizes.dp_replicate
-        return (1 + len(AdamW.names)) * self.word * (self._sum(units, size) // shares)
+        moments, shares = len(AdamW.names) * self.word, self.sizes.tp * self.sizes.dp_replicate
+        return self._sum(units, size) // shares
 
     def _building(self, units: list[_Unit]) -> int:
-        """The buffer in which model/init.py draws whole FP32 tensors of what is sharded, one after the other."""
+        """Whole FP32 tensors that model/init.py draws of what is sharded or rounded, one after the other."""
         specs = (spec for unit in units for spec in unit.specs)
-        return 4 * max((spec.num_elements for spec in specs if self._held(spec) < spec.num_elements), default=0)
+        drawn = (s for s in specs if self._held(s) < s.num_elements or self.dtypes.of(s).itemsize < 4)
+        return 4 * max((spec.num_elements for spec in drawn), default=0)

@@ -6,15 +6,18 @@ kernels and changes nothing.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaresnorm.errors import ConfigError
+from megaresnorm.kernels.hashing import hash_number
 from megaresnorm.model.specs import ParameterSpec
 from megaresnorm.parallel.data_parallel import local
+from megaresnorm.parallel.wide import gradient_dtype, no_gradient, with_wide_gradient
+from megaresnorm.precision.rounded_updates import Piece, Rounded, pieces_of_packed, pieces_of_weight
 from megaresnorm.recipe import OptimRecipe
 
 SMALL = 1 << 16  # elements; below this, calling an operation costs about as much as its work
@@ -39,7 +42,7 @@ class Gradient(NamedTuple):
     """A gradient after every reduction, or this rank's share of it.
 
     Attributes:
-        tensor: in the type of the weight.
+        tensor: in the type of the weight, of one in BF16 in FP32.
     """
 
     tensor: Tensor
@@ -64,10 +67,11 @@ class Group:
 
 
 class AdamW:
-    """The update rule of AdamW, as one fused operation a group.
+    """The update rule of AdamW, as one fused operation a group, or of weights in BF16 one a piece.
 
     Args:
         recipe: beta1 and beta2 are read.
+        pieces: of every tensor in BF16, which is updated in FP32 and rounded at random piece by piece.
 
     Attributes:
         names: names of its state, of which every tensor has each once; a checkpoint has them.
@@ -78,16 +82,20 @@ class AdamW:
 
     names = ("exp_avg", "exp_avg_sq")
 
-    def __init__(self, recipe: OptimRecipe) -> None:
+    def __init__(self, recipe: OptimRecipe, pieces: Mapping[nn.Parameter, Sequence[Piece]] | None = None) -> None:
         self._beta1, self._beta2 = recipe.beta1, recipe.beta2
+        self._pieces = pieces or {}
         self._state: dict[nn.Parameter, dict[str, Tensor]] = {}
         self._updates = 0  # that a checkpoint has seen
-        self._steps: dict[torch.device, Tensor] = {}  # updates so far, one number for all tensors of a device
+        # Updates so far, one number for all tensors of a device: as the fused operation takes it, and exactly.
+        self._steps: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def state(self, tensor: nn.Parameter) -> dict[str, Tensor]:
-        """Its state by name, laid out as the tensor is; zeros before the first update."""
+        """Its state by name, laid out as the tensor is, of a weight in BF16 in FP32; zeros before the first update."""
         if tensor not in self._state:
-            self._state[tensor] = {name: torch.zeros_like(tensor, requires_grad=False) for name in self.names}
+            dtype = gradient_dtype(tensor.dtype)
+            zeros = (torch.zeros_like(tensor, dtype=dtype, requires_grad=False) for _ in self.names)
+            self._state[tensor] = dict(zip(self.names, zeros, strict=True))
         return self._state[tensor]
 
     def set_updates(self, updates: int) -> None:
@@ -104,38 +112,44 @@ class AdamW:
             divisor: a number FP64 by which gradients are divided first; they stay divided. None: 1.
             refused: a number FP32; where it is 1 nothing changes. None: 0.
         """
-        for steps in self._counted(groups):
-            steps += 1.0 if refused is None else 1.0 - refused
+        self._count(groups, refused)
+        numbers = {device: hash_number(number) for device, (_, number) in self._steps.items()} if self._pieces else {}
         for group in groups:
             gradients = [_gradient_of(tensor) for tensor in group.tensors]
-            states = [self.state(tensor) for tensor in group.tensors]
             scale = None if divisor is None else divisor.float()
             if divisor is not None and gradients[0].dtype == torch.float64:
                 torch._foreach_div_(gradients, divisor)  # the fused operation would divide by an FP32 number
                 scale = None
-            torch._fused_adamw_(
-                list(group.tensors),
-                gradients,
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                [self._steps[tensor.device] for tensor in group.tensors],
-                amsgrad=False,
-                lr=lr * group.lr_multiplier,
-                beta1=self._beta1,
-                beta2=self._beta2,
-                weight_decay=group.weight_decay,
-                eps=group.eps,
-                maximize=False,
-                grad_scale=scale,
-                found_inf=refused,
-            )
+            states = [self.state(tensor) for tensor in group.tensors]
+            moments = [[state[name] for state in states] for name in self.names]
+            options: dict[str, Any] = {"lr": lr * group.lr_multiplier, "weight_decay": group.weight_decay}
+            options |= {"eps": group.eps, "grad_scale": scale, "found_inf": refused}
+            if group.tensors[0] not in self._pieces:
+                self._fused(list(group.tensors), gradients, *moments, **options)
+                continue
+            for tensor, gradient, *two in zip(group.tensors, gradients, *moments, strict=True):
+                for piece in self._pieces[tensor]:
+                    updated = tensor[piece.at].float()
+                    self._fused([updated], [gradient[piece.at]], *([each[piece.at]] for each in two), **options)
+                    piece.store(updated, tensor, numbers[tensor.device])
 
-    def _counted(self, groups: Sequence[Group]) -> list[Tensor]:
+    def _fused(
+        self, weights: list[Tensor], gradients: list[Tensor], averages: list[Tensor], squares: list[Tensor],
+        **options: Any,
+    ) -> None:  # fmt: skip
+        torch._fused_adamw_(
+            weights, gradients, averages, squares, [], [self._steps[weight.device][0] for weight in weights],
+            amsgrad=False, beta1=self._beta1, beta2=self._beta2, maximize=False, **options,
+        )  # fmt: skip
+
+    def _count(self, groups: Sequence[Group], refused: Tensor | None) -> None:
         for device in {tensor.device for group in groups for tensor in group.tensors}:
             if device not in self._steps:
-                self._steps[device] = torch.full((), self._updates, dtype=torch.float32, device=device)
-        return list(self._steps.values())
+                number = torch.full((), self._updates, dtype=torch.int64, device=device)
+                self._steps[device] = number.float(), number
+        for steps, number in self._steps.values():
+            number += 1 if refused is None else (1.0 - refused).long()
+            steps.copy_(number)
 
 
 class Optimizer:
@@ -150,6 +164,7 @@ class Optimizer:
         table: the specification of each.
         recipe: settings of the optimizer.
         placements: of each parameter's gradient, by name; None: all are whole.
+        rounded: how each weight that is stored in BF16 is rounded, by name.
 
     Attributes:
         rule: what updates a tensor.
@@ -162,6 +177,7 @@ class Optimizer:
         table: Mapping[str, ParameterSpec],
         recipe: OptimRecipe,
         placements: Mapping[str, GradientPlacement] | None = None,
+        rounded: Mapping[str, Rounded] | None = None,
     ) -> None:
         self._parameters = list(parameters.values())
         placements = placements or dict.fromkeys(parameters, GradientPlacement())
@@ -171,21 +187,24 @@ class Optimizer:
             p: nn.Parameter(local(p.detach())) for p in self._parameters if local(p) is not p
         }
         self._members: dict[nn.Parameter, list[nn.Parameter]] = {}  # packed tensor -> its small ones, in order
+        self._rounded = {parameters[name]: one for name, one in (rounded or {}).items()}
+        pieces: dict[nn.Parameter, list[Piece]] = {}
         groups: dict[tuple, Group] = {}
         for name, parameter in parameters.items():
             spec = table[name]
             m = spec.multipliers
             decay = recipe.weight_decay * m.weight_decay if spec.decay else 0.0
-            key = (decay, m.lr, m.eps, placements[name])
+            key = (decay, m.lr, m.eps, placements[name], parameter.dtype)
             group = groups.setdefault(key, Group(decay, recipe.eps * m.eps, m.lr, placements[name]))
             group.tensors.append(parameter)
         for group in groups.values():
             small = [p for p in group.tensors if p.numel() <= SMALL and p not in self._locals]
             packed = set(small)
             large = [self._locals.get(p, p) for p in group.tensors if p not in packed]
-            group.tensors = large + ([self._pack(small)] if small else [])
+            pieces |= {p: pieces_of_weight(self._rounded[p], p.device) for p in large if p in self._rounded}
+            group.tensors = large + ([self._pack(small, pieces)] if small else [])
         self.groups = list(groups.values())
-        self.rule = AdamW(recipe)
+        self.rule = AdamW(recipe, pieces)
         self._keeps_gradients = False
 
     def keep_gradients(self) -> None:
@@ -193,7 +212,7 @@ class Optimizer:
         assert not self._locals, "FSDP2 makes its gradients itself"
         self._keeps_gradients = True
         for tensor in self.tensors:
-            tensor.grad = torch.zeros_like(tensor)
+            tensor.grad = no_gradient(tensor)
         for parameter in self._parameters:
             parameter.grad = self._slice_for(parameter, _gradient_of(self.updated_as(parameter)))
 
@@ -253,10 +272,19 @@ class Optimizer:
         return {name: self._slice_for(parameter, tensor) for name, tensor in found.items()}
 
     @torch.no_grad()
-    def _pack(self, parameters: list[nn.Parameter]) -> nn.Parameter:
-        """Move the parameters' values into one tensor, whose slices they become, with zeros between them."""
-        packed = nn.Parameter(torch.cat([_padded(p) for p in parameters]))
-        packed.grad = torch.zeros_like(packed)
+    def _pack(self, parameters: list[nn.Parameter], pieces: dict[nn.Parameter, list[Piece]]) -> nn.Parameter:
+        """Move the parameters' values into one tensor, whose slices they become, with zeros between them.
+
+        Those in BF16 are ordered by their place, so that few ``pieces`` serve many of them.
+        """
+        rounds = parameters[0] in self._rounded
+        if rounds:
+            parameters = sorted(parameters, key=lambda p: str(self._rounded[p].place))
+        packed = with_wide_gradient(nn.Parameter(torch.cat([_padded(p) for p in parameters])))
+        packed.grad = no_gradient(packed)
+        if rounds:
+            members = [self._rounded[p] for p in parameters]
+            pieces[packed] = list(pieces_of_packed(members, ALIGNED, packed.device))
         start = 0
         for p in parameters:
             self._slices[p] = packed, start
@@ -281,7 +309,7 @@ def _padded(tensor: Tensor) -> Tensor:
 
 def _gradient_of(parameter: nn.Parameter) -> Tensor:
     """The gradient, or this rank's shard of it; zeros for a parameter that no loss depends on."""
-    return torch.zeros_like(local(parameter.detach())) if parameter.grad is None else local(parameter.grad)
+    return no_gradient(local(parameter.detach())) if parameter.grad is None else local(parameter.grad)
 
 
 def check_eps(recipe: OptimRecipe, table: Mapping[str, ParameterSpec]) -> None:

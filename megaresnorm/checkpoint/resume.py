@@ -29,6 +29,7 @@ FIXED_ON_RESUME = (
     "data.mask_documents",
     "train.seed",
     "precision.compute",
+    "precision.weights",
     "precision.residual_dtype",
     "precision.fp8.",
 )

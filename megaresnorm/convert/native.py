@@ -48,8 +48,9 @@ class NativeModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of all weights."""
-        return getattr(torch, next(iter(self.checkpoint.tensors["weights"].values()))["dtype"])
+        """The type that holds all weights: matrices may be stored in BF16 and norms in FP32."""
+        types = {getattr(torch, tensor["dtype"]) for tensor in self.checkpoint.tensors["weights"].values()}
+        return max(types, key=lambda dtype: dtype.itemsize)
 
     def read(self, name: str, box: Box) -> Tensor:
         """One slice of a parameter."""

@@ -18,7 +18,7 @@ from megaresnorm.engines.engine import StepStats
 from megaresnorm.engines.garbage import no_garbage_collection
 from megaresnorm.engines.graphs import MicrobatchGraph, Recorder
 from megaresnorm.engines.low_precision import LowPrecision
-from megaresnorm.engines.state import FullState, numbers_of_parameters, placements
+from megaresnorm.engines.state import FullState, numbers_of_parameters, placements, rounded_weights
 from megaresnorm.engines.step_vector import (
     OwnShares,
     gradient_norms,
@@ -88,7 +88,8 @@ class NativeEngine:
         self.low_precision = LowPrecision(recipe.precision, assembled, self._parameters)
         tied = self._parameters.get("embedding.weight") if recipe.model.tied_embeddings else None
         at = {n: GradientPlacement(table[n].split is not None, n in assembled.copies) for n in self._parameters}
-        self._optimizer = Optimizer(self._parameters, table, recipe.optim, at)
+        rounded = rounded_weights(assembled, self._seed)
+        self._optimizer = Optimizer(self._parameters, table, recipe.optim, at, rounded)
         partial = (p for name, p in self._parameters.items() if table[name].partial)
         self.reductions = reductions(partial, tied, tp=context.tp, embedding=context.embedding)
         self._clipper = GradientClipper(recipe.optim, len(self._parameters), assembled.device)
@@ -219,7 +220,7 @@ class NativeEngine:
 
     def full_state(self) -> FullState:
         """Every weight, whole, by global name; ``FullState`` has what ranks must observe."""
-        return FullState(self.assembled, {name: local(p.detach()) for name, p in self._parameters.items()})
+        return FullState.of_weights(self.assembled)
 
     @cached_property
     def tensors(self) -> dict[str, dict[str, TensorSlices]]:
@@ -230,7 +231,7 @@ class NativeEngine:
         for name, place in placements(self.assembled).items():
             groups["weights"][name] = place.of(mine.get(name))
             for key in self._optimizer.rule.names:
-                groups["optimizer"][f"{key}.{name}"] = place.of(states.get(name, {}).get(key))
+                groups["optimizer"][f"{key}.{name}"] = place.of(states.get(name, {}).get(key), wide=True)
         if self._clipper.clips_each:
             averages = dict(zip(self._parameters, self._clipper.averages.split(1), strict=True))
             groups["clipper"] = numbers_of_parameters(self.assembled, averages, self.assembled.table, 1)

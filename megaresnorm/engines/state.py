@@ -11,6 +11,9 @@ from megaresnorm.assemble import Assembled
 from megaresnorm.checkpoint.format import TensorSlices
 from megaresnorm.parallel.data_parallel import local
 from megaresnorm.parallel.sharding import Box, boxes, broadcast, from_row_chunks, unshard
+from megaresnorm.parallel.wide import gradient_dtype
+from megaresnorm.precision.dtypes import StoredDtypes
+from megaresnorm.precision.rounded_updates import Rounded
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Placement:
     """Placement of one parameter and of everything that is laid out as it is.
 
     Attributes:
-        shape, dtype: of the whole tensor.
+        shape, dtype: of the whole parameter.
         boxes: bounds of this rank's slices in the whole tensor.
         owned: whether this is the one rank that writes them.
     """
@@ -28,9 +31,14 @@ class Placement:
     boxes: tuple[Box, ...]
     owned: bool
 
-    def of(self, mine: Tensor | None) -> TensorSlices:
-        """The slices of a tensor so placed, of which this rank has ``mine``; None where it has nothing."""
-        return TensorSlices(self.shape, self.dtype, mine, self.boxes, self.owned and mine is not None)
+    def of(self, mine: Tensor | None, *, wide: bool = False) -> TensorSlices:
+        """The slices of a tensor so placed, of which this rank has ``mine``; None where it has nothing.
+
+        Args:
+            wide: whether it has the type of the parameter's gradient, not of the parameter.
+        """
+        dtype = gradient_dtype(self.dtype) if wide else self.dtype
+        return TensorSlices(self.shape, dtype, mine, self.boxes, self.owned and mine is not None)
 
 
 def placements(assembled: Assembled) -> dict[str, Placement]:
@@ -39,13 +47,18 @@ def placements(assembled: Assembled) -> dict[str, Placement]:
     It has no slices where this rank has nothing of the parameter.
     """
     context, mine, written = assembled.context, assembled.parameters(), _written(assembled)
-    dtype = next(iter(mine.values())).dtype
     found = {}
     for name, spec in assembled.table.items():
         parts = [part.rows for part in spec.parts]
         held = boxes(spec.shape, spec.split, parts, context.tp, context.dp_shard) if name in mine else []
-        found[name] = Placement(spec.shape, dtype, tuple(held), name in written)
+        found[name] = Placement(spec.shape, assembled.dtypes.of(spec), tuple(held), name in written)
     return found
+
+
+def rounded_weights(assembled: Assembled, seed: int) -> dict[str, Rounded]:
+    """How this rank's weights that are stored in BF16 are rounded, by global name."""
+    placed = {name: place for name, place in placements(assembled).items() if place.dtype == torch.bfloat16}
+    return {name: Rounded.of(seed, name, place.boxes) for name, place in placed.items() if place.boxes}
 
 
 def numbers_of_parameters(
@@ -105,6 +118,7 @@ class FullState(Mapping[str, Tensor]):
 
     Args:
         local: this rank's parts by the name of their parameter.
+        dtypes: of the whole tensors; None: all have that of the first part.
 
     Communication:
         For each tensor that is asked for one all-gather of this rank's rows over dp_shard and one of its share over tp,
@@ -112,8 +126,15 @@ class FullState(Mapping[str, Tensor]):
         over pp.
     """
 
-    def __init__(self, assembled: Assembled, local: Mapping[str, Tensor]) -> None:
+    def __init__(self, assembled: Assembled, local: Mapping[str, Tensor], dtypes: StoredDtypes | None = None) -> None:
         self._assembled, self._local = assembled, local
+        self._dtypes = dtypes or StoredDtypes(*[next(iter(local.values())).dtype] * 2)
+
+    @classmethod
+    def of_weights(cls, assembled: Assembled) -> "FullState":
+        """The weights as they are now and later."""
+        mine = {name: local(p.detach()) for name, p in assembled.parameters().items()}
+        return cls(assembled, mine, assembled.dtypes)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._assembled.table)
@@ -144,6 +165,6 @@ class FullState(Mapping[str, Tensor]):
         if pp.group is not None:
             torch.distributed.all_reduce(ranks, torch.distributed.ReduceOp.MIN, group=pp.group)
         if whole is None:
-            dtype = next(iter(self._local.values())).dtype
-            whole = torch.empty(self._assembled.table[name].shape, dtype=dtype, device=device)
+            spec = self._assembled.table[name]
+            whole = torch.empty(spec.shape, dtype=self._dtypes.of(spec), device=device)
         return broadcast(whole.contiguous(), int(ranks.item()), pp)

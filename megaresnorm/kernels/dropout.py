@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megaresnorm.kernels.custom_op import CustomOp
+from megaresnorm.kernels.hashing import at_least, hash_elements, hash_number
 
 
 class Dropout(NamedTuple):
@@ -67,21 +68,8 @@ class _Place(NamedTuple):
 
 
 def _mask(rows_T: Tensor, key: Tensor, place: _Place) -> Tensor:
-    row_hash_T = _mix32(_mix32(rows_T ^ _mix32(rows_T >> 32)) ^ (key & _MASK))
     columns_D = torch.arange(place.first_column, place.first_column + place.columns, device=rows_T.device)
-    column_hash_D = _mix32(columns_D ^ (key >> 32))
-    return _mix32(row_hash_T.unsqueeze(-1) ^ column_hash_D) >= place.threshold
-
-
-_MASK = 0xFFFFFFFF
-
-
-def _mix32(h: Tensor) -> Tensor:
-    """A bijection of 32-bit numbers (held in int64) in which every input bit moves every output bit (lowbias32)."""
-    h = h & _MASK
-    h = ((h ^ (h >> 16)) * 0x7FEB352D) & _MASK
-    h = ((h ^ (h >> 15)) * 0x846CA68B) & _MASK
-    return h ^ (h >> 16)
+    return at_least(hash_elements(hash_number(rows_T), columns_D, key.reshape(())), place.threshold)
 
 
 # One operator: a code generator that sees the forty integer operations of a mask takes minutes for a few blocks.

@@ -1,5 +1,6 @@
 """Initialisation from (seed, global name): the same numbers in every parallel layout, type and device."""
 
+from collections.abc import Callable
 from hashlib import sha256
 
 import torch
@@ -10,6 +11,7 @@ from megaresnorm.model.specs import ParameterSpec
 from megaresnorm.parallel.data_parallel import local, placed_like
 from megaresnorm.parallel.mesh import ParallelContext
 from megaresnorm.parallel.sharding import shard
+from megaresnorm.parallel.wide import with_wide_gradient
 
 
 def materialize(
@@ -18,12 +20,15 @@ def materialize(
     context: ParallelContext,
     *,
     seed: int,
-    dtype: torch.dtype,
+    dtype_of: Callable[[ParameterSpec], torch.dtype],
     device: torch.device,
 ) -> None:
     """Give a model that was built on the meta device its memory and initial values, one parameter at a time.
 
     Peak memory is this rank's share of the model plus its largest whole parameter. Tied parameters stay tied.
+
+    Args:
+        dtype_of: the type that a parameter is stored in; gradients of those in BF16 are FP32.
 
     Raises:
         AssertionError: model and table do not name the same parameters and shapes.
@@ -39,10 +44,10 @@ def materialize(
     buffer = torch.empty(max((spec.num_elements for spec in divided.values()), default=0))
     for parameter, owners in places.items():
         spec = specs[parameter]
-        whole = initial_value(spec, seed, dtype, torch.device("cpu"), buffer if parameter in divided else None)
+        whole = initial_value(spec, seed, dtype_of(spec), torch.device("cpu"), buffer if parameter in divided else None)
         share = shard(whole, spec.split, [part.rows for part in spec.parts], context.tp)
         assert share.shape == parameter.shape, f"the model and its table of parameters differ in {spec.name}"
-        value = placed_like(share.to(device), parameter, context.dp_shard)
+        value = with_wide_gradient(placed_like(share.to(device), parameter, context.dp_shard))
         for module, name, _ in owners:
             setattr(module, name, value)
 

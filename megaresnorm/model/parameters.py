@@ -62,7 +62,7 @@ def _parameters(recipe: ModelRecipe, blocks: Iterable[int]) -> Iterator[Paramete
     def table(name: str, role: str, rows: int, std: float) -> ParameterSpec:
         multipliers = outer.get(role, outer.get("*", PLAIN))
         return ParameterSpec(
-            name, (rows, recipe.dim), (Part(role, rows, std=std),), decay=True, multipliers=multipliers
+            name, (rows, recipe.dim), (Part(role, rows, std=std),), decay=True, multipliers=multipliers, matrix=True
         )
 
     embedding_std = default_embedding_std(recipe)

@@ -35,6 +35,8 @@ class ParameterSpec:
         decay: whether it has weight decay.
         split: the dim in which it is sharded over the tensor-parallel ranks; None: each has all of it.
         partial: whether a rank's gradient is a partial sum, which parallel/gradients.py adds up.
+        matrix: whether it is a matrix that is multiplied by or looked up in, of the type that precision.weights names.
+            Norms, biases and gates are none.
     """
 
     name: str
@@ -44,6 +46,7 @@ class ParameterSpec:
     multipliers: Multipliers = PLAIN
     split: int | None = None
     partial: bool = False
+    matrix: bool = False
 
     @property
     def num_elements(self) -> int:
@@ -67,7 +70,7 @@ def linear_parameters(
     matrices = tuple(Part(role, size, std=matrix_std(recipe, role, size, in_dim, spec)) for role, size in parts)
     # The parts of a fused matrix share one optimizer state, so they must share its settings.
     (multipliers,) = {multipliers_of(spec, role) for role, _ in parts}
-    yield ParameterSpec(f"{name}.weight", (rows, in_dim), matrices, decay=True, multipliers=multipliers)
+    yield ParameterSpec(f"{name}.weight", (rows, in_dim), matrices, decay=True, multipliers=multipliers, matrix=True)
     if recipe.has_bias(name.rpartition(".")[2]):
         zeros = tuple(Part("stream_bias" if role in ("out", "down") else role, size) for role, size in parts)
         yield ParameterSpec(f"{name}.bias", (rows,), zeros, decay=False, multipliers=multipliers_of(spec, "bias"))

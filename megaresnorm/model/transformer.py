@@ -27,6 +27,7 @@ from megaresnorm.parallel.head import OutputMatrix
 from megaresnorm.parallel.layouts import FullLayout, TensorLayout
 from megaresnorm.parallel.mesh import Axis
 from megaresnorm.parallel.vocab import Embedding, VocabEmbedding, first_row
+from megaresnorm.parallel.wide import widened
 from megaresnorm.recipe import ModelRecipe
 
 
@@ -235,7 +236,7 @@ class Transformer(nn.Module):
             )
         has_all_rows = x_TD.shape[0] == rows.batch * rows.seq
         if rows.positions.dim() == 1 and has_all_rows:
-            position_SD = self.positions.weight[start : start + rows.seq]
+            position_SD = widened(self.positions.weight)[start : start + rows.seq]
             return (x_TD.view(rows.batch, rows.seq, -1) + position_SD).flatten(0, 1)
         return x_TD + self.positions(self.layout.tokens(rows.positions.expand(rows.batch, -1).flatten()))
 

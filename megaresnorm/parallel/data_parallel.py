@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from megaresnorm.parallel.mesh import Axis, ParallelContext
+from megaresnorm.parallel.replicas import Replicas
 from megaresnorm.parallel.sharding import row_chunk
 
 if TYPE_CHECKING:
@@ -155,8 +156,8 @@ def _as_sharded(module: nn.Module) -> "FSDPModule | None":
     return cast("FSDPModule", module) if hasattr(module, "set_requires_gradient_sync") else None
 
 
-def replicate_model(model: nn.Module, data: Axis) -> DistributedDataParallel:
-    """Wrap a model in DistributedDataParallel that sums gradients.
+def replicate_model(model: nn.Module, data: Axis) -> DistributedDataParallel | Replicas:
+    """Wrap a model in DistributedDataParallel that sums gradients, or with weights in BF16 in ``Replicas``.
 
     Gradients become views of DDP's buckets once they are summed: they are not copied back. Until then those of earlier
     microbatches are beside the buckets.
@@ -165,6 +166,8 @@ def replicate_model(model: nn.Module, data: Axis) -> DistributedDataParallel:
         In the backward pass of a step's last microbatch (``grad_sync``) one all-reduce of each of DDP's buckets, which
         together are all gradients.
     """
+    if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
+        return Replicas(model, data)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames the option; 2.11 does not know the new name
         # Buffers are copies of weights, which every rank renews itself.
@@ -204,13 +207,16 @@ def grad_sync(model: nn.Module, last: bool, *, sharded: bool) -> Iterator[None]:
             keeps more than its shard of them. Otherwise it keeps whole gradients until the last microbatch.
 
     Communication:
-        DDP makes all-reduces of all gradients over dp in the last microbatch. FSDP2 makes one reduce-scatter over
-        dp_shard for each part of ``shard_model``, in every microbatch if ``sharded``, else in the last. The replicas of
-        a sharded group are summed over dp_replicate in the last microbatch in either case.
+        DDP and ``Replicas`` make all-reduces of all gradients over dp in the last microbatch. FSDP2 makes one
+        reduce-scatter over dp_shard for each part of ``shard_model``, in every microbatch if ``sharded``, else in the
+        last. The replicas of a sharded group are summed over dp_replicate in the last microbatch in either case.
     """
     if (sharded_model := _as_sharded(model)) is not None:
         accumulate_in_shards(sharded_model, last, sharded=sharded)
         yield
+    elif isinstance(model, Replicas):
+        with model.summed(last):
+            yield
     elif isinstance(model, DistributedDataParallel) and not last:
         with model.no_sync():
             yield

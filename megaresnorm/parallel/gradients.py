@@ -9,6 +9,7 @@ from torch import nn
 from megaresnorm.parallel.collectives import all_reduce
 from megaresnorm.parallel.data_parallel import local
 from megaresnorm.parallel.mesh import Axis
+from megaresnorm.parallel.wide import no_gradient
 
 
 class Reduction(NamedTuple):
@@ -45,7 +46,7 @@ def reduce_gradients(found: Sequence[Reduction]) -> None:
     """
     for reduction in found:
         for p in reduction.parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            p.grad = no_gradient(p) if p.grad is None else p.grad
         gradients = [local(p.grad) for p in reduction.parameters if p.grad is not None]
         for dtype in dict.fromkeys(g.dtype for g in gradients):
             same = [g for g in gradients if g.dtype == dtype]

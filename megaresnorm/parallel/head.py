@@ -13,6 +13,7 @@ from megaresnorm.kernels.cross_entropy import CrossEntropyKernel, one_for, scale
 from megaresnorm.parallel.branch_input import BranchInput, whole_rows
 from megaresnorm.parallel.linear import ColumnLinear
 from megaresnorm.parallel.linear_kernel import LinearKernel
+from megaresnorm.parallel.wide import no_gradient
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class OutputMatrix(ColumnLinear):
 class _ChunkedLoss(torch.autograd.Function):
     """Outputs of some rows, their loss and their gradient, then the next rows. It can be differentiated once.
 
-    Gradients are computed in forward, where the outputs are. The weight's is summed in the weight's own type, FP32.
+    Gradients are computed in forward, where the outputs are. The weight's is summed in FP32.
     """
 
     @staticmethod
@@ -77,7 +78,7 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         assert loss.rows is not None
         dx_TD = torch.empty_like(x_TD) if learns else None
-        d_weight = torch.zeros_like(weight) if learns else None
+        d_weight = no_gradient(weight) if learns else None
         sums: list[tuple[Tensor, Tensor]] = []
         for start in range(0, len(x_TD), loss.rows):
             rows = slice(start, start + loss.rows)

@@ -16,6 +16,7 @@ from megaresnorm.parallel.data_parallel import is_sharded
 from megaresnorm.parallel.layouts import TensorLayout
 from megaresnorm.parallel.linear_kernel import PLAIN, LinearKernel, PlainLinear
 from megaresnorm.parallel.mesh import Axis
+from megaresnorm.parallel.wide import gradient_dtype
 from megaresnorm.recompute import saves_last
 
 
@@ -37,7 +38,7 @@ class WeightGradQueue:
         """Leave a gradient for later.
 
         Args:
-            compute: makes the gradient, in the weight's type.
+            compute: makes the gradient, in the type of the weight's ``grad``.
         """
         self._waiting.append((weight, compute))
 
@@ -66,7 +67,7 @@ def linear(
     queue: WeightGradQueue | None = None,
     operand: Tensor | None = None,
 ) -> Tensor:
-    """x W^T + b. Gradients of weight and bias arrive in their own types.
+    """x W^T + b. Gradients of weight and bias arrive in their own types, that of a weight in BF16 in FP32.
 
     Args:
         x: [T, in_dim], or the input of a branch, whose rows are gathered here.
@@ -79,7 +80,8 @@ def linear(
     """
     local, source = (x, None) if isinstance(x, Tensor) else (x.local, x)
     alone = source is None or source.is_local
-    if alone and queue is None and local.dtype == weight.dtype and isinstance(kernel, PlainLinear):
+    one_type = local.dtype == weight.dtype == gradient_dtype(weight.dtype)
+    if alone and queue is None and one_type and isinstance(kernel, PlainLinear):
         return F.linear(local, weight, bias)
     return _Linear.apply(local, weight, operand, bias, None if alone else source, kernel, queue)
 
@@ -107,7 +109,7 @@ class _Linear(torch.autograd.Function):
             saves_last(*saved)
         ctx.save_for_backward(*saved)
         ctx.kernel, ctx.queue, ctx.dtype, ctx.bias_dtype = (
-            kernel, queue, weight.dtype, None if bias is None else bias.dtype,
+            kernel, queue, gradient_dtype(weight.dtype), None if bias is None else bias.dtype,
         )  # fmt: skip
         collective, axis = (None, None) if source is None else (source.collective, source.axis)
         form = x.form if isinstance(x, Fp8) else None

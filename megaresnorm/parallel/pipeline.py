@@ -15,6 +15,7 @@ from megaresnorm.kernels.cross_entropy import one_for
 from megaresnorm.parallel.data_parallel import accumulate_in_shards
 from megaresnorm.parallel.linear import WeightGradQueue
 from megaresnorm.parallel.mesh import Axis
+from megaresnorm.parallel.replicas import Replicas
 from megaresnorm.parallel.stages import smallest_batch
 
 SCHEDULES: dict[str, Callable[..., Any]] = {
@@ -252,6 +253,9 @@ class _Stage(PipelineStage):
         """Reduce and scatter gradients in each microbatch; torch's own has FSDP2 keep whole ones until the last."""
         if bwd_kwargs["output_grads"] is None:  # of the objective
             bwd_kwargs = {**bwd_kwargs, "output_grads": one_for(bwd_kwargs["stage_output"])}
+        if isinstance(self.submod, Replicas):
+            with self.submod.summed(last_backward):
+                return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
         if not (self.shards_gradients and isinstance(self.submod, FSDPModule)):
             return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
         assert backward_type == "full"

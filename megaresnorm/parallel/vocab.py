@@ -4,12 +4,12 @@ T tokens   V vocabulary
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaresnorm.kernels.cross_entropy import CrossEntropyKernel, LogitForm, LossOfPieces, LossPieces
 from megaresnorm.parallel.collectives import all_gather_blocks
 from megaresnorm.parallel.mesh import Axis
+from megaresnorm.parallel.wide import look_up
 
 
 class Embedding(nn.Module):
@@ -24,8 +24,8 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_rows, dim))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Rows [*ids.shape, dim]."""
-        return F.embedding(ids, self.weight)
+        """Rows [*ids.shape, dim]; those of a table in BF16 in FP32."""
+        return look_up(ids, self.weight)
 
 
 def first_row(num_rows: int, axis: Axis) -> int:

@@ -1,4 +1,4 @@
-"""Products in BF16 or FP16 on FP32 weights. FP16's gradients need a loss scale (loss_scale.py)."""
+"""Products in BF16 or FP16, on FP32 weights or on BF16 ones. FP16's gradients need a loss scale (loss_scale.py)."""
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,9 @@ from megaresnorm.parallel.linear_kernel import PlainLinear
 class HalfLinear(PlainLinear):
     """Products of 16-bit numbers, by a copy of the weight where the layer has one (``HalfCopies``).
 
-    The model's parameters stay FP32. A microbatch's gradient of a weight is FP32 where the product can write that, else
-    rounded to the input's type, in which what FP16 cannot hold is infinite; from there on it is accumulated over
-    microbatches, clipped and applied in FP32. A checkpoint holds the FP32 weights.
+    A microbatch's gradient of a weight is FP32 where the product can write that, else rounded to the input's type, in
+    which what FP16 cannot hold is infinite; from there on it is accumulated over microbatches, clipped and applied in
+    FP32.
     """
 
     def weight_grad(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

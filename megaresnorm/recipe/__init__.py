@@ -147,6 +147,23 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _gradients_of_bf16_weights_stay_fp32(self) -> Self:
+        if self.precision.weights != "bf16":
+            return self
+        if self.parallel.dp_shard > 1:
+            raise ValueError(
+                f"precision.weights=bf16 with parallel.dp_shard={self.parallel.dp_shard}: FSDP2 has one type for all "
+                "weights of a block, and rounds their reduced gradients to it; use parallel.dp_replicate, or "
+                "precision.weights=fp32"
+            )
+        if self.train.compile in ("blocks", "cuda_graphs"):
+            raise ValueError(
+                f"precision.weights=bf16 with train.compile={self.train.compile}: torch.compile rounds the gradients "
+                "of BF16 weights to BF16; use train.compile=none, or precision.weights=fp32"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _some_blocks_are_in_fp8(self) -> Self:
         fp8, num_blocks = self.precision.fp8, self.model.num_blocks
         outer = fp8.bf16_first_blocks + fp8.bf16_last_blocks

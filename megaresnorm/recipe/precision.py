@@ -89,6 +89,10 @@ class PrecisionRecipe(Section):
     compute: Literal["fp32", "bf16", "fp16", "fp8", "fp64"] = "fp32"
     """Type of the matrix products; weights, their gradients and the optimizer stay FP32 under bf16, fp16 and fp8. fp8:
     the linear layers of the blocks, all else as under bf16."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """bf16: the matrices (linear layers, embedding, learned positions, output matrix) are stored in BF16 alone and
+    updated with stochastic rounding, with compute bf16. All else stays FP32: norms, biases, gates, gradients, moments.
+    """
     residual_dtype: StreamDtype | None = None
     """Type the residual stream is stored in; unset: fp32, or fp64 under fp64."""
     loss_scale: LossScaleSetting | None = None
@@ -113,6 +117,15 @@ class PrecisionRecipe(Section):
             raise ValueError(
                 f"precision.residual_dtype={self.stream} does not go with precision.compute={self.compute}; "
                 "fp64 is for both or neither"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bf16_weights_are_read_in_bf16(self) -> Self:
+        if self.weights == "bf16" and self.compute != "bf16":
+            raise ValueError(
+                f"precision.weights=bf16 goes with precision.compute=bf16 alone, not {self.compute}; set that, or "
+                "remove precision.weights"
             )
         return self
 

@@ -28,6 +28,7 @@ def describe_run(recipe: Recipe, assembled: Assembled, samples: Samples, *, full
     parameters = sum(spec.num_elements for spec in assembled.table.values())
     drawn = samples_before(train.steps, train)
     epochs = max(draw.epochs for draw in draws_of(recipe, samples, drawn))
+    weights = "" if recipe.precision.weights == "fp32" else f", weights {recipe.precision.weights}"
     lines = [
         f"recipe    {train.output}/recipe.yaml{'' if full else ', where it differs from the defaults'}",
         *(f"  {line}" for line in dump_recipe(recipe, full=full).rstrip().splitlines()),
@@ -35,8 +36,8 @@ def describe_run(recipe: Recipe, assembled: Assembled, samples: Samples, *, full
         f"width {model.dim}, {parameters:,} parameters",
         *_ranks(recipe, assembled),
         *_recompute(recipe, assembled),
-        f"precision {recipe.precision.compute}, {_loss_scale(recipe)}residual stream {recipe.precision.stream}, "
-        f"{assembled.device.type}, {threads} thread{'s' * (threads > 1)}",
+        f"precision {recipe.precision.compute}{weights}, {_loss_scale(recipe)}"
+        f"residual stream {recipe.precision.stream}, {assembled.device.type}, {threads} thread{'s' * (threads > 1)}",
         *_kernels(assembled),
         f"data      {data_name(recipe)}: {samples.num_documents:,} documents, "
         f"{samples.per_epoch:,} sequences of {model.seq_len} tokens to train on",
