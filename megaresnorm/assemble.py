@@ -244,15 +244,16 @@ def compare_kernels(assembled: Assembled) -> None:
     Raises:
         ConfigError: ranks would compute with different kernels.
     """
-    settings = {"fp8_product": "precision.fp8.backend"}
+    settings = {"fp8_product": "precision.fp8.backend", "fp8_quantize": "fp8_quantize"}  # which no setting names
     chosen = {settings.get(op, f"kernels.{op}"): backend for op, backend in assembled.backends.items()}
     everyone = all_gather_json(chosen | {"train.compile": assembled.compiled}, assembled.context.control)
     for rank, other in enumerate(everyone):
         for key, choice in other.items():
             if choice != everyone[0][key]:
+                remedy = "use devices of one kind" if key == "fp8_quantize" else "name it in the recipe"
                 raise ConfigError(
                     f"ranks have chosen different kernels: {key} is {everyone[0][key]} on the first, {choice} on rank "
-                    f"{rank}; name it in the recipe"
+                    f"{rank}; {remedy}"
                 )
 
 

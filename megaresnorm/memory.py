@@ -14,7 +14,7 @@ from megaresnorm.activation_memory import ActivationMemory, Segments
 from megaresnorm.checkpoint.format import human_bytes
 from megaresnorm.layout import check_layout
 from megaresnorm.model.parameters import parameter_table
-from megaresnorm.model.specs import ParameterSpec
+from megaresnorm.model.specs import IN_BRANCHES, ParameterSpec
 from megaresnorm.model.transformer import Stage
 from megaresnorm.optim import ALIGNED, SMALL, AdamW
 from megaresnorm.parallel.data_parallel import PREFETCHED
@@ -29,7 +29,7 @@ from megaresnorm.recompute_plan import segments_of
 PROCESS = 250_000_000
 RESERVE = 2 * 10**9  # bytes of a GPU for CUDA, libraries and fragments
 _ON_HOST = ("checkpoint", "building", "offloaded", "process")  # also where the rest is on a GPU
-_LINEAR_ROLES = ("q", "gate", "up", "out", "down", "head")  # the first parts of matrices that linear layers multiply by
+_LINEAR_ROLES = (*IN_BRANCHES, "head")  # the first parts of matrices that linear layers multiply by
 
 
 class Need(NamedTuple):
@@ -232,8 +232,6 @@ class MemoryAccounts:
         certain = max(at_loss + early, at_end + early, others)
         return replace(memory, host=Need(memory.process + certain, memory.process + max(most + early, certain)))
 
-    # Parameters
-
     def _units(self, stage: Stage) -> list[_Unit]:
         """FSDP2 units of a stage, as in Transformer.parts: its blocks, embedding and head (one if tied), the rest."""
         blocks = Counter(self.kinds[block] for block in stage.blocks)
@@ -272,23 +270,23 @@ class MemoryAccounts:
         """Elements once FSDP2 has gathered them."""
         return self._held(spec) * self.sizes.dp_shard
 
-    # Kinds
-
     def _copies(self, units: list[_Unit], has_head: bool) -> int:
-        """Copies (precision/copies.py) of linear layers' matrices, and of a tied embedding that makes logits.
-
-        In 16 bits, but of those in FP8 codes. Where FSDP2 has sharded matrices there are none but codes of the shards.
-        """
+        """Copies (precision/copies.py) of matrices, and of a tied embedding that makes logits; under FSDP2 of FP8."""
         if half_dtype(self.recipe.precision) is None:
             return 0
         tied, sharded = self.model.tied_embeddings and has_head, self.sizes.dp_shard > 1
 
-        def size(spec: ParameterSpec, in_fp8: bool) -> int:
+        def size(spec: ParameterSpec) -> int:
             linear = spec.parts[0].role in _LINEAR_ROLES or (tied and spec.name == "embedding.weight")
-            held = self._held(spec) if linear and len(spec.shape) == 2 else 0
-            return held if in_fp8 else 0 if sharded else self.compute * held
+            return self.compute * self._held(spec) if linear and len(spec.shape) == 2 and not sharded else 0
 
-        return sum(unit.times * sum(size(spec, unit.in_fp8) for spec in unit.specs) for unit in units)
+        codes = sum(unit.times * self._codes(unit, self._held) for unit in units)
+        return codes + self._sum((unit for unit in units if not unit.in_fp8), size)
+
+    def _codes(self, unit: _Unit, elements: Callable[[ParameterSpec], int]) -> int:
+        """Codes of the matrices of one unit that are in FP8."""
+        read = (spec for spec in unit.specs if spec.matrix and spec.parts[0].role in _LINEAR_ROLES)
+        return sum(map(elements, read)) if unit.in_fp8 else 0
 
     @property
     def _keeps_gathered(self) -> bool:
@@ -302,7 +300,9 @@ class MemoryAccounts:
         return max(self._sum([unit._replace(times=1)], self._whole) for unit in units)
 
     def _gathered(self, units: list[_Unit]) -> int:
-        return self.word * (self._sum(units, self._whole) if self._keeps_gathered else self._largest(units))
+        """Of matrices in FP8 codes, and in the first step an FP32 tensor of their size, too."""
+        sizes = [self.word * self._largest([unit]) + self._codes(unit, self._whole) for unit in units]
+        return sum(unit.times * n for unit, n in zip(units, sizes, strict=True)) if self._keeps_gathered else max(sizes)
 
     def _unsharded(self, units: list[_Unit]) -> int:
         return self.word * (self._sum(units, self._whole) if self._keeps_unsharded else self._largest(units))

@@ -9,7 +9,7 @@ from megaresnorm.kernels.cross_entropy import differentiate
 from megaresnorm.kernels.fp8.formats import E4M3, E5M2, MX, ROW, TENSOR, Fp8, Rows, dequantize
 from megaresnorm.model.topology import TOPOLOGIES, beside_others
 from megaresnorm.precision.copies import copy_weights
-from megaresnorm.precision.fp8 import Fp8Linear, Gradient, fp8_layers
+from megaresnorm.precision.fp8 import Fp8Linear, OutputGradient, fp8_layers
 from megaresnorm.recipe import Fp8Recipe, ModelRecipe, PrecisionRecipe
 
 RECIPES: dict[str, dict] = {
@@ -82,7 +82,7 @@ class Checked(Fp8Linear):
             self.values = x.double()
         return q
 
-    def gradient(self, dy: Tensor) -> Gradient:
+    def gradient(self, dy: Tensor) -> OutputGradient:
         self.dy = dy.double()
         return super().gradient(dy)
 
@@ -102,7 +102,7 @@ class Checked(Fp8Linear):
         self.within(y, self.values, off(self.values, x), weight, off(weight, self.weight), BF16)
         return y
 
-    def input_grad(self, dy: Gradient, operand: Tensor) -> Tensor:
+    def input_grad(self, dy: OutputGradient, operand: Tensor) -> Tensor:
         dx = super().input_grad(dy, operand)
         weight = operand.detach().double()
         f = off(weight, self.weight)
@@ -118,7 +118,7 @@ class Checked(Fp8Linear):
         self.within(dx, self.dy, e, weight.t(), f.t(), BF16)
         return dx
 
-    def weight_grad(self, dy: Gradient, x: Rows, dtype: torch.dtype) -> Tensor:
+    def weight_grad(self, dy: OutputGradient, x: Rows, dtype: torch.dtype) -> Tensor:
         dw = super().weight_grad(dy, x, dtype)
         e, f, rounding = torch.zeros_like(self.dy), off(self.values, x), BF16
         if self._weight_grad_in_fp8:

@@ -31,7 +31,11 @@ FIXED_ON_RESUME = (
     "precision.compute",
     "precision.weights",
     "precision.residual_dtype",
-    "precision.fp8.",
+    "precision.fp8.recipe",
+    "precision.fp8.scaling",
+    "precision.fp8.history",
+    "precision.fp8.backward",
+    "precision.fp8.weight_grad",
 )
 SECONDS_TO_SEE = 30.0  # network file systems show a node what another has written after a while
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megaresnorm.assemble import Assembled
 from megaresnorm.checkpoint.format import TensorSlices
+from megaresnorm.model.specs import IN_BRANCHES
 from megaresnorm.parallel.data_parallel import local
 from megaresnorm.parallel.sharding import Box, boxes, broadcast, from_row_chunks, unshard
 from megaresnorm.parallel.wide import gradient_dtype
@@ -84,10 +85,7 @@ def numbers_of_parameters(
 
 def in_linear_layers(assembled: Assembled) -> list[str]:
     """The weights of linear layers of blocks, of the whole model."""
-    return [name for name, spec in assembled.table.items() if spec.parts[0].role in IN_LINEAR_LAYERS]
-
-
-IN_LINEAR_LAYERS = ("q", "out", "gate", "up", "down")  # roles of a weight's first part
+    return [name for name, spec in assembled.table.items() if spec.matrix and spec.parts[0].role in IN_BRANCHES]
 
 
 def _written(assembled: Assembled) -> set[str]:

@@ -109,7 +109,8 @@ def stats_of(loss: float, squares: float, tokens: int, scale: LossScale | None, 
     A loss that is not finite says nothing of the scale, which has no part in it.
     """
     if not tokens:  # nothing was to be learned: neither moments nor decay may move a weight
-        return StepStats(None, 0.0, 0, applied=False, stop=stop)
+        stats = StepStats(None, 0.0, 0, applied=False, stop=stop)
+        return stats if scale is None else replace(stats, loss_scale=scale.value, skipped=scale.state.skipped)
     applied = isfinite(loss) and isfinite(squares)
     stats = StepStats(loss / tokens, squares**0.5, tokens, applied, stop)
     if scale is None:

@@ -26,6 +26,9 @@ class Part:
     std: float = 0.0
 
 
+IN_BRANCHES = ("q", "out", "gate", "up", "down")  # roles of the first parts of matrices of branches' linear layers
+
+
 @dataclass(frozen=True)
 class ParameterSpec:
     """One parameter of the whole model.

@@ -16,7 +16,7 @@ from megaresnorm.precision.half import HalfCopies
 from megaresnorm.recipe import PrecisionRecipe
 
 
-class Copies(Protocol):
+class WeightCopies(Protocol):
     """Copies of weights, which products read in their place."""
 
     @property
@@ -27,7 +27,9 @@ class Copies(Protocol):
         """Copy the current weights."""
 
 
-def copy_weights(models: Iterable[nn.Module], precision: PrecisionRecipe, context: ParallelContext) -> list[Copies]:
+def copy_weights(
+    models: Iterable[nn.Module], precision: PrecisionRecipe, context: ParallelContext
+) -> list[WeightCopies]:
     """Give the linear layers of a model their copies, where its type of compute has any.
 
     Of weights that FSDP2 has sharded there are no copies in 16 bits: it sends them so. Those in FP8 are of shards.

@@ -30,7 +30,7 @@ class Delayed:
 
     def amax(self, which: int) -> Tensor | None:
         """What scales are for, FP32 [1, 1]: earlier steps' largest number times ``ROOM``; None before there is one."""
-        if not self._all.known[self._index]:
+        if not self._all.known[self._index][which]:
             return None
         return self._all.largest[self._index, which].view(1, 1) * ROOM[which]
 
@@ -49,7 +49,8 @@ class DelayedScales:
             where there is none.
         seen: [layers, 2], of the step that is under way.
         largest: [layers, 2], over the history.
-        known: of each layer, whether the history has seen it. Until then it takes scales of its numbers themselves.
+        known: [layers][2], whether the history has seen a number that is not 0. Until then scales are those of the
+            numbers themselves: what starts at zero, as behind a gate of 0, has said nothing of its size.
 
     Source:
         Micikevicius et al., arXiv:2209.05433, section 3; the largest of a window as in Transformer Engine.
@@ -58,7 +59,7 @@ class DelayedScales:
     def __init__(self, num_layers: int, history: int, device: torch.device) -> None:
         self.history = torch.zeros(num_layers, history, 2, device=device)
         self.seen, self.largest = torch.zeros(2, num_layers, 2, device=device)
-        self.known = [False] * num_layers
+        self.known = [[False, False]] * num_layers
 
     def begin_step(self) -> None:
         """Forget what passes outside of training have seen."""
@@ -80,10 +81,10 @@ class DelayedScales:
         torch.amax(self.history, 1, out=self.largest)
 
     def step_was_applied(self) -> None:
-        """Use what the history has seen from now on."""
-        self.known = [True] * len(self.known)
+        """Use what the history has seen from now on. Waits for the device."""
+        self.known = (self.largest > 0).tolist()
 
     def loaded(self) -> None:
         """Use a history that a checkpoint has given. Waits for the device."""
         torch.amax(self.history, 1, out=self.largest)
-        self.known = self.largest.any(1).tolist()
+        self.step_was_applied()

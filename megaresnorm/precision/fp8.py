@@ -52,7 +52,7 @@ from megaresnorm.recipe import Fp8Recipe
 _TYPES = {"e4m3": E4M3, "e5m2": E5M2}
 
 
-class Gradient(NamedTuple):
+class OutputGradient(NamedTuple):
     """An output's gradient [T, N] as products read it.
 
     Attributes:
@@ -124,22 +124,22 @@ class Fp8Linear:
             return self._quantized(x, axis)
         return self._quantized(x, None) if dim == 0 or form.divides(x.shape[1]) else x
 
-    def gradient(self, dy: Tensor) -> Gradient:
+    def gradient(self, dy: Tensor) -> OutputGradient:
         """See ``LinearKernel``."""
         dtype, (form, weight) = self._gradients, self.forms
         if dtype is None:
-            return Gradient(dy, None)
+            return OutputGradient(dy, None)
         if form != TENSOR:
             factor = self.weight.inverse.flatten() if weight == ROW else None
-            return Gradient(dy, self._quantize.rows(dy, form, dtype, factor=factor))
-        return Gradient(dy, self._in_tensor(dy, dtype, self._outputs, GRADIENTS))
+            return OutputGradient(dy, self._quantize.rows(dy, form, dtype, factor=factor))
+        return OutputGradient(dy, self._in_tensor(dy, dtype, self._outputs, GRADIENTS))
 
     def forward(self, x: Rows, operand: Tensor, bias: Tensor | None) -> Tensor:
         """See ``LinearKernel``."""
         assert isinstance(x, Fp8)
         return self._product(x, self.weight, bias, torch.bfloat16, precise=False)
 
-    def input_grad(self, dy: Gradient, operand: Tensor) -> Tensor:
+    def input_grad(self, dy: OutputGradient, operand: Tensor) -> Tensor:
         """See ``LinearKernel``."""
         if dy.codes is None:
             return self._bf16.input_grad(dy.values, dequantize(self.weight, dy.values.dtype))
@@ -151,7 +151,7 @@ class Fp8Linear:
             weight = Fp8(weight.codes, torch.ones_like(weight.inverse.t()[:1]).expand(len(weight.codes), 1), ROW)
         return self._product(dy.codes, weight, None, dy.values.dtype, precise=True)
 
-    def weight_grad(self, dy: Gradient, x: Rows, dtype: torch.dtype) -> Tensor:
+    def weight_grad(self, dy: OutputGradient, x: Rows, dtype: torch.dtype) -> Tensor:
         """See ``LinearKernel``."""
         assert isinstance(x, Fp8)
         values = dy.values
@@ -165,7 +165,7 @@ class Fp8Linear:
         dy_NT = self._quantize.transposed(values, form, self._gradients)
         return self._product(dy_NT, x_KT, None, dtype, precise=True)
 
-    def add_weight_grad(self, total: Tensor, dy: Gradient, x: Rows) -> None:
+    def add_weight_grad(self, total: Tensor, dy: OutputGradient, x: Rows) -> None:
         """See ``LinearKernel``."""
         total += self.weight_grad(dy, x, total.dtype)
 

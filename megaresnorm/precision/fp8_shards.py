@@ -12,7 +12,19 @@ from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.distributed.device_mesh import DeviceMesh
 
-from megaresnorm.kernels.fp8.formats import E4M3, TENSOR, TILE, Form, Fp8, amax_of, exponents, quantize, scales
+from megaresnorm.kernels.fp8.formats import (
+    E4M3,
+    TENSOR,
+    TILE,
+    Form,
+    Fp8,
+    amax_of,
+    exponents,
+    quantize,
+    scales,
+    scales_of,
+    scales_shape,
+)
 from megaresnorm.parallel.collectives import all_gather_blocks, largest
 from megaresnorm.parallel.data_parallel import local
 from megaresnorm.parallel.gathered import set_gather
@@ -38,7 +50,7 @@ class Fp8Shards:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """See ``Copies``."""
+        """See ``WeightCopies``."""
         return [tensor for shard in self._shards for tensor in (shard.codes, shard.inverse)]
 
     @torch.no_grad()
@@ -107,10 +119,12 @@ class _Shard:
             The inverse scales of as many rows as each rank has, or the shared ones.
         """
         if self.form == TILE and amax is not None:
-            first, padded = self._in_tiles()
-            tiles = -(-len(padded) // TILE.rows)  # type: ignore[operator]
-            codes = quantize(padded, TILE, amax=amax[first : first + tiles]).codes[len(padded) - len(self._mine) :]
-            inverse = quantize(padded.new_zeros(self._num_rows, padded.shape[1]), TILE, amax=amax).inverse
+            inverse = scales_of(amax, E4M3)[1]
+            codes = torch.empty_like(self._mine, dtype=E4M3)
+            if len(codes):
+                first, padded = self._in_tiles()
+                tiles = scales_shape(padded.shape, TILE)[0]
+                codes = quantize(padded, TILE, amax=amax[first : first + tiles]).codes[len(padded) - len(codes) :]
         else:
             codes, inverse, _ = quantize(self._mine, self.form, amax=amax)
         missing = self._rows - len(codes)

@@ -28,7 +28,7 @@ class Fp8Weights:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """See ``Copies``."""
+        """See ``WeightCopies``."""
         return [tensor for _, kernel in self._layers for tensor in kernel.weight.tensors]
 
     @torch.no_grad()

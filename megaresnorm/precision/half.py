@@ -91,7 +91,7 @@ class HalfCopies:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """See ``Copies``."""
+        """See ``WeightCopies``."""
         return list(self._copies.values())
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from megaresnorm.parallel.linear import ColumnLinear, Linear
 from megaresnorm.parallel.linear_kernel import LinearKernel
 from megaresnorm.parallel.mesh import Axis
 from megaresnorm.precision.counting import GRADIENT, INPUT, WEIGHT, Counts, Tally, count
-from megaresnorm.precision.fp8 import Fp8Linear, Gradient
+from megaresnorm.precision.fp8 import Fp8Linear, OutputGradient
 from megaresnorm.recompute import is_running_again
 
 
@@ -87,7 +87,7 @@ class Watched:
         """See ``LinearKernel``."""
         read = self._kernel.gradient(dy)
         if self._counts_gradients:
-            codes = read.codes if isinstance(read, Gradient) else None
+            codes = read.codes if isinstance(read, OutputGradient) else None
             self._seen(GRADIENT, _counts(dy, codes or dy))
         return read
 

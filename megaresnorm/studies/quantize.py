@@ -25,6 +25,7 @@ from megaresnorm.data.loader import Loader, SampleRange
 from megaresnorm.data.samples import Samples
 from megaresnorm.data.training_data import open_data, open_samples, resolve_vocab
 from megaresnorm.errors import ConfigError, DataError
+from megaresnorm.kernels.fp8.formats import E4M3, LARGEST
 from megaresnorm.limits import FP32_TINY
 from megaresnorm.model.transformer import Transformer
 from megaresnorm.parallel.linear import Linear
@@ -53,8 +54,8 @@ class Scheme:
 SCHEMES = {
     "int8-tensor": Scheme(torch.int8, 127.0, by_row=False),
     "int8-channel": Scheme(torch.int8, 127.0, by_row=True),
-    "fp8-tensor": Scheme(torch.float8_e4m3fn, 448.0, by_row=False),
-    "fp8-channel": Scheme(torch.float8_e4m3fn, 448.0, by_row=True),
+    "fp8-tensor": Scheme(E4M3, LARGEST[E4M3], by_row=False),
+    "fp8-channel": Scheme(E4M3, LARGEST[E4M3], by_row=True),
 }
 INPUTS = "+inputs"  # end of the name of a loss for which inputs were quantized, too
 

@@ -18,8 +18,10 @@ from megaresnorm.kernels.fp8.formats import (
     Form,
     amax_of,
     dequantize,
+    exponents,
     quantize,
     quantize_delayed,
+    scales,
     scales_of,
     transposed,
 )
@@ -223,3 +225,9 @@ def test_what_was_not_finite_is_told_by_the_inverse():
             x[2, 3] = 1.0
     q = quantize(x, TENSOR, amax=torch.ones(1, 1))
     assert torch.equal(quantize_delayed(x, E4M3, torch.ones(1, 1))[0].inverse, q.inverse)
+
+
+def test_scales_travel_as_exponents_and_what_is_not_finite_arrives_as_nan():
+    inverse = torch.tensor([1.0, 0.5, 2.0**-126, 2.0**126, torch.nan, torch.inf])
+    got = scales(exponents(inverse))
+    assert torch.equal(got[:4], inverse[:4]) and got[4:].isnan().all()

@@ -288,3 +288,17 @@ def test_steps_in_layouts_end_with_equal_weights_on_all_ranks(fp8):
         wanted = outcome(recipe_of("keel", fp8), optimizer="adamw")
         assert first.loss == pytest.approx(wanted.loss, rel=1e-3)
         assert max(errors(first.weights, wanted.weights).values()) < 0.1
+
+
+def test_what_starts_at_zero_takes_current_scales_until_it_has_a_size():
+    """ReZero's branches have no gradient in the first step, and so no history in the second."""
+    found = []
+    for fp8 in ("delayed", "tensorwise"):
+        recipe = recipe_of("rezero", fp8)
+        assembled, engine = build(recipe)
+        assert engine.step(batches(engine, recipe), 1e-3).applied
+        engine.gradients(batches(engine, recipe, seed=4))
+        found.append(gradients(assembled))
+    got, wanted = found
+    for name in ("blocks.1.attention.branch.qkv.weight", "blocks.1.ffn.branch.gate_up.weight"):
+        assert distance({name: got[name]}, {name: wanted[name]}) < 0.3, name

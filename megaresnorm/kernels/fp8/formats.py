@@ -194,8 +194,9 @@ def exponents(inverse: Tensor) -> Tensor:
 
 
 def scales(exponents: Tensor) -> Tensor:
-    """The scales of ``exponents``; what was not finite is infinite."""
-    return (exponents.int() << _FRACTION).view(torch.float32)
+    """The scales of ``exponents``; what was not finite is NaN."""
+    bits = exponents.int()
+    return ((bits << _FRACTION) | ((bits == 255).int() << (_FRACTION - 1))).view(torch.float32)
 
 
 def _decoded(codes: Tensor, dtype: torch.dtype) -> Tensor:
