@@ -8,6 +8,7 @@ bit for bit.
 
 import logging
 import time
+from math import isfinite
 
 from megaresnorm.data.samples import unigram_entropy
 from megaresnorm.engines.engine import StepStats
@@ -171,12 +172,22 @@ class Trainer:
         run.skipped_in_a_row += 1
         if run.first_refused is None:
             run.protect_checkpoints(run.steps_done)
-        log.warning("step %d refused: loss %g, gradient norm %g", run.steps_done + 1, stats.loss, stats.gradient_norm)
+        scaled = stats.loss_scale is not None and stats.loss_scale > 1.0 and isfinite(stats.loss)
+        why = f", at precision.loss_scale={stats.loss_scale:g}" if scaled else ""
+        log.warning(
+            "step %d refused: loss %g, gradient norm %g%s", run.steps_done + 1, stats.loss, stats.gradient_norm, why
+        )
         if run.skipped_in_a_row >= run.recipe.train.max_skipped_steps:
+            remedy = (
+                "lower that, or set it to dynamic"
+                if scaled
+                else (f"try a smaller optim.lr, or look at samples {run.samples_done} and before")
+            )
+            none = run.saver.newest is None
+            spoilt = "" if none else " (where that is spoilt already, remove it to go on from the one before)"
             raise NonFiniteError(
                 f"{run.skipped_in_a_row} steps in a row had a non-finite loss or gradient, up to step "
-                f"{run.steps_done + 1}; try a smaller optim.lr, or look at samples {run.samples_done} and before; "
-                f"{run.saver.what_there_is()} (where that is spoilt already, remove it to go on from the one before)"
+                f"{run.steps_done + 1}{why}; {remedy}; {run.saver.what_there_is()}{spoilt}"
             )
 
     def _due(self, every: int) -> bool:

@@ -153,7 +153,7 @@ class Saver:
 
     def what_there_is(self) -> str:
         """The newest checkpoint in a few words, for messages."""
-        return "there is no other" if self.newest is None else f"the newest is {self.newest[1].name}"
+        return "there is no checkpoint" if self.newest is None else f"the newest is {self.newest[1].name}"
 
     def _copied(self) -> Groups:
         """The groups, with the slices that this rank writes copied to host memory, which is kept for the next time."""
