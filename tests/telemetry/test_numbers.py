@@ -13,6 +13,7 @@ from megaresnorm.engines.native import NativeEngine
 from megaresnorm.errors import DataError
 from megaresnorm.kernels.fp8.formats import E4M3, E5M2, TENSOR, quantize
 from megaresnorm.kernels.fp8.product import emulated
+from megaresnorm.kernels.fp8.quantize import REFERENCE
 from megaresnorm.parallel.layouts import FullLayout
 from megaresnorm.parallel.linear import ColumnLinear
 from megaresnorm.parallel.linear_kernel import LinearKernel, PlainLinear
@@ -80,8 +81,8 @@ def test_shares_of_each_class_are_those_of_hand_made_tensors():
     """Delayed scaling, with room for inputs up to 7 and gradients up to 28; then codes have the scale 64 or 2^11."""
     scales = DelayedScales(1, 1, torch.device("cpu"))
     scales.largest.copy_(torch.tensor([[7.0, 28.0]]) / torch.tensor(ROOM))
-    scales.known = [True]
-    kernel = Fp8Linear(Fp8Recipe(recipe="tensorwise", scaling="delayed"), emulated, HalfLinear())
+    scales.known = [[True, True]]
+    kernel = Fp8Linear(Fp8Recipe(recipe="tensorwise", scaling="delayed"), emulated, REFERENCE, HalfLinear())
     kernel.delayed = Delayed(scales, 0)
     weight = [[0.0, 1.0, 2.0**-20, 448.0], [-1.0, 0.0, 1.0, 2.0**-20]]
     x = torch.tensor([[8.0, 7.0, -9.0, 0.0], [2.0**-17, 1.0, 1.0, 1.0]]).bfloat16()
@@ -109,7 +110,9 @@ def test_scales_of_rows_and_blocks_clamp_nothing_and_lose_what_is_small_beside_i
     """2^-11 is lost beside 448, as is 1 beside 2^27, and neither is in a row of its own."""
     x = torch.tensor([[448.0, 2.0**-11, 1.0, 0.0], [2.0**-11] * 4]).bfloat16()
     dy = torch.tensor([[2.0**27, 1.0], [1.0, 1.0]]).bfloat16()
-    found = seen(Fp8Linear(Fp8Recipe(recipe=recipe), emulated, HalfLinear()), [[1.0] * 4] * 2, x, dy, torch.bfloat16)
+    found = seen(
+        Fp8Linear(Fp8Recipe(recipe=recipe), emulated, REFERENCE, HalfLinear()), [[1.0] * 4] * 2, x, dy, torch.bfloat16
+    )
     assert found["input"] == {"amax": 448.0, "saturated": 0.0, "underflown": 1 / 7}
     assert found["gradient"] == {"amax": 2.0**27, "saturated": 0.0, "underflown": 1 / 4}
 
