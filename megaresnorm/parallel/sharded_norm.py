@@ -25,7 +25,7 @@ from megaresnorm.parallel.collectives import (
     start_all_reduce,
 )
 from megaresnorm.parallel.fp8_wire import sent
-from megaresnorm.parallel.linear_kernel import LinearKernel
+from megaresnorm.parallel.linear_kernel import PLAIN, LinearKernel
 from megaresnorm.parallel.mesh import Axis
 from megaresnorm.parallel.remade import Remakes, remade_by_kernel, remade_of_columns
 from megaresnorm.parallel.transport import Pending
@@ -275,7 +275,7 @@ def columns_add_norm(
     gather: bool,
     keeps: bool,
     remakes: Remakes = Remakes.NOTHING,
-    reader: LinearKernel,
+    reader: LinearKernel = PLAIN,
 ) -> tuple[Tensor, BranchInput | None]:
     """``add_norm`` of a stream sharded over the hidden dimension.
 
