@@ -62,6 +62,7 @@ CASES: dict[str, dict] = {
     },
     "tp2 tokens, fp8": {
         "parallel": {"tp": 2, "tensor_layout": "tokens"},
+        "model": {"ffn_dim": 192},
         "precision": {"compute": "fp8"},
         "recompute": {"policy": "branch", "gathered": "keep"},
     },
