@@ -26,4 +26,4 @@ case "$VENV" in /*) ;; *) VENV=$PWD/$VENV ;; esac
 cd "$started_in"
 # From here on one process hears signals for all ranks: bash could not, where it was started with them ignored (cron,
 # scripts).
-exec "$VENV/bin/python" -m megaresnorm.resilience.supervisor "$@"
+exec "$VENV/bin/python" -m megaresnorm launch "$@"

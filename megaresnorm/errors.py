@@ -91,7 +91,7 @@ def error_of(kind: str, line: str, exit_code: int | None = None) -> UserError:
     """
     kinds = (
         *(ConfigError, DataError, CheckpointError, DamagedError, NonFiniteTensorError),
-        *(TrainingError, NonFiniteError, StoppedError, LostRankError),
+        *(TrainingError, NonFiniteError, StoppedError, LostRankError, TooManyRestartsError),
     )
     error = {one.__name__: one for one in kinds}.get(kind, UserError)(line)
     error.exit_code = exit_code or error.exit_code

@@ -12,10 +12,11 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from megaresnorm.errors import ConfigError, LostRankError, StoppedError, TooManyRestartsError, UserError
-from megaresnorm.parallel.environment import Environment, read_environment
-from megaresnorm.resilience.launcher import Launcher, end_with
+from megaresnorm.parallel.environment import Environment, host_name, read_environment
+from megaresnorm.resilience.launcher import Failure, Launcher, end_with
+from megaresnorm.resilience.rank_logs import write_to_log
 from megaresnorm.resilience.signals import StopSignals, Terminated, end_on_purpose
-from megaresnorm.text import prepare_streams, say
+from megaresnorm.text import prepare_streams, say, shown
 
 if TYPE_CHECKING:
     from megaresnorm.recipe import Recipe
@@ -39,8 +40,12 @@ def run_job(recipe: str, overrides: Sequence[str] = (), *, fallback: bool = True
     from megaresnorm.telemetry.log import configure_logging, console
 
     environment = read_environment()
-    if environment.launcher is not None or environment.agent_store:  # a child of torchrun
-        end_with(os.getppid(), None if environment.launcher is None else Launcher(environment.launcher))
+    launcher = None if environment.launcher is None else Launcher(environment.launcher)
+    if launcher is not None:
+        launcher.introduce(environment.rank, environment.local_rank, environment.attempt)
+    if environment.has_parent:
+        end_with(os.getppid(), launcher)
+    write_to_log(environment)
     configure_logging(environment.rank)
     console.quiet = environment.rank > 0
     with StopSignals(environment) as stop:  # before torch is imported, which takes seconds
@@ -107,7 +112,10 @@ def exit_code_of(work: Callable[[], int]) -> int:
             kind = "" if isinstance(e, StoppedError) else "error: "
             rank = "" if environment.rank == 0 else f"rank {environment.rank}: "
             say(f"megaresnorm: {kind}{rank}{e}", error=True)
-        return _code_of(e, environment)
+        code = _code_of(e, environment)
+        if not e.agreed and not isinstance(e, LostRankError):
+            _note_failure(str(e), e.exit_code, environment)
+        return code
     except KeyboardInterrupt as e:
         say("megaresnorm: stopped", error=True)
         return 128 + (signal.SIGTERM if isinstance(e, Terminated) else signal.SIGINT)
@@ -120,6 +128,18 @@ def exit_code_of(work: Callable[[], int]) -> int:
         _discard_output()
         say(f"megaresnorm: error: the output cannot be written ({e.strerror})", error=True)
         return 1
+    except Exception as e:
+        _note_failure(f"{type(e).__name__}: {e}", 1, _environment())
+        raise
+
+
+def _note_failure(line: str, exit_code: int, environment: Environment) -> None:
+    """Tell the supervisor why this rank fails, which it says once more behind the errors that this one causes."""
+    if environment.launcher is None:
+        return
+    failure = Failure(environment.rank, host_name(), shown(line), exit_code)
+    with suppress(OSError):
+        Launcher(environment.launcher).note_failure(failure, environment.attempt)
 
 
 def _discard_output() -> None:
@@ -154,9 +174,10 @@ def main(argv: Sequence[str]) -> int:
     """
 
     def work() -> int:
-        if not argv or argv[0].startswith("-"):
+        words = [word for word in argv if not word.startswith("--local_rank=")]  # which DeepSpeed's launcher adds
+        if not words or words[0].startswith("-"):
             raise ConfigError("usage: python -m megaresnorm.job RECIPE [section.key=value ...]")
-        return run_job(argv[0], argv[1:])
+        return run_job(words[0], words[1:])
 
     prepare_streams()
     return exit_code_of(work)

@@ -81,12 +81,17 @@ def open_recipe(load: Callable[[], Recipe], environment: Environment | None = No
         TooManyRestartsError: ranks have died too often since the newest checkpoint was written.
     """
     environment = environment or read_environment()
-    _check_restarts(environment)
     if environment.world_size == 1:
+        _check_restarts(environment)
         return _look(load(), environment, None)
     store = open_store(environment)
+
+    def start() -> Recipe:
+        _check_restarts(environment)  # each node counts for itself; if one has had enough, all end
+        return load()
+
     # This comes first: what fails below may fail because of a setting that differs.
-    recipe = agree(load, facts_of_start, environment, store)
+    recipe = agree(start, facts_of_start, environment, store)
     return agree(lambda: _look(recipe, environment, store), facts_of_data, environment, store)
 
 
@@ -146,12 +151,10 @@ def _check_restarts(environment: Environment) -> None:
     launcher = Launcher(environment.launcher)
     restarts = environment.attempt - (launcher.read("progress") or 0)
     if restarts > environment.max_restarts:
-        error = TooManyRestartsError(
+        raise TooManyRestartsError(
             f"ranks have died {restarts} times without a new checkpoint (MAX_RESTARTS={environment.max_restarts}); "
             "what ended the first of them stands above"
         )
-        error.agreed = environment.one_node  # other nodes count for themselves
-        raise error
 
 
 def note_progress(environment: Environment, store: Store | None) -> None:

@@ -36,7 +36,7 @@ LAYERS = [
     ["run", "convert", "planner", "machine"],
     ["trainer"],
     ["studies", "testing"],
-    ["job"],
+    ["job", "launch"],
     ["cli", "__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -69,6 +69,7 @@ ONLY_IN = {  # package -> the files that may import it
             "depth",
             "doctor",
             "generate",
+            "launch",
             "quantize",
             "recipes",
             "train",
@@ -96,7 +97,14 @@ ONLY_IN = {  # package -> the files that may import it
         for name in ("build", "add_norm", "attention", "activation", "cross_entropy", "sharded")
     ],
     "pickle": [],
-    "subprocess": ["data/english.py", "kernels/cpu/build.py", "resilience/supervisor.py"],
+    "subprocess": [
+        "data/english.py",
+        "kernels/cpu/build.py",
+        "launch/front.py",
+        "launch/ssh.py",
+        "launch/submit.py",
+        "resilience/supervisor.py",
+    ],
 }
 # Modules whose content can make a reader run code, and calls that do.
 FORBIDDEN_MODULES = {
@@ -262,13 +270,17 @@ def test_who_a_process_is_is_read_from_the_environment_in_one_file():
     names += r"|MAX_RESTARTS|TORCHELASTIC_\w+|PET_\w+|SLURM_\w+|OMPI_\w+|MEGARESNORM_(LAUNCHER|ELASTIC|MAX_RESTARTS)"
     reads = re.compile(rf"(environ|getenv|variables|found)(\.get)?[\[(]\s*[\"'](?:{names})[\"']")
     files = {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if reads.search(path.read_text())}
-    assert files == {"parallel/environment.py"}
+    assert files == {"parallel/environment.py", "parallel/launchers.py"}
     touched = {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if "environ" in path.read_text()}
     of_environ = {name for name in touched if "os.environ" in (ROOT / name).read_text()}
     assert of_environ == {
         "parallel/environment.py",
         "kernels/deterministic.py",  # sets what cuBLAS reads
         "resilience/supervisor.py",  # passes it on to torchrun
+        "launch/request.py",  # what is passed on to other nodes
+        "launch/front.py",  # passes it on to launchers
+        "launch/deepspeed.py",  # what its launcher passes on by itself
+        "cli/launch.py",  # sets what --env names
         "kernels/cpu/build.py",  # CC and the cache folder
         "data/english.py",  # the cache folder
         "data/tokenize.py",  # sets what a tokenizer's library reads

@@ -12,10 +12,11 @@ import typer
 from typer.main import get_command
 
 import megaresnorm
-from megaresnorm.cli import checkpoint, convert, data, depth, doctor, generate, quantize, recipes, train
+from megaresnorm.cli import checkpoint, convert, data, depth, doctor, generate, launch, quantize, recipes, train
 from megaresnorm.cli.arguments import new_app
 from megaresnorm.errors import ConfigError
 from megaresnorm.job import exit_code_of
+from megaresnorm.launch.words import decoded
 from megaresnorm.text import prepare_streams, say, write
 
 PROGRAM = "megaresnorm"
@@ -53,6 +54,7 @@ convert.add_to(app)
 generate.add_to(app)
 depth.add_to(app)
 quantize.add_to(app)
+launch.add_to(app)
 doctor.add_to(app)
 recipes.add_to(app)
 
@@ -72,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     command = get_command(app)
+    argv = decoded(argv) if argv[:1] == ["launch"] else argv
     if COMPLETE in os.environ:
         return command.main(argv, PROGRAM, standalone_mode=False)
     try:
@@ -90,7 +93,7 @@ def _one_line(error: Any) -> str:
     """What is wrong with the arguments, and where their description is."""
     command = error.ctx.command_path if error.ctx is not None else PROGRAM
     option = getattr(error, "option_name", None)
-    takes_settings = command in (f"{PROGRAM} train", f"{PROGRAM} depth")
+    takes_settings = command in (f"{PROGRAM} train", f"{PROGRAM} depth", f"{PROGRAM} launch")
     if takes_settings and option is not None and "requires" not in error.format_message():
         from megaresnorm.recipe.explain import meant_by_option
 

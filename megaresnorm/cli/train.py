@@ -21,9 +21,9 @@ _Memory = Annotated[int | None, typer.Option(parser=memory, metavar="SIZE", help
 _PLAN = "with --dry-run: where the data are not, to plan; needs model.vocab_size"
 _NoData = Annotated[bool, typer.Option("--no-data", help=_PLAN)]
 _ALL = "print every setting, not only those that differ from the defaults"
-_Full = Annotated[bool, typer.Option("--full", help=_ALL)]
+Full = Annotated[bool, typer.Option("--full", help=_ALL)]
 _DAMAGED = "end if the newest checkpoint is damaged, rather than go on from an older one"
-_NoFallback = Annotated[bool, typer.Option("--no-fallback", help=_DAMAGED)]
+NoFallback = Annotated[bool, typer.Option("--no-fallback", help=_DAMAGED)]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -44,8 +44,8 @@ def train(
     ranks: _Ranks = None,
     memory: _Memory = None,
     no_data: _NoData = False,
-    full: _Full = False,
-    no_fallback: _NoFallback = False,
+    full: Full = False,
+    no_fallback: NoFallback = False,
 ) -> int:
     """Train the run of a recipe. If its output folder has a checkpoint, the run goes on from the newest one."""
     from megaresnorm.job import run_job

@@ -1,8 +1,15 @@
-"""The address by which other nodes reach this one."""
+"""The address by which other nodes reach this one, and the network interface that has it."""
 
+import errno
+import fcntl
 import socket
+import struct
+from pathlib import Path
 
 ELSEWHERE = "192.0.2.1"  # an address that no host has (RFC 5737)
+LOOPBACK = "lo"
+_IPV6_ADDRESSES = Path("/proc/net/if_inet6")  # Linux: address in hex, index, prefix length, scope, flags, interface
+_SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 
 
 def local_address_of(host: str, port: int) -> str | None:
@@ -15,11 +22,14 @@ def local_address_of(host: str, port: int) -> str | None:
         None where the name cannot be resolved yet.
     """
     address = address_towards(host, port)
-    named = host != "localhost" and not _is_loopback(host)
-    return address_towards(ELSEWHERE, port) if named and address is not None and _is_loopback(address) else address
+    named = host != "localhost" and not is_loopback(host)
+    if not named or address is None or not is_loopback(address):
+        return address
+    return address_towards(ELSEWHERE, port) or _only_address() or address
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Whether an address is this host's own, to which no other host has a way."""
     return address == "::1" or address.startswith("127.")
 
 
@@ -35,3 +45,79 @@ def address_towards(host: str, port: int) -> str | None:
             return probe.getsockname()[0]
     except OSError:
         return None
+
+
+def _only_address() -> str | None:
+    """The one IPv4 address of this node besides loopback, where there is no default route; None with several."""
+    found = {address for _, name in socket.if_nameindex() if name != LOOPBACK and (address := _ipv4_of(name))}
+    return found.pop() if len(found) == 1 else None
+
+
+def interface_of(address: str | None) -> str | None:
+    """Name of the network interface with this address; None if the system does not tell (it does on Linux)."""
+    if not address:
+        return None
+    if ":" in address:
+        return _interface_of_ipv6(address)
+    return next((name for _, name in socket.if_nameindex() if _ipv4_of(name) == address), None)
+
+
+def _ipv4_of(interface: str) -> str | None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        except OSError:
+            return None
+    return socket.inet_ntoa(answer[20:24])
+
+
+def _interface_of_ipv6(address: str) -> str | None:
+    address, _, zone = address.partition("%")
+    if zone:
+        return zone
+    wanted = socket.inet_pton(socket.AF_INET6, address).hex()
+    try:
+        lines = [line.split() for line in _IPV6_ADDRESSES.read_text().splitlines()]
+    except OSError:
+        return None
+    return next((words[5] for words in lines if words[0] == wanted), None)
+
+
+def listen(address: str, port: int) -> int:
+    """A listening socket on one address of this node.
+
+    Returns:
+        The descriptor.
+
+    Raises:
+        OSError: it cannot listen there.
+    """
+    family, kind, _, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(where)
+        listener.listen(1024)
+        return listener.detach()
+
+
+def listen_where_reached(host: str, port: int) -> int:
+    """A listening socket on the address of this node that ``host`` means for others.
+
+    It is on all addresses where this node cannot know that one: its name is loopback in its own /etc/hosts, or others
+    reach it by an address that is not its own (behind a translation of addresses).
+
+    Returns:
+        The descriptor.
+
+    Raises:
+        OSError: it cannot listen on that port.
+    """
+    address = address_towards(host, port)
+    named = host != "localhost" and not is_loopback(host)
+    everywhere = "::" if ":" in (address or host) else "0.0.0.0"
+    try:
+        return listen(everywhere if named and address is not None and is_loopback(address) else host, port)
+    except OSError as e:
+        if e.errno != errno.EADDRNOTAVAIL:
+            raise
+        return listen(everywhere, port)

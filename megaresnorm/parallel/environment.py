@@ -1,29 +1,38 @@
 """The place of this process among the ranks of a job, and how the ranks of a node are to be started.
 
-The variables that torchrun sets, and those that launch/torchrun.sh takes and sets, are read here and nowhere else. One
-variable alone does not make this a rank. Without WORLD_SIZE it is one process, whatever RANK an old shell still holds.
+The variables that launchers set, and those that megaresnorm launch takes and sets, are read here and nowhere else. One
+variable alone does not make this a rank. Without WORLD_SIZE, or a launcher's own variables, it is one process, whatever
+RANK an old shell still holds.
 """
 
 import os
 import re
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from megaresnorm.errors import ConfigError
-from megaresnorm.limits import MAX_RANKS
+from megaresnorm.limits import MAX_RANKS, MAX_SHOWN
+from megaresnorm.parallel.launchers import PORT, Started, is_number, number, plan_of, started_by
 
 LAUNCHER = "MEGARESNORM_LAUNCHER"  # a private folder of this node's ranks and their supervisor
 ELASTIC = "MEGARESNORM_ELASTIC"  # nodes may come and go
 MAX_RESTARTS = "MEGARESNORM_MAX_RESTARTS"  # how often ranks are started again without a new checkpoint
+LOGS = "MEGARESNORM_LOGS"  # folder into which each rank of this node writes what it prints
+STORE = "MEGARESNORM_STORE"  # descriptor of the socket on which torchrun's rendezvous listens on this node
 MAX_PORT = 65535
+MAX_NODES = 99_999
+MAX_LOCAL = 1024  # ranks of one node
+_SETTINGS = ("RANKS_PER_NODE", "NODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "JOB_ID", "MAX_RESTARTS", "LOG_DIR")
 UNLIMITED = 1_000_000  # torchrun's own limit of restarts; ranks count by progress (resilience/signals.py)
 
 
 @dataclass(frozen=True)
 class Environment:
-    """The place of this process in its job. The defaults are one process that torchrun has not started.
+    """The place of this process in its job. The defaults are one process that no launcher has started.
 
     Attributes:
         rank, local_rank, world_size: as torchrun has them.
@@ -33,8 +42,10 @@ class Environment:
         attempt: how often torchrun has started the ranks again because one died.
         max_restarts: how often it may do so without a new checkpoint; None where no variable says.
         job: torchrun's name for the job; None where it has none of its own.
-        launcher: private folder of launch/torchrun.sh; None without it.
+        launcher: private folder of megaresnorm launch; None without it.
+        logs: folder into which this rank writes what it prints; None to print it.
         elastic: whether nodes may come and go.
+        has_parent: whether a launcher is the parent of this process, which then ends with it.
     """
 
     rank: int = 0
@@ -48,7 +59,9 @@ class Environment:
     max_restarts: int | None = None
     job: str | None = None
     launcher: Path | None = None
+    logs: Path | None = None
     elastic: bool = False
+    has_parent: bool = False
 
     @property
     def one_node(self) -> bool:
@@ -63,49 +76,97 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         variables: to be read in place of the process's own.
 
     Raises:
-        ConfigError: only some of torchrun's variables are set, or one is not a number in its range.
+        ConfigError: only some of a launcher's variables are set, or one is not a number in its range.
     """
     found = os.environ if variables is None else variables
     job = found.get("TORCHELASTIC_RUN_ID", "none")
     common = {
         "job": None if job in ("none", "") else job,
         "launcher": Path(found[LAUNCHER]) if found.get(LAUNCHER) else None,
+        "logs": Path(found[LOGS]) if found.get(LOGS) else None,
         "elastic": ELASTIC in found,
     }
     if "WORLD_SIZE" not in found:
+        started = started_by(found)
+        if started is not None and started.size > 1:
+            return _environment_of(started, found)
         return Environment(**common)  # type: ignore[arg-type]
-    world_size = _number(found, "WORLD_SIZE", 1, MAX_RANKS)
+    world_size = number("torchrun", found, "WORLD_SIZE", 1, MAX_RANKS)
+    one_each = "KUBERNETES_SERVICE_HOST" in found and "LOCAL_RANK" not in found  # Kubeflow: a pod is a rank
     if world_size > 1:
-        missing = [n for n in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not found.get(n)]
+        needed = ("RANK", *(() if one_each else ("LOCAL_RANK",)), "MASTER_ADDR", "MASTER_PORT")
+        missing = [n for n in needed if not found.get(n)]
         if missing:
             raise ConfigError(
                 f"the environment is not torchrun's: WORLD_SIZE={world_size}, but {', '.join(missing)} missing; "
                 "start with bash launch/torchrun.sh, or unset WORLD_SIZE"
             )
+    here = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if found.get(name)), None)  # the second: DeepSpeed
+    agent_store = found.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return Environment(
-        rank=_number(found, "RANK", 0, world_size - 1, 0),
-        local_rank=_number(found, "LOCAL_RANK", 0, world_size - 1, 0),
+        rank=number("torchrun", found, "RANK", 0, world_size - 1, 0),
+        local_rank=number("torchrun", found, "LOCAL_RANK", 0, world_size - 1, 0),
         world_size=world_size,
-        ranks_here=_number(found, "LOCAL_WORLD_SIZE", 1, world_size) if found.get("LOCAL_WORLD_SIZE") else None,
+        ranks_here=1 if one_each else None if here is None else number("torchrun", found, here, 1, world_size),
         master_addr=found.get("MASTER_ADDR"),
-        master_port=_number(found, "MASTER_PORT", 0, MAX_PORT, 0) if world_size > 1 else None,
-        agent_store=found.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-        attempt=_number(found, "TORCHELASTIC_RESTART_COUNT", 0, MAX_RANKS, 0),
-        max_restarts=_number(found, MAX_RESTARTS, 0, MAX_RANKS) if MAX_RESTARTS in found else None,
+        master_port=number("torchrun", found, "MASTER_PORT", 0, MAX_PORT, 0) if world_size > 1 else None,
+        agent_store=agent_store,
+        attempt=number("torchrun", found, "TORCHELASTIC_RESTART_COUNT", 0, MAX_RANKS, 0),
+        max_restarts=number("torchrun", found, MAX_RESTARTS, 0, MAX_RANKS) if MAX_RESTARTS in found else None,
+        has_parent=agent_store or LAUNCHER in found or "CROSS_RANK" in found,
         **common,  # type: ignore[arg-type]
     )
 
 
-def _number(found: Mapping[str, str], name: str, least: int, most: int, default: int | None = None) -> int:
-    text = found.get(name)
-    if text is None and default is not None:
-        return default
-    if text is None or not (text.isascii() and text.isdecimal()) or len(text) > 9 or not least <= int(text) <= most:
+def _environment_of(started: Started, found: Mapping[str, str]) -> Environment:
+    """The environment of a rank that srun or mpirun has started.
+
+    Raises:
+        ConfigError: nothing says where rank 0 can be reached.
+    """
+    address = found.get("MASTER_ADDR") or started.master_addr
+    if started.one_node:
+        address = "127.0.0.1"
+    if not address:
         raise ConfigError(
-            f"the environment is not torchrun's: {name}={text!r}, wanted a whole number from {least} to {most}; "
-            "start with bash launch/torchrun.sh, or unset WORLD_SIZE"
+            f"{started.by} has started {started.size} ranks on several nodes, and nothing says where rank 0 can be "
+            "reached; set MASTER_ADDR to its host on all of them (mpirun -x MASTER_ADDR=...)"
         )
-    return int(text)
+    return Environment(
+        rank=started.rank,
+        local_rank=started.local_rank,
+        world_size=started.size,
+        ranks_here=started.local_size,
+        master_addr=address,
+        master_port=number(started.by, found, "MASTER_PORT", 1, MAX_PORT, started.port),
+        job=started.job,
+        has_parent=True,
+    )
+
+
+def listening_socket(variables: Mapping[str, str] | None = None) -> tuple[int, str, int] | None:
+    """Descriptor, address and port of the socket on which this node keeps the store of torchrun's rendezvous.
+
+    None where another node keeps it.
+    """
+    variables = os.environ if variables is None else variables
+    if not variables.get(STORE):
+        return None
+    descriptor = int(variables[STORE])
+    with socket.socket(fileno=os.dup(descriptor)) as listener:
+        address, port = listener.getsockname()[:2]
+    return descriptor, address, port
+
+
+def is_in_allocation(variables: Mapping[str, str] | None = None) -> bool:
+    """Whether this process is in an allocation of Slurm, in which srun starts tasks at once."""
+    return bool((os.environ if variables is None else variables).get("SLURM_JOB_ID"))
+
+
+def host_name(variables: Mapping[str, str] | None = None) -> str:
+    """Name of this node, for people: what a launcher calls it, else its own."""
+    variables = os.environ if variables is None else variables
+    return variables.get("SLURMD_NODENAME") or socket.gethostname() or "this host"
 
 
 @dataclass(frozen=True)
@@ -119,6 +180,8 @@ class Plan:
         master: address and port where the torchrun processes of all nodes meet; None with one node.
         job: name of the job, the same on all nodes.
         max_restarts: how often ranks are restarted without a new checkpoint.
+        logs: folder into which each rank writes what it prints; None to print it alone.
+        attached: whether this process ends with those that have started it, such as a shell of ssh.
     """
 
     ranks_here: int
@@ -127,6 +190,8 @@ class Plan:
     master: tuple[str, int] | None = None
     job: str = ""
     max_restarts: int = 3
+    logs: Path | None = None
+    attached: bool = False
 
     @property
     def elastic(self) -> bool:
@@ -134,40 +199,91 @@ class Plan:
         return self.nodes[0] != self.nodes[1]
 
 
-def read_plan(default_ranks: Callable[[], int], variables: Mapping[str, str] | None = None) -> Plan:
-    """The plan that the variables of launch/torchrun.sh describe; its --help lists them.
+def read_plan(
+    default_ranks: Callable[[], int], variables: Mapping[str, str] | None = None, **settings: str | None
+) -> Plan:
+    """The plan that settings describe; ``megaresnorm launch --help`` and that of launch/torchrun.sh list them.
 
     Args:
-        default_ranks: gives the number of ranks of this node where no variable says.
-        variables: to be read in place of the process's own.
+        default_ranks: gives the number of ranks of this node where nothing says.
+        variables: to be read in place of the process's own: those of launch/torchrun.sh, else those of a launcher that
+            has started one process a node.
+        **settings: in place of the variables of the same names; None where one is not given.
 
     Raises:
         ConfigError: one is missing or cannot be used.
     """
-    variables = os.environ if variables is None else variables
-    named = variables.get("RANKS_PER_NODE")
-    ranks_here = _setting(variables, "RANKS_PER_NODE", 1, 1024, 1) if named else default_ranks()
-    max_restarts = _setting(variables, "MAX_RESTARTS", 0, UNLIMITED, 3)
-    text = variables.get("NODES") or "1"
+    found = os.environ if variables is None else variables
+    theirs = plan_of(found)
+    own = {name: found[name] for name in _SETTINGS if found.get(name)}
+    given = {name: value for name, value in settings.items() if value is not None}
+    chosen = theirs | own | given
+    for name in ("NODES", "NODE_RANK"):
+        if name in theirs and name in own | given and ":" not in chosen[name] and chosen[name] != theirs[name]:
+            raise ConfigError(f"{name}={chosen[name]}, but the launcher that has started this says {theirs[name]}")
+    named = chosen.get("RANKS_PER_NODE")
+    ranks_here = _setting(chosen, "RANKS_PER_NODE", 1, MAX_LOCAL, 1) if named else default_ranks()
+    common: dict[str, Any] = {
+        "max_restarts": _setting(chosen, "MAX_RESTARTS", 0, UNLIMITED, 3),
+        "logs": Path(chosen["LOG_DIR"]) if chosen.get("LOG_DIR") else None,
+        # DeepSpeed's launcher is a shell of ssh, too.
+        "attached": bool(chosen.get("ATTACHED")) or "CROSS_RANK" in found,
+    }
+    text = chosen.get("NODES") or "1"
     match = re.fullmatch(r"([0-9]{1,5})(?::([0-9]{1,5}))?", text)
     nodes = (0, 0) if match is None else (int(match[1]), int(match[2] or match[1]))
     if not 1 <= nodes[0] <= nodes[1]:
         raise ConfigError(f"NODES={text!r}: wanted a number, or MIN:MAX for nodes that come and go")
     if nodes == (1, 1):
-        return Plan(ranks_here, job=variables.get("JOB_ID") or f"megaresnorm-{uuid4().hex}", max_restarts=max_restarts)
-    address = variables.get("MASTER_ADDR")
+        return Plan(ranks_here, job=_job(chosen) or f"megaresnorm-{uuid4().hex}", **common)
+    address = chosen.get("MASTER_ADDR")
     elastic = nodes[0] != nodes[1]
-    if not address or (not elastic and not variables.get("NODE_RANK")):
+    if not address or (not elastic and not chosen.get("NODE_RANK")):
         wanted = "MASTER_ADDR" if elastic else "NODE_RANK and MASTER_ADDR"
         raise ConfigError(f"NODES={text} needs {wanted} on every node")
-    port = _setting(variables, "MASTER_PORT", 1, MAX_PORT, 29500)
-    node_rank = None if elastic else _setting(variables, "NODE_RANK", 0, nodes[1] - 1, 0)
-    job = variables.get("JOB_ID") or f"megaresnorm-{address}-{port}"
-    return Plan(ranks_here, nodes, node_rank, (address, port), job, max_restarts)
+    check_host("MASTER_ADDR", address)
+    port = _setting(chosen, "MASTER_PORT", 1, MAX_PORT, PORT)
+    node_rank = None if elastic else _setting(chosen, "NODE_RANK", 0, nodes[1] - 1, 0)
+    return Plan(
+        ranks_here, nodes, node_rank, (address, port), _job(chosen) or f"megaresnorm-{address}-{port}", **common
+    )
+
+
+def _job(chosen: Mapping[str, str]) -> str | None:
+    job = chosen.get("JOB_ID")
+    if job and not re.fullmatch(r"[\w.:@+-]{1,200}", job, re.ASCII):
+        raise ConfigError(f"JOB_ID={job[:MAX_SHOWN]!r}: wanted letters, digits and . : @ + - _")
+    return job
+
+
+def check_host(name: str, host: str) -> str:
+    """Check that a text can be the name or the address of a host.
+
+    Args:
+        name: of the setting.
+
+    Returns:
+        The host.
+
+    Raises:
+        ConfigError: it has other characters than names and addresses have, or looks like an option.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252}[A-Za-z0-9_.])?", host) and not _is_ipv6(host):
+        raise ConfigError(f"{name}={host[:MAX_SHOWN]!r}: wanted the name or the address of a host")
+    return host
+
+
+def _is_ipv6(host: str) -> bool:
+    address, _, zone = host.partition("%")
+    try:
+        socket.inet_pton(socket.AF_INET6, address)
+    except (OSError, ValueError):
+        return False
+    return re.fullmatch(r"[A-Za-z0-9_.-]{0,15}", zone) is not None
 
 
 def _setting(variables: Mapping[str, str], name: str, least: int, most: int, default: int) -> int:
     text = variables.get(name) or str(default)
-    if not (text.isascii() and text.isdecimal()) or len(text) > 9 or not least <= int(text) <= most:
-        raise ConfigError(f"{name}={text!r}: wanted a whole number from {least} to {most}")
+    if not is_number(text, least, most):
+        raise ConfigError(f"{name}={text[:MAX_SHOWN]!r}: wanted a whole number from {least} to {most}")
     return int(text)

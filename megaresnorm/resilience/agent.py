@@ -3,16 +3,20 @@
 Thirty seconds after a SIGTERM torchrun by itself would kill ranks that have not saved yet. Here it never hears of one:
 signals are blocked, a thread passes them on to the supervisor, and the ranks inherit the mask, so that a signal that
 comes while a rank is still importing torch waits until somebody listens (resilience/signals.py).
+
+Where several nodes meet on this one, it keeps their store, on the one address that the supervisor listens on.
 """
 
+import logging
 import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 
 from megaresnorm.errors import LostRankError
-from megaresnorm.parallel.environment import read_environment
-from megaresnorm.resilience.launcher import SIGNALS, Launcher, children, end_with, kill
+from megaresnorm.parallel.environment import host_name, listening_socket, read_environment
+from megaresnorm.resilience.launcher import SIGNALS, Failure, Launcher, children, end_with, kill
 from megaresnorm.text import say
 
 BLOCKED = (*SIGNALS, signal.SIGHUP)
@@ -27,18 +31,49 @@ def main() -> None:
     launcher = Launcher(folder)
     threading.Thread(target=_pass_on, args=(supervisor,), name="signals", daemon=True).start()
     end_with(supervisor, launcher, first=_kill_ranks)
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
     from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import main as torchrun
 
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addHandler(_Killed(launcher))
+    store = None
+    if (listener := listening_socket()) is not None:
+        descriptor, address, port = listener
+        store = TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor)
     try:
         torchrun(sys.argv[1:])
-    except SignalException:  # the supervisor's SIGQUIT
+    except (SignalException, ChildFailedError):  # the supervisor's SIGQUIT; ranks that are not to be started again
         sys.exit(1)
     except RendezvousError as e:
         reason = str(e).splitlines()[0]
         say(f"megaresnorm: error: this node and the one at MASTER_ADDR did not meet ({reason})", error=True)
         sys.exit(LostRankError.exit_code)
+    finally:
+        del store  # other nodes have used it until here
+
+
+class _Killed(logging.Handler):
+    """Notes a rank that a signal has killed, which could not do so itself: torchrun logs its exit code."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        super().__init__(logging.ERROR)
+        self._launcher = launcher
+
+    def emit(self, record: logging.LogRecord) -> None:
+        arguments = record.args if isinstance(record.args, tuple) else ()
+        if not str(record.msg).startswith("failed (exitcode: %s) local_rank: %s") or len(arguments) < 2:
+            return
+        code, local_rank = arguments[:2]
+        if not isinstance(code, int) or not isinstance(local_rank, int) or code >= 0 or -code == signal.SIGTERM:
+            return
+        name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
+        rank = self._launcher.ranks().get(local_rank, local_rank)
+        hint = "; was its memory used up? (dmesg)" if -code == signal.SIGKILL else ""
+        attempt = self._launcher.read("attempt") or 0
+        with suppress(OSError):
+            self._launcher.note_failure(Failure(rank, host_name(), f"killed by {name}{hint}", 128 - code), attempt)
 
 
 def _kill_ranks() -> None:

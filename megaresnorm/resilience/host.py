@@ -1,5 +1,6 @@
-"""How much memory this machine, or the job's share of it, has."""
+"""How much memory and how many cores this machine, or the job's share of it, has."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -78,3 +79,13 @@ def _limit(folder: Path, limit: str, used: str, files: str) -> HostMemory | None
         return HostMemory(total, total - int((folder / used).read_text()) + int(pages.get(files, 0)))
     except (OSError, ValueError):
         return None
+
+
+def available_cores(cgroups: Path = CGROUPS) -> int:
+    """Cores that this process may use: of its affinity, and of what its control group allows a second."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = (cgroups / "cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError, ZeroDivisionError):  # "max": no limit; version 1 of control groups
+        return cores

@@ -6,6 +6,9 @@ They lie in a private folder that lasts as long as the job, and that the supervi
   stop         exit code of a signal that the supervisor was sent; ranks that are still starting find it here
   end          exit code of ranks that ended on purpose, and would end so again
   progress     attempt in which the newest checkpoint was written
+  attempt      how often the ranks of this node have been started again
+  rank-L       rank of the L-th process of this node
+  failed-N     rank of this node that failed first in attempt N, and why
   ranks-N-P    torch's store of attempt N, if all ranks are on this node: nothing listens on a port
 
 torchrun restarts what does not end with 0. So a rank that ends on purpose leaves its exit code here and ends with 0.
@@ -13,6 +16,7 @@ torchrun restarts what does not end with 0. So a rank that ends on purpose leave
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -20,11 +24,33 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # these save a checkpoint and end the run
 PREFIX = "megaresnorm-"  # of the name of the folder
+MOST_ANCESTORS = 64
 LOOK = 0.5  # seconds between two checks that parent and supervisor are alive
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rank failed.
+
+    Attributes:
+        rank: of all.
+        host: of its node.
+        line: what happened.
+        exit_code: of the job for that.
+    """
+
+    rank: int
+    host: str
+    line: str
+    exit_code: int
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}: {self.line}"
 
 
 class Launcher:
@@ -54,6 +80,35 @@ class Launcher:
         except OSError:
             return None
         return int(text) if text.isdecimal() else None
+
+    def introduce(self, rank: int, local_rank: int, attempt: int) -> None:
+        """Tell the supervisor which rank a process of this node is, in which start of the ranks."""
+        with suppress(OSError):  # a full /tmp: then a killed rank is known by its number on this node
+            self.write(f"rank-{local_rank}", rank)
+            if local_rank == 0:
+                self.write("attempt", attempt)
+
+    def note_failure(self, failure: "Failure", attempt: int) -> None:
+        """Note why a rank of this node failed; only the first one of an attempt counts.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        temporary = self.folder / f".failed.{os.getpid()}"
+        temporary.write_text(json.dumps(asdict(failure)))
+        with suppress(FileExistsError):
+            os.link(temporary, self.folder / f"failed-{attempt}")
+        temporary.unlink()
+
+    def failure(self) -> "Failure | None":
+        """The first failure of the newest attempt that had one on this node."""
+        attempts = {int(path.name[7:]): path for path in self.folder.glob("failed-[0-9]*")}
+        return Failure(**json.loads(attempts[max(attempts)].read_text())) if attempts else None
+
+    def ranks(self) -> dict[int, int]:
+        """Ranks of this node's processes, as far as they have been started, by local rank."""
+        found = {int(path.name[5:]): self.read(path.name) for path in self.folder.glob("rank-*[0-9]")}
+        return {local: rank for local, rank in found.items() if rank is not None}
 
     def forget(self, name: str) -> None:
         """Remove a file, if it is there."""
@@ -95,6 +150,18 @@ class Launcher:
         """Remove the folder that a killed supervisor has left."""
         if self.folder.name.startswith(PREFIX):
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def ancestors(pid: int) -> tuple[int, ...]:
+    """Process ids of the parent of a process, its parent, and so on; empty if the system does not tell (Linux does)."""
+    found: list[int] = []
+    while pid > 1 and len(found) < MOST_ANCESTORS:
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):
+            break
+        found.append(pid)
+    return tuple(found)
 
 
 def end_with(parent: int, launcher: Launcher | None, first: Callable[[], None] = lambda: None) -> None:

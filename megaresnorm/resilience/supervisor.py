@@ -1,116 +1,49 @@
-"""The process of launch/torchrun.sh: it starts torchrun with the ranks of this node, and hears signals for all of them.
+"""The process of a node under every launcher: it starts torchrun with the node's ranks, and hears signals for all.
 
 A signal saves a checkpoint, however long that takes; before the first step, when there is nothing to save, it ends the
 ranks at once. A second one ends them at once in any case. Whatever ends this process ends the job on this node.
 """
 
 import errno
-import fcntl
 import os
+import shlex
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 from megaresnorm.errors import ConfigError
-from megaresnorm.parallel.addresses import local_address_of
-from megaresnorm.parallel.environment import ELASTIC, LAUNCHER, MAX_RESTARTS, UNLIMITED, Plan, read_plan
-from megaresnorm.resilience.launcher import PREFIX, SIGNALS, Launcher, children, kill
+from megaresnorm.parallel.addresses import listen_where_reached, local_address_of
+from megaresnorm.parallel.environment import LAUNCHER, STORE, Plan, host_name, read_plan
+from megaresnorm.resilience.hearing import Hearing
+from megaresnorm.resilience.launcher import LOOK, PREFIX, Launcher, ancestors, children, kill
+from megaresnorm.resilience.rank_logs import Followed
+from megaresnorm.resilience.torchrun import CONNECT, environment_of, raise_limits, torchrun_command
 from megaresnorm.text import say
 
-LOOPBACK = "lo"
-SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
-# Seconds after the first signal in which another counts as the same one: what ends a whole job signals its processes
-# one after the other, and each passes it on.
-REPEATS = 1.0
 GRACE = 1.0  # seconds between asking torchrun to end and killing it
 # Seconds that torchrun may wait for those of other nodes once its ranks have ended on purpose; by itself it waits 300.
 BARRIER = 20.0
 LAST_WORDS = 4.0  # seconds for the other ranks to end, once one has ended on purpose before the first step
 SILENT = 5.0  # seconds of waiting for other nodes before the first message about it
+PATIENCE = 60.0  # seconds to save a checkpoint once the launcher is gone
 EVERY = 60.0  # seconds between two such messages
-JOIN = 30 * 24 * 3600  # seconds that a node waits for others; this process says so, and a signal ends it
-CONNECT = 900  # seconds that it waits for the rendezvous node, which may be installing an environment first
-
-
-def torchrun_arguments(plan: Plan, folder: Path, local_address: str | None) -> list[str]:
-    """Arguments for torchrun, with all that it could also take from PET_... variables.
-
-    The rendezvous of one node is a file: nothing listens on a port.
-    """
-    if plan.master is None:
-        conf, endpoint = "store_type=file", str(folder / "rendezvous")
-    else:
-        host = "" if plan.node_rank is None else f",is_host={int(plan.node_rank == 0)}"
-        waits = f"join_timeout={JOIN},read_timeout={CONNECT}"
-        conf, endpoint = f"store_type=tcp{host},{waits}", f"{plan.master[0]}:{plan.master[1]}"
-    # Not torchrun's static rendezvous, in which nodes would not hear that another restarts its ranks, or has ended.
-    return [
-        *("--nnodes", f"{plan.nodes[0]}:{plan.nodes[1]}", "--nproc-per-node", str(plan.ranks_here)),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", plan.job, "--rdzv-conf", conf),
-        *("--max-restarts", str(UNLIMITED), "--monitor-interval", "0.1", "--signals-to-handle", "SIGQUIT"),
-        *(() if local_address is None else ("--local-addr", local_address)),
-        *("-m", "megaresnorm.cli", "train"),
-    ]  # fmt: skip
-
-
-def environment_of(plan: Plan, variables: Mapping[str, str], folder: Path, local_address: str | None) -> dict[str, str]:
-    """Environment variables of torchrun and its ranks.
-
-    Network libraries use the interface of ``local_address``; with one node, none but loopback.
-    """
-    ours = {name: value for name, value in variables.items() if not name.startswith(("PET_", "TORCHELASTIC_"))}
-    for left in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", ELASTIC):
-        ours.pop(left, None)
-    ours |= {LAUNCHER: str(folder), MAX_RESTARTS: str(plan.max_restarts)}
-    # Workers that share the launcher's store find dead addresses in it after a restart.
-    ours["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    ours.setdefault("OMP_NUM_THREADS", "1")  # several ranks with several threads each would compete for the cores
-    if plan.elastic:
-        ours[ELASTIC] = "1"
-    interface = LOOPBACK if plan.master is None else interface_of(local_address)
-    if interface is not None:
-        ours.setdefault("GLOO_SOCKET_IFNAME", interface)
-        ours.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without = NCCL takes every name that begins so
-    return ours
-
-
-def interface_of(address: str | None) -> str | None:
-    """Name of the network interface with this IPv4 address; None if the system does not tell (it does on Linux)."""
-    for _, name in socket.if_nameindex() if address else []:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:
-                continue
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return None
 
 
 class Supervisor:
     """Hears signals from its construction on, and runs one torchrun to its end."""
 
     def __init__(self) -> None:
-        self._stop = 0  # exit code of the first signal
-        self._first, self._ended = 0.0, float("inf")  # when it came; when a rank was seen to have ended on purpose
+        self._ended = float("inf")  # when a rank was seen to have ended on purpose
         # When ranks of this node were last seen; inf before that, and always where the system does not tell.
         self._ranks_seen = float("inf")
-        self._again = False
-        self._wakeup, self._wakes = socket.socketpair()  # a signal writes to _wakes, which ends a wait for _wakeup
-        self._wakes.setblocking(False)
-        signal.set_wakeup_fd(self._wakes.fileno(), warn_on_full_buffer=False)
-        # Also if this was started with signals ignored, as by cron and scripts; but nohup ignores SIGHUP on purpose.
-        heard = [*SIGNALS] + [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)
-        for number in heard:
-            signal.signal(number, self._hear)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
+        self._hearing = Hearing(self._pass_on)
 
     def run(self, plan: Plan, arguments: Sequence[str]) -> int:
         """Run the job to its end, and return its exit code.
@@ -119,13 +52,19 @@ class Supervisor:
             arguments: of ``megaresnorm train``.
 
         Raises:
-            OSError: the folder for temporary files cannot be written.
+            ConfigError: this node cannot listen at the address of the job, or that name does not resolve.
+            OSError: the folder for temporary files, or that of logs, cannot be written.
         """
         self._plan, self._arguments = plan, arguments
+        if plan.attached:
+            _end_without(ancestors(os.getpid()), lambda: signal.raise_signal(signal.SIGHUP), self._end_all_now)
+        if plan.logs is not None:
+            plan.logs.mkdir(parents=True, exist_ok=True)
+        raise_limits()
         with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as folder:
             self._launcher = Launcher(Path(folder))
-            if self._stop:  # the signal came when the folder was not there yet
-                return self._stop
+            if self._hearing.stop:  # the signal came when the folder was not there yet
+                return self._hearing.stop
             lock = self._launcher.lock()
             try:
                 return self._run(Path(folder))
@@ -133,36 +72,98 @@ class Supervisor:
                 os.close(lock)
 
     def _run(self, folder: Path) -> int:
-        local_address = None if self._plan.master is None else local_address_of(*self._plan.master)
-        command = [sys.executable, "-m", "megaresnorm.resilience.agent"]
+        local_address = None if self._plan.master is None else self._await_address(*self._plan.master)
+        if self._hearing.stop:
+            return self._hearing.stop
+        environment = environment_of(self._plan, os.environ, folder, local_address)
+        store = self._listen(local_address)
+        if store is not None:
+            environment[STORE] = str(store)
+        logs = self._plan.logs
+        self._followed = None if logs is None else Followed(logs, lambda: self._launcher.ranks().values())
         self._torchrun = subprocess.Popen(
-            [*command, *torchrun_arguments(self._plan, folder, local_address), *self._arguments],
-            env=environment_of(self._plan, os.environ, folder, local_address),
+            [*torchrun_command(self._plan, folder, local_address), *self._arguments],
+            env=environment,
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C in a terminal reaches this process alone
+            pass_fds=() if store is None else (store,),
         )
+        if store is not None:
+            os.close(store)
         try:
             self._wait()
         finally:
             self._end_all()
-        end = self._launcher.read("end")
-        if end is not None:
-            return end
-        return self._stop or (self._torchrun.returncode if self._torchrun.returncode >= 0 else 1)
+        return self._last_word()
+
+    def _last_word(self) -> int:
+        """The exit code. The first error of this node's ranks is said once more, behind those that it has caused."""
+        if self._followed is not None:
+            self._followed.print_new(last=True)
+        end, failure = self._launcher.read("end"), self._launcher.failure()
+        code = end if end is not None else self._hearing.stop or self._torchrun.returncode
+        if failure is None or code == 0 or self._hearing.stop:
+            return code if code >= 0 else 1
+        say(f"megaresnorm: error: {failure}", error=True)
+        return end if end is not None else failure.exit_code
+
+    def _await_address(self, host: str, port: int) -> str | None:
+        """This node's address on the way to ``host``, once that name resolves: a pod's does when the pod runs.
+
+        Raises:
+            ConfigError: it does not within ``CONNECT`` seconds.
+        """
+        start = time.monotonic()
+        said = start + SILENT - EVERY
+        while (address := local_address_of(host, port)) is None and not self._hearing.stop:
+            now = time.monotonic()
+            if now > start + CONNECT:
+                raise ConfigError(f"MASTER_ADDR={host} does not resolve on {host_name()}; give an address")
+            if now > said + EVERY:
+                said = now
+                self._say(f"{host_name()} waits for the name {host} (MASTER_ADDR) to resolve")
+            self._hearing.sleep(0.5)
+        return address
+
+    def _listen(self, local_address: str | None) -> int | None:
+        """The socket of the nodes' store, where this node keeps it.
+
+        In an elastic job that is the node that has the address, or the first of several supervisors that do.
+
+        Raises:
+            ConfigError: the port is taken.
+        """
+        plan = self._plan
+        if plan.master is None or plan.node_rank not in (0, None):
+            return None
+        host, port = plan.master
+        try:
+            if plan.elastic and local_address_of(host, port) != _resolved(host):
+                return None
+            return listen_where_reached(host, port)
+        except OSError as e:
+            if plan.elastic and e.errno == errno.EADDRINUSE:
+                return None
+            raise ConfigError(
+                f"MASTER_ADDR={host} MASTER_PORT={port}: node 0 cannot listen there ({e.strerror}); "
+                "take another MASTER_PORT on all nodes"
+            ) from None
 
     def _wait(self) -> None:
         """Wait until torchrun has ended, or is to be ended without waiting."""
         said = time.monotonic() + SILENT - EVERY
         while self._torchrun.poll() is None:
-            self._sleep(0.1)
+            self._hearing.sleep(0.1)
             ranks = self._ranks()
             if ranks:
                 self._ranks_seen = time.monotonic()
+            if self._followed is not None:
+                self._followed.print_new()
             if self._is_to_end_at_once():
                 return
             if self._launcher.read("end") is not None and time.monotonic() > self._ranks_seen + BARRIER:
                 return
-            if self._plan.nodes[1] == 1 or self._stop or ranks:
+            if self._plan.nodes[1] == 1 or self._hearing.stop or ranks:
                 said = max(said, time.monotonic() + SILENT - EVERY)
             elif time.monotonic() > said + EVERY:
                 said = time.monotonic()
@@ -174,7 +175,7 @@ class Supervisor:
         They are after a second signal. Where nothing is to be saved, since no rank has begun or all are gone without
         having ended on purpose, they are after the first, and once one has ended on purpose: others may wait for it.
         """
-        if self._again:
+        if self._hearing.again:
             self._say("a second signal: ended at once, without saving")
             return True
         ended = self._launcher.read("end") is not None
@@ -184,35 +185,24 @@ class Supervisor:
         if ended:
             self._ended = min(self._ended, time.monotonic())
             return time.monotonic() > self._ended + LAST_WORDS
-        return bool(self._stop) and time.monotonic() > self._first + GRACE
+        return bool(self._hearing.stop) and time.monotonic() > self._hearing.first + GRACE
 
     def _what_it_waits_for(self) -> str:
-        least, most = self._plan.nodes
-        assert self._plan.master is not None
+        (least, most), master = self._plan.nodes, self._plan.master
+        assert master is not None
         others = f"1 of {most}" if most == 2 else f"up to {most - 1} of {most}"
         enough = f", {least} are enough" if least < most else ""
-        return (
-            f"waiting for {others} nodes to start their ranks ({self._plan.master[0]}:{self._plan.master[1]}{enough})"
-        )
+        place = f"[{master[0]}]:{master[1]}" if ":" in master[0] else f"{master[0]}:{master[1]}"
+        if self._plan.node_rank and not _answers(*master):
+            return f"{host_name()}, node {self._plan.node_rank}, waits for node 0: nothing answers at {place} yet"
+        return f"waiting for {others} nodes to start their ranks ({place}{enough})"
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        """Pass a signal on to the ranks."""
-        # The agent sends here what torchrun was sent. It counts as the same signal if it comes within REPEATS.
-        now = time.monotonic()
-        if self._stop:
-            self._again = self._again or now > self._first + REPEATS
-            return
-        number = signal.SIGTERM if number == signal.SIGHUP else number
-        self._stop, self._first = 128 + number, now
-        self._leave_word()
+    def _pass_on(self, number: signal.Signals) -> None:
+        """Pass the first signal on to the ranks. The agent sends here what torchrun was sent."""
+        with suppress(OSError, AttributeError):  # a full disk, or no folder yet: ranks that have begun hear it anyway
+            self._launcher.write("stop", 128 + number)
         for rank in self._ranks():
-            kill(rank, signal.Signals(number))
-
-    def _leave_word(self) -> None:
-        try:
-            self._launcher.write("stop", self._stop)
-        except (OSError, AttributeError):  # a full disk, or no folder yet: ranks that have begun hear the signal itself
-            return
+            kill(rank, number)
 
     def _ranks(self) -> list[int]:
         torchrun = getattr(self, "_torchrun", None)
@@ -233,16 +223,50 @@ class Supervisor:
         for pid in _processes_with(f"{LAUNCHER}={self._launcher.folder}"):
             kill(pid)
 
-    def _sleep(self, seconds: float) -> None:
-        """Sleep, for less if a signal comes."""
-        self._wakeup.settimeout(seconds)
-        try:
-            self._wakeup.recv(64)
-        except TimeoutError:
-            return
+    def _end_all_now(self) -> None:
+        """End this process and, by that, all of the job on this node: who has started it is gone."""
+        for pid in self._ranks():
+            kill(pid)
+        kill(os.getpid())
 
     def _say(self, line: str) -> None:
         say(f"megaresnorm: {line}", error=True)
+
+
+def _end_without(started_by: tuple[int, ...], ask: Callable[[], None], end: Callable[[], None]) -> None:
+    """Start a thread that ends this process's work once one of those that have started it is gone.
+
+    Those are a shell of ssh and what lies between; nobody would hear of this process any more.
+
+    Args:
+        started_by: process ids from the parent upwards, at the start.
+        ask: called first, to end in order.
+        end: called after ``PATIENCE``.
+    """
+
+    def watch() -> None:
+        while ancestors(os.getpid()) == started_by:
+            time.sleep(LOOK)
+        ask()
+        time.sleep(PATIENCE)
+        end()
+
+    threading.Thread(target=watch, name="ancestors", daemon=True).start()
+
+
+def _resolved(host: str) -> str | None:
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError:
+        return None
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=1.0).close()
+    except OSError:
+        return False
+    return True
 
 
 def _processes_with(variable: str) -> list[int]:
@@ -265,21 +289,38 @@ def default_ranks() -> int:
     return int(done.stdout) if done.returncode == 0 and done.stdout.strip().isdecimal() and int(done.stdout) else 2
 
 
-def main() -> int:
-    """Run ``megaresnorm train`` on the ranks of this node, and return the exit code of the job."""
+def describe(arguments: Sequence[str], **settings: str | None) -> list[str]:
+    """What ``supervise`` would run, as lines for a shell; those that begin with # say where.
+
+    Raises:
+        ConfigError: a setting or variable cannot be used.
+    """
+    plan = read_plan(default_ranks, None, **settings)
+    folder, address = Path(tempfile.gettempdir()) / f"{PREFIX}...", None
+    if plan.master is not None:
+        address = local_address_of(*plan.master)
+    variables = environment_of(plan, {}, folder, address)
+    place = "this node" if plan.node_rank is None else f"node {plan.node_rank} of {plan.nodes[1]}"
+    command = [*torchrun_command(plan, folder, address), *arguments]
+    return [
+        f"# {place}, {host_name()}: {plan.ranks_here} ranks, job {plan.job}; the supervisor would start",
+        shlex.join(["env", *(f"{name}={value}" for name, value in sorted(variables.items())), *command]),
+    ]
+
+
+def supervise(arguments: Sequence[str], **settings: str | None) -> int:
+    """Run ``megaresnorm train`` on the ranks of this node, and return the exit code of the job.
+
+    Args:
+        arguments: of ``megaresnorm train``.
+        **settings: of ``read_plan``.
+
+    Raises:
+        ConfigError: a setting or variable cannot be used.
+    """
     supervisor = Supervisor()
     try:
-        return supervisor.run(read_plan(default_ranks), sys.argv[1:])
-    except ConfigError as e:
-        say(f"error: {e}", error=True)
-        return e.exit_code
+        return supervisor.run(read_plan(default_ranks, None, **settings), arguments)
     except OSError as e:
-        say(
-            f"error: {e.filename or 'TMPDIR'}: cannot be written ({e.strerror}); TMPDIR names another folder",
-            error=True,
-        )
+        say(f"megaresnorm: error: {e.filename or 'TMPDIR'}: cannot be written ({e.strerror})", error=True)
         return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

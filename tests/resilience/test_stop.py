@@ -12,7 +12,7 @@ import pytest
 from launched import INTERVAL, LAYOUTS, STEPS, Launched, alive, losses
 
 from megaresnorm.checkpoint.format import list_checkpoints
-from megaresnorm.resilience.supervisor import REPEATS
+from megaresnorm.resilience.hearing import REPEATS
 
 TARGETS = ("one rank", "all ranks", "the launcher", "torchrun", "the whole job")
 

@@ -16,16 +16,11 @@ from megaresnorm.errors import ConfigError, TooManyRestartsError
 from megaresnorm.opening import ENDED, idle, note_progress, open_recipe
 from megaresnorm.parallel import addresses
 from megaresnorm.parallel import rendezvous as control
-from megaresnorm.parallel.addresses import address_towards
+from megaresnorm.parallel.addresses import address_towards, interface_of
 from megaresnorm.parallel.environment import Environment, Plan, read_plan
 from megaresnorm.parallel.mesh import lost_contact, usable_ranks
 from megaresnorm.resilience.launcher import Launcher
-from megaresnorm.resilience.supervisor import (
-    JOIN,
-    environment_of,
-    interface_of,
-    torchrun_arguments,
-)
+from megaresnorm.resilience.torchrun import JOIN, environment_of, torchrun_command
 from megaresnorm.run import Run
 from megaresnorm.trainer import Trainer
 
@@ -89,7 +84,7 @@ print(config.min_nodes, config.max_nodes, config.nproc_per_node, config.rdzv_bac
       config.rdzv_configs["store_type"], arguments[-1])
 """
     done = subprocess.run(
-        [sys.executable, "-c", script, *torchrun_arguments(Plan(2, job="j"), tmp_path, None), "recipe.yaml"],
+        [sys.executable, "-c", script, *torchrun_command(Plan(2, job="j"), tmp_path, None)[3:], "recipe.yaml"],
         capture_output=True,
         text=True,
         env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
@@ -107,7 +102,7 @@ def test_one_node_uses_loopback_and_several_the_address_in_use(tmp_path):
     assert environment_of(two, {}, tmp_path, "127.0.0.1")["NCCL_SOCKET_IFNAME"] == "=lo"
     assert environment_of(two, {"GLOO_SOCKET_IFNAME": "eth7"}, tmp_path, "127.0.0.1")["GLOO_SOCKET_IFNAME"] == "eth7"
     assert "GLOO_SOCKET_IFNAME" not in environment_of(two, {}, tmp_path, None)
-    arguments = torchrun_arguments(two, Path("/x"), "127.0.0.1")
+    arguments = torchrun_command(two, Path("/x"), "127.0.0.1")
     assert arguments[arguments.index("--local-addr") + 1] == "127.0.0.1"
     (conf,) = (argument for argument in arguments if argument.startswith("store_type=tcp,is_host=0,"))
     assert f"join_timeout={JOIN}" in conf  # others may be long in coming

@@ -1,0 +1,213 @@
+"""From what was asked for to a running, submitted or printed job, by the launcher that was asked for."""
+
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from megaresnorm.errors import ConfigError
+from megaresnorm.launch import deepspeed, kubernetes, mpirun, slurm, ssh
+from megaresnorm.launch.front import Front, Tell, tell_by_signal
+from megaresnorm.launch.hostfile import Host, read_hostfile, slots_of
+from megaresnorm.launch.request import Request, forwarded, job_name, ssh_words
+from megaresnorm.limits import MAX_SHOWN
+from megaresnorm.parallel.environment import MAX_NODES, UNLIMITED, check_host, is_in_allocation
+from megaresnorm.parallel.launchers import is_number
+from megaresnorm.text import say, write
+
+LAUNCHERS = ("torchrun", "deepspeed", "slurm", "kubernetes", "mpirun")
+OWN = {  # options that only these launchers take
+    "hostfile": ("torchrun", "deepspeed", "mpirun"),
+    "node_rank": ("deepspeed",),
+    "no_ssh": ("deepspeed",),
+    "ssh": ("torchrun", "deepspeed", "mpirun"),
+    "sbatch": ("slurm",),
+    "image": ("kubernetes",),
+    "namespace": ("kubernetes",),
+    "claim": ("kubernetes",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """Options that not every launcher takes; ``megaresnorm launch --help`` says what they are."""
+
+    hostfile: Path | None = None
+    node_rank: str | None = None
+    no_ssh: bool = False
+    ssh: str = "ssh"
+    sbatch: tuple[str, ...] = ()
+    image: str | None = None
+    namespace: str | None = None
+    claim: str | None = None
+    gpus: bool = True
+
+    def refuse(self, why: str, *names: str) -> None:
+        """Refuse options that would have no effect.
+
+        Raises:
+            ConfigError: one of these was given.
+        """
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in names:
+            if getattr(self, name) != defaults[name]:
+                raise ConfigError(f"--{name.replace('_', '-')} has no effect {why}")
+
+
+def submit(
+    by: str,
+    words: Sequence[str],
+    settings: Mapping[str, str | None],
+    env: Sequence[str],
+    extras: Extras,
+    *,
+    dry_run: bool,
+) -> int:
+    """Start a job by a launcher, and wait for its end where the launcher does; or print what would be run.
+
+    Args:
+        by: one of ``LAUNCHERS``.
+        words: recipe, overrides and options of ``megaresnorm train``.
+        settings: as of ``read_plan``.
+        env: as of ``forwarded``.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ConfigError: something that was asked for cannot be; nothing has been started.
+    """
+    extras.refuse(f"with --with {by}", *(name for name, whose in OWN.items() if by not in whose))
+    request = _request(by, words, settings, env, extras)
+    if by != "kubernetes":  # there the recipe is in the image, or on a volume
+        _check_recipe(words, request)
+    if by == "kubernetes":
+        return _apply(request, extras, dry_run)
+    if by == "slurm" and not is_in_allocation():
+        script = slurm.batch_script(request, gpus=extras.gpus, options=slurm.options_of(extras.sbatch))
+        return _hand_over(["sbatch"], script, dry_run)
+    tell: Tell = tell_by_signal
+    if by == "slurm":
+        extras.refuse("in an allocation of Slurm, whose options are chosen", "sbatch")
+        parts = [slurm.job_part(request)]
+    elif by == "mpirun":
+        parts = [mpirun.job_part(request)]
+    elif by == "deepspeed":
+        rank = _node_rank(extras, request)
+        parts, tell = [deepspeed.job_part(request, extras.hostfile, rank)], ssh.teller(request, here=rank is not None)
+    else:
+        parts, tell = ssh.node_parts(request), ssh.teller(request)
+    if dry_run:
+        for part in parts:
+            variables = [f"{name}={value}" for name, value in sorted(part.variables.items())]
+            write(shlex.join([*(["env", *variables] if variables else []), *part.words]) + "\n")
+        return 0
+    for program in dict.fromkeys(part.words[0] for part in parts):
+        _find(program)
+    if by == "deepspeed" and extras.hostfile is not None and not extras.no_ssh:
+        _find("pdsh")
+    return Front(parts, tell).run()
+
+
+def _request(
+    by: str, words: Sequence[str], settings: Mapping[str, str | None], env: Sequence[str], extras: Extras
+) -> Request:
+    hosts = () if extras.hostfile is None else read_hostfile(extras.hostfile, for_deepspeed=by == "deepspeed")
+    nodes = _nodes(settings["NODES"], hosts)
+    hosts = hosts[:nodes]
+    wanted = settings["RANKS_PER_NODE"]
+    port = settings["MASTER_PORT"]
+    address = settings["MASTER_ADDR"]
+    if address is not None:
+        check_host("--master-addr", address)
+    if by == "mpirun" and nodes > 1 and not hosts and address is None:
+        raise ConfigError("--with mpirun on several nodes needs --hostfile, or --master-addr, the host of its rank 0")
+    restarts = settings["MAX_RESTARTS"]
+    if restarts is not None and not is_number(restarts, 0, UNLIMITED):
+        raise ConfigError(f"--max-restarts {restarts[:MAX_SHOWN]!r}: wanted a whole number from 0 to {UNLIMITED}")
+    shell = ssh_words(extras.ssh)
+    if by == "deepspeed" and shell == ("ssh",):  # the options that pdsh gives to ssh
+        shell = (*shell, *deepspeed.ssh_options())
+    return Request(
+        recipe=words[0],
+        overrides=tuple(words[1:]),
+        job=job_name(settings["JOB_ID"] or ""),
+        nodes=nodes,
+        ranks=slots_of(hosts, None if wanted is None else int(wanted)),
+        hosts=hosts,
+        master=(address, None if port is None else int(port)),
+        max_restarts=None if restarts is None else int(restarts),
+        logs=settings["LOG_DIR"],
+        variables=forwarded(env),
+        ssh=shell,
+        folder=Path.cwd(),
+    )
+
+
+def _nodes(text: str | None, hosts: tuple[Host, ...]) -> int:
+    if text is None:
+        return len(hosts) or 1
+    if not is_number(text, 1, MAX_NODES):
+        raise ConfigError(f"--nodes {text[:MAX_SHOWN]!r}: wanted a whole number from 1 to {MAX_NODES}")
+    if hosts and int(text) > len(hosts):
+        raise ConfigError(f"--nodes {text}, but the hostfile names {len(hosts)}")
+    return int(text)
+
+
+def _node_rank(extras: Extras, request: Request) -> int | None:
+    """Which node of the hostfile this one is; None where DeepSpeed's launcher reaches all of them.
+
+    Raises:
+        ConfigError: only one of --no-ssh and --node-rank was given, or there is no such node.
+    """
+    rank = extras.node_rank
+    if request.nodes > 1 and extras.hostfile is None:
+        raise ConfigError("--with deepspeed on several nodes needs --hostfile, with lines 'HOST slots=N'")
+    if rank is None and not extras.no_ssh:
+        return None
+    if rank is None or not extras.no_ssh or extras.hostfile is None:
+        raise ConfigError("--no-ssh, --node-rank and --hostfile belong together: the command is given on each host")
+    if not is_number(rank, 0, request.nodes - 1):
+        raise ConfigError(f"--node-rank {rank[:MAX_SHOWN]!r}: wanted a whole number from 0 to {request.nodes - 1}")
+    return int(rank)
+
+
+def _check_recipe(words: Sequence[str], request: Request) -> None:
+    """Check what would end the job at once, before hosts are asked or a queue is waited in.
+
+    Raises:
+        ConfigError: the recipe cannot be used, or not with so many ranks.
+    """
+    from megaresnorm.parallel.mesh import resolve_sizes
+    from megaresnorm.recipe.load import load_recipe
+
+    parallel = load_recipe(words[0], [word for word in words[1:] if not word.startswith("--")]).parallel
+    if request.ranks is not None:
+        axes = {"pp": parallel.pp, "dp_replicate": parallel.dp_replicate, "dp_shard": parallel.dp_shard}
+        resolve_sizes(request.nodes * request.ranks, tp=parallel.tp, **axes)  # type: ignore[arg-type]
+
+
+def _apply(request: Request, extras: Extras, dry_run: bool) -> int:
+    if extras.image is None:
+        raise ConfigError("--with kubernetes needs --image, a container image with this package (launch/Dockerfile)")
+    cluster = kubernetes.Cluster(image=extras.image, namespace=extras.namespace, claim=extras.claim, gpus=extras.gpus)
+    return _hand_over(["kubectl", "apply", "-f", "-"], kubernetes.manifest(request, cluster), dry_run)
+
+
+def _hand_over(command: Sequence[str], text: str, dry_run: bool) -> int:
+    """Give a script or manifest to the program that takes it, on its standard input; or print it."""
+    if dry_run:
+        write(text)
+        return 0
+    _find(command[0])
+    done = subprocess.run(command, input=text, text=True, check=False)
+    if done.returncode == 0:
+        say(f"{command[0]} has taken the job; --dry-run prints what it was given")
+    return done.returncode if done.returncode >= 0 else 1
+
+
+def _find(program: str) -> None:
+    if shutil.which(program) is None:
+        raise ConfigError(f"{program} is not installed here; --dry-run prints what would be run")
