@@ -222,8 +222,8 @@ def read_plan(
         if name in theirs and name in own | given and ":" not in chosen[name] and chosen[name] != theirs[name]:
             raise ConfigError(f"{name}={chosen[name]}, but the launcher that has started this says {theirs[name]}")
     named = chosen.get("RANKS_PER_NODE")
-    ranks_here = _setting(chosen, "RANKS_PER_NODE", 1, MAX_LOCAL, 1) if named else default_ranks()
     common: dict[str, Any] = {
+        "ranks_here": _setting(chosen, "RANKS_PER_NODE", 1, MAX_LOCAL, 1) if named else None,
         "max_restarts": _setting(chosen, "MAX_RESTARTS", 0, UNLIMITED, 3),
         "logs": Path(chosen["LOG_DIR"]) if chosen.get("LOG_DIR") else None,
         # DeepSpeed's launcher is a shell of ssh, too.
@@ -235,7 +235,8 @@ def read_plan(
     if not 1 <= nodes[0] <= nodes[1]:
         raise ConfigError(f"NODES={text!r}: wanted a number, or MIN:MAX for nodes that come and go")
     if nodes == (1, 1):
-        return Plan(ranks_here, job=_job(chosen) or f"megaresnorm-{uuid4().hex}", **common)
+        common["job"] = _job(chosen) or f"megaresnorm-{uuid4().hex}"
+        return _plan(common, default_ranks)
     address = chosen.get("MASTER_ADDR")
     elastic = nodes[0] != nodes[1]
     if not address or (not elastic and not chosen.get("NODE_RANK")):
@@ -244,9 +245,15 @@ def read_plan(
     check_host("MASTER_ADDR", address)
     port = _setting(chosen, "MASTER_PORT", 1, MAX_PORT, PORT)
     node_rank = None if elastic else _setting(chosen, "NODE_RANK", 0, nodes[1] - 1, 0)
-    return Plan(
-        ranks_here, nodes, node_rank, (address, port), _job(chosen) or f"megaresnorm-{address}-{port}", **common
+    job = _job(chosen) or f"megaresnorm-{address}-{port}"
+    return _plan(
+        common | {"nodes": nodes, "node_rank": node_rank, "master": (address, port), "job": job}, default_ranks
     )
+
+
+def _plan(found: dict[str, Any], default_ranks: Callable[[], int]) -> Plan:
+    """The plan; to ask for the number of GPUs takes a second or two, and comes last."""
+    return Plan(**found | {"ranks_here": found["ranks_here"] or default_ranks()})
 
 
 def _job(chosen: Mapping[str, str]) -> str | None:

@@ -25,6 +25,20 @@ def log_name(rank: int, host: str) -> str:
     return f"rank-{rank:05d}.{re.sub(r'[^A-Za-z0-9._-]', '_', host)}.log"
 
 
+def make_logs(folder: Path) -> None:
+    """Make the folder of logs.
+
+    Raises:
+        ConfigError: it cannot be made, or not written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(13, os.strerror(13))
+    except OSError as e:
+        raise ConfigError(f"--log-dir {folder}: cannot be written ({e.strerror})") from None
+
+
 def write_to_log(environment: Environment) -> None:
     """Let this process print into its log, if its supervisor has named a folder for it.
 
@@ -35,7 +49,6 @@ def write_to_log(environment: Environment) -> None:
     if folder is None:
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(folder / log_name(environment.rank, host), flags, 0o644)
         when = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -23,7 +23,7 @@ from megaresnorm.parallel.addresses import listen_where_reached, local_address_o
 from megaresnorm.parallel.environment import LAUNCHER, STORE, Plan, host_name, read_plan
 from megaresnorm.resilience.hearing import Hearing
 from megaresnorm.resilience.launcher import LOOK, PREFIX, Launcher, ancestors, children, kill
-from megaresnorm.resilience.rank_logs import Followed
+from megaresnorm.resilience.rank_logs import Followed, make_logs
 from megaresnorm.resilience.torchrun import CONNECT, environment_of, raise_limits, torchrun_command
 from megaresnorm.text import say
 
@@ -52,14 +52,15 @@ class Supervisor:
             arguments: of ``megaresnorm train``.
 
         Raises:
-            ConfigError: this node cannot listen at the address of the job, or that name does not resolve.
-            OSError: the folder for temporary files, or that of logs, cannot be written.
+            ConfigError: this node cannot listen at the address of the job, that name does not resolve, or logs cannot
+                be written.
+            OSError: the folder for temporary files cannot be written.
         """
         self._plan, self._arguments = plan, arguments
         if plan.attached:
             _end_without(ancestors(os.getpid()), lambda: signal.raise_signal(signal.SIGHUP), self._end_all_now)
         if plan.logs is not None:
-            plan.logs.mkdir(parents=True, exist_ok=True)
+            make_logs(plan.logs)
         raise_limits()
         with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as folder:
             self._launcher = Launcher(Path(folder))
