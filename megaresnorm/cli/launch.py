@@ -124,7 +124,8 @@ def launch(
     if by != "torchrun" or hostfile is not None:
         name = job or f"{Path(recipe).stem[:60] or 'job'}-{time.strftime('%m%d-%H%M%S')}"
         return submit(by, words, settings | {"JOB_ID": name}, env or [], extras, dry_run=dry_run)
-    extras.refuse("in a job of this node alone (--with torchrun without --hostfile)", "ssh", "no_ssh", "sbatch", "image", "namespace", "claim")
+    alone = "in a job of this node alone (--with torchrun without --hostfile)"
+    extras.refuse(alone, "ssh", "no_ssh", "sbatch", "image", "namespace", "claim")
     return _this_node(words, settings | {"NODE_RANK": node_rank}, env or [], attached=attached, dry_run=dry_run)
 
 
