@@ -141,7 +141,7 @@ QUALIFIED = {  # words that mean something in their own section alone
     "model.name=llama3": "a recipe gives the shape itself",
     "validation.enable=true": "did you mean train.eval_every?",
     "validation.steps=5": "did you mean train.eval_samples?",
-    "fault_tolerance.enable=true": "launch/torchrun.sh restarts dead ranks",
+    "fault_tolerance.enable=true": "megaresnorm launch restarts dead ranks",
     "training.seed=5": "did you mean train.seed?",
     "zero_optimization.offload_optimizer.device=cpu": "optimizer are not offloaded",
     "bf16.enabled=true": "did you mean precision.compute? (bf16, not true)",
@@ -240,7 +240,7 @@ def test_options_with_such_names_lead_there_too(capsys):
         ("--parallelism.tensor_parallel_degree", "did you mean parallel.tp?"),
         ("--model.dim", "this one as model.dim=..."),
         ("--optimizer.lr", "this one as optim.lr=..."),
-        ("--nproc_per_node", "RANKS_PER_NODE=N bash launch/torchrun.sh"),
+        ("--nproc_per_node", "megaresnorm launch RECIPE --gpus-per-node N"),
     ):
         assert main(["train", "recipe.yaml", option, "4"]) == 2
         line = capsys.readouterr().err

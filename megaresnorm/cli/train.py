@@ -54,7 +54,7 @@ def train(
         return _dry_run(recipe, overrides or [], ranks, memory, no_data, full)
     for name, given in {"--ranks": ranks, "--memory": memory, "--no-data": no_data}.items():
         if given:
-            raise ConfigError(f"{name} is for --dry-run; ranks are started by bash launch/torchrun.sh")
+            raise ConfigError(f"{name} is for --dry-run; ranks are started by megaresnorm launch")
     return run_job(recipe, overrides or [], fallback=not no_fallback, full=full)
 
 

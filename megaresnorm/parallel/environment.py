@@ -99,7 +99,7 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         if missing:
             raise ConfigError(
                 f"the environment is not torchrun's: WORLD_SIZE={world_size}, but {', '.join(missing)} missing; "
-                "start with bash launch/torchrun.sh, or unset WORLD_SIZE"
+                "start with megaresnorm launch, or unset WORLD_SIZE"
             )
     here = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if found.get(name)), None)  # the second: DeepSpeed
     agent_store = found.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

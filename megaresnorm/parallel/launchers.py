@@ -106,7 +106,7 @@ def _hydra(variables: Mapping[str, str]) -> Started | None:
 
 
 def plan_of(variables: Mapping[str, str]) -> dict[str, str]:
-    """What a launcher that has started one process a node says of the job, as variables of launch/torchrun.sh.
+    """What a launcher that has started one process a node says of the job, as the variables that ``read_plan`` reads.
 
     Raises:
         ConfigError: it has started several processes on this node, or its variables contradict each other.
@@ -185,7 +185,7 @@ def number(
     if text is None and default is not None:
         return default
     if text is None or not is_number(text, least, most):
-        start = "start with bash launch/torchrun.sh, or unset WORLD_SIZE"
+        start = "start with megaresnorm launch, or unset WORLD_SIZE"
         raise ConfigError(
             f"the environment is not {whose}'s: {name}={text!r}, wanted a whole number from {least} to {most}; "
             f"{start if whose == 'torchrun' else 'unset it to start one process'}"

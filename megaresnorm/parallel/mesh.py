@@ -205,7 +205,7 @@ def resolve_sizes(num_ranks: int, *, pp: int, dp_replicate: int | None, dp_shard
     ]
     start = f"start {sizes.num_ranks} ranks"
     if num_ranks == 1:
-        start += f" (RANKS_PER_NODE={sizes.num_ranks} bash launch/torchrun.sh RECIPE ...)"
+        start += f" (megaresnorm launch RECIPE --gpus-per-node {sizes.num_ranks} ...)"
     rest = num_ranks // (pp * tp) if num_ranks % (pp * tp) == 0 else 0
     shards = [s for s in range(1, min(rest, 1024) + 1) if rest % s == 0] if dp_shard > 1 and not chosen else []
     offers = [start, *dict.fromkeys(smaller), *([f"parallel.dp_shard in {shards}"] if shards else [])]

@@ -1,4 +1,4 @@
-"""torchrun as launch/torchrun.sh starts it: it leaves signals to the supervisor, and ends with its supervisor.
+"""torchrun as a supervisor starts it: it leaves signals to the supervisor, and ends with its supervisor.
 
 Thirty seconds after a SIGTERM torchrun by itself would kill ranks that have not saved yet. Here it never hears of one:
 signals are blocked, a thread passes them on to the supervisor, and the ranks inherit the mask, so that a signal that

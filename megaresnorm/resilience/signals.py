@@ -121,7 +121,7 @@ class StopSignals:
         self._thread.start()
 
     def _wait_for_signals(self) -> None:
-        """Hear signals in a rank under launch/torchrun.sh: they are blocked, so that the sender of one is known."""
+        """Hear signals in a rank under a supervisor: they are blocked, so that the sender of one is known."""
         while True:
             info = signal.sigwaitinfo(SIGNALS)
             if info.si_pid == os.getppid():
@@ -207,7 +207,7 @@ def end_on_purpose(code: int, environment: Environment | None = None) -> int:
         environment: None for that of this process.
 
     Returns:
-        0 under launch/torchrun.sh, whose supervisor is told ``code``: torchrun would take any other for a failure, and
+        0 under a supervisor, which is told ``code``: torchrun would take any other for a failure, and
         start the ranks again. Otherwise ``code``.
     """
     folder = (environment or read_environment()).launcher

@@ -49,7 +49,7 @@ def test_a_wrong_variable_is_one_line_of_any_command(case, monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     assert main(["train", "configs/quickstart.yaml"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert says in line and "start with bash launch/torchrun.sh, or unset WORLD_SIZE" in line
+    assert says in line and "start with megaresnorm launch, or unset WORLD_SIZE" in line
 
 
 def test_a_rank_left_in_a_shell_silences_nothing(tiny, tmp_path, monkeypatch, capsys):

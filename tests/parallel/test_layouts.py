@@ -115,7 +115,7 @@ def test_what_is_offered_instead_fits(num_ranks, parallel):
     offers = re.split(r"(?:were|was) started; ", str(caught.value))[1].split(", or ")
     needed = int(offers[0].split()[1])
     assert checked(needed, **parallel)[1].num_ranks == needed
-    assert num_ranks > 1 or f"(RANKS_PER_NODE={needed} bash launch/torchrun.sh" in offers[0]
+    assert num_ranks > 1 or f"(megaresnorm launch RECIPE --gpus-per-node {needed} " in offers[0]
     for offer in offers[1:]:
         if offer.startswith("parallel.dp_shard in "):
             for shard in json.loads(offer.removeprefix("parallel.dp_shard in ")):
