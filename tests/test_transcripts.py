@@ -26,7 +26,7 @@ NOT_RUN = {  # pattern -> why
     r"pip install ": "it would change the environment; tests/test_package.py installs the wheel",
     r"source \.venv/bin/activate": "every command is run behind it",
     r"pre-commit install": "a package of its own",
-    r"NODES=4 ": "four hosts; tests/resilience starts two simulated ones",
+    r"NODES=4 |--hostfile|--node-rank": "four hosts; tests/launch starts simulated ones",
     r"bash launch/test\.sh .*-m (slow|gpu)|bash launch/test\.sh tests/checkpoint": "these are the tests",
     r"python -m pytest -m gpu": "they need a GPU",
     r"train\.loggers='\[tensorboard, wandb\]'": "a service of its own; tests/telemetry/test_loggers.py",
@@ -46,8 +46,9 @@ SHORTER = [  # (pattern, what takes its place), all that fit, in turn
     (r"^(bash launch/quickstart\.sh.*)", rf"\1 {SMALL}"),
     (r"^(megaresnorm train (?!runs/)(?!.*--dry-run).*)", rf"\1 {SMALL}"),
     (r"^(megaresnorm train runs/.*)", r"\1 train.global_batch=1 train.sample_tokens=4"),
-    (r"^(.*bash launch/torchrun\.sh.*)", rf"OMP_NUM_THREADS=1 \1 {SMALL}"),
-    (r"^((megaresnorm train (?!.*--dry-run)|bash launch/quickstart|.*launch/torchrun)(?!.*train\.steps).*)",
+    (r"^(.*bash launch/torchrun\.sh.*|megaresnorm launch (?!.*--dry-run).*)", rf"OMP_NUM_THREADS=1 \1 {SMALL}"),
+    (r"^((megaresnorm train (?!.*--dry-run)|bash launch/quickstart|.*launch/torchrun|OMP_NUM_THREADS=1 megaresnorm)"
+     r"(?!.*train\.steps).*)",
      r"\1 train.steps=3"),
     (r"^(megaresnorm train configs/(pre-24|english).*)", r"\1 model.dim=64 model.seq_len=32 data.valid_fraction=0.1"),
     (r"data\.split='\[969, 30, 1\]'(.*) data\.valid_fraction=0\.1", r"data.split='[80, 15, 5]'\1"),
@@ -108,7 +109,7 @@ def test_our_commands_are_understood(page, command):
         words = words[1:]
     context = found.make_context(name, words)
     recipe = context.params.get("recipe")
-    if name == "train" and recipe.startswith("configs/"):
+    if name in ("train", "launch") and recipe.startswith("configs/"):
         load_recipe(ROOT / recipe, context.params["overrides"] or [])
 
 
@@ -199,8 +200,7 @@ def test_every_command_runs_from_a_fresh_clone(tmp_path):
     assert len(done) > 40
 
 
-@pytest.mark.parametrize("page", ["docs/clusters.md", "docs/checkpoints.md"])
-def test_batch_scripts_are_shell(page):
-    (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", (ROOT / page).read_text(), re.S)
-    got = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "launch").glob("*.s*")))
+def test_scripts_are_shell(script):
+    got = subprocess.run(["bash", "-n", ROOT / "launch" / script], capture_output=True, text=True)
     assert got.returncode == 0, got.stderr
