@@ -15,6 +15,7 @@ from megaresnorm.recipe.names import foreign_names
 ROOT = Path(__file__).parents[1]
 # (as it is typed, what the line must say): from the sources of the frameworks, not from our table.
 MEGATRON = {
+    "train.distributed_timeout_minutes=20": "did you mean watchdog.step? (in seconds",
     "model.num_layers=24": "did you mean model.num_blocks?",
     "model.hidden_size=1024": "did you mean model.dim?",
     "model.ffn_hidden_size=4096": "did you mean model.ffn_dim?",
@@ -46,6 +47,8 @@ MEGATRON = {
     "train.train_iters=100": "did you mean train.steps?",
 }
 TORCHTITAN = {
+    "comm.init_timeout_seconds=300": "did you mean watchdog.start?",
+    "comm.train_timeout_seconds=100": "did you mean watchdog.step?",
     "training.steps=4": "did you mean train.steps?",
     "training.local_batch_size=8": "did you mean train.micro_batch?",
     "training.seq_len=2048": "did you mean model.seq_len?",
@@ -72,6 +75,7 @@ TORCHTITAN = {
     "profiling.enable_profiling=true": "there is no profiler yet",
 }
 HUGGING_FACE_AND_DEEPSPEED = {
+    "train.ddp_timeout=1800": "did you mean watchdog.step? (without the first step",
     "train.per_device_train_batch_size=4": "did you mean train.micro_batch?",
     "train.gradient_accumulation_steps=8": "set train.global_batch and train.micro_batch: the rest is accumulated",
     "train.max_steps=100": "did you mean train.steps?",

@@ -7,11 +7,7 @@ between fields are checked here; relations with data, topology or hardware where
 from pydantic import model_validator
 from typing_extensions import Self
 
-from megaresnorm.recipe.execution import (
-    EngineRecipe,
-    KernelRecipe,
-    ParallelRecipe,
-)
+from megaresnorm.recipe.execution import EngineRecipe, KernelRecipe, ParallelRecipe, WatchdogRecipe
 from megaresnorm.recipe.model import InitRecipe, ModelRecipe, RopeScaling, TopologyOptions
 from megaresnorm.recipe.precision import FP8_MULTIPLE, Fp8Recipe, PrecisionRecipe
 from megaresnorm.recipe.recompute import RecomputeBlocks, RecomputeRecipe
@@ -48,6 +44,7 @@ __all__ = [
     "TelemetryRecipe",
     "TopologyOptions",
     "TrainRecipe",
+    "WatchdogRecipe",
     "divisors",
 ]
 
@@ -77,6 +74,8 @@ class Recipe(Section):
     """What makes the optimizer steps."""
     checkpoint: CheckpointRecipe = CheckpointRecipe()
     """Saving the run."""
+    watchdog: WatchdogRecipe = WatchdogRecipe()
+    """How long ranks wait for each other."""
     telemetry: TelemetryRecipe = TelemetryRecipe()
     """What is recorded beside the metrics of every step."""
 

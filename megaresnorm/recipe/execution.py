@@ -1,12 +1,14 @@
-"""Settings of how a run is computed: kernels, ranks."""
+"""Settings of how a run is computed: kernels, ranks, and how long these wait for each other."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from megaresnorm.limits import MAX_BLOCKS, MAX_CHUNKS
+from megaresnorm.limits import MAX_BLOCKS, MAX_CHUNKS, MAX_SECONDS
 from megaresnorm.recipe.section import BlocksOr0, Ranks, Section, Word, refuse_ignored
+
+Seconds = Annotated[int, Field(ge=1, le=MAX_SECONDS)]
 
 
 class EngineRecipe(Section):
@@ -86,3 +88,15 @@ class ParallelRecipe(Section):
     def num_stages(self) -> int:
         """Pipeline stages of the model over all ranks."""
         return self.pp * (self.stages_per_rank if self.pipeline == "interleaved" and self.pp > 1 else 1)
+
+
+class WatchdogRecipe(Section):
+    """How long ranks wait for a silent one before they end; nothing else depends on it, so it may differ on resume."""
+
+    start: Seconds = 1800
+    """Seconds from the start of the ranks up to their first step, this included: they meet, read data and checkpoints,
+    build the model and compile."""
+    step: Seconds = 600
+    """Seconds in every later step or evaluation; a rank may take so much longer than the others."""
+    checkpoint: Seconds = 3600
+    """Seconds for the slowest rank to write its part of a checkpoint, from when the first has written its own."""

@@ -12,6 +12,7 @@ from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.names import meaning_of, short
 
 _NAME = re.compile(r"\w+", re.ASCII)
+EVERYDAY = "watchdog."  # start, step and checkpoint are meant in their own section alone
 
 
 def recipe_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
@@ -92,9 +93,10 @@ def meant_by_option(option: str) -> str | None:
     'settings are given as section.key=value, this one as train.steps=...'
     """
     name = option.lstrip("-").replace("-", "_")
-    keys = [key for key in recipe_keys() if name in (key, key.partition(".")[2])]
+    telling = [key for key in recipe_keys() if not key.startswith(EVERYDAY)]
+    keys = [name] if name in recipe_keys() else [key for key in telling if key.partition(".")[2] == name]
     name = name.rpartition(".")[2]
-    keys = keys or [key for key in recipe_keys() if key.partition(".")[2] == name]
+    keys = keys or [key for key in telling if key.partition(".")[2] == name]
     if len(keys) == 1:
         return f"settings are given as section.key=value, this one as {keys[0]}=..."
     meaning = meaning_of(option.lstrip("-").replace("-", "_")) or meaning_of(name)
@@ -107,8 +109,8 @@ def _suggest_key(key: str) -> str:
     if section.rpartition(".")[2].isdigit() and (own := _keys_of_items(section)):
         close = difflib.get_close_matches(leaf, own, n=1)
         return f"; did you mean {section}.{close[0]}?" if close else f"; {section} has {', '.join(own)}"
-    keys = list(recipe_keys())
-    names = {".".join(k.split(".")[: i + 1]) for k in keys for i in range(k.count(".") + 1)}
+    keys = [k for k in recipe_keys() if not k.startswith(EVERYDAY)]
+    names = {".".join(k.split(".")[: i + 1]) for k in recipe_keys() for i in range(k.count(".") + 1)}
     if meaning := meaning_of(key):  # names that mean something in their own section alone
         return f"; {meaning}"
     ours = [k for k in keys if k.partition(".")[2] == leaf]
