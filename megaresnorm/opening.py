@@ -5,6 +5,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -28,7 +29,7 @@ from megaresnorm.optim import check_eps
 from megaresnorm.parallel.environment import Environment, read_environment
 from megaresnorm.parallel.mesh import Sizes, usable_ranks
 from megaresnorm.parallel.rendezvous import agree, open_store, wait_until_heard
-from megaresnorm.recipe import Recipe
+from megaresnorm.recipe import Recipe, WatchdogRecipe
 from megaresnorm.recipe.names import flat
 from megaresnorm.resilience.launcher import Launcher
 from megaresnorm.resilience.memory_check import check_memory
@@ -84,15 +85,17 @@ def open_recipe(load: Callable[[], Recipe], environment: Environment | None = No
     if environment.world_size == 1:
         _check_restarts(environment)
         return _look(load(), environment, None)
-    store = open_store(environment)
-
-    def start() -> Recipe:
+    read: Future[Recipe] = Future()  # before the ranks meet, since it says how long they wait for each other
+    try:
         _check_restarts(environment)  # each node counts for itself; if one has had enough, all end
-        return load()
-
+        read.set_result(load())
+    except Exception as e:  # noqa: BLE001 - for all ranks, where they meet
+        read.set_exception(e)
+    wait = (WatchdogRecipe() if read.exception() else read.result().watchdog).start
+    store = open_store(environment, wait)
     # This comes first: what fails below may fail because of a setting that differs.
-    recipe = agree(start, facts_of_start, environment, store)
-    return agree(lambda: _look(recipe, environment, store), facts_of_data, environment, store)
+    recipe = agree(read.result, facts_of_start, environment, store, wait)
+    return agree(lambda: _look(recipe, environment, store), facts_of_data, environment, store, wait)
 
 
 def _look(recipe: Recipe, environment: Environment, store: Store | None) -> Opened:

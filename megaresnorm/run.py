@@ -72,12 +72,12 @@ class Run:
         assert opened.sizes is not None and not opened.idles
         self.environment, self._store, self.data = opened.environment, opened.store, opened.data
         self.recipe, self.samples, self.valid = opened.recipe, opened.samples, opened.valid
-        self.output, self.device = Path(self.recipe.train.output), opened.device
+        self.output, self.device, start = Path(self.recipe.train.output), opened.device, self.recipe.watchdog.start
         if opened.store is not None:
-            start_process_group(self.device, opened.store, opened.environment.rank, opened.sizes.num_ranks)
-        self.context = ParallelContext.create(opened.sizes, self.device.type)
+            start_process_group(self.device, opened.store, self.environment.rank, opened.sizes.num_ranks, start)
+        self.context = ParallelContext.create(opened.sizes, self.device.type, start)
         self.folder = OutputFolder(self.output, self.context.control, self.environment.job)
-        self.steps_done = self.samples_done = self.skipped_in_a_row = 0
+        self.steps_done = self.samples_done = self.skipped_in_a_row = self._steps_here = 0
         self.first_refused: int | None = None
         self.train_loss: float | None = None
         self._split: Literal["tokens", "documents"] = "tokens"
@@ -160,9 +160,12 @@ class Run:
         return self.loader.step(samples, following)
 
     def step_is_done(self) -> None:
-        """Count the step whose batch ``next_batch`` has given."""
+        """Count the step whose batch ``next_batch`` has given. The first of this process ends the start."""
         self.samples_done += batch_size(self.steps_done, self.recipe.train)
         self.steps_done += 1
+        self._steps_here += 1
+        if self._steps_here == 1:
+            self.context.set_timeouts(self.recipe.watchdog.step, self.recipe.watchdog.checkpoint)
 
     def largest(self, number: int) -> int:
         """Maximum over all ranks. Collective."""
@@ -309,8 +312,7 @@ class Run:
 
     def _go_on_from(self, checkpoint: Checkpoint) -> None:
         state = self._all_or_raise(lambda: state_of(checkpoint.folder, checkpoint.state))
-        name = data_name(self.recipe)
-        self._all_or_raise(lambda: check_same_run(checkpoint, state, self.recipe, self.data, name))
+        self._all_or_raise(lambda: check_same_run(checkpoint, state, self.recipe, self.data, data_name(self.recipe)))
         self._all_or_raise(lambda: self.engine.load(checkpoint, state.engine))
         self._source = self._all_or_raise(checkpoint.source)
         if state.split == "documents":  # a run that an older version has begun goes on with the samples that it had

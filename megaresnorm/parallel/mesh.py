@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout  # private; torch 2.11 to 2.13 have nothing else for it
 
 from megaresnorm.errors import ConfigError
 from megaresnorm.parallel.shared_memory import SharedMemory
 from megaresnorm.parallel.transport import Gloo, OneHost, Transport, transport_of
 
 MESH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outermost first: neighbours in tp are neighbouring ranks
-TIMEOUT = timedelta(minutes=10)
-WRITING = timedelta(hours=1)  # ranks wait for the slowest to have written its part of a checkpoint
+TIMEOUT = 1800.0  # seconds that ranks wait for each other where a program does not say
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,12 @@ class ParallelContext:
         return cls(**axes)
 
     @classmethod
-    def create(cls, sizes: Sizes, device_type: str) -> "ParallelContext":
+    def create(cls, sizes: Sizes, device_type: str, timeout: float = TIMEOUT) -> "ParallelContext":
         """The context of this rank in the process group that ``start_process_group`` has made. Collective.
 
         Args:
             sizes: of the axes; they make up the number of ranks (``resolve_sizes``).
+            timeout: seconds that ranks wait for each other in any of its groups, until ``set_timeouts``.
 
         Communication:
             Making the process groups of the axes; on CPUs also ``SharedMemory.open`` over tp.
@@ -114,7 +115,7 @@ class ParallelContext:
         if sizes.num_ranks == 1:
             return cls.single()
         shape = tuple(getattr(sizes, name) for name in MESH_AXES)
-        urgent = urgent_options(device_type) if sizes.tp > 1 else None
+        urgent = urgent_options(device_type, timeout) if sizes.tp > 1 else None
         override: Any = None if urgent is None else {"tp": urgent}
         mesh = init_device_mesh(device_type, shape, mesh_dim_names=MESH_AXES, backend_override=override)
         ranks = torch.arange(sizes.num_ranks).view(shape)
@@ -123,16 +124,32 @@ class ParallelContext:
             for name, size in zip(MESH_AXES, shape, strict=True)
         }
         together = {"dp": [1, 2], "model_shards": [2, 4], "world": [0, 1, 2, 3, 4]}
-        axes |= {name: _axis(name, ranks, dims) for name, dims in together.items()}
-        axes["embedding"] = _axis("embedding", ranks[[0, -1]], [0]) if sizes.pp > 1 else Axis("embedding")
+        axes |= {name: _axis(name, ranks, dims, timeout) for name, dims in together.items()}
+        axes["embedding"] = _axis("embedding", ranks[[0, -1]], [0], timeout) if sizes.pp > 1 else Axis("embedding")
         axes = {name: _sending(axis, device_type) for name, axis in axes.items()}
         tp = axes["tp"]
         if isinstance(tp.transport, Gloo) and tp.group is not None:
             memory = SharedMemory.open(tp.group, tp.rank, tp.size)
             axes["tp"] = tp if memory is None else replace(tp, transport=OneHost(memory, tp.transport))
-        everyone = dist.new_group(backend="gloo", timeout=WRITING)
+        everyone = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         axes["control"] = Axis("control", sizes.num_ranks, dist.get_rank(), everyone)
-        return cls(**axes, mesh=mesh)
+        context = cls(**axes, mesh=mesh)
+        context.set_timeouts(timeout, timeout)  # those of the mesh have torch's own
+        return context
+
+    def set_timeouts(self, timeout: float, writing: float) -> None:
+        """Change how long this rank waits for others, from its next message on.
+
+        One message is the exception: what a stage of a pipeline receives over gloo. For that torch 2.13 keeps what the
+        group was made with, and has half an hour of its own for a group of some of the ranks.
+
+        Args:
+            timeout: seconds.
+            writing: seconds for ``control``, where ranks wait for the slowest to have written its part of a checkpoint.
+        """
+        for axis in vars(self).values():
+            if isinstance(axis, Axis) and axis.group is not None:
+                _set_pg_timeout(timedelta(seconds=writing if axis is self.control else timeout), axis.group)
 
     @property
     def is_first_rank(self) -> bool:
@@ -140,7 +157,7 @@ class ParallelContext:
         return self.world.rank == 0
 
 
-def urgent_options(device_type: str) -> Any | None:
+def urgent_options(device_type: str, timeout: float = TIMEOUT) -> Any | None:
     """Options of an nccl group whose kernels start before others that wait, on a stream of high priority.
 
     For tensor parallelism: its messages are started just before the products that hide them, whose thread blocks would
@@ -153,7 +170,7 @@ def urgent_options(device_type: str) -> Any | None:
     if device_type != "cuda" or nccl is None:
         return None
     options = nccl.Options(is_high_priority_stream=True)
-    options._timeout = TIMEOUT  # with options a mesh takes theirs, not that of the default group
+    options._timeout = timedelta(seconds=timeout)  # with options a mesh takes theirs
     return options
 
 
@@ -164,7 +181,7 @@ def _sending(axis: Axis, device_type: str) -> Axis:
     return replace(axis, transport=transport_of(axis.group, axis.rank, axis.size, device_type))
 
 
-def _axis(name: str, ranks: torch.Tensor, dims: Sequence[int]) -> Axis:
+def _axis(name: str, ranks: torch.Tensor, dims: Sequence[int], timeout: float) -> Axis:
     """The axis made of some dims of the mesh, with this rank's group on it. Collective.
 
     Every group is made by all ranks, in the same order.
@@ -175,7 +192,7 @@ def _axis(name: str, ranks: torch.Tensor, dims: Sequence[int]) -> Axis:
     if groups.shape[1] == 1:
         return found
     for members in groups.tolist():
-        group = dist.new_group(members, timeout=TIMEOUT)
+        group = dist.new_group(members, timeout=timedelta(seconds=timeout))
         if mine in members:
             found = Axis(name, len(members), members.index(mine), group)
     return found
@@ -227,8 +244,11 @@ def usable_ranks(num_ranks: int, *, pp: int, dp_replicate: int | None, dp_shard:
     return least * min(num_ranks // least, 1) if dp_replicate is not None else num_ranks // least * least
 
 
-def start_process_group(device: torch.device, store: Store, rank: int, num_ranks: int) -> None:
+def start_process_group(device: torch.device, store: Store, rank: int, num_ranks: int, timeout: float) -> None:
     """Join the ranks that have met in ``store``: nccl on GPUs, gloo on CPUs. Collective.
+
+    Args:
+        timeout: seconds that they wait for each other.
 
     Communication:
         The ranks find each other's addresses through the store.
@@ -236,11 +256,12 @@ def start_process_group(device: torch.device, store: Store, rank: int, num_ranks
     if dist.is_initialized():
         return
     options: dict[str, Any] = {"store": PrefixStore("group", store), "rank": rank, "world_size": num_ranks}
+    options["timeout"] = timedelta(seconds=timeout)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device, **options)
+        dist.init_process_group("nccl", device_id=device, **options)
     else:
-        dist.init_process_group("gloo", timeout=TIMEOUT, **options)
+        dist.init_process_group("gloo", **options)
 
 
 def end_process_group() -> None:

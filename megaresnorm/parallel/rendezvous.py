@@ -20,10 +20,11 @@ from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: i
 from megaresnorm.errors import LostRankError, UserError, error_of
 from megaresnorm.parallel.addresses import local_address_of
 from megaresnorm.parallel.environment import Environment
+from megaresnorm.parallel.mesh import TIMEOUT
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=10)
+Facts = Mapping[str, str]
 LOOK = 0.05  # seconds between two looks into the store
 LAST_WORDS = 10.0  # seconds that rank 0 waits at its end for others to have read why
 SILENT = 10.0  # seconds of waiting before the first log line about it, and between two
@@ -31,11 +32,14 @@ LONGEST_FACT = 200  # characters; values up to there are compared as they are, l
 _meetings = count()  # every rank holds the same meetings in the same order
 
 
-def open_store(environment: Environment) -> Store:
+def open_store(environment: Environment, timeout: float = TIMEOUT) -> Store:
     """The store through which the ranks of a job find each other. All of them must open it.
 
     On one node under launch/torchrun.sh it is a file in a private folder, so that nothing listens on a port. Elsewhere
     rank 0 listens on the address that torchrun gives, and on no other.
+
+    Args:
+        timeout: seconds in which rank 0 must be there.
 
     Communication:
         One TCP connection to rank 0, or to torchrun's own store; none with a file.
@@ -59,7 +63,7 @@ def open_store(environment: Environment) -> Store:
         port,
         environment.world_size,
         is_master=listens,
-        timeout=TIMEOUT,
+        timeout=timedelta(seconds=timeout),
         wait_for_workers=False,
         master_listen_fd=_listen(host, port) if listens else None,
     )
@@ -89,11 +93,14 @@ def _listen(address: str, port: int) -> int:
     return listener.detach()
 
 
-def agree(work: Callable[[], T], facts: Callable[[T], Mapping[str, str]], environment: Environment, store: Store) -> T:
+def agree(
+    work: Callable[[], T], facts: Callable[[T], Facts], environment: Environment, store: Store, timeout: float
+) -> T:
     """Run ``work`` on every rank, which must fail on none and give the same facts on all. Collective.
 
     Args:
         facts: result of ``work`` -> values by name, in which all ranks must agree.
+        timeout: seconds that this rank, which has done its work, waits for the others.
 
     Returns:
         What ``work`` returned on this rank.
@@ -120,8 +127,8 @@ def agree(work: Callable[[], T], facts: Callable[[T], Mapping[str, str]], enviro
         raise
     meeting.set(f"rank-{environment.rank}", json.dumps(said))
     if environment.rank == 0:
-        meeting.set("verdict", json.dumps(_verdict(meeting, said, environment.world_size)))
-    _wait_for(meeting, ["verdict"], environment)
+        meeting.set("verdict", json.dumps(_verdict(meeting, said, environment.world_size, timeout)))
+    _wait_for(meeting, ["verdict"], environment, timeout)
     verdict = json.loads(meeting.get("verdict"))
     if verdict is not None:
         meeting.set(f"heard-{environment.rank}", "")
@@ -133,9 +140,9 @@ def agree(work: Callable[[], T], facts: Callable[[T], Mapping[str, str]], enviro
     return result
 
 
-def _verdict(meeting: Store, mine: dict[str, Any], world_size: int) -> dict[str, Any] | None:
+def _verdict(meeting: Store, mine: dict[str, Any], world_size: int, timeout: float) -> dict[str, Any] | None:
     """Read what all ranks have said, on rank 0: the error that all shall raise, or None to go on."""
-    _wait_for(meeting, [f"rank-{rank}" for rank in range(world_size)], None)
+    _wait_for(meeting, [f"rank-{rank}" for rank in range(world_size)], None, timeout)
     everyone = [json.loads(meeting.get(f"rank-{rank}")) for rank in range(world_size)]
     for rank, said in enumerate(everyone):
         if "error" in said:
@@ -166,22 +173,24 @@ def wait_until_heard(store: Store, names: list[str]) -> None:
             time.sleep(LOOK)
 
 
-def _wait_for(meeting: Store, names: list[str], environment: Environment | None) -> None:
+def _wait_for(meeting: Store, names: list[str], environment: Environment | None, timeout: float) -> None:
     """Wait until all names are in the store.
 
     Args:
         environment: that of a rank that waits for rank 0; None on rank 0, which waits for all, and says so.
 
     Raises:
-        LostRankError: ``TIMEOUT`` is over, or the store is gone.
+        LostRankError: ``timeout`` is over, or the store is gone.
     """
     started = said = time.monotonic()
     missing = list(names)
     try:
         while missing := [name for name in missing if not meeting.check([name])]:
             now = time.monotonic()
-            if now > started + TIMEOUT.total_seconds():
-                raise LostRankError(f"{', '.join(missing[:4])} did not come within {TIMEOUT}; start again to go on")
+            if now > started + timeout:
+                absent = ", ".join(missing[:4]).replace("-", " ")
+                who = f"{absent} did not come" if environment is None else "rank 0 did not answer"
+                raise LostRankError(f"{who} within {timeout:g} s (watchdog.start); start again to go on")
             if environment is None and now > said + SILENT:
                 said = now
                 log.info("waiting for %d of %d ranks, the first is %s", len(missing), len(names), missing[0][5:])

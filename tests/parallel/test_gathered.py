@@ -1,5 +1,6 @@
 """Weights that FSDP2 sends in 16 bits and ahead of time, and DDP's gradients as views of its buckets: the same bits."""
 
+from datetime import timedelta
 from types import SimpleNamespace
 
 import cases
@@ -209,7 +210,7 @@ class Options:
 def test_only_tensor_parallel_groups_of_nccl_are_urgent(monkeypatch):
     monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=Options), raising=False)
     options = urgent_options("cuda")
-    assert options.is_high_priority_stream and options._timeout == TIMEOUT
+    assert options.is_high_priority_stream and options._timeout == timedelta(seconds=TIMEOUT)
     assert urgent_options("cpu") is None
     asked = []
 
