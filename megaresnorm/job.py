@@ -5,9 +5,10 @@ The command line calls it, and it needs none itself: ``python -m megaresnorm.job
 
 import errno
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -52,15 +53,20 @@ def run_job(recipe: str, overrides: Sequence[str] = (), *, fallback: bool = True
         from megaresnorm.parallel.mesh import end_process_group, lost_contact
         from megaresnorm.recipe.load import load_recipe
 
+        loaded: list[Recipe] = []
+
+        def load() -> "Recipe":
+            loaded.append(load_recipe(recipe, overrides))
+            return loaded[0]
+
         try:
-            exit_code = _train(lambda: load_recipe(recipe, overrides), environment, stop, fallback, full)
+            exit_code = _train(load, environment, stop, fallback, full)
         except RuntimeError as e:
             reason = lost_contact(e)
             if reason is None:
                 raise
-            raise LostRankError(
-                f"another rank is gone ({reason}); start again to go on from the newest checkpoint"
-            ) from None
+            why = _why_lost(reason, loaded[0].watchdog.model_dump() if loaded else {})
+            raise LostRankError(f"another rank {why}; start again to go on from the newest checkpoint") from None
     end_process_group()
     code = end_on_purpose(exit_code, environment)
     if environment.world_size > 1:  # threads of torch may outlive the group, and abort the interpreter at its end
@@ -94,6 +100,26 @@ def _train(
         console.print(f"\n--- sample ---\n{text}\n--------------\n", markup=False)
     log_lines(summary.describe())
     return summary.exit_code
+
+
+def _why_lost(reason: str, watchdog: Mapping[str, int]) -> str:
+    """What is said of a rank that cannot be reached.
+
+    Args:
+        reason: torch's, which has no names of settings, but the milliseconds of a time-out.
+        watchdog: seconds by setting.
+
+    >>> _why_lost("Timed out waiting 600000ms for recv operation to complete", {"start": 1800, "step": 600})
+    'was silent for 600 s (watchdog.step)'
+    >>> _why_lost("Connection closed by peer [::1]:5", {"start": 1800, "step": 600})
+    'is gone (Connection closed by peer [::1]:5)'
+    """
+    if re.search("tim(ed|e)? ?-?out", reason, re.IGNORECASE) is None:
+        return f"is gone ({reason})"
+    found = re.search(r"(\d+)000 ?ms|\(ms\)=(\d+)000\b", reason)
+    seconds = 0 if found is None else int(found[1] or found[2])
+    named = [f"watchdog.{name}" for name, value in watchdog.items() if value == seconds]
+    return f"was silent for {seconds} s ({', '.join(named)})" if named else f"was silent for too long ({reason})"
 
 
 def exit_code_of(work: Callable[[], int]) -> int:
