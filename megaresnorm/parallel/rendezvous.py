@@ -5,7 +5,6 @@ Nothing is pickled, and no rank waits in silence.
 
 import json
 import logging
-import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from megaresnorm.errors import LostRankError, UserError, error_of
-from megaresnorm.parallel.addresses import local_address_of
+from megaresnorm.parallel.addresses import listen, local_address_of
 from megaresnorm.parallel.environment import Environment
 from megaresnorm.parallel.mesh import TIMEOUT
 
@@ -80,17 +79,12 @@ def _listen(address: str, port: int) -> int:
         LostRankError: it cannot listen there. Started again by torchrun, the ranks get another port.
     """
     try:
-        family, kind, _, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(where)
-        listener.listen(1024)
+        return listen(address, port)
     except OSError as e:
         raise LostRankError(
             f"MASTER_ADDR={address} MASTER_PORT={port}: rank 0 cannot listen there ({e.strerror}); "
             "MASTER_ADDR must be an address of the node of rank 0"
         ) from None
-    return listener.detach()
 
 
 def agree(
