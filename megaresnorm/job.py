@@ -17,6 +17,7 @@ from megaresnorm.parallel.environment import Environment, host_name, read_enviro
 from megaresnorm.resilience.launcher import Failure, Launcher, end_with
 from megaresnorm.resilience.rank_logs import write_to_log
 from megaresnorm.resilience.signals import StopSignals, Terminated, end_on_purpose
+from megaresnorm.resilience.torchrun import raise_limits
 from megaresnorm.text import prepare_streams, say, shown
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def run_job(recipe: str, overrides: Sequence[str] = (), *, fallback: bool = True
         launcher.introduce(environment.rank, environment.local_rank, environment.attempt)
     if environment.has_parent:
         end_with(os.getppid(), launcher)
+        raise_limits()
     write_to_log(environment)
     configure_logging(environment.rank)
     console.quiet = environment.rank > 0

@@ -28,8 +28,10 @@ READ_FIRST_FILES, READ_FIRST_LINES = 12, 2_200
 # products in FP8; what both make of a topology and a depth, said before an accelerator is spent; quantize. From 15,050
 # and 21,750: what FP8 and 16-bit products lose of the numbers that they read, counted in any layout, recorded and said;
 # weights in BF16 alone: their rounding, FP32 gradients beside them, sums of these over copies; FP8 products of torch
-# and Transformer Engine; FP8 that norms write, and a quantize op in Triton.
-TRAINING_PATH, ALL = 16_150, 22_900
+# and Transformer Engine; FP8 that norms write, and a quantize op in Triton. From 16,150 and 22,900: what the
+# variables of six launchers say, addresses of both families, logs and first errors of ranks, time-outs as settings; one
+# front for ssh, Slurm, Kubernetes, DeepSpeed's launcher and mpirun, with what it refuses.
+TRAINING_PATH, ALL = 16_800, 24_500
 FILE, FUNCTION, NINE_TENTHS = 350, 60, 25  # lines of a file; of a function, its docstring left out
 LINE = 120
 

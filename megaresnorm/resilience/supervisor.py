@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from megaresnorm.errors import ConfigError
+from megaresnorm.errors import ConfigError, LostRankError
 from megaresnorm.parallel.addresses import listen_where_reached, local_address_of
 from megaresnorm.parallel.environment import LAUNCHER, STORE, Plan, host_name, read_plan
 from megaresnorm.resilience.hearing import Hearing
@@ -43,6 +43,8 @@ class Supervisor:
         self._ended = float("inf")  # when a rank was seen to have ended on purpose
         # When ranks of this node were last seen; inf before that, and always where the system does not tell.
         self._ranks_seen = float("inf")
+        self._starts, self._last_ranks = 0, set[int]()  # of the ranks, since the newest checkpoint
+        self._progress: int | None = None
         self._hearing = Hearing(self._pass_on)
 
     def run(self, plan: Plan, arguments: Sequence[str]) -> int:
@@ -160,7 +162,7 @@ class Supervisor:
                 self._ranks_seen = time.monotonic()
             if self._followed is not None:
                 self._followed.print_new()
-            if self._is_to_end_at_once():
+            if self._is_to_end_at_once() or self._starts_in_vain(ranks):
                 return
             if self._launcher.read("end") is not None and time.monotonic() > self._ranks_seen + BARRIER:
                 return
@@ -187,6 +189,18 @@ class Supervisor:
             self._ended = min(self._ended, time.monotonic())
             return time.monotonic() > self._ended + LAST_WORDS
         return bool(self._hearing.stop) and time.monotonic() > self._hearing.first + GRACE
+
+    def _starts_in_vain(self, ranks: list[int]) -> bool:
+        """Whether ranks die again and again before they can count that themselves (opening.py): a broken package."""
+        self._starts += bool(ranks) and not set(ranks) & self._last_ranks
+        self._last_ranks = set(ranks) or self._last_ranks
+        if (progress := self._launcher.read("progress")) != self._progress:
+            self._progress, self._starts = progress, 1
+        if self._plan.elastic or self._starts <= self._plan.max_restarts + 3:
+            return False
+        self._say(f"error: ranks were started {self._starts} times and died; the first error stands above")
+        self._launcher.write("end", LostRankError.exit_code)
+        return True
 
     def _what_it_waits_for(self) -> str:
         (least, most), master = self._plan.nodes, self._plan.master

@@ -71,3 +71,14 @@ def test_a_job_may_lose_more_ranks_than_max_restarts_as_long_as_it_makes_progres
             "next start or end",
         )
     assert run.finish(60) == 6 and "died 2 times without a new checkpoint (MAX_RESTARTS=1)" in run.text
+
+
+def test_ranks_that_die_at_their_start_are_not_started_for_ever(tiny, tmp_path):
+    """Before they could count how often: a library that crashes when it is loaded."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal\nif os.environ.get('RANK') == '1': os.kill(os.getpid(), signal.SIGSEGV)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    run = Launched(tmp_path, tiny(), 2, MAX_RESTARTS="1", PYTHONPATH=path)
+    assert run.finish(60) == 6 and "ranks were started 5 times and died" in run.text
+    assert run.text.splitlines()[-1].endswith(": killed by SIGSEGV") and "rank 1 on " in run.text.splitlines()[-1]
