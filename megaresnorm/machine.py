@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from megaresnorm.kernels.cpu import build
 from megaresnorm.kernels.cpu.trusted import BuildError
 from megaresnorm.kernels.fp8.product import RECIPES
 from megaresnorm.kernels.registry import choose_kernel, kernel_named
+from megaresnorm.parallel.addresses import address_towards, interface_of, is_loopback, local_address_of
 from megaresnorm.resilience.host import host_memory
 from megaresnorm.telemetry.loggers import installed
 
@@ -75,6 +77,8 @@ def look_at_machine(device: torch.device) -> Iterator[Check]:
     yield _space("temporary files", Path(tempfile.gettempdir()), 10**8, "set TMPDIR to a folder with space")
     yield _space("this folder", Path.cwd(), LEAST_DISK, "checkpoints need space: set train.output elsewhere")
     yield _open_files()
+    yield _network()
+    yield _launchers()
     yield _extras()
 
 
@@ -209,6 +213,25 @@ def _space(name: str, folder: Path, least: int, advice: str) -> Check:
 def _open_files() -> Check:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _check("open files", f"{soft} (at most {hard})", soft >= LEAST_FILES, f"ulimit -n {hard}")
+
+
+def _network() -> Check:
+    """How other nodes would reach this one."""
+    name = socket.gethostname()
+    own, route = address_towards(name, 1), local_address_of(name, 1)
+    interface = interface_of(route)
+    found = f"{name} is {own or 'unknown'} here"
+    if route is not None and route != own:
+        found += f", and {route} for others"
+    found += f" ({interface})" if interface else ""
+    advice = "for a job of several nodes give --master-addr as an address that others reach"
+    return _check("network", found, route is not None and not is_loopback(route), advice)
+
+
+def _launchers() -> Check:
+    programs = {"ssh": "ssh", "slurm": "sbatch", "kubernetes": "kubectl", "deepspeed": "deepspeed", "mpirun": "mpirun"}
+    there = [name for name, program in programs.items() if shutil.which(program)]
+    return Check("launchers", "PASS", ", ".join(["torchrun", *there]))
 
 
 def _extras() -> Check:

@@ -29,7 +29,8 @@ def test_everything_that_a_run_needs_is_looked_at(capsys):
     assert main(["doctor", "--json", "-"]) == 0
     checks = json.loads(capsys.readouterr().out)
     names = {"megaresnorm", "Python", "torch", "GPU", "processor", "memory", "C kernels", "cache", "kernels", "FP8",
-             "shared memory", "temporary files", "this folder", "open files", "extras"}  # fmt: skip
+             "shared memory", "temporary files", "this folder", "open files", "network",
+             "launchers", "extras"}  # fmt: skip
     assert names <= {one["name"] for one in checks}
     assert all(one["verdict"] in ("PASS", "WARN") and one["found"] for one in checks)
     assert all(one["advice"] for one in checks if one["verdict"] == "WARN" and one["name"] != "cache")
@@ -56,6 +57,7 @@ def little(path):
         ("memory", (machine, "host_memory", lambda: HostMemory(10**9, 10**9)), "little"),
         ("processor", (torch, "get_num_threads", lambda: 64), "OMP_NUM_THREADS=1"),
         ("open files", (machine.resource, "getrlimit", lambda what: (256, 4096)), "ulimit -n 4096"),
+        ("network", (machine, "local_address_of", lambda host, port: "127.0.1.1"), "--master-addr"),
         ("C kernels", (machine.build, "unavailable", lambda: "nosuchcc was not found"), "slower"),
         ("GPU", (machine, "_driver", lambda: "580.12"), "install a build of torch for CUDA"),
     ],
