@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ import typer
 from megaresnorm.cli.arguments import Overrides, count_up_to, examples, path, path_text
 from megaresnorm.cli.train import Full, NoFallback
 from megaresnorm.errors import ConfigError
+from megaresnorm.launch.request import new_job_name
 from megaresnorm.launch.submit import LAUNCHERS, Extras, submit
 from megaresnorm.parallel.environment import MAX_LOCAL, MAX_PORT
 from megaresnorm.text import say
@@ -38,7 +38,8 @@ _RESTARTS = "how often ranks are started again without a new checkpoint; 0: an e
 _Restarts = Annotated[str | None, typer.Option(metavar="N", help=_RESTARTS)]
 _LOGS = "folder into which each rank writes all that it prints, a file with rank and host in its name"
 _LogDir = Annotated[Path | None, typer.Option(parser=path, metavar="FOLDER", help=_LOGS)]
-_ENV = "a variable that every node is to have, as it is here or with a value; those of NCCL, gloo and OpenMP are sent"
+_ENV = "a variable that every node is to have, as it is here or with a value; those of NCCL, gloo and OpenMP are sent "
+_ENV += "without it, but to containers"
 _Env = Annotated[list[str] | None, typer.Option(metavar="NAME[=VALUE]", help=_ENV)]
 _SSH = "the command that reaches other hosts, with its options"
 _Ssh = Annotated[str, typer.Option(metavar="COMMAND", help=_SSH)]
@@ -122,7 +123,7 @@ def launch(
         "JOB_ID": job,
     }
     if by != "torchrun" or hostfile is not None:
-        name = job or f"{Path(recipe).stem[:60] or 'job'}-{time.strftime('%m%d-%H%M%S')}"
+        name = job or new_job_name(recipe)
         return submit(by, words, settings | {"JOB_ID": name}, env or [], extras, dry_run=dry_run)
     alone = "in a job of this node alone (--with torchrun without --hostfile)"
     extras.refuse(alone, "ssh", "no_ssh", "sbatch", "image", "namespace", "claim")

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,12 +81,15 @@ class Request:
         return [*start, "launch", self.recipe, *self.overrides, *options, *more]
 
 
-def forwarded(names: Iterable[str], variables: Mapping[str, str] | None = None) -> dict[str, str]:
+def forwarded(
+    names: Iterable[str], variables: Mapping[str, str] | None = None, *, only_named: bool = False
+) -> dict[str, str]:
     """The variables that nodes are to have: ``FORWARDED`` as they are here, and those that ``--env`` names.
 
     Args:
         names: NAME, to be had as it is here, or NAME=VALUE.
         variables: in place of the process's own.
+        only_named: leave out ``FORWARDED``, whose paths and interfaces are not those of a container.
 
     Raises:
         ConfigError: a name is none, or is not set here.
@@ -95,6 +99,7 @@ def forwarded(names: Iterable[str], variables: Mapping[str, str] | None = None) 
         name: value
         for name, value in variables.items()
         if name.startswith(FORWARDED) and not SECRET.search(name) and not name.startswith("TORCHELASTIC_")
+        if not only_named
     }
     for text in names:
         name, equals, value = text.partition("=")
@@ -104,6 +109,16 @@ def forwarded(names: Iterable[str], variables: Mapping[str, str] | None = None) 
             raise ConfigError(f"--env {name}: no such variable here; give it a value, --env {name}=VALUE")
         found[name] = value if equals else variables[name]
     return found
+
+
+def new_job_name(recipe: str) -> str:
+    """A name for a job that was given none: of the recipe's file and the time, in what every launcher takes.
+
+    >>> new_job_name("my recipes/1B_deep.v2.yaml").rpartition("-")[0][:-5]
+    'job-1b-deep-v2'
+    """
+    words = re.sub(r"[^a-z0-9]+", "-", Path(recipe).stem.lower())[:40].strip("-")
+    return f"{words if words[:1].isalpha() else f'job-{words}'.strip('-')}-{time.strftime('%m%d-%H%M%S')}"
 
 
 def job_name(text: str) -> str:

@@ -140,7 +140,7 @@ def _request(
         master=(address, None if port is None else int(port)),
         max_restarts=None if restarts is None else int(restarts),
         logs=settings["LOG_DIR"],
-        variables=forwarded(env),
+        variables=forwarded(env, only_named=by == "kubernetes"),
         ssh=shell,
         folder=Path.cwd(),
     )

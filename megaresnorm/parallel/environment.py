@@ -92,7 +92,12 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
             return _environment_of(started, found)
         return Environment(**common)  # type: ignore[arg-type]
     world_size = number("torchrun", found, "WORLD_SIZE", 1, MAX_RANKS)
-    one_each = "KUBERNETES_SERVICE_HOST" in found and "LOCAL_RANK" not in found  # Kubeflow: a pod is a rank
+    one_each = is_in_pod(found) and "LOCAL_RANK" not in found  # Kubeflow: a pod is a rank
+    if one_each and found.get("PET_NNODES", found["WORLD_SIZE"]) != found["WORLD_SIZE"]:
+        raise ConfigError(
+            f"WORLD_SIZE={found['WORLD_SIZE'][:MAX_SHOWN]}, on {found['PET_NNODES'][:MAX_SHOWN]} nodes (PET_NNODES), "
+            "but no LOCAL_RANK; let the pods run megaresnorm launch RECIPE, which starts the ranks of each"
+        )
     if world_size > 1:
         needed = ("RANK", *(() if one_each else ("LOCAL_RANK",)), "MASTER_ADDR", "MASTER_PORT")
         missing = [n for n in needed if not found.get(n)]
@@ -161,6 +166,11 @@ def listening_socket(variables: Mapping[str, str] | None = None) -> tuple[int, s
 def is_in_allocation(variables: Mapping[str, str] | None = None) -> bool:
     """Whether this process is in an allocation of Slurm, in which srun starts tasks at once."""
     return bool((os.environ if variables is None else variables).get("SLURM_JOB_ID"))
+
+
+def is_in_pod(variables: Mapping[str, str] | None = None) -> bool:
+    """Whether this process is in a pod of Kubernetes."""
+    return "KUBERNETES_SERVICE_HOST" in (os.environ if variables is None else variables)
 
 
 def host_name(variables: Mapping[str, str] | None = None) -> str:

@@ -142,8 +142,14 @@ def _kubernetes(variables: Mapping[str, str]) -> dict[str, str]:
     host, colon, port = variables.get("PET_RDZV_ENDPOINT", "").rpartition(":")
     if colon and port.isdecimal():
         found = {"MASTER_ADDR": host.strip("[]"), "MASTER_PORT": port} | found
-    if "PET_NNODES" in variables and "NODE_RANK" not in found and variables.get("RANK"):  # PyTorchJob: ranks are pods
-        found["NODE_RANK"] = variables["RANK"]
+    is_job = "KUBERNETES_SERVICE_HOST" in variables and "LOCAL_RANK" not in variables and "WORLD_SIZE" in variables
+    if is_job and "NODES" not in found:  # PyTorchJob before PET_NNODES: its ranks are pods
+        found["NODES"] = variables["WORLD_SIZE"]
+    if "NODES" in found and "NODE_RANK" not in found and (is_job or "PET_NNODES" in variables):
+        # An elastic PyTorchJob of a fixed size numbers its pods in their names alone.
+        last = re.fullmatch(r".*-worker-(\d{1,5})", variables.get("HOSTNAME", ""))
+        rank = variables.get("RANK") or (last and last[1])
+        found |= {"NODE_RANK": rank} if rank and ":" not in found["NODES"] else {}
     return found
 
 

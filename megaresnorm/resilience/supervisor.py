@@ -20,11 +20,11 @@ from pathlib import Path
 
 from megaresnorm.errors import ConfigError, LostRankError
 from megaresnorm.parallel.addresses import listen_where_reached, local_address_of
-from megaresnorm.parallel.environment import LAUNCHER, STORE, Plan, host_name, read_plan
+from megaresnorm.parallel.environment import LAUNCHER, STORE, Plan, host_name, is_in_pod, read_plan
 from megaresnorm.resilience.hearing import Hearing
 from megaresnorm.resilience.launcher import LOOK, PREFIX, Launcher, ancestors, children, kill
 from megaresnorm.resilience.rank_logs import Followed, make_logs
-from megaresnorm.resilience.torchrun import CONNECT, environment_of, raise_limits, torchrun_command
+from megaresnorm.resilience.torchrun import CONNECT, JOIN, environment_of, raise_limits, torchrun_command
 from megaresnorm.text import say
 
 GRACE = 1.0  # seconds between asking torchrun to end and killing it
@@ -114,13 +114,13 @@ class Supervisor:
         """This node's address on the way to ``host``, once that name resolves: a pod's does when the pod runs.
 
         Raises:
-            ConfigError: it does not within ``CONNECT`` seconds.
+            ConfigError: it does not within ``CONNECT`` seconds; the pods of a job may be days apart.
         """
-        start = time.monotonic()
+        start, most = time.monotonic(), JOIN if is_in_pod() else CONNECT
         said = start + SILENT - EVERY
         while (address := local_address_of(host, port)) is None and not self._hearing.stop:
             now = time.monotonic()
-            if now > start + CONNECT:
+            if now > start + most:
                 raise ConfigError(f"MASTER_ADDR={host} does not resolve on {host_name()}; give an address")
             if now > said + EVERY:
                 said = now
