@@ -123,7 +123,7 @@ def launch(
         "JOB_ID": job,
     }
     if by != "torchrun" or hostfile is not None:
-        name = job or new_job_name(recipe)
+        name = job or new_job_name(recipe, with_time=not no_ssh)
         return submit(by, words, settings | {"JOB_ID": name}, env or [], extras, dry_run=dry_run)
     alone = "in a job of this node alone (--with torchrun without --hostfile)"
     extras.refuse(alone, "ssh", "no_ssh", "sbatch", "image", "namespace", "claim")

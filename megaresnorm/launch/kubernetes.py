@@ -15,7 +15,7 @@ from megaresnorm.parallel.launchers import PORT
 from megaresnorm.resilience.signals import TIME_IS_UP
 
 GRACE = 600  # seconds that a pod has to save a checkpoint once it is to end
-WORK = "/workspace"  # where containers work (launch/Dockerfile)
+WORK, USER = "/workspace", 1000  # where containers work, and as whom (launch/Dockerfile)
 # Exit codes that making pods again does not mend: recipe, data, checkpoint, training, conversion; and a run whose
 # train.max_minutes are over is to end.
 FINAL = (2, 3, 4, 5, 7, TIME_IS_UP)
@@ -25,7 +25,9 @@ LOSSES = 3
 
 _LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 _PART = r"[a-z0-9]+((\.|__?|-+)[a-z0-9]+)*"
-_IMAGE = rf"([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{{1,5}})?/)?{_PART}(/{_PART})*(:\w[\w.-]{{0,127}})?(@sha256:[0-9a-f]{{64}})?"
+_IMAGE = (
+    rf"([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{{1,5}})?/)?{_PART}(/{_PART})*(:\w[\w.-]{{0,127}})?(@sha256:[0-9a-f]{{64}})?"
+)
 # What YAML does not take as it is within quotes, or takes for the end of a line.
 _ESCAPED = re.compile("[\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]")
 
@@ -81,6 +83,7 @@ def manifest(request: Request, cluster: Cluster) -> str:
         "SAVED": str([*SAVED]),
         "GRACE": str(GRACE),
         "WORK": WORK,
+        "USER": str(USER),
     }
     return _filled(TEMPLATE, lines, texts)
 
@@ -200,6 +203,7 @@ spec:
       terminationGracePeriodSeconds: <GRACE> # SIGTERM saves a checkpoint
       enableServiceLinks: false # a service called master would set MASTER_PORT
       automountServiceAccountToken: false
+      securityContext: {fsGroup: <USER>, fsGroupChangePolicy: OnRootMismatch} # the image's user writes to the volume
       affinity:
         podAntiAffinity: # each pod on a node of its own
           requiredDuringSchedulingIgnoredDuringExecution:

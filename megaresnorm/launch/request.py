@@ -111,14 +111,18 @@ def forwarded(
     return found
 
 
-def new_job_name(recipe: str) -> str:
-    """A name for a job that was given none: of the recipe's file and the time, in what every launcher takes.
+def new_job_name(recipe: str, *, with_time: bool = True) -> str:
+    """A name for a job that was given none, of the recipe's file and the time, in what every launcher takes.
 
-    >>> new_job_name("my recipes/1B_deep.v2.yaml").rpartition("-")[0][:-5]
+    Args:
+        with_time: False where each host makes the name by itself, and all are to make the same.
+
+    >>> new_job_name("my recipes/1B_deep.v2.yaml", with_time=False)
     'job-1b-deep-v2'
     """
     words = re.sub(r"[^a-z0-9]+", "-", Path(recipe).stem.lower())[:40].strip("-")
-    return f"{words if words[:1].isalpha() else f'job-{words}'.strip('-')}-{time.strftime('%m%d-%H%M%S')}"
+    name = words if words[:1].isalpha() else f"job-{words}".strip("-")
+    return f"{name}-{time.strftime('%m%d-%H%M%S')}" if with_time else name
 
 
 def job_name(text: str) -> str:
