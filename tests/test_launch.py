@@ -191,7 +191,96 @@ def test_the_lock_has_all_that_the_package_needs_but_torch():
     assert check_environment.numbers("2.13.0a0+cpu") == [2, 13, 0] > check_environment.numbers("2.9")
 
 
-@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh", "torchrun.sh", "deepspeed.sh"])
 def test_scripts_have_help(script):
     got = subprocess.run(["bash", ROOT / "launch" / script, "--help"], capture_output=True, text=True)
-    assert got.returncode == 0 and "bash launch/" in got.stdout
+    assert got.returncode == 0 and f"bash launch/{script}" in got.stdout
+
+
+def script(name, *words, cwd=None, **environment):
+    """Run a script that starts nodes, in an environment that was not made here, whose Python tells how it was called.
+
+    Returns:
+        What it printed; the words behind ``python -m megaresnorm`` where it came so far, and what it had of variables.
+    """
+    python = Path(environment["VENV"]) / "bin" / "python"
+    told = 'case "$*" in "-m megaresnorm "*) printf "%s\\n" called "$@"; env >"$0.env"; exit 0;; esac\n'
+    python.write_text(python.read_text().replace("#!/bin/sh\n", f"#!/bin/sh\n{told}", 1))
+    got = subprocess.run(
+        ["bash", ROOT / "launch" / name, *words],
+        env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", **environment},
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+    )
+    if "called\n" not in got.stdout:
+        return got, None, None
+    variables = dict(line.split("=", 1) for line in Path(f"{python}.env").read_text().splitlines() if "=" in line)
+    return got, got.stdout.split("called\n-m\nmegaresnorm\n")[1].splitlines(), variables
+
+
+def with_deepspeed(folder):
+    venv = fake_environment(folder)
+    records = venv / "lib" / "deepspeed-0.19.8.dist-info"
+    records.mkdir(parents=True)
+    (records / "METADATA").write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.19.8\n")
+    return venv
+
+
+def test_torchrun_is_started_where_the_script_was_and_installs_nothing(tmp_path):
+    venv = fake_environment(tmp_path / "venv")
+    got, words, variables = script("torchrun.sh", "r.yaml", "a=b c", cwd=tmp_path, VENV=str(venv), NODES="2")
+    assert words == ["launch", "r.yaml", "a=b c"] and pip_calls(venv) == [], got
+    assert variables["PWD"] == str(tmp_path) and variables["NODES"] == "2"
+    assert f"using {venv} as it is: Python" in got.stdout and ", torch " in got.stdout
+
+
+def test_deepspeed_gets_as_options_what_the_variables_say(tmp_path):
+    venv = with_deepspeed(tmp_path / "venv")
+    usual = ["launch", "r.yaml", "a=b c", "--with", "deepspeed", "--hostfile"]
+    got, words, variables = script("deepspeed.sh", "r.yaml", "a=b c", cwd=tmp_path, VENV=str(venv))
+    assert words == [*usual, "hosts"] and pip_calls(venv) == [], got
+    assert variables["PWD"] == str(tmp_path) and variables["PATH"].startswith(f"{venv}/bin:")
+    assert f"using {venv} as it is: Python" in got.stdout and ", torch " in got.stdout
+    settings = {
+        "HOSTFILE": "my hosts", "NO_SSH": "1", "NODE_RANK": "1", "RANKS_PER_NODE": "8", "MASTER_ADDR": "node0",
+        "MASTER_PORT": "29600", "JOB_ID": "j", "MAX_RESTARTS": "0", "LOG_DIR": "my logs", "NODES": "7",
+    }  # fmt: skip
+    _, words, variables = script("deepspeed.sh", "r.yaml", "a=b c", cwd=tmp_path, VENV=str(venv), **settings)
+    assert words == [
+        *usual, "my hosts", "--nodes", "7", "--ranks-per-node", "8", "--master-addr", "node0", "--master-port", "29600",
+        "--job", "j", "--max-restarts", "0", "--log-dir", "my logs", "--no-ssh", "--node-rank", "1",
+    ]  # fmt: skip
+    assert not {"NODES", "NODE_RANK", "RANKS_PER_NODE", "MASTER_ADDR", "MASTER_PORT", "LOG_DIR"} & variables.keys()
+
+
+def test_without_deepspeed_an_environment_of_others_is_named_and_left_alone(tmp_path):
+    venv = fake_environment(tmp_path / "venv", packages=False, torch="2.99.0")
+    got, words, _ = script("deepspeed.sh", "r.yaml", VENV=str(venv))
+    assert got.returncode == 1 and words is None and pip_calls(venv) == []
+    (line,) = got.stderr.splitlines()
+    assert "was not made here and is used as it is, but" in line and "deepspeed is missing" in line
+    assert "torch is" not in line and "'deepspeed>=0.17'" in line
+
+
+@pytest.mark.parametrize("name", ["torchrun.sh", "deepspeed.sh"])
+def test_help_names_every_variable_that_the_script_reads(name):
+    text = (ROOT / "launch" / name).read_text()
+    told, code = text.split("\nset -euo pipefail\n")
+    read = set(re.findall(r"\$\{([A-Z_]+)", code))
+    assert {variable for variable in read if not re.search(rf"\b{variable}\b", told)} == set()
+    wanted = {"RANKS_PER_NODE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "JOB_ID", "MAX_RESTARTS", "LOG_DIR",
+              "OMP_NUM_THREADS", "VENV"}  # fmt: skip
+    assert all(re.search(rf"^#   .*\b{variable}\b", told, re.MULTILINE) for variable in wanted)
+
+
+def test_the_readme_of_launch_names_what_there_is():
+    text = (ROOT / "launch" / "README.md").read_text()
+    files = {path.name for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch")}
+    files |= {"Dockerfile", "Dockerfile.cuda", "kubernetes/job.yaml", "install_beside_torch.py"}
+    assert all(f"`{name}`" in text for name in files)
+    table = text.split("## Variables", 1)[1]
+    for variable in ("RANKS_PER_NODE", "NODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "JOB_ID", "MAX_RESTARTS",
+                     "LOG_DIR", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA",
+                     "NCCL_DEBUG", "TMPDIR", "VENV"):  # fmt: skip
+        assert f"`{variable}`" in table
