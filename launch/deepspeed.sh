@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train a recipe on several hosts that DeepSpeed's launcher starts: one supervisor a host, which starts its ranks. The
-# arguments are those of megaresnorm launch; engine.name in the recipe decides whether DeepSpeed also trains.
+# arguments are those of megaresnorm launch. DeepSpeed only starts the hosts: what trains is the native engine.
 #   bash launch/deepspeed.sh configs/deepnorm-200-1b.yaml                      # by pdsh and ssh, from any of them
 #   NO_SSH=1 NODE_RANK=0 bash launch/deepspeed.sh configs/deepnorm-200-1b.yaml   # without, on each
 # Signals, restarts and exit codes are those of launch/torchrun.sh.
