@@ -53,12 +53,12 @@ def install(others: list[str], folder: Path) -> None:
         others: requirements besides torch.
         folder: an empty one.
     """
-    entries = lock_entries()
+    entries, theirs = lock_entries(), constrained()
     old = {name_of(requirement) for requirement in others if check_environment.problem(requirement)}
     missing = [
         text
         for name, texts in entries.items()
-        if name not in ("setuptools", *constrained(os.environ))
+        if name not in ("setuptools", *theirs)
         if check_environment.version_of(name) is None or name in old
         for text in texts
     ]
@@ -98,10 +98,12 @@ def lock_entries() -> dict[str, list[str]]:
     return found
 
 
-def constrained(variables: Mapping[str, str]) -> set[str]:
-    """Packages that the image's constraints name."""
-    lines = [line for file in variables.get("PIP_CONSTRAINT", "").split() if Path(file).is_file()
-             for line in Path(file).read_text(encoding="utf-8").splitlines()]  # fmt: skip
+def constrained() -> set[str]:
+    """Packages that pip's constraints name, of its variables and files of settings alike."""
+    done = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False)
+    settings = re.findall(r"^\S+\.constraint='(.*)'$", done.stdout, re.MULTILINE)
+    files = [Path(name) for setting in settings for name in re.split(r"\s|\\n", setting) if name]
+    lines = [line for file in files if file.is_file() for line in file.read_text(encoding="utf-8").splitlines()]
     return {name_of(line) for line in lines if re.match(r"[A-Za-z0-9]", line)}
 
 
