@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from megaresnorm.errors import ConfigError
 from megaresnorm.launch.kubernetes import FINAL, LOSSES, Cluster, manifest
 from megaresnorm.launch.request import Request, forwarded, job_name, new_job_name
 from megaresnorm.parallel.environment import Environment, Plan, read_environment, read_plan
+from megaresnorm.resilience import supervisor
 
 ROOT = Path(__file__).parents[2]
 # Before 1.29 the published schemas ask for onPodConditions in every rule, which the servers then refuse.
@@ -177,6 +179,29 @@ def test_a_job_without_a_name_gets_one_that_every_launcher_takes(recipe):
     name = new_job_name(recipe)
     assert job_name(name) == name
     manifest(request(job=name, nodes=99_999), cluster())
+
+
+def test_hosts_that_name_the_job_by_themselves_name_it_alike(tmp_path, capsys):
+    """Else each would wait for the others of a job that is only its own."""
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
+    words = ["launch", "configs/quickstart.yaml", "--with", "deepspeed", "--hostfile", str(tmp_path / "hosts")]
+    for rank in ("0", "1"):
+        assert main([*words, "--no-ssh", "--node-rank", rank, "--dry-run"]) == 0
+        assert " --job quickstart" in capsys.readouterr().out.replace("\n", " ").replace("--job quickstart-", "")
+
+
+def test_a_pod_waits_for_the_name_of_node_0_as_long_as_the_cluster_needs(monkeypatch):
+    """Elsewhere a name that does not resolve for a quarter of an hour is wrong, and code 2 would end the whole Job."""
+    waiting = SimpleNamespace(_hearing=SimpleNamespace(stop=0, sleep=lambda seconds: None), _say=lambda line: None)
+    answers = iter([None] * 5 + ["10.1.2.3"] + [None] * 5)
+    monkeypatch.setattr(supervisor, "local_address_of", lambda host, port: next(answers))
+    hours = iter(range(0, 10**9, 3600))
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: next(hours))
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.96.0.1")
+    assert supervisor.Supervisor._await_address(waiting, "deep-0.deep", 29500) == "10.1.2.3"
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST")
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR=deep-0\.deep does not resolve"):
+        supervisor.Supervisor._await_address(waiting, "deep-0.deep", 29500)
 
 
 def test_the_command_prints_it_and_sends_no_path_of_this_machine(capsys, monkeypatch):
