@@ -101,8 +101,10 @@ ONLY_IN = {  # package -> the files that may import it
         "data/english.py",
         "kernels/cpu/build.py",
         "launch/front.py",
+        "launch/slurm_job.py",
         "launch/ssh.py",
         "launch/submit.py",
+        "parallel/addresses.py",  # asks Slurm
         "resilience/supervisor.py",
     ],
 }

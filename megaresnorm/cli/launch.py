@@ -52,6 +52,13 @@ _Image = Annotated[str | None, typer.Option(metavar="IMAGE", help="kubernetes: c
 _Namespace = Annotated[str | None, typer.Option(metavar="NAME", help="kubernetes: where the job goes")]
 _CLAIM = "kubernetes: a volume claim that all nodes can write, in which the containers work"
 _Claim = Annotated[str | None, typer.Option(metavar="NAME", help=_CLAIM)]
+_SAVED = "a file that node 0 makes once SIGUSR1 has ended the run and it has saved; scripts of batch systems ask for it"
+_Saved = Annotated[Path | None, typer.Option(parser=path, metavar="FILE", help=_SAVED)]
+_WAIT = (
+    "slurm: stay until the job's end, show its log, and end with its exit code; the first SIGTERM or Ctrl-C saves and "
+    "ends the job, SIGUSR1 saves and lets it wait for its next turn, a second signal cancels it"
+)
+_Wait = Annotated[bool, typer.Option("--wait", help=_WAIT)]
 _DRY = "print the command, script or manifest, and end; the launcher need not be installed here"
 _DryRun = Annotated[bool, typer.Option("--dry-run", help=_DRY)]
 _Attached = Annotated[bool, typer.Option("--attached", hidden=True, help="end with what has started this")]
@@ -89,12 +96,14 @@ def launch(
     ssh: _Ssh = "ssh",
     no_ssh: _NoSsh = False,
     sbatch: _Sbatch = None,
+    wait: _Wait = False,
     image: _Image = None,
     namespace: _Namespace = None,
     claim: _Claim = None,
     full: Full = False,
     no_fallback: NoFallback = False,
     dry_run: _DryRun = False,
+    saved: _Saved = None,
     attached: _Attached = False,
 ) -> int:
     """Train a recipe on several ranks of one node or of many, started by torchrun or by the launcher of a cluster.
@@ -110,8 +119,8 @@ def launch(
     ranks, words = gpus_per_node or ranks_per_node, [recipe, *(overrides or [])]
     words += ["--full"] * full + ["--no-fallback"] * no_fallback
     extras = Extras(
-        hostfile=hostfile, node_rank=node_rank, no_ssh=no_ssh, ssh=ssh, sbatch=tuple(sbatch or ()), image=image,
-        namespace=namespace, claim=claim, gpus=ranks_per_node is None,
+        hostfile=hostfile, node_rank=node_rank, no_ssh=no_ssh, ssh=ssh, sbatch=tuple(sbatch or ()), wait=wait,
+        image=image, namespace=namespace, claim=claim, gpus=ranks_per_node is None,
     )  # fmt: skip
     settings = {
         "NODES": nodes,
@@ -126,8 +135,9 @@ def launch(
         name = job or new_job_name(recipe, with_time=not no_ssh)
         return submit(by, words, settings | {"JOB_ID": name}, env or [], extras, dry_run=dry_run)
     alone = "in a job of this node alone (--with torchrun without --hostfile)"
-    extras.refuse(alone, "ssh", "no_ssh", "sbatch", "image", "namespace", "claim")
-    return _this_node(words, settings | {"NODE_RANK": node_rank}, env or [], attached=attached, dry_run=dry_run)
+    extras.refuse(alone, "ssh", "no_ssh", "sbatch", "wait", "image", "namespace", "claim")
+    settings |= {"NODE_RANK": node_rank, "SAVED": None if saved is None else str(saved)}
+    return _this_node(words, settings, env or [], attached=attached, dry_run=dry_run)
 
 
 def _this_node(

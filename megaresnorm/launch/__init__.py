@@ -7,6 +7,7 @@ variables (parallel/launchers.py). What is here is for the terminal from which a
   request.py      what was asked for, checked, and the command of a node
   hostfile.py     lists of hosts
   ssh.py deepspeed.py mpirun.py slurm.py kubernetes.py    the command or the file for each launcher
+  slurm_job.py    a submitted batch job, waited for
   front.py        runs such commands: output, signals, the first error, nothing left behind
   tell.py         sends a signal to the supervisors of a job on one node
 """

@@ -12,6 +12,7 @@ from megaresnorm.launch import deepspeed, kubernetes, mpirun, slurm, ssh
 from megaresnorm.launch.front import Front, Tell, tell_by_signal
 from megaresnorm.launch.hostfile import Host, read_hostfile, slots_of
 from megaresnorm.launch.request import Request, forwarded, job_name, ssh_words
+from megaresnorm.launch.slurm_job import submit_job
 from megaresnorm.limits import MAX_SHOWN
 from megaresnorm.parallel.environment import MAX_NODES, UNLIMITED, check_host, is_in_allocation
 from megaresnorm.parallel.launchers import is_number
@@ -24,6 +25,7 @@ OWN = {  # options that only these launchers take
     "no_ssh": ("deepspeed",),
     "ssh": ("torchrun", "deepspeed", "mpirun"),
     "sbatch": ("slurm",),
+    "wait": ("slurm",),
     "image": ("kubernetes",),
     "namespace": ("kubernetes",),
     "claim": ("kubernetes",),
@@ -39,6 +41,7 @@ class Extras:
     no_ssh: bool = False
     ssh: str = "ssh"
     sbatch: tuple[str, ...] = ()
+    wait: bool = False
     image: str | None = None
     namespace: str | None = None
     claim: str | None = None
@@ -87,10 +90,15 @@ def submit(
         return _apply(request, extras, dry_run)
     if by == "slurm" and not is_in_allocation():
         script = slurm.batch_script(request, gpus=extras.gpus, options=slurm.options_of(extras.sbatch))
-        return _hand_over(["sbatch"], script, dry_run)
+        if dry_run:
+            write(script)
+            return 0
+        _find("sbatch")
+        return submit_job(script, wait=extras.wait)
     tell: Tell = tell_by_signal
     if by == "slurm":
         extras.refuse("in an allocation of Slurm, whose options are chosen", "sbatch")
+        extras.refuse("in an allocation of Slurm, in which srun is waited for anyway", "wait")
         parts = [slurm.job_part(request)]
     elif by == "mpirun":
         parts = [mpirun.job_part(request)]

@@ -2,8 +2,10 @@
 
 import errno
 import fcntl
+import re
 import socket
 import struct
+import subprocess
 from pathlib import Path
 
 ELSEWHERE = "192.0.2.1"  # an address that no host has (RFC 5737)
@@ -31,6 +33,25 @@ def local_address_of(host: str, port: int) -> str | None:
 def is_loopback(address: str) -> bool:
     """Whether an address is this host's own, to which no other host has a way."""
     return address == "::1" or address.startswith("127.")
+
+
+def resolves(host: str) -> bool:
+    """Whether this node can resolve a name; an address it always can."""
+    try:
+        return bool(socket.getaddrinfo(host, None))
+    except OSError:
+        return False
+
+
+def address_by_slurm(node: str) -> str | None:
+    """The address at which Slurm itself reaches a node that it knows by this name; None where it does not tell."""
+    try:
+        command = ["scontrol", "show", "node", "-o", node]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL, check=True)
+    except (OSError, subprocess.SubprocessError):  # not in this container, no such node, or no answer
+        return None
+    found = re.search(r"(?:^|\s)NodeAddr=(\S+)", done.stdout)
+    return found[1] if found and resolves(found[1]) else None
 
 
 def address_towards(host: str, port: int) -> str | None:

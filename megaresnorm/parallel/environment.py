@@ -8,7 +8,7 @@ RANK an old shell still holds.
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from uuid import uuid4
 
 from megaresnorm.errors import ConfigError
 from megaresnorm.limits import MAX_RANKS, MAX_SHOWN
-from megaresnorm.parallel.launchers import PORT, Started, is_number, number, plan_of, started_by
+from megaresnorm.parallel.addresses import address_by_slurm, interface_of, resolves
+from megaresnorm.parallel.launchers import PORT, Started, address_in_batch, is_number, number, plan_of, started_by
 
 LAUNCHER = "MEGARESNORM_LAUNCHER"  # a private folder of this node's ranks and their supervisor
 ELASTIC = "MEGARESNORM_ELASTIC"  # nodes may come and go
@@ -87,7 +88,8 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         "elastic": ELASTIC in found,
     }
     if "WORLD_SIZE" not in found:
-        started = started_by(found)
+        # Under a supervisor only torchrun's count: what has started the supervisor has one process a node.
+        started = None if found.get(LAUNCHER) else started_by(found)
         if started is not None and started.size > 1:
             return _environment_of(started, found)
         return Environment(**common)  # type: ignore[arg-type]
@@ -179,6 +181,34 @@ def host_name(variables: Mapping[str, str] | None = None) -> str:
     return variables.get("SLURMD_NODENAME") or socket.gethostname() or "this host"
 
 
+def master_here(host: str, variables: Mapping[str, str] | None = None) -> str:
+    """The host of rank 0 as this node can resolve it.
+
+    Slurm has names for nodes that nobody else may know; then it is the address that Slurm has.
+
+    Args:
+        host: as ``MASTER_ADDR``.
+    """
+    variables = os.environ if variables is None else variables
+    if not is_in_allocation(variables) or resolves(host):
+        return host
+    return address_in_batch(variables, host) or address_by_slurm(host) or host
+
+
+def use_interface(address: str | None, variables: MutableMapping[str, str] | None = None) -> None:
+    """Let gloo and NCCL use the network interface with an address, unless variables name another.
+
+    By itself gloo takes that of the node's own name, which may be loopback.
+    """
+    variables = os.environ if variables is None else variables
+    interface = interface_of(address)
+    if interface is not None:
+        variables.setdefault("GLOO_SOCKET_IFNAME", interface)
+        variables.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without = NCCL takes every name that begins so
+    if ":" in (address or ""):
+        variables.setdefault("NCCL_SOCKET_FAMILY", "AF_INET6")
+
+
 @dataclass(frozen=True)
 class Plan:
     """How the ranks of this node are started.
@@ -192,6 +222,7 @@ class Plan:
         max_restarts: how often ranks are restarted without a new checkpoint.
         logs: folder into which each rank writes what it prints; None to print it alone.
         attached: whether this process ends with those that have started it, such as a shell of ssh.
+        saved: a file that node 0 makes where SIGUSR1 has ended the run, and a checkpoint was written since its start.
     """
 
     ranks_here: int
@@ -202,6 +233,7 @@ class Plan:
     max_restarts: int = 3
     logs: Path | None = None
     attached: bool = False
+    saved: Path | None = None
 
     @property
     def elastic(self) -> bool:
@@ -234,6 +266,7 @@ def read_plan(
     named = chosen.get("RANKS_PER_NODE")
     common: dict[str, Any] = {
         "ranks_here": _setting(chosen, "RANKS_PER_NODE", 1, MAX_LOCAL, 1) if named else None,
+        "saved": Path(chosen["SAVED"]) if chosen.get("SAVED") else None,
         "max_restarts": _setting(chosen, "MAX_RESTARTS", 0, UNLIMITED, 3),
         "logs": Path(chosen["LOG_DIR"]) if chosen.get("LOG_DIR") else None,
         # DeepSpeed's launcher is a shell of ssh, too.

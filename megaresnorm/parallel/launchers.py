@@ -11,6 +11,7 @@ from zlib import crc32
 
 from megaresnorm.errors import ConfigError
 from megaresnorm.limits import MAX_RANKS
+from megaresnorm.parallel.addresses import is_loopback
 
 PORT = 29500  # where a job has no number of its own
 _LOWEST, _PORTS = 15000, 15000  # ports of jobs with a number: below those that systems give away by themselves
@@ -114,10 +115,12 @@ def plan_of(variables: Mapping[str, str]) -> dict[str, str]:
     started = started_by(variables)
     if started is not None and started.size > 1:
         if started.local_size not in (1, None):
-            raise ConfigError(
+            error = ConfigError(
                 f"{started.by} has started {started.local_size} processes on this node, but launch starts all ranks of "
                 "a node itself; let it start one a node, or ranks directly: python -m megaresnorm.job RECIPE"
             )
+            error.agreed = True  # all of them raise it, and the first one says so
+            raise error
         found = {"NODES": str(started.size), "NODE_RANK": str(started.rank), "MASTER_PORT": str(started.port)}
         found |= {"MASTER_ADDR": started.master_addr} if started.master_addr else {}
         return found | ({"JOB_ID": started.job} if started.job else {})
@@ -161,6 +164,20 @@ def first_host(nodes: str) -> str | None:
     """
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0]) if first else None
+
+
+def address_in_batch(variables: Mapping[str, str], host: str) -> str | None:
+    """The address of a job's first node, as Slurm tells it to the tasks of a batch script, which runs there.
+
+    Args:
+        host: Slurm's name of that node.
+
+    Returns:
+        None for another node, and where srun was given elsewhere: by hand in an allocation, on a login node.
+    """
+    address = variables.get("SLURM_LAUNCH_NODE_IPADDR", "")
+    in_batch = variables.get("ENVIRONMENT") == "BATCH" and host == first_host(variables.get("SLURM_JOB_NODELIST", ""))
+    return address if address and in_batch and not is_loopback(address) else None
 
 
 def _tasks_of(text: str, node: int) -> int | None:

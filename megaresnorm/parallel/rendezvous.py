@@ -18,7 +18,7 @@ from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: i
 
 from megaresnorm.errors import LostRankError, UserError, error_of
 from megaresnorm.parallel.addresses import listen, local_address_of
-from megaresnorm.parallel.environment import Environment
+from megaresnorm.parallel.environment import Environment, master_here, use_interface
 from megaresnorm.parallel.mesh import TIMEOUT
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,9 @@ def open_store(environment: Environment, timeout: float = TIMEOUT) -> Store:
         return FileStore(str(environment.launcher / f"ranks-{round_of}"), environment.world_size)
     assert environment.master_addr is not None and environment.master_port is not None
     listens = environment.rank == 0 and not environment.agent_store
-    host, port = environment.master_addr, environment.master_port
+    host, port = master_here(environment.master_addr), environment.master_port
+    if not environment.one_node and environment.launcher is None:  # nobody has told this rank
+        use_interface(local_address_of(host, port))
     if listens and not environment.one_node:
         host = local_address_of(host, port) or host
     store = TCPStore(

@@ -16,11 +16,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from megaresnorm.errors import ConfigError, LostRankError
 from megaresnorm.parallel.addresses import listen_where_reached, local_address_of
-from megaresnorm.parallel.environment import LAUNCHER, STORE, Plan, host_name, is_in_pod, read_plan
+from megaresnorm.parallel.environment import LAUNCHER, STORE, Plan, host_name, is_in_pod, master_here, read_plan
 from megaresnorm.resilience.hearing import Hearing
 from megaresnorm.resilience.launcher import LOOK, PREFIX, Launcher, ancestors, children, kill
 from megaresnorm.resilience.rank_logs import Followed, make_logs
@@ -34,6 +35,7 @@ LAST_WORDS = 4.0  # seconds for the other ranks to end, once one has ended on pu
 SILENT = 5.0  # seconds of waiting for other nodes before the first message about it
 PATIENCE = 60.0  # seconds to save a checkpoint once the launcher is gone
 EVERY = 60.0  # seconds between two such messages
+NEXT_TURN = 128 + signal.SIGUSR1  # exit code of a run that is to go on in its next turn
 
 
 class Supervisor:
@@ -75,6 +77,9 @@ class Supervisor:
                 os.close(lock)
 
     def _run(self, folder: Path) -> int:
+        if self._plan.master is not None:
+            host, port = self._plan.master
+            self._plan = replace(self._plan, master=(master_here(host), port))
         local_address = None if self._plan.master is None else self._await_address(*self._plan.master)
         if self._hearing.stop:
             return self._hearing.stop
@@ -105,6 +110,9 @@ class Supervisor:
             self._followed.print_new(last=True)
         end, failure = self._launcher.read("end"), self._launcher.failure()
         code = end if end is not None else self._hearing.stop or self._torchrun.returncode
+        saved = self._plan.saved if not self._plan.node_rank else None
+        if saved is not None and code == NEXT_TURN and self._launcher.read("progress") is not None:
+            saved.touch()
         if failure is None or code == 0 or self._hearing.stop:
             return code if code >= 0 else 1
         say(f"megaresnorm: error: {failure}", error=True)

@@ -5,8 +5,16 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from megaresnorm.parallel.addresses import LOOPBACK, interface_of
-from megaresnorm.parallel.environment import ELASTIC, LAUNCHER, LOGS, MAX_RESTARTS, STORE, UNLIMITED, Plan
+from megaresnorm.parallel.environment import (
+    ELASTIC,
+    LAUNCHER,
+    LOGS,
+    MAX_RESTARTS,
+    STORE,
+    UNLIMITED,
+    Plan,
+    use_interface,
+)
 from megaresnorm.resilience.host import available_cores
 
 JOIN = 30 * 24 * 3600  # seconds that a node waits for others; its supervisor says so, and a signal ends it
@@ -58,12 +66,7 @@ def environment_of(plan: Plan, variables: Mapping[str, str], folder: Path, local
         ours[ELASTIC] = "1"
     if plan.logs is not None:
         ours[LOGS] = str(plan.logs)
-    interface = LOOPBACK if plan.master is None else interface_of(local_address)
-    if interface is not None:
-        ours.setdefault("GLOO_SOCKET_IFNAME", interface)
-        ours.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without = NCCL takes every name that begins so
-    if ":" in (local_address or ""):
-        ours.setdefault("NCCL_SOCKET_FAMILY", "AF_INET6")
+    use_interface("127.0.0.1" if plan.master is None else local_address, ours)
     return ours
 
 
