@@ -83,20 +83,32 @@ class Launched:
         prefix: Sequence[str] = (),
         **variables: str,
     ) -> None:
-        self.output = Path(recipe.train.output)
         folder.mkdir(exist_ok=True)
         (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+        self.num_ranks = num_ranks
+        command = [*prefix, "bash", str(ROOT / "launch" / "torchrun.sh"), "recipe.yaml"]
+        self.start(command, folder, Path(recipe.train.output), environment(folder, num_ranks) | variables, ignored)
+
+    def start(
+        self,
+        command: Sequence[str],
+        folder: Path,
+        output: Path,
+        variables: dict[str, str],
+        ignored: tuple[signal.Signals, ...] = (),
+    ) -> None:
+        """Start a command in a folder, and read its lines."""
+        self.output = output
         self.process = subprocess.Popen(
-            [*prefix, "bash", str(ROOT / "launch" / "torchrun.sh"), "recipe.yaml"],
+            command,
             cwd=folder,
-            env=environment(folder, num_ranks) | variables,
+            env=variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             preexec_fn=lambda: _set_signals(ignored),
         )
         STARTED.append(self)
-        self.num_ranks = num_ranks
         self.lines: list[tuple[float, str]] = []
         self._steps: list[tuple[float, int]] = []
         self._reader = threading.Thread(target=self._read, daemon=True)

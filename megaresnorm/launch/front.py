@@ -17,11 +17,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megaresnorm.resilience.hearing import Hearing
-from megaresnorm.resilience.launcher import end_with, kill
+from megaresnorm.resilience.launcher import SIGNALS, end_with, kill
 from megaresnorm.resilience.signals import TIME_IS_UP
 from megaresnorm.text import say, shown
 
 FIRST_ERROR = re.compile(r"megaresnorm: error: (rank \d+ on \S+: .*)")
+SAYS_WHOSE = re.compile(r"megaresnorm: error: rank \d+ on |\[rank \d+ on ")  # starts of lines that need no label
 ON_PURPOSE = (0, TIME_IS_UP, *(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)))
 OTHERS = 30.0  # seconds that other nodes have to end once one has, on purpose
 OTHERS_FAILED = 4.0  # the same once one has failed; then they are told again, which ends them at once
@@ -43,6 +44,7 @@ class Part:
     variables: Mapping[str, str] = field(default_factory=dict)
 
 
+# Called in a thread of its own, and may last as long as the processes.
 Tell = Callable[[Sequence["subprocess.Popen[bytes]"], signal.Signals], None]
 
 
@@ -71,6 +73,7 @@ class Front:
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until each of the two processes hears them
         child = os.fork()
         if child:
             return _wait_for(child)
@@ -150,7 +153,7 @@ class Front:
                 self._last_line = line
                 if found := FIRST_ERROR.search(line):
                     self._first_error = self._first_error or found[1]
-                sys.stdout.write(f"{label}{line}\n")
+                sys.stdout.write(f"{'' if SAYS_WHOSE.match(line) else label}{line}\n")
                 sys.stdout.flush()
 
     def _kill_all(self) -> None:

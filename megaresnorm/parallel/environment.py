@@ -226,8 +226,8 @@ def read_plan(
     common: dict[str, Any] = {
         "max_restarts": _setting(chosen, "MAX_RESTARTS", 0, UNLIMITED, 3),
         "logs": Path(chosen["LOG_DIR"]) if chosen.get("LOG_DIR") else None,
-        # DeepSpeed's launcher is a shell of ssh, too.
-        "attached": bool(chosen.get("ATTACHED")) or "CROSS_RANK" in found,
+        # DeepSpeed's launcher is a shell of ssh, too; mpirun may be killed.
+        "attached": bool(chosen.get("ATTACHED")) or "CROSS_RANK" in found or "OMPI_COMM_WORLD_SIZE" in found,
     }
     text = chosen.get("NODES") or "1"
     match = re.fullmatch(r"([0-9]{1,5})(?::([0-9]{1,5}))?", text)

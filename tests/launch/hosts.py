@@ -107,10 +107,10 @@ class Hosts:
             assert time.monotonic() < end, f"nothing listens on port {port} of {self.names[i]}"
             time.sleep(0.1)
 
-    def processes(self) -> list[int]:
-        """Process ids on all hosts, without what keeps them up."""
+    def processes(self, i: int | None = None) -> list[int]:
+        """Process ids on one host, or on all, without what keeps them up."""
         found = []
-        for name in self.names:
+        for name in self.names if i is None else [self.names[i]]:
             done = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
             found += [int(pid) for pid in done.stdout.split()]
         return [pid for pid in found if not is_of_the_host(pid)]
