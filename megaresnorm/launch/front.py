@@ -60,6 +60,7 @@ class Front:
         self._parts, self._tell = parts, tell
         self._first_error = ""
         self._last_line = ""
+        self._has_printed = False
         self._told = 0  # how often the nodes were told to end
         self._processes: list[subprocess.Popen[bytes]] = []
         self._lock = threading.Lock()
@@ -94,6 +95,8 @@ class Front:
         readers = []
         try:
             for part in self._parts:
+                if hearing.stop:
+                    break
                 process = subprocess.Popen(
                     part.words,
                     env=os.environ | part.variables,
@@ -105,6 +108,8 @@ class Front:
                 self._processes.append(process)
                 readers.append(threading.Thread(target=self._read, args=(process, part.label), daemon=True))
                 readers[-1].start()
+            if hearing.stop:
+                self._terminate()  # also those that it was not passed on to
             failed = self._wait(hearing)
         finally:
             self._kill_all()
@@ -138,6 +143,9 @@ class Front:
 
     def _pass_on(self, number: signal.Signals) -> None:
         self._told += 1
+        if not self._has_printed:  # then no node has begun, and a launcher that is starting them may not pass it on
+            self._terminate()
+            return
         running = [process for process in self._processes if process.poll() is None]
         threading.Thread(target=self._tell, args=(running, number), daemon=True).start()
 
@@ -150,17 +158,20 @@ class Front:
         for raw in process.stdout:
             line = shown(raw.decode(errors="backslashreplace").rstrip("\r\n"))
             with self._lock:
-                self._last_line = line
+                self._last_line, self._has_printed = line, True
                 if found := FIRST_ERROR.search(line):
                     self._first_error = self._first_error or found[1]
                 sys.stdout.write(f"{'' if SAYS_WHOSE.match(line) else label}{line}\n")
                 sys.stdout.flush()
 
-    def _kill_all(self) -> None:
-        """End what this process has started: each part, and what has stayed in its session."""
+    def _terminate(self) -> None:
         for process in self._processes:
             if process.poll() is None:
                 process.terminate()
+
+    def _kill_all(self) -> None:
+        """End what this process has started: each part, and what has stayed in its session."""
+        self._terminate()
         end = time.monotonic() + 1.0
         while time.monotonic() < end and any(process.poll() is None for process in self._processes):
             time.sleep(0.05)

@@ -87,7 +87,8 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         "elastic": ELASTIC in found,
     }
     if "WORLD_SIZE" not in found:
-        started = started_by(found)
+        # Under a supervisor only torchrun's count: what has started the supervisor has one process a node.
+        started = None if found.get(LAUNCHER) else started_by(found)
         if started is not None and started.size > 1:
             return _environment_of(started, found)
         return Environment(**common)  # type: ignore[arg-type]
@@ -161,6 +162,11 @@ def listening_socket(variables: Mapping[str, str] | None = None) -> tuple[int, s
 def is_in_allocation(variables: Mapping[str, str] | None = None) -> bool:
     """Whether this process is in an allocation of Slurm, in which srun starts tasks at once."""
     return bool((os.environ if variables is None else variables).get("SLURM_JOB_ID"))
+
+
+def is_copied(variables: Mapping[str, str] | None = None) -> bool:
+    """Whether the terminal of this process is one of Open MPI's, which copies all that is written there elsewhere."""
+    return "OMPI_COMM_WORLD_SIZE" in (os.environ if variables is None else variables)
 
 
 def host_name(variables: Mapping[str, str] | None = None) -> str:

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-NETWORK = "mrn-net"  # the namespace of the switch between them
 CAN_MAKE_HOSTS = os.getuid() == 0 and bool(shutil.which("ip")) and bool(shutil.which("unshare"))
 SSHD = shutil.which("sshd") or ("/usr/sbin/sshd" if Path("/usr/sbin/sshd").exists() else None)
 
@@ -28,6 +27,7 @@ class Hosts:
 
     Args:
         count: of hosts, named mrn-0, mrn-1, ...; their addresses are 10.77.0.1, 10.77.0.2, ..., and fd77::1, ...
+            Several processes may have such hosts at once, each on a network of its own.
         folder: for keys and configurations.
         names: whether each host knows the names of the others. Its own is 127.0.1.1, as Debian has it, in any case.
         sshd: whether each runs one, on port 2222, which lets the one key of ``folder`` in.
@@ -35,6 +35,8 @@ class Hosts:
 
     def __init__(self, count: int, folder: Path, *, names: bool = False, sshd: bool = False) -> None:
         self.names = [f"mrn-{i}" for i in range(count)]
+        self.namespaces = [f"mrn-{os.getpid()}-{i}" for i in range(count)]
+        self._network = f"mrn-{os.getpid()}-net"  # the namespace of the switch between them
         self.addresses = [f"10.77.0.{i + 1}" for i in range(count)]
         self.addresses_v6 = [f"fd77::{i + 1}" for i in range(count)]
         self._folder, self._known, self._sshd = folder / "hosts", names, sshd
@@ -50,30 +52,33 @@ class Hosts:
         return self
 
     def _make(self) -> None:
-        run("ip", "netns", "add", NETWORK)
-        run("ip", "-n", NETWORK, "link", "add", "switch", "type", "bridge")
-        run("ip", "-n", NETWORK, "link", "set", "switch", "up")
-        for i, name in enumerate(self.names):
+        run("ip", "netns", "add", self._network)
+        run("ip", "-n", self._network, "link", "add", "switch", "type", "bridge")
+        run("ip", "-n", self._network, "link", "set", "switch", "up")
+        for i, name in enumerate(self.namespaces):
             run("ip", "netns", "add", name)
-            run("ip", "link", "add", "eth0", "netns", name, "type", "veth", "peer", f"port{i}", "netns", NETWORK)
-            run("ip", "-n", NETWORK, "link", "set", f"port{i}", "master", "switch", "up")
+            run("ip", "link", "add", "eth0", "netns", name, "type", "veth", "peer", f"port{i}", "netns", self._network)
+            run("ip", "-n", self._network, "link", "set", f"port{i}", "master", "switch", "up")
             run("ip", "-n", name, "addr", "add", f"{self.addresses[i]}/24", "dev", "eth0")
             run("ip", "-n", name, "addr", "add", f"{self.addresses_v6[i]}/64", "dev", "eth0", "nodad")
             for device in ("eth0", "lo"):
                 run("ip", "-n", name, "link", "set", device, "up")
-            etc = Path("/etc/netns") / name  # which ip netns exec lays over /etc
-            etc.mkdir(parents=True)
+            self.hosts_file(i).parent.mkdir(parents=True)
             others = zip(self.addresses, self.names, strict=True) if self._known else ()
-            lines = ["127.0.0.1 localhost", f"127.0.1.1 {name}"]
-            lines += [f"{address} {other}" for address, other in others if other != name]
-            (etc / "hosts").write_text("\n".join(lines) + "\n")
+            lines = ["127.0.0.1 localhost", f"127.0.1.1 {self.names[i]}"]
+            lines += [f"{address} {other}" for address, other in others if other != self.names[i]]
+            self.hosts_file(i).write_text("\n".join(lines) + "\n")
         if self._sshd:
             self._start_sshd()
 
     def on(self, i: int) -> list[str]:
         """What stands before a command that is to run on a host."""
-        name = self.names[i]
-        return ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", f'hostname {name}; exec "$@"', "-"]
+        own = f'hostname {self.names[i]}; exec "$@"'
+        return ["ip", "netns", "exec", self.namespaces[i], "unshare", "--uts", "sh", "-c", own, "-"]
+
+    def hosts_file(self, i: int) -> Path:
+        """The /etc/hosts of a host: ip netns exec lays it over that of the machine. To be written in place."""
+        return Path("/etc/netns") / self.namespaces[i] / "hosts"
 
     @property
     def ssh(self) -> str:
@@ -110,7 +115,7 @@ class Hosts:
     def processes(self, i: int | None = None) -> list[int]:
         """Process ids on one host, or on all, without what keeps them up."""
         found = []
-        for name in self.names if i is None else [self.names[i]]:
+        for name in self.namespaces if i is None else [self.namespaces[i]]:
             done = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
             found += [int(pid) for pid in done.stdout.split()]
         return [pid for pid in found if not is_of_the_host(pid)]
@@ -118,14 +123,14 @@ class Hosts:
     def __exit__(self, *_: object) -> None:
         for process in self._processes:
             process.terminate()
-        for name in self.names:
+        for name in self.namespaces:
             done = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
             for pid in done.stdout.split():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), 9)
         for process in self._processes:
             process.wait()
-        for name in (*self.names, NETWORK):
+        for name in (*self.namespaces, self._network):
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
             shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
 

@@ -35,7 +35,7 @@ def fail():
         os.kill(os.getpid(), signal.SIGKILL)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(threading.main_thread().ident), ctypes.py_object(Weather))
 
-if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK")) == "1" and pathlib.Path({path!r}).exists():
+if os.environ.get("RANK") == "1" and "MEGARESNORM_LAUNCHER" in os.environ and pathlib.Path({path!r}).exists():
     threading.Thread(target=fail, daemon=True).start()
 '''
 
