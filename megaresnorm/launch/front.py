@@ -23,6 +23,7 @@ from megaresnorm.text import say, shown
 
 FIRST_ERROR = re.compile(r"megaresnorm: error: (rank \d+ on \S+: .*)")
 SAYS_WHOSE = re.compile(r"megaresnorm: error: rank \d+ on |\[rank \d+ on ")  # starts of lines that need no label
+LABEL = re.compile(r"\S+: ")
 ON_PURPOSE = (0, TIME_IS_UP, *(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)))
 OTHERS = 30.0  # seconds that other nodes have to end once one has, on purpose
 OTHERS_FAILED = 4.0  # the same once one has failed; then they are told again, which ends them at once
@@ -36,12 +37,21 @@ class Part:
     Attributes:
         words: of the command; no shell reads them.
         label: stands before each line that it prints; empty for none.
+        labels: what its program itself puts before lines of each node; those of node 0 are printed without it.
         variables: environment variables besides those of this process.
     """
 
     words: Sequence[str]
     label: str = ""
+    labels: Sequence[str] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
+
+    def labelled(self, line: str) -> str:
+        """A line as it is shown: with a label unless it is of rank 0's node, or says itself whose it is."""
+        label, rest = self.label, line
+        if (found := LABEL.match(line)) and found[0] in self.labels:
+            label, rest = "" if found[0] == self.labels[0] else found[0], line[found.end() :]
+        return rest if SAYS_WHOSE.match(rest) else label + rest
 
 
 # Called in a thread of its own, and may last as long as the processes.
@@ -106,7 +116,7 @@ class Front:
                     start_new_session=True,
                 )
                 self._processes.append(process)
-                readers.append(threading.Thread(target=self._read, args=(process, part.label), daemon=True))
+                readers.append(threading.Thread(target=self._read, args=(process, part), daemon=True))
                 readers[-1].start()
             if hearing.stop:
                 self._terminate()  # also those that it was not passed on to
@@ -153,15 +163,15 @@ class Front:
         while self._told < 2:
             self._pass_on(number)
 
-    def _read(self, process: "subprocess.Popen[bytes]", label: str) -> None:
+    def _read(self, process: "subprocess.Popen[bytes]", part: Part) -> None:
         assert process.stdout is not None
         for raw in process.stdout:
-            line = shown(raw.decode(errors="backslashreplace").rstrip("\r\n"))
+            line = part.labelled(shown(raw.decode(errors="backslashreplace").rstrip("\r\n")))
             with self._lock:
                 self._last_line, self._has_printed = line, True
                 if found := FIRST_ERROR.search(line):
                     self._first_error = self._first_error or found[1]
-                sys.stdout.write(f"{'' if SAYS_WHOSE.match(line) else label}{line}\n")
+                sys.stdout.write(f"{line}\n")
                 sys.stdout.flush()
 
     def _terminate(self) -> None:

@@ -23,6 +23,7 @@ ELASTIC = "MEGARESNORM_ELASTIC"  # nodes may come and go
 MAX_RESTARTS = "MEGARESNORM_MAX_RESTARTS"  # how often ranks are started again without a new checkpoint
 LOGS = "MEGARESNORM_LOGS"  # folder into which each rank of this node writes what it prints
 STORE = "MEGARESNORM_STORE"  # descriptor of the socket on which torchrun's rendezvous listens on this node
+NODE = "MEGARESNORM_NODE"  # which node this is, from 0, for torchrun; not set where nodes may come and go
 MAX_PORT = 65535
 MAX_NODES = 99_999
 MAX_LOCAL = 1024  # ranks of one node
@@ -157,6 +158,12 @@ def listening_socket(variables: Mapping[str, str] | None = None) -> tuple[int, s
     with socket.socket(fileno=os.dup(descriptor)) as listener:
         address, port = listener.getsockname()[:2]
     return descriptor, address, port
+
+
+def node_number(variables: Mapping[str, str] | None = None) -> int | None:
+    """Which node this is for torchrun; None where nodes may come and go, or there is one."""
+    found = os.environ if variables is None else variables
+    return int(found[NODE]) if found.get(NODE) else None
 
 
 def is_in_allocation(variables: Mapping[str, str] | None = None) -> bool:

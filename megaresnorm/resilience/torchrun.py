@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megaresnorm.parallel.addresses import LOOPBACK, interface_of
-from megaresnorm.parallel.environment import ELASTIC, LAUNCHER, LOGS, MAX_RESTARTS, STORE, UNLIMITED, Plan
+from megaresnorm.parallel.environment import ELASTIC, LAUNCHER, LOGS, MAX_RESTARTS, NODE, STORE, UNLIMITED, Plan
 from megaresnorm.resilience.host import available_cores
 
 JOIN = 30 * 24 * 3600  # seconds that a node waits for others; its supervisor says so, and a signal ends it
@@ -46,7 +46,7 @@ def environment_of(plan: Plan, variables: Mapping[str, str], folder: Path, local
     ours = {name: value for name, value in variables.items() if not name.startswith(("PET_", "TORCHELASTIC_"))}
     for left in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", ELASTIC, LOGS):
         ours.pop(left, None)
-    for left in ("CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE", STORE):
+    for left in ("CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE", NODE, STORE):
         if ours.pop(left, None) is not None and left == "CROSS_SIZE":
             ours.pop("CUDA_VISIBLE_DEVICES", None)  # DeepSpeed has started one process here, and shows it one GPU
     ours |= {LAUNCHER: str(folder), MAX_RESTARTS: str(plan.max_restarts)}
@@ -56,6 +56,8 @@ def environment_of(plan: Plan, variables: Mapping[str, str], folder: Path, local
     ours.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // plan.ranks_here)))
     if plan.elastic:
         ours[ELASTIC] = "1"
+    if plan.node_rank is not None:
+        ours[NODE] = str(plan.node_rank)
     if plan.logs is not None:
         ours[LOGS] = str(plan.logs)
     interface = LOOPBACK if plan.master is None else interface_of(local_address)
