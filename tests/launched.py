@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -181,6 +182,26 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def listening(pids: list[int]) -> list[tuple[int, str, int]]:
+    """(process, address, port) of every TCP socket that processes of one host listen on."""
+    inodes = {}
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            target = os.readlink(link)
+            if target.startswith("socket:["):
+                inodes[target[8:-1]] = pid
+    found = []
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/{pids[0]}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                raw, _, port = fields[1].partition(":")
+                words = [bytes.fromhex(raw[i : i + 8])[::-1] for i in range(0, len(raw), 8)]
+                address = socket.inet_ntop(family, b"".join(words)).removeprefix("::ffff:")
+                found.append((inodes[fields[9]], address, int(port, 16)))
+    return found
 
 
 def _set_signals(ignored: tuple[signal.Signals, ...]) -> None:

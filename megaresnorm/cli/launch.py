@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ from megaresnorm.cli.train import Full, NoFallback
 from megaresnorm.errors import ConfigError
 from megaresnorm.launch.submit import LAUNCHERS, Extras, submit
 from megaresnorm.parallel.environment import MAX_LOCAL, MAX_PORT
+from megaresnorm.parallel.launchers import PORT
 from megaresnorm.text import say
 
 _Recipe = Annotated[str, typer.Argument(parser=path_text, metavar="RECIPE", help="YAML file, as every node sees it")]
@@ -30,9 +32,9 @@ _Hostfile = Annotated[Path | None, typer.Option(parser=path, metavar="FILE", hel
 _NODE_RANK = "which node this is, from 0, where the command is given on each (torchrun, deepspeed --no-ssh)"
 _NodeRank = Annotated[str | None, typer.Option(metavar="K", help=_NODE_RANK)]
 _MasterAddr = Annotated[str | None, typer.Option(metavar="HOST", help="where node 0 can be reached")]
-_PORT = "a free port of node 0 [29500, or one made of the launcher's number of the job]"
-_MasterPort = Annotated[int | None, typer.Option(parser=count_up_to(MAX_PORT), metavar="PORT", help=_PORT)]
-_JOB = "name of the job, no other job's [from the recipe's file and the time]"
+_PORT_HELP = "a free port of node 0 [29500, or one made of the launcher's number of the job]"
+_MasterPort = Annotated[int | None, typer.Option(parser=count_up_to(MAX_PORT), metavar="PORT", help=_PORT_HELP)]
+_JOB = "name of the job, no other job's [from the recipe's file and the time, or the port]"
 _Job = Annotated[str | None, typer.Option(metavar="NAME", help=_JOB)]
 _RESTARTS = "how often ranks are started again without a new checkpoint; 0: an error of one ends the job [3]"
 _Restarts = Annotated[str | None, typer.Option(metavar="N", help=_RESTARTS)]
@@ -122,7 +124,10 @@ def launch(
         "JOB_ID": job,
     }
     if by != "torchrun" or hostfile is not None:
-        name = job or f"{Path(recipe).stem[:60] or 'job'}-{time.strftime('%m%d-%H%M%S')}"
+        # Given on each host, the command names the job alike at any time; jobs beside each other have their own ports.
+        of_its_own = f"port-{master_port or PORT}" if no_ssh else time.strftime("%m%d-%H%M%S")
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(recipe).stem)[:60].lstrip("._-")
+        name = job or f"{stem or 'job'}-{of_its_own}"
         return submit(by, words, settings | {"JOB_ID": name}, env or [], extras, dry_run=dry_run)
     extras.refuse("--with torchrun without --hostfile", "ssh", "no_ssh", "sbatch", "image", "namespace", "claim")
     return _this_node(words, settings | {"NODE_RANK": node_rank}, env or [], attached=attached, dry_run=dry_run)

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import socket
 import struct
+from collections.abc import MutableMapping
 from pathlib import Path
 
 ELSEWHERE = "192.0.2.1"  # an address that no host has (RFC 5737)
@@ -60,6 +61,16 @@ def interface_of(address: str | None) -> str | None:
     if ":" in address:
         return _interface_of_ipv6(address)
     return next((name for _, name in socket.if_nameindex() if _ipv4_of(name) == address), None)
+
+
+def choose_interface(interface: str | None, variables: MutableMapping[str, str]) -> None:
+    """Let gloo and NCCL use an interface, unless their variables name one.
+
+    By itself gloo takes the address of the host's own name, which may be loopback.
+    """
+    if interface is not None:
+        variables.setdefault("GLOO_SOCKET_IFNAME", interface)
+        variables.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without = NCCL takes every name that begins so
 
 
 def _ipv4_of(interface: str) -> str | None:

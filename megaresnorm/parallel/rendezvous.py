@@ -5,6 +5,7 @@ Nothing is pickled, and no rank waits in silence.
 
 import json
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from megaresnorm.errors import LostRankError, UserError, error_of
-from megaresnorm.parallel.addresses import local_address_of
+from megaresnorm.parallel.addresses import choose_interface, interface_of, local_address_of
 from megaresnorm.parallel.environment import Environment
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ def open_store(environment: Environment) -> Store:
     assert environment.master_addr is not None and environment.master_port is not None
     listens = environment.rank == 0 and not environment.agent_store
     host, port = environment.master_addr, environment.master_port
+    if environment.launcher is None and not environment.one_node:  # else the supervisor has chosen one
+        choose_interface(interface_of(local_address_of(host, port)), os.environ)
     if listens and not environment.one_node:
         host = local_address_of(host, port) or host
     store = TCPStore(

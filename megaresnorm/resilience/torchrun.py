@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from megaresnorm.parallel.addresses import LOOPBACK, interface_of
+from megaresnorm.parallel.addresses import LOOPBACK, choose_interface, interface_of
 from megaresnorm.parallel.environment import ELASTIC, LAUNCHER, LOGS, MAX_RESTARTS, NODE, STORE, UNLIMITED, Plan
 from megaresnorm.resilience.host import available_cores
 
@@ -60,10 +60,7 @@ def environment_of(plan: Plan, variables: Mapping[str, str], folder: Path, local
         ours[NODE] = str(plan.node_rank)
     if plan.logs is not None:
         ours[LOGS] = str(plan.logs)
-    interface = LOOPBACK if plan.master is None else interface_of(local_address)
-    if interface is not None:
-        ours.setdefault("GLOO_SOCKET_IFNAME", interface)
-        ours.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without = NCCL takes every name that begins so
+    choose_interface(LOOPBACK if plan.master is None else interface_of(local_address), ours)
     if ":" in (local_address or ""):
         ours.setdefault("NCCL_SOCKET_FAMILY", "AF_INET6")
     return ours

@@ -101,7 +101,7 @@ def test_deepspeed_is_started_by_hand_on_each_host(hosts, long_recipe, tmp_path,
     hostfile = write_hostfile(hosts, tmp_path / "job")
     command = [*LAUNCH, name, override, "--with", "deepspeed", "--no-ssh", "--hostfile", str(hostfile)]
     jobs = [Submitted(hosts, i, [*command, "--node-rank", str(i)], tmp_path / "job", output) for i in (1, 0)]
-    assert [job.finish(120) for job in jobs] == [0, 0], "\n".join(job.text for job in jobs)
+    assert [job.finish(60) for job in jobs] == [0, 0], "\n".join(job.text for job in jobs)
     assert is_untouched(tmp_path) and (losses(output), jobs[1].digest) == alone(recipe)
 
 
@@ -149,5 +149,5 @@ def test_deepspeed_starts_ranks_by_itself_by_hand_on_each_host(hosts, long_recip
         )
         for i in (0, 1)
     ]
-    assert [job.finish(120) for job in jobs] == [0, 0], "\n".join(job.text for job in jobs)
+    assert [job.finish(60) for job in jobs] == [0, 0], "\n".join(job.text for job in jobs)
     assert (losses(jobs[0].output), jobs[0].digest) == alone(recipe)
