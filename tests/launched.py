@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -83,20 +84,32 @@ class Launched:
         prefix: Sequence[str] = (),
         **variables: str,
     ) -> None:
-        self.output = Path(recipe.train.output)
         folder.mkdir(exist_ok=True)
         (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+        self.num_ranks = num_ranks
+        command = [*prefix, "bash", str(ROOT / "launch" / "torchrun.sh"), "recipe.yaml"]
+        self.start(command, folder, Path(recipe.train.output), environment(folder, num_ranks) | variables, ignored)
+
+    def start(
+        self,
+        command: Sequence[str],
+        folder: Path,
+        output: Path,
+        variables: dict[str, str],
+        ignored: tuple[signal.Signals, ...] = (),
+    ) -> None:
+        """Start a command in a folder, and read its lines."""
+        self.output = output
         self.process = subprocess.Popen(
-            [*prefix, "bash", str(ROOT / "launch" / "torchrun.sh"), "recipe.yaml"],
+            command,
             cwd=folder,
-            env=environment(folder, num_ranks) | variables,
+            env=variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             preexec_fn=lambda: _set_signals(ignored),
         )
         STARTED.append(self)
-        self.num_ranks = num_ranks
         self.lines: list[tuple[float, str]] = []
         self._steps: list[tuple[float, int]] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -169,6 +182,26 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def listening(pids: list[int]) -> list[tuple[int, str, int]]:
+    """(process, address, port) of every TCP socket that processes of one host listen on."""
+    inodes = {}
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            target = os.readlink(link)
+            if target.startswith("socket:["):
+                inodes[target[8:-1]] = pid
+    found = []
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/{pids[0]}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                raw, _, port = fields[1].partition(":")
+                words = [bytes.fromhex(raw[i : i + 8])[::-1] for i in range(0, len(raw), 8)]
+                address = socket.inet_ntop(family, b"".join(words)).removeprefix("::ffff:")
+                found.append((inodes[fields[9]], address, int(port, 16)))
+    return found
 
 
 def _set_signals(ignored: tuple[signal.Signals, ...]) -> None:

@@ -14,6 +14,7 @@ from megaresnorm.errors import ConfigError
 from megaresnorm.launch.request import new_job_name
 from megaresnorm.launch.submit import LAUNCHERS, Extras, submit
 from megaresnorm.parallel.environment import MAX_LOCAL, MAX_PORT
+from megaresnorm.parallel.launchers import PORT
 from megaresnorm.text import say
 
 _Recipe = Annotated[str, typer.Argument(parser=path_text, metavar="RECIPE", help="YAML file, as every node sees it")]
@@ -30,9 +31,9 @@ _Hostfile = Annotated[Path | None, typer.Option(parser=path, metavar="FILE", hel
 _NODE_RANK = "which node this is, from 0, where the command is given on each (torchrun, deepspeed --no-ssh)"
 _NodeRank = Annotated[str | None, typer.Option(metavar="K", help=_NODE_RANK)]
 _MasterAddr = Annotated[str | None, typer.Option(metavar="HOST", help="where node 0 can be reached")]
-_PORT = "a free port of node 0 [29500, or one made of the launcher's number of the job]"
-_MasterPort = Annotated[int | None, typer.Option(parser=count_up_to(MAX_PORT), metavar="PORT", help=_PORT)]
-_JOB = "name of the job, no other job's [from the recipe's file and the time]"
+_PORT_HELP = "a free port of node 0 [29500, or one made of the launcher's number of the job]"
+_MasterPort = Annotated[int | None, typer.Option(parser=count_up_to(MAX_PORT), metavar="PORT", help=_PORT_HELP)]
+_JOB = "name of the job, no other job's [from the recipe's file and the time, or the port]"
 _Job = Annotated[str | None, typer.Option(metavar="NAME", help=_JOB)]
 _RESTARTS = "how often ranks are started again without a new checkpoint; 0: an error of one ends the job [3]"
 _Restarts = Annotated[str | None, typer.Option(metavar="N", help=_RESTARTS)]
@@ -132,7 +133,8 @@ def launch(
         "JOB_ID": job,
     }
     if by != "torchrun" or hostfile is not None:
-        name = job or new_job_name(recipe, with_time=not no_ssh)
+        # Given on each host, the command names the job alike at any time; jobs beside each other have their own ports.
+        name = job or new_job_name(recipe, f"port-{master_port or PORT}" if no_ssh else None)
         return submit(by, words, settings | {"JOB_ID": name}, env or [], extras, dry_run=dry_run)
     alone = "in a job of this node alone (--with torchrun without --hostfile)"
     extras.refuse(alone, "ssh", "no_ssh", "sbatch", "wait", "image", "namespace", "claim")

@@ -46,7 +46,8 @@ def job_part(request: Request, hostfile: Path | None, node_rank: int | None) -> 
     given = [word for name, value in sorted(request.variables.items()) for word in ("--env", f"{name}={value}")]
     command = request.node_command(*given, python=("--module", "megaresnorm"))
     start = command.index("launch") + 1
-    return Part([*words, *command[:start], *encoded(command[start:])], variables=variables)
+    labels = [f"{host.name}: " for host in request.hosts]  # pdsh's
+    return Part([*words, *command[:start], *encoded(command[start:])], labels=labels, variables=variables)
 
 
 def _variables(request: Request) -> Mapping[str, str]:

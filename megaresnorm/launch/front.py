@@ -17,11 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megaresnorm.resilience.hearing import Hearing
-from megaresnorm.resilience.launcher import end_with, kill
+from megaresnorm.resilience.launcher import SIGNALS, end_with, kill
 from megaresnorm.resilience.signals import TIME_IS_UP
 from megaresnorm.text import say, shown
 
 FIRST_ERROR = re.compile(r"megaresnorm: error: (rank \d+ on \S+: .*)")
+SAYS_WHOSE = re.compile(r"megaresnorm: error: rank \d+ on |\[rank \d+ on ")  # starts of lines that need no label
+LABEL = re.compile(r"\S+: ")
 ON_PURPOSE = (0, TIME_IS_UP, *(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)))
 OTHERS = 30.0  # seconds that other nodes have to end once one has, on purpose
 OTHERS_FAILED = 4.0  # the same once one has failed; then they are told again, which ends them at once
@@ -35,14 +37,24 @@ class Part:
     Attributes:
         words: of the command; no shell reads them.
         label: stands before each line that it prints; empty for none.
+        labels: what its program itself puts before lines of each node; those of node 0 are printed without it.
         variables: environment variables besides those of this process.
     """
 
     words: Sequence[str]
     label: str = ""
+    labels: Sequence[str] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
 
+    def labelled(self, line: str) -> str:
+        """A line as it is shown: with a label unless it is of rank 0's node, or says itself whose it is."""
+        label, rest = self.label, line
+        if (found := LABEL.match(line)) and found[0] in self.labels:
+            label, rest = "" if found[0] == self.labels[0] else found[0], line[found.end() :]
+        return rest if SAYS_WHOSE.match(rest) else label + rest
 
+
+# Called in a thread of its own, and may last as long as the processes.
 Tell = Callable[[Sequence["subprocess.Popen[bytes]"], signal.Signals], None]
 
 
@@ -58,6 +70,7 @@ class Front:
         self._parts, self._tell = parts, tell
         self._first_error = ""
         self._last_line = ""
+        self._has_printed = False
         self._told = 0  # how often the nodes were told to end
         self._processes: list[subprocess.Popen[bytes]] = []
         self._lock = threading.Lock()
@@ -71,6 +84,7 @@ class Front:
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until each of the two processes hears them
         child = os.fork()
         if child:
             return _wait_for(child)
@@ -91,6 +105,8 @@ class Front:
         readers = []
         try:
             for part in self._parts:
+                if hearing.stop:
+                    break
                 process = subprocess.Popen(
                     part.words,
                     env=os.environ | part.variables,
@@ -100,8 +116,10 @@ class Front:
                     start_new_session=True,
                 )
                 self._processes.append(process)
-                readers.append(threading.Thread(target=self._read, args=(process, part.label), daemon=True))
+                readers.append(threading.Thread(target=self._read, args=(process, part), daemon=True))
                 readers[-1].start()
+            if hearing.stop:
+                self._terminate()  # also those that it was not passed on to
             failed = self._wait(hearing)
         finally:
             self._kill_all()
@@ -135,6 +153,9 @@ class Front:
 
     def _pass_on(self, number: signal.Signals) -> None:
         self._told += 1
+        if not self._has_printed:  # then no node has begun, and a launcher that is starting them may not pass it on
+            self._terminate()
+            return
         running = [process for process in self._processes if process.poll() is None]
         threading.Thread(target=self._tell, args=(running, number), daemon=True).start()
 
@@ -142,22 +163,25 @@ class Front:
         while self._told < 2:
             self._pass_on(number)
 
-    def _read(self, process: "subprocess.Popen[bytes]", label: str) -> None:
+    def _read(self, process: "subprocess.Popen[bytes]", part: Part) -> None:
         assert process.stdout is not None
         for raw in process.stdout:
-            line = shown(raw.decode(errors="backslashreplace").rstrip("\r\n"))
+            line = part.labelled(shown(raw.decode(errors="backslashreplace").rstrip("\r\n")))
             with self._lock:
-                self._last_line = line
+                self._last_line, self._has_printed = line, True
                 if found := FIRST_ERROR.search(line):
                     self._first_error = self._first_error or found[1]
-                sys.stdout.write(f"{label}{line}\n")
+                sys.stdout.write(f"{line}\n")
                 sys.stdout.flush()
 
-    def _kill_all(self) -> None:
-        """End what this process has started: each part, and what has stayed in its session."""
+    def _terminate(self) -> None:
         for process in self._processes:
             if process.poll() is None:
                 process.terminate()
+
+    def _kill_all(self) -> None:
+        """End what this process has started: each part, and what has stayed in its session."""
+        self._terminate()
         end = time.monotonic() + 1.0
         while time.monotonic() < end and any(process.poll() is None for process in self._processes):
             time.sleep(0.05)

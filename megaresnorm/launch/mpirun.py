@@ -13,10 +13,12 @@ def job_part(request: Request) -> Part:
     Without hosts it starts the nodes of a batch system's allocation, or this one.
     """
     variables: Mapping[str, str] = dict(sorted(request.variables.items()))
-    words = ["mpirun", "-np", str(request.nodes), "--map-by", "ppr:1:node"]
+    words = ["mpirun", "-np", str(request.nodes)]
     words += ["--bind-to", "none"]  # it would bind the supervisor, and with it all ranks, to one core
-    if request.hosts:
-        words += ["--host", ",".join(f"{host.name}:1" for host in request.hosts)]
+    if request.hosts:  # in their order, in which the first is where the others look for rank 0
+        words += ["--map-by", "seq", "--host", ",".join(host.name for host in request.hosts)]
+    else:
+        words += ["--map-by", "ppr:1:node"]
     if request.ssh != ("ssh",):
         words += ["--mca", "plm_rsh_agent", shlex.join(request.ssh)]
     for name in variables:

@@ -111,18 +111,20 @@ def forwarded(
     return found
 
 
-def new_job_name(recipe: str, *, with_time: bool = True) -> str:
-    """A name for a job that was given none, of the recipe's file and the time, in what every launcher takes.
+def new_job_name(recipe: str, of_its_own: str | None = None) -> str:
+    """A name for a job that was given none, in what every launcher takes.
 
     Args:
-        with_time: False where each host makes the name by itself, and all are to make the same.
+        recipe: the recipe's file.
+        of_its_own: what tells the job from others of that recipe, the same on all hosts that make the name by
+            themselves; None for the time.
 
-    >>> new_job_name("my recipes/1B_deep.v2.yaml", with_time=False)
-    'job-1b-deep-v2'
+    >>> new_job_name("my recipes/1B_deep.v2.yaml", "port-29500")
+    'job-1b-deep-v2-port-29500'
     """
     words = re.sub(r"[^a-z0-9]+", "-", Path(recipe).stem.lower())[:40].strip("-")
     name = words if words[:1].isalpha() else f"job-{words}".strip("-")
-    return f"{name}-{time.strftime('%m%d-%H%M%S')}" if with_time else name
+    return f"{name}-{of_its_own or time.strftime('%m%d-%H%M%S')}"
 
 
 def job_name(text: str) -> str:

@@ -24,6 +24,7 @@ ELASTIC = "MEGARESNORM_ELASTIC"  # nodes may come and go
 MAX_RESTARTS = "MEGARESNORM_MAX_RESTARTS"  # how often ranks are started again without a new checkpoint
 LOGS = "MEGARESNORM_LOGS"  # folder into which each rank of this node writes what it prints
 STORE = "MEGARESNORM_STORE"  # descriptor of the socket on which torchrun's rendezvous listens on this node
+NODE = "MEGARESNORM_NODE"  # which node this is, from 0, for torchrun; not set where nodes may come and go
 MAX_PORT = 65535
 MAX_NODES = 99_999
 MAX_LOCAL = 1024  # ranks of one node
@@ -165,6 +166,12 @@ def listening_socket(variables: Mapping[str, str] | None = None) -> tuple[int, s
     return descriptor, address, port
 
 
+def node_number(variables: Mapping[str, str] | None = None) -> int | None:
+    """Which node this is for torchrun; None where nodes may come and go, or there is one."""
+    found = os.environ if variables is None else variables
+    return int(found[NODE]) if found.get(NODE) else None
+
+
 def is_in_allocation(variables: Mapping[str, str] | None = None) -> bool:
     """Whether this process is in an allocation of Slurm, in which srun starts tasks at once."""
     return bool((os.environ if variables is None else variables).get("SLURM_JOB_ID"))
@@ -173,6 +180,11 @@ def is_in_allocation(variables: Mapping[str, str] | None = None) -> bool:
 def is_in_pod(variables: Mapping[str, str] | None = None) -> bool:
     """Whether this process is in a pod of Kubernetes."""
     return "KUBERNETES_SERVICE_HOST" in (os.environ if variables is None else variables)
+
+
+def is_copied(variables: Mapping[str, str] | None = None) -> bool:
+    """Whether the terminal of this process is one of Open MPI's, which copies all that is written there elsewhere."""
+    return "OMPI_COMM_WORLD_SIZE" in (os.environ if variables is None else variables)
 
 
 def host_name(variables: Mapping[str, str] | None = None) -> str:
@@ -269,8 +281,8 @@ def read_plan(
         "saved": Path(chosen["SAVED"]) if chosen.get("SAVED") else None,
         "max_restarts": _setting(chosen, "MAX_RESTARTS", 0, UNLIMITED, 3),
         "logs": Path(chosen["LOG_DIR"]) if chosen.get("LOG_DIR") else None,
-        # DeepSpeed's launcher is a shell of ssh, too.
-        "attached": bool(chosen.get("ATTACHED")) or "CROSS_RANK" in found,
+        # DeepSpeed's launcher is a shell of ssh, too; mpirun may be killed.
+        "attached": bool(chosen.get("ATTACHED")) or "CROSS_RANK" in found or "OMPI_COMM_WORLD_SIZE" in found,
     }
     text = chosen.get("NODES") or "1"
     match = re.fullmatch(r"([0-9]{1,5})(?::([0-9]{1,5}))?", text)

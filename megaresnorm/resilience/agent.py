@@ -13,9 +13,10 @@ import signal
 import sys
 import threading
 from contextlib import suppress
+from dataclasses import replace
 
 from megaresnorm.errors import LostRankError
-from megaresnorm.parallel.environment import host_name, listening_socket, read_environment
+from megaresnorm.parallel.environment import host_name, listening_socket, node_number, read_environment
 from megaresnorm.resilience.launcher import SIGNALS, Failure, Launcher, children, end_with, kill
 from megaresnorm.text import say
 
@@ -38,6 +39,8 @@ def main() -> None:
     from torch.distributed.run import main as torchrun
 
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addHandler(_Killed(launcher))
+    if (node := node_number()) is not None:
+        _number_this_node(node)
     store = None
     if (listener := listening_socket()) is not None:
         descriptor, address, port = listener
@@ -52,6 +55,27 @@ def main() -> None:
         sys.exit(LostRankError.exit_code)
     finally:
         del store  # other nodes have used it until here
+
+
+def _number_this_node(node: int) -> None:
+    """Let torchrun number the nodes as the job does, so that rank 0 is on node 0: by itself it sorts their addresses.
+
+    The last number of a node's description there only tells rendezvous of one process apart, of which this has one.
+    """
+    try:
+        from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _NodeDescGenerator
+    except ImportError:  # a later torch: rank 0 may be on another node, which changes where its lines are printed
+        return
+    generate = _NodeDescGenerator.generate
+
+    def numbered(self: _NodeDescGenerator, local_addr: str | None = None) -> _NodeDesc:
+        return replace(generate(self, local_addr), local_id=node)
+
+    def comes_first(self: _NodeDesc, other: _NodeDesc) -> bool:
+        return self.local_id < other.local_id
+
+    _NodeDescGenerator.generate = numbered  # type: ignore[method-assign]
+    _NodeDesc.__lt__ = comes_first  # type: ignore[method-assign, assignment]
 
 
 class _Killed(logging.Handler):

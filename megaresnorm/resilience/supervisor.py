@@ -6,6 +6,7 @@ ranks at once. A second one ends them at once in any case. Whatever ends this pr
 
 import errno
 import os
+import select
 import shlex
 import signal
 import socket
@@ -259,7 +260,8 @@ class Supervisor:
 def _end_without(started_by: tuple[int, ...], ask: Callable[[], None], end: Callable[[], None]) -> None:
     """Start a thread that ends this process's work once one of those that have started it is gone.
 
-    Those are a shell of ssh and what lies between; nobody would hear of this process any more.
+    Those are a shell of ssh and what lies between; nobody would hear of this process any more. Where they were gone
+    before it looked, what it prints has no reader.
 
     Args:
         started_by: process ids from the parent upwards, at the start.
@@ -268,13 +270,20 @@ def _end_without(started_by: tuple[int, ...], ask: Callable[[], None], end: Call
     """
 
     def watch() -> None:
-        while ancestors(os.getpid()) == started_by:
+        while ancestors(os.getpid()) == started_by and not _has_hung_up(1):
             time.sleep(LOOK)
         ask()
         time.sleep(PATIENCE)
         end()
 
     threading.Thread(target=watch, name="ancestors", daemon=True).start()
+
+
+def _has_hung_up(descriptor: int) -> bool:
+    """Whether nobody reads any more what is written to a pipe, socket or terminal."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _resolved(host: str) -> str | None:

@@ -10,6 +10,7 @@ from megaresnorm.parallel.environment import (
     LAUNCHER,
     LOGS,
     MAX_RESTARTS,
+    NODE,
     STORE,
     UNLIMITED,
     Plan,
@@ -54,7 +55,7 @@ def environment_of(plan: Plan, variables: Mapping[str, str], folder: Path, local
     ours = {name: value for name, value in variables.items() if not name.startswith(("PET_", "TORCHELASTIC_"))}
     for left in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", ELASTIC, LOGS):
         ours.pop(left, None)
-    for left in ("CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE", STORE):
+    for left in ("CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE", NODE, STORE):
         if ours.pop(left, None) is not None and left == "CROSS_SIZE":
             ours.pop("CUDA_VISIBLE_DEVICES", None)  # DeepSpeed has started one process here, and shows it one GPU
     ours |= {LAUNCHER: str(folder), MAX_RESTARTS: str(plan.max_restarts)}
@@ -64,6 +65,8 @@ def environment_of(plan: Plan, variables: Mapping[str, str], folder: Path, local
     ours.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // plan.ranks_here)))
     if plan.elastic:
         ours[ELASTIC] = "1"
+    if plan.node_rank is not None:
+        ours[NODE] = str(plan.node_rank)
     if plan.logs is not None:
         ours[LOGS] = str(plan.logs)
     use_interface("127.0.0.1" if plan.master is None else local_address, ours)

@@ -15,7 +15,7 @@ from rich.console import RenderableType
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from megaresnorm.parallel.environment import read_environment
+from megaresnorm.parallel.environment import is_copied, read_environment
 from megaresnorm.text import OneLine, say, shown
 
 
@@ -68,7 +68,7 @@ class _Shell(Console):
     @property
     def is_terminal(self) -> bool:
         """Whether lines can be written over. A notebook says that they can, and shows each attempt."""
-        return super().is_terminal and "ipykernel" not in sys.modules
+        return super().is_terminal and "ipykernel" not in sys.modules and not is_copied()
 
     @property
     def options(self) -> rich.console.ConsoleOptions:

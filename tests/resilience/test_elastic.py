@@ -1,10 +1,8 @@
 """A node is lost for good: the run goes on with the ranks that are left, from a checkpoint of more."""
 
 import os
-import shutil
 import signal
 import socket
-import subprocess
 import time
 
 import pytest
@@ -134,39 +132,3 @@ def test_ranks_that_do_not_fit_idle_and_too_few_wait(tiny, tmp_path):
     few.wait_for(lambda: "waiting for more nodes: 3 ranks are here, the layout needs 4" in few.text, "word about it")
     os.kill(few.process.pid, signal.SIGTERM)
     assert few.finish(30) == 143 and not few.steps
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("ip"), reason="needs network namespaces")
-def test_two_hosts_whose_names_do_not_resolve_for_each_other(tiny, tmp_path, two_hosts):
-    """A host that does not know the name of the other, as in containers: ranks meet at the addresses in use."""
-    recipe = tiny(train={"steps": 6, "eval_every": 0})
-    variables = {"NODES": "2", "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29500"}
-    nodes = [
-        Launched(tmp_path / str(i), recipe, 1, prefix=["ip", "netns", "exec", name], NODE_RANK=str(i), **variables)
-        for i, name in enumerate(two_hosts)
-    ]
-    assert [node.finish(120) for node in nodes] == [0, 0], "\n".join(node.text for node in nodes)
-    assert any("ranks     2 = dp_replicate 2" in node.text for node in nodes)
-
-
-@pytest.fixture
-def two_hosts():
-    """Two network namespaces on one cable, without names for each other."""
-    names = ["megaresnorm-a", "megaresnorm-b"]
-
-    def ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True, capture_output=True)
-
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        ip("link", "add", "mrn-a", "netns", names[0], "type", "veth", "peer", "name", "mrn-b", "netns", names[1])
-        for i, (name, device) in enumerate(zip(names, ("mrn-a", "mrn-b"), strict=True), start=1):
-            ip("-n", name, "addr", "add", f"10.77.0.{i}/24", "dev", device)
-            ip("-n", name, "link", "set", device, "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
