@@ -131,6 +131,8 @@ def launch(
         "JOB_ID": job,
     }
     if by != "torchrun" or hostfile is not None:
+        if saved is not None:
+            raise ConfigError("--saved is for the command that each node runs; --with and --hostfile make that command")
         name = job or f"{Path(recipe).stem[:60] or 'job'}-{time.strftime('%m%d-%H%M%S')}"
         return submit(by, words, settings | {"JOB_ID": name}, env or [], extras, dry_run=dry_run)
     extras.refuse(

@@ -320,3 +320,8 @@ def test_a_job_without_tasks_is_cancelled_at_once(waiting, tmp_path):
 def test_a_closed_terminal_leaves_the_job(waiting, tmp_path):
     waiting.send_signal(signal.SIGHUP)
     assert waiting.wait(5) == -signal.SIGHUP and not (tmp_path / "cancelled").exists()
+
+
+def test_what_a_node_is_told_is_no_option_of_the_command_that_starts_nodes(capsys):
+    assert main(["launch", "recipe.yaml", "--with", "slurm", "--saved", "x"]) == 2
+    assert "--saved is for the command that each node runs" in capsys.readouterr().err
