@@ -277,6 +277,7 @@ def test_who_a_process_is_is_read_from_the_environment_in_one_file():
     of_environ = {name for name in touched if "os.environ" in (ROOT / name).read_text()}
     assert of_environ == {
         "parallel/environment.py",
+        "parallel/plan.py",  # how ranks are to be started
         "kernels/deterministic.py",  # sets what cuBLAS reads
         "resilience/supervisor.py",  # passes it on to torchrun
         "launch/request.py",  # what is passed on to other nodes

@@ -13,8 +13,9 @@ from megaresnorm.cli.train import Full, NoFallback
 from megaresnorm.errors import ConfigError
 from megaresnorm.launch.request import new_job_name
 from megaresnorm.launch.submit import LAUNCHERS, Extras, submit
-from megaresnorm.parallel.environment import MAX_LOCAL, MAX_PORT
+from megaresnorm.parallel.environment import MAX_PORT
 from megaresnorm.parallel.launchers import PORT
+from megaresnorm.parallel.plan import MAX_LOCAL
 from megaresnorm.text import say
 
 _Recipe = Annotated[str, typer.Argument(parser=path_text, metavar="RECIPE", help="YAML file, as every node sees it")]
@@ -133,6 +134,8 @@ def launch(
         "JOB_ID": job,
     }
     if by != "torchrun" or hostfile is not None:
+        if saved is not None:
+            raise ConfigError("--saved is for the command that each node runs; --with and --hostfile make that command")
         # Given on each host, the command names the job alike at any time; jobs beside each other have their own ports.
         name = job or new_job_name(recipe, f"port-{master_port or PORT}" if no_ssh else None)
         return submit(by, words, settings | {"JOB_ID": name}, env or [], extras, dry_run=dry_run)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from megaresnorm.errors import ConfigError
 from megaresnorm.limits import MAX_SHOWN
-from megaresnorm.parallel.environment import MAX_LOCAL, check_host
 from megaresnorm.parallel.launchers import is_number
+from megaresnorm.parallel.plan import MAX_LOCAL, check_host
 
 MOST_HOSTS = 100_000
 MOST_BYTES = 16_000_000

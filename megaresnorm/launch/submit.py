@@ -14,8 +14,9 @@ from megaresnorm.launch.hostfile import Host, read_hostfile, slots_of
 from megaresnorm.launch.request import Request, forwarded, job_name, ssh_words
 from megaresnorm.launch.slurm_job import submit_job
 from megaresnorm.limits import MAX_SHOWN
-from megaresnorm.parallel.environment import MAX_NODES, UNLIMITED, check_host, is_in_allocation
+from megaresnorm.parallel.environment import is_in_allocation
 from megaresnorm.parallel.launchers import is_number
+from megaresnorm.parallel.plan import MAX_NODES, UNLIMITED, check_host
 from megaresnorm.text import say, write
 
 LAUNCHERS = ("torchrun", "deepspeed", "slurm", "kubernetes", "mpirun")

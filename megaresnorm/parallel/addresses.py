@@ -35,14 +35,6 @@ def is_loopback(address: str) -> bool:
     return address == "::1" or address.startswith("127.")
 
 
-def resolves(host: str) -> bool:
-    """Whether this node can resolve a name; an address it always can."""
-    try:
-        return bool(socket.getaddrinfo(host, None))
-    except OSError:
-        return False
-
-
 def address_by_slurm(node: str) -> str | None:
     """The address at which Slurm itself reaches a node that it knows by this name; None where it does not tell."""
     try:
@@ -51,7 +43,7 @@ def address_by_slurm(node: str) -> str | None:
     except (OSError, subprocess.SubprocessError):  # not in this container, no such node, or no answer
         return None
     found = re.search(r"(?:^|\s)NodeAddr=(\S+)", done.stdout)
-    return found[1] if found and resolves(found[1]) else None
+    return found[1] if found and resolved(found[1]) else None
 
 
 def address_towards(host: str, port: int) -> str | None:
@@ -142,3 +134,20 @@ def listen_where_reached(host: str, port: int) -> int:
         if e.errno != errno.EADDRNOTAVAIL:
             raise
         return listen(everywhere, port)
+
+
+def resolved(host: str) -> str | None:
+    """The address of a name; None where it has none yet."""
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError:
+        return None
+
+
+def answers(host: str, port: int) -> bool:
+    """Whether something listens there."""
+    try:
+        socket.create_connection((host, port), timeout=1.0).close()
+    except OSError:
+        return False
+    return True

@@ -1,23 +1,20 @@
-"""The place of this process among the ranks of a job, and how the ranks of a node are to be started.
+"""The place of this process among the ranks of a job.
 
-The variables that launchers set, and those that megaresnorm launch takes and sets, are read here and nowhere else. One
+The variables that launchers and supervisors set are read here, and in plan.py where it is about starting ranks. One
 variable alone does not make this a rank. Without WORLD_SIZE, or a launcher's own variables, it is one process, whatever
 RANK an old shell still holds.
 """
 
 import os
-import re
 import socket
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from uuid import uuid4
 
 from megaresnorm.errors import ConfigError
 from megaresnorm.limits import MAX_RANKS, MAX_SHOWN
-from megaresnorm.parallel.addresses import address_by_slurm, interface_of, resolves
-from megaresnorm.parallel.launchers import PORT, Started, address_in_batch, is_number, number, plan_of, started_by
+from megaresnorm.parallel.addresses import address_by_slurm, interface_of, resolved
+from megaresnorm.parallel.launchers import Started, address_in_batch, number, started_by
 
 LAUNCHER = "MEGARESNORM_LAUNCHER"  # a private folder of this node's ranks and their supervisor
 ELASTIC = "MEGARESNORM_ELASTIC"  # nodes may come and go
@@ -26,10 +23,6 @@ LOGS = "MEGARESNORM_LOGS"  # folder into which each rank of this node writes wha
 STORE = "MEGARESNORM_STORE"  # descriptor of the socket on which torchrun's rendezvous listens on this node
 NODE = "MEGARESNORM_NODE"  # which node this is, from 0, for torchrun; not set where nodes may come and go
 MAX_PORT = 65535
-MAX_NODES = 99_999
-MAX_LOCAL = 1024  # ranks of one node
-_SETTINGS = ("RANKS_PER_NODE", "NODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "JOB_ID", "MAX_RESTARTS", "LOG_DIR")
-UNLIMITED = 1_000_000  # torchrun's own limit of restarts; ranks count by progress (resilience/signals.py)
 
 
 @dataclass(frozen=True)
@@ -202,7 +195,7 @@ def master_here(host: str, variables: Mapping[str, str] | None = None) -> str:
         host: as ``MASTER_ADDR``.
     """
     variables = os.environ if variables is None else variables
-    if not is_in_allocation(variables) or resolves(host):
+    if not is_in_allocation(variables) or resolved(host):
         return host
     return address_in_batch(variables, host) or address_by_slurm(host) or host
 
@@ -219,133 +212,3 @@ def use_interface(address: str | None, variables: MutableMapping[str, str] | Non
         variables.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without = NCCL takes every name that begins so
     if ":" in (address or ""):
         variables.setdefault("NCCL_SOCKET_FAMILY", "AF_INET6")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the ranks of this node are started.
-
-    Attributes:
-        ranks_here: how many they are.
-        nodes: least and most number of nodes.
-        node_rank: None in an elastic job.
-        master: address and port where the torchrun processes of all nodes meet; None with one node.
-        job: name of the job, the same on all nodes.
-        max_restarts: how often ranks are restarted without a new checkpoint.
-        logs: folder into which each rank writes what it prints; None to print it alone.
-        attached: whether this process ends with those that have started it, such as a shell of ssh.
-        saved: a file that node 0 makes where SIGUSR1 has ended the run, and a checkpoint was written since its start.
-    """
-
-    ranks_here: int
-    nodes: tuple[int, int] = (1, 1)
-    node_rank: int | None = None
-    master: tuple[str, int] | None = None
-    job: str = ""
-    max_restarts: int = 3
-    logs: Path | None = None
-    attached: bool = False
-    saved: Path | None = None
-
-    @property
-    def elastic(self) -> bool:
-        """Whether nodes may come and go."""
-        return self.nodes[0] != self.nodes[1]
-
-
-def read_plan(
-    default_ranks: Callable[[], int], variables: Mapping[str, str] | None = None, **settings: str | None
-) -> Plan:
-    """The plan that settings describe; ``megaresnorm launch --help`` and that of launch/torchrun.sh list them.
-
-    Args:
-        default_ranks: gives the number of ranks of this node where nothing says.
-        variables: to be read in place of the process's own: those of launch/torchrun.sh, else those of a launcher that
-            has started one process a node.
-        **settings: in place of the variables of the same names; None where one is not given.
-
-    Raises:
-        ConfigError: one is missing or cannot be used.
-    """
-    found = os.environ if variables is None else variables
-    theirs = plan_of(found)
-    own = {name: found[name] for name in _SETTINGS if found.get(name)}
-    given = {name: value for name, value in settings.items() if value is not None}
-    chosen = theirs | own | given
-    for name in ("NODES", "NODE_RANK"):
-        if name in theirs and name in own | given and ":" not in chosen[name] and chosen[name] != theirs[name]:
-            raise ConfigError(f"{name}={chosen[name]}, but the launcher that has started this says {theirs[name]}")
-    named = chosen.get("RANKS_PER_NODE")
-    common: dict[str, Any] = {
-        "ranks_here": _setting(chosen, "RANKS_PER_NODE", 1, MAX_LOCAL, 1) if named else None,
-        "saved": Path(chosen["SAVED"]) if chosen.get("SAVED") else None,
-        "max_restarts": _setting(chosen, "MAX_RESTARTS", 0, UNLIMITED, 3),
-        "logs": Path(chosen["LOG_DIR"]) if chosen.get("LOG_DIR") else None,
-        # DeepSpeed's launcher is a shell of ssh, too; mpirun may be killed.
-        "attached": bool(chosen.get("ATTACHED")) or "CROSS_RANK" in found or "OMPI_COMM_WORLD_SIZE" in found,
-    }
-    text = chosen.get("NODES") or "1"
-    match = re.fullmatch(r"([0-9]{1,5})(?::([0-9]{1,5}))?", text)
-    nodes = (0, 0) if match is None else (int(match[1]), int(match[2] or match[1]))
-    if not 1 <= nodes[0] <= nodes[1]:
-        raise ConfigError(f"NODES={text!r}: wanted a number, or MIN:MAX for nodes that come and go")
-    if nodes == (1, 1):
-        common["job"] = _job(chosen) or f"megaresnorm-{uuid4().hex}"
-        return _plan(common, default_ranks)
-    address = chosen.get("MASTER_ADDR")
-    elastic = nodes[0] != nodes[1]
-    if not address or (not elastic and not chosen.get("NODE_RANK")):
-        wanted = "MASTER_ADDR" if elastic else "NODE_RANK and MASTER_ADDR"
-        raise ConfigError(f"NODES={text} needs {wanted} on every node")
-    check_host("MASTER_ADDR", address)
-    port = _setting(chosen, "MASTER_PORT", 1, MAX_PORT, PORT)
-    node_rank = None if elastic else _setting(chosen, "NODE_RANK", 0, nodes[1] - 1, 0)
-    job = _job(chosen) or f"megaresnorm-{address}-{port}"
-    return _plan(
-        common | {"nodes": nodes, "node_rank": node_rank, "master": (address, port), "job": job}, default_ranks
-    )
-
-
-def _plan(found: dict[str, Any], default_ranks: Callable[[], int]) -> Plan:
-    """The plan; to ask for the number of GPUs takes a second or two, and comes last."""
-    return Plan(**found | {"ranks_here": found["ranks_here"] or default_ranks()})
-
-
-def _job(chosen: Mapping[str, str]) -> str | None:
-    job = chosen.get("JOB_ID")
-    if job and not re.fullmatch(r"[\w.:@+-]{1,200}", job, re.ASCII):
-        raise ConfigError(f"JOB_ID={job[:MAX_SHOWN]!r}: wanted letters, digits and . : @ + - _")
-    return job
-
-
-def check_host(name: str, host: str) -> str:
-    """Check that a text can be the name or the address of a host.
-
-    Args:
-        name: of the setting.
-
-    Returns:
-        The host.
-
-    Raises:
-        ConfigError: it has other characters than names and addresses have, or looks like an option.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252}[A-Za-z0-9_.])?", host) and not _is_ipv6(host):
-        raise ConfigError(f"{name}={host[:MAX_SHOWN]!r}: wanted the name or the address of a host")
-    return host
-
-
-def _is_ipv6(host: str) -> bool:
-    address, _, zone = host.partition("%")
-    try:
-        socket.inet_pton(socket.AF_INET6, address)
-    except (OSError, ValueError):
-        return False
-    return re.fullmatch(r"[A-Za-z0-9_.-]{0,15}", zone) is not None
-
-
-def _setting(variables: Mapping[str, str], name: str, least: int, most: int, default: int) -> int:
-    text = variables.get(name) or str(default)
-    if not is_number(text, least, most):
-        raise ConfigError(f"{name}={text[:MAX_SHOWN]!r}: wanted a whole number from {least} to {most}")
-    return int(text)

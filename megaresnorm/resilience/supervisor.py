@@ -6,25 +6,24 @@ ranks at once. A second one ends them at once in any case. Whatever ends this pr
 
 import errno
 import os
-import select
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from megaresnorm.errors import ConfigError, LostRankError
-from megaresnorm.parallel.addresses import listen_where_reached, local_address_of
-from megaresnorm.parallel.environment import LAUNCHER, STORE, Plan, host_name, is_in_pod, master_here, read_plan
+from megaresnorm.parallel.addresses import answers, listen_where_reached, local_address_of, resolved
+from megaresnorm.parallel.environment import LAUNCHER, STORE, host_name, is_in_pod, master_here
+from megaresnorm.parallel.plan import Plan, read_plan
 from megaresnorm.resilience.hearing import Hearing
-from megaresnorm.resilience.launcher import LOOK, PREFIX, Launcher, ancestors, children, kill
+from megaresnorm.resilience.launcher import PREFIX, Launcher, ancestors, children, kill
+from megaresnorm.resilience.processes import end_without, processes_with
 from megaresnorm.resilience.rank_logs import Followed, make_logs
 from megaresnorm.resilience.torchrun import CONNECT, JOIN, environment_of, raise_limits, torchrun_command
 from megaresnorm.text import say
@@ -34,7 +33,6 @@ GRACE = 1.0  # seconds between asking torchrun to end and killing it
 BARRIER = 20.0
 LAST_WORDS = 4.0  # seconds for the other ranks to end, once one has ended on purpose before the first step
 SILENT = 5.0  # seconds of waiting for other nodes before the first message about it
-PATIENCE = 60.0  # seconds to save a checkpoint once the launcher is gone
 EVERY = 60.0  # seconds between two such messages
 NEXT_TURN = 128 + signal.SIGUSR1  # exit code of a run that is to go on in its next turn
 
@@ -63,7 +61,7 @@ class Supervisor:
         """
         self._plan, self._arguments = plan, arguments
         if plan.attached:
-            _end_without(ancestors(os.getpid()), lambda: signal.raise_signal(signal.SIGHUP), self._end_all_now)
+            end_without(ancestors(os.getpid()), lambda: signal.raise_signal(signal.SIGHUP), self._end_all_now)
         if plan.logs is not None:
             make_logs(plan.logs)
         raise_limits()
@@ -150,7 +148,7 @@ class Supervisor:
             return None
         host, port = plan.master
         try:
-            if plan.elastic and local_address_of(host, port) != _resolved(host):
+            if plan.elastic and local_address_of(host, port) != resolved(host):
                 return None
             return listen_where_reached(host, port)
         except OSError as e:
@@ -217,7 +215,7 @@ class Supervisor:
         others = f"1 of {most}" if most == 2 else f"up to {most - 1} of {most}"
         enough = f", {least} are enough" if least < most else ""
         place = f"[{master[0]}]:{master[1]}" if ":" in master[0] else f"{master[0]}:{master[1]}"
-        if self._plan.node_rank and not _answers(*master):
+        if self._plan.node_rank and not answers(*master):
             return f"{host_name()}, node {self._plan.node_rank}, waits for node 0: nothing answers at {place} yet"
         return f"waiting for {others} nodes to start their ranks ({place}{enough})"
 
@@ -244,7 +242,7 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 self._torchrun.kill()
                 self._torchrun.wait()
-        for pid in _processes_with(f"{LAUNCHER}={self._launcher.folder}"):
+        for pid in processes_with(f"{LAUNCHER}={self._launcher.folder}"):
             kill(pid)
 
     def _end_all_now(self) -> None:
@@ -255,63 +253,6 @@ class Supervisor:
 
     def _say(self, line: str) -> None:
         say(f"megaresnorm: {line}", error=True)
-
-
-def _end_without(started_by: tuple[int, ...], ask: Callable[[], None], end: Callable[[], None]) -> None:
-    """Start a thread that ends this process's work once one of those that have started it is gone.
-
-    Those are a shell of ssh and what lies between; nobody would hear of this process any more. Where they were gone
-    before it looked, what it prints has no reader.
-
-    Args:
-        started_by: process ids from the parent upwards, at the start.
-        ask: called first, to end in order.
-        end: called after ``PATIENCE``.
-    """
-
-    def watch() -> None:
-        while ancestors(os.getpid()) == started_by and not _has_hung_up(1):
-            time.sleep(LOOK)
-        ask()
-        time.sleep(PATIENCE)
-        end()
-
-    threading.Thread(target=watch, name="ancestors", daemon=True).start()
-
-
-def _has_hung_up(descriptor: int) -> bool:
-    """Whether nobody reads any more what is written to a pipe, socket or terminal."""
-    poll = select.poll()
-    poll.register(descriptor, 0)
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
-
-
-def _resolved(host: str) -> str | None:
-    try:
-        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
-    except OSError:
-        return None
-
-
-def _answers(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((host, port), timeout=1.0).close()
-    except OSError:
-        return False
-    return True
-
-
-def _processes_with(variable: str) -> list[int]:
-    """Process ids of this user's other processes with this variable; empty if the system does not tell (Linux does)."""
-    wanted, found = variable.encode() + b"\0", []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if wanted in (folder / "environ").read_bytes() and int(folder.name) != os.getpid():
-                found.append(int(folder.name))
-        except OSError as e:
-            if e.errno not in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ESRCH):
-                raise
-    return found
 
 
 def default_ranks() -> int:

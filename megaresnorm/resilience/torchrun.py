@@ -5,17 +5,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from megaresnorm.parallel.environment import (
-    ELASTIC,
-    LAUNCHER,
-    LOGS,
-    MAX_RESTARTS,
-    NODE,
-    STORE,
-    UNLIMITED,
-    Plan,
-    use_interface,
-)
+from megaresnorm.parallel.environment import ELASTIC, LAUNCHER, LOGS, MAX_RESTARTS, NODE, STORE, use_interface
+from megaresnorm.parallel.plan import UNLIMITED, Plan
 from megaresnorm.resilience.host import available_cores
 
 JOIN = 30 * 24 * 3600  # seconds that a node waits for others; its supervisor says so, and a signal ends it

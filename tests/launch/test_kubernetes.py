@@ -13,7 +13,8 @@ from megaresnorm.cli import main
 from megaresnorm.errors import ConfigError
 from megaresnorm.launch.kubernetes import FINAL, LOSSES, Cluster, manifest
 from megaresnorm.launch.request import Request, forwarded, job_name, new_job_name
-from megaresnorm.parallel.environment import Environment, Plan, read_environment, read_plan
+from megaresnorm.parallel.environment import Environment, read_environment
+from megaresnorm.parallel.plan import Plan, read_plan
 from megaresnorm.resilience import supervisor
 
 ROOT = Path(__file__).parents[2]
@@ -187,7 +188,7 @@ def test_hosts_that_name_the_job_by_themselves_name_it_alike(tmp_path, capsys):
     words = ["launch", "configs/quickstart.yaml", "--with", "deepspeed", "--hostfile", str(tmp_path / "hosts")]
     for rank in ("0", "1"):
         assert main([*words, "--no-ssh", "--node-rank", rank, "--dry-run"]) == 0
-        assert " --job quickstart" in capsys.readouterr().out.replace("\n", " ").replace("--job quickstart-", "")
+        assert "--job quickstart-port-29500 " in capsys.readouterr().out
 
 
 def test_a_pod_waits_for_the_name_of_node_0_as_long_as_the_cluster_needs(monkeypatch):

@@ -18,8 +18,9 @@ from megaresnorm.launch.request import Request
 from megaresnorm.launch.slurm import HEARS_LATER, batch_script, options_of
 from megaresnorm.launch.slurm_job import exit_code_of, facts_of
 from megaresnorm.parallel import environment
-from megaresnorm.parallel.environment import master_here, read_plan
+from megaresnorm.parallel.environment import master_here
 from megaresnorm.parallel.launchers import address_in_batch
+from megaresnorm.parallel.plan import read_plan
 from megaresnorm.recipe.load import dump_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -193,7 +194,7 @@ def test_the_address_of_the_first_node_of_a_batch_job(changed, host, want):
 
 def test_a_node_is_reached_by_its_name_then_by_what_slurm_says(monkeypatch):
     known = {"n07"}
-    monkeypatch.setattr(environment, "resolves", lambda host: host in known)
+    monkeypatch.setattr(environment, "resolved", lambda host: host if host in known else None)
     monkeypatch.setattr(environment, "address_by_slurm", lambda node: "10.0.0.8" if node == "n08" else None)
     inside = BATCH | {"SLURM_JOB_ID": "3"}
     assert master_here("n07", inside) == "n07"
@@ -320,3 +321,8 @@ def test_a_job_without_tasks_is_cancelled_at_once(waiting, tmp_path):
 def test_a_closed_terminal_leaves_the_job(waiting, tmp_path):
     waiting.send_signal(signal.SIGHUP)
     assert waiting.wait(5) == -signal.SIGHUP and not (tmp_path / "cancelled").exists()
+
+
+def test_what_a_node_is_told_is_no_option_of_the_command_that_starts_nodes(capsys):
+    assert main(["launch", "recipe.yaml", "--with", "slurm", "--saved", "x"]) == 2
+    assert "--saved is for the command that each node runs" in capsys.readouterr().err

@@ -17,8 +17,9 @@ from megaresnorm.opening import ENDED, idle, note_progress, open_recipe
 from megaresnorm.parallel import addresses
 from megaresnorm.parallel import rendezvous as control
 from megaresnorm.parallel.addresses import address_towards, interface_of
-from megaresnorm.parallel.environment import Environment, Plan, read_plan
+from megaresnorm.parallel.environment import Environment
 from megaresnorm.parallel.mesh import lost_contact, usable_ranks
+from megaresnorm.parallel.plan import Plan, read_plan
 from megaresnorm.resilience.launcher import Launcher
 from megaresnorm.resilience.torchrun import JOIN, environment_of, torchrun_command
 from megaresnorm.run import Run
