@@ -165,7 +165,7 @@ def test_mpirun_starts_one_unbound_process_a_node_and_passes_names_of_variables(
     part = mpirun.job_part(request(ssh=("ssh", "-p", "2222")))
     words = list(part.words)
     assert words[:5] == ["mpirun", "-np", "2", "--bind-to", "none"]
-    assert words[words.index("--host") + 1] == "n0:1,n1:1" and words[words.index("-x") + 1] == "NCCL_DEBUG"
+    assert words[words.index("--host") + 1] == "n0,n1" and words[words.index("-x") + 1] == "NCCL_DEBUG"
     assert words[words.index("plm_rsh_agent") + 1] == "ssh -p 2222" and part.variables["NCCL_DEBUG"] == "INFO $X"
 
 
