@@ -73,7 +73,7 @@ def _number_this_node(node: int) -> None:
         return self.local_id < other.local_id
 
     _NodeDescGenerator.generate = numbered  # type: ignore[method-assign]
-    _NodeDesc.__lt__ = comes_first  # type: ignore[method-assign]
+    _NodeDesc.__lt__ = comes_first  # type: ignore[method-assign,assignment]
 
 
 class _Killed(logging.Handler):

@@ -21,7 +21,7 @@ SECONDS = 10.0  # from a failure, or from a signal with nothing to save, to the 
 LAUNCH = (sys.executable, "-m", "megaresnorm", "launch")
 ERROR = "the weather in node 1"
 # Found by every Python that has its folder on PYTHONPATH; only the rank that the file names does anything.
-FAULT = '''
+FAULT = """
 import ctypes, json, os, pathlib, signal, threading, time
 
 def fail():
@@ -37,7 +37,7 @@ def fail():
 
 if os.environ.get("RANK") == "1" and "MEGARESNORM_LAUNCHER" in os.environ and pathlib.Path({path!r}).exists():
     threading.Thread(target=fail, daemon=True).start()
-'''
+"""
 
 
 class Submitted(Launched):
