@@ -72,37 +72,46 @@ def test_each_rank_of_a_job_by_deepspeed_has_its_log(submit, long_recipe, tmp_pa
     submitted.check_logs(submit, tmp_path / "job", long_recipe())
 
 
-def strange(folder, recipe) -> tuple[str, str, Path]:
-    """A recipe's path and an override that a shell would split, expand and run; and where the run then is."""
+NOTE = "$(touch pwned) $HOME; 'a' \\"
+
+
+def strange(folder, recipe) -> tuple[list[str], Path]:
+    """A recipe, an override and a variable that a shell would split, expand and run; and where the run then is."""
     write_recipe(folder, recipe)
-    path, output = folder / "my recipe & more;.yaml", folder / "my run;$(touch pwned)' `touch pwned` \"~ *%41"
+    path, output = folder / "my recipe & more;.yaml", folder / "my run;touch pwned;' `touch pwned` \"* %41 #"
     (folder / "recipe.yaml").rename(path)
-    return path.name, f"train.output={output}", output
+    note = "import os, pathlib\nif 'NOTE' in os.environ and 'RANK' in os.environ:\n"
+    note += f"    pathlib.Path({str(folder)!r}, 'note-' + os.environ['RANK']).write_text(os.environ['NOTE'])\n"
+    (folder / "sitecustomize.py").write_text(note)
+    return [path.name, f"train.output={output}", "--env", f"NOTE={NOTE}"], output
 
 
-def is_untouched(folder: Path) -> bool:
-    return not list(folder.rglob("pwned")) and not (Path.home() / "pwned").exists()
+def check_untouched(folder: Path) -> None:
+    assert not list(folder.rglob("pwned")) and not (Path.home() / "pwned").exists()
+    assert [(folder / f"note-{rank}").read_text() for rank in (0, 1)] == [NOTE, NOTE]
 
 
 @needs_pdsh
 def test_words_reach_other_hosts_through_deepspeed_as_they_are(submit, hosts, long_recipe, tmp_path, alone):
     recipe = long_recipe()
-    name, override, output = strange(tmp_path / "job", recipe)
+    words, output = strange(tmp_path / "job", recipe)
     hostfile = write_hostfile(hosts, tmp_path / "job")
-    command = [*LAUNCH, name, override, "--with", "deepspeed", "--hostfile", str(hostfile), "--ssh", hosts.ssh]
+    command = [*LAUNCH, *words, "--with", "deepspeed", "--hostfile", str(hostfile), "--ssh", hosts.ssh]
     job = Submitted(hosts, 0, command, tmp_path / "job", output)
     assert job.finish(120) == 0, job.text
-    assert is_untouched(tmp_path) and (losses(output), job.digest) == alone(recipe)
+    check_untouched(tmp_path / "job")
+    assert (losses(output), job.digest) == alone(recipe)
 
 
 def test_deepspeed_is_started_by_hand_on_each_host(hosts, long_recipe, tmp_path, alone):
     recipe = long_recipe()
-    name, override, output = strange(tmp_path / "job", recipe)
+    words, output = strange(tmp_path / "job", recipe)
     hostfile = write_hostfile(hosts, tmp_path / "job")
-    command = [*LAUNCH, name, override, "--with", "deepspeed", "--no-ssh", "--hostfile", str(hostfile)]
+    command = [*LAUNCH, *words, "--with", "deepspeed", "--no-ssh", "--hostfile", str(hostfile)]
     jobs = [Submitted(hosts, i, [*command, "--node-rank", str(i)], tmp_path / "job", output) for i in (1, 0)]
     assert [job.finish(60) for job in jobs] == [0, 0], "\n".join(job.text for job in jobs)
-    assert is_untouched(tmp_path) and (losses(output), jobs[1].digest) == alone(recipe)
+    check_untouched(tmp_path / "job")
+    assert (losses(output), jobs[1].digest) == alone(recipe)
 
 
 def test_a_signal_to_one_host_ends_a_job_started_by_hand(hosts, long_recipe, tmp_path):
