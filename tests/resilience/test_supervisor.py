@@ -121,6 +121,8 @@ def test_a_name_that_is_loopback_on_its_own_node_is_no_address_for_others(monkey
 def test_rank_0_of_several_nodes_listens_where_the_others_reach_it(monkeypatch):
     """Without launch/torchrun.sh, with a name that is loopback on its own node: by srun or mpirun."""
     monkeypatch.setattr(control, "local_address_of", lambda host, port: "127.0.0.1" if host == "node0" else None)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # which this process would keep
+        monkeypatch.setenv(name, "lo")
     port = free_port()
     started = Environment(world_size=2, ranks_here=1, master_addr="node0", master_port=port)
     store = control.open_store(started)
