@@ -15,7 +15,7 @@ from megaresnorm.launch.request import new_job_name
 from megaresnorm.launch.submit import LAUNCHERS, Extras, submit
 from megaresnorm.parallel.environment import MAX_PORT
 from megaresnorm.parallel.launchers import PORT
-from megaresnorm.parallel.plan import MAX_LOCAL
+from megaresnorm.parallel.plan import MAX_LOCAL, settings_of
 from megaresnorm.text import say
 
 _Recipe = Annotated[str, typer.Argument(parser=path_text, metavar="RECIPE", help="YAML file, as every node sees it")]
@@ -40,7 +40,7 @@ _RESTARTS = "how often ranks are started again without a new checkpoint; 0: an e
 _Restarts = Annotated[str | None, typer.Option(metavar="N", help=_RESTARTS)]
 _LOGS = "folder into which each rank writes all that it prints, a file with rank and host in its name"
 _LogDir = Annotated[Path | None, typer.Option(parser=path, metavar="FOLDER", help=_LOGS)]
-_ENV = "a variable that every node is to have, as it is here or with a value; those of NCCL, gloo and OpenMP are sent "
+_ENV = "a variable that every node is to have, as it is here or with a value; those of NCCL, gloo, torch are sent "
 _ENV += "without it, but to containers"
 _Env = Annotated[list[str] | None, typer.Option(metavar="NAME[=VALUE]", help=_ENV)]
 _SSH = "the command that reaches other hosts, with its options"
@@ -55,7 +55,7 @@ _Namespace = Annotated[str | None, typer.Option(metavar="NAME", help="kubernetes
 _CLAIM = "kubernetes: a volume claim that all nodes can write, in which the containers work"
 _Claim = Annotated[str | None, typer.Option(metavar="NAME", help=_CLAIM)]
 _SAVED = "a file that node 0 makes once SIGUSR1 has ended the run and it has saved; scripts of batch systems ask for it"
-_Saved = Annotated[Path | None, typer.Option(parser=path, metavar="FILE", help=_SAVED)]
+_Saved = Annotated[Path | None, typer.Option(parser=path, metavar="FILE", hidden=True, help=_SAVED)]
 _WAIT = (
     "slurm: stay until the job's end, show its log, and end with its exit code; the first SIGTERM or Ctrl-C saves and "
     "ends the job, SIGUSR1 saves and lets it wait for its next turn, a second signal cancels it"
@@ -137,12 +137,21 @@ def launch(
         if saved is not None:
             raise ConfigError("--saved is for the command that each node runs; --with and --hostfile make that command")
         # Given on each host, the command names the job alike at any time; jobs beside each other have their own ports.
-        name = job or new_job_name(recipe, f"port-{master_port or PORT}" if no_ssh else None)
+        name = (
+            job
+            or settings_of().get("JOB_ID")
+            or new_job_name(recipe, f"port-{master_port or PORT}" if no_ssh else None)
+        )
         return submit(by, words, settings | {"JOB_ID": name}, env or [], extras, dry_run=dry_run)
     alone = "in a job of this node alone (--with torchrun without --hostfile)"
     extras.refuse(alone, "ssh", "no_ssh", "sbatch", "wait", "image", "namespace", "claim")
     settings |= {"NODE_RANK": node_rank, "SAVED": None if saved is None else str(saved)}
     return _this_node(words, settings, env or [], attached=attached, dry_run=dry_run)
+
+
+def _new_job_name(recipe: str, port: int | None, on_each: bool) -> str:
+    """A job's name, the same on all hosts where the command is given on each; jobs beside each other have own ports."""
+    return new_job_name(recipe, f"port-{port or PORT}" if on_each else None)
 
 
 def _this_node(

@@ -8,12 +8,13 @@ from pathlib import Path
 from megaresnorm.errors import ConfigError
 from megaresnorm.launch.front import Part
 from megaresnorm.launch.request import Request
+from megaresnorm.launch.tell import ATTACHED
 from megaresnorm.launch.words import encoded
 from megaresnorm.limits import MAX_SHOWN
+from megaresnorm.parallel.launchers import PORT
 
 EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")  # what it writes into the command lines of other hosts, unquoted
 HARMLESS = re.compile(r"[A-Za-z0-9_@%+=:,./~-]*")
-PORT = "29500"
 OPTIONS = "PDSH_SSH_ARGS_APPEND"  # the variable in which pdsh finds options of ssh
 
 
@@ -44,7 +45,7 @@ def job_part(request: Request, hostfile: Path | None, node_rank: int | None) -> 
             raise ConfigError(f"{what}, {text[:MAX_SHOWN]!r}, has characters that DeepSpeed's launcher cannot pass on")
     variables = _variables(request)
     given = [word for name, value in sorted(request.variables.items()) for word in ("--env", f"{name}={value}")]
-    command = request.node_command(*given, python=("--module", "megaresnorm"))
+    command = request.node_command(ATTACHED, *given, python=("--module", "megaresnorm"))
     start = command.index("launch") + 1
     labels = [f"{host.name}: " for host in request.hosts]  # pdsh's
     return Part([*words, *command[:start], *encoded(command[start:])], labels=labels, variables=variables)
@@ -58,6 +59,11 @@ def _variables(request: Request) -> Mapping[str, str]:
                 f"{name}={value[:MAX_SHOWN]!r}: DeepSpeed's launcher passes this variable on, but cannot pass on its "
                 "characters; unset it"
             )
+    if Path(request.ssh[0]).name != "ssh" or any(" " in word for word in request.ssh):
+        raise ConfigError(
+            f"--ssh {' '.join(request.ssh)[:MAX_SHOWN]!r}: pdsh takes options of ssh alone, in words without spaces; "
+            "put the rest into ~/.ssh/config"
+        )
     options = " ".join(request.ssh[1:])
     return {OPTIONS: options} if options else {}
 

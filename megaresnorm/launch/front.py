@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from megaresnorm.resilience.hearing import Hearing
@@ -25,6 +26,7 @@ FIRST_ERROR = re.compile(r"megaresnorm: error: (rank \d+ on \S+: .*)")
 SAYS_WHOSE = re.compile(r"megaresnorm: error: rank \d+ on |\[rank \d+ on ")  # starts of lines that need no label
 LABEL = re.compile(r"\S+: ")
 ON_PURPOSE = (0, TIME_IS_UP, *(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)))
+OURS = range(2, 8)  # exit codes of errors that a user can cause
 OTHERS = 30.0  # seconds that other nodes have to end once one has, on purpose
 OTHERS_FAILED = 4.0  # the same once one has failed; then they are told again, which ends them at once
 AT_ONCE = 3.0  # seconds from being told a second time to being killed
@@ -79,7 +81,8 @@ class Front:
         """Run the job to its end.
 
         Returns:
-            128 + the signal that ended it; else the exit code of the first part that has failed, or 0.
+            128 + the signal that ended it, unless a part has failed by itself; else the exit code of the first part
+            that has failed, or 0.
         """
         sys.stdout.flush()
         sys.stderr.flush()
@@ -125,9 +128,10 @@ class Front:
             self._kill_all()
             for reader in readers:
                 reader.join(2.0)  # what a process that was left behind holds open is not waited for
-        if failed and self._first_error and not hearing.stop and self._first_error not in self._last_line:
+        stopped = hearing.stop and failed not in OURS  # a checkpoint that could not be saved, say, is no stop
+        if failed and self._first_error and not stopped and self._first_error not in self._last_line:
             say(f"megaresnorm: error: {self._first_error}", error=True)
-        return hearing.stop or failed
+        return hearing.stop if stopped else failed
 
     def _wait(self, hearing: Hearing) -> int:
         """Wait until all parts have ended, or are to be ended; the exit code of the first that has failed, or 0."""
@@ -140,7 +144,7 @@ class Front:
             codes = [code for process in self._processes if (code := process.poll()) is not None]
             failed = failed or next((_positive(code) for code in codes if code), 0)
             if codes and until == float("inf") and any(codes):
-                until = time.monotonic() + (OTHERS if _positive(max(codes)) in ON_PURPOSE else OTHERS_FAILED)
+                until = time.monotonic() + (OTHERS if failed in ON_PURPOSE else OTHERS_FAILED)
                 if failed not in ON_PURPOSE:
                     self._pass_on(signal.SIGTERM)
             if time.monotonic() > until:
@@ -171,8 +175,15 @@ class Front:
                 self._last_line, self._has_printed = line, True
                 if found := FIRST_ERROR.search(line):
                     self._first_error = self._first_error or found[1]
-                sys.stdout.write(f"{line}\n")
-                sys.stdout.flush()
+                self._print(line)
+
+    def _print(self, line: str) -> None:
+        """Print a line; where the reader has gone away, or a disk is full, the job goes on without it."""
+        try:
+            sys.stdout.write(f"{line}\n")
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     def _terminate(self) -> None:
         for process in self._processes:
@@ -186,10 +197,8 @@ class Front:
         while time.monotonic() < end and any(process.poll() is None for process in self._processes):
             time.sleep(0.05)
         for process in self._processes:
-            try:
+            with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                kill(process.pid)
 
 
 def _positive(code: int) -> int:

@@ -7,9 +7,8 @@ from pathlib import Path
 from megaresnorm.errors import ConfigError
 from megaresnorm.limits import MAX_SHOWN
 from megaresnorm.parallel.launchers import is_number
-from megaresnorm.parallel.plan import MAX_LOCAL, check_host
+from megaresnorm.parallel.plan import MAX_LOCAL, MAX_NODES, check_host
 
-MOST_HOSTS = 100_000
 MOST_BYTES = 16_000_000
 
 
@@ -59,8 +58,8 @@ def read_hostfile(path: Path, *, for_deepspeed: bool = False) -> tuple[Host, ...
         hosts[host.name] = host
     if not hosts:
         raise ConfigError(f"--hostfile {path}: names no host; wanted lines such as 'node0 slots=8'")
-    if len(hosts) > MOST_HOSTS:
-        raise ConfigError(f"--hostfile {path}: {len(hosts):,} hosts, at most {MOST_HOSTS:,} can be started")
+    if len(hosts) > MAX_NODES:
+        raise ConfigError(f"--hostfile {path}: {len(hosts):,} hosts, at most {MAX_NODES:,} can be started")
     return tuple(hosts.values())
 
 
@@ -76,7 +75,7 @@ def _host(where: str, line: str, for_deepspeed: bool) -> Host:
         name = name[1:-1]
     if slots is not None and not is_number(slots, 1, MAX_LOCAL):
         raise ConfigError(f"{where}: {slots[:MAX_SHOWN]!r} slots; wanted a whole number from 1 to {MAX_LOCAL}")
-    return Host(check_host(where, name), None if slots is None else int(slots))
+    return Host(check_host(f"{where}: ", name), None if slots is None else int(slots))
 
 
 def slots_of(hosts: tuple[Host, ...], ranks: int | None) -> int | None:

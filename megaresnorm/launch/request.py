@@ -98,7 +98,7 @@ def forwarded(
     found = {
         name: value
         for name, value in variables.items()
-        if name.startswith(FORWARDED) and not SECRET.search(name) and not name.startswith("TORCHELASTIC_")
+        if name.startswith(FORWARDED) and not SECRET.search(name)
         if not only_named
     }
     for text in names:

@@ -48,8 +48,10 @@ def submit_job(script: str, *, wait: bool) -> int:
 
 def _hears() -> Hearing:
     """Hear signals from here on: what comes while sbatch runs counts. A terminal that is closed still ends this."""
+    ends = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # as nohup has set it
     hearing = Hearing(lambda number: None)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if ends:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     return hearing
 
 

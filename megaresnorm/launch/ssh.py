@@ -8,9 +8,12 @@ from signal import Signals
 
 from megaresnorm.launch.front import Part, Tell
 from megaresnorm.launch.request import Request
+from megaresnorm.launch.tell import ATTACHED
 from megaresnorm.resilience.launcher import kill
 
-QUIET = ("-o", "BatchMode=yes")  # never ask for a password: nobody would see the question
+# Never ask for a password, since nobody would see the question; notice a host that has lost its power.
+QUIET = ("-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
+LONGEST = 30.0  # seconds that a host may take to be told a signal
 CONNECT = "ConnectTimeout=10"  # seconds that a host may be silent which is to be told a signal
 AGAIN = 0.5  # seconds until a host is asked again
 
@@ -19,7 +22,7 @@ def node_parts(request: Request) -> list[Part]:
     """The ssh command of each host. The node's variables stand in it, since sshd takes over none."""
     found = []
     for rank, host in enumerate(request.hosts):
-        words = request.node_command("--node-rank", str(rank), "--attached")
+        words = request.node_command("--node-rank", str(rank), ATTACHED)
         label = f"{host.name}: " if rank else ""
         found.append(Part(remote(request, host.name, words), label))
     return found
@@ -67,4 +70,12 @@ def _run_all(commands: Sequence[list[str]]) -> list[list[str]]:
     """Run commands beside each other; those that have failed."""
     quiet = subprocess.DEVNULL
     started = [subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet) for command in commands]
-    return [command for command, process in zip(commands, started, strict=True) if process.wait()]
+    end, missed = time.monotonic() + LONGEST, []
+    for command, process in zip(commands, started, strict=True):
+        try:
+            code = process.wait(max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
+        missed += [command] if code else []
+    return missed

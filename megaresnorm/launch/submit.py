@@ -14,9 +14,9 @@ from megaresnorm.launch.hostfile import Host, read_hostfile, slots_of
 from megaresnorm.launch.request import Request, forwarded, job_name, ssh_words
 from megaresnorm.launch.slurm_job import submit_job
 from megaresnorm.limits import MAX_SHOWN
-from megaresnorm.parallel.environment import is_in_allocation
+from megaresnorm.parallel.environment import MAX_PORT, is_in_allocation
 from megaresnorm.parallel.launchers import is_number
-from megaresnorm.parallel.plan import MAX_NODES, UNLIMITED, check_host
+from megaresnorm.parallel.plan import MAX_LOCAL, MAX_NODES, UNLIMITED, check_host, settings_of
 from megaresnorm.text import say, write
 
 LAUNCHERS = ("torchrun", "deepspeed", "slurm", "kubernetes", "mpirun")
@@ -90,6 +90,8 @@ def submit(
     if by == "kubernetes":
         return _apply(request, extras, dry_run)
     if by == "slurm" and not is_in_allocation():
+        if request.ranks is None:
+            raise ConfigError("--with slurm needs --gpus-per-node, or --ranks-per-node for ranks without GPUs")
         script = slurm.batch_script(request, gpus=extras.gpus, options=slurm.options_of(extras.sbatch))
         if dry_run:
             write(script)
@@ -124,45 +126,49 @@ def _request(
     by: str, words: Sequence[str], settings: Mapping[str, str | None], env: Sequence[str], extras: Extras
 ) -> Request:
     hosts = () if extras.hostfile is None else read_hostfile(extras.hostfile, for_deepspeed=by == "deepspeed")
-    nodes = _nodes(settings["NODES"], hosts)
+    # Options stand before variables, as they do on a node.
+    chosen = settings_of() | {name: value for name, value in settings.items() if value is not None}
+    nodes = _nodes(chosen.get("NODES"), hosts)
     hosts = hosts[:nodes]
-    wanted = settings["RANKS_PER_NODE"]
-    port = settings["MASTER_PORT"]
-    address = settings["MASTER_ADDR"]
+    ranks = _whole("--gpus-per-node", chosen.get("RANKS_PER_NODE"), 1, MAX_LOCAL)
+    address = chosen.get("MASTER_ADDR")
     if address is not None:
-        check_host("--master-addr", address)
+        check_host("--master-addr ", address)
     if by == "mpirun" and nodes > 1 and not hosts and address is None:
         raise ConfigError("--with mpirun on several nodes needs --hostfile, or --master-addr, the host of its rank 0")
-    restarts = settings["MAX_RESTARTS"]
-    if restarts is not None and not is_number(restarts, 0, UNLIMITED):
-        raise ConfigError(f"--max-restarts {restarts[:MAX_SHOWN]!r}: wanted a whole number from 0 to {UNLIMITED}")
     shell = ssh_words(extras.ssh)
     if by == "deepspeed" and shell == ("ssh",):  # the options that pdsh gives to ssh
         shell = (*shell, *deepspeed.ssh_options())
     return Request(
         recipe=words[0],
         overrides=tuple(words[1:]),
-        job=job_name(settings["JOB_ID"] or ""),
+        job=job_name(chosen["JOB_ID"]),
         nodes=nodes,
-        ranks=slots_of(hosts, None if wanted is None else int(wanted)),
+        ranks=slots_of(hosts, ranks),
         hosts=hosts,
-        master=(address, None if port is None else int(port)),
-        max_restarts=None if restarts is None else int(restarts),
-        logs=settings["LOG_DIR"],
+        master=(address, _whole("--master-port", chosen.get("MASTER_PORT"), 1, MAX_PORT)),
+        max_restarts=_whole("--max-restarts", chosen.get("MAX_RESTARTS"), 0, UNLIMITED),
+        logs=chosen.get("LOG_DIR"),
         variables=forwarded(env, only_named=by == "kubernetes"),
         ssh=shell,
         folder=Path.cwd(),
     )
 
 
+def _whole(option: str, text: str | None, least: int, most: int) -> int | None:
+    """The number of an option, or of its variable; None where there is none."""
+    if text is not None and not is_number(text, least, most):
+        raise ConfigError(f"{option} {text[:MAX_SHOWN]!r}: wanted a whole number from {least} to {most}")
+    return None if text is None else int(text)
+
+
 def _nodes(text: str | None, hosts: tuple[Host, ...]) -> int:
-    if text is None:
-        return len(hosts) or 1
-    if not is_number(text, 1, MAX_NODES):
-        raise ConfigError(f"--nodes {text[:MAX_SHOWN]!r}: wanted a whole number from 1 to {MAX_NODES}")
-    if hosts and int(text) > len(hosts):
+    if text is not None and ":" in text:
+        raise ConfigError(f"--nodes {text[:MAX_SHOWN]!r}: nodes come and go where the command is given on each of them")
+    number = _whole("--nodes", text, 1, MAX_NODES) or len(hosts) or 1
+    if hosts and number > len(hosts):
         raise ConfigError(f"--nodes {text}, but the hostfile names {len(hosts)}")
-    return int(text)
+    return number
 
 
 def _node_rank(extras: Extras, request: Request) -> int | None:
@@ -178,9 +184,7 @@ def _node_rank(extras: Extras, request: Request) -> int | None:
         return None
     if rank is None or not extras.no_ssh or extras.hostfile is None:
         raise ConfigError("--no-ssh, --node-rank and --hostfile belong together: the command is given on each host")
-    if not is_number(rank, 0, request.nodes - 1):
-        raise ConfigError(f"--node-rank {rank[:MAX_SHOWN]!r}: wanted a whole number from 0 to {request.nodes - 1}")
-    return int(rank)
+    return _whole("--node-rank", rank, 0, request.nodes - 1)
 
 
 def _check_recipe(words: Sequence[str], request: Request) -> None:
@@ -202,18 +206,18 @@ def _apply(request: Request, extras: Extras, dry_run: bool) -> int:
     if extras.image is None:
         raise ConfigError("--with kubernetes needs --image, a container image with this package (launch/Dockerfile)")
     cluster = kubernetes.Cluster(image=extras.image, namespace=extras.namespace, claim=extras.claim, gpus=extras.gpus)
-    return _hand_over(["kubectl", "apply", "-f", "-"], kubernetes.manifest(request, cluster), dry_run)
-
-
-def _hand_over(command: Sequence[str], text: str, dry_run: bool) -> int:
-    """Give a script or manifest to the program that takes it, on its standard input; or print it."""
+    text = kubernetes.manifest(request, cluster)
     if dry_run:
         write(text)
         return 0
-    _find(command[0])
-    done = subprocess.run(command, input=text, text=True, check=False)
+    _find("kubectl")
+    done = subprocess.run(["kubectl", "apply", "-f", "-"], input=text, text=True, check=False)
     if done.returncode == 0:
-        say(f"{command[0]} has taken the job; --dry-run prints what it was given")
+        where = f" --namespace {extras.namespace}" if extras.namespace else ""
+        say(
+            f"kubectl logs{where} -f job/{request.job} follows it, kubectl delete{where} job/{request.job} saves and "
+            "ends it; --job with another name is another job"
+        )
     return done.returncode if done.returncode >= 0 else 1
 
 

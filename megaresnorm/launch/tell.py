@@ -12,12 +12,13 @@ from megaresnorm.resilience.launcher import SIGNALS, kill
 from megaresnorm.text import say
 
 SUPERVISOR = ("-m", "megaresnorm", "launch")
+ATTACHED = "--attached"  # of the command of a node: the one that a user types has it not
 
 
-def supervisors(job: str) -> list[int]:
+def supervisors(job: str, proc: Path = Path("/proc")) -> list[int]:
     """Process ids of this user's supervisors of a job on this node."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
+    for folder in proc.glob("[0-9]*"):
         try:
             if folder.stat().st_uid != os.getuid():
                 continue
@@ -26,7 +27,7 @@ def supervisors(job: str) -> list[int]:
             continue
         while words and words[0] in ("-u", "-I"):
             words = words[1:]
-        if tuple(words[:3]) != SUPERVISOR or "--with" in words:
+        if tuple(words[:3]) != SUPERVISOR or ATTACHED not in words:
             continue
         if any(pair == ("--job", job) for pair in pairwise(words)):
             found.append(int(folder.name))

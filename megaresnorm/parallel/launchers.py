@@ -1,7 +1,7 @@
 """What the variables of launchers say: DeepSpeed's, Slurm's, Open MPI's, those of MPICH and Intel MPI, Kubernetes'.
 
-Pure functions of the variables; environment.py alone reads those of the process. torchrun's are the common language:
-what is found here is put into its words.
+Pure functions of the variables; environment.py and plan.py read those of the process. torchrun's are the common
+language: what is found here is put into its words.
 """
 
 import re

@@ -34,7 +34,7 @@ _meetings = count()  # every rank holds the same meetings in the same order
 def open_store(environment: Environment, timeout: float = TIMEOUT) -> Store:
     """The store through which the ranks of a job find each other. All of them must open it.
 
-    On one node under launch/torchrun.sh it is a file in a private folder, so that nothing listens on a port. Elsewhere
+    On one node under a supervisor it is a file in a private folder, so that nothing listens on a port. Elsewhere
     rank 0 listens on the address that torchrun gives, and on no other.
 
     Args:

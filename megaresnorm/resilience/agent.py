@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from megaresnorm.errors import LostRankError
 from megaresnorm.parallel.environment import host_name, listening_socket, node_number, read_environment
@@ -65,6 +65,8 @@ def _number_this_node(node: int) -> None:
     try:
         from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _NodeDescGenerator
     except ImportError:  # a later torch: rank 0 may be on another node, which changes where its lines are printed
+        return
+    if "local_id" not in {field.name for field in fields(_NodeDesc)}:
         return
     generate = _NodeDescGenerator.generate
 

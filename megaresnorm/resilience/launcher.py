@@ -101,9 +101,11 @@ class Launcher:
         temporary.unlink()
 
     def failure(self) -> "Failure | None":
-        """The first failure of the newest attempt that had one on this node."""
+        """The first failure of this node in the newest attempt, or in the one before, which that one has ended for."""
         attempts = {int(path.name[7:]): path for path in self.folder.glob("failed-[0-9]*")}
-        return Failure(**json.loads(attempts[max(attempts)].read_text())) if attempts else None
+        newest = max(attempts, default=-1)
+        healed = newest < (self.read("attempt") or 0) - 1
+        return Failure(**json.loads(attempts[newest].read_text())) if attempts and not healed else None
 
     def ranks(self) -> dict[int, int]:
         """Ranks of this node's processes, as far as they have been started, by local rank."""

@@ -13,6 +13,17 @@ from megaresnorm.resilience.launcher import LOOK, ancestors
 PATIENCE = 60.0  # seconds to save a checkpoint once the launcher is gone
 
 
+def launchers() -> tuple[int, ...]:
+    """Process ids of those that have started this one, from its parent up to the parent of its session's leader.
+
+    That is a process of sshd for what ssh has started. A login shell above it may end.
+    """
+    found, leader = ancestors(os.getpid()), os.getsid(0)
+    if leader == os.getpid() or leader not in found:
+        return found[:1]
+    return found[: found.index(leader) + 2]
+
+
 def end_without(started_by: tuple[int, ...], ask: Callable[[], None], end: Callable[[], None]) -> None:
     """Start a thread that ends this process's work once one of those that have started it is gone.
 
@@ -26,7 +37,7 @@ def end_without(started_by: tuple[int, ...], ask: Callable[[], None], end: Calla
     """
 
     def watch() -> None:
-        while ancestors(os.getpid()) == started_by and not _has_hung_up(1):
+        while ancestors(os.getpid())[: len(started_by)] == started_by and not _has_hung_up(1):
             time.sleep(LOOK)
         ask()
         time.sleep(PATIENCE)

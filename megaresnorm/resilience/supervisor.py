@@ -22,8 +22,8 @@ from megaresnorm.parallel.addresses import answers, listen_where_reached, local_
 from megaresnorm.parallel.environment import LAUNCHER, STORE, host_name, is_in_pod, master_here
 from megaresnorm.parallel.plan import Plan, read_plan
 from megaresnorm.resilience.hearing import Hearing
-from megaresnorm.resilience.launcher import PREFIX, Launcher, ancestors, children, kill
-from megaresnorm.resilience.processes import end_without, processes_with
+from megaresnorm.resilience.launcher import PREFIX, Launcher, children, kill
+from megaresnorm.resilience.processes import end_without, launchers, processes_with
 from megaresnorm.resilience.rank_logs import Followed, make_logs
 from megaresnorm.resilience.torchrun import CONNECT, JOIN, environment_of, raise_limits, torchrun_command
 from megaresnorm.text import say
@@ -61,7 +61,7 @@ class Supervisor:
         """
         self._plan, self._arguments = plan, arguments
         if plan.attached:
-            end_without(ancestors(os.getpid()), lambda: signal.raise_signal(signal.SIGHUP), self._end_all_now)
+            end_without(launchers(), lambda: signal.raise_signal(signal.SIGHUP), self._end_all_now)
         if plan.logs is not None:
             make_logs(plan.logs)
         raise_limits()
@@ -83,7 +83,7 @@ class Supervisor:
         if self._hearing.stop:
             return self._hearing.stop
         environment = environment_of(self._plan, os.environ, folder, local_address)
-        store = self._listen(local_address)
+        store = self._listen()
         if store is not None:
             environment[STORE] = str(store)
         logs = self._plan.logs
@@ -109,10 +109,8 @@ class Supervisor:
             self._followed.print_new(last=True)
         end, failure = self._launcher.read("end"), self._launcher.failure()
         code = end if end is not None else self._hearing.stop or self._torchrun.returncode
-        saved = self._plan.saved if not self._plan.node_rank else None
-        if saved is not None and code == NEXT_TURN and self._launcher.read("progress") is not None:
-            saved.touch()
-        if failure is None or code == 0 or self._hearing.stop:
+        counts = end is None or end == LostRankError.exit_code or (failure is not None and end == failure.exit_code)
+        if failure is None or code == 0 or self._hearing.stop or not counts:
             return code if code >= 0 else 1
         say(f"megaresnorm: error: {failure}", error=True)
         return end if end is not None else failure.exit_code
@@ -135,7 +133,7 @@ class Supervisor:
             self._hearing.sleep(0.5)
         return address
 
-    def _listen(self, local_address: str | None) -> int | None:
+    def _listen(self) -> int | None:
         """The socket of the nodes' store, where this node keeps it.
 
         In an elastic job that is the node that has the address, or the first of several supervisors that do.

@@ -5,16 +5,18 @@ import os
 import resource
 import shlex
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from megaresnorm import launch
 from megaresnorm.cli import main
 from megaresnorm.errors import ConfigError
 from megaresnorm.launch import mpirun, ssh, tell
 from megaresnorm.launch.hostfile import Host, read_hostfile, slots_of
-from megaresnorm.launch.request import Request, forwarded
+from megaresnorm.launch.request import FORWARDED, Request, forwarded
 from megaresnorm.launch.words import decoded, encoded
 from megaresnorm.parallel import addresses
 from megaresnorm.parallel.environment import listening_socket, read_environment
@@ -22,6 +24,7 @@ from megaresnorm.parallel.plan import Plan, read_plan
 from megaresnorm.recipe.load import dump_recipe
 from megaresnorm.resilience.host import available_cores
 from megaresnorm.resilience.launcher import Failure, Launcher, ancestors
+from megaresnorm.resilience.processes import launchers
 from megaresnorm.resilience.rank_logs import Followed, log_name, write_to_log
 from megaresnorm.resilience.torchrun import environment_of, raise_limits, torchrun_command
 
@@ -153,8 +156,9 @@ def test_a_shell_of_ssh_gives_the_node_its_words_unchanged(tmp_path):
     script.chmod(0o755)
     asked = request(folder=folder, python=str(script))
     first, second = ssh.node_parts(asked)
-    assert list(second.words[:5]) == ["ssh", "-o", "BatchMode=yes", "--", "n1"] and second.label == "n1: "
-    done = os.popen(second.words[5])  # noqa: S605 - what is tested
+    assert list(second.words[:3]) == ["ssh", "-o", "BatchMode=yes"] and second.label == "n1: "
+    assert list(second.words[-3:-1]) == ["--", "n1"] and "ServerAliveInterval=15" in second.words
+    done = os.popen(second.words[-1])  # noqa: S605 - what is tested
     words, place, debug = json.loads(done.read())
     assert done.close() is None and place == str(folder) and debug == "INFO $X"
     assert words == [*asked.node_command()[1:], "--node-rank", "1", "--attached"]
@@ -283,6 +287,10 @@ def test_the_first_failure_of_the_newest_start_is_the_one_that_counts(tmp_path):
     assert str(launcher.failure()) == "rank 3 on n1: first"
     launcher.note_failure(Failure(5, "n1", "later", 137), attempt=11)
     assert launcher.failure() == Failure(5, "n1", "later", 137)
+    launcher.introduce(5, 0, 12)
+    assert launcher.failure() is not None, "which start 12 has counted, and ended for"
+    launcher.introduce(5, 0, 13)
+    assert launcher.failure() is None, "healed: start 12 went well for long enough to need another"
     launcher.introduce(17, 1, 2)
     launcher.introduce(16, 0, 2)
     assert launcher.ranks() == {0: 16, 1: 17} and launcher.read("attempt") == 2
@@ -297,7 +305,55 @@ def test_who_has_started_a_process_is_known_up_to_the_first_one():
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-def test_only_supervisors_of_the_job_are_told(monkeypatch, capsys):
-    assert tell.supervisors("no-such-job") == []
+def test_only_supervisors_of_the_job_are_told(tmp_path, capsys):
+    """Neither the command that a user has typed, nor a node of another job, nor what starts a node."""
+    node = ["python", "-u", *tell.SUPERVISOR, "r.yaml", "--job", "mine", "--node-rank", "1", tell.ATTACHED]
+    others = [
+        ["python", *tell.SUPERVISOR, "r.yaml", "--hostfile", "h", "--job", "mine"],
+        ["python", *tell.SUPERVISOR, "r.yaml", "--with=mpirun", "--job", "mine"],
+        ["python", *tell.SUPERVISOR, "r.yaml", "--job", "other", tell.ATTACHED],
+        ["sh", "-c", " ".join(node)],
+        ["python", "-m", "deepspeed.launcher.launch", *node[2:]],
+        [],
+    ]
+    for pid, words in enumerate([node, *others], start=100):
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "cmdline").write_text("".join(f"{word}\0" for word in words))
+    assert tell.supervisors("mine", tmp_path) == [100] and tell.supervisors("other", tmp_path) == [102 + 1]
     assert tell.main(["no-such-job", "15"]) == 1 and tell.main(["j", "9"]) == 2 and tell.main([]) == 2
     assert "usage" in capsys.readouterr().err
+
+
+def test_who_has_started_a_supervisor_ends_at_its_session():
+    """A login shell above may end: of what ssh has started the first one that counts is sshd's process."""
+    script = "from megaresnorm.resilience.processes import launchers; print(*launchers())"
+    inner = [sys.executable, "-c", script]
+    leader = f"import os, subprocess, sys; os.setsid(); print(os.getpid(), os.getppid()); sys.stdout.flush(); " \
+             f"subprocess.run(['sh', '-c', '\"$@\"; exit 0', '-', *{inner!r}])"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", leader], capture_output=True, text=True, check=True)
+    of_session, found = [[int(pid) for pid in line.split()] for line in done.stdout.splitlines()]
+    assert len(found) == 3 and found[1:] == of_session and found[2] == os.getpid()
+    assert launchers()[0] == os.getppid()
+
+
+def test_a_reader_that_goes_away_does_not_hang_a_job(tmp_path):
+    """``launch ... | head -1``: the parts go on, and are drained."""
+    script = f"""
+import sys
+from megaresnorm.launch.front import Front, Part
+part = Part([{sys.executable!r}, "-c", "for i in range(30000): print('a line that is long enough to fill a pipe')"])
+sys.exit(Front([part], lambda running, number: None).run())
+"""
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(script)} | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split("\n")[1] == "0" and not done.stderr, done
+
+
+def test_the_map_of_the_package_names_every_module():
+    folder = Path(launch.__file__).parent
+    assert not [path.name for path in folder.glob("[a-z]*.py") if path.name not in launch.__doc__]
+
+
+def test_forwarded_variables_are_listed_for_users():
+    text = " ".join((Path(__file__).parents[2] / "launch" / "README.md").read_text().split())
+    assert not [name for name in FORWARDED if f"`{name}`" not in text]

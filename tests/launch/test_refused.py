@@ -101,15 +101,15 @@ def test_a_line_is_named(recipe, tmp_path, capsys):
         (["r.yaml", "--gpus-per-node", "0"], "--gpus-per-node"),
         (["r.yaml", "--gpus-per-node", "8", "--ranks-per-node", "8"], "are the same number"),
         (["r.yaml", "--nodes", "2"], "NODES=2 needs NODE_RANK and MASTER_ADDR"),
-        (["r.yaml", "--nodes", "2", "--node-rank", "2", "--master-addr", "a"], "NODE_RANK='2'"),
-        (["r.yaml", "--nodes", "2", "--node-rank", "0", "--master-addr", "-oX"], "MASTER_ADDR='-oX'"),
-        (["r.yaml", "--nodes", "2", "--node-rank", "0", "--master-addr", "a b"], "MASTER_ADDR='a b'"),
+        (["r.yaml", "--nodes", "2", "--node-rank", "2", "--master-addr", "a"], "--node-rank '2'"),
+        (["r.yaml", "--nodes", "2", "--node-rank", "0", "--master-addr", "-oX"], "--master-addr '-oX'"),
+        (["r.yaml", "--nodes", "2", "--node-rank", "0", "--master-addr", "a b"], "--master-addr 'a b'"),
         (["r.yaml", "--master-port", "70000"], "--master-port"),
-        (["r.yaml", "--max-restarts", "-1"], "MAX_RESTARTS='-1'"),
+        (["r.yaml", "--max-restarts", "-1"], "--max-restarts '-1'"),
         (["r.yaml", "--max-restarts", "often", "--with", "slurm"], "--max-restarts 'often'"),
         (["r.yaml", "--job", "a;b", "--with", "slurm"], "--job 'a;b'"),
         (["r.yaml", "--job", "../x", "--with", "mpirun"], "--job '../x'"),
-        (["r.yaml", "--job", "a b"], "JOB_ID='a b'"),
+        (["r.yaml", "--job", "a b"], "--job 'a b'"),
         (["r.yaml", "--env", "1X=2", "--with", "mpirun"], "--env '1X=2': wanted NAME, or NAME=VALUE"),
         (["r.yaml", "--env", "X=a\nb", "--with", "mpirun"], "--env 'X=a\\nb'"),
         (["r.yaml", "--env", "NOT_SET_HERE"], "--env NOT_SET_HERE: no such variable here"),
@@ -117,16 +117,19 @@ def test_a_line_is_named(recipe, tmp_path, capsys):
         (["r.yaml", "--ssh", "", "--with", "mpirun"], "--ssh '': wanted a command"),
         (["r.yaml", "--ssh", "ssh -p 1"], "--ssh has no effect in a job of this node alone"),
         (["r.yaml", "--with", "slurm", "--hostfile", "hosts"], "--hostfile has no effect with --with slurm"),
-        (["r.yaml", "--with", "slurm", "--sbatch", "time=1 #"], "--sbatch 'time=1 #'"),
-        (["r.yaml", "--with", "slurm", "--sbatch", "x;y"], "--sbatch 'x;y'"),
+        (["r.yaml", "--with", "slurm", "--ranks-per-node", "1", "--sbatch", "time=1 #"], "--sbatch 'time=1 #'"),
+        (["r.yaml", "--with", "slurm", "--ranks-per-node", "1", "--sbatch", "x;y"], "--sbatch 'x;y'"),
         (["r.yaml", "--with", "mpirun", "--sbatch", "time=1"], "--sbatch has no effect with --with mpirun"),
         (["r.yaml", "--with", "mpirun", "--nodes", "2"], "needs --hostfile, or --master-addr"),
-        (["r.yaml", "--with", "mpirun", "--nodes", "2", "--master-addr", "a;b"], "--master-addr='a;b'"),
+        (["r.yaml", "--with", "mpirun", "--nodes", "2", "--master-addr", "a;b"], "--master-addr 'a;b'"),
         (["r.yaml", "--with", "deepspeed", "--nodes", "2"], "needs --hostfile, with lines 'HOST slots=N'"),
         (["r.yaml", "--with", "deepspeed", "--no-ssh"], "belong together"),
         (["r.yaml", "--with", "torchrun", "--hostfile", "none"], "--hostfile none: no such file"),
         (["r.yaml", "--with", "torchrun", "--hostfile", "."], "--hostfile .: no such file"),
         (["r.yaml", "--with", "kubernetes"], "needs --image"),
+        (["r.yaml", "--with", "slurm", "--nodes", "2"], "--with slurm needs --gpus-per-node, or --ranks-per-node"),
+        (["r.yaml", "--node-rank", "3", "--master-addr", "n0"], "--node-rank has no effect on one node; give --nodes"),
+        (["r.yaml", "--with", "deepspeed", "--ssh", "/opt/mine -p 1"], "pdsh takes options of ssh alone"),
         (["r.yaml", "--with", "torchrun", "--image", "x"], "--image has no effect"),
     ],
 )  # fmt: skip
@@ -174,7 +177,7 @@ def test_nothing_is_started_where_the_launcher_is_missing(recipe, capsys, monkey
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     hosts = ["--hostfile", "hosts"]
     cases = {"ssh": hosts, "deepspeed": [*hosts, "--with", "deepspeed"], "mpirun": [*hosts, "--with", "mpirun"],
-             "sbatch": ["--with", "slurm"]}  # fmt: skip
+             "sbatch": ["--with", "slurm", "--ranks-per-node", "1"]}  # fmt: skip
     for program, words in cases.items():
         assert f"{program} is not installed here; --dry-run prints what would be run" in refusal(capsys, recipe, *words)
 
