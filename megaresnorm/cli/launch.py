@@ -65,6 +65,8 @@ _DRY = "print the command, script or manifest, and end; the launcher need not be
 _DryRun = Annotated[bool, typer.Option("--dry-run", help=_DRY)]
 _Attached = Annotated[bool, typer.Option("--attached", hidden=True, help="end with what has started this")]
 
+_ALONE = "in a job of this node alone (--with torchrun without --hostfile)"
+
 
 def add_to(app: typer.Typer) -> None:
     """Add the launch command."""
@@ -118,8 +120,8 @@ def launch(
         raise ConfigError(f"--with {by!r}: wanted one of {', '.join(LAUNCHERS)}")
     if gpus_per_node is not None and ranks_per_node is not None:
         raise ConfigError("--gpus-per-node and --ranks-per-node are the same number; give one of them")
-    ranks, words = gpus_per_node or ranks_per_node, [recipe, *(overrides or [])]
-    words += ["--full"] * full + ["--no-fallback"] * no_fallback
+    flags = ["--full"] * full + ["--no-fallback"] * no_fallback
+    ranks, words = gpus_per_node or ranks_per_node, [recipe, *(overrides or []), *flags]
     extras = Extras(
         hostfile=hostfile, node_rank=node_rank, no_ssh=no_ssh, ssh=ssh, sbatch=tuple(sbatch or ()), wait=wait,
         image=image, namespace=namespace, claim=claim, gpus=ranks_per_node is None,
@@ -143,8 +145,7 @@ def launch(
             or new_job_name(recipe, f"port-{master_port or PORT}" if no_ssh else None)
         )
         return submit(by, words, settings | {"JOB_ID": name}, env or [], extras, dry_run=dry_run)
-    alone = "in a job of this node alone (--with torchrun without --hostfile)"
-    extras.refuse(alone, "ssh", "no_ssh", "sbatch", "wait", "image", "namespace", "claim")
+    extras.refuse(_ALONE, "ssh", "no_ssh", "sbatch", "wait", "image", "namespace", "claim")
     settings |= {"NODE_RANK": node_rank, "SAVED": None if saved is None else str(saved)}
     return _this_node(words, settings, env or [], attached=attached, dry_run=dry_run)
 
