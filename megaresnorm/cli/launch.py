@@ -138,13 +138,8 @@ def launch(
     if by != "torchrun" or hostfile is not None:
         if saved is not None:
             raise ConfigError("--saved is for the command that each node runs; --with and --hostfile make that command")
-        # Given on each host, the command names the job alike at any time; jobs beside each other have their own ports.
-        name = (
-            job
-            or settings_of().get("JOB_ID")
-            or new_job_name(recipe, f"port-{master_port or PORT}" if no_ssh else None)
-        )
-        return submit(by, words, settings | {"JOB_ID": name}, env or [], extras, dry_run=dry_run)
+        settings["JOB_ID"] = job or settings_of().get("JOB_ID") or _new_job_name(recipe, master_port, no_ssh)
+        return submit(by, words, settings, env or [], extras, dry_run=dry_run)
     extras.refuse(_ALONE, "ssh", "no_ssh", "sbatch", "wait", "image", "namespace", "claim")
     settings |= {"NODE_RANK": node_rank, "SAVED": None if saved is None else str(saved)}
     return _this_node(words, settings, env or [], attached=attached, dry_run=dry_run)
