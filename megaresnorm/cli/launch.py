@@ -116,6 +116,7 @@ def launch(
     checkpoint, and passes signals on: the first SIGTERM, SIGUSR1 or Ctrl-C saves a checkpoint, a second one ends at
     once. Exit codes are those of megaresnorm train.
     """
+    _check_words(recipe, nodes=nodes, node_rank=node_rank, master_addr=master_addr, job=job, max_restarts=max_restarts)
     if by not in LAUNCHERS:
         raise ConfigError(f"--with {by!r}: wanted one of {', '.join(LAUNCHERS)}")
     if gpus_per_node is not None and ranks_per_node is not None:
@@ -143,6 +144,15 @@ def launch(
     extras.refuse(_ALONE, "ssh", "no_ssh", "sbatch", "wait", "image", "namespace", "claim")
     settings |= {"NODE_RANK": node_rank, "SAVED": None if saved is None else str(saved)}
     return _this_node(words, settings, env or [], attached=attached, dry_run=dry_run)
+
+
+def _check_words(recipe: str, **options: str | None) -> None:
+    """Refuse options that a script has given an empty variable, and a recipe that would be taken for an option."""
+    empty = next((name for name, value in options.items() if value is not None and not value.strip()), None)
+    if empty is not None:
+        raise ConfigError(f"--{empty.replace('_', '-')} '': it is empty; leave it out, or give it a value")
+    if recipe.startswith("-"):
+        raise ConfigError(f"{recipe!r} would be taken for an option; write ./{recipe}")
 
 
 def _new_job_name(recipe: str, port: int | None, on_each: bool) -> str:

@@ -124,6 +124,9 @@ class Front:
             if hearing.stop:
                 self._terminate()  # also those that it was not passed on to
             failed = self._wait(hearing)
+        except OSError as e:
+            say(f"megaresnorm: error: {part.words[0]} cannot be started ({e.strerror})", error=True)
+            failed = 1
         finally:
             self._kill_all()
             for reader in readers:

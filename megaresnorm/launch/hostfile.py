@@ -41,7 +41,7 @@ def read_hostfile(path: Path, *, for_deepspeed: bool = False) -> tuple[Host, ...
             raise ConfigError(f"--hostfile {path}: no such file")
         if path.stat().st_size > MOST_BYTES:
             raise ConfigError(f"--hostfile {path}: larger than {MOST_BYTES:,} bytes; is it a list of hosts?")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as e:
         raise ConfigError(f"--hostfile {path}: cannot be read ({e.strerror})") from None
     except UnicodeDecodeError:
@@ -53,9 +53,10 @@ def read_hostfile(path: Path, *, for_deepspeed: bool = False) -> tuple[Host, ...
             continue
         where = f"--hostfile {path}, line {number}"
         host = _host(where, line, for_deepspeed)
-        if host.name in hosts:
+        known_as = host.name.lower().rstrip(".")
+        if known_as in hosts:
             raise ConfigError(f"{where}: {host.name} is there twice; give each host once, with slots=N")
-        hosts[host.name] = host
+        hosts[known_as] = host
     if not hosts:
         raise ConfigError(f"--hostfile {path}: names no host; wanted lines such as 'node0 slots=8'")
     if len(hosts) > MAX_NODES:
@@ -69,6 +70,8 @@ def _host(where: str, line: str, for_deepspeed: bool) -> Host:
         wanted = "'HOST slots=N'" if for_deepspeed else "'HOST', 'HOST slots=N' or 'HOST:N'"
         raise ConfigError(f"{where}: {line[:MAX_SHOWN]!r}; wanted {wanted}")
     name, slots = found[1], found[2]
+    if "@" in name:
+        raise ConfigError(f"{where}: {name[:MAX_SHOWN]!r}; give the user as --ssh 'ssh -l USER', or in ~/.ssh/config")
     if slots is None and name.count(":") == 1:
         name, _, slots = name.partition(":")
     if name.startswith("[") and name.endswith("]"):

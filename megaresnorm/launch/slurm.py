@@ -66,7 +66,7 @@ def options_of(texts: Sequence[str]) -> dict[str, str]:
         ):
             raise ConfigError(
                 f"--sbatch {text[:MAX_SHOWN]!r}: wanted NAME=VALUE of an option of sbatch without its dashes, such as "
-                "time=24:00:00"
+                "time=24:00:00, the value without blanks, quotes, # and backslashes"
             )
         if name in OURS:
             raise ConfigError(f"--sbatch {text[:MAX_SHOWN]}: {OURS[name]}")

@@ -85,7 +85,7 @@ def submit(
     """
     extras.refuse(f"with --with {by}", *(name for name, whose in OWN.items() if by not in whose))
     request = _request(by, words, settings, env, extras)
-    if by != "kubernetes":  # there the recipe is in the image, or on a volume
+    if by != "kubernetes" or Path(words[0]).is_file():  # there it may be in the image, or on a volume
         _check_recipe(words, request)
     if by == "kubernetes":
         return _apply(request, extras, dry_run)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from zlib import crc32
 
 from megaresnorm.errors import ConfigError
-from megaresnorm.limits import MAX_RANKS
+from megaresnorm.limits import MAX_RANKS, MAX_SHOWN
 from megaresnorm.parallel.addresses import is_loopback
 
 PORT = 29500  # where a job has no number of its own
@@ -208,9 +208,10 @@ def number(
     if text is None and default is not None:
         return default
     if text is None or not is_number(text, least, most):
+        found = "is not set" if text is None else f"is {text[:MAX_SHOWN]!r}"
         start = "start with megaresnorm launch, or unset WORLD_SIZE"
         raise ConfigError(
-            f"the environment is not {whose}'s: {name}={text!r}, wanted a whole number from {least} to {most}; "
+            f"the environment is not {whose}'s: {name} {found}, wanted a whole number from {least} to {most}; "
             f"{start if whose == 'torchrun' else 'unset it to start one process'}"
         )
     return int(text)

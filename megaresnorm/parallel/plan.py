@@ -98,7 +98,9 @@ def read_plan(
     match = re.fullmatch(r"([0-9]{1,5})(?::([0-9]{1,5}))?", text)
     nodes = (0, 0) if match is None else (int(match[1]), int(match[2] or match[1]))
     if not 1 <= nodes[0] <= nodes[1]:
-        raise ConfigError(f"{_named('NODES', given)}{text!r}: wanted a number, or MIN:MAX for nodes that come and go")
+        raise ConfigError(
+            f"{_named('NODES', given)}{text[:MAX_SHOWN]!r}: wanted a number up to {MAX_NODES}, or MIN:MAX"
+        )
     if nodes == (1, 1):
         alone = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if name in given]
         if alone and "NODES" not in chosen:
@@ -108,6 +110,11 @@ def read_plan(
     address = chosen.get("MASTER_ADDR")
     elastic = nodes[0] != nodes[1]
     if not address or (not elastic and not chosen.get("NODE_RANK")):
+        if "NODES" in theirs and "NODES" not in own | given:
+            raise ConfigError(
+                f"a launcher has started {text} nodes, and nothing says where node 0 can be reached; give "
+                "--master-addr, or unset the launcher's variables if none has"
+            )
         wanted = "MASTER_ADDR" if elastic else "NODE_RANK and MASTER_ADDR"
         raise ConfigError(
             f"NODES={text} needs {wanted} on every node; or let --hostfile, or --with a launcher, start all of them"

@@ -50,8 +50,12 @@ def main() -> None:
     except (SignalException, ChildFailedError):  # the supervisor's SIGQUIT; ranks that are not to be started again
         sys.exit(1)
     except RendezvousError as e:
-        reason = str(e).splitlines()[0]
-        say(f"megaresnorm: error: this node and the one at MASTER_ADDR did not meet ({reason})", error=True)
+        reason = str(e).splitlines()[0].partition(".")[0]
+        say(
+            f"megaresnorm: error: this node and the one at MASTER_ADDR did not meet ({reason}): node 0 has ended, or "
+            "its --job or --nodes differ from those here",
+            error=True,
+        )
         sys.exit(LostRankError.exit_code)
     finally:
         del store  # other nodes have used it until here

@@ -25,6 +25,7 @@ from megaresnorm.resilience.hearing import Hearing
 from megaresnorm.resilience.launcher import PREFIX, Launcher, children, kill
 from megaresnorm.resilience.processes import end_without, launchers, processes_with
 from megaresnorm.resilience.rank_logs import Followed, make_logs
+from megaresnorm.resilience.signals import exit_reason
 from megaresnorm.resilience.torchrun import CONNECT, JOIN, environment_of, raise_limits, torchrun_command
 from megaresnorm.text import say
 
@@ -45,7 +46,8 @@ class Supervisor:
         # When ranks of this node were last seen; inf before that, and always where the system does not tell.
         self._ranks_seen = float("inf")
         self._starts, self._last_ranks = 0, set[int]()  # of the ranks, since the newest checkpoint
-        self._progress: int | None = None
+        self._said_starts = 0  # what was said of these starts
+        self._progress: int | None = None  # attempt of that checkpoint
         self._hearing = Hearing(self._pass_on)
 
     def run(self, plan: Plan, arguments: Sequence[str]) -> int:
@@ -109,6 +111,13 @@ class Supervisor:
             self._followed.print_new(last=True)
         end, failure = self._launcher.read("end"), self._launcher.failure()
         code = end if end is not None else self._hearing.stop or self._torchrun.returncode
+        if end is None and self._hearing.stop:
+            begun = self._launcher.read("begun") is not None
+            why = "ended without saving" if begun else "nothing was to be saved"
+            self._say(f"{exit_reason(self._hearing.stop)}: {why}")
+        elif end is None and failure is None and code < 0:
+            self._say(f"error: torchrun on {host_name()} was killed by {exit_reason(128 - code)}")
+            return 128 - code
         counts = end is None or end == LostRankError.exit_code or (failure is not None and end == failure.exit_code)
         if failure is None or code == 0 or self._hearing.stop or not counts:
             return code if code >= 0 else 1
@@ -201,6 +210,10 @@ class Supervisor:
         self._last_ranks = set(ranks) or self._last_ranks
         if (progress := self._launcher.read("progress")) != self._progress:
             self._progress, self._starts = progress, 1
+        if self._starts > self._said_starts and self._starts > 1:
+            allowed = "" if self._plan.elastic else f" of at most {self._plan.max_restarts}"
+            self._say(f"ranks are started again ({self._starts - 1}{allowed} without a new checkpoint)")
+        self._said_starts = self._starts
         if self._plan.elastic or self._starts <= self._plan.max_restarts + 3:
             return False
         self._say(f"error: ranks were started {self._starts} times and died; the first error stands above")
@@ -215,7 +228,7 @@ class Supervisor:
         place = f"[{master[0]}]:{master[1]}" if ":" in master[0] else f"{master[0]}:{master[1]}"
         if self._plan.node_rank and not answers(*master):
             return f"{host_name()}, node {self._plan.node_rank}, waits for node 0: nothing answers at {place} yet"
-        return f"waiting for {others} nodes to start their ranks ({place}{enough})"
+        return f"waiting for {others} nodes to start their ranks ({place}, --job {self._plan.job}{enough})"
 
     def _pass_on(self, number: signal.Signals) -> None:
         """Pass the first signal on to the ranks. The agent sends here what torchrun was sent."""

@@ -33,6 +33,7 @@ def torchrun_command(plan: Plan, folder: Path, local_address: str | None) -> lis
         *("--nnodes", f"{plan.nodes[0]}:{plan.nodes[1]}", "--nproc-per-node", str(plan.ranks_here)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", plan.job, "--rdzv-conf", conf),
         *("--max-restarts", str(restarts), "--monitor-interval", "0.1", "--signals-to-handle", "SIGQUIT"),
+        *("--log-dir", str(folder / "torchrun")),  # else it leaves a folder behind
         *(() if local_address is None else ("--local-addr", local_address)),
         *("-m", "megaresnorm.cli", "train"),
     ]  # fmt: skip

@@ -22,21 +22,21 @@ def test_what_is_left_in_a_shell_makes_no_rank(left):
 
 
 WRONG = {
-    "a rank that is no number": ({"RANK": "abc"}, "RANK='abc', wanted a whole number from 0 to 1"),
+    "a rank that is no number": ({"RANK": "abc"}, "RANK is 'abc', wanted a whole number from 0 to 1"),
     "an empty rank": ({"RANK": ""}, "RANK missing"),
-    "a rank beyond the last": ({"RANK": "2"}, "RANK='2', wanted a whole number from 0 to 1"),
-    "a negative rank": ({"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1'"),
+    "a rank beyond the last": ({"RANK": "2"}, "RANK is '2', wanted a whole number from 0 to 1"),
+    "a negative rank": ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1'"),
     "a rank in other digits": ({"RANK": "\u0661"}, "wanted a whole number"),
-    "a port that is none": ({"MASTER_PORT": "99999"}, "MASTER_PORT='99999', wanted a whole number from 0 to 65535"),
-    "a port that is a word": ({"MASTER_PORT": "http"}, "MASTER_PORT='http'"),
-    "more ranks than there are": ({"WORLD_SIZE": str(10**12)}, "WORLD_SIZE='1000000000000'"),
+    "a port that is none": ({"MASTER_PORT": "99999"}, "MASTER_PORT is '99999', wanted a whole number from 0 to 65535"),
+    "a port that is a word": ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
+    "more ranks than there are": ({"WORLD_SIZE": str(10**12)}, "WORLD_SIZE is '1000000000000'"),
     "a million and one ranks": ({"WORLD_SIZE": "1048577"}, "wanted a whole number from 1 to 1048576"),
-    "a size that is a word": ({"WORLD_SIZE": "many"}, "WORLD_SIZE='many'"),
-    "no rank at all": ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
-    "an empty size": ({"WORLD_SIZE": ""}, "WORLD_SIZE=''"),
+    "a size that is a word": ({"WORLD_SIZE": "many"}, "WORLD_SIZE is 'many'"),
+    "no rank at all": ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+    "an empty size": ({"WORLD_SIZE": ""}, "WORLD_SIZE is ''"),
     "no address": ({"MASTER_ADDR": ""}, "MASTER_ADDR missing"),
-    "more ranks here than in all": ({"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE='3'"),
-    "restarts that are a word": ({"TORCHELASTIC_RESTART_COUNT": "x"}, "TORCHELASTIC_RESTART_COUNT='x'"),
+    "more ranks here than in all": ({"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE is '3'"),
+    "restarts that are a word": ({"TORCHELASTIC_RESTART_COUNT": "x"}, "TORCHELASTIC_RESTART_COUNT is 'x'"),
 }
 
 

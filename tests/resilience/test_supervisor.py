@@ -49,7 +49,7 @@ def test_variables_become_a_plan():
         ({"NODES": "2", "MASTER_ADDR": "a"}, "NODES=2 needs NODE_RANK and MASTER_ADDR"),
         ({"NODES": "1:2"}, "NODES=1:2 needs MASTER_ADDR"),
         ({"NODES": "0"}, "NODES='0': wanted a number"),
-        ({"NODES": "3:2"}, "NODES='3:2': wanted a number, or MIN:MAX"),
+        ({"NODES": "3:2"}, "NODES='3:2': wanted a number up to 99999, or MIN:MAX"),
         ({"NODES": "two"}, "NODES='two'"),
         ({"NODES": "1" * 9}, "wanted a number"),
         ({"RANKS_PER_NODE": "0"}, "RANKS_PER_NODE='0': wanted a whole number from 1 to 1024"),
