@@ -32,7 +32,7 @@ def main() -> None:
     launcher = Launcher(folder)
     threading.Thread(target=_pass_on, args=(supervisor,), name="signals", daemon=True).start()
     end_with(supervisor, launcher, first=_kill_ranks)
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
@@ -49,7 +49,9 @@ def main() -> None:
         torchrun(sys.argv[1:])
     except (SignalException, ChildFailedError):  # the supervisor's SIGQUIT; ranks that are not to be started again
         sys.exit(1)
-    except RendezvousError as e:
+    except (RendezvousError, DistError) as e:
+        if launcher.asked_to_stop():  # node 0, which keeps the store, has ended a moment sooner
+            sys.exit(LostRankError.exit_code)
         reason = str(e).splitlines()[0].partition(".")[0]
         say(
             f"megaresnorm: error: this node and the one at MASTER_ADDR did not meet ({reason}): node 0 has ended, or "

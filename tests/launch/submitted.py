@@ -147,7 +147,7 @@ def check_stop_before_the_first_step(
     left = job.wait_until_nothing_is_left(10)
     print(f"\n{seconds:.1f} s from SIGTERM before the first step ({when}) to the end, +{left:.1f}", flush=True)
     assert code == 143 and seconds + left < SECONDS and not job.steps, job.text
-    assert "Traceback" not in job.text
+    assert "Traceback" not in job.text, job.text
 
 
 def command(pid: int) -> str:

@@ -138,6 +138,7 @@ def test_deepspeed_starts_ranks_by_itself_on_two_hosts(hosts, long_recipe, tmp_p
     command = [DEEPSPEED, "--hostfile", str(hostfile), "--no_ssh_check", "--master_addr", hosts.addresses[0]]
     command += ["--module", "megaresnorm.job", "recipe.yaml"]
     ssh = " ".join(hosts.ssh.split()[1:])
+    (tmp_path / "job" / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\n")  # its launcher sends no other variable
     job = Submitted(hosts, 0, command, tmp_path / "job", Path(recipe.train.output), PDSH_SSH_ARGS_APPEND=ssh)
     assert job.finish(120) == 0, job.text
     assert (losses(job.output), job.digest) == alone(recipe)

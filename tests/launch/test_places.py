@@ -19,7 +19,7 @@ from megaresnorm.launch.hostfile import Host, read_hostfile, slots_of
 from megaresnorm.launch.request import FORWARDED, Request, forwarded
 from megaresnorm.launch.words import decoded, encoded
 from megaresnorm.parallel import addresses
-from megaresnorm.parallel.environment import listening_socket, read_environment
+from megaresnorm.parallel.environment import listening_socket, read_environment, share_cores
 from megaresnorm.parallel.plan import Plan, read_plan
 from megaresnorm.recipe.load import dump_recipe
 from megaresnorm.resilience.host import available_cores
@@ -242,6 +242,18 @@ def test_ranks_share_the_cores_of_a_node(tmp_path, monkeypatch):
     assert environment_of(Plan(8), {}, tmp_path, None)["OMP_NUM_THREADS"] == "12"
     assert environment_of(Plan(200), {}, tmp_path, None)["OMP_NUM_THREADS"] == "1"
     assert environment_of(Plan(8), {"OMP_NUM_THREADS": "3"}, tmp_path, None)["OMP_NUM_THREADS"] == "3"
+
+
+def test_ranks_without_a_supervisor_share_the_cores_too(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 96)
+    for bound, ranks, want in ((96, 8, "12"), (4, 8, "4"), (96, None, "96"), (96, 200, "1")):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, bound=bound: set(range(bound)), raising=False)
+        variables: dict[str, str] = {}
+        share_cores(ranks, variables)
+        assert variables == {"OMP_NUM_THREADS": want}
+    variables = {"OMP_NUM_THREADS": "3"}
+    share_cores(8, variables)
+    assert variables == {"OMP_NUM_THREADS": "3"}
 
 
 def test_the_limit_of_open_files_is_raised():

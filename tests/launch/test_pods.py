@@ -92,9 +92,9 @@ def test_pods_start_in_any_order_and_join_again_when_they_are_made_again(tiny, t
     with Hosts(2, tmp_path) as hosts:
         second = Pod(hosts, tmp_path, job, 1)
         wait_for(lambda: "waits for the name pods-0.pods" in second.text, [second], "word about the name")
-        for i, name in enumerate(hosts.names):  # the cluster's names, once pod 0 has an address
+        for i in range(2):  # the cluster's names, once pod 0 has an address
             own = " pods-0" if i == 0 else ""
-            with (Path("/etc/netns") / name / "hosts").open("a") as file:
+            with hosts.hosts_file(i).open("a") as file:
                 file.write(f"{hosts.addresses[0]} pods-0.pods{own}\n")
         first = Pod(hosts, tmp_path, job, 0)
         go_on([first, second])
