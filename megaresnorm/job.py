@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from megaresnorm.errors import ConfigError, LostRankError, StoppedError, TooManyRestartsError, UserError
 from megaresnorm.parallel.environment import Environment, host_name, read_environment, share_cores
+from megaresnorm.resilience.host import available_cores
 from megaresnorm.resilience.launcher import Failure, Launcher, end_with
 from megaresnorm.resilience.rank_logs import write_to_log
 from megaresnorm.resilience.signals import StopSignals, Terminated, end_on_purpose
@@ -49,7 +50,7 @@ def run_job(recipe: str, overrides: Sequence[str] = (), *, fallback: bool = True
         end_with(os.getppid(), launcher)
         raise_limits()
         if launcher is None and environment.world_size > 1:  # else the supervisor has done so
-            share_cores(environment.ranks_here)
+            share_cores(available_cores(), environment.ranks_here)
     write_to_log(environment)
     configure_logging(environment.rank)
     console.quiet = environment.rank > 0

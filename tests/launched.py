@@ -70,6 +70,7 @@ class Launched:
     Args:
         ignored: signals that it is started with ignored, as scripts do that start jobs in the background.
         prefix: the command that starts it.
+        arguments: of the script behind the recipe.
 
     Attributes:
         lines: what it printed, each with the time.
@@ -82,12 +83,13 @@ class Launched:
         num_ranks: int,
         ignored: tuple[signal.Signals, ...] = (),
         prefix: Sequence[str] = (),
+        arguments: Sequence[str] = (),
         **variables: str,
     ) -> None:
         folder.mkdir(exist_ok=True)
         (folder / "recipe.yaml").write_text(dump_recipe(recipe))
         self.num_ranks = num_ranks
-        command = [*prefix, "bash", str(ROOT / "launch" / "torchrun.sh"), "recipe.yaml"]
+        command = [*prefix, "bash", str(ROOT / "launch" / "torchrun.sh"), "recipe.yaml", *arguments]
         self.start(command, folder, Path(recipe.train.output), environment(folder, num_ranks) | variables, ignored)
 
     def start(

@@ -166,7 +166,7 @@ def _this_node(
     from megaresnorm.launch.request import forwarded
     from megaresnorm.resilience.supervisor import describe, supervise
 
-    os.environ |= forwarded(env, os.environ)
+    os.environ |= forwarded(env, only_named=True)
     if attached:
         settings["ATTACHED"] = "1"
     if not dry_run:

@@ -165,15 +165,16 @@ def node_number(variables: Mapping[str, str] | None = None) -> int | None:
     return int(found[NODE]) if found.get(NODE) else None
 
 
-def share_cores(ranks_here: int | None, variables: MutableMapping[str, str] | None = None) -> None:
+def share_cores(available: int, ranks_here: int | None, variables: MutableMapping[str, str] | None = None) -> None:
     """Let a rank have its share of the node's cores as threads, unless a variable says how many. Before torch is there.
 
-    A launcher may have bound it to fewer.
+    Args:
+        available: cores that this process may use; a launcher may have bound it to fewer than its share.
+        ranks_here: number of ranks on this node; None where no variable says.
     """
     variables = os.environ if variables is None else variables
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     share = (os.cpu_count() or 1) // (ranks_here or 1)
-    variables.setdefault("OMP_NUM_THREADS", str(max(1, min(bound, share))))
+    variables.setdefault("OMP_NUM_THREADS", str(max(1, min(available, share))))
 
 
 def is_in_allocation(variables: Mapping[str, str] | None = None) -> bool:

@@ -111,7 +111,10 @@ class Supervisor:
             self._followed.print_new(last=True)
         end, failure = self._launcher.read("end"), self._launcher.failure()
         code = end if end is not None else self._hearing.stop or self._torchrun.returncode
-        if end is None and self._hearing.stop:
+        saved = self._plan.saved if not self._plan.node_rank else None
+        if saved is not None and code == NEXT_TURN and self._launcher.read("progress") is not None:
+            saved.touch()
+        if end is None and self._hearing.stop and not self._hearing.again:  # of a second one it was said
             begun = self._launcher.read("begun") is not None
             why = "ended without saving" if begun else "nothing was to be saved"
             self._say(f"{exit_reason(self._hearing.stop)}: {why}")

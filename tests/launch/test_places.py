@@ -247,12 +247,11 @@ def test_ranks_share_the_cores_of_a_node(tmp_path, monkeypatch):
 def test_ranks_without_a_supervisor_share_the_cores_too(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 96)
     for bound, ranks, want in ((96, 8, "12"), (4, 8, "4"), (96, None, "96"), (96, 200, "1")):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, bound=bound: set(range(bound)), raising=False)
         variables: dict[str, str] = {}
-        share_cores(ranks, variables)
+        share_cores(bound, ranks, variables)
         assert variables == {"OMP_NUM_THREADS": want}
     variables = {"OMP_NUM_THREADS": "3"}
-    share_cores(8, variables)
+    share_cores(96, 8, variables)
     assert variables == {"OMP_NUM_THREADS": "3"}
 
 

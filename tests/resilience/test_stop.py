@@ -90,6 +90,15 @@ def _started(run: Launched) -> bool:
     return len(run.everybody()) == run.num_ranks + 2
 
 
+def test_usr1_leaves_the_file_by_which_a_batch_job_is_queued_again(long_run, tmp_path):
+    ranks, recipe = long_run("dp2", steps=10**6)
+    run = Launched(tmp_path, recipe, ranks, arguments=("--saved", str(tmp_path / "saved")))
+    run.wait_for_step(3)
+    assert not (tmp_path / "saved").exists()
+    os.kill(run.process.pid, signal.SIGUSR1)
+    assert run.finish(60) == 138 and (tmp_path / "saved").exists(), run.text
+
+
 def test_a_second_signal_ends_at_once_and_tears_nothing(long_run, undisturbed, tmp_path):
     """A rank that is stopped by SIGSTOP keeps the others from ever saving; the second signal ends them all the same."""
     ranks, recipe = long_run("dp2")

@@ -7,6 +7,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_elastic import free_port
@@ -20,7 +21,8 @@ from megaresnorm.parallel.addresses import address_towards, interface_of
 from megaresnorm.parallel.environment import Environment
 from megaresnorm.parallel.mesh import lost_contact, usable_ranks
 from megaresnorm.parallel.plan import Plan, read_plan
-from megaresnorm.resilience.launcher import Launcher
+from megaresnorm.resilience.launcher import Failure, Launcher
+from megaresnorm.resilience.supervisor import Supervisor
 from megaresnorm.resilience.torchrun import JOIN, environment_of, torchrun_command
 from megaresnorm.run import Run
 from megaresnorm.trainer import Trainer
@@ -222,3 +224,51 @@ def test_what_is_left_in_the_folder_is_read_whole_or_not_at_all(tmp_path):
     assert launcher.is_supervised()
     os.close(descriptor)
     assert not launcher.is_supervised()
+
+
+KILLED = Failure(1, "n1", "killed by SIGKILL", 137)
+
+
+@pytest.mark.parametrize(
+    ("end", "stop", "torchrun", "failed", "code", "says"),
+    [
+        (0, 0, 0, False, 0, ""),
+        (None, 0, 1, True, 137, "error: rank 1 on n1: killed by SIGKILL"),
+        (6, 0, 0, True, 6, "error: rank 1 on n1: killed by SIGKILL"),  # restarts are used up
+        (5, 0, 0, True, 5, ""),  # another error, which rank 0 has said: that of a start before was healed
+        (124, 0, 0, True, 124, ""),
+        (143, 0, 0, True, 143, ""),  # another node was sent the signal
+        (None, 0, -9, False, 137, "torchrun on"),
+        (None, 143, -9, False, 143, "SIGTERM: nothing was to be saved"),
+    ],
+)
+def test_the_last_word_of_a_node(end, stop, torchrun, failed, code, says, tmp_path, capsys):
+    ended = ended_supervisor(tmp_path, end, stop=stop, torchrun=torchrun)
+    if failed:
+        ended._launcher.note_failure(KILLED, attempt=0)
+    assert ended._last_word() == code
+    said = capsys.readouterr().err.splitlines()
+    assert says in said[-1] if says else not said
+
+
+@pytest.mark.parametrize(
+    ("end", "progress", "node_rank", "leaves"),
+    [(138, 0, 0, True), (138, 0, None, True), (138, None, 0, False), (143, 0, 0, False), (0, 0, 0, False),
+     (138, 0, 1, False)],
+)  # fmt: skip
+def test_node_0_says_that_usr1_has_saved_where_it_has(end, progress, node_rank, leaves, tmp_path):
+    ended = ended_supervisor(tmp_path, end, node_rank=node_rank, saved=tmp_path / "saved")
+    if progress is not None:
+        ended._launcher.write("progress", progress)
+    assert ended._last_word() == end and (tmp_path / "saved").exists() == leaves
+
+
+def ended_supervisor(folder, end, *, stop=0, torchrun=0, **plan):
+    """A supervisor whose torchrun has ended, without the signal handlers of one."""
+    supervisor = Supervisor.__new__(Supervisor)
+    supervisor._followed, supervisor._launcher, supervisor._plan = None, Launcher(folder), Plan(1, **plan)
+    supervisor._hearing = SimpleNamespace(stop=stop, again=False)
+    supervisor._torchrun = SimpleNamespace(returncode=torchrun)
+    if end is not None:
+        supervisor._launcher.write("end", end)
+    return supervisor
