@@ -81,8 +81,8 @@ class Front:
         """Run the job to its end.
 
         Returns:
-            128 + the signal that ended it, unless a part has failed by itself; else the exit code of the first part
-            that has failed, or 0.
+            128 + the signal that ended it, unless all parts have ended well or one has failed by itself; else the exit
+            code of the first part that has failed, or 0.
         """
         sys.stdout.flush()
         sys.stderr.flush()
@@ -131,7 +131,9 @@ class Front:
             self._kill_all()
             for reader in readers:
                 reader.join(2.0)  # what a process that was left behind holds open is not waited for
-        stopped = hearing.stop and failed not in OURS  # a checkpoint that could not be saved, say, is no stop
+        # A run that was at its end anyway is no stop, nor is, say, a checkpoint that could not be saved.
+        well = bool(self._processes) and all(process.poll() == 0 for process in self._processes)
+        stopped = hearing.stop and not well and failed not in OURS
         if failed and self._first_error and not stopped and self._first_error not in self._last_line:
             say(f"megaresnorm: error: {self._first_error}", error=True)
         return hearing.stop if stopped else failed

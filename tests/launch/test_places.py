@@ -360,6 +360,34 @@ sys.exit(Front([part], lambda running, number: None).run())
     assert done.stdout.split("\n")[1] == "0" and not done.stderr, done
 
 
+@pytest.mark.parametrize(
+    ("part", "code"),
+    [
+        ("trap 'exit 143' TERM", 143),
+        ("trap 'exit 138' TERM", 143),  # of a launcher that passes SIGUSR1 on
+        ("trap 'exit 1' TERM", 143),  # of a launcher that is ended
+        ("trap 'exit 0' TERM", 0),
+        ("trap 'echo \"megaresnorm: error: rank 1 on n1: no space\"; exit 5' TERM", 5),
+    ],
+)
+def test_what_a_signal_has_come_to_is_the_exit_code_of_a_job(part, code):
+    loop = f"{part}; echo on; while :; do sleep 0.05; done"
+    script = f"""
+import signal, sys
+from megaresnorm.launch.front import Front, Part
+def tell(running, number):
+    for process in running:
+        process.send_signal(number)
+sys.exit(Front([Part(["bash", "-c", {loop!r}])], tell).run())
+"""
+    job = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert job.stdout.readline() == "on\n"
+    job.terminate()
+    said, errors = job.communicate(timeout=30)
+    assert job.returncode == code and "Traceback" not in errors, errors
+    assert said.splitlines()[-1:] == (["megaresnorm: error: rank 1 on n1: no space"] if code == 5 else [])
+
+
 def test_the_map_of_the_package_names_every_module():
     folder = Path(launch.__file__).parent
     assert not [path.name for path in folder.glob("[a-z]*.py") if path.name not in launch.__doc__]
