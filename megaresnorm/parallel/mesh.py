@@ -281,7 +281,8 @@ def lost_contact(error: BaseException) -> str | None:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, dist.DistError) or (
-            isinstance(cause, RuntimeError) and dist.is_initialized() and "gloo" in str(cause)
+            isinstance(cause, RuntimeError)
+            and ("connectFullMesh" in str(cause) or (dist.is_initialized() and "gloo" in str(cause)))
         ):
             return str(cause).rpartition(".cc:")[2].partition("] ")[2].partition(". ")[0] or str(cause).splitlines()[0]
         cause = cause.__cause__

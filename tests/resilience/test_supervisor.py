@@ -208,6 +208,8 @@ def test_a_lost_rank_is_found_in_what_it_caused():
     except RuntimeError as e:
         assert lost_contact(e) == "Connection closed by peer [::1]:5"
     assert lost_contact(RuntimeError("of a model")) is None
+    meeting = "Gloo connectFullMesh failed with [/x/pair.cc:152] timed out connecting: Connection refused"
+    assert lost_contact(RuntimeError(meeting)) is not None, "before there is a group: the other has ended meanwhile"
 
 
 def test_what_is_left_in_the_folder_is_read_whole_or_not_at_all(tmp_path):
