@@ -121,7 +121,7 @@ def measured(recipe: Recipe) -> Live:
     engine = engine_of(recipe)
     model, seq = engine.model, recipe.model.seq_len
     tokens = torch.arange(seq).remainder(64).unsqueeze(0)
-    dropout = engine._dropout(Batch(tokens, tokens, torch.arange(1)))
+    dropout = engine.passes.dropout(Batch(tokens, tokens, torch.arange(1)))
 
     def forward() -> torch.Tensor:
         return model(tokens, labels_BS=tokens, dropout=dropout)[1]

@@ -2,43 +2,31 @@
 
 from collections.abc import Callable
 from functools import cached_property
-from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from megaresnorm.assemble import build_model
-from megaresnorm.checkpoint.format import FINITE, TensorSlices, is_finite
+from megaresnorm.checkpoint.format import TensorSlices
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import EngineState
-from megaresnorm.clipping import GradientClipper
-from megaresnorm.data.loader import Batch, SampleRange, StepBatch
+from megaresnorm.data.loader import Batch, StepBatch
 from megaresnorm.engines.engine import StepStats
 from megaresnorm.engines.garbage import no_garbage_collection
 from megaresnorm.engines.graphs import MicrobatchGraph, Recorder
 from megaresnorm.engines.low_precision import LowPrecision
-from megaresnorm.engines.state import FullState, numbers_of_parameters, placements, rounded_weights
-from megaresnorm.engines.step_vector import (
-    OwnShares,
-    gradient_norms,
-    own_shares,
-    own_squares,
-    stats_of,
-    sum_over_ranks,
-    whole_norms,
-)
-from megaresnorm.errors import CheckpointError
+from megaresnorm.engines.passes import Passes
+from megaresnorm.engines.state import FullState, check_finite, load_tensors, placements, rounded_weights
+from megaresnorm.engines.step_policy import StepPolicy, Totals
+from megaresnorm.engines.step_vector import sum_over_ranks
 from megaresnorm.kernels.cross_entropy import differentiate
 from megaresnorm.layout import logit_rows_of
-from megaresnorm.model.dropout import DropoutKey
 from megaresnorm.model.transformer import Transformer
 from megaresnorm.optim import Gradient, GradientPlacement, Optimizer
-from megaresnorm.parallel.collectives import all_reduce
 from megaresnorm.parallel.data_parallel import grad_sync, local, pad_uneven_shards, replicate_model, shard_model
 from megaresnorm.parallel.gradients import reduce_gradients, reductions
 from megaresnorm.parallel.mesh import ParallelContext
-from megaresnorm.precision.loss_scale import LossScale
 from megaresnorm.recipe import Recipe
 from megaresnorm.recompute_auto import plan_on_all_ranks
 
@@ -58,14 +46,13 @@ class NativeEngine:
         modules: the stages by number as data parallelism has wrapped them, to be called in training.
         reductions: of gradients, beside those of data parallelism.
         low_precision: copies of weights and scales.
+        policy: what becomes of a step.
     """
 
     def __init__(
         self, recipe: Recipe, context: ParallelContext | None = None, device: str | torch.device = "cpu"
     ) -> None:
         self.context = context = context or ParallelContext.single()
-        self._z_loss, self._seed = recipe.train.z_loss, recipe.train.seed
-        self._drops = recipe.model.dropout > 0.0
         self._shards_gradients = recipe.parallel.accumulate == "sharded"
         plans = recipe.recompute.policy == "auto"
         self.assembled = assembled = build_model(
@@ -83,20 +70,16 @@ class NativeEngine:
             shard=self._sharding(recipe) if context.dp_shard.size > 1 else None,
         )
         self.modules = {number: self._wrapped(model) for number, model in assembled.models.items()}
-        self._loss_scale = LossScale.of(recipe.precision)
+        self.passes = Passes(recipe, assembled.device)
         self._parameters, table = assembled.parameters(), assembled.table
         self.low_precision = LowPrecision(recipe.precision, assembled, self._parameters)
         tied = self._parameters.get("embedding.weight") if recipe.model.tied_embeddings else None
         at = {n: GradientPlacement(table[n].split is not None, n in assembled.copies) for n in self._parameters}
-        rounded = rounded_weights(assembled, self._seed)
+        rounded = rounded_weights(assembled, recipe.train.seed)
         self._optimizer = Optimizer(self._parameters, table, recipe.optim, at, rounded)
         partial = (p for name, p in self._parameters.items() if table[name].partial)
         self.reductions = reductions(partial, tied, tp=context.tp, embedding=context.embedding)
-        self._clipper = GradientClipper(recipe.optim, len(self._parameters), assembled.device)
-        self._own: OwnShares | None = None  # known with the first gradients
-        self._updates = 0
-        # The next step's samples and their valid tokens on all ranks, which the last step has summed.
-        self._counted: tuple[SampleRange | None, int] | None = None
+        self.policy = StepPolicy(recipe, assembled, replicas=context.dp_replicate, shards=context.model_shards)
         self._pipeline = self._make_pipeline(recipe) if context.pp.size > 1 else None
         self._graph: MicrobatchGraph | None = None
         if assembled.compiled == "cuda_graphs":
@@ -159,27 +142,17 @@ class NativeEngine:
             ``clip: adagc`` one more over model_shards, of a number for each parameter.
         """
         with no_garbage_collection():
-            tokens = self._valid_tokens(batch)
+            tokens = self.policy.valid_tokens(batch)
             self.low_precision.begin_step()
             loss = self._backward(batch, tokens)
-            gradients = self._optimizer.collect(per_parameter=self._clipper.clips_each) if tokens else []
-            following = (None, lambda: 0) if batch.following is None else batch.following
-            norms = gradient_norms([gradient.tensor for gradient in gradients]) if tokens else None
-            if self._own is None and gradients:
-                self._own = own_shares(gradients, self.context)
-            squares = None if norms is None or self._own is None else own_squares(norms, self._own)
-            vector = sum_over_ranks(self.context, loss, squares, stops=stop(), tokens=following[1]())
-            if norms is not None:
-                self._update(gradients, norms, vector, lr)
+            gradients = self._optimizer.collect(per_parameter=self.policy.clipper.clips_each) if tokens else []
+            totals = self.policy.sum_up(loss, gradients, batch, stops=stop())
+            if tokens:
+                self._update(gradients, totals, lr)
             self._optimizer.zero_grad()
-            loss_sum, total, stops, next_tokens = vector.tolist()
-        known = following[0] is not None and isfinite(next_tokens)
-        self._counted = (following[0], int(next_tokens)) if known else None
-        stats = stats_of(loss_sum, total, tokens, self._loss_scale, stop=stops > 0)
-        self._updates += stats.applied
+            stats = self.policy.settle(totals, batch, tokens)
         if stats.applied:
             self.low_precision.step_was_applied()
-        self._clipper.steps += stats.applied and self._clipper.clips_each
         return stats
 
     def gradients(self, batch: StepBatch) -> tuple[float, int]:
@@ -193,7 +166,7 @@ class NativeEngine:
             bytes over all ranks for the loss. Beside these what the model, ``Pipeline.run``, ``grad_sync`` and
             ``reduce_gradients`` send.
         """
-        tokens = self._valid_tokens(batch)
+        tokens = self.policy.valid_tokens(batch)
         total = sum_over_ranks(self.context, self._backward(batch, tokens)).tolist()[0]
         return total / max(tokens, 1), tokens
 
@@ -207,16 +180,15 @@ class NativeEngine:
         if self._pipeline is not None:
             loss = self._run_pipeline(batch, None)
         else:
-            loss = self._no_loss()
+            loss = self.passes.no_loss()
             for part in batch.microbatches:
-                loss += self._losses(self.model, part, None, 1.0)[0]
+                loss += self.passes.evaluate(self.model, part)
         total, _, _, tokens = sum_over_ranks(self.context, loss, tokens=batch.num_valid).tolist()
         return total / tokens if tokens else None
 
     def state(self) -> EngineState:
         """See ``Engine``."""
-        scale = None if self._loss_scale is None else self._loss_scale.state
-        return EngineState(updates=self._updates, clipper_steps=self._clipper.steps, loss_scale=scale)
+        return self.policy.state()
 
     def full_state(self) -> FullState:
         """Every weight, whole, by global name; ``FullState`` has what ranks must observe."""
@@ -232,22 +204,14 @@ class NativeEngine:
             groups["weights"][name] = place.of(mine.get(name))
             for key in self._optimizer.rule.names:
                 groups["optimizer"][f"{key}.{name}"] = place.of(states.get(name, {}).get(key), wide=True)
-        if self._clipper.clips_each:
-            averages = dict(zip(self._parameters, self._clipper.averages.split(1), strict=True))
-            groups["clipper"] = numbers_of_parameters(self.assembled, averages, self.assembled.table, 1)
-        return groups | self.low_precision.tensors()
+        return groups | self.policy.tensors() | self.low_precision.tensors()
 
     def load(self, checkpoint: Checkpoint, state: EngineState) -> None:
         """See ``Engine``."""
-        for group, members in self.tensors.items():
-            if group in FINITE or group in checkpoint.tensors:  # clipping, scaling may have been others until then
-                checkpoint.load(group, members)
+        load_tensors(checkpoint, self.tensors)
         self.low_precision.loaded()
-        self._updates = state.updates
-        self._clipper.steps = state.clipper_steps if "clipper" in self.tensors else 0
-        self._optimizer.rule.set_updates(self._updates)
-        if self._loss_scale is not None:
-            self._loss_scale.load(state.loss_scale)
+        self.policy.load(state)
+        self._optimizer.rule.set_updates(state.updates)
         self.weights_changed()
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
@@ -257,22 +221,11 @@ class NativeEngine:
 
     def check_finite(self, where: str) -> None:
         """See ``Engine``."""
-        for group in FINITE:
-            for name, slices in self.tensors[group].items():
-                if slices.local is not None and not is_finite(slices.local):
-                    raise CheckpointError(f"{where}{group} {name} is not finite; use an older checkpoint")
+        check_finite(self.tensors, where)
 
     def weights_changed(self) -> None:
         """Renew what is derived from the weights, after they have been changed from outside."""
         self.low_precision.refresh()
-
-    def _valid_tokens(self, batch: StepBatch) -> int:
-        """Number of valid labels on all ranks of dp."""
-        if self._counted is not None and self._counted[0] == batch.samples:
-            return self._counted[1]
-        if self.context.dp.size == 1:
-            return batch.num_valid
-        return int(all_reduce(torch.tensor([batch.num_valid], device=self.assembled.device), self.context.dp).item())
 
     def _backward(self, batch: StepBatch, tokens: int) -> Tensor:
         """Put the reduced gradients into the parameters' ``grad``; without tokens there are none.
@@ -281,8 +234,8 @@ class NativeEngine:
             Sum of this rank's losses, FP64; 0 on the stages of a pipeline that have none.
         """
         if not tokens:
-            return self._no_loss()
-        factor = 1.0 if self._loss_scale is None else self._loss_scale.value
+            return self.passes.no_loss()
+        factor = self.policy.factor
         loss = (self._run_pipeline if self._pipeline else self._accumulate)(batch, factor / tokens)
         reduce_gradients(self.reductions)
         self._optimizer.divide_gradients(factor)
@@ -291,7 +244,7 @@ class NativeEngine:
     def _accumulate(self, batch: StepBatch, scale: float) -> Tensor:
         if self._graph is not None:
             return self._graph.accumulate(batch.microbatches, scale)
-        (module,), loss, last = self.modules.values(), self._no_loss(), len(batch.microbatches) - 1
+        (module,), loss, last = self.modules.values(), self.passes.no_loss(), len(batch.microbatches) - 1
         for i, part in enumerate(batch.microbatches):
             with grad_sync(module, last=i == last, sharded=self._shards_gradients):
                 loss += self._forward_backward(part, scale)
@@ -300,50 +253,33 @@ class NativeEngine:
     def _forward_backward(self, part: Batch, scale: float | Tensor) -> Tensor:
         """Sum of a microbatch's losses; its gradients, times ``scale``, are added to the parameters'."""
         (module,) = self.modules.values()
-        nll, objective = self._losses(module, part, self._dropout(part), scale)
+        nll, objective = self.passes.train(module, part, scale)
         differentiate(objective)
         return nll.detach()
 
     def _run_pipeline(self, batch: StepBatch, scale: float | None) -> Tensor:
         """Sum of the losses on the last stage, 0 on the others. A ``scale`` of None means forward alone."""
         assert self._pipeline is not None
-        (whole,), total = batch.microbatches, self._no_loss()
+        (whole,), total = batch.microbatches, self.passes.no_loss()
 
         def loss(losses: tuple[Tensor, Tensor]) -> Tensor:
             nll, objective = losses
             total.add_(nll.detach())
             return objective
 
-        arguments: dict[str, Any] = {"z_loss": self._z_loss, "scale": 1.0 if scale is None else scale}
-        arguments |= {} if whole.documents is None else {"documents_BS": whole.documents}
-        if scale is not None and self._drops:
-            arguments["dropout"] = self._dropout(whole)
+        arguments: dict[str, Any] = self.passes.options(whole, 1.0 if scale is None else scale)
+        del arguments["labels_BS"]  # which the last stage alone is given
+        arguments["dropout"] = None if scale is None else self.passes.dropout(whole)
+        arguments = {name: value for name, value in arguments.items() if value is not None}
         self._pipeline.run(
             whole.tokens, whole.labels, batch.num_microbatches, loss, backward=scale is not None, **arguments
         )
         return total
 
-    def _losses(
-        self, module: nn.Module, batch: Batch, dropout: DropoutKey | None, scale: float | Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Sum of a microbatch's losses, and the objective."""
-        options = {"documents_BS": batch.documents, "labels_BS": batch.labels, "z_loss": self._z_loss, "scale": scale}
-        return module(batch.tokens, dropout=dropout, **options)
-
-    def _no_loss(self) -> Tensor:
-        return torch.zeros((), dtype=torch.float64, device=self.assembled.device)
-
-    def _dropout(self, batch: Batch) -> DropoutKey | None:
-        return DropoutKey.of_samples(self._seed, batch.samples, batch.tokens.shape[1]) if self._drops else None
-
     @torch.no_grad()
-    def _update(self, gradients: list[Gradient], norms: Tensor, vector: Tensor, lr: float) -> None:
+    def _update(self, gradients: list[Gradient], totals: Totals, lr: float) -> None:
         """Clip and update; a no-op where the step's loss or norm is not finite."""
-        total = vector[1].sqrt()
-        refused = (~vector[:2].isfinite()).any().float()
-        if self._clipper.clips_each and self._own is not None:
-            whole = whole_norms(norms, self._own, self.context)
-            self._clipper.clip_each([gradient.tensor for gradient in gradients], whole, total, refused)
-        self._optimizer.step(lr, divisor=self._clipper.divisor(total), refused=refused)
-        self.low_precision.end_step(refused)
+        divisor = self.policy.clip(gradients, totals)
+        self._optimizer.step(lr, divisor=divisor, refused=totals.refused)
+        self.low_precision.end_step(totals.refused)
         self.weights_changed()

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from megaresnorm.assemble import Assembled
-from megaresnorm.checkpoint.format import TensorSlices
+from megaresnorm.checkpoint.format import FINITE, TensorSlices, is_finite
+from megaresnorm.checkpoint.reader import Checkpoint
+from megaresnorm.errors import CheckpointError
 from megaresnorm.model.specs import IN_BRANCHES
 from megaresnorm.parallel.data_parallel import local
 from megaresnorm.parallel.sharding import Box, boxes, broadcast, from_row_chunks, unshard
@@ -107,6 +109,21 @@ def _written(assembled: Assembled) -> set[str]:
             if (tp_rank, replica) == (context.tp.rank, context.dp_replicate.rank):
                 written.add(name)
     return written
+
+
+def load_tensors(checkpoint: Checkpoint, tensors: Mapping[str, Mapping[str, TensorSlices]]) -> None:
+    """Copy an engine's tensors, by group, from a checkpoint of the same model."""
+    for group, members in tensors.items():
+        if group in FINITE or group in checkpoint.tensors:  # clipping, scaling may have been others until then
+            checkpoint.load(group, members)
+
+
+def check_finite(tensors: Mapping[str, Mapping[str, TensorSlices]], where: str) -> None:
+    """See ``Engine.check_finite``."""
+    for group in FINITE:
+        for name, slices in tensors[group].items():
+            if slices.local is not None and not is_finite(slices.local):
+                raise CheckpointError(f"{where}{group} {name} is not finite; use an older checkpoint")
 
 
 class FullState(Mapping[str, Tensor]):

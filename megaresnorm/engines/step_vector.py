@@ -15,7 +15,7 @@ from torch import Tensor
 from megaresnorm.engines.engine import StepStats
 from megaresnorm.optim import Gradient
 from megaresnorm.parallel.collectives import all_reduce
-from megaresnorm.parallel.mesh import ParallelContext
+from megaresnorm.parallel.mesh import Axis, ParallelContext
 from megaresnorm.precision.loss_scale import LossScale
 
 NORM_PIECE = 1 << 16  # elements whose squares may be added in FP32: the error is below 1e-6
@@ -33,10 +33,14 @@ class OwnShares(NamedTuple):
     of_all: Tensor
 
 
-def own_shares(gradients: Sequence[Gradient], context: ParallelContext) -> OwnShares:
-    """Which of the gradients count on this rank, by their placement."""
-    of_tensor = [gradient.placement.split or context.tp.rank == 0 for gradient in gradients]
-    first, device = context.dp_replicate.rank == 0, gradients[0].tensor.device
+def own_shares(gradients: Sequence[Gradient], tp: Axis, replicas: Axis) -> OwnShares:
+    """Which of the gradients count on this rank, by their placement.
+
+    Args:
+        replicas: axis whose ranks have the same gradients.
+    """
+    of_tensor = [gradient.placement.split or tp.rank == 0 for gradient in gradients]
+    first, device = replicas.rank == 0, gradients[0].tensor.device
     of_all = [counts and first and not g.placement.copy for counts, g in zip(of_tensor, gradients, strict=True)]
     return OwnShares(*(torch.tensor(each, dtype=torch.float64, device=device) for each in (of_tensor, of_all)))
 
@@ -66,13 +70,16 @@ def own_squares(norms: Tensor, own: OwnShares) -> Tensor:
     return (norms * own.of_all).square().sum()
 
 
-def whole_norms(norms: Tensor, own: OwnShares, context: ParallelContext) -> Tensor:
+def whole_norms(norms: Tensor, own: OwnShares, shards: Axis) -> Tensor:
     """Norms [n] FP64 of whole gradients from those of the ranks' shares. Collective.
 
+    Args:
+        shards: axis whose ranks have these shares.
+
     Communication:
-        One all-reduce of n numbers FP64 over model_shards.
+        One all-reduce of n numbers FP64 over ``shards``.
     """
-    return all_reduce((norms * own.of_tensor).square(), context.model_shards).sqrt()
+    return all_reduce((norms * own.of_tensor).square(), shards).sqrt()
 
 
 def sum_over_ranks(

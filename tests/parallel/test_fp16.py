@@ -68,7 +68,7 @@ def run_with(rank: int, recipe: Recipe, overflows: bool) -> Found:
     steps, unchanged = [], True
     for step in range(STEPS):
         if step == SKIPPED and not overflows:
-            engine._loss_scale.update(overflowed=True)
+            engine.policy.loss_scale.update(overflowed=True)
             continue
         before = state_digest(engine)
         poisoned.armed = step == SKIPPED and rank == engine.context.world.size - 1
@@ -100,7 +100,7 @@ def test_an_overflow_on_one_rank_skips_one_step_on_all_and_nothing_else(layout):
 def overflow_at_the_end(rank: int, recipe: Recipe) -> list:
     """Two steps that overflow at the scale of the recipe, or the smallest one."""
     assembled, engine = build(recipe)
-    engine._loss_scale.load(LossScaleState(value=SMALLEST))
+    engine.policy.loss_scale.load(LossScaleState(value=SMALLEST))
     layer = next(m for m in assembled.model.modules() if isinstance(m, Linear))
     poisoned = layer.kernel = Overflowing(layer.kernel)
     found = []

@@ -40,13 +40,13 @@ def unsharded_gradient_bytes(module: torch.nn.Module) -> int:
 def held_by_fsdp(rank: int, parallel: dict) -> tuple[list[int], int, float, dict]:
     assembled, engine = build(make_recipe("deepnorm", "llama", parallel, "fp64", 4))
     (module,) = engine.modules.values()
-    held, real = [], engine._losses
+    held, real = [], engine.passes.train
 
     def losses(*arguments):
         held.append(unsharded_gradient_bytes(module))
         return real(*arguments)
 
-    engine._losses = losses
+    engine.passes.train = losses
     loss, _ = engine.gradients(StepBatch.of(microbatches(8)[rank::2], engine.stack))
     found = {name: p.grad.to_local().clone() for name, p in assembled.parameters().items()}
     whole = sum(p.numel() * 8 for p in assembled.parameters().values())

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from cases import LAYOUTS, SEQ, VOCAB, build, make_recipe
 
 from megaresnorm.data.loader import Loader, SampleRange, StepBatch
-from megaresnorm.engines import native, step_vector
+from megaresnorm.engines import step_policy, step_vector
 from megaresnorm.parallel import transport
 from megaresnorm.parallel.mesh import ParallelContext
 from megaresnorm.recipe import Recipe
@@ -62,13 +62,13 @@ def counted(rank: int, recipe: Recipe, steps: int = 3) -> list[tuple[dict, int, 
     """For each step: the engine's own collectives by size, all small messages of the process, and reads by the host."""
     _, engine = build(recipe)
     loader, places = loader_of(engine, recipe), [SampleRange(8 * i, 8) for i in range(steps)]
-    real, own, reads, small = native.all_reduce, Counter(), [], []
+    real, own, reads, small = step_policy.all_reduce, Counter(), [], []
 
     def all_reduce(x, axis, **options):
         own[f"{axis.name} {list(x.shape)}"] += 1
         return real(x, axis, **options)
 
-    native.all_reduce = step_vector.all_reduce = all_reduce
+    step_policy.all_reduce = step_vector.all_reduce = all_reduce
     for module, name, place in (
         (transport, "all_gather_single", 1), (dist, "all_reduce", 0), (dist, "all_to_all_single", 1),
     ):  # fmt: skip

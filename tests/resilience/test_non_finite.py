@@ -118,7 +118,7 @@ def bad_gradient_on_rank_1(rank: int, recipe) -> str:
 
     def backward(engine, batch, tokens):
         found = real(engine, batch, tokens)
-        if rank == 1 and engine._updates >= 5:
+        if rank == 1 and engine.policy.updates >= 5:
             next(iter(engine._parameters.values())).grad.view(-1)[0] = float("nan")
         return found
 
@@ -152,7 +152,7 @@ def test_checkpoints_before_the_first_refused_step_are_not_pruned(tiny, monkeypa
 
     def backward(engine, batch, tokens):
         loss = real(engine, batch, tokens)
-        return loss * float("nan") if engine._updates == 5 and not done.append(1) and len(done) < 2 else loss
+        return loss * float("nan") if engine.policy.updates == 5 and not done.append(1) and len(done) < 2 else loss
 
     done: list[int] = []
     recipe = settings(tiny, steps=10)
