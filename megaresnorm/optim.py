@@ -66,6 +66,20 @@ class Group:
     tensors: list[nn.Parameter] = field(default_factory=list)
 
 
+class Settings(NamedTuple):
+    """How a parameter is updated; ``Group`` says what they are."""
+
+    weight_decay: float
+    eps: float
+    lr_multiplier: float
+
+
+def settings_of(spec: ParameterSpec, recipe: OptimRecipe) -> Settings:
+    """How a parameter is updated."""
+    m = spec.multipliers
+    return Settings(recipe.weight_decay * m.weight_decay if spec.decay else 0.0, recipe.eps * m.eps, m.lr)
+
+
 class AdamW:
     """The update rule of AdamW, as one fused operation a group, or of weights in BF16 one a piece.
 
@@ -191,11 +205,9 @@ class Optimizer:
         pieces: dict[nn.Parameter, list[Piece]] = {}
         groups: dict[tuple, Group] = {}
         for name, parameter in parameters.items():
-            spec = table[name]
-            m = spec.multipliers
-            decay = recipe.weight_decay * m.weight_decay if spec.decay else 0.0
-            key = (decay, m.lr, m.eps, placements[name], parameter.dtype)
-            group = groups.setdefault(key, Group(decay, recipe.eps * m.eps, m.lr, placements[name]))
+            settings = settings_of(table[name], recipe)
+            key = (settings, placements[name], parameter.dtype)
+            group = groups.setdefault(key, Group(*settings, placements[name]))
             group.tensors.append(parameter)
         for group in groups.values():
             small = [p for p in group.tensors if p.numel() <= SMALL and p not in self._locals]

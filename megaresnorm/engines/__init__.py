@@ -16,6 +16,10 @@ def make_engine(recipe: "Recipe", context: "ParallelContext", device: "torch.dev
     Args:
         recipe: resolved, so that model.vocab_size is set.
     """
-    from megaresnorm.engines.native import NativeEngine  # each engine imports what it alone needs
+    if recipe.engine.name == "deepspeed":
+        from megaresnorm.engines.deepspeed import DeepSpeedEngine  # each engine imports what it alone needs
 
-    return {"native": NativeEngine}[recipe.engine.name](recipe, context, device)
+        return DeepSpeedEngine(recipe, context, device)
+    from megaresnorm.engines.native import NativeEngine
+
+    return NativeEngine(recipe, context, device)

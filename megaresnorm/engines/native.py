@@ -183,8 +183,7 @@ class NativeEngine:
             loss = self.passes.no_loss()
             for part in batch.microbatches:
                 loss += self.passes.evaluate(self.model, part)
-        total, _, _, tokens = sum_over_ranks(self.context, loss, tokens=batch.num_valid).tolist()
-        return total / tokens if tokens else None
+        return self.policy.mean_loss(loss, batch)
 
     def state(self) -> EngineState:
         """See ``Engine``."""

@@ -151,6 +151,18 @@ class StepPolicy:
         self.clipper.steps += stats.applied and self.clipper.clips_each
         return stats
 
+    def mean_loss(self, loss: Tensor, batch: StepBatch) -> float | None:
+        """Mean loss a token of an evaluation, in nats; None without labels. Collective.
+
+        Args:
+            loss: sum of this rank's losses, FP64.
+
+        Communication:
+            That of ``sum_over_ranks``.
+        """
+        total, _, _, tokens = sum_over_ranks(self._context, loss, tokens=batch.num_valid).tolist()
+        return total / tokens if tokens else None
+
     def state(self) -> EngineState:
         """See ``Engine``."""
         scale = None if self.loss_scale is None else self.loss_scale.state

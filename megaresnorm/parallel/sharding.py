@@ -6,6 +6,7 @@ share a rank of dp_shard has consecutive rows, as FSDP2 shards them.
 
 from collections.abc import Sequence
 from itertools import accumulate
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -80,6 +81,46 @@ def boxes(shape: Sequence[int], split: int | None, part_sizes: Sequence[int], tp
         if low < high:
             found.append(((start + low, start + high), *rest))
         position += stop - start
+    return found
+
+
+def flat_boxes(held: Sequence[Box], first: int, count: int) -> list[Box]:
+    """Bounds in the whole tensor of ``count`` elements from ``first`` on of the slices ``held``, row by row.
+
+    >>> flat_boxes([((4, 7), (0, 4))], 2, 7)
+    [((4, 5), (2, 4)), ((5, 6), (0, 4)), ((6, 7), (0, 1))]
+    """
+    found, start = list[Box](), 0
+    for box in held:
+        size = prod(stop - begin for begin, stop in box)
+        found += _part_of_box(box, max(first - start, 0), min(first + count - start, size))
+        start += size
+    return found
+
+
+def _part_of_box(box: Box, low: int, high: int) -> list[Box]:
+    """Boxes that together have the elements ``low`` to ``high`` of one, in their order."""
+    if low >= high:
+        return []
+    (start, _), *rest = box
+    width = prod(stop - begin for begin, stop in rest)
+    first, last = -(-low // width), high // width  # whole rows
+    if first > last:  # within one row
+        row = low // width
+        return [
+            ((start + row, start + row + 1), *b)
+            for b in _part_of_box(tuple(rest), low - row * width, high - row * width)
+        ]
+    found = list[Box]()
+    if low < first * width:
+        found += [
+            ((start + first - 1, start + first), *b)
+            for b in _part_of_box(tuple(rest), low - (first - 1) * width, width)
+        ]
+    if first < last:
+        found.append(((start + first, start + last), *rest))
+    if last * width < high:
+        found += [((start + last, start + last + 1), *b) for b in _part_of_box(tuple(rest), 0, high - last * width)]
     return found
 
 

@@ -1,0 +1,285 @@
+"""The DeepSpeed engine: ZeRO's stages 0 to 3, with tensor parallelism, for the same model, data, loss and policy.
+
+DeepSpeed reduces and shards gradients, moments and weights, and gathers them. All that is decided about a step is
+decided here, as for every engine (step_policy.py): DeepSpeed's own loss scale, clipping and schedules are off.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megaresnorm.assemble import build_model
+from megaresnorm.checkpoint.format import TensorSlices
+from megaresnorm.checkpoint.reader import Checkpoint
+from megaresnorm.checkpoint.state import EngineState
+from megaresnorm.data.loader import StepBatch
+from megaresnorm.engines.deepspeed_config import deepspeed_config
+from megaresnorm.engines.engine import StepStats
+from megaresnorm.engines.garbage import no_garbage_collection
+from megaresnorm.engines.low_precision import LowPrecision
+from megaresnorm.engines.mpu import Mpu
+from megaresnorm.engines.passes import Passes
+from megaresnorm.engines.state import check_finite, flat_placements, load_tensors, placements
+from megaresnorm.engines.step_policy import StepPolicy, Totals
+from megaresnorm.engines.zero import CutParameters, FlatPartitions, Partitions, WholeParameters
+from megaresnorm.layout import logit_rows_of
+from megaresnorm.model.transformer import Transformer
+from megaresnorm.optim import AdamW, Gradient, GradientPlacement, Group, Settings, settings_of
+from megaresnorm.parallel.collectives import all_reduce
+from megaresnorm.parallel.mesh import Axis, ParallelContext
+from megaresnorm.recipe import Recipe
+from megaresnorm.recompute_auto import plan_on_all_ranks
+
+log = logging.getLogger(__name__)
+
+
+class Optimizer(torch.optim.Optimizer):
+    """AdamW as DeepSpeed calls it: for one of its tensors, or a group of parameters, at a time.
+
+    Args:
+        groups: parameters and ``Settings`` each.
+        rule: updates a tensor.
+
+    Attributes:
+        updates: that have been made before this step.
+        lr: of this step.
+        divisor, refused: as of ``AdamW.update``.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], rule: AdamW) -> None:
+        super().__init__(groups, {})
+        self.rule = rule
+        self.updates, self.lr = 0, 0.0
+        self.divisor: Tensor | None = None
+        self.refused: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
+        """Update what DeepSpeed has put into ``param_groups``."""
+        groups = [
+            Group(**{name: group[name] for name in Settings._fields}, placement=GradientPlacement(), tensors=tensors)
+            for group in self.param_groups
+            if (tensors := [p for p in group["params"] if p.grad is not None])
+        ]
+        if groups:
+            self.rule.set_updates(self.updates)  # one number for all, however often a step comes here
+            self.rule.update(groups, self.lr, divisor=self.divisor, refused=self.refused)
+
+
+class DeepSpeedEngine:
+    """An ``Engine`` that runs DeepSpeed's, pp = dp_shard = 1.
+
+    Args:
+        recipe: resolved, so that model.vocab_size is set.
+        context: None for one process.
+
+    Attributes:
+        assembled: the bare model, which DeepSpeed has taken over.
+        policy: what becomes of a step.
+    """
+
+    stack = None  # microbatches come one by one
+
+    def __init__(
+        self, recipe: Recipe, context: ParallelContext | None = None, device: str | torch.device = "cpu"
+    ) -> None:
+        self.context = context = context or ParallelContext.single()
+        device = torch.device(device)
+        deepspeed = load_deepspeed(device)
+        self._stage, self._offload = recipe.engine.zero_stage, recipe.engine.offload
+        plans = recipe.recompute.policy == "auto"
+        self.assembled = assembled = build_model(
+            recipe.model,
+            recipe.precision,
+            recipe.kernels,
+            recipe.parallel,
+            context,
+            recompute=recipe.recompute,
+            segments=plan_on_all_ranks(recipe, context, device) if plans else None,
+            seed=recipe.train.seed,
+            device=device,
+            compiled=recipe.train.compile,
+            logit_rows=logit_rows_of(recipe, context.tp.size, device.type),
+        )
+        self.passes = Passes(recipe, assembled.device)
+        self._parameters = assembled.parameters()
+        self._low_precision = None if self._stage == 3 else LowPrecision(recipe.precision, assembled, self._parameters)
+        self._optimizer = Optimizer(self._groups(recipe), AdamW(recipe.optim))
+        for name, parameter in self._parameters.items():
+            if assembled.table[name].split is not None:
+                parameter.tensor_model_parallel = parameter.model_parallel = True  # what its own norms go by
+        config = deepspeed_config(recipe, data_ranks=context.dp.size, pin=device.type == "cuda")
+        self._engine, *_ = deepspeed.initialize(
+            model=assembled.model,
+            optimizer=self._optimizer,
+            config=config,
+            mpu=Mpu(context),
+            dist_init_required=False,
+        )
+        if self._stage == 3:
+            _fetch_whole_parts(deepspeed, assembled.model)
+        self._partitions = self._find_partitions()
+        shards = context.world if self._stage else context.model_shards
+        replicas = Axis("dp") if self._stage else context.dp
+        self.policy = StepPolicy(recipe, assembled, replicas=replicas, shards=shards)
+        self._placements = [GradientPlacement(assembled.table[name].split is not None) for name in self._parameters]
+        partial = [name for name in self._parameters if assembled.table[name].partial]
+        self._partial = partial if context.tp.size > 1 else []
+
+    def _groups(self, recipe: Recipe) -> list[dict[str, Any]]:
+        groups: dict[Settings, list[nn.Parameter]] = {}
+        for name, parameter in self._parameters.items():
+            groups.setdefault(settings_of(self.assembled.table[name], recipe.optim), []).append(parameter)
+        return [{"params": parameters, **settings._asdict()} for settings, parameters in groups.items()]
+
+    def _find_partitions(self) -> Partitions:
+        if self._stage == 0:
+            return WholeParameters(self._parameters)
+        if self._stage == 3:
+            return CutParameters(self._parameters, self._engine.optimizer, self.context.dp.rank)
+        return FlatPartitions(self._parameters, self._engine.optimizer)
+
+    @property
+    def model(self) -> Transformer:
+        """See ``Engine``."""
+        return self.assembled.model
+
+    def step(self, batch: StepBatch, lr: float, stop: Callable[[], bool] = lambda: False) -> StepStats:
+        """See ``Engine``.
+
+        Communication:
+            What DeepSpeed sends for the stage, in FP32; one all-reduce over tp of all partial sums of gradients; those
+            of ``StepPolicy``.
+        """
+        with no_garbage_collection():
+            tokens = self.policy.valid_tokens(batch)
+            loss = self._backward(batch, tokens)
+            gradients = self._collect() if tokens else []
+            totals = self.policy.sum_up(loss, gradients, batch, stops=stop())
+            if tokens:
+                self._update(gradients, totals, lr)
+            return self.policy.settle(totals, batch, tokens)
+
+    def _backward(self, batch: StepBatch, tokens: int) -> Tensor:
+        """Let DeepSpeed reduce the gradients of all microbatches; without tokens there are none.
+
+        Returns:
+            Sum of this rank's losses, FP64.
+        """
+        loss, last = self.passes.no_loss(), len(batch.microbatches) - 1
+        for i, part in enumerate(batch.microbatches if tokens else ()):
+            self._engine.set_gradient_accumulation_boundary(i == last)
+            nll, objective = self.passes.train(self._engine, part, self.policy.factor / tokens)
+            self._engine.backward(objective, scale_wrt_gas=False)
+            loss += nll.detach()
+        return loss
+
+    @torch.no_grad()
+    def _collect(self) -> list[Gradient]:
+        """This rank's pieces of the gradients, one for each parameter, as sums over all ranks."""
+        tensors = {name: self._partitions.gradient(name) for name in self._parameters}
+        if self._partial:
+            partial = [tensors[name] for name in self._partial]
+            summed = all_reduce(torch.cat(partial), self.context.tp)
+            torch._foreach_copy_(partial, list(summed.split([len(each) for each in partial])))
+        factor = self.context.dp.size / self.policy.factor  # DeepSpeed divides by the ranks of dp
+        if factor != 1.0:
+            torch._foreach_mul_(list(tensors.values()), factor)
+        return [Gradient(tensor, at) for tensor, at in zip(tensors.values(), self._placements, strict=True)]
+
+    @torch.no_grad()
+    def _update(self, gradients: list[Gradient], totals: Totals, lr: float) -> None:
+        """Clip and update; a no-op where the step's loss or norm is not finite."""
+        optimizer = self._optimizer
+        optimizer.divisor, optimizer.refused = self.policy.clip(gradients, totals), totals.refused
+        optimizer.lr, optimizer.updates = lr, self.policy.updates
+        self._engine.step()
+        self._refresh()
+
+    def _refresh(self) -> None:
+        if self._low_precision is not None:
+            self._low_precision.refresh()
+
+    @torch.no_grad()
+    def evaluate(self, batch: StepBatch) -> float | None:
+        """See ``Engine``."""
+        loss = self.passes.no_loss()
+        for part in batch.microbatches:
+            loss += self.passes.evaluate(self._engine, part)
+        return self.policy.mean_loss(loss, batch)
+
+    def state(self) -> EngineState:
+        """See ``Engine``."""
+        return self.policy.state()
+
+    @cached_property
+    def tensors(self) -> dict[str, dict[str, TensorSlices]]:
+        """See ``Engine``."""
+        pieces, rule = self._partitions.pieces, self._optimizer.rule
+        placed = flat_placements(self.assembled, pieces)
+        whole = None if self._stage == 3 else placements(self.assembled)
+        groups: dict[str, dict[str, TensorSlices]] = {"weights": {}, "optimizer": {}}
+        for name, piece in pieces.items():
+            weight = piece.of(piece.master) if whole is None else self._parameters[name].detach()
+            groups["weights"][name] = (placed if whole is None else whole)[name].of(weight)
+            for key, state in rule.state(piece.master).items():
+                groups["optimizer"][f"{key}.{name}"] = placed[name].of(piece.of(state))
+        return groups | self.policy.tensors()
+
+    def load(self, checkpoint: Checkpoint, state: EngineState) -> None:
+        """See ``Engine``."""
+        load_tensors(checkpoint, self.tensors)
+        self.policy.load(state)
+        self.weights_changed()
+
+    def load_weights(self, checkpoint: Checkpoint) -> None:
+        """See ``Engine``."""
+        checkpoint.load("weights", self.tensors["weights"])
+        self.weights_changed()
+
+    def check_finite(self, where: str) -> None:
+        """See ``Engine``."""
+        check_finite(self.tensors, where)
+
+    def weights_changed(self) -> None:
+        """Renew what is derived from the weights, after they have been changed from outside."""
+        self._partitions.weights_changed()
+        self._refresh()
+
+
+def load_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, made ready for tensors of this kind of device. It has its words with Python's logging at warnings."""
+    # It reads both from there alone; the second says which GPU is this rank's.
+    os.environ |= {"DS_ACCELERATOR": device.type, "LOCAL_RANK": str(device.index or 0)}
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    __compatible_ops__["deepspeed_shm_comm"] = False  # compiled at the first start, under a lock that a kill leaves
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "gloo" if device.type == "cpu" else "nccl", store=dist.HashStore(), rank=0, world_size=1
+        )
+    from deepspeed import comm
+
+    comm.init_distributed(dist_init_required=False) if comm.is_initialized() else comm.init_distributed()
+    return deepspeed
+
+
+def _fetch_whole_parts(deepspeed: Any, model: Transformer) -> None:
+    """Let ZeRO-3 gather the weights of each part of a model together, as they are read: a block's by any of it."""
+    parts = list(model.parts())
+    within = {id(p) for part in parts for p in part.parameters()}
+    for part in parts:
+        for parameter in part.parameters():
+            deepspeed.zero.register_external_parameter(part, parameter)
+    for parameter in model.parameters():
+        if id(parameter) not in within:
+            deepspeed.zero.register_external_parameter(model, parameter)

@@ -1,0 +1,36 @@
+"""DeepSpeed's JSON, generated from a recipe. Pure: it imports no DeepSpeed."""
+
+from typing import Any
+
+from megaresnorm.recipe import Recipe
+
+
+def deepspeed_config(recipe: Recipe, *, data_ranks: int, pin: bool) -> dict[str, Any]:
+    """The configuration that DeepSpeed is given, with what ``engine.deepspeed`` adds.
+
+    Args:
+        recipe: whose engine is deepspeed.
+        data_ranks: ranks of dp.
+        pin: whether memory on the host is pinned, as copies from and to a GPU want it.
+    """
+    engine = recipe.engine
+    micro = recipe.train.micro_batch_of(data_ranks, 1)
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.zero_stage:
+        zero |= {"contiguous_gradients": True, "overlap_comm": False}
+    if engine.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin}
+    elif engine.zero_stage in (1, 2):
+        zero["compute_grad_norm"] = False  # ours is
+    if engine.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": pin}
+    own = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": 1,  # the engine says which microbatch is a step's last
+        "gradient_clipping": 0.0,
+        "steps_per_print": 2**31,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "communication_data_type": "fp32",
+    }
+    return own

@@ -1,0 +1,143 @@
+"""Where DeepSpeed's ZeRO keeps what a rank updates: consecutive elements of its parameters.
+
+Stage 0 leaves parameters and gradients whole on every rank of dp. Stages 1 and 2 put all parameters of an optimizer's
+group into one flat tensor, of which a rank updates one of dp equal partitions. Stage 3 cuts every parameter by itself
+into dp equal parts, the last ones padded with zeros.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megaresnorm.parallel.wide import no_gradient
+
+
+class Piece(NamedTuple):
+    """Consecutive elements of a parameter, as they lie in a tensor that a rank updates.
+
+    Attributes:
+        master: the tensor, FP32.
+        start: the first of them in it.
+        first: the first of them in this rank's share of the parameter over tp, row by row.
+        count: how many there are; 0 where another rank of dp updates all of them.
+    """
+
+    master: Tensor
+    start: int
+    first: int
+    count: int
+
+    def of(self, like_master: Tensor) -> Tensor:
+        """These elements [count] of a tensor that is laid out like ``master``: its own memory."""
+        return like_master.detach().view(-1)[self.start : self.start + self.count]
+
+
+class Partitions(Protocol):
+    """What a rank updates, under one of ZeRO's stages.
+
+    Attributes:
+        pieces: of every parameter of this rank, by global name.
+    """
+
+    pieces: Mapping[str, Piece]
+
+    def gradient(self, name: str) -> Tensor:
+        """The reduced gradient [count] of a parameter's piece: its own memory, from backward until the update."""
+
+    def weights_changed(self) -> None:
+        """Take the weights over into ``master``, or from there where those are the weights, after a checkpoint has
+        been loaded into them."""
+
+
+class WholeParameters:
+    """Stage 0: every parameter is its own master."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = parameters
+        self.pieces = {name: Piece(p, 0, 0, p.numel()) for name, p in parameters.items()}
+
+    def gradient(self, name: str) -> Tensor:
+        """See ``Partitions``."""
+        parameter = self._parameters[name]
+        if parameter.grad is None:
+            parameter.grad = no_gradient(parameter)
+        return parameter.grad.view(-1)
+
+    def weights_changed(self) -> None:
+        """See ``Partitions``."""
+
+
+class FlatPartitions:
+    """Stages 1 and 2.
+
+    Args:
+        optimizer: a ``DeepSpeedZeroOptimizer``.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: Any) -> None:
+        self._parameters, self._optimizer = parameters, optimizer
+        self.pieces = {name: _piece_of_flat(parameter, optimizer) for name, parameter in parameters.items()}
+
+    def gradient(self, name: str) -> Tensor:
+        """See ``Partitions``."""
+        piece, parameter = self.pieces[name], self._parameters[name]
+        if not piece.count:
+            return piece.of(piece.master)
+        if self._optimizer.cpu_offload:
+            return piece.of(piece.master.grad)
+        return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
+
+    def weights_changed(self) -> None:
+        """See ``Partitions``: masters are copies."""
+        self._optimizer.refresh_fp32_params()
+
+
+def _piece_of_flat(parameter: Any, optimizer: Any) -> Piece:
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return Piece(optimizer.single_partition_of_fp32_groups[0], 0, 0, 0)
+    at, within = mapping.hp_fragment_address, mapping.lp_fragment_address
+    master = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    return Piece(master, int(at.start), int(within.start), int(within.numel))
+
+
+class CutParameters:
+    """Stage 3.
+
+    Args:
+        optimizer: a ``DeepSpeedZeroOptimizer_Stage3``.
+        rank: of this process in dp.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: Any, rank: int) -> None:
+        self._optimizer = optimizer
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._places: dict[str, tuple[int, int]] = {}
+        self._cut: dict[str, Any] = dict(parameters)
+        self.pieces = dict(self._find(rank))
+
+    def _find(self, rank: int) -> Iterator[tuple[str, Piece]]:
+        for group, members in enumerate(self._optimizer.fp16_groups):
+            start = 0
+            for index, parameter in enumerate(members):
+                name, size = self._names[id(parameter)], parameter.partition_numel()
+                first = min(rank * size, parameter.ds_numel)
+                count = min(size, parameter.ds_numel - first)
+                yield name, Piece(self._optimizer.fp32_partitioned_groups_flat[group], start, first, count)
+                self._places[name] = group, index
+                start += size
+
+    def gradient(self, name: str) -> Tensor:
+        """See ``Partitions``."""
+        piece, (group, index) = self.pieces[name], self._places[name]
+        if self._optimizer.offload_optimizer:
+            return piece.of(piece.master.grad)
+        return self._optimizer.averaged_gradients[group][index].view(-1)[: piece.count]
+
+    @torch.no_grad()
+    def weights_changed(self) -> None:
+        """See ``Partitions``: the weights are parts of masters, which are loaded, or copies of them."""
+        for name, piece in self.pieces.items():
+            self._cut[name].ds_tensor.view(-1)[: piece.count].copy_(piece.of(piece.master))
