@@ -4,7 +4,7 @@ step-00000500/
   manifest.json                        everything but tensors: files with size and SHA-256, global shapes, training
                                        state, recipe, versions, and a digest of itself
   weights-00003-00001.safetensors      tensors that rank 3 wrote, under their global names; the file's own header says
-  optimizer-00003-00001.safetensors    which slices of the whole tensors their rows are
+  optimizer-00003-00001.safetensors    which slices of the whole tensors their rows are, or of a flat one its elements
   tokenizer.model | .json              the tokenizer of the data, unless it is bytes
   source.json                          what the model of Transformers that the weights come from said of itself, if any
 """
@@ -51,7 +51,8 @@ class TensorSlices:
 
     Attributes:
         shape, dtype: of the whole tensor.
-        local: live memory; None where this rank holds nothing. Its rows are the slices ``boxes``, one after the other.
+        local: live memory; None where this rank holds nothing. Its rows are the slices ``boxes``, one after the other;
+            if it is flat, its elements are.
         boxes: the bounds of those slices in the whole tensor.
         owned: whether this is the one rank that writes them.
         chunks: makes the rows of a whole tensor, some at a time. It takes the place of ``local`` where they are not to

@@ -30,11 +30,15 @@ _TYPES = {code: name.removeprefix("torch.") for name, code in DTYPES.items()}
 
 
 class FileSlice(NamedTuple):
-    """Rows of a tensor in a file, from ``row`` on, that are the slice ``box`` of the whole tensor."""
+    """Rows of a tensor in a file, from ``row`` on, that are the slice ``box`` of the whole tensor.
+
+    If the tensor in the file is flat while the whole one is not, ``row`` is the first of the slice's elements.
+    """
 
     file: str
     row: int
     box: Box
+    flat: bool = False
 
 
 class Checkpoint:
@@ -123,6 +127,8 @@ class Checkpoint:
         """All elements of a tensor, at most CHUNK_ELEMENTS at a time, in the order of the files."""
         for slices in self._file_slices[group][name]:
             rows, *others = ((0, b - a) for a, b in slices.box)
+            if slices.flat:
+                rows, others = (0, rows[1] * prod(b for _, b in others)), []
             for where in _parts([(slices.row, slices.row + rows[1]), *others]):
                 yield self._read(slices.file, name, where)
         self._open.clear()
@@ -133,10 +139,11 @@ class Checkpoint:
         for name, slices in members.items():
             if slices.local is None:
                 continue
-            row = 0
+            row, flat = 0, slices.local.dim() == 1
             for part in self._pieces(group, name, slices.boxes):
-                slices.local[row : row + len(part)].copy_(part)
-                row += len(part)
+                rows = part.flatten() if flat else part
+                slices.local[row : row + len(rows)].copy_(rows)
+                row += len(rows)
         self._open.clear()
 
     def check_names(self, group: str, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -171,18 +178,19 @@ class Checkpoint:
                 raise DamagedError(f"{where}: the manifest has no such tensor in {group}")
             if dtype != recorded["dtype"]:
                 raise DamagedError(f"{where} is {dtype}, the manifest says {recorded['dtype']}")
-            row = 0
+            row, flat = 0, len(shape) == 1 < len(recorded["shape"])
             for box in boxes:
                 inside = len(box) == len(recorded["shape"]) and all(
                     0 <= a < b <= size for (a, b), size in zip(box, recorded["shape"], strict=True)
                 )
-                if not inside or [b - a for a, b in box[1:]] != shape[1:]:
+                sizes = [b - a for a, b in box]
+                if not inside or (sizes[1:] != shape[1:] and not flat):
                     raise DamagedError(f"{where} of shape {shape} has no slice {box} of {recorded['shape']}")
-                piece = FileSlice(file, row, tuple((a, b) for a, b in box))
+                piece = FileSlice(file, row, tuple((a, b) for a, b in box), flat)
                 self._file_slices[group].setdefault(name, []).append(piece)
-                row += box[0][1] - box[0][0]
+                row += prod(sizes) if flat else sizes[0]
             if [row] != shape[:1]:
-                raise DamagedError(f"{where} of shape {shape} has slices of {row} rows")
+                raise DamagedError(f"{where} of shape {shape} has slices of {row} {'elements' if flat else 'rows'}")
 
     def _check_complete(self) -> None:
         """Check that every element of every tensor is in exactly one slice, or raise DamagedError."""
@@ -205,8 +213,7 @@ class Checkpoint:
                 if common is None:
                     continue
                 within = [slice(a - start, b - start) for (a, b), (start, _) in zip(common, slices.box, strict=True)]
-                rows = slice(within[0].start + slices.row, within[0].stop + slices.row)
-                value = self._read(slices.file, name, (rows, *within[1:]))
+                value = self._read_within(slices, name, within)
                 if common == box:
                     piece = value
                 else:
@@ -216,6 +223,15 @@ class Checkpoint:
                     ] = value
             assert piece is not None, "the checkpoint was found complete"
             yield piece
+
+    def _read_within(self, slices: FileSlice, name: str, within: Sequence[slice]) -> Tensor:
+        """Part of a slice, of which a flat one gives whole rows."""
+        rows, *rest = within
+        if not slices.flat:
+            return self._read(slices.file, name, (slice(rows.start + slices.row, rows.stop + slices.row), *rest))
+        sizes = [b - a for a, b in slices.box[1:]]
+        start, stop = (slices.row + row * prod(sizes) for row in (rows.start, rows.stop))
+        return self._read(slices.file, name, (slice(start, stop),)).view(-1, *sizes)[:, *rest]
 
     def _read(self, file: str, name: str, where: tuple[slice, ...]) -> Tensor:
         try:

@@ -222,14 +222,16 @@ class DeepSpeedEngine:
     def tensors(self) -> dict[str, dict[str, TensorSlices]]:
         """See ``Engine``."""
         pieces, rule = self._partitions.pieces, self._optimizer.rule
-        placed = flat_placements(self.assembled, pieces)
-        whole = None if self._stage == 3 else placements(self.assembled)
+        of_pieces, of_whole = flat_placements(self.assembled, pieces), placements(self.assembled)
         groups: dict[str, dict[str, TensorSlices]] = {"weights": {}, "optimizer": {}}
-        for name, piece in pieces.items():
-            weight = piece.of(piece.master) if whole is None else self._parameters[name].detach()
-            groups["weights"][name] = (placed if whole is None else whole)[name].of(weight)
+        for name, parameter in self._parameters.items():
+            piece, flat, whole = pieces[name], of_pieces[name], of_whole[name]
+            groups["weights"][name] = (
+                flat.of(piece.of(piece.master)) if self._stage == 3 else whole.of(parameter.detach())
+            )
             for key, state in rule.state(piece.master).items():
-                groups["optimizer"][f"{key}.{name}"] = placed[name].of(piece.of(state))
+                slices = flat.of(piece.of(state)) if self._stage else whole.of(state)
+                groups["optimizer"][f"{key}.{name}"] = slices
         return groups | self.policy.tensors()
 
     def load(self, checkpoint: Checkpoint, state: EngineState) -> None:
