@@ -99,12 +99,12 @@ class AdamW:
     def __init__(self, recipe: OptimRecipe, pieces: Mapping[nn.Parameter, Sequence[Piece]] | None = None) -> None:
         self._beta1, self._beta2 = recipe.beta1, recipe.beta2
         self._pieces = pieces or {}
-        self._state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        self._state: dict[Tensor, dict[str, Tensor]] = {}
         self._updates = 0  # that a checkpoint has seen
         # Updates so far, one number for all tensors of a device: as the fused operation takes it, and exactly.
         self._steps: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
-    def state(self, tensor: nn.Parameter) -> dict[str, Tensor]:
+    def state(self, tensor: Tensor) -> dict[str, Tensor]:
         """Its state by name, laid out as the tensor is, of a weight in BF16 in FP32; zeros before the first update."""
         if tensor not in self._state:
             dtype = gradient_dtype(tensor.dtype)

@@ -231,7 +231,7 @@ class Checkpoint:
             return self._read(slices.file, name, (slice(rows.start + slices.row, rows.stop + slices.row), *rest))
         sizes = [b - a for a, b in slices.box[1:]]
         start, stop = (slices.row + row * prod(sizes) for row in (rows.start, rows.stop))
-        return self._read(slices.file, name, (slice(start, stop),)).view(-1, *sizes)[:, *rest]
+        return self._read(slices.file, name, (slice(start, stop),)).view(-1, *sizes)[(slice(None), *rest)]
 
     def _read(self, file: str, name: str, where: tuple[slice, ...]) -> Tensor:
         try:

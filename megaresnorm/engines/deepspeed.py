@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from megaresnorm.assemble import build_model
 from megaresnorm.checkpoint.format import TensorSlices
@@ -113,7 +114,8 @@ class DeepSpeedEngine:
         self._optimizer = Optimizer(self._groups(recipe), AdamW(recipe.optim))
         for name, parameter in self._parameters.items():
             if assembled.table[name].split is not None:
-                parameter.tensor_model_parallel = parameter.model_parallel = True  # what its own norms go by
+                for tag in ("tensor_model_parallel", "model_parallel"):  # what DeepSpeed's own norms go by
+                    setattr(parameter, tag, True)
         config = deepspeed_config(recipe, data_ranks=context.dp.size, pin=device.type == "cuda")
         self._engine, *_ = deepspeed.initialize(
             model=assembled.model,
@@ -266,9 +268,7 @@ def load_deepspeed(device: torch.device) -> Any:
     logger.setLevel(logging.WARNING)
     __compatible_ops__["deepspeed_shm_comm"] = False  # compiled at the first start, under a lock that a kill leaves
     if not dist.is_initialized():
-        dist.init_process_group(
-            "gloo" if device.type == "cpu" else "nccl", store=dist.HashStore(), rank=0, world_size=1
-        )
+        dist.init_process_group("gloo" if device.type == "cpu" else "nccl", store=HashStore(), rank=0, world_size=1)
     from deepspeed import comm
 
     comm.init_distributed(dist_init_required=False) if comm.is_initialized() else comm.init_distributed()

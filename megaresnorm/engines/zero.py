@@ -21,34 +21,36 @@ class Piece(NamedTuple):
         master: the tensor, FP32.
         start: the first of them in it.
         first: the first of them in this rank's share of the parameter over tp, row by row.
-        count: how many there are; 0 where another rank of dp updates all of them.
+        length: how many there are; 0 where another rank of dp updates all of them.
     """
 
     master: Tensor
     start: int
     first: int
-    count: int
+    length: int
 
     def of(self, like_master: Tensor) -> Tensor:
-        """These elements [count] of a tensor that is laid out like ``master``: its own memory."""
-        return like_master.detach().view(-1)[self.start : self.start + self.count]
+        """These elements [length] of a tensor that is laid out like ``master``: its own memory."""
+        return like_master.detach().view(-1)[self.start : self.start + self.length]
 
 
 class Partitions(Protocol):
-    """What a rank updates, under one of ZeRO's stages.
+    """What a rank updates, under one of ZeRO's stages."""
 
-    Attributes:
-        pieces: of every parameter of this rank, by global name.
-    """
-
-    pieces: Mapping[str, Piece]
+    @property
+    def pieces(self) -> Mapping[str, Piece]:
+        """Of every parameter of this rank, by global name."""
 
     def gradient(self, name: str) -> Tensor:
-        """The reduced gradient [count] of a parameter's piece: its own memory, from backward until the update."""
+        """The reduced gradient [length] of a parameter's piece: its own memory, from backward until the update."""
 
     def weights_changed(self) -> None:
-        """Take the weights over into ``master``, or from there where those are the weights, after a checkpoint has
-        been loaded into them."""
+        """Make weights and masters the same, after a checkpoint was loaded: into masters in stage 3, else weights."""
+
+
+def _gradient_of(master: Tensor) -> Tensor:
+    assert master.grad is not None, "with its optimizer on the host DeepSpeed keeps it there"
+    return master.grad
 
 
 class WholeParameters:
@@ -77,16 +79,17 @@ class FlatPartitions:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: Any) -> None:
-        self._parameters, self._optimizer = parameters, optimizer
+        self._linked: dict[str, Any] = dict(parameters)
+        self._optimizer = optimizer
         self.pieces = {name: _piece_of_flat(parameter, optimizer) for name, parameter in parameters.items()}
 
     def gradient(self, name: str) -> Tensor:
         """See ``Partitions``."""
-        piece, parameter = self.pieces[name], self._parameters[name]
-        if not piece.count:
-            return piece.of(piece.master)
+        piece, parameter = self.pieces[name], self._linked[name]
+        if not piece.length:
+            return piece.of(piece.master)  # nothing of it
         if self._optimizer.cpu_offload:
-            return piece.of(piece.master.grad)
+            return piece.of(_gradient_of(piece.master))
         return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
 
     def weights_changed(self) -> None:
@@ -133,11 +136,11 @@ class CutParameters:
         """See ``Partitions``."""
         piece, (group, index) = self.pieces[name], self._places[name]
         if self._optimizer.offload_optimizer:
-            return piece.of(piece.master.grad)
-        return self._optimizer.averaged_gradients[group][index].view(-1)[: piece.count]
+            return piece.of(_gradient_of(piece.master))
+        return self._optimizer.averaged_gradients[group][index].view(-1)[: piece.length]
 
     @torch.no_grad()
     def weights_changed(self) -> None:
         """See ``Partitions``: the weights are parts of masters, which are loaded, or copies of them."""
         for name, piece in self.pieces.items():
-            self._cut[name].ds_tensor.view(-1)[: piece.count].copy_(piece.of(piece.master))
+            self._cut[name].ds_tensor.view(-1)[: piece.length].copy_(piece.of(piece.master))

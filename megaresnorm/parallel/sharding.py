@@ -106,22 +106,16 @@ def _part_of_box(box: Box, low: int, high: int) -> list[Box]:
     width = prod(stop - begin for begin, stop in rest)
     first, last = -(-low // width), high // width  # whole rows
     if first > last:  # within one row
-        row = low // width
-        return [
-            ((start + row, start + row + 1), *b)
-            for b in _part_of_box(tuple(rest), low - row * width, high - row * width)
-        ]
-    found = list[Box]()
-    if low < first * width:
-        found += [
-            ((start + first - 1, start + first), *b)
-            for b in _part_of_box(tuple(rest), low - (first - 1) * width, width)
-        ]
+        return _part_of_row(box, last, low - last * width, high - last * width)
+    found = _part_of_row(box, first - 1, low - (first - 1) * width, width) if low < first * width else []
     if first < last:
         found.append(((start + first, start + last), *rest))
-    if last * width < high:
-        found += [((start + last, start + last + 1), *b) for b in _part_of_box(tuple(rest), 0, high - last * width)]
-    return found
+    return found + _part_of_row(box, last, 0, high - last * width)
+
+
+def _part_of_row(box: Box, row: int, low: int, high: int) -> list[Box]:
+    (start, _), *rest = box
+    return [((start + row, start + row + 1), *inner) for inner in _part_of_box(tuple(rest), low, high)]
 
 
 def from_row_chunks(chunk: Tensor, shape: Sequence[int], axis: Axis) -> Tensor:
