@@ -71,7 +71,7 @@ def flat_placements(assembled: Assembled, pieces: Mapping[str, Piece]) -> dict[s
         held = boxes(spec.shape, spec.split, [part.rows for part in spec.parts], context.tp, alone)
         owned = spec.split is not None or number % context.tp.size == context.tp.rank
         piece = pieces[name]
-        mine = flat_boxes(held, piece.first, piece.count)
+        mine = flat_boxes(held, piece.first, piece.length)
         found[name] = Placement(spec.shape, assembled.dtypes.of(spec), tuple(mine), owned and bool(mine))
     return found
 
