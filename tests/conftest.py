@@ -1,6 +1,7 @@
 """Fixtures and small recipes shared by the tests."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ def pytest_collection_modifyitems(items):
         module = getattr(item, "module", None)
         if any(hasattr(module, name) for name in ("run_ranks", "outcomes", "Launched")):
             item.add_marker(pytest.mark.alone)
+        if item.get_closest_marker("deepspeed") and find_spec("deepspeed") is None:
+            item.add_marker(pytest.mark.skip(reason="DeepSpeed is not installed"))
 
 
 @pytest.fixture(autouse=True)
