@@ -107,6 +107,7 @@ def build_model(
     compiled: str = "none",
     logit_rows: int | None = None,
     shard: Callable[[Transformer], None] | None = None,
+    made: Callable[[nn.Parameter], None] = lambda _: None,
 ) -> Assembled:
     """Build, materialise and initialise the model of a recipe, or a rank's part of it. Collective.
 
@@ -117,6 +118,8 @@ def build_model(
         compiled: train.compile.
         logit_rows: tokens whose logits exist at a time in training; None: all.
         shard: called with every stage while it is on the meta device, so that a rank gets memory for its shards alone.
+        made: called with every parameter as soon as it has its value, in the same order on all ranks of dp, which may
+            then cut it.
 
     Communication:
         None: initial weights are not sent.
@@ -163,7 +166,7 @@ def build_model(
         compile_blocks(model, compiling)
         if shard is not None:
             shard(model)
-        materialize(model, table, context, seed=seed, dtype_of=dtypes.of, device=device)
+        materialize(model, table, context, seed=seed, dtype_of=dtypes.of, device=device, made=made)
         if model.head is not None:
             model.head.loss = HeadLoss(_loss_of(loss_kernel, model, context.tp), logit_rows)
         models[number] = model

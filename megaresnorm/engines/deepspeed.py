@@ -92,8 +92,9 @@ class DeepSpeedEngine:
     ) -> None:
         self.context = context = context or ParallelContext.single()
         device = torch.device(device)
-        deepspeed = load_deepspeed(device)
+        deepspeed, mpu = load_deepspeed(device), Mpu(context)
         self._stage, self._offload = recipe.engine.zero_stage, recipe.engine.offload
+        config = deepspeed_config(recipe, data_ranks=context.dp.size, pin=device.type == "cuda")
         plans = recipe.recompute.policy == "auto"
         self.assembled = assembled = build_model(
             recipe.model,
@@ -107,6 +108,7 @@ class DeepSpeedEngine:
             device=device,
             compiled=recipe.train.compile,
             logit_rows=logit_rows_of(recipe, context.tp.size, device.type),
+            made=Cutter(deepspeed, config, mpu).cut if self._stage == 3 else lambda _: None,
         )
         self.passes = Passes(recipe, assembled.device)
         self._parameters = assembled.parameters()
@@ -116,16 +118,11 @@ class DeepSpeedEngine:
             if assembled.table[name].split is not None:
                 for tag in ("tensor_model_parallel", "model_parallel"):  # what DeepSpeed's own norms go by
                     setattr(parameter, tag, True)
-        config = deepspeed_config(recipe, data_ranks=context.dp.size, pin=device.type == "cuda")
         self._engine, *_ = deepspeed.initialize(
-            model=assembled.model,
-            optimizer=self._optimizer,
-            config=config,
-            mpu=Mpu(context),
-            dist_init_required=False,
+            model=assembled.model, optimizer=self._optimizer, config=config, mpu=mpu, dist_init_required=False
         )
         if self._stage == 3:
-            _fetch_whole_parts(deepspeed, assembled.model)
+            gather_by_parts(deepspeed, assembled.model)
         self._partitions = self._find_partitions()
         shards = context.world if self._stage else context.model_shards
         replicas = Axis("dp") if self._stage else context.dp
@@ -275,13 +272,53 @@ def load_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def _fetch_whole_parts(deepspeed: Any, model: Transformer) -> None:
-    """Let ZeRO-3 gather the weights of each part of a model together, as they are read: a block's by any of it."""
+class Cutter:
+    """Cuts parameters for ZeRO-3 as they are made, so that a rank never has more than its parts and one whole one.
+
+    Args:
+        config: DeepSpeed's.
+    """
+
+    def __init__(self, deepspeed: Any, config: dict[str, Any], mpu: Mpu) -> None:
+        self._init, self._config, self._mpu = deepspeed.zero.Init, config, mpu
+        self._first: Any = None
+
+    def cut(self, parameter: nn.Parameter) -> None:
+        """Keep this rank's part of a parameter, whose other memory is freed. Collective over dp.
+
+        Communication:
+            One broadcast of the parameter, by which DeepSpeed makes sure that ranks begin alike.
+        """
+        if self._first is not None:
+            self._first.convert_to_zero_parameters(param_list=[parameter])
+            return
+        holder = nn.ParameterList([parameter])
+        group = self._mpu.get_data_parallel_group()
+        self._init(
+            module=holder,
+            data_parallel_group=group,
+            config_dict_or_path=self._config,
+            dtype=torch.float32,
+            mpu=self._mpu,
+        )
+        self._first = parameter
+
+
+def gather_by_parts(deepspeed: Any, model: Transformer) -> None:
+    """Let ZeRO-3 gather the weights of each part of a model together, and what belongs to none around all of it.
+
+    DeepSpeed has hooked every module, for the parameters of its own; a block reads those of all its modules, and in
+    backward runs some of them again. Hooks of modules within a part are removed: they would find nothing to gather.
+    """
     parts = list(model.parts())
-    within = {id(p) for part in parts for p in part.parameters()}
+    within = {id(parameter) for part in parts for parameter in part.parameters()}
     for part in parts:
         for parameter in part.parameters():
             deepspeed.zero.register_external_parameter(part, parameter)
+        for module in part.modules():
+            if module is not part:
+                module._forward_pre_hooks.clear()
+                module._forward_hooks.clear()
     for parameter in model.parameters():
         if id(parameter) not in within:
             deepspeed.zero.register_external_parameter(model, parameter)

@@ -18,6 +18,10 @@ def deepspeed_config(recipe: Recipe, *, data_ranks: int, pin: bool) -> dict[str,
     zero: dict[str, Any] = {"stage": engine.zero_stage}
     if engine.zero_stage:
         zero |= {"contiguous_gradients": True, "overlap_comm": False}
+    if engine.zero_stage == 3:
+        zero["memory_efficient_linear"] = False  # it would replace torch's own F.linear, which needs no help here
+        if recipe.recompute.policies & {"every", "auto"}:  # blocks that run again gather by themselves
+            zero["stage3_prefetch_bucket_size"] = 0
     if engine.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin}
     elif engine.zero_stage in (1, 2):

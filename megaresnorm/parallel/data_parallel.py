@@ -135,11 +135,19 @@ def is_sharded(module: nn.Module) -> bool:
 
 @contextmanager
 def gathered_weights(module: nn.Module) -> Iterator[None]:
-    """The weights of a module that FSDP2 has sharded are whole within. They stay so where they are already.
+    """The weights of a module that FSDP2 or ZeRO-3 has sharded are whole within. They stay so where they are already.
 
     Communication:
-        One all-gather of its weights over dp_shard, if they are not whole.
+        One all-gather of its weights over dp_shard, or with ZeRO-3 over dp, if they are not whole.
     """
+    absent: list[Any] = [p for p in module.parameters() if hasattr(p, "ds_status") and p.ds_status.name != "AVAILABLE"]
+    if absent:
+        absent[0].all_gather(absent)
+        try:
+            yield
+        finally:
+            absent[0].partition(absent)
+        return
     sharded = _as_sharded(module)
     if sharded is None or not any(hasattr(parameter, "device_mesh") for parameter in module.parameters()):
         yield
