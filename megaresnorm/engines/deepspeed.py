@@ -292,11 +292,9 @@ class Cutter:
         if self._first is not None:
             self._first.convert_to_zero_parameters(param_list=[parameter])
             return
-        holder = nn.ParameterList([parameter])
-        group = self._mpu.get_data_parallel_group()
         self._init(
-            module=holder,
-            data_parallel_group=group,
+            module=nn.ParameterList([parameter]),
+            data_parallel_group=self._mpu.get_data_parallel_group(),
             config_dict_or_path=self._config,
             dtype=torch.float32,
             mpu=self._mpu,
