@@ -37,4 +37,5 @@ def deepspeed_config(recipe: Recipe, *, data_ranks: int, pin: bool) -> dict[str,
         "zero_allow_untested_optimizer": True,
         "communication_data_type": "fp32",
     }
+    own["zero_optimization"] |= engine.deepspeed.get("zero_optimization", {})
     return own

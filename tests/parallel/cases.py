@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megaresnorm.assemble import Assembled
 from megaresnorm.data.loader import Batch, StepBatch
+from megaresnorm.engines import make_engine
 from megaresnorm.engines.native import NativeEngine
 from megaresnorm.engines.state import FullState
 from megaresnorm.layout import check_layout
@@ -105,10 +106,10 @@ def make_recipe(
 
 
 def build(recipe: Recipe) -> tuple[Assembled, NativeEngine]:
-    """On the process group there is, or on one process without one."""
+    """On the process group there is, or on one process without one; with the engine of the recipe."""
     sizes = check_layout(recipe, dist.get_world_size() if dist.is_initialized() else 1)
     context = ParallelContext.create(sizes, "cpu")
-    engine = NativeEngine(recipe, context)
+    engine = make_engine(recipe, context, torch.device("cpu"))
     return engine.assembled, engine
 
 
