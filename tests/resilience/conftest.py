@@ -44,7 +44,7 @@ def undisturbed():
     known: dict[str, tuple[dict, str]] = {}
 
     def outcome(recipe, num_ranks: int) -> tuple[dict, str]:
-        key = repr((num_ranks, recipe.parallel, recipe.train.steps))
+        key = repr((num_ranks, recipe.parallel, recipe.engine, recipe.train.steps))
         if key not in known:
             output = Path(f"{recipe.train.output}-undisturbed")
             apart = recipe.model_copy(update={"train": recipe.train.model_copy(update={"output": str(output)})})
