@@ -6,6 +6,7 @@ decided here, as for every engine (step_policy.py): DeepSpeed's own loss scale, 
 
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -263,6 +264,9 @@ def load_deepspeed(device: torch.device) -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())  # which is ours
+    # DeepSpeed calls torch by the names that all its versions know, at every message.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     __compatible_ops__["deepspeed_shm_comm"] = False  # compiled at the first start, under a lock that a kill leaves
     if not dist.is_initialized():
         dist.init_process_group("gloo" if device.type == "cpu" else "nccl", store=HashStore(), rank=0, world_size=1)
