@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from megaresnorm.assemble import build_model

@@ -1,9 +1,9 @@
 """Operations in C++ of another package: compiled once on a machine, and loaded without waiting for ever.
 
 ``torch.utils.cpp_extension`` makes a file ``lock`` in the folder in which it builds. A process that is killed leaves
-it there, and every later one waits for it in silence and without end. Here each build has a new folder of its own, under a
-lock that ends with its holder (kernels/cpu/trusted.py), and what it made is kept, verified and loaded as the library of
-the C kernels is. Nothing here imports the package: it is handed a builder.
+it there, and every later one waits for it in silence and without end. Here each build has a new folder of its own,
+under a lock that ends with its holder (kernels/cpu/trusted.py), and what it made is kept, verified and loaded as the
+library of the C kernels is. Nothing here imports the package: it is handed a builder.
 """
 
 import contextlib
@@ -73,9 +73,9 @@ def check_offload(engine: EngineRecipe) -> None:
 
 
 def unavailable() -> str | None:
-    """None where DeepSpeed's cpu_adam is installed or can be compiled, else what is missing and what to do, in one line.
+    """None where DeepSpeed's cpu_adam is installed or can be compiled, else what is missing and what to do.
 
-    Nothing is compiled, and DeepSpeed is not imported.
+    It is one line. Nothing is compiled, and DeepSpeed is not imported.
     """
     package = importlib.util.find_spec("deepspeed")
     if package is not None and package.origin and any(Path(package.origin).parent.glob("ops/adam/cpu_adam_op*")):
@@ -108,36 +108,41 @@ def load_extension(builder: Builder, *versions: str) -> ModuleType:
         return builder._loaded_ops[builder.name]
     if (missing := unavailable()) is not None:
         raise BuildError(missing)
-    what, deadline = f"DeepSpeed's {builder.name}", time.monotonic() + BUILD_SECONDS
-    path = build.cache_folder() / f"{builder.name}-{_identity(builder, versions)[:24]}"
-    file = f"{builder.name}.so"
     try:
-        folder = trusted.open_folder(path)
-        try:
-            content = trusted.read(folder, file)
-            if content is None:
-                waits = partial(log.info, "waiting for another process that compiles %s", what)
-                with trusted.locked(folder, deadline, what, waits):
-                    content = trusted.read(folder, file)
-                    if content is None:
-                        log.info("compiling %s (once; about a minute)", what)
-                        return _compiled(builder, folder, path, file)
-            module = trusted.opened(content, file, lambda at: _import(builder.name, at), folder, path, deadline)
-        finally:
-            os.close(folder)
+        module = _kept_or_compiled(
+            builder, build.cache_folder() / f"{builder.name}-{_identity(builder, versions)[:24]}"
+        )
     except OSError as e:
-        raise BuildError(f"{path} cannot be used ({e.strerror or e}); {trusted.ADVICE}") from None
+        raise BuildError(f"{build.cache_folder()} cannot be used ({e.strerror or e}); {trusted.ADVICE}") from None
     builder._loaded_ops[builder.name] = module
     return module
+
+
+def _kept_or_compiled(builder: Builder, path: Path) -> ModuleType:
+    """The module whose file is kept in a folder, where it is compiled first if it is missing or damaged."""
+    what, file, deadline = f"DeepSpeed's {builder.name}", f"{builder.name}.so", time.monotonic() + BUILD_SECONDS
+    folder = trusted.open_folder(path)
+    try:
+        content = trusted.read(folder, file)
+        if content is None:
+            waits = partial(log.info, "waiting for another process that compiles %s", what)
+            with trusted.locked(folder, deadline, what, waits):
+                content = trusted.read(folder, file)
+                if content is None:
+                    log.info("compiling %s (once; a minute or two)", what)
+                    return _compiled(builder, folder, path, file)
+        return trusted.opened(content, file, lambda at: _import(builder.name, at), folder, path, deadline)
+    finally:
+        os.close(folder)
 
 
 def _compiled(builder: Builder, folder: int, path: Path, file: str) -> ModuleType:
     """Compile and import the module in a new folder, and keep its file. The caller holds the lock."""
     with trusted.scratch(folder, path) as (_, there):
-        with _quiet() as said, _variables(TORCH_EXTENSIONS_DIR=there, PATH=_search_path()):
+        with _quiet() as said, _variables(TORCH_EXTENSIONS_DIR=there, PATH=_search_path()), _private_files():
             try:
                 module = builder.load(verbose=False)
-            except (RuntimeError, ImportError, AttributeError) as e:
+            except (RuntimeError, ImportError) as e:
                 raise BuildError(f"{builder.name} could not be compiled: {_first_error(f'{e}', said)}") from None
         made = os.open(f"{there}/{builder.name}", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -200,6 +205,16 @@ def _variables(**values: str) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _private_files() -> Iterator[None]:
+    """Let nobody else write what is made, whatever this process's mask is."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 @contextlib.contextmanager

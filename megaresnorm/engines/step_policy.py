@@ -103,8 +103,7 @@ class StepPolicy:
 
         Args:
             loss: sum of this rank's losses, FP64.
-            gradients: after every reduction, in host memory where they are offloaded; none where the global batch has no
-                tokens.
+            gradients: after every reduction, on the device or the host; none where the global batch has no tokens.
             stops: whether this rank asks to stop.
 
         Communication:

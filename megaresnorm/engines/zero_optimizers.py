@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from megaresnorm.optim import AdamW, Gradient, GradientPlacement, Group, Settings
+from megaresnorm.optim import AdamW, GradientPlacement, Group, Settings
 from megaresnorm.recipe import OptimRecipe
 
 
