@@ -53,7 +53,7 @@ class GradientClipper:
         """Clip each gradient in place, and remember its norm unless the step is refused.
 
         Args:
-            gradients: every gradient, in a fixed order.
+            gradients: every gradient, in a fixed order; they may be in host memory.
             norms: [n] FP64, their L2 norms before clipping; of whole tensors where they are sharded over ranks.
             total: as in ``divisor``.
             refused: as in ``AdamW.update``.
@@ -61,7 +61,7 @@ class GradientClipper:
         warm = self.steps >= self.recipe.adagc_warmup
         limit = self.recipe.adagc_ratio * self.averages if warm else self.recipe.clip_norm * norms / total
         factors = (limit / norms).clamp(max=1.0).nan_to_num(nan=1.0)  # 0/0: a gradient of zeros needs no clipping
-        torch._foreach_mul_(list(gradients), list(factors.unbind()))
+        torch._foreach_mul_(list(gradients), list(factors.to(gradients[0].device).unbind()))
         clipped = norms * factors
         beta = self.recipe.adagc_beta
         average = beta * self.averages + (1 - beta) * clipped if warm else torch.minimum(self.averages, clipped)

@@ -20,6 +20,7 @@ import megaresnorm
 from megaresnorm.assemble import choose_device
 from megaresnorm.data.samples import Samples
 from megaresnorm.data.training_data import TrainingData, open_data, open_samples, resolve_vocab
+from megaresnorm.engines.extensions import check_offload
 from megaresnorm.errors import LostRankError, TooManyRestartsError, UserError
 from megaresnorm.kernels.deterministic import set_deterministic
 from megaresnorm.layout import check_execution, check_layout, ranks_without_samples
@@ -100,6 +101,7 @@ def open_recipe(load: Callable[[], Recipe], environment: Environment | None = No
 
 def _look(recipe: Recipe, environment: Environment, store: Store | None) -> Opened:
     check_loggers(recipe.train.loggers)
+    check_offload(recipe.engine)
     for finding in check(recipe):
         log.warning("warning: %s", finding.message)
     data = open_data(recipe.data)

@@ -23,6 +23,7 @@ from megaresnorm.checkpoint.state import EngineState
 from megaresnorm.data.loader import StepBatch
 from megaresnorm.engines.deepspeed_config import deepspeed_config
 from megaresnorm.engines.engine import StepStats
+from megaresnorm.engines.extensions import load_extension
 from megaresnorm.engines.garbage import no_garbage_collection
 from megaresnorm.engines.low_precision import LowPrecision
 from megaresnorm.engines.mpu import Mpu
@@ -30,48 +31,18 @@ from megaresnorm.engines.passes import Passes
 from megaresnorm.engines.state import check_finite, flat_placements, load_tensors, placements
 from megaresnorm.engines.step_policy import StepPolicy, Totals
 from megaresnorm.engines.zero import CutParameters, FlatPartitions, Partitions, WholeParameters
+from megaresnorm.engines.zero_optimizers import DeviceOptimizer, ZeroOptimizer, host_optimizer, settings_groups
+from megaresnorm.errors import ConfigError
+from megaresnorm.kernels.cpu.trusted import BuildError
 from megaresnorm.layout import logit_rows_of
 from megaresnorm.model.transformer import Transformer
-from megaresnorm.optim import AdamW, Gradient, GradientPlacement, Group, Settings, settings_of
+from megaresnorm.optim import Gradient, GradientPlacement, settings_of
 from megaresnorm.parallel.collectives import all_reduce
 from megaresnorm.parallel.mesh import Axis, ParallelContext
 from megaresnorm.recipe import Recipe
 from megaresnorm.recompute_auto import plan_on_all_ranks
 
 log = logging.getLogger(__name__)
-
-
-class Optimizer(torch.optim.Optimizer):
-    """AdamW as DeepSpeed calls it: for one of its tensors, or a group of parameters, at a time.
-
-    Args:
-        groups: parameters and ``Settings`` each.
-        rule: updates a tensor.
-
-    Attributes:
-        updates: that have been made before this step.
-        lr: of this step.
-        divisor, refused: as of ``AdamW.update``.
-    """
-
-    def __init__(self, groups: list[dict[str, Any]], rule: AdamW) -> None:
-        super().__init__(groups, {})
-        self.rule = rule
-        self.updates, self.lr = 0, 0.0
-        self.divisor: Tensor | None = None
-        self.refused: Tensor | None = None
-
-    @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
-        """Update what DeepSpeed has put into ``param_groups``."""
-        groups = [
-            Group(**{name: group[name] for name in Settings._fields}, placement=GradientPlacement(), tensors=tensors)
-            for group in self.param_groups
-            if (tensors := [p for p in group["params"] if p.grad is not None])
-        ]
-        if groups:
-            self.rule.set_updates(self.updates)  # one number for all, however often a step comes here
-            self.rule.update(groups, self.lr, divisor=self.divisor, refused=self.refused)
 
 
 class DeepSpeedEngine:
@@ -114,7 +85,7 @@ class DeepSpeedEngine:
         self.passes = Passes(recipe, assembled.device)
         self._parameters = assembled.parameters()
         self._low_precision = None if self._stage == 3 else LowPrecision(recipe.precision, assembled, self._parameters)
-        self._optimizer = Optimizer(self._groups(recipe), AdamW(recipe.optim))
+        self._optimizer = self._make_optimizer(recipe, deepspeed)
         for name, parameter in self._parameters.items():
             if assembled.table[name].split is not None:
                 for tag in ("tensor_model_parallel", "model_parallel"):  # what DeepSpeed's own norms go by
@@ -132,11 +103,13 @@ class DeepSpeedEngine:
         partial = [name for name in self._parameters if assembled.table[name].partial]
         self._partial = partial if context.tp.size > 1 else []
 
-    def _groups(self, recipe: Recipe) -> list[dict[str, Any]]:
-        groups: dict[Settings, list[nn.Parameter]] = {}
-        for name, parameter in self._parameters.items():
-            groups.setdefault(settings_of(self.assembled.table[name], recipe.optim), []).append(parameter)
-        return [{"params": parameters, **settings._asdict()} for settings, parameters in groups.items()]
+    def _make_optimizer(self, recipe: Recipe, deepspeed: Any) -> ZeroOptimizer:
+        table = self.assembled.table
+        settings = {p: settings_of(table[name], recipe.optim) for name, p in self._parameters.items()}
+        groups = settings_groups(settings)
+        if self._offload == "none":
+            return DeviceOptimizer(groups, recipe.optim)
+        return host_optimizer(_cpu_adam(deepspeed, self._offload), groups, recipe.optim)
 
     def _find_partitions(self) -> Partitions:
         if self._stage == 0:
@@ -183,10 +156,14 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def _collect(self) -> list[Gradient]:
         """This rank's pieces of the gradients, one for each parameter, as sums over all ranks."""
+        if self._offload != "none" and self.assembled.device.type == "cuda":
+            # DeepSpeed has only begun to copy gradients to the host, on streams of its own. The host needs all of them
+            # now, so there is nothing that could go on meanwhile.
+            torch.cuda.synchronize(self.assembled.device)
         tensors = {name: self._partitions.gradient(name) for name in self._parameters}
         if self._partial:
             partial = [tensors[name] for name in self._partial]
-            summed = all_reduce(torch.cat(partial), self.context.tp)
+            summed = all_reduce(torch.cat(partial).to(self.assembled.device), self.context.tp).to(partial[0].device)
             torch._foreach_copy_(partial, list(summed.split([len(each) for each in partial])))
         factor = self.context.dp.size / self.policy.factor  # DeepSpeed divides by the ranks of dp
         if factor != 1.0:
@@ -196,9 +173,7 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def _update(self, gradients: list[Gradient], totals: Totals, lr: float) -> None:
         """Clip and update; a no-op where the step's loss or norm is not finite."""
-        optimizer = self._optimizer
-        optimizer.divisor, optimizer.refused = self.policy.clip(gradients, totals), totals.refused
-        optimizer.lr, optimizer.updates = lr, self.policy.updates
+        self._optimizer.begin(lr, self.policy.updates, self.policy.clip(gradients, totals), totals.refused)
         self._engine.step()
         self._refresh()
 
@@ -221,7 +196,7 @@ class DeepSpeedEngine:
     @cached_property
     def tensors(self) -> dict[str, dict[str, TensorSlices]]:
         """See ``Engine``."""
-        pieces, rule = self._partitions.pieces, self._optimizer.rule
+        pieces = self._partitions.pieces
         of_pieces, of_whole = flat_placements(self.assembled, pieces), placements(self.assembled)
         groups: dict[str, dict[str, TensorSlices]] = {"weights": {}, "optimizer": {}}
         for name, parameter in self._parameters.items():
@@ -229,7 +204,7 @@ class DeepSpeedEngine:
             groups["weights"][name] = (
                 flat.of(piece.of(piece.master)) if self._stage == 3 else whole.of(parameter.detach())
             )
-            for key, state in rule.state(piece.master).items():
+            for key, state in self._optimizer.state_of(piece.master).items():
                 slices = flat.of(piece.of(state)) if self._stage else whole.of(state)
                 groups["optimizer"][f"{key}.{name}"] = slices
         return groups | self.policy.tensors()
@@ -274,6 +249,25 @@ def load_deepspeed(device: torch.device) -> Any:
 
     comm.init_distributed(dist_init_required=False) if comm.is_initialized() else comm.init_distributed()
     return deepspeed
+
+
+def _cpu_adam(deepspeed: Any, offload: str) -> type:
+    """DeepSpeed's AdamW for the host, whose operation is compiled where DeepSpeed was not installed with it.
+
+    Raises:
+        ConfigError: it cannot be compiled.
+    """
+    from deepspeed.git_version_info import accelerator_name, installed_ops
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    builder = CPUAdamBuilder()
+    if not installed_ops.get(builder.name) or accelerator_name != deepspeed.accelerator.get_accelerator()._name:
+        try:
+            load_extension(builder, deepspeed.__version__)
+        except BuildError as e:
+            raise ConfigError(f"engine.offload={offload}: {e}; engine.offload=none needs no compiler") from None
+    return DeepSpeedCPUAdam
 
 
 class Cutter:

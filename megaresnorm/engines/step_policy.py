@@ -103,15 +103,15 @@ class StepPolicy:
 
         Args:
             loss: sum of this rank's losses, FP64.
-            gradients: after every reduction; none where the global batch has no tokens.
+            gradients: after every reduction, on the device or the host; none where the global batch has no tokens.
             stops: whether this rank asks to stop.
 
         Communication:
             That of ``sum_over_ranks``.
         """
-        norms = gradient_norms([gradient.tensor for gradient in gradients]) if gradients else None
+        norms = gradient_norms([gradient.tensor for gradient in gradients]).to(loss.device) if gradients else None
         if self._own is None and gradients:
-            self._own = own_shares(gradients, self._context.tp, self._replicas)
+            self._own = own_shares(gradients, self._context.tp, self._replicas, loss.device)
         squares = None if norms is None or self._own is None else own_squares(norms, self._own)
         following = 0.0 if batch.following is None else batch.following[1]()
         vector = sum_over_ranks(self._context, loss, squares, stops=stops, tokens=following)

@@ -33,14 +33,15 @@ class OwnShares(NamedTuple):
     of_all: Tensor
 
 
-def own_shares(gradients: Sequence[Gradient], tp: Axis, replicas: Axis) -> OwnShares:
+def own_shares(gradients: Sequence[Gradient], tp: Axis, replicas: Axis, device: torch.device) -> OwnShares:
     """Which of the gradients count on this rank, by their placement.
 
     Args:
         replicas: axis whose ranks have the same gradients.
+        device: of the result.
     """
     of_tensor = [gradient.placement.split or tp.rank == 0 for gradient in gradients]
-    first, device = replicas.rank == 0, gradients[0].tensor.device
+    first = replicas.rank == 0
     of_all = [counts and first and not g.placement.copy for counts, g in zip(of_tensor, gradients, strict=True)]
     return OwnShares(*(torch.tensor(each, dtype=torch.float64, device=device) for each in (of_tensor, of_all)))
 

@@ -141,6 +141,10 @@ class CutParameters:
 
     @torch.no_grad()
     def weights_changed(self) -> None:
-        """See ``Partitions``: the weights are parts of masters, which are loaded, or copies of them."""
+        """See ``Partitions``: the weights are parts of masters, which are loaded, or copies of them.
+
+        Small parameters stay gathered from step to step, as they were before.
+        """
+        self._optimizer.parameter_offload.partition_all_parameters()
         for name, piece in self.pieces.items():
             self._cut[name].ds_tensor.view(-1)[: piece.length].copy_(piece.of(piece.master))

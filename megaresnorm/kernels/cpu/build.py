@@ -6,7 +6,6 @@ beside it: a library that is incomplete or was changed is compiled again. It is 
 renamed, so any number of processes may start at once, and on one machine only the first of them compiles.
 """
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -19,6 +18,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -94,7 +94,7 @@ def load(level: str | None = None) -> ctypes.CDLL:
                         log.info("compiling the C kernels (once; a few seconds to a minute)")
                         content = _compile(compiler, flags, folder, path, deadline)
                         trusted.write(folder, name, content)
-            return _open(content, folder, path, deadline)
+            return trusted.opened(content, "library.so", ctypes.CDLL, folder, path, deadline)
         finally:
             os.close(folder)
     except OSError as e:
@@ -195,9 +195,14 @@ def _compiler() -> list[str]:
 
 def _identity(compiler: list[str], flags: list[str]) -> str:
     """Digest of all that determines the library: the sources, the flags and the compiler."""
-    version = _run([*compiler, "--version"], VERSION_SECONDS).stdout + " ".join(compiler).encode()
+    version = run_compiler([*compiler, "--version"], VERSION_SECONDS).stdout + " ".join(compiler).encode()
+    return digest_of((*(file.read_bytes() for file in _sources("[ch]")), " ".join(flags).encode(), version))
+
+
+def digest_of(parts: Iterable[bytes]) -> str:
+    """SHA-256 of several contents, which are told apart."""
     digest = hashlib.sha256()
-    for part in (*(file.read_bytes() for file in _sources("[ch]")), " ".join(flags).encode(), version):
+    for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
 
@@ -224,7 +229,7 @@ def _compile(compiler: list[str], flags: list[str], folder: int, path: Path, dea
         if os.path.isdir("/proc/self/fd"):
             there = f"/proc/self/fd/{descriptor}"  # the compiler inherits it: no path that could change meanwhile
         command = [*compiler, *flags, *map(str, _sources("c")), "-o", f"{there}/library.so", "-lm"]
-        done = _run(command, deadline - time.monotonic(), descriptor, TMPDIR=there)
+        done = run_compiler(command, deadline - time.monotonic(), descriptor, TMPDIR=there)
         if done.returncode:
             errors = done.stderr.decode(errors="replace")
             first = next((line for line in errors.splitlines() if "error" in line), errors.strip()[:200])
@@ -232,24 +237,14 @@ def _compile(compiler: list[str], flags: list[str], folder: int, path: Path, dea
         return trusted.take(descriptor, "library.so")
 
 
-def _open(content: bytes, folder: int, path: Path, deadline: float) -> ctypes.CDLL:
-    """Load a library from the bytes that were verified.
-
-    It is loaded from memory, or where that is impossible from a scratch folder that is then removed.
-    """
-    memory = trusted.in_memory(content)
-    if memory is not None:
-        with contextlib.suppress(OSError):  # a policy of the system may forbid code from memory
-            return ctypes.CDLL(memory)
-    with trusted.locked(folder, deadline), trusted.scratch(folder, path) as (descriptor, there):
-        trusted.write_new(descriptor, "library.so", content)
-        return ctypes.CDLL(f"{there}/library.so")
-
-
-def _run(
+def run_compiler(
     command: list[str], seconds: float, *descriptors: int, **variables: str
 ) -> "subprocess.CompletedProcess[bytes]":
     """Run the compiler, which inherits the descriptors; all processes that it started end with it.
+
+    Args:
+        seconds: that it may take.
+        **variables: of its environment, beside this process's.
 
     Raises:
         BuildError: it cannot be started or does not end in time.

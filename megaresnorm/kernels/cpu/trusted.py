@@ -6,6 +6,7 @@ The bytes that are loaded are the very ones whose digest was right (``in_memory`
 """
 
 import contextlib
+import errno
 import fcntl
 import grp
 import hashlib
@@ -14,13 +15,14 @@ import pwd
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 POLL_SECONDS = 0.05  # between two tries to get the lock: short beside the seconds that compiling takes
 ADVICE = "set MEGARESNORM_CACHE to a folder of yours"
 _TEMPORARY = ".tmp"
+_Loaded = TypeVar("_Loaded")
 _SEARCH = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC  # homes may be unreadable
 
 
@@ -121,20 +123,28 @@ def take(folder: int, name: str) -> bytes:
 
 
 @contextlib.contextmanager
-def locked(folder: int, deadline: float) -> Iterator[None]:
+def locked(
+    folder: int, deadline: float, what: str = "the C kernels", waits: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Hold the folder's lock, so that no other process works in it, and remove what killed processes left.
 
     Args:
         deadline: of time.monotonic(); ends the wait for the lock.
+        what: is compiled under the lock.
+        waits: called once, where another process holds the lock.
     Raises:
         BuildError: another process held the lock until the deadline.
         OSError: the lock cannot be opened, or leftovers cannot be removed.
     """
     lock = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
     try:
+        waited = False
         while not _try_lock(lock):
             if time.monotonic() > deadline:
-                raise BuildError("another process is compiling the C kernels and does not end; end it and start again")
+                raise BuildError(f"another process is compiling {what} and does not end; end it and start again")
+            if not waited:
+                waits()
+            waited = True
             time.sleep(POLL_SECONDS)
         for name in os.listdir(folder):  # left by processes that were killed: who works here holds the lock
             if name.endswith(_TEMPORARY):
@@ -161,6 +171,28 @@ def scratch(folder: int, path: str | Path) -> Iterator[Scratch]:
     finally:
         os.close(descriptor)
         _remove(folder, name)
+
+
+def opened(
+    content: bytes, name: str, opens: Callable[[str], _Loaded], folder: int, path: Path, deadline: float
+) -> _Loaded:
+    """Load code from the bytes that were verified.
+
+    It is loaded from memory, or where that is impossible from a scratch folder that is then removed.
+
+    Args:
+        name: of the file in that folder.
+        opens: loads the file with a path.
+        folder, path: that the scratch folder is in, and its path.
+        deadline: as of ``locked``.
+    """
+    memory = in_memory(content)
+    if memory is not None:
+        with contextlib.suppress(OSError, ImportError):  # a policy of the system may forbid code from memory
+            return opens(memory)
+    with locked(folder, deadline), scratch(folder, path) as (descriptor, there):
+        write_new(descriptor, name, content)
+        return opens(f"{there}/{name}")
 
 
 def in_memory(content: bytes) -> str | None:
@@ -282,14 +314,21 @@ def _try_lock(lock: int) -> bool:
 
 
 def _remove(folder: int, name: str) -> None:
-    """Remove a file, or a scratch folder, which holds files only."""
-    if not stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
-        os.unlink(name, dir_fd=folder)
-        return
-    descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    """Remove a file, or a folder with all that is in it.
+
+    A compiler whose starter was killed may still write into the folder: what it makes meanwhile stays for the next.
+    """
     try:
-        for file in os.listdir(descriptor):
-            os.unlink(file, dir_fd=descriptor)
-    finally:
-        os.close(descriptor)
-    os.rmdir(name, dir_fd=folder)
+        if not stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+            os.unlink(name, dir_fd=folder)
+            return
+        descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        try:
+            for each in os.listdir(descriptor):
+                _remove(descriptor, each)
+        finally:
+            os.close(descriptor)
+        os.rmdir(name, dir_fd=folder)
+    except OSError as e:
+        if e.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+            raise
