@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from megaresnorm.cli.arguments import Words, memory, path, path_text, size, words
+from megaresnorm.cli.arguments import Words, count_up_to, memory, path, path_text, share, size, words
 from megaresnorm.errors import ConfigError
+from megaresnorm.limits import MAX_SEQ_LEN
 from megaresnorm.text import say, shown
 
 if TYPE_CHECKING:
@@ -37,6 +38,10 @@ _KNOWN = "fields of config.json that are not known, and that you know not to mat
 IgnoreFields = Annotated[Words, typer.Option(parser=words, metavar="NAMES", help=_KNOWN)]
 DataPath = Annotated[str, typer.Option("--data", parser=path_text, metavar="PATH", help="the recipe's data.path")]
 _BUFFER = "memory for tensors while reading and writing"
+_SHORTER = "longest sequence, to be shorter than the model's"
+SeqLen = Annotated[int | None, typer.Option(parser=count_up_to(MAX_SEQ_LEN), metavar="N", help=_SHORTER)]
+_LARGEST = "largest difference, as a share of the largest logit [2e-5]"
+Tolerance = Annotated[float | None, typer.Option(parser=share, metavar="X", help=_LARGEST)]
 Memory = Annotated[int, typer.Option("--max-memory", parser=memory, metavar="SIZE", show_default="4GB", help=_BUFFER)]
 
 
@@ -53,18 +58,23 @@ def check_kind(model: Path, *, megatron: bool) -> None:
         raise ConfigError(f"{model}: holds weights of {whose}; use megaresnorm convert {other}")
 
 
-def print_imported(found: Imported, source: Path, data: str, end_token: str | None) -> None:
-    """What was read, and the commands that come next."""
+def print_imported(found: Imported, source: Path | None, data: str, end_token: str | None) -> None:
+    """What was read, and the commands that come next.
+
+    Args:
+        source: folder of the tokenizer; None where data are already prepared.
+    """
     from megaresnorm.data.tokenizer_files import ends_of_documents
     from megaresnorm.telemetry.log import console
 
     model = found.model
+    origin = "a model of MegaResNorm" if found.family is None else found.family.name
     say(f"wrote     {found.checkpoint}")
-    say(f"model     {model.topology}, {model.num_blocks} blocks, width {model.dim}, from {found.family.name}")
+    say(f"model     {model.topology}, {model.num_blocks} blocks, width {model.dim}, from {origin}")
     for note in found.notes:
         console.print(shown(f"note      {note}"), style="yellow")
     print_agreement(found.agreement)
-    if found.tokenizer is not None:
+    if found.tokenizer is not None and source is not None:
         say(f"tokenizer {ends_of_documents(found.tokenizer)}")
         bos = "" if found.tokenizer.bos is None else " --bos"
         end = "" if end_token is None else f" --end-token {shlex.quote(end_token)}"

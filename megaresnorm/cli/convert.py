@@ -1,9 +1,9 @@
-"""megaresnorm convert to-hf | from-hf | to-megatron | from-megatron | compare."""
+"""megaresnorm convert to-hf | from-hf | from-deepspeed | to-megatron | from-megatron | compare."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -12,11 +12,10 @@ from megaresnorm.cli.arguments import (
     EndToken,
     NewFolder,
     Words,
-    count_up_to,
     examples,
     new_app,
     path,
-    share,
+    path_text,
 )
 from megaresnorm.cli.conversion import (
     DataPath,
@@ -25,7 +24,9 @@ from megaresnorm.cli.conversion import (
     Memory,
     Model,
     OutRun,
+    SeqLen,
     ShardSize,
+    Tolerance,
     WithTokenizer,
     check_kind,
     export_settings,
@@ -34,8 +35,7 @@ from megaresnorm.cli.conversion import (
     print_imported,
     tolerance_of,
 )
-from megaresnorm.errors import ConversionError
-from megaresnorm.limits import MAX_SEQ_LEN
+from megaresnorm.errors import ConfigError, ConversionError
 from megaresnorm.resilience.signals import undone_on_sigterm
 from megaresnorm.text import say, shown
 
@@ -46,14 +46,18 @@ _ARCHITECTURES = (
     "topology; auto takes the first that holds the model exactly"
 )
 _Arch = Annotated[str, typer.Option(metavar="NAME", help=_ARCHITECTURES)]
-_SHORTER = "longest sequence, to be shorter than the model's"
-_SeqLen = Annotated[int | None, typer.Option(parser=count_up_to(MAX_SEQ_LEN), metavar="N", help=_SHORTER)]
 _COMPARED = "compare logits of both models, which takes one after the other whole, in FP32; off where memory forbids it"
 _Verify = Annotated[Literal["on", "off"], typer.Option(help=_COMPARED)]
-_LARGEST = "largest difference, as a share of the largest logit [2e-5]"
-_Tolerance = Annotated[float | None, typer.Option(parser=share, metavar="X", help=_LARGEST)]
 _LAYERS = "which of Megatron's layers: they have different names"
 _Implementation = Annotated[Literal["transformer_engine", "local"], typer.Option("--transformer-impl", help=_LAYERS)]
+_WRITTEN_BY = "folder of safetensors that zero_to_fp32.py --safe_serialization has written"
+_FromZero = Annotated[Path, typer.Argument(parser=path, metavar="FOLDER", help=_WRITTEN_BY)]
+_CONFIG = "config.json of the model, or its folder, which has the tokenizer; unset: in FOLDER or the one above it"
+_Config = Annotated[Path | None, typer.Option(parser=path, metavar="PATH", help=_CONFIG)]
+_OURS = "recipe of a model of MegaResNorm, where FOLDER has the weights of one; its settings are those to train on with"
+_DATA = "the recipe's data.path [runs/my-data]"
+_TheirData = Annotated[str | None, typer.Option("--data", parser=path_text, metavar="PATH", help=_DATA)]
+_RecipeFile = Annotated[Path | None, typer.Option("--recipe", parser=path, metavar="FILE", help=_OURS)]
 _EITHER = "a checkpoint or a run of ours, or a folder of Transformers"
 _A = Annotated[Path, typer.Argument(parser=path, metavar="A", help=_EITHER)]
 _B = Annotated[Path, typer.Argument(parser=path, metavar="B", help="the other one")]
@@ -65,15 +69,20 @@ _Prompts = Annotated[Path | None, typer.Option(parser=path, metavar="FILE", help
 
 
 def add_to(app: typer.Typer) -> None:
-    """Add the convert command with its five actions."""
+    """Add the convert command with its six actions."""
     convert = new_app(
-        help="Convert to and from Transformers and Megatron-Core.\n\nCheckpoints of whatever layout are read without "
-        "starting ranks. Nothing is written over, and the output folder appears when it is complete."
+        help="Convert to and from Transformers and Megatron-Core, from DeepSpeed.\n\nCheckpoints of whatever layout "
+        "are read without starting ranks. Nothing is written over, and the output folder appears when it is complete."
     )
     to = examples("megaresnorm convert to-hf runs/quickstart/deepnorm-50 runs/quickstart/hf")
     back = examples("megaresnorm convert from-hf models/Qwen3-0.6B runs/qwen3 --seq-len 4096")
     convert.command("to-hf", epilog=to)(to_hf)
     convert.command("from-hf", epilog=back)(from_hf)
+    theirs = examples(
+        "python CHECKPOINT/zero_to_fp32.py CHECKPOINT CHECKPOINT/fp32 --safe_serialization",
+        "megaresnorm convert from-deepspeed CHECKPOINT/fp32 runs/llama",
+    )
+    convert.command("from-deepspeed", epilog=theirs)(from_deepspeed)
     convert.command("to-megatron")(to_megatron)
     convert.command("from-megatron")(from_megatron)
     convert.command()(compare)
@@ -90,7 +99,7 @@ def to_hf(
     tokenizer: WithTokenizer = "auto",
     max_memory: Memory = 4 * 10**9,
     verify: _Verify = "on",
-    tolerance: _Tolerance = None,
+    tolerance: Tolerance = None,
 ) -> None:
     """Write a checkpoint as a model of Hugging Face Transformers: safetensors, config, tokenizer, model card.
 
@@ -128,14 +137,14 @@ def from_hf(
     model: Model,
     out: OutRun,
     *,
-    seq_len: _SeqLen = None,
+    seq_len: SeqLen = None,
     tokenizer: WithTokenizer = "auto",
     end_token: EndToken = None,
     ignore_fields: IgnoreFields = NONE,
     data: DataPath = "runs/my-data",
     max_memory: Memory = 4 * 10**9,
     verify: _Verify = "on",
-    tolerance: _Tolerance = None,
+    tolerance: Tolerance = None,
 ) -> None:
     """Read a model of Hugging Face Transformers as a checkpoint that any layout can train on, with a recipe that does.
 
@@ -162,6 +171,62 @@ def from_hf(
             progress=progress,
         )
     print_imported(found, model, data, end_token)
+
+
+def from_deepspeed(
+    folder: _FromZero,
+    out: OutRun,
+    *,
+    config: _Config = None,
+    recipe: _RecipeFile = None,
+    seq_len: SeqLen = None,
+    tokenizer: WithTokenizer = "auto",
+    end_token: EndToken = None,
+    ignore_fields: IgnoreFields = NONE,
+    data: _TheirData = None,
+    max_memory: Memory = 4 * 10**9,
+    verify: _Verify = "on",
+    tolerance: Tolerance = None,
+) -> None:
+    """Read weights that were trained with DeepSpeed as a checkpoint that any layout can train on.
+
+    They are those of a model of Transformers, or of one of MegaResNorm (--recipe), as zero_to_fp32.py writes them.
+    DeepSpeed's own files are pickles, which are never read: for a folder of them the error has the command that makes
+    safetensors of them. With --recipe, --verify compares all weights, bit for bit.
+    """
+    from megaresnorm.convert import from_deepspeed as reading
+    from megaresnorm.telemetry.log import progress_bars
+
+    shared: dict[str, Any] = {"max_memory": max_memory, "verify": verify == "on", "with_tokenizer": tokenizer == "auto"}
+    if recipe is not None:
+        of_theirs = {"--config": config, "--seq-len": seq_len, "--end-token": end_token, "--data": data}
+        _no_effect(of_theirs | {"--ignore-fields": ignore_fields or None, "--tolerance": tolerance}, "--recipe")
+        with undone_on_sigterm(), progress_bars() as progress:
+            found = reading.of_recipe(folder, out, recipe, progress=progress, **shared)
+        return print_imported(found, None, "", None)
+    needs_transformers()
+    path_of_data = "runs/my-data" if data is None else data
+    with undone_on_sigterm(), progress_bars() as progress:
+        found, source = reading.of_transformers(
+            folder,
+            out,
+            config,
+            seq_len=seq_len,
+            data=path_of_data,
+            end_token=end_token,
+            ignore_fields=list(ignore_fields),
+            tolerance=tolerance_of(tolerance, verify),
+            progress=progress,
+            **shared,
+        )
+    print_imported(found, source, path_of_data, end_token)
+
+
+def _no_effect(given: dict[str, object], beside: str) -> None:
+    """Refuse options that have no effect beside another one."""
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(f"{name} has no effect with {beside}; remove one of them")
 
 
 def from_megatron(
@@ -227,7 +292,7 @@ def to_megatron(
     say(f"wrote     {folder}, for megatron-core's {transformer_impl} layers; the logits were not compared")
 
 
-def compare(one: _A, other: _B, *, prompts: _Prompts = None, tolerance: _Tolerance = None) -> int:
+def compare(one: _A, other: _B, *, prompts: _Prompts = None, tolerance: Tolerance = None) -> int:
     """Compare the logits of two models in FP32; exit code 7 if they differ."""
     if any((folder / "config.json").exists() for folder in (one, other)):
         needs_transformers()

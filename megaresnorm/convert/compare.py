@@ -1,6 +1,7 @@
 """Comparison of two models by their logits on the same tokens, and the loading of the models for it."""
 
 import gc
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf, prod
@@ -156,8 +157,11 @@ def of_theirs(model: Any) -> Logits:
     return logits
 
 
-def checked_config(folder: Path) -> dict[str, Any]:
+def checked_config(folder: Path, weights: Weights | None = None) -> dict[str, Any]:
     """The config.json of a folder of Transformers whose weights are safetensors.
+
+    Args:
+        weights: those of the model, where they are not in ``folder``.
 
     Raises:
         CheckpointError: it is none, or its config.json has more layers than there are tensors.
@@ -167,24 +171,25 @@ def checked_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: weights of {MEGATRON_NAME} are not of Transformers; convert them first by from-megatron"
         )
-    tensors = Weights(folder).tensors  # which refuses whatever is not safetensors
+    tensors = (weights or Weights(folder)).tensors  # which refuses whatever is not safetensors
     layers = [config.get(name) for name in ("num_hidden_layers", "n_layer")]
     if any(isinstance(number, int) and number > len(tensors) for number in layers):
         raise CheckpointError(f"{folder / CONFIG}: more layers than the {len(tensors)} tensors of {folder}")
     return config
 
 
-def check_size(folder: Path, loaded: Any, config: Any) -> None:
+def check_size(folder: Path, weights: Weights, loaded: Any, config: Any) -> None:
     """Check that a model is not much larger than its files, since Transformers would make up the missing weights.
 
     Args:
+        folder: of config.json, for errors.
         loaded: the model's class in Transformers.
         config: its configuration.
 
     Raises:
         CheckpointError: config.json describes over twice as many parameters, or tables that do not fit in memory.
     """
-    have = sum(prod(shape) for _, shape, _ in Weights(folder).tensors.values())
+    have = sum(prod(shape) for _, shape, _ in weights.tensors.values())
     with torch.device("meta"):
         skeleton = loaded(config)
     need = sum(p.numel() for p in skeleton.parameters())
@@ -198,18 +203,26 @@ def check_size(folder: Path, loaded: Any, config: Any) -> None:
         )
 
 
-def load_theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+def load_theirs(folder: Path, dtype: torch.dtype = torch.float32, weights: Weights | None = None) -> Any:
     """Load a model of Transformers by the class of its architecture, or by ours where the folder brings our code along.
 
     No code of the folder is run, and no pickle is read.
+
+    Args:
+        weights: those to load, where they are not in ``folder``, or have a prefix to leave out.
 
     Raises:
         CheckpointError: Transformers cannot load it, or tensors are missing, unexpected or of another shape.
     """
     import transformers
 
-    kind = checked_config(folder)["model_type"]
+    weights = weights or Weights(folder)
+    kind = checked_config(folder, weights)["model_type"]
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
+    if weights.prefix:
+        options["key_mapping"] = {f"^{re.escape(weights.prefix)}": ""}
+    if weights.folder != folder:  # where it would look for one
+        options["generation_config"] = transformers.GenerationConfig()
     classes = {family.name: family.architecture for family in FAMILIES}
     ours = kind not in classes
     if ours:
@@ -226,8 +239,8 @@ def load_theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     try:
         config = loaded.config_class.from_pretrained(folder, local_files_only=True) if ours else their_config(folder)
         config._attn_implementation = options["attn_implementation"]
-        check_size(folder, loaded, config)
-        model, info = loaded.from_pretrained(folder, config=config, output_loading_info=True, **options)
+        check_size(folder, weights, loaded, config)
+        model, info = loaded.from_pretrained(weights.folder, config=config, output_loading_info=True, **options)
     except CheckpointError:
         raise
     except Exception as e:  # noqa: BLE001 - any error that a class of theirs makes of bad values

@@ -51,6 +51,7 @@ class Family:
         modules: theirs -> ours; {next} in a name is the number of the following block.
         renamed: exceptions to the name pattern of ``modules``, pattern -> actual name.
         constants: tensors that our model has no place for.
+        inside: names of tensors in files -> inside of the class, where they differ; files may have either.
         prefix: of tensor names, which may be missing in files.
         divided_dim: whether the class refuses heads whose number does not divide the width, even where head_dim says
             how wide they are.
@@ -64,6 +65,7 @@ class Family:
     modules: Mapping[str, Of]
     renamed: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Constant] = field(default_factory=dict)
+    inside: Mapping[str, str] = field(default_factory=dict)
     prefix: str = "model."
     divided_dim: bool = False
     padded: bool = False

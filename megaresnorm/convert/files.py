@@ -168,13 +168,14 @@ class Weights:
         tensors: name -> file, shape, type.
         metadata: of all files.
         missing: name -> file, of tensors that the index names and the file does not have.
+        prefix: what ``strip`` has left out of the names.
 
     Raises:
         CheckpointError: something is missing, damaged or not what the index says; it is named.
     """
 
     def __init__(self, folder: Path, types: Mapping[str, torch.dtype] = _TYPES) -> None:
-        self.folder, self._types = folder, types
+        self.folder, self._types, self.prefix = folder, types, ""
         self.tensors: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = {}
         self.metadata: dict[str, str] = {}
         where = self._index()
@@ -187,12 +188,25 @@ class Weights:
         """The shape of a tensor."""
         return self.tensors[name][1]
 
+    def strip(self, prefix: str) -> None:
+        """Leave a prefix out of the names of all tensors.
+
+        Raises:
+            CheckpointError: a name does not begin with it.
+        """
+        other = next((name for name in (*self.tensors, *self.missing) if not name.startswith(prefix)), None)
+        if other is not None:
+            raise CheckpointError(f"{self.folder}: {other} does not begin with {prefix}, as the model's tensors do")
+        self.tensors = {name.removeprefix(prefix): what for name, what in self.tensors.items()}
+        self.missing = {name.removeprefix(prefix): file for name, file in self.missing.items()}
+        self.prefix += prefix
+
     def read(self, name: str, box: Box) -> Tensor:
         """One slice of a tensor. Its file is closed again, so that no more of it stays mapped."""
         file = self.folder / self.tensors[name][0]
         try:
             with safe_open(file, framework="pt") as opened:
-                return opened.get_slice(name)[tuple(slice(a, b) for a, b in box)]
+                return opened.get_slice(self.prefix + name)[tuple(slice(a, b) for a, b in box)]
         except (SafetensorError, OSError, ValueError) as e:
             raise CheckpointError(f"{file}: cannot be read any more ({first_line(e)})") from None
 

@@ -25,26 +25,16 @@ from megaresnorm.convert.compare import (
 from megaresnorm.convert.config_json import normalized
 from megaresnorm.convert.describe import described
 from megaresnorm.convert.family import MEGATRON_NAME, Family
-from megaresnorm.convert.files import (
-    CONFIG,
-    Progress,
-    Weights,
-    check_space,
-    is_buffer,
-    output_folder,
-    refuse_existing,
-)
-from megaresnorm.convert.links import Link, bands_of_rows, constants, links
-from megaresnorm.convert.match import Match
+from megaresnorm.convert.files import Progress, Weights, check_space, output_folder, refuse_existing
 from megaresnorm.convert.native import NativeModel
 from megaresnorm.convert.prompts import check_memory, prompts_of
 from megaresnorm.convert.provenance import Provenance, provenance_of
+from megaresnorm.convert.tensors import sliced_weights
 from megaresnorm.convert.tokenizers import read_tokenizer_of
 from megaresnorm.data.hf_tokenizer import HuggingFaceTokenizer
 from megaresnorm.data.tokenizer import Tokenizer
 from megaresnorm.errors import CheckpointError, ConfigError
 from megaresnorm.model.parameters import parameter_table
-from megaresnorm.model.specs import ParameterSpec
 from megaresnorm.recipe import ModelRecipe, Recipe
 from megaresnorm.recipe.load import beside, build_recipe, dump_values, load_recipe
 
@@ -57,7 +47,7 @@ class Imported:
         checkpoint: its folder.
         recipe: a file to train on with.
         settings: what it says.
-        family: of the original.
+        family: of the original; None for weights that have the names of our own model.
         tokenizer: None without one.
         notes: for the user.
         agreement: with the original; None where it was not verified.
@@ -66,7 +56,7 @@ class Imported:
     checkpoint: Path
     recipe: Path
     settings: Recipe
-    family: Family
+    family: Family | None
     model: ModelRecipe
     tokenizer: Tokenizer | None
     notes: tuple[str, ...]
@@ -77,6 +67,7 @@ def from_hf(
     source: Path,
     out: Path,
     *,
+    weights: Weights | None = None,
     seq_len: int | None = None,
     data: str = "runs/my-data",
     max_memory: int = 4_000_000_000,
@@ -92,6 +83,7 @@ def from_hf(
     Args:
         source: a folder of Transformers, or of Megatron-Core's weights.
         out: a folder that is not there yet.
+        weights: those to read, where they are not in ``source``, or have a prefix to leave out.
         seq_len: longest sequence, where it is to be shorter than the model's.
         data: data.path of the recipe.
         max_memory: bytes for tensors while reading and writing.
@@ -125,9 +117,11 @@ def from_hf(
             *notes,
             "without a tokenizer" if not with_tokenizer else f"{source} has no tokenizer that is read",
         )
-    weights = Weights(source)
+    weights = weights or Weights(source)
     if model.num_blocks > len(weights.tensors):  # listing the tensors of so many would take a while
-        raise CheckpointError(f"{source}: its {len(weights.tensors)} tensors are not of {model.num_blocks} layers")
+        raise CheckpointError(
+            f"{weights.folder}: its {len(weights.tensors)} tensors are not of {model.num_blocks} layers"
+        )
     sliced, dtype = sliced_weights(weights, chosen, parameter_table(model), max_memory // 8)
     num_bytes = sum(slices.num_bytes for slices in sliced.values())
     check_space(out, num_bytes)
@@ -137,129 +131,10 @@ def from_hf(
     values, notes = training_values(model, out.resolve().name, data, provenance), (*notes, *left_out)
     with output_folder(out) as folder:
         tell = progress("writing", num_bytes)
-        save(folder, out, values, tokenizer, provenance, {n: _counted(slices, tell) for n, slices in sliced.items()})
-        agreement = verify_import(source, folder, tolerance) if verify else None
+        save(folder, out, values, tokenizer, provenance, {n: counted(slices, tell) for n, slices in sliced.items()})
+        agreement = verify_import(source, weights, folder, tolerance) if verify else None
     checkpoint, recipe = out / "checkpoints" / "step-00000000", out / "recipe.yaml"
     return Imported(checkpoint, recipe, load_recipe(recipe), chosen.family, model, tokenizer, notes, agreement)
-
-
-def sliced_weights(
-    weights: Weights, chosen: Match, table: dict[str, ParameterSpec], chunk_bytes: int
-) -> tuple[dict[str, TensorSlices], torch.dtype]:
-    """Every parameter of ours, to be made from theirs a chunk of rows at a time, and the type of all.
-
-    Raises:
-        CheckpointError: as of ``matched``.
-    """
-    found: dict[str, list[Link]] = {name: [] for name in table}
-    for link in matched(weights, chosen, table):
-        found[link.ours].append(link)
-    wide = any(weights.tensors[link.theirs][2] is torch.float64 for ones in found.values() for link in ones)
-    dtype = torch.float64 if wide else torch.float32
-    slices = {name: native_slices(spec, found[name], weights, dtype, chunk_bytes) for name, spec in table.items()}
-    return slices, dtype
-
-
-def matched(weights: Weights, chosen: Match, table: dict[str, ParameterSpec]) -> Iterator[Link]:
-    """Every link, under the name that its tensor has in the files.
-
-    Raises:
-        CheckpointError: a tensor is missing, has another shape, or has no counterpart in our model.
-    """
-    used = set[str]()
-
-    def there(name: str) -> str:
-        return name if name in weights.tensors else name.removeprefix(chosen.family.prefix)
-
-    for link in links(chosen.family, chosen.recipe, table, chosen.factor):
-        name = there(link.theirs)
-        if name not in weights.tensors:
-            indexed = ", which the index has there" if {name, link.theirs} & weights.missing.keys() else ""
-            raise CheckpointError(f"{weights.folder}: has no tensor {link.theirs}{indexed}{_wrapped(weights)}")
-        padding = chosen.family.padded and table[link.ours].parts[0].role in ("embedding", "head")
-        rows = max(link.shape[0], weights.shape(name)[0]) if padding else link.shape[0]
-        if weights.shape(name) != (rows, *link.shape[1:]):
-            raise CheckpointError(
-                f"{weights.folder}: {name} has shape {list(weights.shape(name))}, {CONFIG} makes it {list(link.shape)}"
-            )
-        used.add(name)
-        if link.ours == "embedding.weight" and "head.weight" not in table:
-            used |= set(_same_again(weights, chosen.family, name))
-        yield Link(name, link.ours, link.rows, link.shape, link.transposed, link.factor)
-    for theirs, shape, must_be_zero in constants(chosen.family, chosen.recipe):
-        name = there(theirs)
-        if name in weights.tensors and must_be_zero:
-            odd_shape = weights.shape(name) != shape
-            if odd_shape or weights.read(name, tuple((0, size) for size in shape)).any():
-                raise CheckpointError(
-                    f"{weights.folder}: {name} is not {list(shape)} zeros, and our model has nothing for it"
-                )
-        used.add(name)
-    for name in weights.tensors:
-        if name not in used and not is_buffer(name):
-            raise CheckpointError(f"{weights.folder}: {name} is a tensor that our model has nothing for")
-    tied = {f"{theirs}.weight" for theirs, of in chosen.family.modules.items() if of.name == "head"}
-    for name in weights.missing:  # what the index names and no file has; a parameter was asked for above
-        if "head.weight" in table or there(name) not in tied:
-            raise CheckpointError(
-                f"{weights.folder / weights.missing[name]}: has no tensor {name}, which the index has there"
-            )
-
-
-def _wrapped(weights: Weights) -> str:
-    """What to do where tensors have the prefix of a wrapper around the model, or a part of it, that was saved."""
-    for prefix, whose in _WRAPPERS.items():
-        if any(f".{prefix}" in f".{name}" for name in weights.tensors):
-            return f"; names have {prefix} in them, as {whose} leaves it: save the model inside of it, or rename them"
-    return ""
-
-
-_WRAPPERS = {
-    "module.": "DistributedDataParallel",
-    "_orig_mod.": "torch.compile",
-    "_fsdp_wrapped_module.": "FSDP",
-    "base_model.model.": "PEFT",
-}
-
-
-def _same_again(weights: Weights, family: Family, embedding: str) -> Iterator[str]:
-    """The name of a tied model's output matrix, where it was saved beside the embedding.
-
-    Raises:
-        CheckpointError: the two differ.
-    """
-    for theirs, of in family.modules.items():
-        name = f"{theirs}.weight"
-        if of.name != "head" or name not in weights.tensors:
-            continue
-        shape = weights.shape(embedding)
-        same = weights.shape(name) == shape and all(
-            torch.equal(*(weights.read(one, ((start, stop), (0, shape[1]))) for one in (name, embedding)))
-            for start, stop in bands_of_rows(shape, 8, 1 << 26)
-        )
-        if not same:
-            raise CheckpointError(f"{weights.folder}: {name} differs from {embedding}, to which {CONFIG} ties it")
-        yield name
-
-
-def native_slices(
-    spec: ParameterSpec,
-    found: Sequence[Link],
-    weights: Weights,
-    dtype: torch.dtype,
-    chunk_bytes: int,
-) -> TensorSlices:
-    """One parameter of ours, made a chunk of rows at a time. Rows that theirs lack (vocabulary padding) are zeros."""
-
-    def chunks() -> Iterator[Tensor]:
-        for start, stop in bands_of_rows(spec.shape, dtype.itemsize, chunk_bytes):
-            value = torch.zeros(stop - start, *spec.shape[1:], dtype=dtype)
-            for link in found:
-                rows, theirs = link.our_rows(weights, start, stop, dtype)
-                value[rows - start] = theirs
-            yield value
-
-    return TensorSlices(spec.shape, dtype, None, (tuple((0, size) for size in spec.shape),), owned=True, chunks=chunks)
 
 
 def save(
@@ -267,17 +142,18 @@ def save(
     out: Path,
     values: dict[str, Any],
     tokenizer: Tokenizer | None,
-    provenance: Provenance,
+    provenance: Provenance | None,
     weights: dict[str, TensorSlices],
 ) -> None:
     """Write the checkpoint of a run that has not taken a step, and its recipe of these plain values.
 
     Args:
         folder: to write into, which will become ``out``.
+        provenance: None where the weights come from no model of Transformers.
     """
     recipe = build_recipe(beside(values, str(out.absolute())))
     described_as = None if tokenizer is None else tokenizer.describe()
-    attached = {SOURCE: provenance.model_dump_json().encode()}
+    attached = {} if provenance is None else {SOURCE: provenance.model_dump_json().encode()}
     if tokenizer is not None and described_as is not None and "file" in described_as:
         attached[described_as["file"]] = tokenizer.model
     state = RunState(
@@ -312,21 +188,21 @@ def training_values(model: ModelRecipe, name: str, data: str, provenance: Proven
     }
 
 
-def verify_import(source: Path, folder: Path, tolerance: float) -> Agreement:
-    """The written checkpoint beside the original.
+def verify_import(source: Path, weights: Weights, folder: Path, tolerance: float) -> Agreement:
+    """The written checkpoint beside the original, whose config.json is in ``source``.
 
     Raises:
         ConversionError: the two do not compute the same.
     """
     native = NativeModel(folder)
     prompts = prompts_of(native, native.tokenizer())
-    theirs = kept_logits_on(prompts, lambda: of_theirs(load_theirs(source)))
+    theirs = kept_logits_on(prompts, lambda: of_theirs(load_theirs(source, weights=weights)))
     agreement = compare(theirs, logits_on(prompts, of_ours(native.model())), tolerance)
     agreement.judge("the checkpoint")
     return agreement
 
 
-def _counted(slices: TensorSlices, tell: Progress) -> TensorSlices:
+def counted(slices: TensorSlices, tell: Progress) -> TensorSlices:
     """The same slices; ``tell`` is called with the bytes of every chunk that was made."""
     made = slices.chunks
     assert made is not None

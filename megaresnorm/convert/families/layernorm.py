@@ -50,6 +50,7 @@ gpt_neox = Family(
         "gpt_neox.final_layer_norm": Of("final_norm"),
         "embed_out": Of("head"),
     },
+    inside={"embed_out.weight": "lm_head.weight"},
     prefix="gpt_neox.",
 )  # fmt: skip
 starcoder2 = Family(
