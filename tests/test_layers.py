@@ -279,6 +279,8 @@ def test_who_a_process_is_is_read_from_the_environment_in_one_file():
         "parallel/environment.py",
         "parallel/plan.py",  # how ranks are to be started
         "kernels/deterministic.py",  # sets what cuBLAS reads
+        "engines/deepspeed.py",  # sets what DeepSpeed reads
+        "engines/extensions.py",  # CXX; sets where torch compiles for as long as it does
         "resilience/supervisor.py",  # passes it on to torchrun
         "launch/request.py",  # what is passed on to other nodes
         "launch/front.py",  # passes it on to launchers
