@@ -24,6 +24,7 @@ NO_COMMANDS = {
     "campaign_kernels.py",
     "norm_contenders.py",
     "stub_driver.py",
+    "version_probe.py",
 }
 
 
