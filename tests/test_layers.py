@@ -287,8 +287,6 @@ def test_who_a_process_is_is_read_from_the_environment_in_one_file():
         "launch/deepspeed.py",  # what its launcher passes on by itself
         "cli/launch.py",  # sets what --env names
         "kernels/cpu/build.py",  # CC and the cache folder
-        "engines/deepspeed.py",  # sets what DeepSpeed reads: the kind of device, and which
-        "engines/extensions.py",  # sets the folder that torch builds in
         "data/english.py",  # the cache folder
         "data/tokenize.py",  # sets what a tokenizer's library reads
         "reading.py",  # variables in paths

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megaresnorm.checkpoint.format import DTYPES, MANIFEST, SOURCE, TensorSlices, file_sha256
 from megaresnorm.checkpoint.manifest import read_manifest, unreadable
+from megaresnorm.checkpoint.slices import FileSlice, beside_each_other, overlap
 from megaresnorm.data.tokenizer import MAX_TOKENIZER_BYTES
 from megaresnorm.errors import CheckpointError, DamagedError
 from megaresnorm.parallel.control import ALONE, all_or_raise, run_on_all_ranks
@@ -21,24 +22,11 @@ from megaresnorm.reading import read_plain_file
 
 MAX_HEADER_BYTES = 1 << 24
 MAX_SLICES = 64  # of one tensor in one file: a rank has one of every logical part
-MAX_BESIDE = 1024  # slices of the same rows: at most as many as tensor-parallel ranks
 OPEN_FILES = 64
 HASHING_THREADS = 4
 CHUNK_ELEMENTS = 1 << 22  # of a tensor that is read and not kept: 16 MB in FP32
 _UNREADABLE = (SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError)
 _TYPES = {code: name.removeprefix("torch.") for name, code in DTYPES.items()}
-
-
-class FileSlice(NamedTuple):
-    """Rows of a tensor in a file, from ``row`` on, that are the slice ``box`` of the whole tensor.
-
-    If the tensor in the file is flat while the whole one is not, ``row`` is the first of the slice's elements.
-    """
-
-    file: str
-    row: int
-    box: Box
-    flat: bool = False
 
 
 class Checkpoint:
@@ -197,8 +185,8 @@ class Checkpoint:
         for group, members in self.tensors.items():
             for name, recorded in members.items():
                 slices = sorted(self._file_slices[group].get(name, []), key=lambda h: h.box)
-                for one, other in _beside_each_other(slices):
-                    if _overlap(one.box, other.box) is not None:
+                for one, other in beside_each_other(slices):
+                    if overlap(one.box, other.box) is not None:
                         where = f"{self.folder / other.file}: {name}"
                         raise DamagedError(f"{where} has the slice {other.box}, which overlaps {one.box} of {one.file}")
                 if sum(prod(b - a for a, b in h.box) for h in slices) != prod(recorded["shape"]):
@@ -209,7 +197,7 @@ class Checkpoint:
         for box in boxes:
             piece: Tensor | None = None
             for slices in self._file_slices[group][name]:
-                common = _overlap(slices.box, box)
+                common = overlap(slices.box, box)
                 if common is None:
                     continue
                 within = [slice(a - start, b - start) for (a, b), (start, _) in zip(common, slices.box, strict=True)]
@@ -341,19 +329,3 @@ def _slices(path: Path) -> dict[str, tuple[list[int], str, list]]:
     except _UNREADABLE as e:
         reason = f"{type(e).__name__} {e}".splitlines()[0][:200]
         raise DamagedError(f"{path}: not a readable safetensors file of slices ({reason})") from None
-
-
-def _beside_each_other(slices: Sequence[FileSlice]) -> Iterator[tuple[FileSlice, FileSlice]]:
-    """Pairs of slices with rows in common; DamagedError where they are more than ranks could have made."""
-    for i, one in enumerate(slices):
-        for beside, other in enumerate(slices[i + 1 :]):
-            if other.box[0][0] >= one.box[0][1]:
-                break
-            if beside == MAX_BESIDE:
-                raise DamagedError(f"{one.file}: over {MAX_BESIDE} slices of the same rows")
-            yield one, other
-
-
-def _overlap(one: Box, other: Box) -> Box | None:
-    common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
-    return common if all(a < b for a, b in common) else None

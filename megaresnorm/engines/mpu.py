@@ -8,8 +8,7 @@ from megaresnorm.parallel.mesh import ParallelContext
 class Mpu:
     """The axes of a run under the names by which DeepSpeed (0.19) asks for them.
 
-    Its methods have no more to say than their names. DeepSpeed knows tensor parallelism under two, and no context or
-    sequence parallelism here.
+    DeepSpeed knows tensor parallelism under two of them.
 
     Args:
         context: of several ranks or of one, in a process group.
@@ -22,24 +21,31 @@ class Mpu:
         self._groups = {axis.name: axis.group or own or dist.group.WORLD for axis in (self._dp, self._tp)}
 
     def get_data_parallel_group(self) -> dist.ProcessGroup | None:
+        """Ranks that read different samples."""
         return self._groups[self._dp.name]
 
     def get_data_parallel_world_size(self) -> int:
+        """Number of them."""
         return self._dp.size
 
     def get_data_parallel_rank(self) -> int:
+        """Index of this rank among them."""
         return self._dp.rank
 
     def get_tensor_model_parallel_group(self) -> dist.ProcessGroup | None:
+        """Ranks that have parts of the same matrices."""
         return self._groups[self._tp.name]
 
     def get_tensor_model_parallel_world_size(self) -> int:
+        """Number of them."""
         return self._tp.size
 
     def get_tensor_model_parallel_rank(self) -> int:
+        """Index of this rank among them."""
         return self._tp.rank
 
     def get_tensor_model_parallel_src_rank(self) -> int:
+        """The first of them, among all ranks."""
         return dist.get_rank() - self._tp.rank
 
     get_model_parallel_group = get_tensor_model_parallel_group
@@ -47,7 +53,9 @@ class Mpu:
     get_model_parallel_rank = get_tensor_model_parallel_rank
 
     def get_pipeline_model_parallel_world_size(self) -> int:
+        """Stages of a pipeline: there is none."""
         return 1
 
     def get_pipeline_model_parallel_rank(self) -> int:
+        """Index of this stage."""
         return 0

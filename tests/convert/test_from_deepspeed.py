@@ -35,7 +35,7 @@ def models(tmp_path_factory) -> Path:
 
 
 def trained(models: Path, name: str, folder: Path, rename=lambda name: name, change=lambda tensors: None) -> Path:
-    """What zero_to_fp32.py writes for a model of Transformers: tensors alone, in ``folder``/fp32, beside config.json."""
+    """What zero_to_fp32.py writes for a model of Transformers: tensors alone, in folder/fp32, beside config.json."""
     (folder / "fp32").mkdir(parents=True)
     shutil.copy(models / name / "hf" / "config.json", folder)
     tensors = load_file(models / name / "hf" / "model.safetensors")
@@ -168,7 +168,7 @@ def test_what_does_not_fit_the_recipe_is_named(models, tmp_path, capsys):
     one = torch.ones(4, 4)
     for i, (change, wanted) in enumerate([
         ({"final_norm.weight": one}, "final_norm.weight is a tensor that the recipe's model does not have"),
-        ({"blocks.1.ffn.branch.down.weight": one}, "blocks.1.ffn.branch.down.weight has shape [4, 4], the recipe makes"),
+        ({"blocks.1.ffn.branch.down.weight": one}, "blocks.1.ffn.branch.down.weight has shape [4, 4], the recipe"),
         ({"blocks.1.ffn.branch.down.weight": torch.full((24, 36), torch.nan)}, "holds NaN or infinity"),
         ({"head.weight": one}, "head.weight has shape [4, 4]"),
     ]):  # fmt: skip
@@ -181,9 +181,7 @@ def test_what_does_not_fit_the_recipe_is_named(models, tmp_path, capsys):
         capsys, folder, "--recipe", recipe, tmp_path / "out"
     )
     folder, recipe = ours(models, "tied", tmp_path / "tied" / "fp32", **{"head.weight": torch.ones(40, 24)})
-    assert "head.weight differs from embedding.weight" in refused(
-        capsys, folder, "--recipe", recipe, tmp_path / "out"
-    )
+    assert "head.weight differs from embedding.weight" in refused(capsys, folder, "--recipe", recipe, tmp_path / "out")
 
 
 def test_what_does_not_fit_the_configuration_is_named(models, tmp_path, capsys):
