@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from megaresnorm.checkpoint.format import TensorSlices, file_sha256
 from megaresnorm.checkpoint.manifest import encode_manifest
-from megaresnorm.checkpoint.reader import Checkpoint, FileSlice, _beside_each_other
+from megaresnorm.checkpoint.reader import Checkpoint
+from megaresnorm.checkpoint.slices import FileSlice, beside_each_other
 from megaresnorm.checkpoint.state import state_of
 from megaresnorm.checkpoint.writer import save_checkpoint
 from megaresnorm.errors import UserError
@@ -302,7 +303,7 @@ def test_slices_beside_each_other_are_compared_up_to_a_bound():
     held = [FileSlice(f"weights-{i:05d}-00001.safetensors", 0, ((0, 1), (i, i + 1))) for i in range(100_000)]
     start = time.process_time()
     with pytest.raises(UserError, match="over 1024 slices of the same rows"):
-        list(_beside_each_other(held))
+        list(beside_each_other(held))
     assert time.process_time() - start < 1
 
 
