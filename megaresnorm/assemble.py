@@ -108,6 +108,7 @@ def build_model(
     logit_rows: int | None = None,
     shard: Callable[[Transformer], None] | None = None,
     made: Callable[[nn.Parameter], None] = lambda _: None,
+    shards_later: bool = False,
 ) -> Assembled:
     """Build, materialise and initialise the model of a recipe, or a rank's part of it. Collective.
 
@@ -120,6 +121,7 @@ def build_model(
         shard: called with every stage while it is on the meta device, so that a rank gets memory for its shards alone.
         made: called with every parameter as soon as it has its value, in the same order on all ranks of dp, which may
             then cut it.
+        shards_later: whether the engine will shard the finished model, and gather its weights by hooks in the blocks.
 
     Communication:
         None: initial weights are not sent.
@@ -133,9 +135,8 @@ def build_model(
     parallel, context = parallel or ParallelRecipe(), context or ParallelContext.single()
     offload = Offload.of_device(device) if recompute.offload else None
     opaque, dtypes = opaque_kernel(kernels, precision), stored_dtypes(precision)
-    compiling = resolve_compile_mode(
-        compiled, recipe, device.type, tp=context.tp.size, sharded=shard is not None, opaque=opaque
-    )
+    sharded = shards_later or shard is not None
+    compiling = resolve_compile_mode(compiled, recipe, device.type, tp=context.tp.size, sharded=sharded, opaque=opaque)
     compute, stored = DTYPES[precision.branches], DTYPES[precision.stream]
     kinds = {"activation": recipe.ffn, "attention": "plain" if recipe.attention_softcap is None else "softcap"}
     chosen = {

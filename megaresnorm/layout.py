@@ -6,6 +6,7 @@ from megaresnorm.model.transformer import Stage
 from megaresnorm.parallel.mesh import Sizes, resolve_sizes
 from megaresnorm.parallel.stages import split_blocks, stage_ranges
 from megaresnorm.recipe import KernelRecipe, ModelRecipe, ParallelRecipe, PrecisionRecipe, Recipe, divisors
+from megaresnorm.recipe.names import flat
 
 LARGE_VOCABULARY = 1 << 16  # tokens of a rank from which on the logits of a microbatch are the largest tensor by far
 WHOLE_ROWS = ("cpu", "reference", "liger", "quack")  # backends of the loss without pieces
@@ -129,6 +130,9 @@ def check_execution(recipe: Recipe, sizes: Sizes, device_type: str) -> None:
         against = next((reason for reason, holds in reasons.items() if holds), None)
         if against:
             raise ConfigError(f"train.compile=cuda_graphs {against}; try train.compile=blocks")
+    for key, value in flat(recipe.engine.passed_on).items():
+        if key.endswith("pin_memory") and value and not gpu:
+            raise ConfigError(f"engine.deepspeed.{key}=true has no effect on a CPU, which copies nothing; remove it")
     if recipe.train.deterministic and gpu:
         if recipe.kernels.add_norm in ("te", "apex"):
             raise ConfigError(

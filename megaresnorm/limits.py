@@ -15,6 +15,8 @@ MAX_BATCH = 10**8  # samples of one step
 MAX_SOURCES = 1_000  # data sets of a blend, each of which is opened
 MAX_RANKS = 1 << 20  # processes: ten times the largest cluster; more is a mistake that would be waited for
 MAX_SECONDS = 7 * 24 * 3600  # that ranks wait for each other: more is a rank that nobody would miss
+MAX_BUCKET = 1 << 31  # elements that DeepSpeed sends at a time, for which it allocates FP32 at once
+MAX_ELEMENTS = 1 << 62  # of weights, where it only compares
 MAX_TOKENS = 10**6  # tokens of one generated text, which is kept as a whole
 # Settings are used in FP32: a smaller positive number is 0 there, or loses digits and is 0 on hardware that flushes
 # it; a larger one is infinite.

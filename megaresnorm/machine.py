@@ -1,13 +1,14 @@
 """What a run needs of a machine, looked at piece by piece. Nothing is downloaded; the C kernels are compiled, once."""
 
-import importlib.metadata
 import os
 import platform
 import resource
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,9 @@ from megaresnorm.kernels.cpu import build
 from megaresnorm.kernels.cpu.trusted import BuildError
 from megaresnorm.kernels.fp8.product import RECIPES
 from megaresnorm.kernels.registry import choose_kernel, kernel_named
+from megaresnorm.packages import DEEPSPEED, is_tested, version_of
 from megaresnorm.parallel.addresses import address_towards, interface_of, is_loopback, local_address_of
+from megaresnorm.reading import first_line
 from megaresnorm.resilience.host import host_memory
 from megaresnorm.telemetry.loggers import installed
 
@@ -36,6 +39,7 @@ EXTRAS = {  # of pyproject.toml, and a module of each
 LEAST_TORCH = (2, 11)
 LEAST_SHM = 1 << 30  # bytes: ranks of a node exchange tensors there; a container has 64 MB unless told otherwise
 LEAST_DISK = 10 * 10**9
+SECONDS_TO_STEP = 180  # that DeepSpeed has for its import and one step
 LEAST_FILES = 1024  # open files: every rank has sockets to others
 
 
@@ -80,6 +84,7 @@ def look_at_machine(device: torch.device) -> Iterator[Check]:
     yield _network()
     yield _launchers()
     yield _extras()
+    yield _deepspeed(device)
 
 
 def _python() -> Check:
@@ -123,7 +128,7 @@ def _gpus() -> Iterator[Check]:
         found = f"{kind}, {human_bytes(free)} of {human_bytes(total)} free"
         yield _check(f"GPU {index}", found, free > 0.9 * total, "another program uses it")
     yield Check("driver", "PASS", f"{_driver() or 'unknown'}; NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
-    triton = _version("triton")
+    triton = version_of("triton")
     yield _check("triton", triton or "missing", triton is not None, "pip install triton")
     if not torch.cuda.is_bf16_supported():
         yield Check("BF16", "WARN", "these GPUs have none", "precision.compute: fp16")
@@ -235,14 +240,28 @@ def _launchers() -> Check:
 
 
 def _extras() -> Check:
-    there = [f"{extra} ({_version(module) or 'there'})" for extra, module in EXTRAS.items() if installed(module)]
+    versions = {extra: version_of(module.replace("_", "-")) for extra, module in EXTRAS.items() if installed(module)}
+    there = [f"{extra} ({version or 'there'})" for extra, version in versions.items()]
     missing = [extra for extra, module in EXTRAS.items() if not installed(module)]
     more = f"; not installed: {', '.join(missing)} (pip install 'megaresnorm[NAME]')" if missing else ""
     return Check("extras", "PASS", (", ".join(there) or "none") + more)
 
 
-def _version(package: str) -> str | None:
+def _deepspeed(device: torch.device) -> Check:
+    """Whether DeepSpeed makes a step here, in a process of its own."""
+    version = version_of("deepspeed")
+    if version is None:
+        return Check("DeepSpeed", "PASS", f"not installed; engine.name: deepspeed needs {DEEPSPEED}")
+    if not is_tested(version):
+        advice = f"for engine.name: deepspeed pip install 'deepspeed{DEEPSPEED}', which was tested"
+        return Check("DeepSpeed", "WARN", version, advice)
+    command, start = [sys.executable, "-m", "megaresnorm.engines.probe", str(device)], time.monotonic()
     try:
-        return importlib.metadata.version(package.replace("_", "-"))
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        got = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_TO_STEP)
+        lines = got.stderr.strip().splitlines()
+        failure = None if got.returncode == 0 else lines[-1][:200] if lines else f"exit code {got.returncode}"
+    except (OSError, subprocess.TimeoutExpired) as e:
+        failure = first_line(e)
+    if failure is not None:
+        return Check("DeepSpeed", "WARN", f"{version}, which makes no step here: {failure}", "engine.name: native")
+    return Check("DeepSpeed", "PASS", f"{version}, imported, and made a step in {time.monotonic() - start:.1f} s")

@@ -27,6 +27,7 @@ from megaresnorm.layout import check_execution, check_layout, ranks_without_samp
 from megaresnorm.model.lint import check
 from megaresnorm.model.parameters import parameter_table
 from megaresnorm.optim import check_eps
+from megaresnorm.packages import check_deepspeed, version_of
 from megaresnorm.parallel.environment import Environment, read_environment
 from megaresnorm.parallel.mesh import Sizes, usable_ranks
 from megaresnorm.parallel.rendezvous import agree, open_store, wait_until_heard
@@ -101,7 +102,9 @@ def open_recipe(load: Callable[[], Recipe], environment: Environment | None = No
 
 def _look(recipe: Recipe, environment: Environment, store: Store | None) -> Opened:
     check_loggers(recipe.train.loggers)
-    check_offload(recipe.engine)
+    if recipe.engine.name == "deepspeed":
+        check_deepspeed()
+        check_offload(recipe.engine)
     for finding in check(recipe):
         log.warning("warning: %s", finding.message)
     data = open_data(recipe.data)
@@ -186,6 +189,8 @@ def facts_of_start(recipe: Recipe) -> dict[str, str]:
         "the version of Python": platform.python_version(),
         "the version of numpy": numpy.__version__,
     }
+    if recipe.engine.name == "deepspeed":
+        versions["the version of deepspeed"] = version_of("deepspeed") or "none"
     settings = {key: json.dumps(value) for key, value in flat(recipe.model_dump(exclude_none=True)).items()}
     # A node may have its data elsewhere: their content is compared.
     return versions | {key: value for key, value in settings.items() if not key.startswith(_PLACES)} | _package()

@@ -22,7 +22,7 @@ from megaresnorm.checkpoint.state import RunState, recipe_of, state_of
 from megaresnorm.data.loader import Loader, SampleRange, StepBatch
 from megaresnorm.data.samples import Samples
 from megaresnorm.data.training_data import open_samples
-from megaresnorm.engines import make_engine
+from megaresnorm.engines import engine_files, make_engine
 from megaresnorm.engines.engine import Engine
 from megaresnorm.errors import NonFiniteError, TrainingError, UserError
 from megaresnorm.evaluation import Evaluation, bytes_per_label
@@ -33,7 +33,6 @@ from megaresnorm.parallel.control import all_or_raise, run_on_all_ranks
 from megaresnorm.parallel.mesh import ParallelContext, start_process_group
 from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import dump_recipe
-from megaresnorm.recompute_auto import recompute_file
 from megaresnorm.resilience.output import OutputFolder
 from megaresnorm.schedule import batch_size, lr_jump
 from megaresnorm.telemetry.describe import data_name, describe_run
@@ -342,8 +341,8 @@ class Run:
         log.info("weights   %s", checkpoint.folder)
 
     def _prepare_output(self) -> None:
-        plan = recompute_file(self.recipe, self.context, self.engine.assembled.segments, self.device.type)
-        self.folder.prepare(dump_recipe(self.recipe), plan, self.engine.tensors, self.recipe.checkpoint.keep)
+        files = {"recipe.yaml": dump_recipe(self.recipe)} | engine_files(self.recipe, self.engine.assembled)
+        self.folder.prepare(files, self.engine.tensors, self.recipe.checkpoint.keep)
 
     def _all_or_raise(self, work: Callable[[], T]) -> T:
         """What ``work`` returns, if it fails on no rank; between steps, when nothing is being saved."""

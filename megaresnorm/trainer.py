@@ -55,7 +55,7 @@ class Trainer:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.meter = Meter.of(run.recipe, run.context.world.size, run.device)
-        self.numbers = Numbers(run.recipe, run.engine.assembled)
+        self.numbers = Numbers(run.recipe, run.engine.assembled, run.engine.tensors["weights"])
         self._stop: StopSignals | None = None
         self._asked_to_stop = False
         self._warned_of_no_labels = False

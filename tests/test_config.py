@@ -42,7 +42,7 @@ BAD = [
     (["optim.learning_rate=4"], ["optim.learning_rate", "did you mean optim.lr?"]),
     (["recompute.gathered=keep"], ["recompute.gathered=keep has no effect with parallel.tensor_layout=full"]),
     (["parallel.merge_chunks=2"], ["parallel.merge_chunks=2 has no effect with parallel.tensor_layout=full"]),
-    (["engine.name=deepspeed"], ["engine.name", "native"]),
+    (["engine.name=megatron"], ["engine.name='megatron'", "native, deepspeed"]),
     (["model.num_layers=4"], ["did you mean model.num_blocks?"]),
     (["model.hidden_size=4"], ["did you mean model.dim?"]),
     (["optim.weightdecay=0.1"], ["did you mean optim.weight_decay?"]),

@@ -260,7 +260,7 @@ def test_without_deepspeed_an_environment_of_others_is_named_and_left_alone(tmp_
     assert got.returncode == 1 and words is None and pip_calls(venv) == []
     (line,) = got.stderr.splitlines()
     assert "was not made here and is used as it is, but" in line and "deepspeed is missing" in line
-    assert "torch is" not in line and "'deepspeed>=0.17'" in line
+    assert "torch is" not in line and "'deepspeed>=0.19.7,<0.20'" in line
 
 
 @pytest.mark.parametrize("name", ["torchrun.sh", "deepspeed.sh"])

@@ -107,7 +107,14 @@ HUGGING_FACE_AND_DEEPSPEED = {
     "optim.adam_epsilon=1e-8": "did you mean optim.eps?",
     "train.train_micro_batch_size_per_gpu=4": "did you mean train.micro_batch?",
     "train.train_batch_size=32": "did you mean train.global_batch?",
-    "engine.zero_optimization=2": "parallel.dp_shard",
+    "engine.zero_optimization=2": "did you mean engine.zero_stage? (a number, with engine.name: deepspeed; natively",
+    "train.zero_stage=3": "natively parallel.dp_shard, a number of ranks: reshard_after_forward: true for stage 3",
+    "train.overlap_comm=true": "did you mean engine.deepspeed.zero_optimization.overlap_comm? (natively torch's",
+    "train.deepspeed=ds.json": "did you mean engine.name? (deepspeed; what its JSON decides has its place in a",
+    "train.deepspeed_config=ds.json": "engine.zero_stage, engine.offload, and engine.deepspeed for the rest",
+    "train.fsdp_offload_params=true": "did you mean engine.offload? (parameters, with engine.name: deepspeed",
+    "parallel.zero_hpz_partition_size=8": "nearest is parallel.dp_shard, natively: ranks of a node",
+    "train.allgather_bucket_size=500": "nothing reads it",
     "train.gradient_clipping=1.0": "did you mean optim.clip_norm?",
 }
 FP8 = {  # of Megatron, torchtitan and torchao, accelerate, Transformer Engine
@@ -147,7 +154,9 @@ QUALIFIED = {  # words that mean something in their own section alone
     "validation.steps=5": "did you mean train.eval_samples?",
     "fault_tolerance.enable=true": "megaresnorm launch restarts dead ranks",
     "training.seed=5": "did you mean train.seed?",
-    "zero_optimization.offload_optimizer.device=cpu": "optimizer are not offloaded",
+    "zero_optimization.stage=3": "did you mean engine.zero_stage?",
+    "zero_optimization.offload_optimizer.device=cpu": "did you mean engine.offload? (optimizer, not cpu",
+    "checkpoint.tag_validation=Warn": "checkpoints are written by megaresnorm",
     "bf16.enabled=true": "did you mean precision.compute? (bf16, not true)",
     "fp16.enabled=true": "did you mean precision.compute? (fp16, not true)",
     "fp16.loss_scale=0": "did you mean precision.loss_scale?",
@@ -185,6 +194,8 @@ NEVER = {
     "recompute.block=1": "did you mean recompute.blocks",
     "recompute.norm=1": "model.norm",
     "train.mode=max": "recompute.policy",
+    "train.debug=true": "comms_logger",
+    "model.verbose=true": "engine.deepspeed",
     "recompute=3": "model",
 }
 

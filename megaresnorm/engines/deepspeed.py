@@ -81,6 +81,7 @@ class DeepSpeedEngine:
             compiled=recipe.train.compile,
             logit_rows=logit_rows_of(recipe, context.tp.size, device.type),
             made=Cutter(deepspeed, config, mpu).cut if self._stage == 3 else lambda _: None,
+            shards_later=self._stage == 3,
         )
         self.passes = Passes(recipe, assembled.device)
         self._parameters = assembled.parameters()

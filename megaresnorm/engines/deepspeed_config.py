@@ -3,6 +3,7 @@
 from typing import Any
 
 from megaresnorm.recipe import Recipe
+from megaresnorm.recipe.engine import LOGGED
 
 
 def deepspeed_config(recipe: Recipe, *, data_ranks: int, pin: bool) -> dict[str, Any]:
@@ -36,6 +37,16 @@ def deepspeed_config(recipe: Recipe, *, data_ranks: int, pin: bool) -> dict[str,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "communication_data_type": "fp32",
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU in every pass
     }
-    own["zero_optimization"] |= engine.deepspeed.get("zero_optimization", {})
-    return own
+    if any(engine.passed_on.get(key) for key in LOGGED):
+        own["log_level"] = "info"
+    return _merged(own, engine.passed_on)
+
+
+def _merged(own: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings, those of ``more`` last."""
+    found = dict(own)
+    for key, value in more.items():
+        found[key] = _merged(found.get(key, {}), value) if isinstance(value, dict) else value
+    return found

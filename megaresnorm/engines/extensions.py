@@ -30,7 +30,7 @@ import torch
 from megaresnorm.errors import ConfigError
 from megaresnorm.kernels.cpu import build, trusted
 from megaresnorm.kernels.cpu.trusted import BuildError
-from megaresnorm.recipe.execution import EngineRecipe
+from megaresnorm.recipe.engine import EngineRecipe
 
 log = logging.getLogger(__name__)
 

@@ -197,7 +197,7 @@ def resolve_compile_mode(
 
     Args:
         tp: ranks of tensor parallelism.
-        sharded: whether FSDP2 will shard the blocks.
+        sharded: whether FSDP2 or ZeRO-3 will shard the blocks.
         opaque: what no compiler sees through, as key=value; None where there is nothing.
 
     Raises:
@@ -209,7 +209,7 @@ def resolve_compile_mode(
         reasons = {
             f"at model.dim={recipe.dim} products take nearly all the time": cpu and recipe.dim > WIDEST,
             "not measured with parallel.tp": tp > 1,
-            "FSDP2's hooks stand between the blocks": sharded,
+            "hooks that gather weights stand between the blocks": sharded,
             f"{opaque} cannot be compiled into a block": opaque is not None,
             f"its blocks are of {kinds} kinds, each of which would be compiled": kinds > MOST_KINDS,
         }

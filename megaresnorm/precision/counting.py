@@ -78,9 +78,9 @@ class Tally:
             which: INPUT, WEIGHT or GRADIENT.
         """
         self._elements[block][which] += counts.elements
-        self._others[block, which] += counts.others
+        self._others[block, which] += counts.others.to(self._others.device)  # weights may be in host memory
         amax = self._amax[block, which]
-        torch.maximum(amax, counts.amax, out=amax)
+        torch.maximum(amax, counts.amax.to(amax.device), out=amax)
 
     def over_ranks(self, context: ParallelContext) -> "Seen":
         """The shares over all ranks. Collective. Waits for the device.

@@ -3,7 +3,7 @@
 K in_dim   N out_dim   T tokens
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -114,6 +114,7 @@ class Watch:
         num_blocks: of the whole model.
         layout: the stream's.
         dtype: that products which are not in FP8 read.
+        weights: by the id of a parameter what this rank has of it, where that is not the parameter's own memory.
     """
 
     def __init__(
@@ -123,9 +124,10 @@ class Watch:
         layout: TensorLayout,
         dtype: torch.dtype,
         device: torch.device,
+        weights: Mapping[int, Tensor],
     ) -> None:
         self._layers = [
-            (number, layer, local(layer.weight.detach()))
+            (number, layer, weights.get(id(layer.weight), local(layer.weight.detach())))
             for number, block in blocks
             for layer in block.modules()
             if isinstance(layer, Linear)

@@ -7,7 +7,8 @@ between fields are checked here; relations with data, topology or hardware where
 from pydantic import model_validator
 from typing_extensions import Self
 
-from megaresnorm.recipe.execution import EngineRecipe, KernelRecipe, ParallelRecipe, WatchdogRecipe
+from megaresnorm.recipe.engine import EngineRecipe, check_deepspeed
+from megaresnorm.recipe.execution import KernelRecipe, ParallelRecipe, WatchdogRecipe
 from megaresnorm.recipe.model import InitRecipe, ModelRecipe, RopeScaling, TopologyOptions
 from megaresnorm.recipe.precision import FP8_MULTIPLE, Fp8Recipe, PrecisionRecipe
 from megaresnorm.recipe.recompute import RecomputeBlocks, RecomputeRecipe
@@ -143,6 +144,12 @@ class Recipe(Section):
             )
         if blocks is not None and 0 in blocks[1:-1]:
             raise ValueError(f"parallel.stage_blocks={blocks}: only the first and the last stage can be without blocks")
+        return self
+
+    @model_validator(mode="after")
+    def _deepspeed_can_run_it(self) -> Self:
+        if self.engine.name == "deepspeed":
+            check_deepspeed(self.engine, self.parallel, self.precision, self.recompute, self.train)
         return self
 
     @model_validator(mode="after")

@@ -1,6 +1,6 @@
 """Settings of how a run is computed: kernels, ranks, and how long these wait for each other."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -9,21 +9,6 @@ from megaresnorm.limits import MAX_BLOCKS, MAX_CHUNKS, MAX_SECONDS
 from megaresnorm.recipe.section import BlocksOr0, Ranks, Section, Word, refuse_ignored
 
 Seconds = Annotated[int, Field(ge=1, le=MAX_SECONDS)]
-
-
-class EngineRecipe(Section):
-    """What makes the optimizer steps."""
-
-    name: Literal["native", "deepspeed"] = "native"
-    """native: plain PyTorch with DDP, FSDP2 and torch's pipelines. deepspeed: DeepSpeed's ZeRO, without pipelines."""
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    """deepspeed: what is sharded over the data-parallel ranks. 0: nothing; 1: the optimizer's state; 2: gradients, too;
-    3: weights, too."""
-    offload: Literal["none", "optimizer", "parameters"] = "none"
-    """deepspeed: what is kept in host memory. optimizer: moments and master weights, which the CPU updates (stages 1 to
-    3); parameters: the weights as well (stage 3)."""
-    deepspeed: dict[str, Any] = {}
-    """deepspeed: settings of DeepSpeed's own that are passed on to it; none of those that the recipe decides."""
 
 
 class KernelRecipe(Section):

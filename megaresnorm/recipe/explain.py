@@ -9,10 +9,11 @@ from pydantic import BaseModel
 
 from megaresnorm.limits import MAX_SHOWN
 from megaresnorm.recipe import Recipe
-from megaresnorm.recipe.names import meaning_of, short
+from megaresnorm.recipe.names import foreign_names, meaning_of, short
 
 _NAME = re.compile(r"\w+", re.ASCII)
-EVERYDAY = "watchdog."  # start, step and checkpoint are meant in their own section alone
+DEEPSPEED = "engine.deepspeed."
+EVERYDAY = ("watchdog.", DEEPSPEED)  # start, step, checkpoint, debug are meant in their own section alone
 
 
 def recipe_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
@@ -33,6 +34,8 @@ def explain(error: Any) -> str:
     """One line for one pydantic error: key, value, what is allowed, a suggestion."""
     key = _shortened(".".join(str(part) for part in error["loc"]))
     value, kind, context = error["input"], error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden" and key.startswith(DEEPSPEED):
+        return _not_passed_on(key)
     if kind == "extra_forbidden":
         if _NAME.fullmatch(key):  # may be a section of another framework: what is in it?
             key = _shortened(".".join([key, *_first_inside(value)]))
@@ -130,6 +133,31 @@ def _suggest_key(key: str) -> str:
     if section in names:
         return f"; {section} has {', '.join(n.rpartition('.')[2] for n in siblings)}"
     return f"; a recipe has {', '.join(sorted({name.partition('.')[0] for name in names}))}"
+
+
+def _not_passed_on(key: str) -> str:
+    """Why a setting under engine.deepspeed is not passed on: what decides it here, or what was meant.
+
+    >>> _not_passed_on("engine.deepspeed.zero_optimization.stage")
+    'engine.deepspeed.zero_optimization.stage is set by engine.zero_stage; remove it'
+    """
+    own = key.removeprefix(DEEPSPEED)
+    leaf = own.rpartition(".")[2]
+    theirs = {one.name: one for one in foreign_names() if one.framework == "deepspeed"}
+    inside = (one for name, one in theirs.items() if name.startswith(f"{own}."))
+    row = theirs.get(own) or next(inside, None) or theirs.get(leaf)
+    if row is None:
+        within = key.removesuffix(leaf)
+        inner = (name.removeprefix(within) for name in recipe_keys() if name.startswith(within))
+        beside = list(dict.fromkeys(name.partition(".")[0] for name in inner))
+        near = difflib.get_close_matches(leaf, [*beside, *theirs], n=1, cutoff=0.75)
+        if not near or near[0] in beside:
+            meant = f"did you mean {within}{near[0]}?" if near else f"these are: {', '.join(beside)}"
+            return f"{key}: no such setting of DeepSpeed is passed on; {meant}"
+        key, row = f"{key}: {near[0]}", theirs[near[0]]
+    if row.key.startswith(DEEPSPEED):
+        return f"{key}: did you mean {row.key}?"
+    return f"{key} is set by {row.key}; remove it" if row.key else f"{key}: {row.sentence}; remove it"
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:

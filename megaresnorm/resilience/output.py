@@ -1,5 +1,6 @@
 """The output folder of a run: held by one job at a time, seen by all of its ranks, and found writable before step 0."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from megaresnorm.checkpoint.format import Groups
@@ -52,14 +53,13 @@ class OutputFolder:
         if self._lock is not None and self._lock.lost:
             raise TrainingError(f"train.output={self.path}: another job has taken it over; nothing more is written")
 
-    def prepare(self, recipe: str, recompute: str, groups: Groups, keep: int) -> None:
+    def prepare(self, files: Mapping[str, str | None], groups: Groups, keep: int) -> None:
         """Write what describes the run, and remove what killed runs have left half-written.
 
         Writing that must fail fails now.
 
         Args:
-            recipe: as YAML.
-            recompute: as JSON, which blocks are recomputed how.
+            files: their contents by name; None for one that this run has not, and may have had before.
             groups: the tensors of a checkpoint, for whose size there must be space.
             keep: how many checkpoints stay.
 
@@ -71,8 +71,11 @@ class OutputFolder:
         check_output(self.path / "checkpoints", bytes_of(groups), keep)
         try:
             remove_unfinished(self.path)
-            replace_file(self.path / "recipe.yaml", recipe)
-            replace_file(self.path / "recompute.json", recompute)
+            for name, content in files.items():
+                if content is None:
+                    (self.path / name).unlink(missing_ok=True)
+                else:
+                    replace_file(self.path / name, content)
         except OSError as e:
             raise TrainingError(f"train.output={self.path}: cannot be written ({e.strerror})") from None
 

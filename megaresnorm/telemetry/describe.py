@@ -9,6 +9,7 @@ from megaresnorm.assemble import Assembled
 from megaresnorm.data.inspect import draws_of
 from megaresnorm.data.samples import Samples
 from megaresnorm.layout import split_stages
+from megaresnorm.packages import version_of
 from megaresnorm.precision.loss_scale import LossScale
 from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import dump_recipe
@@ -35,6 +36,7 @@ def describe_run(recipe: Recipe, assembled: Assembled, samples: Samples, *, full
         f"model     {model.topology}, {model.num_blocks} blocks = {2 * model.num_blocks} sub-layers, "
         f"width {model.dim}, {parameters:,} parameters",
         *_ranks(recipe, assembled),
+        *_engine(recipe),
         *_recompute(recipe, assembled),
         f"precision {recipe.precision.compute}{weights}, {_loss_scale(recipe)}"
         f"residual stream {recipe.precision.stream}, {assembled.device.type}, {threads} thread{'s' * (threads > 1)}",
@@ -88,6 +90,16 @@ def _recompute(recipe: Recipe, assembled: Assembled) -> list[str]:
     sizes, segments = sizes_of(assembled.context), assembled.segments
     lines = describe_recompute(recipe, sizes, segments, assembled.device.type)
     return [f"{'recompute' if i == 0 else '':9} {line}" for i, line in enumerate(lines)]
+
+
+def _engine(recipe: Recipe) -> list[str]:
+    """Whose engine it is, and what it shards and offloads; nothing where it is ours."""
+    engine = recipe.engine
+    if engine.name == "native":
+        return []
+    offload = "" if engine.offload == "none" else f", {engine.offload} in host memory"
+    version, told = version_of(engine.name), f"{recipe.train.output}/deepspeed.json"
+    return [f"engine    DeepSpeed {version}, ZeRO stage {engine.zero_stage}{offload}; it is told {told}"]
 
 
 def _ranks(recipe: Recipe, assembled: Assembled) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megaresnorm.assemble import Assembled
+from megaresnorm.checkpoint.format import TensorSlices
 from megaresnorm.errors import DataError
 from megaresnorm.precision.counting import CLASSES, Seen
 from megaresnorm.precision.dtypes import DTYPES
@@ -35,24 +36,27 @@ class Numbers:
 
     Args:
         assembled: before FSDP2 has gathered a weight.
+        weights: the engine's slices of them by global name: under ZeRO-3 a parameter has no memory of its own.
 
     Attributes:
         record: of the last step, as a line of numbers.jsonl; None where it was not watched.
         worst: the largest shares of it, among its metrics.
     """
 
-    def __init__(self, recipe: Recipe, assembled: Assembled) -> None:
+    def __init__(self, recipe: Recipe, assembled: Assembled, weights: Mapping[str, TensorSlices]) -> None:
         self._every, self._precision, self._context = recipe.telemetry.every, recipe.precision, assembled.context
         self._formats = formats_of(recipe.precision, recipe.model.num_blocks)
         self._watch: Watch | None = None
         if self._every:
             blocks = (pair for model in assembled.models.values() for pair in model.blocks.items())
+            slices = {id(parameter): weights[name].local for name, parameter in assembled.parameters().items()}
             self._watch = Watch(
                 ((int(number), block) for number, block in blocks),
                 recipe.model.num_blocks,
                 assembled.layout,
                 DTYPES[recipe.precision.branches],
                 assembled.device,
+                {key: tensor for key, tensor in slices.items() if tensor is not None},
             )
         self.record: dict[str, Any] | None = None
         self.worst: dict[str, float | None] = {}

@@ -48,7 +48,7 @@ def found(recipe: Recipe) -> dict:
     ends = []
     for watched in (False, True):
         _, engine = build(recipe)
-        numbers = Numbers(recipe, engine.assembled)
+        numbers = Numbers(recipe, engine.assembled, engine.tensors["weights"])
         engine.step(batches(engine, recipe), 1e-3)
         with numbers._watch.watching() if watched else nullcontext() as tally:
             stats = engine.step(batches(engine, recipe, seed=4), 1e-3)

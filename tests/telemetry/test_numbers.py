@@ -65,7 +65,7 @@ def seen(kernel: LinearKernel, weight: list, x: Tensor, dy: Tensor, dtype: torch
         block.layer.weight.copy_(torch.tensor(weight))
     if isinstance(kernel, Fp8Linear):
         kernel.weight = quantize(block.layer.weight, kernel.forms.weight)
-    watch = Watch([(1, block)], 2, FullLayout(Axis("tp")), dtype, torch.device("cpu"))
+    watch = Watch([(1, block)], 2, FullLayout(Axis("tp")), dtype, torch.device("cpu"), {})
     with watch.watching() as tally:
         ys = [block.layer(x.clone().requires_grad_()) for _ in range(2)]
         for y in ys:
@@ -138,7 +138,7 @@ def test_delayed_scaling_that_saturates_is_said_once_and_what_to_do(caplog):
     fp8 = {"recipe": "tensorwise", "scaling": "delayed", "bf16_first_blocks": 1, "bf16_last_blocks": 0}
     recipe = recipe_of(fp8)
     engine = NativeEngine(recipe)
-    numbers = Numbers(recipe, engine.assembled)
+    numbers = Numbers(recipe, engine.assembled, engine.tensors["weights"])
     for step in (1, 2, 3):
         with numbers.seen_in(step):
             assert engine.step(batch(), 1e-3).applied
@@ -172,7 +172,7 @@ def test_gradients_in_e4m3_with_one_scale_underflow_where_tokens_differ_much(cap
         engine = NativeEngine(recipe)
         with torch.no_grad():
             engine.assembled.parameters()["embedding.weight"][: VOCAB // 2].mul_(2.0**22)
-        numbers = Numbers(recipe, engine.assembled)
+        numbers = Numbers(recipe, engine.assembled, engine.tensors["weights"])
         caplog.clear()
         with numbers.seen_in(1):
             engine.step(batch(), 1e-3)
