@@ -23,7 +23,8 @@ class ZeroOptimizer(Protocol):
         Args:
             lr: the schedule's learning rate of this step.
             updates: that have been made before it.
-            divisor, refused: as of ``AdamW.update``.
+            divisor: as of ``AdamW.update``.
+            refused: likewise.
         """
 
     def state_of(self, tensor: Tensor) -> dict[str, Tensor]:

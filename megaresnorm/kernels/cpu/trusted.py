@@ -183,7 +183,8 @@ def opened(
     Args:
         name: of the file in that folder.
         opens: loads the file with a path.
-        folder, path: that the scratch folder is in, and its path.
+        folder: that the scratch folder is in.
+        path: of that one.
         deadline: as of ``locked``.
     """
     memory = in_memory(content)
