@@ -34,13 +34,16 @@ def requirements(extra: str) -> list[str]:
 
 
 def problem(requirement: str) -> str | None:
-    """Why a requirement (``name>=1.2``, or a name) is not met here, in a few words."""
-    name, _, oldest = requirement.partition(">=")
+    """Why a requirement (``name>=1.2``, ``name>=1.2,<2`` or a name) is not met here, in a few words."""
+    name, _, bounds = requirement.partition(">=")
+    oldest, _, below = bounds.partition(",<")
     name = name.partition("[")[0]  # of the extras in brackets nothing is recorded
     version = version_of(name)
     if version is None:  # some are there without a package's records
         return None if place_of(MODULES.get(name.lower(), name)) else f"{name} is missing"
-    return f"{name} is {version}, older than {oldest}" if oldest and numbers(version) < numbers(oldest) else None
+    if oldest and numbers(version) < numbers(oldest):
+        return f"{name} is {version}, older than {oldest}"
+    return f"{name} is {version}, not below {below}" if below and numbers(version) >= numbers(below) else None
 
 
 def version_of(package: str) -> str | None:

@@ -187,8 +187,20 @@ def test_the_lock_has_all_that_the_package_needs_but_torch():
     locked = {name for name, _ in pins("requirements.lock")}
     assert needed - locked == {"torch"} and "setuptools" in locked
     assert check_environment.problem("numpy>=99") == f"numpy is {check_environment.version_of('numpy')}, older than 99"
+    numpy = check_environment.version_of("numpy")
+    assert check_environment.problem("numpy>=1,<2") == f"numpy is {numpy}, not below 2"
+    assert check_environment.problem("numpy>=1,<99") is None
     assert check_environment.problem("no-such-package>=1") == "no-such-package is missing"
     assert check_environment.numbers("2.13.0a0+cpu") == [2, 13, 0] > check_environment.numbers("2.9")
+
+
+def test_the_tests_have_the_deepspeed_that_the_extra_allows():
+    project = (ROOT / "pyproject.toml").read_text()
+    (asked,) = re.findall(r'^deepspeed = \["deepspeed(>=[\d.]+,<[\d.]+)"\]$', project, re.MULTILINE)
+    assert f"    \"deepspeed{asked}; sys_platform == 'linux'\",\n" in project, "the extra dev"
+    least, below = ([int(number) for number in bound.lstrip("<>=").split(".")] for bound in asked.split(","))
+    pinned = pins("constraints.txt")["deepspeed", "sys_platform == 'linux'"]
+    assert least <= [int(number) for number in pinned.split(".")] < below
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "test.sh", "torchrun.sh", "deepspeed.sh"])

@@ -63,7 +63,10 @@ def test_settings_that_are_named_exist(page):
         ["recipe"],
         ["checkpoint"],
         ["convert"],
-        *(["convert", verb] for verb in ("to-hf", "from-hf", "to-megatron", "from-megatron", "compare")),
+        *(
+            ["convert", verb]
+            for verb in ("to-hf", "from-hf", "from-deepspeed", "to-megatron", "from-megatron", "compare")
+        ),
         *(["checkpoint", verb] for verb in ("ls", "show", "verify", "diff", "prune")),
     ],
 )

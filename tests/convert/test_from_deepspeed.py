@@ -35,7 +35,7 @@ def models(tmp_path_factory) -> Path:
 
 
 def trained(models: Path, name: str, folder: Path, rename=lambda name: name, change=lambda tensors: None) -> Path:
-    """What zero_to_fp32.py writes for a model of Transformers: tensors alone, in folder/fp32, beside config.json."""
+    """What zero_to_fp32.py writes for a model of Transformers: tensors alone, in fp32/, beneath config.json."""
     (folder / "fp32").mkdir(parents=True)
     shutil.copy(models / name / "hf" / "config.json", folder)
     tensors = load_file(models / name / "hf" / "model.safetensors")
@@ -165,11 +165,11 @@ def test_a_program_of_its_own_is_converted_with_what_torch_calls_its_weights(mod
 
 
 def test_what_does_not_fit_the_recipe_is_named(models, tmp_path, capsys):
-    one = torch.ones(4, 4)
+    one, down = torch.ones(4, 4), "blocks.1.ffn.branch.down.weight"
     for i, (change, wanted) in enumerate([
         ({"final_norm.weight": one}, "final_norm.weight is a tensor that the recipe's model does not have"),
-        ({"blocks.1.ffn.branch.down.weight": one}, "blocks.1.ffn.branch.down.weight has shape [4, 4], the recipe"),
-        ({"blocks.1.ffn.branch.down.weight": torch.full((24, 36), torch.nan)}, "holds NaN or infinity"),
+        ({down: one}, f"{down} has shape [4, 4], the recipe makes it [24, 36]"),
+        ({down: torch.full((24, 36), torch.nan)}, f"{down} holds NaN or infinity"),
         ({"head.weight": one}, "head.weight has shape [4, 4]"),
     ]):  # fmt: skip
         folder, recipe = ours(models, "minimax", tmp_path / str(i) / "fp32", **change)
