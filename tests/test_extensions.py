@@ -16,7 +16,7 @@ from megaresnorm.engines import extensions
 from megaresnorm.engines.extensions import load_extension
 from megaresnorm.errors import ConfigError
 from megaresnorm.kernels.cpu.trusted import BuildError
-from megaresnorm.recipe.execution import EngineRecipe
+from megaresnorm.recipe.engine import EngineRecipe
 
 SOURCE = """#include <Python.h>
 #include "answer.h"

@@ -30,10 +30,7 @@ class HostMemory(Section):
 
 
 class ZeroOptimization(Section):
-    """Settings of ZeRO that change no result: how many bytes are sent at a time, and what waits in memory.
-
-    Unset, each is what DeepSpeed has for it, but overlap_comm, which is then false. In elements, not bytes.
-    """
+    """Messages and buffers of ZeRO, in elements; unset: as DeepSpeed has them, but overlap_comm, which is false."""
 
     reduce_bucket_size: Bucket | None = None
     """Gradients that are reduced in one message; with contiguous_gradients a buffer of FP32 of that size, 2 GB at
