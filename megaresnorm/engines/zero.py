@@ -116,6 +116,11 @@ class CutParameters:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: Any, rank: int) -> None:
         self._optimizer = optimizer
+        if not optimizer.offload_optimizer:
+            # DeepSpeed means to update FP32 parts themselves, but finds "cpu" another device than torch.device("cpu").
+            groups = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True)
+            for master, part in groups:
+                master.data = part
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._places: dict[str, tuple[int, int]] = {}
         self._cut: dict[str, Any] = dict(parameters)

@@ -30,17 +30,17 @@ class HostMemory(Section):
 
 
 class ZeroOptimization(Section):
-    """Messages and buffers of ZeRO, in elements; unset: as DeepSpeed has them, but overlap_comm, which is false."""
+    """Messages and buffers of ZeRO, in elements; unset: as ``RUN/deepspeed.json`` shows, else as DeepSpeed has them."""
 
     reduce_bucket_size: Bucket | None = None
-    """Gradients that are reduced in one message; with contiguous_gradients a buffer of FP32 of that size, 2 GB at
-    DeepSpeed's 5e8."""
+    """Gradients that are reduced in one message; unset: an eighth of the model, at least 8 Mi and at most 5e8. With
+    contiguous_gradients there is a buffer of FP32 of that size."""
     reduce_scatter: bool | None = None
     """Each rank receives its own part of the sums, rather than all of them."""
     use_multi_rank_bucket_allreduce: bool | None = None
     """Stages 1 and 2, with reduce_scatter: the parts of all ranks in one all-reduce, or a reduce to each rank."""
     contiguous_gradients: bool | None = None
-    """Copy gradients into one buffer before they are reduced; stages 1 and 2 with offload always do."""
+    """Copy gradients into one buffer before they are reduced; unset: false. Stages 1 and 2 with offload always do."""
     overlap_comm: bool | None = None
     """Reduce gradients in the backward pass, in a stream of their own."""
     parameter_alignment: bool | None = None
@@ -54,7 +54,7 @@ class ZeroOptimization(Section):
     stage3_prefetch_bucket_size: Elements | None = None
     """Stage 3: weights that are gathered ahead of their use."""
     stage3_param_persistence_threshold: Elements | None = None
-    """Stage 3: parameters below this size stay gathered."""
+    """Stage 3: parameters below this size stay gathered; unset: norms, biases and gates do."""
     stage3_model_persistence_threshold: Elements | None = None
     """Stage 3: at most so many elements of such parameters stay gathered."""
     stage3_use_all_reduce_for_fetch_params: bool | None = None
