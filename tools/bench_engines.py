@@ -10,6 +10,7 @@ python tools/bench_engines.py --compute bf16 --only "fsdp2,zero 3"
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -60,6 +61,7 @@ def measured(rank: int, a: argparse.Namespace, name: str) -> dict[str, float | l
     """Seconds a step, and by how much this rank has grown: when it stands ready, and at most, packages left out."""
     recipe = recipe_of(a, name)
     if recipe.engine.name == "deepspeed":
+        os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed  # noqa: F401 - its own memory is no engine's
     from torch.distributed import fsdp  # noqa: F401 - likewise
 
