@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from collections import namedtuple
 
 import pytest
@@ -143,6 +144,31 @@ def test_doctor_times_a_product_for_every_recipe(capsys, monkeypatch):
         all(f"fp8_product {recipe}" in table for recipe in RECIPES)
         and "several times slower than the emulation" in table
     )
+
+
+@pytest.mark.parametrize(
+    ("version", "code", "verdict", "words"),
+    [
+        (None, 0, "PASS", "not installed; engine.name: deepspeed needs >=0.19.7,<0.20"),
+        (
+            "0.17.6",
+            0,
+            "WARN",
+            "0.17.6 for engine.name: deepspeed pip install 'deepspeed>=0.19.7,<0.20', which was tested",
+        ),
+        ("0.19.8", 1, "WARN", "0.19.8, which makes no step here: ImportError: it is broken engine.name: native"),
+        ("0.19.8", -11, "WARN", "0.19.8, which makes no step here: exit code -11 engine.name: native"),
+    ],
+)
+def test_doctor_says_whether_deepspeed_can_run(version, code, verdict, words, monkeypatch):
+    def fails(command, **options):
+        said = "Traceback:\nImportError: it is broken\n" if code == 1 else ""
+        return subprocess.CompletedProcess(command, code, "[WARNING] what it prints\n", said)
+
+    monkeypatch.setattr(machine, "version_of", lambda package: version)
+    monkeypatch.setattr(machine.subprocess, "run", fails)
+    check = machine._deepspeed(CPU)
+    assert check.verdict == verdict and f"{check.found} {check.advice}".strip() == words
 
 
 @pytest.mark.gpu

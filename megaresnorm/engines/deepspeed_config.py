@@ -19,8 +19,8 @@ def deepspeed_config(recipe: Recipe, *, data_ranks: int, pin: bool) -> dict[str,
     micro = recipe.train.micro_batch_of(data_ranks, 1)
     zero: dict[str, Any] = {"stage": engine.zero_stage}
     if engine.zero_stage:
-        # Contiguous gradients would be copied into a buffer that is allocated whole, and out of it again.
-        zero |= {"contiguous_gradients": False, "overlap_comm": False, **buffer_sizes(recipe)}
+        # Without contiguous gradients DeepSpeed 0.19.7 has wrong norms.
+        zero |= {"contiguous_gradients": True, "overlap_comm": False, **buffer_sizes(recipe)}
     if engine.zero_stage == 3:
         zero["memory_efficient_linear"] = False  # it would replace torch's own F.linear, which needs no help here
         if recipe.recompute.policies & {"every", "auto"}:  # blocks that run again gather by themselves

@@ -33,14 +33,12 @@ class ZeroOptimization(Section):
     """Messages and buffers of ZeRO, in elements; unset: as ``RUN/deepspeed.json`` shows, else as DeepSpeed has them."""
 
     reduce_bucket_size: Bucket | None = None
-    """Gradients that are reduced in one message; unset: an eighth of the model, at least 8 Mi and at most 5e8. With
-    contiguous_gradients there is a buffer of FP32 of that size."""
+    """Gradients that are reduced in one message, for which there is a buffer of FP32; unset: an eighth of the model, at
+    least 8 Mi and at most 5e8."""
     reduce_scatter: bool | None = None
     """Each rank receives its own part of the sums, rather than all of them."""
     use_multi_rank_bucket_allreduce: bool | None = None
     """Stages 1 and 2, with reduce_scatter: the parts of all ranks in one all-reduce, or a reduce to each rank."""
-    contiguous_gradients: bool | None = None
-    """Copy gradients into one buffer before they are reduced; unset: false. Stages 1 and 2 with offload always do."""
     overlap_comm: bool | None = None
     """Reduce gradients in the backward pass, in a stream of their own."""
     parameter_alignment: bool | None = None

@@ -49,27 +49,24 @@ class EngineRecipe(Section):
     def _ignores(self, key: str) -> str | None:
         """The setting with which one of ``deepspeed`` has no effect; None where it has one."""
         section, _, name = key.partition(".")
-        if self.name == "native" or section != "zero_optimization":
-            quiet = self.deepspeed.log_level in ("warning", "error") and section in LOGGED
-            reasons = {
-                "engine.name=native": self.name == "native",
-                f"engine.deepspeed.log_level={self.deepspeed.log_level}": quiet,
-            }
-        else:
-            stages = (3,) if name.startswith("stage3_") else ONLY_STAGES.get(name, (1, 2, 3))
-            zero, offload = self.deepspeed.zero_optimization, self.offload
-            reasons = {
-                f"engine.zero_stage={self.zero_stage}": self.zero_stage not in stages,
-                f"engine.offload={offload}": (
-                    (offload == "none" and name.startswith("offload_optimizer."))
-                    or (offload != "parameters" and name.startswith("offload_param."))
-                    or (offload != "none" and name == "contiguous_gradients" and self.zero_stage < 3)  # it is on
-                ),
-                "engine.deepspeed.zero_optimization.reduce_scatter=false": (
-                    name == "use_multi_rank_bucket_allreduce" and zero is not None and zero.reduce_scatter is False
-                ),
-            }
-        return next((why for why, holds in reasons.items() if holds), None)
+        if self.name == "native":
+            return "engine.name=native"
+        if section == "zero_optimization":
+            return self._zero_ignores(name)
+        level = self.deepspeed.log_level
+        quiet = section in LOGGED and level in ("warning", "error")
+        return f"engine.deepspeed.log_level={level}" if quiet else None
+
+    def _zero_ignores(self, name: str) -> str | None:
+        stages = (3,) if name.startswith("stage3_") else ONLY_STAGES.get(name, (1, 2, 3))
+        if self.zero_stage not in stages:
+            return f"engine.zero_stage={self.zero_stage}"
+        offloaded = {"offload_optimizer": self.offload != "none", "offload_param": self.offload == "parameters"}
+        if not offloaded.get(name.partition(".")[0], True):
+            return f"engine.offload={self.offload}"
+        zero = self.deepspeed.zero_optimization
+        whole = name == "use_multi_rank_bucket_allreduce" and zero is not None and zero.reduce_scatter is False
+        return "engine.deepspeed.zero_optimization.reduce_scatter=false" if whole else None
 
     @model_validator(mode="after")
     def _what_is_offloaded_is_sharded(self) -> Self:
