@@ -57,6 +57,13 @@ class Environment:
         return f"Python {self.version}, torch {self.torch}"
 
     @property
+    def log(self) -> Path:
+        return self.beside("log")
+
+    def beside(self, ending: str) -> Path:
+        return self.folder.parent / f"{self.folder.name}.{ending}"
+
+    @property
     def own_python(self) -> Path:
         return self.folder / "bin" / "python"
 
@@ -66,9 +73,9 @@ class Environment:
         Raises:
             subprocess.CalledProcessError: it fails.
         """
-        settings = os.environ | {"OMP_NUM_THREADS": "1"}
+        settings = os.environ | {"OMP_NUM_THREADS": "1", "PIP_QUIET": "1", "PIP_PROGRESS_BAR": "off"}
         settings.pop("PYTHONPATH", None)
-        with self.folder.with_suffix(".log").open("a") as log:
+        with self.log.open("a") as log:
             log.write(f"\n$ {' '.join(map(str, words))}\n")
             log.flush()
             subprocess.run([str(word) for word in words], cwd=cwd, env=settings, stdout=log, stderr=log, check=True)
@@ -78,9 +85,7 @@ class Environment:
         return self.folder.parent / "source"
 
     def install(self, *packages: object) -> None:
-        constraints = self.folder.with_suffix(".constraints.txt")
-        pip = (self.own_python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--progress-bar=off")
-        self.run(*pip, "--constraint", constraints, *packages)
+        self.run(self.own_python, "-m", "pip", "install", "-c", self.beside("constraints.txt"), *packages)
 
     def test(self, *arguments: object) -> None:
         self.run(self.own_python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
@@ -174,11 +179,17 @@ def failure(error: OSError | subprocess.CalledProcessError) -> str:
     return f"{' '.join(words[1:])[:80]} (exit code {error.returncode}; see the log)"
 
 
-def try_minimal(environment: Environment, donor: str | None) -> None:
-    environment.folder.with_suffix(".log").unlink(missing_ok=True)
+def constraints_with(torch: str) -> str:
+    """The pinned versions, but for torch; another torch chooses its setuptools as well (2.11 needs one below 82)."""
+    others = ("torch==",) if torch == pinned() else ("torch==", "setuptools==")
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    kept = [f"torch=={environment.torch}", *(line for line in lines if not line.startswith("torch=="))]
-    environment.folder.with_suffix(".constraints.txt").write_text("\n".join(kept) + "\n")
+    kept = [f"torch=={torch}", *(line for line in lines if not line.startswith(others))]
+    return "\n".join(kept) + "\n"
+
+
+def try_minimal(environment: Environment, donor: str | None) -> None:
+    environment.log.unlink(missing_ok=True)
+    environment.beside("constraints.txt").write_text(constraints_with(environment.torch))
     environment.run(environment.python, "-m", "venv", "--clear", environment.folder, cwd=environment.folder.parent)
     if donor is not None:
         link_torch(Path(donor), environment)
