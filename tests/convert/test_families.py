@@ -189,10 +189,10 @@ def test_models_that_are_compared_are_in_memory_one_after_the_other(tmp_path, mo
     alive, count = weakref.WeakSet(), 0
 
     def one_at_a_time(make):
-        def made(*arguments):
+        def made(*arguments, **settings):
             nonlocal count
             assert not alive
-            model = make(*arguments)
+            model = make(*arguments, **settings)
             alive.add(model)
             count += 1
             return model
