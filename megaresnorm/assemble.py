@@ -107,7 +107,7 @@ def build_model(
     compiled: str = "none",
     logit_rows: int | None = None,
     shard: Callable[[Transformer], None] | None = None,
-    made: Callable[[nn.Parameter], None] = lambda _: None,
+    on_parameter: Callable[[nn.Parameter], None] = lambda _: None,
     shards_later: bool = False,
 ) -> Assembled:
     """Build, materialise and initialise the model of a recipe, or a rank's part of it. Collective.
@@ -119,8 +119,8 @@ def build_model(
         compiled: train.compile.
         logit_rows: tokens whose logits exist at a time in training; None: all.
         shard: called with every stage while it is on the meta device, so that a rank gets memory for its shards alone.
-        made: called with every parameter as soon as it has its value, in the same order on all ranks of dp, which may
-            then cut it.
+        on_parameter: called with every parameter as soon as it has its value, in the same order on all ranks of dp,
+            which may then partition it.
         shards_later: whether the engine will shard the finished model, and gather its weights by hooks in the blocks.
 
     Communication:
@@ -167,7 +167,7 @@ def build_model(
         compile_blocks(model, compiling)
         if shard is not None:
             shard(model)
-        materialize(model, table, context, seed=seed, dtype_of=dtypes.of, device=device, made=made)
+        materialize(model, table, context, seed=seed, dtype_of=dtypes.of, device=device, on_parameter=on_parameter)
         if model.head is not None:
             model.head.loss = HeadLoss(_loss_of(loss_kernel, model, context.tp), logit_rows)
         models[number] = model

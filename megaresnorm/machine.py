@@ -25,7 +25,7 @@ from megaresnorm.kernels.cpu import build
 from megaresnorm.kernels.cpu.trusted import BuildError
 from megaresnorm.kernels.fp8.product import RECIPES
 from megaresnorm.kernels.registry import choose_kernel, kernel_named
-from megaresnorm.packages import DEEPSPEED, is_tested, version_of
+from megaresnorm.packages import DEEPSPEED, is_supported, untested, version_of
 from megaresnorm.parallel.addresses import address_towards, interface_of, is_loopback, local_address_of
 from megaresnorm.reading import first_line
 from megaresnorm.resilience.host import host_memory
@@ -252,8 +252,8 @@ def _deepspeed(device: torch.device) -> Check:
     version = version_of("deepspeed")
     if version is None:
         return Check("DeepSpeed", "PASS", f"not installed; engine.name: deepspeed needs {DEEPSPEED}")
-    if not is_tested(version):
-        advice = f"for engine.name: deepspeed pip install 'deepspeed{DEEPSPEED}', which was tested"
+    if not is_supported(version):
+        advice = f"for engine.name: deepspeed pip install 'deepspeed{DEEPSPEED}'"
         return Check("DeepSpeed", "WARN", version, advice)
     command, start = [sys.executable, "-m", "megaresnorm.engines.probe", str(device)], time.monotonic()
     try:
@@ -264,4 +264,6 @@ def _deepspeed(device: torch.device) -> Check:
         failure = first_line(e)
     if failure is not None:
         return Check("DeepSpeed", "WARN", f"{version}, which makes no step here: {failure}", "engine.name: native")
-    return Check("DeepSpeed", "PASS", f"{version}, imported, and made a step in {time.monotonic() - start:.1f} s")
+    done = f"{version}, imported, and made a step in {time.monotonic() - start:.1f} s"
+    newer = untested(version)
+    return Check("DeepSpeed", "PASS", done) if newer is None else Check("DeepSpeed", "WARN", done, newer)

@@ -27,7 +27,7 @@ from megaresnorm.layout import check_execution, check_layout, ranks_without_samp
 from megaresnorm.model.lint import check
 from megaresnorm.model.parameters import parameter_table
 from megaresnorm.optim import check_eps
-from megaresnorm.packages import check_deepspeed, version_of
+from megaresnorm.packages import check_deepspeed_version, untested, version_of
 from megaresnorm.parallel.environment import Environment, read_environment
 from megaresnorm.parallel.mesh import Sizes, usable_ranks
 from megaresnorm.parallel.rendezvous import agree, open_store, wait_until_heard
@@ -103,8 +103,10 @@ def open_recipe(load: Callable[[], Recipe], environment: Environment | None = No
 def _look(recipe: Recipe, environment: Environment, store: Store | None) -> Opened:
     check_loggers(recipe.train.loggers)
     if recipe.engine.name == "deepspeed":
-        check_deepspeed()
+        check_deepspeed_version()
         check_offload(recipe.engine)
+        if newer := untested(version_of("deepspeed") or ""):
+            log.warning("warning: %s", newer)
     for finding in check(recipe):
         log.warning("warning: %s", finding.message)
     data = open_data(recipe.data)

@@ -1,4 +1,4 @@
-"""Versions of optional packages, looked up without importing them, and those of DeepSpeed that were tested."""
+"""Versions of optional packages, looked up without importing them, and those of DeepSpeed that its engine takes."""
 
 import re
 from importlib import metadata
@@ -6,8 +6,9 @@ from importlib import metadata
 from megaresnorm.errors import ConfigError
 
 # DeepSpeed's engine reads where ZeRO keeps its partitions, which no interface promises. 0.19.6 knows not all settings
-# that it is given. pyproject.toml says the same.
+# that it is given. pyproject.toml says the same, and constraints.txt has the newest one that was tested.
 DEEPSPEED = ">=0.19.7,<0.20"
+NEWEST_TESTED = "0.19.8"
 
 
 def version_of(package: str) -> str | None:
@@ -28,18 +29,29 @@ def numbers_of(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in found[0].split(".")) if found else ()
 
 
-def is_tested(version: str) -> bool:
-    """Whether the engine works with this version of DeepSpeed.
+def is_supported(version: str) -> bool:
+    """Whether the engine takes this version of DeepSpeed.
 
-    >>> [is_tested(version) for version in ("0.19.6", "0.19.7", "0.19.10", "0.20.0")]
+    >>> [is_supported(version) for version in ("0.19.6", "0.19.7", "0.19.10", "0.20.0")]
     [False, True, True, False]
     """
     least, below = (numbers_of(bound.lstrip("<>=")) for bound in DEEPSPEED.split(","))
     return least <= numbers_of(version) < below
 
 
-def check_deepspeed() -> None:
-    """Check that DeepSpeed is installed, in a version that its engine works with.
+def untested(version: str) -> str | None:
+    """What to say of a version of DeepSpeed that is newer than those that were tested; None of others.
+
+    >>> untested("0.19.9"), untested("0.19.8")
+    ('DeepSpeed 0.19.9 is newer than 0.19.8, the newest one that was tested', None)
+    """
+    if numbers_of(version) <= numbers_of(NEWEST_TESTED):
+        return None
+    return f"DeepSpeed {version} is newer than {NEWEST_TESTED}, the newest one that was tested"
+
+
+def check_deepspeed_version() -> None:
+    """Check that DeepSpeed is installed, in a version that its engine takes.
 
     Raises:
         ConfigError: it is not; the line says what to install.
@@ -47,5 +59,7 @@ def check_deepspeed() -> None:
     version, install = version_of("deepspeed"), f"pip install 'deepspeed{DEEPSPEED}', or set engine.name=native"
     if version is None:
         raise ConfigError(f"engine.name=deepspeed: DeepSpeed is not installed; {install}")
-    if not is_tested(version):
-        raise ConfigError(f"engine.name=deepspeed: DeepSpeed {version} is installed, {DEEPSPEED} was tested; {install}")
+    if not is_supported(version):
+        raise ConfigError(
+            f"engine.name=deepspeed: DeepSpeed {version} is installed, {DEEPSPEED} is supported; {install}"
+        )

@@ -247,7 +247,7 @@ def test_settings_of_deepspeed_survive_a_recipe_file():
     ("version", "parts"),
     [
         (None, ["engine.name=deepspeed: DeepSpeed is not installed; pip install 'deepspeed>=0.19.7,<0.20'"]),
-        ("0.17.6", ["DeepSpeed 0.17.6 is installed, >=0.19.7,<0.20 was tested", "pip install", "engine.name=native"]),
+        ("0.17.6", ["DeepSpeed 0.17.6 is installed, >=0.19.7,<0.20 is supported", "pip install", "engine.name=native"]),
         ("0.19.6", ["DeepSpeed 0.19.6 is installed"]),
         ("0.20.0", ["DeepSpeed 0.20.0 is installed"]),
     ],
@@ -263,7 +263,10 @@ def test_a_missing_or_untested_deepspeed_is_an_error_before_data_are_opened(vers
 def test_the_versions_that_were_tested_are_those_of_the_extra():
     extra = re.search(r'^deepspeed = \["deepspeed(.*)"\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert extra is not None and extra[1] == packages.DEEPSPEED
-    assert packages.is_tested("0.19.8") and packages.is_tested("0.19.9+local") and not packages.is_tested("unknown")
+    for version, supported in {"0.19.8": True, "0.19.9+local": True, "0.20.0": False, "unknown": False}.items():
+        assert packages.is_supported(version) == supported, version
+    pinned = re.search(r"^deepspeed==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned is not None and pinned[1] == packages.NEWEST_TESTED
 
 
 def test_a_run_that_leaves_deepspeed_leaves_no_file_that_says_otherwise(tmp_path):

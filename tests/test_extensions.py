@@ -188,6 +188,16 @@ def test_a_compiler_that_fails_says_so_in_one_line_and_leaves_nothing(builder, t
     assert os.environ["TORCH_EXTENSIONS_DIR"] == "/of/the/user"
 
 
+def test_a_compiler_that_does_not_say_its_version_is_named(builder, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(BuildError, match=r"^false --version fails .exit code 1.; unset CXX, or name a C\+\+ compiler$"):
+        load_extension(builder)
+    (tmp_path / "nothing").touch(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "nothing"))
+    with pytest.raises(BuildError, match=r"nothing cannot be started .*; set CXX to another compiler$"):
+        load_extension(builder)
+
+
 def test_what_others_could_have_written_is_not_loaded(builder, tmp_path):
     load_extension(builder)
     folder = folder_of(tmp_path)

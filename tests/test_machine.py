@@ -154,7 +154,7 @@ def test_doctor_times_a_product_for_every_recipe(capsys, monkeypatch):
             "0.17.6",
             0,
             "WARN",
-            "0.17.6 for engine.name: deepspeed pip install 'deepspeed>=0.19.7,<0.20', which was tested",
+            "0.17.6 for engine.name: deepspeed pip install 'deepspeed>=0.19.7,<0.20'",
         ),
         ("0.19.8", 1, "WARN", "0.19.8, which makes no step here: ImportError: it is broken engine.name: native"),
         ("0.19.8", -11, "WARN", "0.19.8, which makes no step here: exit code -11 engine.name: native"),

@@ -3,7 +3,7 @@
 import json
 from typing import TYPE_CHECKING
 
-from megaresnorm.packages import check_deepspeed
+from megaresnorm.packages import check_deepspeed_version
 
 if TYPE_CHECKING:
     import torch
@@ -21,10 +21,10 @@ def make_engine(recipe: "Recipe", context: "ParallelContext", device: "torch.dev
         recipe: resolved, so that model.vocab_size is set.
 
     Raises:
-        ConfigError: DeepSpeed is not installed, or in a version that was not tested; a run has checked it before.
+        ConfigError: DeepSpeed is not installed, or in a version that is not supported; a run has checked it before.
     """
     if recipe.engine.name == "deepspeed":
-        check_deepspeed()
+        check_deepspeed_version()
         from megaresnorm.engines.deepspeed import DeepSpeedEngine  # each engine imports what it alone needs
 
         return DeepSpeedEngine(recipe, context, device)

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from megaresnorm.assemble import build_model
 from megaresnorm.checkpoint.format import TensorSlices
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import EngineState
 from megaresnorm.data.loader import StepBatch
+from megaresnorm.engines.assembly import assemble
 from megaresnorm.engines.deepspeed_config import deepspeed_config
 from megaresnorm.engines.engine import StepStats
 from megaresnorm.engines.extensions import load_extension
@@ -28,19 +28,18 @@ from megaresnorm.engines.garbage import no_garbage_collection
 from megaresnorm.engines.low_precision import LowPrecision
 from megaresnorm.engines.mpu import Mpu
 from megaresnorm.engines.passes import Passes
-from megaresnorm.engines.state import check_finite, flat_placements, load_tensors, placements
+from megaresnorm.engines.state import check_finite, load_tensors, placements
 from megaresnorm.engines.step_policy import StepPolicy, Totals
-from megaresnorm.engines.zero import CutParameters, FlatPartitions, Partitions, WholeParameters
+from megaresnorm.engines.zero import FlatPartitions, PartitionedParameters, Partitions, WholeParameters, flat_placements
 from megaresnorm.engines.zero_optimizers import DeviceOptimizer, ZeroOptimizer, host_optimizer, settings_groups
 from megaresnorm.errors import ConfigError
 from megaresnorm.kernels.cpu.trusted import BuildError
-from megaresnorm.layout import logit_rows_of
 from megaresnorm.model.transformer import Transformer
 from megaresnorm.optim import Gradient, GradientPlacement, settings_of
 from megaresnorm.parallel.collectives import all_reduce
+from megaresnorm.parallel.control import all_or_raise
 from megaresnorm.parallel.mesh import Axis, ParallelContext
 from megaresnorm.recipe import Recipe
-from megaresnorm.recompute_auto import plan_on_all_ranks
 
 log = logging.getLogger(__name__)
 
@@ -67,35 +66,19 @@ class DeepSpeedEngine:
         deepspeed, mpu = load_deepspeed(device), Mpu(context)
         self._stage, self._offload = recipe.engine.zero_stage, recipe.engine.offload
         config = deepspeed_config(recipe, data_ranks=context.dp.size, pin=device.type == "cuda")
-        plans = recipe.recompute.policy == "auto"
-        self.assembled = assembled = build_model(
-            recipe.model,
-            recipe.precision,
-            recipe.kernels,
-            recipe.parallel,
-            context,
-            recompute=recipe.recompute,
-            segments=plan_on_all_ranks(recipe, context, device) if plans else None,
-            seed=recipe.train.seed,
-            device=device,
-            compiled=recipe.train.compile,
-            logit_rows=logit_rows_of(recipe, context.tp.size, device.type),
-            made=Cutter(deepspeed, config, mpu).cut if self._stage == 3 else lambda _: None,
-            shards_later=self._stage == 3,
-        )
+        sharding: dict[str, Any] = {}
+        if self._stage == 3:
+            sharding = {"on_parameter": Partitioner(deepspeed, config, mpu).partition, "shards_later": True}
+        self.assembled = assembled = assemble(recipe, context, device, **sharding)
         self.passes = Passes(recipe, assembled.device)
         self._parameters = assembled.parameters()
         self._low_precision = None if self._stage == 3 else LowPrecision(recipe.precision, assembled, self._parameters)
         self._optimizer = self._make_optimizer(recipe, deepspeed)
-        for name, parameter in self._parameters.items():
-            if assembled.table[name].split is not None:
-                for tag in ("tensor_model_parallel", "model_parallel"):  # what DeepSpeed's own norms go by
-                    setattr(parameter, tag, True)
         self._engine, *_ = deepspeed.initialize(
             model=assembled.model, optimizer=self._optimizer, config=config, mpu=mpu, dist_init_required=False
         )
         if self._stage == 3:
-            gather_by_parts(deepspeed, assembled.model)
+            gather_by_parts(deepspeed, assembled.model, self._engine.optimizer.parameter_offload)
         self._partitions = self._find_partitions()
         shards = context.world if self._stage else context.model_shards
         replicas = Axis("dp") if self._stage else context.dp
@@ -110,13 +93,14 @@ class DeepSpeedEngine:
         groups = settings_groups(settings)
         if self._offload == "none":
             return DeviceOptimizer(groups, recipe.optim)
-        return host_optimizer(_cpu_adam(deepspeed, self._offload), groups, recipe.optim)
+        adam = all_or_raise(lambda: _cpu_adam(deepspeed, self._offload), self.context.control)
+        return host_optimizer(adam, groups, recipe.optim)
 
     def _find_partitions(self) -> Partitions:
         if self._stage == 0:
             return WholeParameters(self._parameters)
         if self._stage == 3:
-            return CutParameters(self._parameters, self._engine.optimizer, self.context.dp.rank)
+            return PartitionedParameters(self._parameters, self._engine.optimizer, self.context.dp.rank)
         return FlatPartitions(self._parameters, self._engine.optimizer)
 
     @property
@@ -232,15 +216,16 @@ class DeepSpeedEngine:
 
 
 def load_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, made ready for tensors of this kind of device. It has its words with Python's logging at warnings."""
-    # It reads both from there alone; the second says which GPU is this rank's.
-    os.environ |= {"DS_ACCELERATOR": device.type, "LOCAL_RANK": str(device.index or 0)}
+    """DeepSpeed, made ready for tensors of this kind of device. Of what it logs, warnings and errors are shown."""
+    # It reads them from there alone. LOCAL_RANK says which GPU is this rank's; under Open MPI the other must agree.
+    local_rank = {"LOCAL_RANK", *({"OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys())}
+    os.environ |= {"DS_ACCELERATOR": device.type, **dict.fromkeys(local_rank, str(device.index or 0))}
     import deepspeed
     from deepspeed.ops import __compatible_ops__
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())  # which is ours
+    logger.addFilter(_is_news)
     # DeepSpeed calls torch by the names that all its versions know, at every message.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     __compatible_ops__["deepspeed_shm_comm"] = False  # compiled at the first start, under a lock that a kill leaves
@@ -250,6 +235,11 @@ def load_deepspeed(device: torch.device) -> Any:
 
     comm.init_distributed(dist_init_required=False) if comm.is_initialized() else comm.init_distributed()
     return deepspeed
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line is worth showing: the optimizer that DeepSpeed has not tested is ours."""
+    return "untested optimizer" not in record.getMessage()
 
 
 def _cpu_adam(deepspeed: Any, offload: str) -> type:
@@ -271,8 +261,8 @@ def _cpu_adam(deepspeed: Any, offload: str) -> type:
     return DeepSpeedCPUAdam
 
 
-class Cutter:
-    """Cuts parameters for ZeRO-3 as they are made, so that a rank never has more than its parts and one whole one.
+class Partitioner:
+    """Partitions parameters for ZeRO-3 one by one, so that while a model is built at most one is whole on a rank.
 
     Args:
         config: DeepSpeed's.
@@ -282,7 +272,7 @@ class Cutter:
         self._init, self._config, self._mpu = deepspeed.zero.Init, config, mpu
         self._first: Any = None
 
-    def cut(self, parameter: nn.Parameter) -> None:
+    def partition(self, parameter: nn.Parameter) -> None:
         """Keep this rank's part of a parameter, whose other memory is freed. Collective over dp.
 
         Communication:
@@ -301,21 +291,25 @@ class Cutter:
         self._first = parameter
 
 
-def gather_by_parts(deepspeed: Any, model: Transformer) -> None:
+def gather_by_parts(deepspeed: Any, model: Transformer, hooks: Any) -> None:
     """Let ZeRO-3 gather the weights of each part of a model together, and what belongs to none around all of it.
 
     DeepSpeed has hooked every module, for the parameters of its own; a block reads those of all its modules, and in
-    backward runs some of them again. Hooks of modules within a part are removed: they would find nothing to gather.
+    backward runs some of them again. Its hooks of modules within a part are removed: they would find nothing to gather.
+
+    Args:
+        hooks: a ``DeepSpeedZeRoOffload``, which has handles of the hooks.
     """
     parts = list(model.parts())
     within = {id(parameter) for part in parts for parameter in part.parameters()}
+    inner = [module for part in parts for module in part.modules() if module is not part]
+    hooked = {id(known) for module in inner for known in (module._forward_pre_hooks, module._forward_hooks)}
+    for handle in (*hooks.forward_hooks, *hooks.backward_hooks):
+        if id(handle.hooks_dict_ref()) in hooked:
+            handle.remove()
     for part in parts:
         for parameter in part.parameters():
             deepspeed.zero.register_external_parameter(part, parameter)
-        for module in part.modules():
-            if module is not part:
-                module._forward_pre_hooks.clear()
-                module._forward_hooks.clear()
     for parameter in model.parameters():
         if id(parameter) not in within:
             deepspeed.zero.register_external_parameter(model, parameter)

@@ -35,6 +35,7 @@ from megaresnorm.recipe.engine import EngineRecipe
 log = logging.getLogger(__name__)
 
 BUILD_SECONDS = 1500.0  # to wait while another process compiles: a minute or two of its own, tenfold on a busy machine
+_SET_CXX = "unset CXX, or name a C++ compiler"
 _ERROR = re.compile(r"error:|cannot find|not found|required", re.IGNORECASE)
 _BIN = Path(sys.executable).parent  # pip puts ninja there, which is in no PATH where the environment is not activated
 
@@ -83,7 +84,7 @@ def unavailable() -> str | None:
     try:
         compiler = _compiler()[0]
     except ValueError as e:
-        return f"CXX={os.environ['CXX']} is no command ({e}); unset CXX, or name a C++ compiler"
+        return f"CXX={os.environ['CXX']} is no command ({e}); {_SET_CXX}"
     if shutil.which(compiler) is None:
         return f"no C++ compiler was found ({compiler}); install g++, or name another compiler in CXX"
     if shutil.which("ninja", path=_search_path()) is None:
@@ -142,7 +143,7 @@ def _compiled(builder: Builder, folder: int, path: Path, file: str) -> ModuleTyp
         with _quiet() as said, _variables(TORCH_EXTENSIONS_DIR=there, PATH=_search_path()), _private_files():
             try:
                 module = builder.load(verbose=False)
-            except (RuntimeError, ImportError) as e:
+            except Exception as e:  # noqa: BLE001 - torch lets through whatever its tools raise
                 raise BuildError(f"{builder.name} could not be compiled: {_first_error(f'{e}', said)}") from None
         made = os.open(f"{there}/{builder.name}", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -169,13 +170,15 @@ def _identity(builder: Builder, versions: Sequence[str]) -> str:
     sources = [Path(builder.deepspeed_src_path(each)) for each in builder.sources()]
     files = [*sources, *sorted(file for folder in folders for file in folder.rglob("*.h*"))]
     compiler = _compiler()
-    answer = build.run_compiler([*compiler, "--version"], build.VERSION_SECONDS).stdout
+    asked = build.run_compiler([*compiler, "--version"], build.VERSION_SECONDS, named_in="CXX")
+    if asked.returncode:
+        raise BuildError(f"{shlex.join(compiler)} --version fails (exit code {asked.returncode}); {_SET_CXX}")
     known = Path("/proc/cpuinfo")
     lines = known.read_text().splitlines() if known.exists() else []
     # ``-march=native``: nodes of several kinds may share a home.
     processor = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
     words = [*versions, torch.__version__, str(sys.implementation.cache_tag), platform.machine(), processor, *compiler]
-    return build.digest_of((answer, *(word.encode() for word in words), *(file.read_bytes() for file in files)))
+    return build.digest_of((asked.stdout, *(word.encode() for word in words), *(file.read_bytes() for file in files)))
 
 
 def _compiler() -> list[str]:

@@ -55,7 +55,3 @@ class Mpu:
     def get_pipeline_model_parallel_world_size(self) -> int:
         """Stages of a pipeline: there is none."""
         return 1
-
-    def get_pipeline_model_parallel_rank(self) -> int:
-        """Index of this stage."""
-        return 0

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from megaresnorm.assemble import build_model
 from megaresnorm.checkpoint.format import TensorSlices
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import EngineState
 from megaresnorm.data.loader import Batch, StepBatch
+from megaresnorm.engines.assembly import assemble
 from megaresnorm.engines.engine import StepStats
 from megaresnorm.engines.garbage import no_garbage_collection
 from megaresnorm.engines.graphs import MicrobatchGraph, Recorder
@@ -21,14 +21,12 @@ from megaresnorm.engines.state import FullState, check_finite, load_tensors, pla
 from megaresnorm.engines.step_policy import StepPolicy, Totals
 from megaresnorm.engines.step_vector import sum_over_ranks
 from megaresnorm.kernels.cross_entropy import differentiate
-from megaresnorm.layout import logit_rows_of
 from megaresnorm.model.transformer import Transformer
 from megaresnorm.optim import Gradient, GradientPlacement, Optimizer
 from megaresnorm.parallel.data_parallel import grad_sync, local, pad_uneven_shards, replicate_model, shard_model
 from megaresnorm.parallel.gradients import reduce_gradients, reductions
 from megaresnorm.parallel.mesh import ParallelContext
 from megaresnorm.recipe import Recipe
-from megaresnorm.recompute_auto import plan_on_all_ranks
 
 if TYPE_CHECKING:
     from megaresnorm.parallel.pipeline import Pipeline
@@ -54,21 +52,8 @@ class NativeEngine:
     ) -> None:
         self.context = context = context or ParallelContext.single()
         self._shards_gradients = recipe.parallel.accumulate == "sharded"
-        plans = recipe.recompute.policy == "auto"
-        self.assembled = assembled = build_model(
-            recipe.model,
-            recipe.precision,
-            recipe.kernels,
-            recipe.parallel,
-            context,
-            recompute=recipe.recompute,
-            segments=plan_on_all_ranks(recipe, context, torch.device(device)) if plans else None,
-            seed=recipe.train.seed,
-            device=device,
-            compiled=recipe.train.compile,
-            logit_rows=logit_rows_of(recipe, context.tp.size, torch.device(device).type),
-            shard=self._sharding(recipe) if context.dp_shard.size > 1 else None,
-        )
+        shard = self._sharding(recipe) if context.dp_shard.size > 1 else None
+        self.assembled = assembled = assemble(recipe, context, torch.device(device), shard=shard)
         self.modules = {number: self._wrapped(model) for number, model in assembled.models.items()}
         self.passes = Passes(recipe, assembled.device)
         self._parameters, table = assembled.parameters(), assembled.table

@@ -10,12 +10,10 @@ from torch import Tensor
 from megaresnorm.assemble import Assembled
 from megaresnorm.checkpoint.format import FINITE, TensorSlices, is_finite
 from megaresnorm.checkpoint.reader import Checkpoint
-from megaresnorm.engines.zero import Piece
 from megaresnorm.errors import CheckpointError
 from megaresnorm.model.specs import IN_BRANCHES
 from megaresnorm.parallel.data_parallel import local
-from megaresnorm.parallel.mesh import Axis
-from megaresnorm.parallel.sharding import Box, boxes, broadcast, flat_boxes, from_row_chunks, unshard
+from megaresnorm.parallel.sharding import Box, boxes, broadcast, from_row_chunks, unshard
 from megaresnorm.parallel.wide import gradient_dtype
 from megaresnorm.precision.dtypes import StoredDtypes
 from megaresnorm.precision.rounded_updates import Rounded
@@ -57,22 +55,6 @@ def placements(assembled: Assembled) -> dict[str, Placement]:
         parts = [part.rows for part in spec.parts]
         held = boxes(spec.shape, spec.split, parts, context.tp, context.dp_shard) if name in mine else []
         found[name] = Placement(spec.shape, assembled.dtypes.of(spec), tuple(held), name in written)
-    return found
-
-
-def flat_placements(assembled: Assembled, pieces: Mapping[str, Piece]) -> dict[str, Placement]:
-    """The placement of every piece that a rank updates, by the global name of its parameter.
-
-    What all ranks of tp have alike is written by each of them in turn.
-    """
-    context, found = assembled.context, {}
-    alone = Axis("dp_shard")
-    for number, (name, spec) in enumerate(assembled.table.items()):
-        held = boxes(spec.shape, spec.split, [part.rows for part in spec.parts], context.tp, alone)
-        owned = spec.split is not None or number % context.tp.size == context.tp.rank
-        piece = pieces[name]
-        mine = flat_boxes(held, piece.first, piece.length)
-        found[name] = Placement(spec.shape, assembled.dtypes.of(spec), tuple(mine), owned and bool(mine))
     return found
 
 

@@ -1,8 +1,8 @@
 """Where DeepSpeed's ZeRO keeps what a rank updates: consecutive elements of its parameters.
 
 Stage 0 leaves parameters and gradients whole on every rank of dp. Stages 1 and 2 put all parameters of an optimizer's
-group into one flat tensor, of which a rank updates one of dp equal partitions. Stage 3 cuts every parameter by itself
-into dp equal parts, the last ones padded with zeros.
+group into one flat tensor, of which a rank updates one of dp equal partitions. Stage 3 partitions every parameter by
+itself, the last partitions padded with zeros.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,6 +11,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from megaresnorm.assemble import Assembled
+from megaresnorm.engines.state import Placement
+from megaresnorm.parallel.mesh import Axis
+from megaresnorm.parallel.sharding import boxes, flat_boxes
 from megaresnorm.parallel.wide import no_gradient
 
 
@@ -106,7 +110,7 @@ def _piece_of_flat(parameter: Any, optimizer: Any) -> Piece:
     return Piece(master, int(at.start), int(within.start), int(within.numel))
 
 
-class CutParameters:
+class PartitionedParameters:
     """Stage 3.
 
     Args:
@@ -123,7 +127,7 @@ class CutParameters:
                 master.data = part
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._places: dict[str, tuple[int, int]] = {}
-        self._cut: dict[str, Any] = dict(parameters)
+        self._parameters: dict[str, Any] = dict(parameters)
         self.pieces = dict(self._find(rank))
 
     def _find(self, rank: int) -> Iterator[tuple[str, Piece]]:
@@ -152,4 +156,20 @@ class CutParameters:
         """
         self._optimizer.parameter_offload.partition_all_parameters()
         for name, piece in self.pieces.items():
-            self._cut[name].ds_tensor.view(-1)[: piece.length].copy_(piece.of(piece.master))
+            self._parameters[name].ds_tensor.view(-1)[: piece.length].copy_(piece.of(piece.master))
+
+
+def flat_placements(assembled: Assembled, pieces: Mapping[str, Piece]) -> dict[str, Placement]:
+    """The placement of every piece that a rank updates, by the global name of its parameter.
+
+    What all ranks of tp have alike is written by each of them in turn.
+    """
+    context, found = assembled.context, {}
+    alone = Axis("dp_shard")
+    for number, (name, spec) in enumerate(assembled.table.items()):
+        held = boxes(spec.shape, spec.split, [part.rows for part in spec.parts], context.tp, alone)
+        owned = spec.split is not None or number % context.tp.size == context.tp.rank
+        piece = pieces[name]
+        mine = flat_boxes(held, piece.first, piece.length)
+        found[name] = Placement(spec.shape, assembled.dtypes.of(spec), tuple(mine), owned and bool(mine))
+    return found

@@ -106,7 +106,6 @@ def host_optimizer(adam: type, groups: list[dict[str, Any]], recipe: OptimRecipe
             state = self.state[tensor]
             if not state:
                 state |= {name: torch.zeros_like(tensor, requires_grad=False) for name in AdamW.names}
-            state["step"] = self._updates  # the base adds one; it reads the number for its bias correction alone
             return {name: state[name] for name in AdamW.names}
 
         @torch.no_grad()
@@ -118,6 +117,7 @@ def host_optimizer(adam: type, groups: list[dict[str, Any]], recipe: OptimRecipe
                 group |= self._options(group["settings"])
                 for tensor in group["params"]:
                     self.state_of(tensor)
+                    self.state[tensor]["step"] = self._updates  # the base adds one; only bias correction uses it
                     if self._divisor != 1.0:
                         tensor.grad.div_(self._divisor)
             super().step()

@@ -22,7 +22,7 @@ def materialize(
     seed: int,
     dtype_of: Callable[[ParameterSpec], torch.dtype],
     device: torch.device,
-    made: Callable[[nn.Parameter], None] = lambda _: None,
+    on_parameter: Callable[[nn.Parameter], None] = lambda _: None,
 ) -> None:
     """Give a model that was built on the meta device its memory and initial values, one parameter at a time.
 
@@ -30,7 +30,7 @@ def materialize(
 
     Args:
         dtype_of: the type that a parameter is stored in; gradients of those in BF16 are FP32.
-        made: called with each parameter that has its value, before the next one gets memory.
+        on_parameter: called with each parameter that has its value, before the next one gets memory.
 
     Raises:
         AssertionError: model and table do not name the same parameters and shapes.
@@ -50,7 +50,7 @@ def materialize(
         share = shard(whole, spec.split, [part.rows for part in spec.parts], context.tp)
         assert share.shape == parameter.shape, f"the model and its table of parameters differ in {spec.name}"
         value = with_wide_gradient(placed_like(share.to(device), parameter, context.dp_shard))
-        made(value)
+        on_parameter(value)
         for module, name, _ in owners:
             setattr(module, name, value)
 

@@ -7,7 +7,7 @@ between fields are checked here; relations with data, topology or hardware where
 from pydantic import model_validator
 from typing_extensions import Self
 
-from megaresnorm.recipe.engine import EngineRecipe, check_deepspeed
+from megaresnorm.recipe.engine import EngineRecipe, check_engine
 from megaresnorm.recipe.execution import KernelRecipe, ParallelRecipe, WatchdogRecipe
 from megaresnorm.recipe.model import InitRecipe, ModelRecipe, RopeScaling, TopologyOptions
 from megaresnorm.recipe.precision import FP8_MULTIPLE, Fp8Recipe, PrecisionRecipe
@@ -149,7 +149,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _deepspeed_can_run_it(self) -> Self:
         if self.engine.name == "deepspeed":
-            check_deepspeed(self.engine, self.parallel, self.precision, self.recompute, self.train)
+            check_engine(self.engine, self.parallel, self.precision, self.recompute, self.train)
         return self
 
     @model_validator(mode="after")

@@ -80,7 +80,7 @@ class EngineRecipe(Section):
         return self
 
 
-def check_deepspeed(
+def check_engine(
     engine: EngineRecipe,
     parallel: ParallelRecipe,
     precision: PrecisionRecipe,

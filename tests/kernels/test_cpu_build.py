@@ -368,7 +368,7 @@ def test_a_compiler_that_hangs_is_ended_with_all_that_it_started(limit, tmp_path
     monkeypatch.setenv("CC", script(tmp_path / "cc", f"{at_once}sleep 600 & echo $! > {tmp_path}/child; wait"))
     monkeypatch.setattr(build, limit, 1.0)
     started = time.monotonic()
-    with pytest.raises(build.BuildError, match=rf"{tmp_path}/cc did not end in 1 s; set CC to another C compiler"):
+    with pytest.raises(build.BuildError, match=rf"{tmp_path}/cc did not end in 1 s; set CC to another compiler"):
         load("scalar")
     assert time.monotonic() - started < 30
     child = int((tmp_path / "child").read_text())

@@ -83,6 +83,15 @@ def test_every_stage_equals_the_native_engine():
     compare("keel", "tp1", "fp32", steps=4)
 
 
+def test_partial_sums_of_tensor_parallel_ranks_are_added_up():
+    """Of which DeepSpeed knows nothing; and the norm of each parameter, which AdaGC clips by, is that of all ranks."""
+    parallel, sections = {"tp": 2, "tensor_layout": "tokens"}, {"optim": {"clip": "adagc", "adagc_warmup": 1}}
+    native = recipe_of("deepnorm", parallel, **sections)
+    zeros = [recipe_of("deepnorm", parallel, engine=zero(stage), **sections) for stage in (1, 3)]
+    wanted, *found = run(2, [native, *zeros], steps=3)
+    assert max(distance(done, wanted) for done in found) <= FP32
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", TENSOR)

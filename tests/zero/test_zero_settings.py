@@ -1,6 +1,7 @@
 """Settings that are passed on to DeepSpeed change no result, and no other setting of it is known here by accident."""
 
 import json
+import os
 import subprocess
 import sys
 from itertools import product
@@ -15,8 +16,10 @@ sys.path.append(str(Path(__file__).parents[1]))
 from cases import batches, make_recipe
 from test_engine_recipe import PASSED, recipe_of
 
+import megaresnorm.engines.deepspeed
 from megaresnorm.engines import engine_files, make_engine
 from megaresnorm.errors import ConfigError
+from megaresnorm.kernels.cpu.trusted import BuildError
 from megaresnorm.layout import check_layout
 from megaresnorm.machine import look_at_machine
 from megaresnorm.parallel.mesh import ParallelContext
@@ -64,6 +67,30 @@ def check_same(recipes: dict[str, Recipe], native: Recipe, num_ranks: int = 2) -
         assert got == pytest.approx(wanted, rel=2e-6), name
 
 
+def test_open_mpi_may_number_the_ranks_of_a_node_as_it_does(monkeypatch):
+    """DeepSpeed takes LOCAL_RANK for a device, and compares."""
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "3")
+    assert len(run_ranks(1, trained_with, [small(0)])[0][0]) == 7
+
+
+def refused_on_one(rank: int, recipe: Recipe) -> str:
+    def load(*arguments: object) -> None:
+        if rank == 1:
+            raise BuildError("no luck")
+
+    pytest.MonkeyPatch().setattr(megaresnorm.engines.deepspeed, "load_extension", load)
+    with pytest.raises(ConfigError) as refused:
+        make_engine(recipe, ParallelContext.create(check_layout(recipe, dist.get_world_size()), "cpu"), CPU)
+    return str(refused.value)
+
+
+def test_where_one_rank_cannot_compile_all_say_why():
+    recipe = small(1)
+    recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"offload": "optimizer"})})
+    said = "engine.offload=optimizer: no luck; engine.offload=none needs no compiler"
+    assert run_ranks(2, refused_on_one, recipe) == [said, said]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_what_is_passed_on_changes_no_result(stage):
@@ -92,6 +119,34 @@ def test_settings_of_tensor_parallel_runs_change_no_result_together(stage):
 def test_lines_on_a_run_change_no_result():
     cases = product((0, 1, 3), SPEAKING)
     check_same({f"{stage} {name}": small(stage, {name: SPEAKING[name]}) for stage, name in cases}, small(None))
+
+
+STEPS = """
+import sys
+from test_zero_settings import SPEAKING, small, trained_with
+from megaresnorm.testing import run_ranks
+
+if __name__ == "__main__":
+    run_ranks(1, trained_with, [small(1, {name: SPEAKING[name]} if name else None) for name in sys.argv[1:]])
+"""
+SAID = {
+    "wall_clock_breakdown": "time (ms)",
+    "memory_breakdown": "CPU Virtual Memory",
+    "dump_state": "DeepSpeedEngine configuration",
+    "comms_logger": "comm op: all_reduce",
+    "log_level": "[DEBUG]",
+    "": "",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAID)
+def test_lines_that_are_asked_for_are_said_and_no_others(name):
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "parallel"), str(Path(__file__).parents[1])]
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", STEPS, name]
+    got = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    assert (SAID[name] in got.stdout) if name else not got.stdout, got.stdout
 
 
 @pytest.mark.slow

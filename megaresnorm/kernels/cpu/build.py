@@ -238,12 +238,13 @@ def _compile(compiler: list[str], flags: list[str], folder: int, path: Path, dea
 
 
 def run_compiler(
-    command: list[str], seconds: float, *descriptors: int, **variables: str
+    command: list[str], seconds: float, *descriptors: int, named_in: str = "CC", **variables: str
 ) -> "subprocess.CompletedProcess[bytes]":
     """Run the compiler, which inherits the descriptors; all processes that it started end with it.
 
     Args:
         seconds: that it may take.
+        named_in: the variable by which users name the compiler.
         **variables: of its environment, beside this process's.
 
     Raises:
@@ -261,12 +262,14 @@ def run_compiler(
             umask=0o077,
         )
     except OSError as e:
-        raise BuildError(f"{command[0]} cannot be started ({e.strerror}); set CC to another C compiler") from None
+        raise BuildError(f"{command[0]} cannot be started ({e.strerror}); set {named_in} to another compiler") from None
     with process:
         try:
             out, errors = process.communicate(timeout=max(seconds, 0))
         except subprocess.TimeoutExpired:
-            raise BuildError(f"{command[0]} did not end in {seconds:.0f} s; set CC to another C compiler") from None
+            raise BuildError(
+                f"{command[0]} did not end in {seconds:.0f} s; set {named_in} to another compiler"
+            ) from None
         finally:
             if process.returncode is None:  # too late, or Ctrl-C
                 os.killpg(process.pid, signal.SIGKILL)

@@ -6,7 +6,6 @@ Of Transformer Engine there is also the product in FP8.
 """
 
 import importlib
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,6 +19,7 @@ from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, A
 from megaresnorm.kernels.fp8.formats import Fp8
 from megaresnorm.kernels.gpu.requires import found, needs_capability, needs_gpu, only_by_name
 from megaresnorm.kernels.registry import Refusal, anywhere, register_kernel
+from megaresnorm.packages import numbers_of, version_of
 
 
 def _package(module: str, name: str, distribution: str) -> Refusal:
@@ -169,11 +169,10 @@ TE_WITH_PRODUCTS = (2, 12)
 def _te_product_requires(device: torch.device, dtype: torch.dtype) -> str | None:
     if reason := _te_requires(device, dtype):
         return reason
-    try:
-        version = importlib.metadata.version("transformer_engine")
-    except importlib.metadata.PackageNotFoundError:
+    version = version_of("transformer_engine")
+    if version is None:
         return "Transformer Engine is not installed whole (pip install 'transformer_engine[pytorch]')"
-    if tuple(int(part) for part in version.split(".")[:2]) < TE_WITH_PRODUCTS:
+    if numbers_of(version)[:2] < TE_WITH_PRODUCTS:
         return f"it needs Transformer Engine {'.'.join(map(str, TE_WITH_PRODUCTS))} or newer, this is {version}"
     return needs_capability(8, 9)(device, dtype)
 
