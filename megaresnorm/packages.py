@@ -1,5 +1,6 @@
 """Versions of optional packages, looked up without importing them, and those of DeepSpeed that its engine takes."""
 
+import platform
 import re
 from importlib import metadata
 
@@ -17,6 +18,21 @@ def version_of(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def versions_of_run(engine: str) -> dict[str, str]:
+    """Versions of what computes a run, by name, as its checkpoints have them.
+
+    Args:
+        engine: engine.name.
+    """
+    import torch
+
+    import megaresnorm
+
+    versions = {"megaresnorm": megaresnorm.__version__, "torch": str(torch.__version__)}
+    versions["python"] = platform.python_version()
+    return versions | ({"deepspeed": version_of("deepspeed") or "unknown"} if engine == "deepspeed" else {})
 
 
 def numbers_of(version: str) -> tuple[int, ...]:

@@ -1,7 +1,6 @@
 """One run from its opening to its end: its parts, where it goes on, what it saves. trainer.py takes its steps."""
 
 import logging
-import platform
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Literal, TypeVar
 
 import torch
 
-import megaresnorm
 from megaresnorm.assemble import compare_kernels
 from megaresnorm.checkpoint.format import SOURCE
 from megaresnorm.checkpoint.manifest import weights_digest
@@ -28,6 +26,7 @@ from megaresnorm.errors import NonFiniteError, TrainingError, UserError
 from megaresnorm.evaluation import Evaluation, bytes_per_label
 from megaresnorm.generate import generate
 from megaresnorm.opening import Opened, note_progress, open_recipe
+from megaresnorm.packages import versions_of_run
 from megaresnorm.parallel.collectives import all_gather_blocks
 from megaresnorm.parallel.control import all_or_raise, run_on_all_ranks
 from megaresnorm.parallel.mesh import ParallelContext, start_process_group
@@ -292,11 +291,7 @@ class Run:
             split=self._split,
             tokenizer=tokenizer,
             kernels=self.engine.assembled.kernel_choices,
-            versions={
-                "megaresnorm": megaresnorm.__version__,
-                "torch": str(torch.__version__),
-                "python": platform.python_version(),
-            },
+            versions=versions_of_run(self.recipe.engine.name),
         )
 
     def _resume(self, fallback: bool) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from megaresnorm import packages
 from megaresnorm.assemble import build_model
+from megaresnorm.checkpoint import resume
 from megaresnorm.engines.deepspeed_config import deepspeed_config
 from megaresnorm.errors import ConfigError
 from megaresnorm.layout import check_execution
@@ -18,6 +19,7 @@ from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.deepspeed import CommsLogger, ZeroOptimization
 from megaresnorm.recipe.load import apply_override, build_recipe, dump_recipe, read_yaml
 from megaresnorm.resilience.output import OutputFolder
+from megaresnorm.trainer import train
 
 ROOT = Path(__file__).parents[1]
 DEEPSPEED = "engine.name=deepspeed"
@@ -41,7 +43,10 @@ def told(*overrides: str, pin: bool = False) -> dict:
 
 # (overrides, parts of the line)
 NATIVE = [
-    (["engine.zero_stage=2"], ["engine.zero_stage=2 has no effect with engine.name=native"]),
+    (
+        ["engine.zero_stage=2"],
+        ["engine.zero_stage=2 has no effect with engine.name=native; set engine.name=deepspeed, or engine='{name: nat"],
+    ),
     (["engine.offload=optimizer"], ["engine.offload=optimizer has no effect with engine.name=native"]),
     (
         [f"{ZERO}.reduce_bucket_size=5e8"],
@@ -228,6 +233,38 @@ def test_lines_that_are_asked_for_are_said():
     assert told(logger)["comms_logger"] == CommsLogger(
         enabled=True, verbose=True, prof_ops=["all_reduce"], prof_all=False
     ).model_dump(exclude_none=True)
+
+
+def test_what_a_stage_does_not_read_is_not_in_the_json():
+    for stage in range(4):
+        zero = told(f"engine.zero_stage={stage}")["zero_optimization"]
+        assert any(name.startswith("stage3_") for name in zero) == (stage == 3)
+        assert ("reduce_bucket_size" in zero) == (stage > 0)
+
+
+def test_quiet_lines_are_refused_with_both_settings():
+    with pytest.raises(ConfigError, match=r"dump_state=true has no effect with .*log_level=error; remove one of them"):
+        recipe_of(DEEPSPEED, "engine.deepspeed.dump_state=true", "engine.deepspeed.log_level=error")
+
+
+def test_a_run_says_what_it_was_computed_with(monkeypatch):
+    monkeypatch.setattr(packages, "version_of", lambda package: f"the {package}")
+    assert packages.versions_of_run("deepspeed") == packages.versions_of_run("native") | {"deepspeed": "the deepspeed"}
+    monkeypatch.setattr(packages, "version_of", lambda package: "0.19.99")
+    assert packages.untested("0.19.99") == "DeepSpeed 0.19.99 is newer than 0.19.8, the newest one that was tested"
+
+
+def test_a_change_of_engine_is_warned_of_in_one_line(tiny, caplog):
+    before = tiny(model={"vocab_size": 257}, engine={"name": "deepspeed", "zero_stage": 3})
+    train(tiny(train={"steps": 1}))
+    caplog.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resume, "recipe_of", lambda *_: before)
+        train(tiny(train={"steps": 2}))
+    told = [record.getMessage() for record in caplog.records if "from now on" in record.getMessage()]
+    assert [line for line in told if "engine." in line] == [
+        'warning: engine.name was "deepspeed" up to step 1 and is "native" from now on'
+    ]
 
 
 def test_a_number_of_elements_may_be_written_as_deepspeed_writes_it():

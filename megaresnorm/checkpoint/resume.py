@@ -171,6 +171,8 @@ def check_same_run(checkpoint: Checkpoint, state: RunState, recipe: Recipe, data
                 f"{checkpoint.folder}: made with {key}={old}, the recipe has {now}; "
                 "use another train.output for another run"
             )
+        if key.startswith("engine.") and before.engine.name != recipe.engine.name and key != "engine.name":
+            continue  # settings of one engine alone
         log.warning("warning: %s was %s up to step %d and is %s from now on", key, old, checkpoint.step, now)
     if checkpoint.step > recipe.train.steps:
         raise CheckpointError(

@@ -73,7 +73,10 @@ def print_imported(found: Imported, source: Path | None, data: str, end_token: s
     say(f"model     {model.topology}, {model.num_blocks} blocks, width {model.dim}, from {origin}")
     for note in found.notes:
         console.print(shown(f"note      {note}"), style="yellow")
-    print_agreement(found.agreement)
+    if found.same_bits:
+        console.print("verdict   every weight was read again and is that of the files, bit for bit")
+    else:
+        print_agreement(found.agreement)
     if found.tokenizer is not None and source is not None:
         say(f"tokenizer {ends_of_documents(found.tokenizer)}")
         bos = "" if found.tokenizer.bos is None else " --bos"

@@ -50,7 +50,8 @@ class Imported:
         family: of the original; None for weights that have the names of our own model.
         tokenizer: None without one.
         notes: for the user.
-        agreement: with the original; None where it was not verified.
+        agreement: of the logits with the original's; None where they were not compared.
+        same_bits: whether the weights were compared instead, bit for bit.
     """
 
     checkpoint: Path
@@ -61,6 +62,7 @@ class Imported:
     tokenizer: Tokenizer | None
     notes: tuple[str, ...]
     agreement: Agreement | None
+    same_bits: bool = False
 
 
 def from_hf(

@@ -36,9 +36,11 @@ from megaresnorm.errors import ConfigError
 from megaresnorm.kernels.cpu.trusted import BuildError
 from megaresnorm.model.transformer import Transformer
 from megaresnorm.optim import Gradient, GradientPlacement, settings_of
+from megaresnorm.packages import DEEPSPEED, version_of
 from megaresnorm.parallel.collectives import all_reduce
 from megaresnorm.parallel.control import all_or_raise
 from megaresnorm.parallel.mesh import Axis, ParallelContext
+from megaresnorm.reading import first_line
 from megaresnorm.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -63,7 +65,7 @@ class DeepSpeedEngine:
     ) -> None:
         self.context = context = context or ParallelContext.single()
         device = torch.device(device)
-        deepspeed, mpu = load_deepspeed(device), Mpu(context)
+        deepspeed, mpu = all_or_raise(lambda: load_deepspeed(device), context.control), Mpu(context)
         self._stage, self._offload = recipe.engine.zero_stage, recipe.engine.offload
         config = deepspeed_config(recipe, data_ranks=context.dp.size, pin=device.type == "cuda")
         sharding: dict[str, Any] = {}
@@ -216,14 +218,23 @@ class DeepSpeedEngine:
 
 
 def load_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, made ready for tensors of this kind of device. Of what it logs, warnings and errors are shown."""
+    """DeepSpeed, made ready for tensors of this kind of device. Of what it logs, warnings and errors are shown.
+
+    Raises:
+        ConfigError: it is installed, and cannot be imported.
+    """
     # It reads them from there alone. LOCAL_RANK says which GPU is this rank's; under Open MPI the other must agree.
     local_rank = {"LOCAL_RANK", *({"OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys())}
     os.environ |= {"DS_ACCELERATOR": device.type, **dict.fromkeys(local_rank, str(device.index or 0))}
-    import deepspeed
-    from deepspeed.ops import __compatible_ops__
-    from deepspeed.utils import logger
-
+    try:
+        import deepspeed
+        from deepspeed.ops import __compatible_ops__
+        from deepspeed.utils import logger
+    except Exception as e:  # noqa: BLE001 - whatever its own imports, or variables that it reads, come to
+        raise ConfigError(
+            f"engine.name=deepspeed: DeepSpeed {version_of('deepspeed')} cannot be imported ({type(e).__name__}: "
+            f"{first_line(e)}); pip install --force-reinstall 'deepspeed{DEEPSPEED}', or set engine.name=native"
+        ) from None
     logger.setLevel(logging.WARNING)
     logger.addFilter(_is_news)
     # DeepSpeed calls torch by the names that all its versions know, at every message.

@@ -7,6 +7,7 @@ from megaresnorm.checkpoint.format import human_bytes
 
 # Private memory of Python, torch and this package once a model is built; the libraries' code is shared.
 PROCESS = 250_000_000
+PROCESS_WITH_DEEPSPEED = 360_000_000
 RESERVE = 2 * 10**9  # bytes of a GPU for CUDA, libraries and fragments
 _ON_HOST = ("checkpoint", "building", "offloaded", "host_states", "process")  # also where the rest is on a GPU
 
@@ -46,7 +47,7 @@ class MemoryPerRank:
         logits: of the microbatches whose loss exists at once, with what softcap and slicing keep beside them.
         checkpoint: the copy in host memory that a thread writes.
         building: a whole tensor, drawn in host memory before it is sharded.
-        starting: weights while DeepSpeed moves them into its own tensors.
+        starting: all that there is while DeepSpeed moves the weights into its own tensors.
         activations: kept for the backward passes of all microbatches under way, and at most what one backward pass
             takes beside them, such as activations that are made again. An estimate.
         offloaded: activations in host memory instead of a GPU's.

@@ -12,7 +12,7 @@ from math import ceil
 from typing import NamedTuple
 
 from megaresnorm.activation_memory import ActivationMemory
-from megaresnorm.memory.kinds import MemoryPerRank, Need
+from megaresnorm.memory.kinds import PROCESS_WITH_DEEPSPEED, MemoryPerRank, Need
 from megaresnorm.memory.parameters import ParameterMemory
 from megaresnorm.model.parameters import parameter_table
 from megaresnorm.model.specs import ParameterSpec
@@ -32,8 +32,8 @@ COUNTED = 2
 def buffer_sizes(recipe: Recipe, specs: Iterable[ParameterSpec] | None = None) -> dict[str, int]:
     """Settings of ``zero_optimization`` that follow from the model's size, unless ``engine.deepspeed`` has others.
 
-    A bucket of gradients is an eighth of the model, not 2 GB as DeepSpeed has it; of small models all. Only norms,
-    biases and gates stay gathered from step to step, not all matrices of a narrow model.
+    A bucket of gradients is an eighth of the model, not 2 GB as DeepSpeed has it; of small models all. In stage 3 only
+    norms, biases and gates stay gathered from step to step, not all matrices of a narrow model.
 
     Args:
         recipe: resolved, so that model.vocab_size is set.
@@ -44,10 +44,11 @@ def buffer_sizes(recipe: Recipe, specs: Iterable[ParameterSpec] | None = None) -
         elements += spec.num_elements
         vector = max(vector, spec.num_elements if len(spec.shape) == 1 else 0)
     bucket = min(BUCKET, max(LEAST_BUCKET, elements // recipe.parallel.tp // 8))
-    return {"reduce_bucket_size": bucket, "stage3_param_persistence_threshold": min(PERSISTENT, vector)}
+    persistent = {"stage3_param_persistence_threshold": min(PERSISTENT, vector)}
+    return {"reduce_bucket_size": bucket} | (persistent if recipe.engine.zero_stage == 3 else {})
 
 
-class _Partitions(NamedTuple):
+class _Updated(NamedTuple):
     """Elements of what a rank updates.
 
     Attributes:
@@ -61,7 +62,7 @@ class _Partitions(NamedTuple):
     touched: int
 
 
-def _flat_partitions(groups: Iterable[list[int]], ranks: int) -> _Partitions:
+def _flat_partitions(groups: Iterable[list[int]], ranks: int) -> _Updated:
     """Of stages 1 and 2: groups of consecutive parameters, each padded to twice as many elements as there are ranks."""
     sizes, touched = [], [0] * ranks
     for group in groups:
@@ -71,13 +72,13 @@ def _flat_partitions(groups: Iterable[list[int]], ranks: int) -> _Partitions:
             for rank in range(start // size, -(-(start + elements) // size)):
                 touched[rank] += elements
             start += elements
-    return _Partitions(sum(sizes), max(sizes), max(touched))
+    return _Updated(sum(sizes), max(sizes), max(touched))
 
 
-def _cut_partitions(groups: Iterable[list[int]], ranks: int) -> _Partitions:
+def _cut_partitions(groups: Iterable[list[int]], ranks: int) -> _Updated:
     """Of stage 3: of every parameter a part, padded."""
     sizes = [sum(ceil(elements / ranks) for elements in group) for group in groups]
-    return _Partitions(sum(sizes), max(sizes), sum(sizes))
+    return _Updated(sum(sizes), max(sizes), sum(sizes))
 
 
 class _Moments(NamedTuple):
@@ -133,9 +134,10 @@ class ZeroMemory:
             logits=self._activations.logits(),
             checkpoint=self._parameters.checkpoint(self._units, [self._whole]),
             building=self._parameters.building(self._units),
-            starting=word * (self._elements + own.largest * self._ranks) if stage in (1, 2) else 0,
+            starting=word * self._starting(),
             host_states=0 if on_device else word * self._states_on_host(),
             passing=self._passing(),
+            process=PROCESS_WITH_DEEPSPEED,
         )
 
     def added_up(self, memory: MemoryPerRank, held: Held, offloaded: int) -> MemoryPerRank:
@@ -246,6 +248,14 @@ class ZeroMemory:
     def _ahead(self) -> int:
         settings = self._settings
         return min(self._elements, settings["stage3_prefetch_bucket_size"], settings["stage3_max_live_parameters"])
+
+    def _starting(self) -> int:
+        """Elements while DeepSpeed takes the weights over: stages 1 and 2 lay them into flat tensors; stage 3 on CPUs
+        copies them into masters, and makes moments and gradients before the copies can go."""
+        own, stage = self._own, self._stage
+        if stage in (1, 2):
+            return self._elements + own.largest * self._ranks
+        return (3 + len(AdamW.names)) * own.all if stage == 3 and self._on_cpu and self._on_host == "none" else 0
 
     def _states_on_host(self) -> int:
         """Elements: masters, moments and gradients. Stages 1 and 2: updated weights on their way back, one gradient,

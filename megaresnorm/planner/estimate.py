@@ -23,6 +23,7 @@ from megaresnorm.recompute_auto import budget_in_bytes, describe_recompute, plan
 from megaresnorm.recompute_plan import segments_of
 from megaresnorm.resilience.host import host_memory
 from megaresnorm.schedule import samples_before
+from megaresnorm.telemetry.describe import describe_engine
 from megaresnorm.telemetry.log import large
 from megaresnorm.telemetry.throughput import PEAK_HALF
 
@@ -81,6 +82,7 @@ class Estimate:
             f"model      {model.topology}, {model.num_blocks} blocks = {2 * model.num_blocks} sub-layers, "
             f"{self.parameters:,} parameters, {large(self.flops)}FLOP a token forward and backward",
             f"ranks      {self._ranks()}",
+            *([] if (engine := describe_engine(self.recipe)) is None else [f"engine     {engine}"]),
             *self._recompute(),
             *self._memory(),
             *self._data(),
@@ -90,7 +92,7 @@ class Estimate:
         return [
             *lines,
             *(f"warning    {line}" for line in self.warnings),
-            "not read   the output folder and what is in it; loggers and GPUs of the machine that will train",
+            "not read   the output folder and what is in it; loggers, GPUs and packages of the machine that will train",
         ]
 
     def _ranks(self) -> str:

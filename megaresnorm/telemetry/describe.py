@@ -92,14 +92,18 @@ def _recompute(recipe: Recipe, assembled: Assembled) -> list[str]:
     return [f"{'recompute' if i == 0 else '':9} {line}" for i, line in enumerate(lines)]
 
 
-def _engine(recipe: Recipe) -> list[str]:
-    """Whose engine it is, and what it shards and offloads; nothing where it is ours."""
+def describe_engine(recipe: Recipe) -> str | None:
+    """Whose engine it is, and what it shards and offloads; None where it is ours."""
     engine = recipe.engine
     if engine.name == "native":
-        return []
+        return None
     offload = "" if engine.offload == "none" else f", {engine.offload} in host memory"
-    version, told = version_of(engine.name), f"{recipe.train.output}/deepspeed.json"
-    return [f"engine    DeepSpeed {version}, ZeRO stage {engine.zero_stage}{offload}; it is told {told}"]
+    return f"DeepSpeed {version_of(engine.name) or '(not installed here)'}, ZeRO stage {engine.zero_stage}{offload}"
+
+
+def _engine(recipe: Recipe) -> list[str]:
+    engine = describe_engine(recipe)
+    return [] if engine is None else [f"engine    {engine}; it is told {recipe.train.output}/deepspeed.json"]
 
 
 def _ranks(recipe: Recipe, assembled: Assembled) -> list[str]:

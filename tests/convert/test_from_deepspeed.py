@@ -144,7 +144,10 @@ def test_weights_of_our_own_model_need_its_recipe(name, models, tmp_path, capsys
     line = refused(capsys, folder, tmp_path / "out")
     assert "--recipe its recipe, for its tensors have MegaResNorm's names" in line
     assert convert(folder, tmp_path / "out", "--recipe", recipe) == 0
-    assert "a model of MegaResNorm" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "a model of MegaResNorm" in said and "every weight was read again and is that of the files" in said
+    assert convert(folder, tmp_path / "unread", "--recipe", recipe, "--verify", "off") == 0
+    assert "verdict not verified" in " ".join(capsys.readouterr().out.split())
     assert_equal(tmp_path / "out", models / name / "run")
     written = (tmp_path / "out" / "recipe.yaml").read_text()
     assert "lr: 0.0125" in written and "output: ../out-trained" in written and "initial_weights: ./" in written

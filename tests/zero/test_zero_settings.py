@@ -73,6 +73,14 @@ def test_open_mpi_may_number_the_ranks_of_a_node_as_it_does(monkeypatch):
     assert len(run_ranks(1, trained_with, [small(0)])[0][0]) == 7
 
 
+def test_a_deepspeed_that_cannot_be_imported_is_an_error_in_one_line(monkeypatch):
+    for name in ("DS_ACCELERATOR", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ConfigError, match=r"^engine.name=deepspeed: DeepSpeed .* cannot be imported .ModuleNotFound"):
+        megaresnorm.engines.deepspeed.load_deepspeed(CPU)
+
+
 def refused_on_one(rank: int, recipe: Recipe) -> str:
     def load(*arguments: object) -> None:
         if rank == 1:
