@@ -21,6 +21,8 @@ MODELS = {"pre": "gpt", "deepnorm": "llama", "keel": "llama"}  # gpt: z-loss, do
 # At its defaults ZeRO-3 shards no tensor of fewer than 100,000 elements for long, which these models have none of.
 SHARDED = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 1}
 FP32 = 2e-6  # relative: sums of FP32 numbers in another order, carried on through ten steps
+CLIPPED = 1e-5  # as FP32; clipping carries the rounding of norms on: the native engine's own layouts differ by 4.6e-6
+BF16 = 0.05  # at most; the bound is what the native engine's own layouts differ by
 
 
 class Done(NamedTuple):
@@ -65,18 +67,21 @@ def distance(one: Done, other: Done) -> float:
     return max(abs(a - b) / abs(b) for mine, theirs in pairs for a, b in zip(mine, theirs, strict=True))
 
 
-def compare(topology: str, layout: str, compute: str, steps: int = 10, **sections: dict) -> None:
+def compare(topology: str, layout: str, compute: str, steps: int = 10, spread: float = FP32, **sections: dict) -> None:
     """Of every stage with the native engine, which adds microbatches up as stages 0 and 1 do, or as 2 and 3."""
     ranks, parallel = TENSOR[layout]
     natives = [recipe_of(topology, parallel | more, compute, **sections) for more in ({}, {"dp_shard": 2})]
     zeros = [recipe_of(topology, parallel, compute, engine=zero(stage), **sections) for stage in STAGES]
     ddp, fsdp, *found = run(ranks, natives + zeros, steps=steps)
-    spread = FP32
     if compute != "fp32":
         others = [recipe_of(topology, parallel, compute, **sections) for _, parallel in TENSOR.values()]
         spread = max(FP32, distance(ddp, fsdp), *(distance(run(4, [other])[0], ddp) for other in others))
+        spread = min(spread, BF16)
     for stage, done in zip(STAGES, found, strict=True):
-        assert distance(done, fsdp if stage > 1 else ddp) <= spread, (stage, spread)
+        native = fsdp if stage > 1 else ddp
+        assert distance(done, native) <= spread, (stage, spread)
+        # Nothing has been rounded otherwise before the first update.
+        assert done.steps[0] == pytest.approx(native.steps[0], rel=FP32), stage
 
 
 def test_every_stage_equals_the_native_engine():
@@ -105,7 +110,7 @@ def test_every_stage_equals_the_native_engine_in_every_layout(topology, layout, 
 @pytest.mark.parametrize("optim", [{"clip": "adagc", "adagc_warmup": 2}, {"clip": "global", "clip_norm": 0.1}])
 @pytest.mark.parametrize("layout", TENSOR)
 def test_clipping_is_that_of_the_native_engine(layout, optim):
-    compare("pre", layout, "fp32", optim=optim)
+    compare("pre", layout, "fp32", spread=CLIPPED, optim=optim)
 
 
 @pytest.mark.slow

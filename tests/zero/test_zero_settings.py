@@ -142,7 +142,7 @@ SAID = {
     "memory_breakdown": "CPU Virtual Memory",
     "dump_state": "DeepSpeedEngine configuration",
     "comms_logger": "comm op: all_reduce",
-    "log_level": "[DEBUG]",
+    "log_level": "[INFO]",
     "": "",
 }
 
