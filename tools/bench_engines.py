@@ -29,10 +29,15 @@ from megaresnorm.recipe.load import build_recipe
 from megaresnorm.testing import run_ranks
 
 NATIVE = {"ddp": {}, "fsdp2": {"dp_shard": 2}}  # the section parallel
-ZERO = {f"zero {stage}": {"zero_stage": stage} for stage in range(4)}  # the section engine
+ZERO: dict[str, dict] = {f"zero {stage}": {"zero_stage": stage} for stage in range(4)}  # the section engine
+# At its defaults ZeRO-3 keeps gathered weights that are used again within 1e9 elements: all, here.
+ZERO["zero 3 + nothing kept"] = {
+    "zero_stage": 3,
+    "deepspeed": {"zero_optimization": {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}},
+}
 OFFLOADED = {
-    "zero 2, optimizer on the host": {"zero_stage": 2, "offload": "optimizer"},
-    "zero 3, weights on the host": {"zero_stage": 3, "offload": "parameters"},
+    "zero 2 + optimizer on the host": {"zero_stage": 2, "offload": "optimizer"},
+    "zero 3 + weights on the host": {"zero_stage": 3, "offload": "parameters"},
 }
 RANKS, WARM_UP = 2, 2
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}  # relative, of losses

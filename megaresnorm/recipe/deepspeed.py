@@ -23,7 +23,7 @@ Elements = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MAX_ELEMENTS)]
 
 
 class HostMemory(Section):
-    """How what is kept in host memory lies there."""
+    """Host memory for moments and master weights (offload_optimizer) or weights (offload_param)."""
 
     pin_memory: bool | None = None
     """In pages that are never swapped out, between which and a GPU copies are fast; unset: with a GPU."""
@@ -44,13 +44,13 @@ class ZeroOptimization(Section):
     parameter_alignment: bool | None = None
     """Stages 1 and 2: begin every parameter at a multiple of 16 bytes, with padding between them."""
     sub_group_size: Bucket | None = None
-    """Stage 3: elements of a rank that are updated at a time."""
+    """Stage 3: elements of a rank that are updated at a time; unset: 1e9."""
     stage3_max_live_parameters: Elements | None = None
-    """Stage 3: gathered weights that a rank keeps at a time."""
+    """Stage 3: gathered weights that a rank keeps at a time; unset: 1e9."""
     stage3_max_reuse_distance: Elements | None = None
-    """Stage 3: keep gathered weights that are used again within so many others."""
+    """Stage 3: keep gathered weights that are used again within so many others; unset: 1e9, 0 frees all at once."""
     stage3_prefetch_bucket_size: Elements | None = None
-    """Stage 3: weights that are gathered ahead of their use."""
+    """Stage 3: weights that are gathered ahead of their use; unset: 5e7."""
     stage3_param_persistence_threshold: Elements | None = None
     """Stage 3: parameters below this size stay gathered; unset: norms, biases and gates do."""
     stage3_model_persistence_threshold: Elements | None = None
