@@ -21,7 +21,7 @@ from megaresnorm.parallel.sharding import Box
 from megaresnorm.reading import read_plain_file
 
 MAX_HEADER_BYTES = 1 << 24
-MAX_SLICES = 64  # of one tensor in one file: a rank has one of every logical part
+MAX_SLICES = 64  # of one tensor in one file: one of every logical part, or three where it is flat
 OPEN_FILES = 64
 HASHING_THREADS = 4
 CHUNK_ELEMENTS = 1 << 22  # of a tensor that is read and not kept: 16 MB in FP32

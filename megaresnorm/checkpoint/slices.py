@@ -6,7 +6,7 @@ from typing import NamedTuple
 from megaresnorm.errors import DamagedError
 from megaresnorm.parallel.sharding import Box
 
-MAX_BESIDE = 1024  # slices of the same rows: at most as many as tensor-parallel ranks
+MAX_BESIDE = 1024  # slices of the same rows: of tensor-parallel ranks, and of ranks of dp whose flat slices share one
 
 
 class FileSlice(NamedTuple):

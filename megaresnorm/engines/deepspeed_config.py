@@ -19,7 +19,7 @@ def deepspeed_config(recipe: Recipe, *, data_ranks: int, pin: bool) -> dict[str,
     micro = recipe.train.micro_batch_of(data_ranks, 1)
     zero: dict[str, Any] = {"stage": engine.zero_stage}
     if engine.zero_stage:
-        # Without contiguous gradients DeepSpeed 0.19.7 has wrong norms.
+        # Without contiguous gradients stages 1 and 2 of DeepSpeed 0.19.7 have wrong norms and losses.
         zero |= {"contiguous_gradients": True, "overlap_comm": False, **buffer_sizes(recipe)}
     if engine.zero_stage == 3:
         zero["memory_efficient_linear"] = False  # it would replace torch's own F.linear, which needs no help here

@@ -1,7 +1,7 @@
 """Which part of a whole tensor a rank has, and how parts make up the whole again.
 
 A tensor-parallel rank has its share of every part of a fused matrix (of q, of k and of v), or of the columns. Of that
-share a rank of dp_shard has consecutive rows, as FSDP2 shards them.
+share a rank of dp_shard has consecutive rows, as FSDP2 shards them, or under ZeRO a rank of dp consecutive elements.
 """
 
 from collections.abc import Sequence
