@@ -97,6 +97,7 @@ def test_a_thousand_sub_layers_lose_the_same_under_every_policy(monkeypatch, cap
     assert sum(line.endswith("the same, bit for bit") for line in rows) == 3
 
 
+@pytest.mark.slow
 def test_auto_is_timed_beside_every_policy_within_the_budget(monkeypatch, capsys):
     small = [*SMALL, "--seq-len", "512", "--policies", "none,branch,block"]
     tool(monkeypatch, "--auto", *small, "--topologies", "deepnorm", "--compute", "fp32")

@@ -148,7 +148,7 @@ def logits_in_evaluation(rank: int, parallel: dict, count: int) -> tuple[int, in
     "pipeline", ["1f1b", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpipe", "interleaved"))]
 )
 def test_an_evaluation_has_the_logits_of_one_microbatch_and_keeps_none(pipeline):
-    assert run_ranks(2, logits_in_evaluation, {"pp": 2, "pipeline": pipeline}, 24) == [(0, 0), (1, 0)]
+    assert run_ranks(2, logits_in_evaluation, {"pp": 2, "pipeline": pipeline}, 8) == [(0, 0), (1, 0)]
 
 
 def forwards(rank: int, count: int) -> int:

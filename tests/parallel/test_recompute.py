@@ -86,7 +86,7 @@ def some_cases(place: str) -> list[tuple[str, str, str, list[str]]]:
     ]
 
 
-OFTEN = ("alone", "tp2 tokens", "tp2 columns, merge", GATHER, "pp2 1f1b", "pp2 interleaved", "fsdp2")  # in CI
+OFTEN = ("alone", "tp2 tokens", "tp2 columns, merge", "pp2 1f1b", "pp2 interleaved", "fsdp2")  # in CI
 
 
 @pytest.mark.parametrize(
