@@ -116,6 +116,10 @@ VALUES = [
     ("zero_optimization.overlap_comm=1", "=1: wanted boolean, true or false"),
     ("zero_optimization=2", "wanted a section with keys, got a int"),
     ("comms_logger.enabled=true", "no effect without enabled: true and verbose: true"),
+    (
+        "comms_logger={enabled: true, verbose: true, prof_ops: [all_reduce]}",
+        "prof_ops has no effect without prof_all: false",
+    ),
     ("log_level=loud", "wanted one of debug, info, warning, error"),
 ]
 IGNORED = [  # (overrides, the setting of DeepSpeed's, under which other it has no effect)

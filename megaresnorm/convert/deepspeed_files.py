@@ -24,7 +24,7 @@ _TIED = (
 _STAGE_0 = (
     "import os, sys, torch; "
     + _SAVE
-    + 'save({k: v.clone() for k, v in torch.load(path, weights_only=False)["module"].items()}, out)'
+    + 'save({k: v.clone() for k, v in torch.load(path, weights_only=True)["module"].items()}, out)'
 )
 _PICKLES = (
     "import glob, os, sys, torch; "

@@ -113,7 +113,8 @@ def of_recipe(
             _compare(Checkpoint(folder / "checkpoints" / "step-00000000"), weights, table, max_memory // 8)
     notes = (*notes, *(() if tokenizer is not None else ("without a tokenizer",)))
     checkpoint, written = out / "checkpoints" / "step-00000000", out / "recipe.yaml"
-    return Imported(checkpoint, written, load_recipe(written), None, model, tokenizer, notes, None, verify)
+    settings = load_recipe(written)
+    return Imported(checkpoint, written, settings, None, model, tokenizer, notes, None, same_bits=verify)
 
 
 def _config_folder(source: Path, config: Path | None) -> Path | None:

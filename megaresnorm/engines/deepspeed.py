@@ -20,12 +20,12 @@ from megaresnorm.checkpoint.format import TensorSlices
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import EngineState
 from megaresnorm.data.loader import StepBatch
-from megaresnorm.engines.assembly import assemble
 from megaresnorm.engines.deepspeed_config import deepspeed_config
 from megaresnorm.engines.engine import StepStats
 from megaresnorm.engines.extensions import load_extension
 from megaresnorm.engines.garbage import no_garbage_collection
 from megaresnorm.engines.low_precision import LowPrecision
+from megaresnorm.engines.model import model_of
 from megaresnorm.engines.mpu import Mpu
 from megaresnorm.engines.passes import Passes
 from megaresnorm.engines.state import check_finite, load_tensors, placements
@@ -71,7 +71,7 @@ class DeepSpeedEngine:
         sharding: dict[str, Any] = {}
         if self._stage == 3:
             sharding = {"on_parameter": Partitioner(deepspeed, config, mpu).partition, "shards_later": True}
-        self.assembled = assembled = assemble(recipe, context, device, **sharding)
+        self.assembled = assembled = model_of(recipe, context, device, **sharding)
         self.passes = Passes(recipe, assembled.device)
         self._parameters = assembled.parameters()
         self._low_precision = None if self._stage == 3 else LowPrecision(recipe.precision, assembled, self._parameters)

@@ -11,11 +11,11 @@ from megaresnorm.checkpoint.format import TensorSlices
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import EngineState
 from megaresnorm.data.loader import Batch, StepBatch
-from megaresnorm.engines.assembly import assemble
 from megaresnorm.engines.engine import StepStats
 from megaresnorm.engines.garbage import no_garbage_collection
 from megaresnorm.engines.graphs import MicrobatchGraph, Recorder
 from megaresnorm.engines.low_precision import LowPrecision
+from megaresnorm.engines.model import model_of
 from megaresnorm.engines.passes import Passes
 from megaresnorm.engines.state import FullState, check_finite, load_tensors, placements, rounded_weights
 from megaresnorm.engines.step_policy import StepPolicy, Totals
@@ -53,7 +53,7 @@ class NativeEngine:
         self.context = context = context or ParallelContext.single()
         self._shards_gradients = recipe.parallel.accumulate == "sharded"
         shard = self._sharding(recipe) if context.dp_shard.size > 1 else None
-        self.assembled = assembled = assemble(recipe, context, torch.device(device), shard=shard)
+        self.assembled = assembled = model_of(recipe, context, torch.device(device), shard=shard)
         self.modules = {number: self._wrapped(model) for number, model in assembled.models.items()}
         self.passes = Passes(recipe, assembled.device)
         self._parameters, table = assembled.parameters(), assembled.table

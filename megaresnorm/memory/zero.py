@@ -1,8 +1,8 @@
 """States of DeepSpeed's engine under ZeRO's stages, and the sizes of its buffers that follow from the model's.
 
 All parameters and gradients are FP32. Stages 1 and 2 lay all parameters of an optimizer's group into one flat tensor,
-of which a rank updates a partition, in a copy. Stage 3 cuts every parameter by itself; gathered weights are not freed
-where they are used again before so many elements.
+of which a rank updates a partition, in a copy. Stage 3 partitions every parameter by itself; gathered weights are not
+freed where they are used again before so many elements.
 """
 
 from collections import defaultdict
@@ -75,8 +75,8 @@ def _flat_partitions(groups: Iterable[list[int]], ranks: int) -> _Updated:
     return _Updated(sum(sizes), max(sizes), max(touched))
 
 
-def _cut_partitions(groups: Iterable[list[int]], ranks: int) -> _Updated:
-    """Of stage 3: of every parameter a part, padded."""
+def _partitions_of_each(groups: Iterable[list[int]], ranks: int) -> _Updated:
+    """Of stage 3: of every parameter a partition, padded."""
     sizes = [sum(ceil(elements / ranks) for elements in group) for group in groups]
     return _Updated(sum(sizes), max(sizes), sum(sizes))
 
@@ -114,7 +114,7 @@ class ZeroMemory:
         groups: dict[Settings, list[int]] = defaultdict(list)
         for spec, size in zip(specs, self._sizes, strict=True):
             groups[settings_of(spec, of.recipe.optim)].append(size)
-        partitions = _cut_partitions if self._stage == 3 else _flat_partitions
+        partitions = _partitions_of_each if self._stage == 3 else _flat_partitions
         self._own = partitions(groups.values(), self._ranks)
         self._settings = _settings(of.recipe, specs)
 

@@ -75,7 +75,7 @@ class CommsLogger(Section):
     prof_all: bool | None = None
     """Of all operations, rather than those of prof_ops."""
     prof_ops: Annotated[list[Word], Field(max_length=100)] | None = None
-    """Names of operations, such as all_reduce."""
+    """Names of operations, such as all_reduce; needs prof_all: false."""
     debug: bool | None = None
     """With the function that sends."""
 
@@ -85,6 +85,11 @@ class CommsLogger(Section):
             raise ValueError(
                 "engine.deepspeed.comms_logger has no effect without enabled: true and verbose: true; set both, or "
                 "remove it"
+            )
+        if self.prof_ops is not None and self.prof_all is not False:
+            raise ValueError(
+                "engine.deepspeed.comms_logger.prof_ops has no effect without prof_all: false, as all operations are "
+                "logged; set that, or remove it"
             )
         return self
 

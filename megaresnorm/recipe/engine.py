@@ -38,21 +38,16 @@ class EngineRecipe(Section):
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Self:
-        given = {f"deepspeed.{key}": value for key, value in flat(self.passed_on).items()}
+        advice = "remove it"
         if self.name == "native":
-            fields = type(self).model_fields
-            own = {key: getattr(self, key) for key in ("zero_stage", "offload")}
-            given = {key: value for key, value in own.items() if value != fields[key].default} | given
-        for key, value in given.items():
-            if why := self._ignores(key.removeprefix("deepspeed.")):
+            advice = "set engine.name=deepspeed, or engine='{name: native}' for the native engine alone"
+            refuse_ignored(self, "engine", "engine.name=native", "zero_stage", "offload", advice=advice)
+        for key, value in flat(self.passed_on).items():
+            if why := self._ignores(key):
                 shown = str(value).lower() if isinstance(value, bool) else value
-                raise ValueError(f"engine.{key}={shown} has no effect with {why}; {self._advice(why)}")
+                advice = "remove one of them" if why.startswith("engine.deepspeed.") else advice
+                raise ValueError(f"engine.deepspeed.{key}={shown} has no effect with {why}; {advice}")
         return self
-
-    def _advice(self, why: str) -> str:
-        if self.name == "native":
-            return "set engine.name=deepspeed, or engine='{name: native}' for the native engine alone"
-        return "remove one of them" if why.startswith("engine.deepspeed.") else "remove it"
 
     def _ignores(self, key: str) -> str | None:
         """The setting with which one of ``deepspeed`` has no effect; None where it has one."""

@@ -70,20 +70,21 @@ class Section(BaseModel):
     )
 
 
-def refuse_ignored(section: Section, name: str, why: str, *keys: str) -> None:
+def refuse_ignored(section: Section, name: str, why: str, *keys: str, advice: str = "remove it") -> None:
     """Refuse settings that differ from their defaults but would have no effect.
 
     Args:
         name: the section's, as in ``model.init``.
         why: the setting under which they have none, as in ``model.norm=rmsnorm``.
         *keys: the fields of the section to look at.
+        advice: what to do.
 
     Raises:
         ValueError: one of them is such a setting.
     """
     for key in keys:
         if getattr(section, key) != type(section).model_fields[key].default:
-            raise ValueError(f"{name}.{key}={getattr(section, key)} has no effect with {why}; remove it")
+            raise ValueError(f"{name}.{key}={getattr(section, key)} has no effect with {why}; {advice}")
 
 
 def divisors(n: int, near: int | None = None, most: int = 12) -> list[int]:

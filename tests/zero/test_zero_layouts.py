@@ -21,7 +21,7 @@ MODELS = {"pre": "gpt", "deepnorm": "llama", "keel": "llama"}  # gpt: z-loss, do
 # At its defaults ZeRO-3 shards no tensor of fewer than 100,000 elements for long, which these models have none of.
 SHARDED = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 1}
 FP32 = 2e-6  # relative: sums of FP32 numbers in another order, carried on through ten steps
-CLIPPED = 1e-5  # as FP32; clipping carries the rounding of norms on: the native engine's own layouts differ by 4.6e-6
+CLIPPED = 1e-5  # of norms; clipping carries their rounding on: the native engine's own layouts differ by 4.6e-6
 BF16 = 0.05  # at most; the bound is what the native engine's own layouts differ by
 
 
@@ -80,6 +80,10 @@ def compare(topology: str, layout: str, compute: str, steps: int = 10, spread: f
     for stage, done in zip(STAGES, found, strict=True):
         native = fsdp if stage > 1 else ddp
         assert distance(done, native) <= spread, (stage, spread)
+        if compute == "fp32":
+            losses = [([loss for loss, _ in one.steps], one.loss) for one in (done, native)]
+            assert losses[0][0] == pytest.approx(losses[1][0], rel=FP32), stage
+            assert losses[0][1] == pytest.approx(losses[1][1], rel=FP32), stage
         # Nothing has been rounded otherwise before the first update.
         assert done.steps[0] == pytest.approx(native.steps[0], rel=FP32), stage
 

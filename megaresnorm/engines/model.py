@@ -11,7 +11,7 @@ from megaresnorm.recipe import Recipe
 from megaresnorm.recompute_auto import plan_on_all_ranks
 
 
-def assemble(recipe: Recipe, context: ParallelContext, device: torch.device, **sharding: Any) -> Assembled:
+def model_of(recipe: Recipe, context: ParallelContext, device: torch.device, **sharding: Any) -> Assembled:
     """Build this rank's part of a recipe's model. Collective.
 
     Args:
