@@ -7,7 +7,7 @@ decided here, as for every engine (step_policy.py): DeepSpeed's own loss scale, 
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -55,10 +55,12 @@ class DeepSpeedEngine:
 
     Attributes:
         assembled: the bare model, which DeepSpeed has taken over.
+        passes: the forward passes of single microbatches.
         policy: what becomes of a step.
+        gathers_weights: whether hooks gather them, of stage 3.
     """
 
-    stack = None  # microbatches come one by one
+    stack = pipeline = None  # microbatches come one by one
 
     def __init__(
         self, recipe: Recipe, context: ParallelContext | None = None, device: str | torch.device = "cpu"
@@ -68,6 +70,7 @@ class DeepSpeedEngine:
         deepspeed, mpu = all_or_raise(lambda: load_deepspeed(device), context.control), Mpu(context)
         self._stage, self._offload = recipe.engine.zero_stage, recipe.engine.offload
         config = deepspeed_config(recipe, data_ranks=context.dp.size, pin=device.type == "cuda")
+        self.gathers_weights = self._stage == 3
         sharding: dict[str, Any] = {}
         if self._stage == 3:
             sharding = {"on_parameter": Partitioner(deepspeed, config, mpu).partition, "shards_later": True}
@@ -123,7 +126,7 @@ class DeepSpeedEngine:
             gradients = self._collect() if tokens else []
             totals = self.policy.sum_up(loss, gradients, batch, stops=stop())
             if tokens:
-                self._update(gradients, totals, lr)
+                self.update(gradients, totals, lr)
             return self.policy.settle(totals, batch, tokens)
 
     def _backward(self, batch: StepBatch, tokens: int) -> Tensor:
@@ -158,8 +161,8 @@ class DeepSpeedEngine:
         return [Gradient(tensor, at) for tensor, at in zip(tensors.values(), self._placements, strict=True)]
 
     @torch.no_grad()
-    def _update(self, gradients: list[Gradient], totals: Totals, lr: float) -> None:
-        """Clip and update; a no-op where the step's loss or norm is not finite."""
+    def update(self, gradients: Sequence[Gradient], totals: Totals, lr: float) -> None:
+        """See ``Engine``."""
         self._optimizer.begin(lr, self.policy.updates, self.policy.clip(gradients, totals), totals.refused)
         self._engine.step()
         self._refresh()

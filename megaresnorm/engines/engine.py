@@ -1,15 +1,21 @@
 """The interface between an engine and the training loop: one optimizer step, evaluation, and the engine's state."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from megaresnorm.assemble import Assembled
 from megaresnorm.checkpoint.format import TensorSlices
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import EngineState
 from megaresnorm.data.loader import StepBatch
+from megaresnorm.engines.passes import Passes
 from megaresnorm.model.transformer import Transformer
+from megaresnorm.optim import Gradient
+
+if TYPE_CHECKING:
+    from megaresnorm.engines.step_policy import StepPolicy, Totals
+    from megaresnorm.parallel.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -44,9 +50,24 @@ class Engine(Protocol):
 
     Attributes:
         assembled: the model's stages, and what was decided when they were built.
+        passes: the forward passes of single microbatches.
+        policy: what becomes of a step.
     """
 
     assembled: Assembled
+    passes: Passes
+    policy: "StepPolicy"
+
+    @property
+    def pipeline(self) -> "Pipeline | None":
+        """The stages of this rank and their schedule; None where there is one stage."""
+
+    @property
+    def gathers_weights(self) -> bool:
+        """Whether hooks in the modules gather weights as they are needed: of FSDP2, or of ZeRO-3."""
+
+    def update(self, gradients: Sequence[Gradient], totals: "Totals", lr: float) -> None:
+        """Clip and update, in ``step``; a no-op where the step's loss or norm is not finite."""
 
     @property
     def model(self) -> Transformer:

@@ -1,6 +1,6 @@
 """The native engine: plain PyTorch, one optimizer step at a time, on however many ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,10 @@ class NativeEngine:
         modules: the stages by number as data parallelism has wrapped them, to be called in training.
         reductions: of gradients, beside those of data parallelism.
         low_precision: copies of weights and scales.
+        passes: the forward passes of single microbatches.
         policy: what becomes of a step.
+        pipeline: the stages of this rank and their schedule; None where there is one stage.
+        gathers_weights: whether FSDP2's hooks do.
     """
 
     def __init__(
@@ -52,7 +55,8 @@ class NativeEngine:
     ) -> None:
         self.context = context = context or ParallelContext.single()
         self._shards_gradients = recipe.parallel.accumulate == "sharded"
-        shard = self._sharding(recipe) if context.dp_shard.size > 1 else None
+        self.gathers_weights = context.dp_shard.size > 1
+        shard = self._sharding(recipe) if self.gathers_weights else None
         self.assembled = assembled = model_of(recipe, context, torch.device(device), shard=shard)
         self.modules = {number: self._wrapped(model) for number, model in assembled.models.items()}
         self.passes = Passes(recipe, assembled.device)
@@ -65,7 +69,7 @@ class NativeEngine:
         partial = (p for name, p in self._parameters.items() if table[name].partial)
         self.reductions = reductions(partial, tied, tp=context.tp, embedding=context.embedding)
         self.policy = StepPolicy(recipe, assembled, replicas=context.dp_replicate, shards=context.model_shards)
-        self._pipeline = self._make_pipeline(recipe) if context.pp.size > 1 else None
+        self.pipeline = self._make_pipeline(recipe) if context.pp.size > 1 else None
         self._graph: MicrobatchGraph | None = None
         if assembled.compiled == "cuda_graphs":
             self.record_microbatches()
@@ -109,7 +113,7 @@ class NativeEngine:
     @property
     def stack(self) -> Callable[[int], int] | None:
         """See ``Engine``: the number of microbatches that the pipeline's schedule needs."""
-        return None if self._pipeline is None else self._pipeline.num_microbatches
+        return None if self.pipeline is None else self.pipeline.num_microbatches
 
     def step(self, batch: StepBatch, lr: float, stop: Callable[[], bool] = lambda: False) -> StepStats:
         """Accumulate the gradients of one global batch in FP32, clip and update. Collective.
@@ -133,7 +137,7 @@ class NativeEngine:
             gradients = self._optimizer.collect(per_parameter=self.policy.clipper.clips_each) if tokens else []
             totals = self.policy.sum_up(loss, gradients, batch, stops=stop())
             if tokens:
-                self._update(gradients, totals, lr)
+                self.update(gradients, totals, lr)
             self._optimizer.zero_grad()
             stats = self.policy.settle(totals, batch, tokens)
         if stats.applied:
@@ -162,7 +166,7 @@ class NativeEngine:
         Communication:
             One all-reduce of 32 bytes over all ranks, beside what forward passes send.
         """
-        if self._pipeline is not None:
+        if self.pipeline is not None:
             loss = self._run_pipeline(batch, None)
         else:
             loss = self.passes.no_loss()
@@ -220,7 +224,7 @@ class NativeEngine:
         if not tokens:
             return self.passes.no_loss()
         factor = self.policy.factor
-        loss = (self._run_pipeline if self._pipeline else self._accumulate)(batch, factor / tokens)
+        loss = (self._run_pipeline if self.pipeline else self._accumulate)(batch, factor / tokens)
         reduce_gradients(self.reductions)
         self._optimizer.divide_gradients(factor)
         return loss
@@ -243,7 +247,7 @@ class NativeEngine:
 
     def _run_pipeline(self, batch: StepBatch, scale: float | None) -> Tensor:
         """Sum of the losses on the last stage, 0 on the others. A ``scale`` of None means forward alone."""
-        assert self._pipeline is not None
+        assert self.pipeline is not None
         (whole,), total = batch.microbatches, self.passes.no_loss()
 
         def loss(losses: tuple[Tensor, Tensor]) -> Tensor:
@@ -255,14 +259,14 @@ class NativeEngine:
         del arguments["labels_BS"]  # which the last stage alone is given
         arguments["dropout"] = None if scale is None else self.passes.dropout(whole)
         arguments = {name: value for name, value in arguments.items() if value is not None}
-        self._pipeline.run(
+        self.pipeline.run(
             whole.tokens, whole.labels, batch.num_microbatches, loss, backward=scale is not None, **arguments
         )
         return total
 
     @torch.no_grad()
-    def _update(self, gradients: list[Gradient], totals: Totals, lr: float) -> None:
-        """Clip and update; a no-op where the step's loss or norm is not finite."""
+    def update(self, gradients: Sequence[Gradient], totals: Totals, lr: float) -> None:
+        """See ``Engine``."""
         divisor = self.policy.clip(gradients, totals)
         self._optimizer.step(lr, divisor=divisor, refused=totals.refused)
         self.low_precision.end_step(totals.refused)

@@ -109,3 +109,46 @@ class PlainLinear:
 
 
 PLAIN = PlainLinear()
+
+
+class LinearOver:
+    """The products of another kernel, for those who see or change some of what passes.
+
+    Args:
+        kernel: makes the products.
+    """
+
+    def __init__(self, kernel: LinearKernel = PLAIN) -> None:
+        self._kernel = kernel
+
+    def write(self, add_norm: AddNormKernel, args: AddNormArgs) -> AddNormOutput:
+        """See ``LinearKernel``."""
+        return self._kernel.write(add_norm, args)
+
+    def rows(self, x: Rows) -> Any:
+        """See ``LinearKernel``."""
+        return self._kernel.rows(x)
+
+    def part(self, x: Tensor, axis: Axis, dim: int) -> Rows:
+        """See ``LinearKernel``."""
+        return self._kernel.part(x, axis, dim)
+
+    def gradient(self, dy: Tensor) -> Any:
+        """See ``LinearKernel``."""
+        return self._kernel.gradient(dy)
+
+    def forward(self, x: Any, operand: Tensor, bias: Tensor | None) -> Tensor:
+        """See ``LinearKernel``."""
+        return self._kernel.forward(x, operand, bias)
+
+    def input_grad(self, dy: Any, operand: Tensor) -> Tensor:
+        """See ``LinearKernel``."""
+        return self._kernel.input_grad(dy, operand)
+
+    def weight_grad(self, dy: Any, x: Any, dtype: torch.dtype) -> Tensor:
+        """See ``LinearKernel``."""
+        return self._kernel.weight_grad(dy, x, dtype)
+
+    def add_weight_grad(self, total: Tensor, dy: Any, x: Any) -> None:
+        """See ``LinearKernel``."""
+        self._kernel.add_weight_grad(total, dy, x)

@@ -104,9 +104,9 @@ class Pipeline:
                 f"tokens {list(tokens.shape)} and labels {list(labels.shape)} are not {num_microbatches} equal "
                 "microbatches"
             )
-        schedule = self._made_for(num_microbatches, tokens.shape[0] // num_microbatches, tokens.shape[1])
+        schedule = self.schedule_for(num_microbatches, tokens.shape[0] // num_microbatches, tokens.shape[1])
         schedule._loss_fn = lambda output, labels: loss(output)
-        for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
+        for stage in stages_in(schedule):
             stage.queue = self.queue
         if self.queue is not None:
             self.queue.clear()  # an error in the batch before may have left something
@@ -117,7 +117,8 @@ class Pipeline:
         else:
             schedule.eval(*received, **options, return_outputs=False)
 
-    def _made_for(self, count: int, batch: int, seq: int) -> Any:
+    def schedule_for(self, count: int, batch: int, seq: int) -> Any:
+        """torch's schedule for so many microbatches of ``batch`` sequences of ``seq`` tokens."""
         key = (count, batch, seq)
         if self._made is None or self._made[0] != key:
             self._made = None  # its buffers go before new ones come
@@ -142,6 +143,11 @@ class Pipeline:
         )
         stage.shards_gradients = self._shards_gradients
         return stage
+
+
+def stages_in(schedule: Any) -> "list[_Stage]":
+    """The stages that this rank has in one of torch's schedules."""
+    return getattr(schedule, "_stages", None) or [schedule._stage]
 
 
 class _Buffers:

@@ -15,14 +15,14 @@ from megaresnorm.kernels.fp8.formats import LARGEST, TENSOR, Fp8, Rows
 from megaresnorm.parallel.data_parallel import local
 from megaresnorm.parallel.layouts import TensorLayout
 from megaresnorm.parallel.linear import ColumnLinear, Linear
-from megaresnorm.parallel.linear_kernel import LinearKernel
+from megaresnorm.parallel.linear_kernel import LinearKernel, LinearOver
 from megaresnorm.parallel.mesh import Axis
 from megaresnorm.precision.counting import GRADIENT, INPUT, WEIGHT, Counts, Tally, count
 from megaresnorm.precision.fp8 import Fp8Linear, OutputGradient
 from megaresnorm.recompute import is_running_again
 
 
-class Watched:
+class Watched(LinearOver):
     """The products of another kernel, to the bit, of which inputs and outputs' gradients are counted.
 
     An input is counted when the forward pass multiplies it: not when backward reads it once more, nor in a second run
@@ -45,7 +45,8 @@ class Watched:
         writes_part: bool,
         shards: int,
     ) -> None:
-        self._kernel, self._seen = kernel, seen
+        super().__init__(kernel)
+        self._seen = seen
         self._counts_written = counts_whole or writes_part
         self._counts_rows = counts_whole or shards == 1
         self._counts_gradients = counts_whole or shards == 0
@@ -90,10 +91,6 @@ class Watched:
             codes = read.codes if isinstance(read, OutputGradient) else None
             self._seen(GRADIENT, _counts(dy, codes or dy))
         return read
-
-    def input_grad(self, dy: Any, operand: Tensor) -> Tensor:
-        """See ``LinearKernel``."""
-        return self._kernel.input_grad(dy, operand)
 
     def weight_grad(self, dy: Any, x: Any, dtype: torch.dtype) -> Tensor:
         """See ``LinearKernel``."""

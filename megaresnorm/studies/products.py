@@ -3,12 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from megaresnorm.kernels.add_norm.reference import AddNormArgs, AddNormKernel, AddNormOutput
-from megaresnorm.parallel.linear_kernel import PLAIN
-from megaresnorm.parallel.mesh import Axis
+from megaresnorm.parallel.linear_kernel import LinearOver
 
 Function = Callable[[Tensor], Tensor]
 
@@ -18,7 +15,7 @@ def as_it_is(x: Tensor) -> Tensor:
     return x
 
 
-class Through:
+class Through(LinearOver):
     """Plain products on one rank, whose operands pass through functions that gradients know nothing of.
 
     Args:
@@ -27,39 +24,16 @@ class Through:
     """
 
     def __init__(self, rows: Function = as_it_is, gradient: Function = as_it_is) -> None:
+        super().__init__()
         self._rows, self._gradient = rows, gradient
-
-    def write(self, add_norm: AddNormKernel, args: AddNormArgs) -> AddNormOutput:
-        """See ``LinearKernel``."""
-        return add_norm(args)
 
     def rows(self, x: Any) -> Tensor:
         """See ``LinearKernel``."""
         return self._rows(x)
 
-    def part(self, x: Tensor, axis: Axis, dim: int) -> Tensor:
-        """See ``LinearKernel``."""
-        return x
-
     def gradient(self, dy: Tensor) -> Tensor:
         """See ``LinearKernel``."""
         return self._gradient(dy)
-
-    def forward(self, x: Tensor, operand: Tensor, bias: Tensor | None) -> Tensor:
-        """See ``LinearKernel``."""
-        return PLAIN.forward(x, operand, bias)
-
-    def input_grad(self, dy: Tensor, operand: Tensor) -> Tensor:
-        """See ``LinearKernel``."""
-        return PLAIN.input_grad(dy, operand)
-
-    def weight_grad(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """See ``LinearKernel``."""
-        return PLAIN.weight_grad(dy, x, dtype)
-
-    def add_weight_grad(self, total: Tensor, dy: Tensor, x: Tensor) -> None:
-        """See ``LinearKernel``."""
-        PLAIN.add_weight_grad(total, dy, x)
 
 
 class Keeping(Through):

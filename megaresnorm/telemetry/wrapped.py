@@ -1,6 +1,7 @@
 """Methods of single objects wrapped for a while: how a model is watched in some steps at no cost in the others."""
 
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -26,7 +27,7 @@ class Wrapped:
     """
 
     def __init__(self) -> None:
-        self._before: list[tuple[Any, str, Any]] = []
+        self._undo: list[Callable[[], object]] = []
 
     def __enter__(self) -> "Wrapped":
         return self
@@ -34,7 +35,8 @@ class Wrapped:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.undo()
+        while self._undo:
+            self._undo.pop()()
 
     def method(self, owner: Any, name: str, around: Callable[[Callable], Callable]) -> None:
         """Replace ``owner.name`` by what ``around`` makes of it."""
@@ -42,14 +44,13 @@ class Wrapped:
 
     def value(self, owner: Any, name: str, new: Any) -> None:
         """Replace an attribute of an object; the class keeps its own."""
-        self._before.append((owner, name, vars(owner).get(name, _NOTHING)))
+        before = vars(owner).get(name, _NOTHING)
+        if before is _NOTHING:
+            self.at_end(partial(object.__delattr__, owner, name))
+        else:
+            self.at_end(partial(object.__setattr__, owner, name, before))
         object.__setattr__(owner, name, new)  # of frozen objects as well
 
-    def undo(self) -> None:
-        """Put everything back, the last first."""
-        while self._before:
-            owner, name, before = self._before.pop()
-            if before is _NOTHING:
-                object.__delattr__(owner, name)
-            else:
-                object.__setattr__(owner, name, before)
+    def at_end(self, undo: Callable[[], object]) -> None:
+        """Call ``undo`` when the context ends; what came last is undone first."""
+        self._undo.append(undo)

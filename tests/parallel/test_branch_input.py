@@ -102,8 +102,8 @@ def with_queue(rank: int, recipe: Recipe) -> tuple[list, int, int]:
         assembled, engine = build(recipe)
         for model in assembled.models.values():
             queue_weight_grads(model, queue)
-        if engine._pipeline is not None:
-            engine._pipeline.queue = queue
+        if engine.pipeline is not None:
+            engine.pipeline.queue = queue
         loss, _ = engine.gradients(batches(engine, recipe))
         missing = sum(p.grad is None for p in assembled.parameters().values())
         waiting = 0 if queue is None else len(queue)
