@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from megaresnorm.errors import ConfigError, LostRankError, StoppedError, TooManyRestartsError, UserError
@@ -22,10 +23,19 @@ from megaresnorm.resilience.torchrun import raise_limits
 from megaresnorm.text import prepare_streams, say, shown
 
 if TYPE_CHECKING:
+    from megaresnorm.opening import Opened
     from megaresnorm.recipe import Recipe
 
 
-def run_job(recipe: str, overrides: Sequence[str] = (), *, fallback: bool = True, full: bool = False) -> int:
+def run_job(
+    recipe: str,
+    overrides: Sequence[str] = (),
+    *,
+    fallback: bool = True,
+    full: bool = False,
+    adjust: "Callable[[Recipe], Recipe]" = lambda recipe: recipe,
+    work: "Callable[[Opened, StopSignals], int] | None" = None,
+) -> int:
     """Train the run of a recipe, as one rank of however many, and say what it does.
 
     Args:
@@ -33,6 +43,9 @@ def run_job(recipe: str, overrides: Sequence[str] = (), *, fallback: bool = True
         overrides: of the form section.key=value.
         fallback: whether a damaged newest checkpoint may be passed over for an older one.
         full: print every setting, rather than those that differ from the defaults.
+        adjust: changes the recipe that was read.
+        work: done with the opened recipe in the place of training, on the ranks that have a place in its layout;
+            returns the exit code.
 
     Returns:
         The exit code.
@@ -61,11 +74,11 @@ def run_job(recipe: str, overrides: Sequence[str] = (), *, fallback: bool = True
         loaded: list[Recipe] = []
 
         def load() -> "Recipe":
-            loaded.append(load_recipe(recipe, overrides))
+            loaded.append(adjust(load_recipe(recipe, overrides)))
             return loaded[0]
 
         try:
-            exit_code = _train(load, environment, stop, fallback, full)
+            exit_code = _work(load, environment, stop, work or partial(_train, fallback=fallback, full=full))
         except RuntimeError as e:
             reason = lost_contact(e)
             if reason is None:
@@ -82,24 +95,33 @@ def run_job(recipe: str, overrides: Sequence[str] = (), *, fallback: bool = True
     return code
 
 
-def _train(
-    load: "Callable[[], Recipe]", environment: Environment, stop: StopSignals, fallback: bool, full: bool
+def _work(
+    load: "Callable[[], Recipe]",
+    environment: Environment,
+    stop: StopSignals,
+    work: "Callable[[Opened, StopSignals], int]",
 ) -> int:
     from megaresnorm.opening import idle, open_recipe, tell_idle_ranks
-    from megaresnorm.run import Run
-    from megaresnorm.telemetry.log import console, log_lines
-    from megaresnorm.trainer import Trainer
 
     opened = open_recipe(load, environment)
     if opened.idles:
         return idle(opened)
-    with tell_idle_ranks(opened) as tell, Run(opened, fallback=fallback) as run:
+    with tell_idle_ranks(opened) as tell:
+        code = work(opened, stop)
+        tell(code)
+    return code
+
+
+def _train(opened: "Opened", stop: StopSignals, *, fallback: bool, full: bool) -> int:
+    from megaresnorm.run import Run
+    from megaresnorm.telemetry.log import console, log_lines
+    from megaresnorm.trainer import Trainer
+
+    with Run(opened, fallback=fallback) as run:
         if run.is_finished:
-            tell(0)
             return 0
         log_lines(run.describe(full=full))
         summary = Trainer(run).train(stop)
-        tell(summary.exit_code)
         text = None if summary.exit_code else run.sample_text()
     if text is not None:
         console.print(f"\n--- sample ---\n{text}\n--------------\n", markup=False)

@@ -13,6 +13,7 @@ from math import isfinite
 from megaresnorm.data.samples import unigram_entropy
 from megaresnorm.engines.engine import StepStats
 from megaresnorm.errors import ConfigError, NonFiniteError
+from megaresnorm.profiling.window import Profiler
 from megaresnorm.recipe import Recipe
 from megaresnorm.resilience.signals import StopSignals, exit_reason
 from megaresnorm.run import Run
@@ -50,12 +51,17 @@ def train(recipe: Recipe) -> RunSummary:
 
 
 class Trainer:
-    """Takes a run to its end, step by step, on all ranks alike."""
+    """Takes a run to its end, step by step, on all ranks alike.
 
-    def __init__(self, run: Run) -> None:
+    Args:
+        profiler: measures steps; None: those of ``train.profile``.
+    """
+
+    def __init__(self, run: Run, profiler: Profiler | None = None) -> None:
         self.run = run
         self.meter = Meter.of(run.recipe, run.context.world.size, run.device)
         self.numbers = Numbers(run.recipe, run.engine.assembled, run.engine.tensors["weights"])
+        self.profiler = profiler or Profiler(run, run.recipe.train.profile, run.output / "profile", "train")
         self._stop: StopSignals | None = None
         self._asked_to_stop = False
         self._warned_of_no_labels = False
@@ -72,6 +78,7 @@ class Trainer:
         stop.begin(train.max_minutes)
         try:
             record, stopped = self._steps(metrics)
+            self.profiler.finish()
             checkpoint = run.save_last(exit_reason(stopped) if stopped else None)
             evaluation = None if stopped else run.evaluate()
             if record is not None and not stopped:
@@ -125,6 +132,10 @@ class Trainer:
         Raises:
             NonFiniteError: ``train.max_skipped_steps`` were refused in a row.
         """
+        with self.profiler.seen_in(self.run.steps_done + 1):
+            return self._step()
+
+    def _step(self) -> dict[str, float | None]:
         run, start, samples = self.run, time.perf_counter(), self.run.samples_done
         lr, batch = learning_rate(run.steps_done, run.recipe), run.next_batch()
         with self.numbers.seen_in(run.steps_done + 1):

@@ -12,7 +12,19 @@ import typer
 from typer.main import get_command
 
 import megaresnorm
-from megaresnorm.cli import checkpoint, convert, data, depth, doctor, generate, launch, quantize, recipes, train
+from megaresnorm.cli import (
+    checkpoint,
+    convert,
+    data,
+    depth,
+    doctor,
+    generate,
+    launch,
+    profile,
+    quantize,
+    recipes,
+    train,
+)
 from megaresnorm.cli.arguments import new_app
 from megaresnorm.errors import ConfigError
 from megaresnorm.job import exit_code_of
@@ -48,6 +60,7 @@ def _options(
 
 
 train.add_to(app)
+profile.add_to(app)
 data.add_to(app)
 checkpoint.add_to(app)
 convert.add_to(app)

@@ -192,6 +192,11 @@ def is_copied(variables: Mapping[str, str] | None = None) -> bool:
     return "OMPI_COMM_WORLD_SIZE" in (os.environ if variables is None else variables)
 
 
+def under_nsight() -> bool:
+    """Whether NVIDIA Nsight Systems is recording this process, which it says by a variable."""
+    return "NSYS_PROFILING_SESSION_ID" in os.environ
+
+
 def host_name(variables: Mapping[str, str] | None = None) -> str:
     """Name of this node, for people: what a launcher calls it, else its own."""
     variables = os.environ if variables is None else variables

@@ -20,6 +20,7 @@ from megaresnorm.recipe.section import (
     refuse_ignored,
 )
 
+MAX_PROFILED = 10_000  # steps whose marks are kept
 MAX_VALID = 64  # validation sets, each of which is read at every evaluation
 # Not the names of the parts of the training data.
 ValidName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$"), AfterValidator(lambda name: _no_part(name))]
@@ -109,6 +110,15 @@ class DataRecipe(Section):
     def sources(self) -> list[BlendSource]:
         """The data sets, whichever way they were given."""
         return self.blend or [BlendSource(path=self.path or "", weight=1.0)]
+
+
+class ProfileRecipe(Section):
+    """A window of steps whose time and memory are measured by block and branch, into RUN/profile/."""
+
+    start: Count = 10
+    """The first step of the window: those before it warm up."""
+    steps: Annotated[int, Field(ge=1, le=MAX_PROFILED)] = 20
+    """Steps that are timed; about as many more are made without marks, to tell their cost, and for memory."""
 
 
 class OptimRecipe(Section):
@@ -226,6 +236,8 @@ class TrainRecipe(Section):
     """Steps between console lines; metrics are recorded at every step."""
     loggers: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], Field(max_length=3)] = ["tensorboard"]
     """Where metrics go besides metrics.jsonl; wandb and mlflow are packages of their own (extras of those names)."""
+    profile: ProfileRecipe | None = None
+    """Measure a window of steps by block and branch; unset: none, and ``megaresnorm profile`` makes one at any time."""
     max_skipped_steps: Count = 10
     """Steps in a row refused for a non-finite gradient before the run gives up."""
     max_minutes: Positive | None = None
@@ -234,6 +246,20 @@ class TrainRecipe(Section):
     """Start of the text sample written at the end."""
     sample_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] = 200
     """Length of that sample; 0: none."""
+
+    @model_validator(mode="after")
+    def _profile_begins(self) -> Self:
+        if self.profile is not None and self.profile.start > self.steps:
+            raise ValueError(
+                f"train.profile.start={self.profile.start} is after the last step, train.steps={self.steps}; wanted at "
+                "most that"
+            )
+        if self.profile is not None and self.compile == "cuda_graphs":
+            raise ValueError(
+                "train.profile does not go with train.compile=cuda_graphs, which replays a microbatch as a whole; use "
+                "train.compile=blocks"
+            )
+        return self
 
     @property
     def batch_multiple(self) -> int:

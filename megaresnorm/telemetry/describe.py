@@ -107,11 +107,16 @@ def _engine(recipe: Recipe) -> list[str]:
 
 
 def _ranks(recipe: Recipe, assembled: Assembled) -> list[str]:
+    return [] if assembled.context.world.size == 1 else [f"ranks     {describe_ranks(recipe, assembled)}"]
+
+
+def describe_ranks(recipe: Recipe, assembled: Assembled) -> str:
+    """How many ranks there are, and what they share."""
     context, parallel = assembled.context, recipe.parallel
     if context.world.size == 1:
-        return []
+        return "1 rank"
     sizes = sizes_of(context)
     split = f", stream in {parallel.tensor_layout}" if context.tp.size > 1 else ""
     stages = [len(stage.blocks) for stage in split_stages(recipe.model, parallel)]
     schedule = f", {parallel.pipeline}, blocks of the stages {stages}" if context.pp.size > 1 else ""
-    return [f"ranks     {context.world.size} = {sizes.product}{split}{schedule}"]
+    return f"{context.world.size} = {sizes.product}{split}{schedule}"

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megaresnorm.files import open_plain
 
 log = logging.getLogger(__name__)
@@ -98,6 +100,20 @@ class EventFile:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the scalars of one step, counted from 1, by their tags."""
         self._append(step=step, summary={"value": [{"tag": n, "simple_value": v} for n, v in metrics.items()]})
+
+    def write_image(self, tag: str, pixels: np.ndarray, step: int) -> None:
+        """Record an image.
+
+        Args:
+            pixels: [height, width, 3] of 8 bits.
+        """
+        from PIL import Image  # which TensorBoard needs as well
+
+        png = io.BytesIO()
+        Image.fromarray(pixels).save(png, "png")
+        height, width, _ = pixels.shape
+        image = {"height": height, "width": width, "colorspace": 3, "encoded_image_string": png.getvalue()}
+        self._append(step=step, summary={"value": [{"tag": tag, "image": image}]})
 
     def close(self, code: int = 0) -> None:
         """Close the file, as ``Appended.close``."""

@@ -34,6 +34,22 @@ def peak_tflops(device: torch.device, compute: str) -> float | None:
     return next((peak for words, peak in PEAK_HALF.items() if re.search(rf"\b{words}\b", name)), None)
 
 
+def product_tflops(device: torch.device, compute: str) -> float:
+    """The fastest of a few products of two matrices of 1,024 x 1,024 on this device, in TFLOP/s.
+
+    Args:
+        compute: type of the products, as precision.compute; FP8 is measured as BF16.
+    """
+    dtype = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16}.get(compute, torch.bfloat16)
+    size, seconds = 1024, []
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    for _ in range(8):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # which waits for it
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds) / 1e12
+
+
 def peak_memory(device: torch.device) -> int | None:
     """Most bytes that this process has had so far: of tensors on a GPU, or of host memory; None where unknown."""
     if device.type == "cuda":

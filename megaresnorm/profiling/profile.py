@@ -1,0 +1,157 @@
+"""A profile: what all ranks have measured, as one document of rows; it is read again for comparisons and reports."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megaresnorm.errors import DataError
+from megaresnorm.limits import MAX_BLOCKS
+from megaresnorm.profiling.findings import findings_of
+from megaresnorm.reading import read_plain_file
+
+SCHEMA_VERSION = 1
+FILE = "profile.json"
+MAX_BYTES = 1 << 28
+COLUMNS = ("forward", "backward", "input_grad", "weight_grad", "recompute", "exposed", "hidden", "optimizer")
+CONVENTION = (
+    "a backward pass counts twice its forward pass; attention is causal, half of its scores count; what is recomputed "
+    "counts in HFU alone"
+)
+_ORDER = {"embedding": -1, "norm": 1, "head": 2}  # of rows without a block; those of blocks lie between
+
+
+def merged(ranks: Sequence[Mapping[str, Any]], head: Mapping[str, Any]) -> dict[str, Any]:
+    """The profile of a job.
+
+    A row of several ranks has the times of the rank whose median is the largest, by column; operations and bytes are
+    the largest of one rank.
+
+    Args:
+        ranks: what ``measures_of_rank`` has made on each, with rank, host, pp, dp and tp.
+        head: what there is beside rows: command, device, layout, steps, tokens, flops, peak, bubble, overhead.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for rank in ranks:
+        for row in rank["rows"]:
+            _merge(rows, row, rank["rank"])
+    step = _slowest({r["rank"]: r["step"] for r in ranks})
+    seconds = max(r["totals"]["step"] for r in ranks) / 1e3
+    whole = {part: _time({r["rank"]: _row_times(r, part) for r in ranks}) for part in ("bubble", "data", "host")} | {
+        "unaccounted": _time({r["rank"]: _row_times(r, "other") for r in ranks})
+    }
+    whole |= {name: head.get(name) for name in ("ideal_bubble", "overhead")}
+    found = [_finished(row, head.get("peak_tflops")) for row in sorted(rows.values(), key=_position)]
+    flops = head["flops"] / len(ranks)
+    again = sum(_again(row) for row in found if row["flops"])
+    tflops = flops / seconds / 1e12
+    peak = head.get("peak_tflops")
+    profile = {
+        "schema_version": SCHEMA_VERSION,
+        **{name: head[name] for name in ("made", "command", "device", "layout", "first_step", "num_steps", "versions")},
+        "ranks": [
+            {name: r[name] for name in ("rank", "host", "pp", "dp", "tp")}
+            | {f"{name}_ms": value for name, value in r["totals"].items()}
+            for r in ranks
+        ],
+        "step_ms": step,
+        "tokens_per_second": head["tokens"] / seconds,
+        "tflops": tflops,
+        "peak_tflops": peak,
+        "mfu": None if peak is None else tflops / peak,
+        "hfu": None if peak is None else (flops + again) / seconds / 1e12 / peak,
+        "convention": f"{CONVENTION}; {head['peak_is']}" if peak is not None else CONVENTION,
+        "rows": found,
+        "whole": whole,
+    }
+    return profile | {"findings": findings_of(profile, ranks)}
+
+
+def _merge(rows: dict[str, dict[str, Any]], row: Mapping[str, Any], rank: int) -> None:
+    if row["part"] in ("other", "data", "host", "bubble"):
+        return
+    known = rows.setdefault(
+        row["name"], {name: row[name] for name in ("name", "block", "part", "stage")} | {"by_rank": {}}
+    )
+    for column, values in row["times"].items():
+        known["by_rank"].setdefault(column, {})[rank] = values
+    for name in ("flops", "activation_bytes", "transient_bytes", "parameter_bytes"):
+        known[name] = max((x for x in (known.get(name), row[name]) if x is not None), default=None)
+
+
+def _row_times(rank: Mapping[str, Any], part: str) -> list[float] | None:
+    """Those of a row that has one column; of several, their sum."""
+    for row in rank["rows"]:
+        if row["part"] == part:
+            return [sum(both) for both in zip(*row["times"].values(), strict=True)]
+    return None
+
+
+def _time(by_rank: Mapping[int, list[float] | None]) -> dict[str, float] | None:
+    return _slowest({rank: values for rank, values in by_rank.items() if values is not None})
+
+
+def _slowest(by_rank: Mapping[int, Sequence[float]]) -> dict[str, float] | None:
+    if not by_rank:
+        return None
+    rank = max(by_rank, key=lambda one: by_rank[one][0])
+    p50, p95, mean, most, noise = by_rank[rank]
+    return {"p50": p50, "p95": p95, "mean": mean, "max": most, "noise": noise, "rank": rank}
+
+
+def _finished(row: dict[str, Any], peak: float | None) -> dict[str, Any]:
+    by_rank = row.pop("by_rank")
+    times = {column: _slowest(by_rank.get(column, {})) for column in COLUMNS}
+    seconds = time_of(times, "forward", "backward") / 1e3
+    tflops = 3 * row["flops"] / seconds / 1e12 if row["flops"] and seconds else None
+    share = None if tflops is None or peak is None else tflops / peak
+    own = {"tflops": tflops, "share_of_peak": share, "gradient_norm": None, "stream_rms": None}
+    return {**row, **times, **own}
+
+
+def _again(row: Mapping[str, Any]) -> float:
+    """Operations of a row that are made twice: a forward pass where anything of it is run again."""
+    return row["flops"] if row["recompute"] and row["forward"] and row["part"] != "norm" else 0.0
+
+
+def _position(row: Mapping[str, Any]) -> tuple[float, ...]:
+    if row["block"] is not None:
+        return 0, row["block"], {"weights": 0, "norm": 1, "attention": 2, "block": 2}.get(row["part"], 3)
+    return _ORDER.get(row["part"], 3), 0, 0
+
+
+def time_of(row: Mapping[str, Any], *columns: str) -> float:
+    """Sum of the medians of some columns of a row, milliseconds."""
+    return sum(row[column]["p50"] for column in columns if row.get(column))
+
+
+def total_of(row: Mapping[str, Any]) -> float:
+    """Milliseconds of a row in a step; what is hidden and what is part of backward is not added."""
+    return time_of(row, "forward", "backward", "recompute", "exposed", "optimizer")
+
+
+def read_profile(path: str | Path) -> dict[str, Any]:
+    """A profile that was written before.
+
+    Args:
+        path: of the file; or the folder of a run, or of its profile.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+    """
+    path = Path(path)
+    tried = [path, path / FILE, path / "profile" / FILE] if path.is_dir() else [path]
+    file = next((one for one in tried if one.is_file()), None)
+    if file is None:
+        raise DataError(f"{path}: there is no {FILE}; make one with: megaresnorm profile RECIPE")
+    try:
+        found = json.loads(read_plain_file(file, MAX_BYTES))
+    except (OSError, ValueError, RecursionError) as e:
+        raise DataError(f"{file}: cannot be read ({e}); make it again with: megaresnorm profile RECIPE") from None
+    version = found.get("schema_version") if isinstance(found, dict) else None
+    if version != SCHEMA_VERSION:
+        raise DataError(f"{file}: schema_version={version!r} is not {SCHEMA_VERSION}, which is read here")
+    rows = found.get("rows")
+    if not isinstance(rows, list) or len(rows) > 8 * MAX_BLOCKS or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{file}: its rows are no list of rows; make it again with: megaresnorm profile RECIPE")
+    return found
