@@ -7,6 +7,7 @@ from typing import Any
 
 # Above what is usual for its like by this factor, and by this share of the step, something stands out.
 FACTOR, SHARE = 1.5, 0.01
+NOISES = 4.0  # standard errors of the median
 RANK_FACTOR = 1.1  # of a rank's own work over the median of the ranks that do the same
 DATA_SHARE, HOST_SHARE = 0.02, 0.05
 BUBBLE_FACTOR = 1.25
@@ -43,7 +44,8 @@ def _slow_rows(profile: Mapping[str, Any], slow_ranks: set[int]) -> Iterator[str
     for (_, column), times in like.items():
         usual = median(time for time, _ in times) if len(times) > 2 else min(times)[0]
         for time, row in times:
-            if time > FACTOR * usual and time - usual > SHARE * step and len(times) > 1:
+            least = max(SHARE * step, NOISES * row[column]["noise"])
+            if time > FACTOR * usual and time - usual > least and len(times) > 1:
                 found.append((time - usual, row, column, time, usual))
     for _, row, column, time, usual in sorted(found, key=lambda one: -one[0])[:MOST]:
         who = f" on rank {row[column]['rank']}" if len(profile["ranks"]) > 1 else ""

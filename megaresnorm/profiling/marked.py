@@ -99,7 +99,10 @@ class Marking:
         axes = (getattr(context, field.name) for field in fields(context) if field.name not in unmarked)
         for axis in {id(axis): axis for axis in axes}.values():
             if axis.transport is not None:
-                wrapped.value(axis, "transport", MarkedTransport(axis.transport, self._marks))
+                # All ranks meet once a step. Where there are stages, they wait there for the last of them.
+                waits = axis is context.world and context.pp.size > 1
+                bubble = self._rows.place(BUBBLE, Phase.EXPOSED) if waits else None
+                wrapped.value(axis, "transport", MarkedTransport(axis.transport, self._marks, bubble))
 
     def _wrap_model(self, wrapped: Wrapped, model: Transformer, stage: int | None) -> None:
         def row(name: str, part: str) -> tuple[int, int, int]:
@@ -135,8 +138,11 @@ class Marking:
         weights = self._rows.place(Row(f"block {number} weights", "weights", number, stage), Phase.EXPOSED)
         if self._gathers:
             mark = self._marks.mark
-            handle = block.register_forward_pre_hook(lambda module, given: mark(weights), prepend=True)
-            wrapped.at_end(handle.remove)
+            for handle in (
+                block.register_forward_pre_hook(lambda module, given: mark(weights), prepend=True),
+                block.register_forward_hook(lambda module, given, result: mark(weights), prepend=True),
+            ):
+                wrapped.at_end(handle.remove)
         for kind, residual in zip(SUBLAYERS, block.sublayers, strict=True):
             branch = self._places(Row(f"block {number} {kind}", kind, number, stage))
             remakes = in_phase(norm[0], Phase.RECOMPUTE), branch[2]
@@ -248,6 +254,9 @@ class Marking:
             if is_running_again():
                 return self._again(again, method, given)
             mark.mark(forward)
+            if before is not None:  # hooks that gather weights run between this node and those of the block before
+                before(given[0].x)
+                before(given[0].delta)
             result = method(*given)
             if isinstance(result, Stream):
                 if result.delta is None:
@@ -255,9 +264,6 @@ class Marking:
             else:
                 begin(result[0])
                 begin(result[1].local)
-            if before is not None:  # what gathers the weights again runs before the nodes of the block before
-                before(given[0].x)
-                before(given[0].delta)
             return result
 
         return call

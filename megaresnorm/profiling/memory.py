@@ -3,6 +3,7 @@
 Every mark is a point in the profiler's own events; what is allocated and freed until the next one is the row's.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,6 +65,7 @@ class MemoryStep:
     @contextmanager
     def followed(self) -> Iterator[None]:
         """The step is made within."""
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when it begins: it would write lines of its own
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             yield
         self.found = self._by_row(_segments(profiler.profiler.kineto_results.events(), self._device))

@@ -80,10 +80,11 @@ def _merge(rows: dict[str, dict[str, Any]], row: Mapping[str, Any], rank: int) -
 
 
 def _row_times(rank: Mapping[str, Any], part: str) -> list[float] | None:
-    """Those of a row that has one column; of several, their sum."""
+    """All of a row without columns, such as the bubble: their sum, but for what is hidden."""
     for row in rank["rows"]:
         if row["part"] == part:
-            return [sum(both) for both in zip(*row["times"].values(), strict=True)]
+            columns = [values for column, values in row["times"].items() if column != "hidden"]
+            return [sum(both) for both in zip(*columns, strict=True)]
     return None
 
 

@@ -71,9 +71,15 @@ def rows_table(profile: Mapping[str, Any], *, worst_first: bool, most: int | Non
         cells = [f"{total_of(row):.2f}", *(_cell(row[column]) for column in columns)]
         cells.append("" if row["tflops"] is None else f"{row['tflops']:.3g}")
         cells.append("" if row["share_of_peak"] is None else f"{row['share_of_peak']:.0%}")
-        cells += ["" if row[n] is None else human_bytes(row[n]) for n in ("activation_bytes", "parameter_bytes")]
+        cells += [_bytes(row[name]) for name in ("activation_bytes", "parameter_bytes")]
         table.add_row(row["name"], *cells, *([str(slowest["rank"])] if several else []))
     return table
+
+
+def _bytes(number: int | None) -> str:
+    if number is None or number == 0:
+        return ""
+    return human_bytes(number) if number > 0 else f"-{human_bytes(-number)}"
 
 
 def _cell(time: Mapping[str, float] | None) -> str:

@@ -20,10 +20,11 @@ class MarkedTransport:
 
     Args:
         transport: sends.
+        place: to which exposed time is charged; None: to the row that is under way.
     """
 
-    def __init__(self, transport: Transport, marks: Marks) -> None:
-        self._transport, self._marks = transport, marks
+    def __init__(self, transport: Transport, marks: Marks, place: int | None = None) -> None:
+        self._transport, self._marks, self._place = transport, marks, place
 
     def start_all_reduce(self, x: Tensor, *, overwrite: bool) -> Pending:
         """See ``Transport``."""
@@ -40,7 +41,7 @@ class MarkedTransport:
     def _marked(self, start: Callable[[], Pending]) -> Pending:
         marks = self._marks
         starts = marks.current
-        marks.mark(in_phase(starts, Phase.EXPOSED))
+        marks.mark(self._exposed(starts))
         pending = start()
         marks.mark(starts)
         started = marks.now()
@@ -48,12 +49,15 @@ class MarkedTransport:
         def wait() -> Tensor:
             waits = marks.current
             marks.overlap(starts, started)
-            marks.mark(in_phase(waits, Phase.EXPOSED))
+            marks.mark(self._exposed(waits))
             result = pending()
             marks.mark(waits)
             return result
 
         return wait
+
+    def _exposed(self, place: int) -> int:
+        return in_phase(place, Phase.EXPOSED) if self._place is None else self._place
 
 
 class MarkedLinear(LinearOver):
