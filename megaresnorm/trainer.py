@@ -61,7 +61,7 @@ class Trainer:
         self.run = run
         self.meter = Meter.of(run.recipe, run.context.world.size, run.device)
         self.numbers = Numbers(run.recipe, run.engine.assembled, run.engine.tensors["weights"])
-        self.profiler = profiler or Profiler(run, run.recipe.train.profile, run.output / "profile", "train")
+        self.profiler = profiler or Profiler(run, run.recipe.train.profile, run.output / "profile", "train.profile")
         self._stop: StopSignals | None = None
         self._asked_to_stop = False
         self._warned_of_no_labels = False

@@ -132,13 +132,11 @@ def _measure(
 
 
 def _show(profile: dict[str, Any], old: dict[str, Any] | None, folder: Path, sort: str, rows: int, trace: bool) -> None:
-    from megaresnorm.profiling.show import comparison, depth_summary, rows_table, summary_lines
+    from megaresnorm.profiling.show import comparison, rows_table, summary_lines
     from megaresnorm.telemetry.log import console, log_lines
 
     console.print(rows_table(profile, worst_first=sort == "time", most=rows))
     if old is not None:
         console.print(comparison(profile, old, rows))
     files = ["profile.json", "profile.csv", *(["trace.json.gz (opens in ui.perfetto.dev)"] if trace else [])]
-    log_lines([*summary_lines(profile), *depth_summary(profile)])
-    log_lines([f"finding   {finding}" for finding in profile["findings"]] or ["finding   nothing stands out"])
-    log_lines([f"written   {folder}/{', '.join(files)}"])
+    log_lines([*summary_lines(profile), f"written   {folder}/{', '.join(files)}"])

@@ -9,7 +9,7 @@ from typing import Any
 FACTOR, SHARE = 1.5, 0.01
 NOISES = 4.0  # standard errors of the median
 RANK_FACTOR = 1.1  # of a rank's own work over the median of the ranks that do the same
-DATA_SHARE, HOST_SHARE = 0.02, 0.05
+DATA_SHARE, HOST_SHARE = 0.05, 0.05
 BUBBLE_FACTOR = 1.25
 OVERHEAD = 0.03
 UNACCOUNTED = 0.03
@@ -38,7 +38,11 @@ def _slow_rows(profile: Mapping[str, Any], slow_ranks: set[int]) -> Iterator[str
     for row in profile["rows"]:
         for column in _WORDS:
             time = row[column]
-            if row["block"] is not None and time is not None and time["rank"] not in slow_ranks:
+            if (
+                row["block"] is not None
+                and time is not None
+                and (column == "exposed" or time["rank"] not in slow_ranks)
+            ):
                 like[row["part"], column].append((time["p50"], row))
     found = []
     for (_, column), times in like.items():
@@ -65,7 +69,8 @@ def _slower(ranks: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, tuple[flo
             others = [one["totals"]["own"] for one in alike if one is not rank]
             usual = median(others) if others else 0.0
             own = rank["totals"]["own"]
-            if others and own > RANK_FACTOR * usual and own - usual > SHARE * rank["totals"]["step"]:
+            least = max(SHARE * rank["totals"]["step"], NOISES * rank["totals"]["own_noise"])
+            if others and own > RANK_FACTOR * usual and own - usual > least:
                 yield rank["rank"], (own, usual)
 
 

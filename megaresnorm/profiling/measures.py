@@ -74,9 +74,11 @@ def split_times(rows: Rows, steps: Sequence[Measured]) -> dict[str, dict[str, li
 def totals_of(rows: Rows, steps: Sequence[Measured]) -> dict[str, float]:
     """Mean milliseconds of a step and of its parts; the parts that do not overlap make up the step.
 
-    They are: own (everything that this rank computes), exposed, bubble, data, host, and unaccounted.
+    They are: own (everything that this rank computes), exposed, bubble, data, host, and unaccounted. Of own there is
+    also the standard error of the median.
     """
-    table = np.mean([step.by_place(len(rows.names)) for step in steps], axis=0).reshape(-1, NUM_PHASES)
+    each = np.stack([step.by_place(len(rows.names)) for step in steps]).reshape(len(steps), -1, NUM_PHASES)
+    table = each.mean(axis=0)
     number = {row.part: i for i, row in enumerate(rows.rows) if row in (BUBBLE, DATA, HOST)}
     found = {part: float(table[number[part]].sum()) if part in number else 0.0 for part in ("bubble", "data", "host")}
     found["exposed"] = float(table[:, Phase.EXPOSED].sum() - sum(table[i, Phase.EXPOSED] for i in number.values()))
@@ -86,6 +88,8 @@ def totals_of(rows: Rows, steps: Sequence[Measured]) -> dict[str, float]:
         found[name] for name in ("bubble", "data", "host", "exposed", "unaccounted")
     )
     found["host_wait"] = float(np.mean([step.host_wait for step in steps]))
+    beside = [i for i, row in enumerate(rows.rows) if row in (BUBBLE, DATA, HOST) or i == rows.other // NUM_PHASES]
+    found["own_noise"] = statistics(np.delete(np.delete(each, Phase.EXPOSED, 2), beside, 1).sum(axis=(1, 2)))[-1]
     return {name: round(value, _DIGITS) for name, value in found.items()}
 
 

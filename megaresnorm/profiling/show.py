@@ -1,6 +1,6 @@
 """A profile as tables for a terminal, and what has changed since another one."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from math import hypot
 from typing import Any
 
@@ -17,7 +17,7 @@ _HEADINGS = {
 
 
 def summary_lines(profile: Mapping[str, Any]) -> list[str]:
-    """The profile as a whole, in a few lines."""
+    """The profile as a whole in a few lines, and what stands out."""
     step, whole = profile["step_ms"], profile["whole"]
     lines = [
         f"profile   {profile['num_steps']} steps from step {profile['first_step']} on; {profile['device']}; "
@@ -31,8 +31,12 @@ def summary_lines(profile: Mapping[str, Any]) -> list[str]:
         parts.insert(0, f"bubble {_share(whole['bubble'], step)}{ideal}")
     if whole.get("overhead") is not None:
         parts.append(f"marks cost {whole['overhead']:.1%}")
-    lines.append(f"beside    {', '.join(parts)}")
-    return lines
+    return [
+        *lines,
+        parts_line(profile),
+        f"beside    {', '.join(parts)}",
+        *([f"finding   {finding}" for finding in profile["findings"]] or ["finding   nothing stands out"]),
+    ]
 
 
 def _flops(profile: Mapping[str, Any]) -> str:
@@ -125,16 +129,14 @@ def comparison(new: Mapping[str, Any], old: Mapping[str, Any], most: int) -> Tab
     return table
 
 
-def depth_summary(profile: Mapping[str, Any]) -> Sequence[str]:
-    """What norms and residual adds take of the step, beside branches."""
-    step = profile["step_ms"]["p50"]
+def parts_line(profile: Mapping[str, Any]) -> str:
+    """What norms and residual adds, branches and messages take of all that the rows take."""
     parts: dict[str, float] = {}
     for row in profile["rows"]:
         part = "blocks" if row["part"] == "block" else row["part"]
-        parts[part] = parts.get(part, 0.0) + time_of(row, "forward", "backward", "recompute", "optimizer")
-    shares = ", ".join(
-        f"{part} {time / step:.0%}" for part, time in sorted(parts.items(), key=lambda one: -one[1]) if time
-    )
-    exposed = sum(time_of(row, "exposed") for row in profile["rows"])
-    more = f", exposed communication {exposed / step:.1%}" if exposed else ""
-    return [f"parts     {shares}{more}"]
+        own = time_of(row, "forward", "backward", "recompute", "optimizer")
+        parts[part] = parts.get(part, 0.0) + own
+        parts["exposed communication"] = parts.get("exposed communication", 0.0) + time_of(row, "exposed")
+    whole = sum(parts.values())
+    largest = sorted(parts.items(), key=lambda one: -one[1])
+    return f"parts     {', '.join(f'{part} {time / whole:.1%}' for part, time in largest if time)}"

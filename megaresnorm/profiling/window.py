@@ -18,7 +18,7 @@ from megaresnorm.parallel.stages import bubble
 from megaresnorm.profiling.marked import Marking
 from megaresnorm.profiling.measures import measures_of_rank
 from megaresnorm.profiling.memory import Bytes, MemoryStep
-from megaresnorm.profiling.outputs import write_profile
+from megaresnorm.profiling.outputs import to_tensorboard, write_profile
 from megaresnorm.profiling.profile import merged
 from megaresnorm.profiling.rows import Row, Rows
 from megaresnorm.profiling.timeline import Marks, Measured, Ranges, Timeline, clock_of
@@ -188,6 +188,8 @@ class Profiler:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_profile(self._folder, self.profile, ranks)
+            if "tensorboard" in self._run.recipe.train.loggers:
+                to_tensorboard(self._run.output / "tensorboard" / "profile", self.profile)
         except OSError as e:
             raise TrainingError(f"{self._folder}: the profile cannot be written ({e.strerror})") from None
 
@@ -213,7 +215,7 @@ class Profiler:
             "layout": describe_ranks(recipe, self._run.engine.assembled),
             "first_step": self._first,
             "num_steps": len(self._timed),
-            "versions": {"torch": torch.__version__},
+            "versions": {"torch": str(torch.__version__)},
             "tokens": tokens,
             "flops": training_flops(recipe.model) * tokens,
             "peak_tflops": peak,

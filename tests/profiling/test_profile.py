@@ -1,0 +1,296 @@
+"""Where a step's time and memory go is found, adds up, and changes nothing of the step."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from live_storages import live_storages
+from profiled import profiled, slow_backward, slow_forward, slow_loader
+
+from megaresnorm.cli import main
+from megaresnorm.errors import ConfigError, DataError
+from megaresnorm.kernels.cross_entropy import differentiate
+from megaresnorm.model.cost import training_flops
+from megaresnorm.profiling.profile import COLUMNS, read_profile, total_of
+from megaresnorm.profiling.rows import NUM_PHASES, Phase, Row, Rows
+from megaresnorm.profiling.show import changes
+from megaresnorm.profiling.timeline import CpuClock, Timeline
+from megaresnorm.recipe.load import build_recipe, dump_recipe
+from megaresnorm.run import Run
+from megaresnorm.trainer import Trainer, train
+
+WINDOW = {"start": 2, "steps": 4}
+SMALL = {"dim": 32, "num_blocks": 4, "num_heads": 4, "seq_len": 32, "ffn_dim": 64}
+
+
+@pytest.fixture
+def recipe(tiny):
+    def make(model=None, train=None, **sections):
+        settings = {"profile": WINDOW, "steps": 40, "global_batch": 8, "micro_batch": 4, **(train or {})}
+        return tiny(model={**SMALL, **(model or {})}, train=settings, **sections)
+
+    return make
+
+
+def row(profile, name):
+    return next(row for row in profile["rows"] if row["name"] == name)
+
+
+def sums_up(profile):
+    """Rows, bubble, data, host and what is unaccounted make up a step: by their means on the one rank."""
+    parts = sum(row[c]["mean"] for row in profile["rows"] for c in COLUMNS if row[c] and c not in INSIDE)
+    whole = profile["whole"]
+    parts += sum(whole[name]["mean"] for name in ("bubble", "data", "host", "unaccounted") if whole[name])
+    return parts / profile["step_ms"]["mean"]
+
+
+INSIDE = ("hidden", "input_grad", "weight_grad")  # of columns, what is in others
+
+
+def test_rows_make_up_the_step(recipe):
+    profile = profiled(recipe())
+    assert abs(sums_up(profile) - 1.0) < 1e-3
+    assert profile["whole"]["unaccounted"]["p50"] < 0.2 * profile["step_ms"]["p50"]  # of a step of some milliseconds
+    parts = {(row["block"], row["part"]) for row in profile["rows"]}
+    assert {(b, part) for b in range(4) for part in ("attention", "ffn", "norm")} <= parts
+    assert {(None, part) for part in ("embedding", "head", "gradients")} <= parts
+    for each in profile["rows"]:
+        if each["part"] in ("attention", "ffn"):
+            assert all(each[c] is not None for c in ("forward", "backward", "input_grad", "weight_grad", "optimizer"))
+            assert each["recompute"] is None and each["exposed"] is None
+    assert profile["num_steps"] == 4 and profile["first_step"] == 2
+
+
+LLAMA = {"num_kv_heads": 2, "norm": "rmsnorm", "ffn": "swiglu", "positions": "rope", "topology": "pre"}
+GPT = {"ffn": "gelu", "norm": "layernorm", "positions": "learned", "tied_embeddings": True, "attention_bias": "all"}
+GEMMA = {"ffn": "geglu", "head_dim": 16, "num_kv_heads": 1, "topology": "peri", "qk_norm": "head"}
+
+
+def by_hand(model):
+    """FLOPs of one token's forward pass: (attention, ffn, output matrix), written without the code's own cost."""
+    d, s, heads, f, v = 32, 32, 4, 64, model.padded_vocab_size
+    width = (model.head_dim or d // heads) * heads
+    kv = (model.num_kv_heads or heads) * (model.head_dim or d // heads)
+    attention = 2 * d * width + 2 * 2 * d * kv + 2 * width * d + (2 * width * s + 2 * width * s) // 2
+    matrices = 3 if model.ffn in ("swiglu", "geglu") else 2
+    return attention, matrices * 2 * d * f, 2 * d * v + 5 * v
+
+
+@pytest.mark.parametrize("family", [LLAMA, GPT, GEMMA], ids=["llama", "gpt", "gemma"])
+def test_flops_are_those_of_a_hand_count(recipe, family):
+    made = recipe(model=family, train={"profile": {"start": 1, "steps": 1}})
+    with Run(made) as run:
+        model, trainer = run.recipe.model, Trainer(run)
+        while run.steps_done < trainer.profiler.last_step:
+            trainer.step()
+    profile, tokens = trainer.profiler.profile, 8 * 32
+    attention, ffn, head = by_hand(model)
+    assert {row(profile, f"block {b} attention")["flops"] for b in range(4)} == {attention * tokens}
+    assert {row(profile, f"block {b} ffn")["flops"] for b in range(4)} == {ffn * tokens}
+    assert row(profile, "output matrix")["flops"] == head * tokens
+    assert 3 * sum(r["flops"] for r in profile["rows"]) == training_flops(model) * tokens
+    seconds = profile["step_ms"]["mean"] / 1e3
+    assert profile["tflops"] == pytest.approx(training_flops(model) * tokens / seconds / 1e12, rel=1e-6)
+
+
+@pytest.mark.parametrize("topology", ["pre", "deepnorm"])
+@pytest.mark.parametrize("recompute", [{}, {"policy": "branch"}, {"policy": "every", "every": 2}], ids=str)
+def test_activation_bytes_are_the_live_storages(recipe, topology, recompute):
+    made = recipe(model={"topology": topology}, train={"micro_batch": 8}, recompute=recompute)
+    profile = profiled(made)
+    kept = sum(r["activation_bytes"] for r in profile["rows"] if r["activation_bytes"] is not None)
+    with Run(made) as run:
+        part = run.next_batch().microbatches[0]
+        passes, model = run.engine.passes, run.engine.model
+        run.engine.step(run.next_batch(), 1e-3)  # what is made once is there
+        live = live_storages(lambda: passes.train(model, part, 1.0)[1], differentiate)
+    assert kept == pytest.approx(live.kept, rel=0.05)
+    attention, ffn = row(profile, "block 1 attention"), row(profile, "block 1 ffn")
+    assert (attention["recompute"] is not None) == (ffn["recompute"] is not None) == bool(recompute)
+    assert min(attention["transient_bytes"], ffn["transient_bytes"]) > 0
+    own = sum(p.numel() * 4 for p in model.blocks["1"].ffn.branch.parameters())
+    assert ffn["parameter_bytes"] == own
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_a_profiled_run_has_the_weights_of_another(recipe, tmp_path, compute):
+    digests = [
+        train(
+            recipe(
+                train={"steps": 16, "output": str(tmp_path / f"{bool(window)}"), "profile": window},
+                precision={"compute": compute},
+            )
+        ).weights_digest
+        for window in (None, WINDOW)
+    ]
+    assert digests[0] == digests[1]
+    assert not (tmp_path / "False" / "profile").exists()
+    assert {p.name for p in (tmp_path / "True" / "profile").iterdir()} == {
+        "profile.json", "profile.csv", "trace.json.gz",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("disturb", "named"),
+    [
+        (slow_forward(2, 0.02), "block 2 ffn: its forward pass takes 4"),
+        (slow_backward(1, 0.02), "block 1 ffn: its backward pass takes 4"),
+        (slow_loader(0.05), "data: rank 0 waits 5"),
+    ],
+    ids=["forward", "backward", "loader"],
+)
+def test_what_is_slow_is_named(recipe, disturb, named):
+    findings = profiled(recipe(train={"profile": {"start": 2, "steps": 6}}), disturb)["findings"]
+    assert any(finding.startswith(named) for finding in findings), findings
+
+
+def nested(slices):
+    """Whether slices of one track lie beside or within each other, to a nanosecond."""
+    ends = []
+    for start, end in sorted((s["ts"], s["ts"] + s["dur"]) for s in slices):
+        while ends and ends[-1] <= start + 1e-3:
+            ends.pop()
+        if ends and end > ends[-1] + 2e-3:
+            return False
+        ends.append(end)
+    return True
+
+
+def check_trace(path: Path, ranks: int, step_ms: float) -> list[dict]:
+    """Chrome's format: what a track has, that slices nest, and that times are microseconds."""
+    trace = json.loads(gzip.decompress(path.read_bytes()))
+    events = trace["traceEvents"]
+    assert trace["displayTimeUnit"] == "ms" and {e["ph"] for e in events} <= {"X", "M", "s", "f"}
+    names = {(e["pid"], e["name"]) for e in events if e["ph"] == "M"}
+    assert {(r, n) for r in range(ranks) for n in ("process_name", "thread_name", "process_sort_index")} <= names
+    slices = [e for e in events if e["ph"] == "X"]
+    assert all(e["dur"] >= 0 and isinstance(e["tid"], int) and e["name"] for e in slices)
+    for rank in range(ranks):
+        for tid in (0, 2, 3):
+            assert nested([e for e in slices if (e["pid"], e["tid"]) == (rank, tid)]), (rank, tid)
+        steps = [e for e in slices if e["pid"] == rank and e["name"].startswith("step ")]
+        assert len(steps) == 3 and all(0.2 < e["dur"] / 1e3 / step_ms < 5.0 for e in steps)
+        inside = [e for e in slices if e["pid"] == rank and e["tid"] == 0]
+        first, last = min(e["ts"] for e in steps), max(e["ts"] + e["dur"] for e in steps)
+        assert all(first - 1.0 <= e["ts"] and e["ts"] + e["dur"] <= last + 1.0 for e in inside)
+    arrows = {kind: {e["id"]: e for e in events if e["ph"] == kind} for kind in "sf"}
+    assert arrows["s"].keys() == arrows["f"].keys()
+    assert all(arrows["s"][i]["pid"] != arrows["f"][i]["pid"] for i in arrows["s"])
+    return events
+
+
+def test_the_trace_is_valid(recipe):
+    made = recipe()
+    profile = profiled(made)
+    events = check_trace(Path(made.train.output) / "profile" / "trace.json.gz", 1, profile["step_ms"]["p50"])
+    assert {"block 0 ffn forward", "block 3 attention backward"} <= {e["name"] for e in events}
+
+
+def test_a_comparison_says_what_has_changed_and_nothing_else(recipe):
+    def time(p50, noise=0.1):
+        return {"p50": p50, "p95": p50, "mean": p50, "max": p50, "noise": noise, "rank": 0}
+
+    def profile(ffn, norm):
+        rows = [{"name": "block 0 ffn", "forward": time(ffn)}, {"name": "block 0 norm", "forward": time(norm)}]
+        return {"step_ms": time(10.0, 1.0), "rows": [dict.fromkeys(COLUMNS) | r for r in rows]}
+
+    assert list(changes(profile(2.0, 1.0), profile(2.0, 1.0))) == []
+    assert list(changes(profile(2.3, 1.0), profile(2.0, 1.0))) == []  # within 3 * sqrt(0.1^2 + 0.1^2) = 0.42
+    ((name, column, was, now, noise),) = changes(profile(2.5, 1.0), profile(2.0, 1.0))
+    assert (name, column, was, now) == ("block 0 ffn", "forward", 2.0, 2.5) and noise == pytest.approx(0.4243, rel=1e-3)
+
+
+def test_marks_are_charged_to_what_is_under_way():
+    class Ticks(CpuClock):
+        def __init__(self):
+            self.ticks = iter(range(0, 10**9, 10**6))
+
+        def now(self):
+            return next(self.ticks)
+
+    rows = Rows()
+    ffn, norm = (rows.place(Row(name, name), Phase.FORWARD) for name in ("ffn", "norm"))
+    timeline = Timeline(Ticks(), rows)
+    for _ in range(2):  # the second step begins anew
+        timeline.begin()
+        for place in (ffn, norm, ffn):
+            timeline.mark(place)
+        measured = timeline.end()
+        table = measured.by_place(len(rows.names)).reshape(-1, NUM_PHASES)
+        assert table[:, Phase.FORWARD].tolist() == [1.0, 2.0, 1.0] and measured.duration == 4.0
+
+
+def test_ranges_are_named_where_a_profiler_runs_and_nothing_is_wrapped_otherwise(recipe):
+    with Run(recipe(train={"profile": None})) as run:
+        trainer, residual = Trainer(run), run.engine.model.blocks["0"].ffn
+        trainer.step()
+        assert "_run" not in vars(residual)
+        with torch.profiler.profile() as profiler:
+            trainer.step()
+        assert "_run" not in vars(residual)
+    names = {event.key for event in profiler.key_averages()}
+    assert {"block 0 ffn forward", "block 3 norm backward", "optimizer forward", "data forward"} <= names
+
+
+def test_curves_over_depth_and_a_heat_map_go_to_tensorboard(recipe):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    made = recipe(train={"loggers": ["tensorboard"]})
+    profile = profiled(made)
+    seen = EventAccumulator(str(Path(made.train.output) / "tensorboard" / "profile")).Reload()
+    forward = {e.step: e.value for e in seen.Scalars("profile/forward_ms")}
+    for block in range(4):
+        rows = (row(profile, f"block {block} {part}") for part in ("attention", "ffn", "norm"))
+        assert forward[block] == pytest.approx(sum(r["forward"]["p50"] for r in rows), rel=1e-5)
+    (image,) = seen.Images("profile/blocks")
+    assert image.encoded_image_string.startswith(b"\x89PNG") and image.height == 4 * 12
+
+
+def test_the_command_writes_a_profile_and_compares(recipe, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(recipe(train={"profile": None})))
+    assert main(["profile", str(path), "--steps", "2", "--warmup", "1"]) == 0
+    folder = tmp_path / "run" / "profile"
+    said = capsys.readouterr()
+    text = said.out + said.err
+    assert "block 0 ffn" in text and "MFU" in text and "parts " in text
+    assert main(["profile", str(path), "--steps", "2", "--warmup", "1", "--compare", str(tmp_path / "run"),
+                 "--sort", "block", "--no-trace", "model.num_blocks=5"]) == 0  # fmt: skip
+    text = "".join(capsys.readouterr())
+    assert "3 rows are in one of them alone" in text
+    assert not (folder / "trace.json.gz").exists() and not any((folder / "checkpoints").iterdir())
+    profile = read_profile(tmp_path / "run")
+    assert len([r for r in profile["rows"] if r["part"] == "ffn"]) == 5
+    lines = (folder / "profile.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(profile["rows"]) and lines[0].startswith("name,part,block,stage,total_ms,forward_ms")
+    first = profile["rows"][0]
+    assert float(lines[1].split(",")[4]) == pytest.approx(total_of(first), abs=1e-4)
+
+
+def test_bad_input_is_one_line(recipe, tmp_path, capsys):
+    with pytest.raises(ConfigError, match=r"train.profile.start=50 is after the last step, train.steps=40"):
+        recipe(train={"profile": {"start": 50, "steps": 1}})
+    with pytest.raises(ConfigError, match=r"train.profile does not go with train.compile=cuda_graphs"):
+        recipe(train={"profile": WINDOW, "compile": "cuda_graphs"})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(recipe(train={"profile": None})))
+    for arguments, wanted in {
+        ("--compare", str(tmp_path)): "there is no profile.json; make one with: megaresnorm profile RECIPE",
+        ("--sort", "name"): "--sort=name is neither time nor block",
+        ("--steps", "0"): "0' is not a whole number from 1",
+    }.items():
+        assert main(["profile", str(path), *arguments]) in (2, 3)
+        said = capsys.readouterr().err.strip().splitlines()
+        assert len(said) == 1 and wanted in said[0]
+    for content in ("", "[]", '{"schema_version": 2}', '{"schema_version": 1, "rows": 3}', "[" * 10**5):
+        (tmp_path / "profile.json").write_text(content)
+        with pytest.raises(DataError, match="profile.json"):
+            read_profile(tmp_path)
+
+
+def test_a_run_that_ends_within_its_window_writes_what_it_has(recipe):
+    made = recipe(train={"steps": 4, "profile": {"start": 2, "steps": 20}})
+    train(build_recipe(made.model_dump(exclude_none=True)))
+    assert read_profile(made.train.output)["num_steps"] == 2  # timed, plain, timed
