@@ -66,9 +66,9 @@ def _slower(ranks: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, tuple[flo
         stages[rank["pp"]].append(rank)
     for alike in stages.values():
         for rank in alike:
-            others = [one["totals"]["own"] for one in alike if one is not rank]
+            others = [one["totals"]["own_p50"] for one in alike if one is not rank]
             usual = median(others) if others else 0.0
-            own = rank["totals"]["own"]
+            own = rank["totals"]["own_p50"]
             least = max(SHARE * rank["totals"]["step"], NOISES * rank["totals"]["own_noise"])
             if others and own > RANK_FACTOR * usual and own - usual > least:
                 yield rank["rank"], (own, usual)
@@ -111,7 +111,7 @@ def _slow_parts(profile: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) 
     if host is not None and host["p50"] > HOST_SHARE * step:
         yield f"host: {host['p50']:.1f} ms of each step pass between the step's end and its vector on the host"
     yield from _bubble(profile, ranks)
-    if whole.get("overhead") is not None and whole["overhead"] > OVERHEAD:
+    if whole.get("overhead") is not None and whole["overhead"] - NOISES * whole["overhead_noise"] > OVERHEAD:
         yield f"profiling itself: steps with marks take {whole['overhead']:.1%} longer than steps without"
     if other is not None and other["p50"] > UNACCOUNTED * step:
         yield f"unaccounted: {other['p50']:.1f} ms of each step ({other['p50'] / step:.1%}) are in no row"

@@ -146,6 +146,8 @@ class Marking:
         for kind, residual in zip(SUBLAYERS, block.sublayers, strict=True):
             branch = self._places(Row(f"block {number} {kind}", kind, number, stage))
             remakes = in_phase(norm[0], Phase.RECOMPUTE), branch[2]
+            if residual.reruns and self._context.tp.size > 1:  # it gathers its input before what is run again
+                wrapped.method(residual, "run", partial(self._entered, in_phase(branch[0], Phase.EXPOSED)))
             wrapped.method(residual, "_run", partial(self._branch, branch, remakes))
             before = self._begins_at(weights) if self._gathers and residual is block.sublayers[0] else None
             wrapped.method(residual, "open", partial(self._norm, norm, before))
@@ -182,6 +184,8 @@ class Marking:
         return call
 
     def _entered(self, place: int, method: Callable) -> Callable:
+        """What it does before its parts, which mark themselves."""
+
         def call(*given: Any) -> Any:
             self._marks.mark(place)
             return method(*given)

@@ -74,8 +74,8 @@ def split_times(rows: Rows, steps: Sequence[Measured]) -> dict[str, dict[str, li
 def totals_of(rows: Rows, steps: Sequence[Measured]) -> dict[str, float]:
     """Mean milliseconds of a step and of its parts; the parts that do not overlap make up the step.
 
-    They are: own (everything that this rank computes), exposed, bubble, data, host, and unaccounted. Of own there is
-    also the standard error of the median.
+    They are: own (everything that this rank computes), exposed, bubble, data, host, and unaccounted. Of own there
+    are also the median and its standard error.
     """
     each = np.stack([step.by_place(len(rows.names)) for step in steps]).reshape(len(steps), -1, NUM_PHASES)
     table = each.mean(axis=0)
@@ -89,7 +89,8 @@ def totals_of(rows: Rows, steps: Sequence[Measured]) -> dict[str, float]:
     )
     found["host_wait"] = float(np.mean([step.host_wait for step in steps]))
     beside = [i for i, row in enumerate(rows.rows) if row in (BUBBLE, DATA, HOST) or i == rows.other // NUM_PHASES]
-    found["own_noise"] = statistics(np.delete(np.delete(each, Phase.EXPOSED, 2), beside, 1).sum(axis=(1, 2)))[-1]
+    own = statistics(np.delete(np.delete(each, Phase.EXPOSED, 2), beside, 1).sum(axis=(1, 2)))
+    found["own_p50"], found["own_noise"] = own[0], own[-1]
     return {name: round(value, _DIGITS) for name, value in found.items()}
 
 

@@ -4,6 +4,7 @@ Every mark is a point in the profiler's own events; what is allocated and freed 
 """
 
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,7 +67,8 @@ class MemoryStep:
     def followed(self) -> Iterator[None]:
         """The step is made within."""
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when it begins: it would write lines of its own
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        recorder = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        with _without(b"allocated before the profiling started"), recorder as profiler:
             yield
         self.found = self._by_row(_segments(profiler.profiler.kineto_results.events(), self._device))
 
@@ -97,6 +99,27 @@ class MemoryStep:
             if row.block is not None and row.part not in ("norm", "weights"):
                 found.setdefault(row.stage, visits[number])
         return found
+
+
+@contextmanager
+def _without(words: bytes) -> Iterator[None]:
+    """Standard error without lines of torch's that have these words. The others follow when the context ends."""
+    try:
+        shown = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(shown, 2)
+            os.close(shown)
+            kept.seek(0)
+            others = [line for line in kept if words not in line]
+            if others:
+                os.write(2, b"".join(others))
 
 
 def _segments(events: list[Any], device: torch.device) -> list[tuple[int, int, int]]:

@@ -40,7 +40,7 @@ def merged(ranks: Sequence[Mapping[str, Any]], head: Mapping[str, Any]) -> dict[
     whole = {part: _time({r["rank"]: _row_times(r, part) for r in ranks}) for part in ("bubble", "data", "host")} | {
         "unaccounted": _time({r["rank"]: _row_times(r, "other") for r in ranks})
     }
-    whole |= {name: head.get(name) for name in ("ideal_bubble", "overhead")}
+    whole |= {name: head.get(name) for name in ("ideal_bubble", "overhead", "overhead_noise")}
     found = [_finished(row, head.get("peak_tflops")) for row in sorted(rows.values(), key=_position)]
     flops = head["flops"] / len(ranks)
     again = sum(_again(row) for row in found if row["flops"])

@@ -30,7 +30,7 @@ def summary_lines(profile: Mapping[str, Any]) -> list[str]:
         ideal = f" (equal stages: {whole['ideal_bubble']:.1%})" if whole.get("ideal_bubble") else ""
         parts.insert(0, f"bubble {_share(whole['bubble'], step)}{ideal}")
     if whole.get("overhead") is not None:
-        parts.append(f"marks cost {whole['overhead']:.1%}")
+        parts.append(f"marks cost {whole['overhead']:.1%} +- {whole['overhead_noise']:.1%}")
     return [
         *lines,
         parts_line(profile),

@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from megaresnorm.errors import TrainingError
@@ -16,7 +15,7 @@ from megaresnorm.parallel.control import all_gather_json, all_or_raise
 from megaresnorm.parallel.environment import host_name, under_nsight
 from megaresnorm.parallel.stages import bubble
 from megaresnorm.profiling.marked import Marking
-from megaresnorm.profiling.measures import measures_of_rank
+from megaresnorm.profiling.measures import measures_of_rank, statistics
 from megaresnorm.profiling.memory import Bytes, MemoryStep
 from megaresnorm.profiling.outputs import to_tensorboard, write_profile
 from megaresnorm.profiling.profile import merged
@@ -176,10 +175,10 @@ class Profiler:
         all_or_raise(lambda: self._write(ranks), context.control)
         self._timed = []
 
-    def _overhead(self) -> float | None:
-        """What marks add to a step, as a share of it: the median over pairs of steps in turn."""
+    def _overhead(self) -> list[float] | None:
+        """What marks add to a step, as a share of it: over pairs of steps in turn, as ``statistics`` of them."""
         pairs = list(zip(self._cpu["timed"], self._cpu["plain"], strict=False))
-        return float(np.median([with_marks / without - 1.0 for with_marks, without in pairs])) if pairs else None
+        return statistics([with_marks / without - 1.0 for with_marks, without in pairs]) if pairs else None
 
     def _write(self, ranks: list[dict[str, Any]]) -> None:
         if self._run.context.control.rank > 0:
@@ -208,6 +207,7 @@ class Profiler:
         name = (
             torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         )
+        cost = max((r["overhead"] for r in ranks if r["overhead"] is not None), default=None)
         return {
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": self._command,
@@ -221,5 +221,6 @@ class Profiler:
             "peak_tflops": peak,
             "peak_is": peak_is,
             "ideal_bubble": ideal,
-            "overhead": max((r["overhead"] for r in ranks if r["overhead"] is not None), default=None),
+            "overhead": None if cost is None else cost[0],
+            "overhead_noise": None if cost is None else cost[-1],
         }

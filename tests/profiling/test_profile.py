@@ -286,7 +286,7 @@ def test_bad_input_is_one_line(recipe, tmp_path, capsys):
         assert len(said) == 1 and wanted in said[0]
     for content in ("", "[]", '{"schema_version": 2}', '{"schema_version": 1, "rows": 3}', "[" * 10**5):
         (tmp_path / "profile.json").write_text(content)
-        with pytest.raises(DataError, match="profile.json"):
+        with pytest.raises(DataError, match=r"profile\.json"):
             read_profile(tmp_path)
 
 
