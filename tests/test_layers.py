@@ -33,7 +33,7 @@ LAYERS = [
         "recompute_auto",
     ],
     ["engines", "opening"],
-    ["run", "convert", "planner", "machine"],
+    ["run", "convert", "planner", "machine", "profiling"],
     ["trainer"],
     ["studies", "testing"],
     ["job", "launch"],
@@ -70,6 +70,7 @@ ONLY_IN = {  # package -> the files that may import it
             "doctor",
             "generate",
             "launch",
+            "profile",
             "quantize",
             "recipes",
             "train",
@@ -290,6 +291,7 @@ def test_who_a_process_is_is_read_from_the_environment_in_one_file():
         "kernels/cpu/build.py",  # CC and the cache folder
         "data/english.py",  # the cache folder
         "data/tokenize.py",  # sets what a tokenizer's library reads
+        "profiling/memory.py",  # sets what Kineto reads
         "reading.py",  # variables in paths
         "cli/conversion.py",  # sets what Transformers reads
         "cli/__init__.py",  # whether a shell asks for completions

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = ("README", "configs/README", "launch/README", "CONTRIBUTING", "docs/quickstart", "docs/configuration",
          "docs/coming-from", "docs/conversion", "docs/data", "docs/checkpoints", "docs/clusters", "docs/depth",
          "docs/quantization", "docs/results/2026-11-29-quantization", "docs/kernels", "docs/numerics", "docs/parallel",
-         "docs/speed", "docs/gpu", "docs/deepspeed")  # fmt: skip
+         "docs/speed", "docs/profiling", "docs/gpu", "docs/deepspeed")  # fmt: skip
 PAGES = [ROOT / f"{name}.md" for name in NAMES]
 NOT_RUN = {  # pattern -> why
     r"git clone ": "the test has cloned it",

@@ -132,12 +132,13 @@ def test_a_profiled_run_has_the_weights_of_another(recipe, tmp_path, compute):
     }  # fmt: skip
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("disturb", "named"),
     [
-        (slow_forward(2, 0.02), "block 2 ffn: its forward pass takes 4"),
-        (slow_backward(1, 0.02), "block 1 ffn: its backward pass takes 4"),
-        (slow_loader(0.05), "data: rank 0 waits 5"),
+        (slow_forward(2, 0.05), "block 2 ffn: its forward pass takes 1"),
+        (slow_backward(1, 0.05), "block 1 ffn: its backward pass takes 1"),
+        (slow_loader(0.1), "data: rank 0 waits 1"),
     ],
     ids=["forward", "backward", "loader"],
 )
