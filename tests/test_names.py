@@ -72,7 +72,7 @@ TORCHTITAN = {
     "activation_checkpoint.early_stop=true": "there is nothing to set",
     "metrics.log_freq=10": "did you mean train.log_every?",
     "metrics.enable_wandb=true": "did you mean train.loggers?",
-    "profiling.enable_profiling=true": "there is no profiler yet",
+    "profiling.enable_profiling=true": "did you mean train.profile.start?",
 }
 HUGGING_FACE_AND_DEEPSPEED = {
     "train.ddp_timeout=1800": "did you mean watchdog.step? (without the first step",
