@@ -204,9 +204,9 @@ class Profiler:
             micro = recipe.train.micro_batch_of(self._run.context.dp.size, parallel.pp)
             count = -(-recipe.train.global_batch // (micro * self._run.context.dp.size))
             ideal = bubble(parallel.pp, count, parallel.num_stages // parallel.pp)
-        name = (
-            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        )
+        threads = torch.get_num_threads()
+        on_cpu = f"CPU, {threads} thread{'s' * (threads > 1)}"
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu
         cost = max((r["overhead"] for r in ranks if r["overhead"] is not None), default=None)
         return {
             "made": datetime.now(UTC).isoformat(timespec="seconds"),

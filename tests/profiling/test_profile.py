@@ -13,10 +13,11 @@ from megaresnorm.cli import main
 from megaresnorm.errors import ConfigError, DataError
 from megaresnorm.kernels.cross_entropy import differentiate
 from megaresnorm.model.cost import training_flops
+from megaresnorm.profiling.findings import findings_of
 from megaresnorm.profiling.profile import COLUMNS, read_profile, total_of
 from megaresnorm.profiling.rows import NUM_PHASES, Phase, Row, Rows
 from megaresnorm.profiling.show import changes
-from megaresnorm.profiling.timeline import CpuClock, Timeline
+from megaresnorm.profiling.timeline import CpuClock, Timeline, clock_of
 from megaresnorm.recipe.load import build_recipe, dump_recipe
 from megaresnorm.run import Run
 from megaresnorm.trainer import Trainer, train
@@ -295,3 +296,44 @@ def test_a_run_that_ends_within_its_window_writes_what_it_has(recipe):
     made = recipe(train={"steps": 4, "profile": {"start": 2, "steps": 20}})
     train(build_recipe(made.model_dump(exclude_none=True)))
     assert read_profile(made.train.output)["num_steps"] == 2  # timed, plain, timed
+
+
+def test_the_clock_of_a_gpu_takes_events_from_a_pool_and_waits_once(monkeypatch):
+    class Event:
+        made = waits = 0
+        clock = 0.0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+            Event.made += 1
+
+        def record(self):
+            Event.clock += 1.5
+            self.at = Event.clock
+
+        def synchronize(self):
+            Event.waits += 1
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = clock_of(torch.device("cuda"))
+    for _ in range(2):
+        stamps = [clock.now() for _ in range(5)]
+        assert clock.milliseconds(stamps) == [0.0, 1.5, 3.0, 4.5, 6.0]
+    assert (Event.made, Event.waits) == (5, 2)
+
+
+def test_a_bubble_beyond_that_of_equal_stages_names_the_busiest_stage():
+    def rank(pp, own, bubble):
+        totals = {"own": own, "own_p50": own, "own_noise": 0.0, "bubble": bubble, "step": own + bubble, "exposed": 0.0}
+        return {"rank": pp, "pp": pp, "host": "h", "totals": totals, "rows": []}
+
+    def findings(*ranks):
+        whole = {"data": None, "host": None, "unaccounted": None, "overhead": None, "ideal_bubble": 0.2}
+        return findings_of({"step_ms": {"p50": 100.0}, "rows": [], "ranks": ranks, "whole": whole}, ranks)
+
+    assert findings(rank(0, 78.0, 22.0), rank(1, 80.0, 20.0)) == []
+    (said,) = findings(rank(0, 60.0, 40.0), rank(1, 80.0, 20.0))
+    assert said.startswith("bubble: rank 0 waits 40.0% of a step") and "stage 1 has the most work, 80.0 ms" in said
