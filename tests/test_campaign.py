@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 TOOL = Path(__file__).parents[1] / "tools" / "gpu_campaign.py"
-STAGES = ["machine", "tests", "kernels", "dense", "deep", "profile", "trainer"]
+STAGES = ["machine", "tests", "kernels", "dense", "deep", "profile", "layers", "trainer"]
 pytest.importorskip("transformers")
 
 
@@ -32,22 +32,24 @@ def test_the_plan_adds_up_to_less_than_seven_and_a_half_minutes():
     assert int(ends[-1]) == sum(map(int, boxes)) <= int(lines[-1][4]) <= 450
 
 
-def test_a_smoke_run_goes_through_all_stages(tmp_path):
-    done = campaign("--smoke", "--out", str(tmp_path / "out"))
+@pytest.mark.parametrize("stages", [STAGES[-2:], pytest.param(STAGES, marks=pytest.mark.slow)], ids=["two", "all"])
+def test_a_smoke_run_goes_through_all_stages(tmp_path, stages):
+    done = campaign("--smoke", "--out", str(tmp_path / "out"), "--only", ",".join(stages))
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "out" / "campaign.json").read_text())
     assert report["schema_version"] == 1 and all(stage["commit"] for stage in report["stages"].values())
-    assert {name: stage["state"] for name, stage in report["stages"].items()} == dict.fromkeys(STAGES, "done")
+    assert {name: stage["state"] for name, stage in report["stages"].items()} == dict.fromkeys(stages, "done")
     rows = [
         (item["title"], item["row"]) for stage in report["stages"].values() for item in stage["found"] if "row" in item
     ]
     assert not [row for _, row in rows if "failed" in row]
     for title, contenders in (("dense, 2 x 32", 6), ("deep, 3 x 32", 4)):
         losses = [row["losses"] for t, row in rows if t == title]
-        assert len(losses) == contenders
+        assert len(losses) == (contenders if stages == STAGES else 0)
         for found in losses:  # BF16 products, summed in another order
             assert found == pytest.approx(losses[0], abs=0.02) and found[1] < found[0]
     assert all(row["rc"] == 0 for title, row in rows if title in ("tests", "trainer"))
+    assert sum(title == "profile by block" for title, _ in rows) == 2
     made = sorted(path.name for path in (tmp_path / "out").rglob("*"))
     assert made == ["campaign.json", "campaign.md"]
 

@@ -22,6 +22,7 @@ NO_COMMANDS = {
     "campaign_engines.py",
     "campaign_report.py",
     "campaign_kernels.py",
+    "campaign_layers.py",
     "norm_contenders.py",
     "stub_driver.py",
     "version_probe.py",

@@ -4,12 +4,10 @@ campaign_report.py says what a stage writes into FILE.
 """
 
 import functools
-import json
 import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 from campaign_engines import DEEP, DENSE, engine_of, ours, race, tokens
 from campaign_kernels import backends_of_packages, bandwidths
+from campaign_layers import layers, prepared
 from campaign_report import DEVICE, SMOKE, attempt, emit, row, seconds, wait
 from torch import Tensor
 
@@ -245,13 +244,7 @@ def _report_profile(mode: str, events: Any, wall: float) -> None:
 
 def trainer() -> None:
     """A run of ``python -m megaresnorm.job`` on text of this repository: data, loop, checkpoint, resume."""
-    from megaresnorm.data.prepare import PrepareJob, prepare
-
-    with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder, "text.jsonl")
-        lines = [path.read_text() for path in sorted((ROOT / "megaresnorm").rglob("*.py"))]
-        text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-        prepare(PrepareJob(out=Path(folder, "bytes"), paths=(str(text),)))
+    with prepared() as folder:
         steps, size = (4, "model.dim=32 model.num_blocks=2 model.num_heads=2 model.seq_len=32") if SMOKE else (
             60, "model.dim=512 model.num_blocks=24 model.num_heads=8 model.seq_len=512")  # fmt: skip
         recipe = Path(folder, "recipe.yaml")
@@ -295,7 +288,7 @@ def hangs() -> None:
     time.sleep(3600)
 
 
-STAGES = {f.__name__: f for f in (machine, tests, warm, kernels, dense, deep, profile, trainer, fails, hangs)}
+STAGES = {f.__name__: f for f in (machine, tests, warm, kernels, dense, deep, profile, layers, trainer, fails, hangs)}
 
 if __name__ == "__main__":
     STAGES[sys.argv[1]]()
