@@ -36,19 +36,15 @@ def _slow_rows(profile: Mapping[str, Any], slow_ranks: set[int]) -> Iterator[str
     step = profile["step_ms"]["p50"]
     like: dict[tuple[str, str], list[tuple[float, dict[str, Any]]]] = defaultdict(list)
     for row in profile["rows"]:
-        for column in _WORDS:
-            time = row[column]
-            if (
-                row["block"] is not None
-                and time is not None
-                and (column == "exposed" or time["rank"] not in slow_ranks)
-            ):
+        for column in _WORDS if row["block"] is not None else ():
+            time = row[column] or {"p50": 0.0, "noise": 0.0, "rank": -1}
+            if column == "exposed" or time["rank"] not in slow_ranks:
                 like[row["part"], column].append((time["p50"], row))
     found = []
     for (_, column), times in like.items():
         usual = median(time for time, _ in times) if len(times) > 2 else min(times)[0]
         for time, row in times:
-            least = max(SHARE * step, NOISES * row[column]["noise"])
+            least = max(SHARE * step, NOISES * row[column]["noise"] if time else 0.0)
             if time > FACTOR * usual and time - usual > least and len(times) > 1:
                 found.append((time - usual, row, column, time, usual))
     for _, row, column, time, usual in sorted(found, key=lambda one: -one[0])[:MOST]:

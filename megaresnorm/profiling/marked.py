@@ -144,11 +144,11 @@ class Marking:
             ):
                 wrapped.at_end(handle.remove)
         for kind, residual in zip(SUBLAYERS, block.sublayers, strict=True):
-            branch = self._places(Row(f"block {number} {kind}", kind, number, stage))
-            remakes = in_phase(norm[0], Phase.RECOMPUTE), branch[2]
+            row = Row(f"block {number} {kind}", kind, number, stage)
+            branch, remakes = self._places(row), in_phase(norm[0], Phase.RECOMPUTE)
             if residual.reruns and self._context.tp.size > 1:  # it gathers its input before what is run again
                 wrapped.method(residual, "run", partial(self._entered, in_phase(branch[0], Phase.EXPOSED)))
-            wrapped.method(residual, "_run", partial(self._branch, branch, remakes))
+            wrapped.method(residual, "_run", partial(self._branch, row, remakes))
             before = self._begins_at(weights) if self._gathers and residual is block.sublayers[0] else None
             wrapped.method(residual, "open", partial(self._norm, norm, before))
             for name in ("close_and_open", "close"):
@@ -229,14 +229,18 @@ class Marking:
         finally:
             self._marks.mark(before)
 
-    def _branch(self, places: tuple[int, int, int], remakes: tuple[int, int], run: Callable) -> Callable:
-        forward, backward, again = places
-        mark, begin = self._marks, self._begins_at(backward)
-        timed = partial(self._remake_timed, remakes[0])
+    def _branch(self, row: Row, remakes: int, run: Callable) -> Callable:
+        """A branch, whose input may be made again, which is the norm's work."""
+        forward, backward, again = self._places(row)
+        mark, begin, ran_again = self._marks, self._begins_at(backward), self._rows.again
+        timed = partial(self._remake_timed, remakes)
 
         def call(x: Tensor | None, u: BranchInput, *given: Any) -> Tensor:
             if is_running_again():
-                return self._again(again, run, (x, u, *given))
+                ran_again.setdefault(row, False)
+                y = self._again(again, run, (x, u, *given))
+                ran_again[row] = True  # else the last tensor that backward needs has ended it
+                return y
             mark.mark(forward)
             y = run(x, timed(u) if u.remake is not None else u, *given)
             begin(y)
@@ -305,8 +309,10 @@ class Marking:
         """A call of compiled blocks."""
         first, last = numbers
         name = f"block {first}" if first == last else f"blocks {first}-{last}"
-        places = self._places(Row(name, "block", first, stage))
+        row = Row(name, "block", first, stage)
+        places = self._places(row)
         if is_running_again():
+            self._rows.again[row] = True
             return self._again(places[2], run, given)
         self._marks.mark(places[0])
         stream, begin = run(*given), self._begins_at(places[1])

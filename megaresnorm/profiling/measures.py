@@ -138,6 +138,15 @@ def flops_of(recipe: ModelRecipe, row: Row, tokens: int, tp: int) -> int:
     return each * tokens // tp
 
 
+def again_flops(recipe: ModelRecipe, row: Row, rows: Rows, tokens: int, tp: int) -> int:
+    """Operations of a row that are made twice in a step. The arguments are those of ``flops_of``."""
+    if row not in rows.again:
+        return 0
+    widths = {"attention": recipe.num_heads * recipe.head_width, "ffn": recipe.ffn_width}
+    last = 0 if rows.again[row] else 2 * widths[row.part] * recipe.dim * tokens // tp
+    return flops_of(recipe, row, tokens, tp) - last
+
+
 def measures_of_rank(
     engine: Engine,
     recipe: ModelRecipe,
@@ -163,6 +172,7 @@ def measures_of_rank(
                 **row._asdict(),
                 "times": times[row.name] | products.get(row.name, {}),
                 "flops": flops_of(recipe, row, tokens, context.tp.size),
+                "flops_again": again_flops(recipe, row, rows, tokens, context.tp.size),
                 "activation_bytes": None if held is None else held.kept,
                 "transient_bytes": None if held is None else held.transient,
                 "parameter_bytes": sizes.get(row),

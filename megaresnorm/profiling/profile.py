@@ -43,7 +43,7 @@ def merged(ranks: Sequence[Mapping[str, Any]], head: Mapping[str, Any]) -> dict[
     whole |= {name: head.get(name) for name in ("ideal_bubble", "overhead", "overhead_noise")}
     found = [_finished(row, head.get("peak_tflops")) for row in sorted(rows.values(), key=_position)]
     flops = head["flops"] / len(ranks)
-    again = sum(_again(row) for row in found if row["flops"])
+    again = sum(row["flops_again"] for rank in ranks for row in rank["rows"]) / len(ranks)
     tflops = flops / seconds / 1e12
     peak = head.get("peak_tflops")
     profile = {
@@ -75,7 +75,7 @@ def _merge(rows: dict[str, dict[str, Any]], row: Mapping[str, Any], rank: int) -
     )
     for column, values in row["times"].items():
         known["by_rank"].setdefault(column, {})[rank] = values
-    for name in ("flops", "activation_bytes", "transient_bytes", "parameter_bytes"):
+    for name in ("flops", "flops_again", "activation_bytes", "transient_bytes", "parameter_bytes"):
         known[name] = max((x for x in (known.get(name), row[name]) if x is not None), default=None)
 
 
@@ -108,11 +108,6 @@ def _finished(row: dict[str, Any], peak: float | None) -> dict[str, Any]:
     share = None if tflops is None or peak is None else tflops / peak
     own = {"tflops": tflops, "share_of_peak": share, "gradient_norm": None, "stream_rms": None}
     return {**row, **times, **own}
-
-
-def _again(row: Mapping[str, Any]) -> float:
-    """Operations of a row that are made twice: a forward pass where anything of it is run again."""
-    return row["flops"] if row["recompute"] and row["forward"] and row["part"] != "norm" else 0.0
 
 
 def _position(row: Mapping[str, Any]) -> tuple[float, ...]:

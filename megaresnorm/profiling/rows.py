@@ -44,10 +44,15 @@ class Row(NamedTuple):
 
 
 class Rows:
-    """The rows of a rank, in the order in which they were named. A place is a row and a phase, as one number."""
+    """The rows of a rank, in the order in which they were named. A place is a row and a phase, as one number.
+
+    Attributes:
+        again: rows whose forward pass was run again -> whether all of it was; otherwise all but its last product.
+    """
 
     def __init__(self) -> None:
         self._numbers: dict[Row, int] = {}
+        self.again: dict[Row, bool] = {}
         self.other = self.place(Row("unaccounted", "other"), Phase.FORWARD)
 
     def place(self, row: Row, phase: Phase) -> int:

@@ -108,6 +108,14 @@ def test_activation_bytes_are_the_live_storages(recipe, topology, recompute):
         run.engine.step(run.next_batch(), 1e-3)  # what is made once is there
         live = live_storages(lambda: passes.train(model, part, 1.0)[1], differentiate)
     assert kept == pytest.approx(live.kept, rel=0.05)
+    # What is run again ends with the last tensor that backward needs: before the last product, unless blocks follow in
+    # the same run, or a norm does.
+    tokens, (_, whole, _) = 8 * 32, by_hand(model.recipe)
+    part, whole = (whole - 2 * 32 * 64) * tokens, whole * tokens
+    again = [r["flops_again"] for r in profile["rows"] if r["part"] == "ffn"]
+    repeats = {"branch": [part] * 4, "every": [whole, part if topology == "pre" else whole] * 2}
+    assert again == repeats.get(recompute.get("policy"), [0] * 4)
+    assert (profile["hfu"] > profile["mfu"]) == bool(recompute)
     attention, ffn = row(profile, "block 1 attention"), row(profile, "block 1 ffn")
     assert (attention["recompute"] is not None) == (ffn["recompute"] is not None) == bool(recompute)
     assert min(attention["transient_bytes"], ffn["transient_bytes"]) > 0
