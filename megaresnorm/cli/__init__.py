@@ -12,7 +12,7 @@ import typer
 from typer.main import get_command
 
 import megaresnorm
-from megaresnorm.cli import checkpoint, convert, data, depth, doctor, generate, launch, quantize, recipes, train
+from megaresnorm.cli import checkpoint, convert, data, depth, doctor, generate, launch, quantize, recipes, report, train
 from megaresnorm.cli.arguments import new_app
 from megaresnorm.errors import ConfigError
 from megaresnorm.job import exit_code_of
@@ -54,6 +54,7 @@ convert.add_to(app)
 generate.add_to(app)
 depth.add_to(app)
 quantize.add_to(app)
+report.add_to(app)
 launch.add_to(app)
 doctor.add_to(app)
 recipes.add_to(app)
