@@ -47,12 +47,12 @@ def write_lines(path: Path, records) -> None:
 def metrics(step, steps):
     """With a spike at step 150, and a step whose gradients are not finite at 120."""
     noise = random.Random(step)
-    loss = 3 + 4 * math.exp(-step / 40) + noise.gauss(0, 0.03) + (3.0 if step == 150 else 0.0)
+    loss = 3 + 4 * math.exp(-step / 8) + noise.gauss(0, 0.03) + (3.0 if step == 150 else 0.0)
     found = {
         "step": step, "loss": loss, "gradient_norm": None if step == 120 else 0.5 + noise.random(),
         "lr": 3e-3 * step / steps, "samples": 8 * step, "tokens": 1024 * step, "time": 1.7e9 + 0.1 * step,
-        "loss_scale": 65536.0 if step < 100 else 32768.0, "skipped": 0, "tokens_per_second": 9000 + 900 * noise.random(),
-        "seconds": 0.1, "tflops": 0.05, "peak_memory": 4e8 + 1e5 * step,
+        "loss_scale": 65536.0 if step < 100 else 32768.0, "skipped": 0, "seconds": 0.1,
+        "tokens_per_second": 9000 + 900 * noise.random(), "tflops": 0.05, "peak_memory": 4e8 + 1e5 * step,
     }  # fmt: skip
     if step % 50 == 0:
         found |= {"valid_loss": loss + 0.1, "valid_perplexity": math.exp(loss + 0.1), "valid_bits_per_byte": 1.5,
@@ -72,7 +72,7 @@ def depth_records(steps, blocks):
             "schema_version": 1, "step": step, "kind": "watch",
             "by_sublayer": {name: [value(name, i / 2) for i in range(2 * blocks)] for name in BY_SUBLAYER},
             "by_block": {name: [value(name, i) for i in range(blocks)] for name in BY_BLOCK},
-            "whole": {"logit_max": 3.0, "effective_depth": 7.0 + step / 100, "sublayers_above": 9, "gradient_ratio": 2.0},
+            "whole": {"logit_max": 3.0, "effective_depth": 7.0 + step / 100, "sublayers_above": 9},
         }  # fmt: skip
         if step % 50 == 0:
             yield {

@@ -13,7 +13,7 @@ from megaresnorm.files import open_plain
 from megaresnorm.limits import MAX_STEPS
 from megaresnorm.telemetry.metrics import MAX_LINE_BYTES
 
-PIECE = 1 << 22  # bytes that are read at a time
+PIECE = 1 << 18  # bytes that are read at a time: more leave the caches of processors
 MAX_COLUMNS = 200  # a step of ours has a dozen, and three for each validation set
 
 
@@ -108,8 +108,17 @@ def _parsed(line: bytes) -> Any:
 
 
 def _columns(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    names = dict.fromkeys(name for names in dict.fromkeys(map(tuple, records)) for name in names if name != "step")
-    return {name: numbers([record.get(name) for record in records]) for name in [*names][:MAX_COLUMNS]}
+    """Columns of records, those with the same names together: most of a run's have."""
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for i, names in enumerate(map(tuple, records)):
+        alike.setdefault(names, []).append(i)
+    found: dict[str, np.ndarray] = {}
+    for names, places in alike.items():
+        values = zip(*(records[i].values() for i in places), strict=True)
+        for name, column in zip(names, values, strict=True):
+            if name != "step" and (name in found or len(found) < MAX_COLUMNS):
+                found.setdefault(name, np.full(len(records), np.nan))[places] = numbers(column)
+    return found
 
 
 def numbers(found: Sequence[Any]) -> np.ndarray:

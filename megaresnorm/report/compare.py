@@ -7,7 +7,7 @@ import numpy as np
 
 from megaresnorm.recipe.names import flat
 from megaresnorm.report.curves import window_of
-from megaresnorm.report.depth import MEANINGS
+from megaresnorm.report.depth import MEANINGS, WIDE
 from megaresnorm.report.depth_records import BY_SUBLAYER
 from megaresnorm.report.drawing import PALETTE, STYLES, Figure, draw, label, plain_numbers
 from megaresnorm.report.marks import smoothed, thinned
@@ -15,6 +15,7 @@ from megaresnorm.report.runs import RunFiles
 from megaresnorm.text import shown
 
 MOST_RUNS = len(PALETTE) * len(STYLES)  # that lines tell apart
+_DEPTH = "depth: 0 the first block, 1 the last"
 Line = Callable[[RunFiles], tuple[np.ndarray, np.ndarray] | None]
 
 
@@ -37,7 +38,13 @@ def compared(runs: Sequence[RunFiles]) -> Iterator[Figure]:
     for name, meaning in MEANINGS.items():
         what = f"{meaning.says[:-1]}; the last record of each run."
         yield from _overlaid(
-            runs, f"depth_{name}", meaning.title, what, meaning.unit, _last_profile(name), x="block, from 0 to 1 of all"
+            runs,
+            f"depth_{name}",
+            meaning.title,
+            what,
+            meaning.unit,
+            _last_profile(name),
+            x=_DEPTH,
         )
 
 
@@ -71,7 +78,8 @@ def _overlaid(
             style = {"color": PALETTE[i % len(PALETTE)], "linestyle": STYLES[i // len(PALETTE) % len(STYLES)]}
             marker = {"marker": "o", "markersize": 3} if len(steps) < 20 else {}
             handles += axes.plot(*thinned(steps, values), **style, **marker)
-        if log:
+        there = np.concatenate([values[np.isfinite(values)] for _, values in lines.values()])
+        if (there > 0).all() and (log or there.max() > WIDE * there.min()):
             axes.set_yscale("log")
         axes.set(xlabel=x, ylabel=unit)
         names = [label(shown(runs[i].name)) for i in lines]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megaresnorm.report.columns import Columns
-from megaresnorm.report.drawing import LINE, PALETTE, SOFT, Figure, draw, plain_numbers
+from megaresnorm.report.drawing import LINE, PALETTE, SOFT, Figure, draw, plain_numbers, whole_numbers
 from megaresnorm.report.marks import Marks, smoothed, thinned
 
 BLUE, RED, GREEN, PINK, ORANGE, SKY = PALETTE
@@ -31,7 +31,7 @@ def curves_of(columns: Columns, marks: Marks) -> Iterator[Figure]:
     if columns.get("gradient_norm") is not None:
         yield _gradient_norm(columns, marks)
     if columns.get("lr") is not None:
-        yield _plain(columns, "lr", "Learning rate", "The schedule's learning rate in each step.", "lr")
+        yield _plain(columns, "lr", "Learning rate", "The schedule's learning rate in each step.", "learning rate")
     if columns.get("loss_scale") is not None:
         yield _loss_scale(columns, marks)
     if columns.get("tokens_per_second") is not None:
@@ -63,7 +63,7 @@ def _loss(columns: Columns, marks: Marks) -> Figure:
     caption = (
         f"Thin: the loss of each step; thick: its mean over the last {window} steps; points: validation. {_key(marks)}"
     )
-    return draw("loss", "Loss", caption.strip(), paint)
+    return draw("loss", "Loss", caption.strip(), paint, height=2.9)
 
 
 def _gradient_norm(columns: Columns, marks: Marks) -> Figure:
@@ -88,6 +88,8 @@ def _loss_scale(columns: Columns, marks: Marks) -> Figure:
     def paint(axes: Any) -> None:
         axes.plot(*thinned(steps, np.log2(np.where(scale > 0, scale, np.nan))), color=BLUE, drawstyle="steps-post")
         _mark(axes, steps, np.full(len(steps), np.nan), marks)
+        low, high = np.floor(axes.get_ylim()[0]), np.ceil(axes.get_ylim()[1])
+        axes.set_yticks(np.arange(low, high + 1)[:: max(1, int(high - low) // 6)])
         _finish(axes, "power of two")
 
     what = "Its base-2 logarithm: it falls where FP16 gradients overflow, and that step is skipped."
@@ -161,10 +163,10 @@ def _limits(axes: Any, loss: np.ndarray) -> None:
 def _finish(axes: Any, unit: str, *, legend: bool = False) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel(unit)
-    plain_numbers(axes.xaxis)
+    whole_numbers(axes.xaxis)
     plain_numbers(axes.yaxis)
     axes.margins(x=0.02)
     axes.spines["left"].set_visible(False)
     if legend:
-        axes.legend(loc="upper right", handlelength=1.4, borderaxespad=0.1)
+        axes.figure.legend(loc="outside upper left", ncols=3, handlelength=1.2, columnspacing=1.0)
     axes.tick_params(colors=SOFT, grid_color=LINE)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megaresnorm.report.curves import BLUE, RED, SOFT
+from megaresnorm.report.curves import BLUE, RED
 from megaresnorm.report.depth_records import BY_SUBLAYER, Depth, OverTime
-from megaresnorm.report.drawing import Figure, draw, plain_numbers, short
+from megaresnorm.report.drawing import SOFT, Figure, draw, plain_numbers, whole_numbers
 
 MOST_COLUMNS = 300  # of a heat map; more records than this are put together, by their maximum
 WIDE = 30.0  # a range of so many times is shown on a logarithmic scale
@@ -59,20 +59,28 @@ MEANINGS = {
 }  # fmt: skip
 
 
+_WHOLE = {  # figure -> title, columns, caption, unit
+    "effective_depth": (
+        "Effective depth", ("effective_depth", "sublayers_above"), "The number of equal branches that would be as "
+        "spread out (participation ratio of branch to stream), and of sub-layers above a threshold.", "sub-layers"
+    ),
+    "path_length": (
+        "Mean path length", ("mean_path_length",), "Branches that a path from output to input goes through on average, "
+        "weighted by its gradient: short paths are those of a shallow model.", "branches"
+    ),
+}  # fmt: skip
+Line = tuple[np.ndarray, np.ndarray]  # steps, values
+
+
 def depth_figures(depth: Depth) -> Iterator[Figure]:
     """The figures that there are records for."""
     for name, meaning in MEANINGS.items():
         if name in depth.by_place:
             yield _heat_map(name, meaning, depth.by_place[name])
-    counts = {name: depth.whole[name] for name in ("effective_depth", "sublayers_above") if name in depth.whole}
-    if counts:
-        yield _lines("effective_depth", "Effective depth", counts, "The number of equal branches that would be as "
-                     "spread out (participation ratio of branch to stream), and sub-layers above a threshold.", "sub-layers")  # fmt: skip
-    lengths = {name: depth.whole[name] for name in ("mean_path_length",) if name in depth.whole}
-    if lengths:
-        yield _lines("path_length", "Mean path length", lengths, "Branches that a path from output to input goes "
-                     "through on average, weighted by its gradient: short paths are those of a shallow model.",
-                     "branches")  # fmt: skip
+    for name, (title, columns, what, unit) in _WHOLE.items():
+        lines: dict[str, Line] = {column: depth.whole[column] for column in columns if column in depth.whole}
+        if lines:
+            yield _lines(name, title, lines, what, unit)
     if depth.paths is not None:
         yield _paths(*depth.paths)
 
@@ -108,9 +116,14 @@ def _heat_map(name: str, meaning: Meaning, over: OverTime) -> Figure:
         last.set(ylim=(places[0], places[-1]), xlabel=meaning.unit)
         heat.set_ylim(places[0], places[-1])
         heat.grid(False)
-        for one in (heat.xaxis, heat.yaxis, last.xaxis, last.yaxis, key.xaxis):
-            plain_numbers(one)
-        few_ticks(last, logarithmic)
+        if last.get_xscale() != "log":
+            limits = last.get_xlim()
+            last.set_xticks(few_ticks(*limits))
+            last.set_xlim(limits)
+        for one in (heat.xaxis, heat.yaxis, last.yaxis):
+            whole_numbers(one)
+        plain_numbers(last.xaxis, most=3)
+        plain_numbers(key.xaxis)
 
     note = " Colours are logarithmic." if logarithmic else ""
     caption = f"{meaning.says[:-1]}; right: the last record.{note}"
@@ -132,23 +145,21 @@ def _profile(axes: Any, name: str, places: np.ndarray, row: np.ndarray, logarith
         axes.set_xscale("log")
 
 
-def few_ticks(axes: Any, logarithmic: bool) -> None:
-    """At most three numbers along x: a narrow panel has no room for more."""
-    low, high = axes.get_xlim()
-    if logarithmic and low > 0:
-        powers = np.arange(np.ceil(np.log10(low)), np.floor(np.log10(high)) + 1)
-        ticks = 10.0 ** powers[:: max(1, -(-len(powers) // 3))] if len(powers) > 1 else np.array([low, high])
-    else:
-        ticks = np.array([low, high])
-        width = (high - low) / 2
-        unit = 10.0 ** np.floor(np.log10(width)) if width > 0 else 1.0
-        unit *= max(1.0, np.floor(width / unit))
-        ticks = np.arange(np.ceil(low / unit), np.floor(high / unit) + 1) * unit
-    axes.set_xticks(ticks, [short(tick) for tick in ticks])
-    axes.set_xlim(low, high)
+def few_ticks(low: float, high: float) -> list[float]:
+    """Two or three round numbers from a range: a narrow panel has no room for more.
+
+    >>> few_ticks(0.27, 0.58), few_ticks(-3.0, 40.0)
+    ([0.3, 0.4, 0.5], [0.0, 20.0, 40.0])
+    """
+    if not high > low:
+        return [low]
+    unit = 10.0 ** np.floor(np.log10((high - low) / 2))
+    unit = next(unit * factor for factor in (1, 2, 5, 10) if (high - low) / (unit * factor) <= 3.5)
+    ticks = np.arange(np.ceil(low / unit - 1e-9), np.floor(high / unit + 1e-9) + 1) * unit
+    return [float(f"{tick:.6g}") for tick in ticks[-3:]]
 
 
-def _lines(name: str, title: str, lines: Mapping[str, tuple[np.ndarray, np.ndarray]], what: str, unit: str) -> Figure:
+def _lines(name: str, title: str, lines: Mapping[str, Line], what: str, unit: str) -> Figure:
     def paint(axes: Any) -> None:
         for colour, (label, (steps, values)) in zip((BLUE, RED), lines.items(), strict=False):
             marker = {"marker": "o", "markersize": 3} if len(steps) < 30 else {}
@@ -188,9 +199,10 @@ def _shares(kind: str, title: str, what: str, classes: Mapping[str, OverTime]) -
             )
             panel.set_title(f"{name}s", loc="left", color=SOFT, pad=2)
             panel.set_ylabel("block")
+            panel.tick_params(labelbottom=name == [*classes][-1])
             panel.grid(False)
             for one in (panel.xaxis, panel.yaxis):
-                plain_numbers(one)
+                whole_numbers(one)
         panel.set_xlabel("step")
         bar = panel.figure.colorbar(mesh, cax=panels["key"])
         bar.outline.set_visible(False)

@@ -59,7 +59,7 @@ def read_depth(path: Path) -> Depth:
     """
     found, places, whole = Depth(), _Rows(), _Rows()
     for line, step in lines_of(path, MAX_DEPTH_BYTES):
-        record = None if step is None else json.loads(line)
+        record: dict[str, Any] = {} if step is None else json.loads(line)
         if step is None or record.get("schema_version") != SCHEMA_VERSION:
             found.unreadable += line.endswith(b"\n")
             continue
@@ -106,7 +106,7 @@ class _Rows:
         found = {}
         for name, rows in self._rows.items():
             width = len(rows[-1][1])
-            kept = dict((step, row) for step, row in rows if len(row) == width)  # of two of a step the later
+            kept = {step: row for step, row in rows if len(row) == width}  # of two of a step the later
             values = np.stack([kept[step] for step in sorted(kept)])
             values[~np.isfinite(values)] = np.nan
             if np.isfinite(values).any():

@@ -4,6 +4,7 @@ import io
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import floor, log10
 from typing import Any
 
 from megaresnorm.errors import ConfigError
@@ -13,12 +14,13 @@ INK, SOFT, LINE = "#1f2328", "#59636e", "#d8dee4"  # become variables of the pag
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 STYLES = ("-", "--", ":", "-.")
-WIDTH = 4.5  # inches, of 72 units of the SVG: shown at 350 to 400 pixels, where 9 units are 9 to 11 pixels
+WIDTH = 4.3  # inches, of 72 units of the SVG: shown at 350 to 400 pixels, where 9 units are 9 to 11 pixels
 RESOLUTION = 160  # dots an inch: of PNGs, and of heat maps within SVGs
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif", "axes.titlesize": 9, "axes.labelsize": 9,
     "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "legend.fontsize": 8.5, "legend.frameon": False,
-    "text.parse_math": False, "axes.facecolor": "none", "axes.edgecolor": LINE, "axes.labelcolor": SOFT, "text.color": INK,
+    "text.parse_math": False, "text.color": INK, "axes.facecolor": "none", "axes.edgecolor": LINE,
+    "axes.labelcolor": SOFT,
     "xtick.color": SOFT, "ytick.color": SOFT, "grid.color": LINE, "grid.linewidth": 0.6, "axes.grid": True,
     "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.4,
     "xtick.major.size": 0, "ytick.major.size": 0, "xtick.minor.size": 0, "ytick.minor.size": 0,
@@ -94,15 +96,46 @@ def draw(
         vector, pixels = io.BytesIO(), io.BytesIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(vector, format="svg", facecolor="none", metadata=nothing)
+        figure.set_layout_engine("none")  # what was laid out stays so
         figure.savefig(pixels, format="png", facecolor="white", metadata={"Software": None})
     variables = {INK: "var(--ink)", SOFT: "var(--soft)", LINE: "var(--line)"}
     return Figure(name, title, caption, inlined(vector.getvalue(), name, title, variables), pixels.getvalue())
 
 
-def plain_numbers(axis: Any) -> None:
-    """Label an axis with plain numbers, also where it is logarithmic, and no minor ticks."""
+def whole_numbers(axis: Any) -> None:
+    """Label an axis with whole numbers: steps, blocks, ranks."""
+    axis.get_major_locator().set_params(integer=True)
+    plain_numbers(axis)
+
+
+def plain_numbers(axis: Any, *, most: int = 6) -> None:
+    """Label an axis with plain numbers, as many as are told apart, also where it is logarithmic.
+
+    Args:
+        most: numbers of a logarithmic axis.
+    """
+    if axis.get_scale() == "log":
+        low, high = sorted(axis.get_view_interval())
+        axis.set_ticks(log_ticks(low, high, most))
+        axis.set_ticks([], minor=True)
+        axis.axes.set(**{f"{axis.axis_name}lim": (low, high)})
     axis.set_major_formatter(lambda value, _: short(value))
-    axis.set_minor_formatter(lambda value, _: "")
+
+
+def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Numbers to be written at a logarithmic axis: powers of ten, and where these are few also twice and five times.
+
+    >>> log_ticks(0.3, 40.0), log_ticks(1e-9, 1.0, most=4), log_ticks(1.1, 1.6)
+    ([0.5, 1.0, 2.0, 5.0, 10.0, 20.0], [1e-09, 1e-06, 0.001, 1.0], [1.1, 1.6])
+    """
+    powers = range(floor(log10(low) - 1e-9), floor(log10(high) + 1e-9) + 1)
+    for factors in ((1, 2, 5), (1,)):
+        found = [float(f"{factor}e{power}") for power in powers for factor in factors]
+        found = [tick for tick in found if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
+        if len(found) <= most:
+            break
+    found = found[:: -(-len(found) // most)] if found else found
+    return found if len(found) > 1 else [low, high]
 
 
 def short(value: float) -> str:

@@ -3,6 +3,7 @@
 S steps
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -120,7 +121,7 @@ def thinned(x: np.ndarray, y: np.ndarray, bins: int = 500) -> tuple[np.ndarray, 
         return x, y
     edges = np.linspace(0, len(x), bins + 1).astype(np.int64)
     chosen: list[int] = []
-    for first, last in zip(edges[:-1], edges[1:], strict=True):
+    for first, last in pairwise(edges):
         piece = y[first:last]
         if np.isfinite(piece).any():
             chosen += sorted({first + int(np.nanargmin(piece)), first + int(np.nanargmax(piece))})

@@ -138,13 +138,13 @@ def _profile(found: Mapping[str, Any], figures: Sequence[Figure]) -> str:
 
 def _made(found: Mapping[str, Any]) -> str:
     first, num = found.get("first_step"), found.get("num_steps")
-    return (
-        f"{num} steps from step {first}, {found.get('layout', '')}, {found.get('device', '')}; {found.get('made', '')}"
-    )
+    what = ", ".join(str(found[name]) for name in ("layout", "device", "made") if found.get(name))
+    return f"{num} steps from step {first}: {what}"
 
 
 def _profile_cards(found: Mapping[str, Any]) -> list[Card]:
-    whole = found.get("whole") if isinstance(found.get("whole"), dict) else {}
+    given = found.get("whole")
+    whole: Mapping[str, Any] = given if isinstance(given, dict) else {}
     cards = [Card("Step", f"{_ms(found.get('step_ms'))} ms", _spread(found.get("step_ms")))]
     if isinstance(whole.get("bubble"), dict):
         ideal = _figure_of(whole.get("ideal_bubble"), 1, " ms")

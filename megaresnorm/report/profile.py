@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from megaresnorm.report.curves import BLUE, GREEN, ORANGE, PINK, RED, SKY
-from megaresnorm.report.drawing import Figure, draw, plain_numbers
+from megaresnorm.report.drawing import Figure, draw, plain_numbers, whole_numbers
 
 PROFILE = "profile/profile.json"
 SCHEMA_VERSION = 1
@@ -29,7 +29,7 @@ def rows_of(profile: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def median(time: Any) -> float:
     """The median of a time in milliseconds; 0 where nothing of the kind happened."""
     value = time.get("p50") if isinstance(time, dict) else None
-    return float(value) if type(value) in (int, float) and np.isfinite(value) else 0.0
+    return _number(value)
 
 
 def total(row: Mapping[str, Any]) -> float:
@@ -93,8 +93,8 @@ def _bars(
         axes.set_ylim(0, 1.3 * float(below.max()) or 1.0)
         axes.grid(False, axis="x")
         axes.legend(loc="upper left", ncols=3, handlelength=1.0, columnspacing=1.0, borderaxespad=0.1)
-        for one in (axes.xaxis, axes.yaxis):
-            plain_numbers(one)
+        whole_numbers(axes.xaxis)
+        plain_numbers(axes.yaxis)
 
     return draw(name, title, what, paint)
 
@@ -111,8 +111,8 @@ def _ranks(ranks: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_ylim(0, 1.25 * float(np.nanmax(step)) or 1.0)
         axes.grid(False, axis="x")
         axes.legend(loc="upper left", ncols=2, handlelength=1.0, borderaxespad=0.1)
-        for one in (axes.xaxis, axes.yaxis):
-            plain_numbers(one)
+        whole_numbers(axes.xaxis)
+        plain_numbers(axes.yaxis)
 
     what = "Own work of each rank in a step, and its wait for others: the rank that waits least is the slow one."
     return draw("profile_ranks", "Ranks", what, paint, height=2.3)
@@ -127,4 +127,4 @@ def _list(value: Any) -> list[Any]:
 
 
 def _number(value: Any) -> float:
-    return float(value) if type(value) in (int, float) else 0.0
+    return float(value) if isinstance(value, int | float) and np.isfinite(value) else 0.0

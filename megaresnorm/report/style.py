@@ -14,6 +14,7 @@ header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0.25rem 1re
 h1 { font-size: clamp(1.4rem, 4vw, 2rem); line-height: 1.2; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.25rem 0 0.75rem; }
 h3 { font-size: 0.95rem; font-weight: 600; margin: 0 0 0.35rem; }
+section > h3 { margin-top: 1.5rem; }
 p { margin: 0 0 0.75rem; }
 .state { margin: 0; padding: 0 0.6rem; border: 1px solid var(--line); border-radius: 1rem; font-size: 0.9rem;
   background: var(--paper); }
@@ -22,13 +23,14 @@ p { margin: 0 0 0.75rem; }
 .state.stopped { color: var(--warn); }
 .cards { display: grid; gap: 0.75rem; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr));
   margin: 1.25rem 0; }
+@media (min-width: 60rem) { .cards { grid-template-columns: repeat(5, 1fr); } }
 .card, figure, dl, details, .scroll { background: var(--paper); border: 1px solid var(--line); border-radius: 0.5rem; }
 .card { padding: 0.7rem 0.9rem; min-width: 0; }
 .card h3 { color: var(--soft); font-weight: 500; font-size: 0.85rem; margin: 0; }
 .card .value { font-size: 1.45rem; line-height: 1.3; margin: 0; font-variant-numeric: tabular-nums; }
 .card .note { color: var(--soft); font-size: 0.8rem; line-height: 1.35; margin: 0; overflow-wrap: anywhere; }
-.figures { display: grid; gap: 0.75rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
-figure { margin: 0; padding: 0.8rem 0.8rem 0.7rem; min-width: 0; max-width: 36rem; }
+.figures { display: grid; gap: 0.75rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); }
+figure { margin: 0; padding: 0.8rem 0.8rem 0.7rem; min-width: 0; }
 figure svg { display: block; width: 100%; height: auto; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
 svg text { font-family: var(--font); }

@@ -34,6 +34,10 @@ def write_report(folders: Sequence[Path], out: Path | None = None, now: float | 
         raise ConfigError(f"--out {page}: wanted a file NAME.html, beside which the figures are put in a folder NAME")
     if len(folders) > MOST_RUNS:
         raise ConfigError(f"{len(folders)} runs are more than lines of a figure can tell apart; give up to {MOST_RUNS}")
+    if page.with_suffix("").is_symlink():
+        raise ConfigError(
+            f"{page.with_suffix('')}: a link stands where the figures are put, which is not followed; remove it"
+        )
     check_matplotlib()
     runs = read_runs(list(folders), now)
     if len(runs) == 1:
@@ -59,8 +63,6 @@ def _write(page: Path, text: str, figures: Sequence[Figure]) -> None:
     folder = page.with_suffix("")
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
-        if folder.is_symlink():
-            raise ConfigError(f"{folder}: a link stands where the figures are put, which is not followed; remove it")
         folder.mkdir(exist_ok=True)
         for figure in figures:
             replace_file(folder / f"{figure.name}.png", figure.png)
