@@ -14,6 +14,7 @@ from megaresnorm.limits import MAX_STEPS
 from megaresnorm.telemetry.metrics import MAX_LINE_BYTES
 
 PIECE = 1 << 18  # bytes that are read at a time: more leave the caches of processors
+LARGEST = 1e60  # whose square a float can hold
 MAX_COLUMNS = 200  # a step of ours has a dozen, and three for each validation set
 
 
@@ -122,17 +123,19 @@ def _columns(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 
 def numbers(found: Sequence[Any]) -> np.ndarray:
-    """Values of JSON as FP64; NaN where one is no number."""
-    if not {*map(type, found)} - {int, float, type(None)}:
-        try:
-            return np.array(found, dtype=np.float64)  # None becomes NaN
-        except OverflowError:
-            pass
-    return np.array([_number(one) for one in found], dtype=np.float64)
+    """Values of JSON as FP64; NaN where one is no number, or is beyond what could be drawn."""
+    plain = found if not {*map(type, found)} - {int, float, type(None)} else [*map(number, found)]
+    try:
+        values = np.array(plain, dtype=np.float64)  # None becomes NaN
+    except OverflowError:
+        values = np.array([*map(number, found)], dtype=np.float64)
+    values[~(np.abs(values) < LARGEST)] = np.nan
+    return values
 
 
-def _number(value: Any) -> float:
-    return float(value) if type(value) in (int, float) and abs(value) < 1e300 else float("nan")
+def number(value: Any) -> float:
+    """A value of JSON; NaN where it is no number, or is beyond what could be drawn."""
+    return float(value) if type(value) in (int, float) and abs(value) < LARGEST else float("nan")
 
 
 def _in_order(columns: Columns) -> Columns:

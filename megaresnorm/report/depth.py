@@ -10,7 +10,7 @@ import numpy as np
 
 from megaresnorm.report.curves import BLUE, RED
 from megaresnorm.report.depth_records import BY_SUBLAYER, Depth, OverTime
-from megaresnorm.report.drawing import SOFT, Figure, draw, plain_numbers, whole_numbers
+from megaresnorm.report.drawing import SOFT, Figure, draw, few_ticks, plain_numbers, whole_numbers
 
 MOST_COLUMNS = 300  # of a heat map; more records than this are put together, by their maximum
 WIDE = 30.0  # a range of so many times is shown on a logarithmic scale
@@ -145,20 +145,6 @@ def _profile(axes: Any, name: str, places: np.ndarray, row: np.ndarray, logarith
         axes.set_xscale("log")
 
 
-def few_ticks(low: float, high: float) -> list[float]:
-    """Two or three round numbers from a range: a narrow panel has no room for more.
-
-    >>> few_ticks(0.27, 0.58), few_ticks(-3.0, 40.0)
-    ([0.3, 0.4, 0.5], [0.0, 20.0, 40.0])
-    """
-    if not high > low:
-        return [low]
-    unit = 10.0 ** np.floor(np.log10((high - low) / 2))
-    unit = next(unit * factor for factor in (1, 2, 5, 10) if (high - low) / (unit * factor) <= 3.5)
-    ticks = np.arange(np.ceil(low / unit - 1e-9), np.floor(high / unit + 1e-9) + 1) * unit
-    return [float(f"{tick:.6g}") for tick in ticks[-3:]]
-
-
 def _lines(name: str, title: str, lines: Mapping[str, Line], what: str, unit: str) -> Figure:
     def paint(axes: Any) -> None:
         for colour, (label, (steps, values)) in zip((BLUE, RED), lines.items(), strict=False):
@@ -240,7 +226,7 @@ def _range(values: np.ndarray) -> tuple[bool, float, float]:
     """Whether a logarithmic scale is needed, and the least and greatest values that colours tell apart."""
     there = values[np.isfinite(values)]
     positive = there[there > 0]
-    if len(positive) == len(there) and len(there) and (there.max() / there.min()) > WIDE:
+    if len(positive) == len(there) and len(there) and there.max() > WIDE * there.min():
         low, high = np.percentile(there, (0.5, 99.5))
         return True, float(low), float(high)
     low, high = np.percentile(there, (0.5, 99.5))

@@ -80,11 +80,11 @@ def numbers_over_time(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[st
     found = {kind: _Rows() for kind in ("saturated", "underflown")}
     for record in records:
         blocks = record.get("blocks")
+        classes = {of: one for of, one in blocks.items() if isinstance(one, dict)} if isinstance(blocks, dict) else {}
         for kind, rows in found.items():
-            classes = (
-                {of: shares.get(kind) for of, shares in blocks.items() if isinstance(shares, dict)} if blocks else {}
+            rows.add(
+                record["step"], {of: one.get(kind) for of, one in classes.items()}, ("input", "weight", "gradient")
             )
-            rows.add(record["step"], classes, ("input", "weight", "gradient"))
     return {kind: over for kind, rows in found.items() if (over := rows.over_time())}
 
 

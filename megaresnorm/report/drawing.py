@@ -4,7 +4,7 @@ import io
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import floor, log10
+from math import ceil, floor, log10
 from typing import Any
 
 from megaresnorm.errors import ConfigError
@@ -98,7 +98,8 @@ def draw(
         figure.savefig(vector, format="svg", facecolor="none", metadata=nothing)
         figure.set_layout_engine("none")  # what was laid out stays so
         figure.savefig(pixels, format="png", facecolor="white", metadata={"Software": None})
-    variables = {INK: "var(--ink)", SOFT: "var(--soft)", LINE: "var(--line)"}
+    names = {INK: "ink", SOFT: "soft", LINE: "line", PALETTE[0]: "first", PALETTE[5]: "faint"}
+    variables = {colour: f"var(--{name})" for colour, name in names.items()}
     return Figure(name, title, caption, inlined(vector.getvalue(), name, title, variables), pixels.getvalue())
 
 
@@ -123,19 +124,33 @@ def plain_numbers(axis: Any, *, most: int = 6) -> None:
 
 
 def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Numbers to be written at a logarithmic axis: powers of ten, and where these are few also twice and five times.
+    """Numbers to be written at a logarithmic axis: of one digit, or fewer of these, or in between where there is none.
 
-    >>> log_ticks(0.3, 40.0), log_ticks(1e-9, 1.0, most=4), log_ticks(1.1, 1.6)
-    ([0.5, 1.0, 2.0, 5.0, 10.0, 20.0], [1e-09, 1e-06, 0.001, 1.0], [1.1, 1.6])
+    >>> log_ticks(0.3, 40.0), log_ticks(1e-9, 1.0, most=4), log_ticks(1.1, 1.6), log_ticks(0.38, 0.66)
+    ([0.5, 1.0, 2.0, 5.0, 10.0, 20.0], [1e-09, 1e-06, 0.001, 1.0], [1.2, 1.4, 1.6], [0.4, 0.5, 0.6])
     """
     powers = range(floor(log10(low) - 1e-9), floor(log10(high) + 1e-9) + 1)
-    for factors in ((1, 2, 5), (1,)):
+    for factors in (range(1, 10), (1, 2, 5), (1,)):
         found = [float(f"{factor}e{power}") for power in powers for factor in factors]
         found = [tick for tick in found if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
         if len(found) <= most:
             break
     found = found[:: -(-len(found) // most)] if found else found
-    return found if len(found) > 1 else [low, high]
+    return found if len(found) > 1 else few_ticks(low, high)
+
+
+def few_ticks(low: float, high: float) -> list[float]:
+    """Two or three round numbers from a range: a narrow panel has no room for more.
+
+    >>> few_ticks(0.27, 0.58), few_ticks(-3.0, 40.0)
+    ([0.3, 0.4, 0.5], [0.0, 20.0, 40.0])
+    """
+    if not high > low:
+        return [low]
+    unit = 10.0 ** floor(log10((high - low) / 2))
+    unit = next(unit * factor for factor in (1, 2, 5, 10) if (high - low) / (unit * factor) <= 3.5)
+    ticks = [unit * step for step in range(ceil(low / unit - 1e-9), floor(high / unit + 1e-9) + 1)]
+    return [float(f"{tick:.6g}") + 0.0 for tick in ticks[-3:]]  # no minus before a zero
 
 
 def short(value: float) -> str:

@@ -32,7 +32,7 @@ def facts_of(run: RunFiles) -> dict[str, str]:
     """What the run is, by headings."""
     found = {"Progress": _progress(run)}
     if run.recipe is not None:
-        found |= _recipe_facts(run.recipe, run.num_parameters)
+        found |= _recipe_facts(run.recipe, run)
     return {**found, "Folder": str(run.folder.resolve())}
 
 
@@ -51,8 +51,8 @@ def _moment(seconds: float) -> str:
         return "an unknown time"
 
 
-def _recipe_facts(recipe: Recipe, num_parameters: int | None) -> dict[str, str]:
-    model, train = recipe.model, recipe.train
+def _recipe_facts(recipe: Recipe, run: RunFiles) -> dict[str, str]:
+    model, train, num_parameters = recipe.model, recipe.train, run.num_parameters
     size = "" if num_parameters is None else f", {large(num_parameters)} parameters ({num_parameters:,})"
     vocabulary = "" if model.vocab_size is None else f", vocabulary {model.vocab_size:,}"
     precision = recipe.precision
@@ -62,7 +62,7 @@ def _recipe_facts(recipe: Recipe, num_parameters: int | None) -> dict[str, str]:
         f"{size}",
         "Shape": f"{model.num_heads} heads of {model.head_width} ({model.kv_heads} for keys and values), "
         f"{model.ffn} of {model.ffn_width}, {model.norm}, sequences of {model.seq_len:,}{vocabulary}",
-        "Layout": layout_of(recipe),
+        "Layout": layout_of(recipe, run.num_writers),
         "Precision": f"{precision.compute}{weights}, residual stream {precision.stream}",
         "Engine": describe_engine(recipe) or "native",
         "Data": data_name(recipe),
@@ -72,15 +72,20 @@ def _recipe_facts(recipe: Recipe, num_parameters: int | None) -> dict[str, str]:
     }
 
 
-def layout_of(recipe: Recipe) -> str:
-    """The layout that a recipe asks for, in a few words."""
+def layout_of(recipe: Recipe, num_writers: int | None) -> str:
+    """The layout that a recipe asks for, in a few words.
+
+    Args:
+        num_writers: ranks that wrote the newest checkpoint; None without one.
+    """
     parallel = recipe.parallel
     parts = [f"tp {parallel.tp} ({parallel.tensor_layout})"] if parallel.tp > 1 else []
     parts += [f"pp {parallel.pp} ({parallel.pipeline})"] if parallel.pp > 1 else []
     parts += [f"dp_shard {parallel.dp_shard}"] if parallel.dp_shard > 1 else []
     copies = parallel.dp_replicate
     parts += [f"dp_replicate {copies}"] if copies is not None and copies > 1 else []
-    return " x ".join(parts) or ("one rank" if copies == 1 else "data parallel over the ranks that it was started on")
+    asked = " x ".join(parts) or ("one rank" if 1 in (copies, num_writers) else "data parallel")
+    return asked if num_writers in (None, 1) else f"{asked}; {num_writers} ranks wrote the newest checkpoint"
 
 
 def cards_of(run: RunFiles) -> list[Card]:

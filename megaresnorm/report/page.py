@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from math import isfinite
 from typing import Any
 
 from megaresnorm.recipe.load import dump_recipe
 from megaresnorm.report import profile
+from megaresnorm.report.columns import number
 from megaresnorm.report.compare import differing_settings
 from megaresnorm.report.drawing import Figure
 from megaresnorm.report.facts import COLUMNS, CONVENTION, Card, cards_of, facts_of
@@ -171,4 +173,4 @@ def _spread(time: Any) -> str:
 
 
 def _figure_of(value: Any, factor: float, unit: str) -> str:
-    return f"{value * factor:.3g}{unit}" if type(value) in (int, float) else ""
+    return f"{number(value) * factor:.3g}{unit}" if isfinite(number(value)) else ""

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from megaresnorm.report.columns import number
 from megaresnorm.report.curves import BLUE, GREEN, ORANGE, PINK, RED, SKY
 from megaresnorm.report.drawing import Figure, draw, plain_numbers, whole_numbers
 
@@ -76,8 +77,8 @@ def _sizes(profile: Mapping[str, Any], blocks: Sequence[int]) -> dict[str, np.nd
     found: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     for row in rows_of(profile):
         for name in _BYTES:
-            if _is_block(row.get("block")) and type(row.get(name)) in (int, float):
-                found[name][row["block"]] += row[name]
+            if _is_block(row.get("block")) and _number(row.get(name)):
+                found[name][row["block"]] += _number(row[name])
     return {name: np.array([found[name][block] for block in blocks]) for name in _BYTES if found[name]}
 
 
@@ -127,4 +128,6 @@ def _list(value: Any) -> list[Any]:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) and np.isfinite(value) else 0.0
+    """A time or size; 0 where there is none."""
+    found = number(value)
+    return found if found > 0 else 0.0

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from megaresnorm.checkpoint.inspect import entries
 from megaresnorm.errors import ConfigError, DataError
 from megaresnorm.model.parameters import parameter_table
 from megaresnorm.reading import read_json_object
@@ -36,6 +37,7 @@ class RunFiles:
         name: by which a page of several runs tells it apart.
         recipe: None where it cannot be read.
         num_parameters: of the whole model; None where the recipe does not say the vocabulary.
+        num_writers: ranks that wrote the newest checkpoint; None without one.
         problems: lines on what could not be read, and is left out.
     """
 
@@ -43,6 +45,7 @@ class RunFiles:
     name: str
     recipe: Recipe | None
     num_parameters: int | None
+    num_writers: int | None
     metrics: Columns
     marks: Marks
     num_starts: int | None
@@ -88,6 +91,7 @@ def _read(folder: Path, name: str, now: float) -> RunFiles:
         name=name,
         recipe=recipe,
         num_parameters=_num_parameters(recipe),
+        num_writers=_num_writers(folder),
         metrics=metrics,
         marks=marks_of(metrics, starts),
         num_starts=len(starts) or None,
@@ -111,6 +115,15 @@ def _num_parameters(recipe: Recipe | None) -> int | None:
     if recipe is None or recipe.model.vocab_size is None:
         return None
     return sum(spec.num_elements for spec in parameter_table(recipe.model).values())
+
+
+def _num_writers(folder: Path) -> int | None:
+    """Those that every whole checkpoint names; one that a run which goes on removes meanwhile has none."""
+    try:
+        known = [one.num_ranks for one in entries(folder) if one.num_ranks is not None]
+    except OSError:
+        return None
+    return known[-1] if known else None
 
 
 def _metrics(folder: Path, problems: list[str]) -> Columns:

@@ -2,10 +2,12 @@
 
 STYLE = """
 :root { --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --paper: #ffffff; --page: #f6f8fa; --accent: #0072b2;
-  --warn: #d55e00; --font: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+  --first: #0072b2; --faint: #56b4e9; --warn: #d55e00;
+  --font: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
   color-scheme: light dark; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --soft: #9aa4af; --line: #30363d; --paper: #161b22; --page: #0d1117; --accent: #56b4e9; }
+  :root { --ink: #e6edf3; --soft: #9aa4af; --line: #30363d; --paper: #161b22; --page: #0d1117; --accent: #56b4e9;
+    --first: #58b4f0; --faint: #2c6b94; }
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 var(--font); }
