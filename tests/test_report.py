@@ -43,7 +43,7 @@ class Page(HTMLParser):
 
     def __init__(self, path: Path):
         super().__init__()
-        self.open, self.tags, self.ids, self.text, self.figures, self.refers = [], [], [], [], {}, set()
+        self.open, self.tags, self.ids, self.text, self.drawn, self.figures, self.refers = [], [], [], [], [], {}, set()
         text = path.read_text(encoding="utf-8")
         self.feed(text)
         self.close()
@@ -77,6 +77,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text.append(data)
+        self.drawn += [data] if "svg" in self.open else []
 
     @property
     def words(self):
@@ -140,8 +141,10 @@ def test_names_and_settings_are_text_whatever_they_hold(tmp_path):
     other = write_run(tmp_path / "_<b>other", **bare)
     page = page_of(run)
     assert not {"script", "img", "b"} & set(page.tags) and page.words.count("<script>alert(1)</script>") >= 4
-    page = page_of(run, other, out=tmp_path / "both.html")
+    third = write_run(tmp_path / "$x^2$", **bare, train={"output": "out"})
+    page = page_of(run, other, third, out=tmp_path / "both.html")
     assert not {"script", "img", "b"} & set(page.tags) and "_<b>other" in page.words
+    assert {" _<b>other", "$x^2$"} <= {*page.drawn}
     assert "\x1b" not in (tmp_path / "both.html").read_text()
 
 
@@ -163,6 +166,7 @@ def test_a_run_that_goes_on_is_shown_as_far_as_it_is_written(tmp_path):
 
     assert state(NOW + 100) == "stopped"
     lock.write_text("")
+    os.utime(lock, (NOW, NOW))
     assert state(NOW) == "stopped"
     lock.unlink()  # a copy
     assert (state(1.7e9 + 42), state(1.7e9 + 102)) == ("going on", "stopped")
@@ -285,6 +289,8 @@ def test_a_spike_is_six_deviations_above_the_steps_before_it():
         if len(before) >= 64 and one > statistics.mean(before) + 6 * statistics.stdev(before):
             wanted.append(i)
     assert len(wanted) > 3 and spikes_of(np.array(loss)).tolist() == wanted
+    even = [2.9, 3.1] * 32  # deviation 0.1008, of a sample
+    assert spikes_of(np.array([*even, 3.603])).tolist() == [] and spikes_of(np.array([*even, 3.606])).tolist() == [64]
     assert spikes_of(np.array([3.0] * 63 + [9.0])).tolist() == [] and spikes_of(np.array([3.0] * 200)).tolist() == []
 
 
