@@ -123,13 +123,23 @@ def _heat_map(name: str, meaning: Meaning, over: OverTime) -> Figure:
         for one in (heat.xaxis, heat.yaxis, last.yaxis):
             whole_numbers(one)
         plain_numbers(last.xaxis, most=3)
+        if not logarithmic:
+            key.locator_params(axis="x", nbins=5)
         plain_numbers(key.xaxis)
 
     note = " Colours are logarithmic." if logarithmic else ""
     caption = f"{meaning.says[:-1]}; right: the last record.{note}"
     ratios = ((2.3, 1), (0.07, 1))
     mosaic = [["key", "."], ["heat", "last"]]
-    return draw(f"depth_{name}", meaning.title, caption, paint, height=3.1, mosaic=mosaic, ratios=ratios)
+    return draw(
+        f"depth_{name}",
+        meaning.title,
+        caption,
+        paint,
+        height=3.3 if name in BY_SUBLAYER else 3.1,
+        mosaic=mosaic,
+        ratios=ratios,
+    )
 
 
 def _profile(axes: Any, name: str, places: np.ndarray, row: np.ndarray, logarithmic: bool) -> None:
@@ -137,7 +147,7 @@ def _profile(axes: Any, name: str, places: np.ndarray, row: np.ndarray, logarith
     if name in BY_SUBLAYER:
         axes.plot(row[0::2], middle[0::2], color=BLUE, label="attention")
         axes.plot(row[1::2], middle[1::2], color=RED, label="ffn")
-        axes.legend(loc="best", handlelength=1.0, borderaxespad=0.1)
+        axes.figure.legend(loc="outside upper right", ncols=2, handlelength=1.0, columnspacing=1.0, borderaxespad=0.1)
     else:
         axes.plot(row, middle, color=BLUE)
     there = row[np.isfinite(row)]

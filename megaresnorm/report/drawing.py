@@ -4,7 +4,8 @@ import io
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil, floor, log10
+from itertools import pairwise
+from math import ceil, floor, inf, log10
 from typing import Any
 
 from megaresnorm.errors import ConfigError
@@ -120,7 +121,11 @@ def plain_numbers(axis: Any, *, most: int = 6) -> None:
         axis.set_ticks(log_ticks(low, high, most))
         axis.set_ticks([], minor=True)
         axis.axes.set(**{f"{axis.axis_name}lim": (low, high)})
-    axis.set_major_formatter(lambda value, _: short(value))
+
+    def text(value: float, _: int) -> str:
+        return short(value, digits_of(axis.get_major_formatter().locs))
+
+    axis.set_major_formatter(text)
 
 
 def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -153,15 +158,26 @@ def few_ticks(low: float, high: float) -> list[float]:
     return [float(f"{tick:.6g}") + 0.0 for tick in ticks[-3:]]  # no minus before a zero
 
 
-def short(value: float) -> str:
+def short(value: float, digits: int = 3) -> str:
     """A number in few characters.
 
     >>> [short(value) for value in (0.0, 0.25, 1e-5, 1500.0, 2.5e6)]
     ['0', '0.25', '1e-5', '1500', '2.5e6']
     """
-    text = f"{value:.3g}" if not 1000 <= abs(value) < 100_000 else f"{value:.0f}"
+    text = f"{value:.{digits}g}" if not 1000 <= abs(value) < 100_000 else f"{value:.{max(0, digits - 4)}f}"
     head, e, power = text.partition("e")
     return f"{head}e{int(power)}" if e else text
+
+
+def digits_of(values: Sequence[float]) -> int:
+    """How many digits tell numbers apart.
+
+    >>> digits_of([0.5, 1.0, 1.5]), digits_of([1.0, 1.0025, 1.005])
+    (3, 5)
+    """
+    ordered = sorted({*values})
+    near = 0.1 * min((after - before for before, after in pairwise(ordered)), default=inf)
+    return next((n for n in range(3, 9) if all(abs(float(short(v, n)) - v) <= near for v in ordered)), 9)
 
 
 def label(name: str) -> str:
