@@ -4,6 +4,7 @@ import io
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from math import ceil, floor, inf, log10
 from typing import Any
@@ -121,11 +122,23 @@ def plain_numbers(axis: Any, *, most: int = 6) -> None:
         axis.set_ticks(log_ticks(low, high, most))
         axis.set_ticks([], minor=True)
         axis.axes.set(**{f"{axis.axis_name}lim": (low, high)})
+    axis.set_major_formatter(_formatter()())
 
-    def text(value: float, _: int) -> str:
-        return short(value, digits_of(axis.get_major_formatter().locs))
 
-    axis.set_major_formatter(text)
+@cache
+def _formatter() -> type:
+    """The class of formatters that write all numbers of an axis with the digits that tell them apart."""
+    from matplotlib.ticker import Formatter
+
+    class Plain(Formatter):
+        def __call__(self, value: float, pos: int | None = None) -> str:
+            return short(value)
+
+        def format_ticks(self, values: Sequence[float]) -> list[str]:
+            digits = digits_of(values)
+            return [short(value, digits) for value in values]
+
+    return Plain
 
 
 def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
