@@ -173,6 +173,9 @@ def test_a_run_that_goes_on_is_shown_as_far_as_it_is_written(tmp_path):
 
 
 def test_what_is_not_recorded_is_not_shown(tmp_path):
+    quiet = write_run(tmp_path / "quiet", done=50, depth=False, profile=False)
+    (quiet / "numbers.jsonl").write_text((quiet / "numbers.jsonl").read_text().replace("0.00", "0.0e"))  # zeros
+    assert "nothing saturates or underflows in 5 records" in page_of(quiet).words
     page = page_of(write_run(tmp_path / "alone", recipe=False, depth=False, numbers=False, profile=False))
     assert [*page.figures] == OF_TRAINING and "recipe.yaml: cannot be read" in page.words
     assert "Depth" not in page.words and "Profile" not in page.words

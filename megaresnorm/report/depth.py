@@ -10,9 +10,20 @@ import numpy as np
 
 from megaresnorm.report.curves import BLUE, RED
 from megaresnorm.report.depth_records import BY_SUBLAYER, Depth, OverTime
-from megaresnorm.report.drawing import SOFT, Figure, draw, few_ticks, plain_numbers, whole_numbers
+from megaresnorm.report.drawing import (
+    SOFT,
+    Figure,
+    digits_of,
+    draw,
+    few_ticks,
+    log_ticks,
+    plain_numbers,
+    short,
+    whole_numbers,
+)
 
 MOST_COLUMNS = 300  # of a heat map; more records than this are put together, by their maximum
+ROOM = 13  # characters below a profile
 WIDE = 30.0  # a range of so many times is shown on a logarithmic scale
 
 
@@ -89,10 +100,15 @@ def numbers_figures(numbers: Mapping[str, Mapping[str, OverTime]]) -> Iterator[F
     """Shares of numbers that saturate and underflow, where any do."""
     titles = {"saturated": ("Saturation", "above the largest number"), "underflown": ("Underflow", "below the least")}
     for kind, classes in numbers.items():
-        if any(np.nanmax(one.values) > 0 for one in classes.values()):
+        if has_shares(classes):
             title, where = titles[kind]
             what = f"Shares of the numbers that products read {where} of their format, by block; white is none."
             yield _shares(kind, title, what, classes)
+
+
+def has_shares(classes: Mapping[str, OverTime]) -> bool:
+    """Whether anything is lost in any class."""
+    return any(np.nanmax(one.values) > 0 for one in classes.values())
 
 
 def _heat_map(name: str, meaning: Meaning, over: OverTime) -> Figure:
@@ -116,13 +132,9 @@ def _heat_map(name: str, meaning: Meaning, over: OverTime) -> Figure:
         last.set(ylim=(places[0], places[-1]), xlabel=meaning.unit)
         heat.set_ylim(places[0], places[-1])
         heat.grid(False)
-        if last.get_xscale() != "log":
-            limits = last.get_xlim()
-            last.set_xticks(few_ticks(*limits))
-            last.set_xlim(limits)
         for one in (heat.xaxis, heat.yaxis, last.yaxis):
             whole_numbers(one)
-        plain_numbers(last.xaxis, most=3)
+        _few_numbers(last)
         if not logarithmic:
             key.locator_params(axis="x", nbins=5)
         plain_numbers(key.xaxis)
@@ -153,6 +165,18 @@ def _profile(axes: Any, name: str, places: np.ndarray, row: np.ndarray, logarith
     there = row[np.isfinite(row)]
     if logarithmic and len(there) and (there > 0).any():
         axes.set_xscale("log")
+
+
+def _few_numbers(axes: Any) -> None:
+    """Label x with so few numbers that they fit under a narrow panel."""
+    low, high = axes.get_xlim()
+    ticks = log_ticks(low, high, 3) if axes.get_xscale() == "log" else few_ticks(low, high)
+    labels = [short(tick, digits_of(ticks)) for tick in ticks]
+    if sum(map(len, labels)) > ROOM:
+        ticks, labels = [ticks[0], ticks[-1]], [labels[0], labels[-1]]
+    axes.set_xticks(ticks, labels)
+    axes.set_xticks([], minor=True)
+    axes.set_xlim(low, high)
 
 
 def _lines(name: str, title: str, lines: Mapping[str, Line], what: str, unit: str) -> Figure:

@@ -111,15 +111,11 @@ def whole_numbers(axis: Any) -> None:
     plain_numbers(axis)
 
 
-def plain_numbers(axis: Any, *, most: int = 6) -> None:
-    """Label an axis with plain numbers, as many as are told apart, also where it is logarithmic.
-
-    Args:
-        most: numbers of a logarithmic axis.
-    """
+def plain_numbers(axis: Any) -> None:
+    """Label an axis with plain numbers, as many as are told apart, also where it is logarithmic."""
     if axis.get_scale() == "log":
         low, high = sorted(axis.get_view_interval())
-        axis.set_ticks(log_ticks(low, high, most))
+        axis.set_ticks(log_ticks(low, high))
         axis.set_ticks([], minor=True)
         axis.axes.set(**{f"{axis.axis_name}lim": (low, high)})
     axis.set_major_formatter(_formatter()())
@@ -160,15 +156,19 @@ def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
 def few_ticks(low: float, high: float) -> list[float]:
     """Two or three round numbers from a range: a narrow panel has no room for more.
 
-    >>> few_ticks(0.27, 0.58), few_ticks(-3.0, 40.0)
-    ([0.3, 0.4, 0.5], [0.0, 20.0, 40.0])
+    >>> few_ticks(0.27, 0.58), few_ticks(-3.0, 40.0), few_ticks(2.83, 3.19)
+    ([0.3, 0.4, 0.5], [0.0, 20.0, 40.0], [2.9, 3.0, 3.1])
     """
     if not high > low:
         return [low]
-    unit = 10.0 ** floor(log10((high - low) / 2))
-    unit = next(unit * factor for factor in (1, 2, 5, 10) if (high - low) / (unit * factor) <= 3.5)
-    ticks = [unit * step for step in range(ceil(low / unit - 1e-9), floor(high / unit + 1e-9) + 1)]
-    return [float(f"{tick:.6g}") + 0.0 for tick in ticks[-3:]]  # no minus before a zero
+    ticks: list[float] = []
+    for factor in (1, 2, 5, 10):
+        unit, finer = factor * 10.0 ** floor(log10((high - low) / 2)), ticks
+        ticks = [unit * step for step in range(ceil(low / unit - 1e-9), floor(high / unit + 1e-9) + 1)]
+        if len(ticks) <= 3:
+            break
+    ticks = ticks if len(ticks) > 1 else finer[:1] + finer[1:][-1:] or ticks
+    return [float(f"{tick:.6g}") + 0.0 for tick in ticks]  # no minus before a zero
 
 
 def short(value: float, digits: int = 3) -> str:

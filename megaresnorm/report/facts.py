@@ -8,6 +8,7 @@ import numpy as np
 
 from megaresnorm.recipe import Recipe
 from megaresnorm.report.curves import window_of
+from megaresnorm.report.depth import has_shares
 from megaresnorm.report.marks import smoothed
 from megaresnorm.report.runs import RunFiles
 from megaresnorm.schedule import batch_size
@@ -33,6 +34,9 @@ def facts_of(run: RunFiles) -> dict[str, str]:
     found = {"Progress": _progress(run)}
     if run.recipe is not None:
         found |= _recipe_facts(run.recipe, run)
+    if run.numbers and not any(map(has_shares, run.numbers.values())):
+        num = max(len(over.steps) for classes in run.numbers.values() for over in classes.values())
+        found["Numbers"] = f"nothing saturates or underflows in {num:,} records"
     return {**found, "Folder": str(run.folder.resolve())}
 
 
