@@ -31,6 +31,8 @@ if [ ${#MEGARESNORM[@]} -eq 1 ]; then # installed there
 fi
 say "done in $((SECONDS - started)) s; then${activate}
     curves:   $run tensorboard.main --logdir $output
+    report:   $run pip install -q -c constraints.txt matplotlib
+              $command report $output
     go on:    bash launch/quickstart.sh ${*:+$* }train.steps=2000
     write:    $command generate $output --prompt 'import os' --top-p 0.95
     export:   $run pip install -q -c constraints.txt transformers

@@ -33,7 +33,7 @@ LAYERS = [
         "recompute_auto",
     ],
     ["engines", "opening"],
-    ["run", "convert", "planner", "machine", "profiling"],
+    ["run", "convert", "planner", "machine", "profiling", "report"],
     ["trainer"],
     ["studies", "testing"],
     ["job", "launch"],
@@ -73,13 +73,14 @@ ONLY_IN = {  # package -> the files that may import it
             "profile",
             "quantize",
             "recipes",
+            "report",
             "train",
         )
     ],  # training itself needs no command line
     "datasets": ["data/corpus.py"],
     "pyarrow": ["data/corpus.py"],
     "tokenizers": ["data/hf_tokenizer.py", "convert/tokenizers.py"],
-    "matplotlib": ["studies/compare_topologies.py"],
+    "matplotlib": ["studies/compare_topologies.py", "report/drawing.py"],
     "triton": [
         "kernels/add_norm/triton_common.py",
         "kernels/add_norm/triton_launch.py",
@@ -237,7 +238,7 @@ def test_importing_the_package_or_its_help_loads_no_heavy_package():
     script = (
         "import sys, megaresnorm; assert 'torch' not in sys.modules; megaresnorm.TOPOLOGIES; megaresnorm.Transformer; "
         "heavy = {'deepspeed', 'transformer_engine', 'apex', 'datasets', 'transformers', 'tensorboard', 'triton', "
-        "'sentencepiece', 'liger_kernel', 'quack'};"
+        "'sentencepiece', 'liger_kernel', 'quack', 'matplotlib'};"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -58,6 +58,7 @@ def test_settings_that_are_named_exist(page):
         ["generate"],
         ["depth"],
         ["quantize"],
+        ["report"],
         ["doctor"],
         ["schema"],
         ["recipe"],

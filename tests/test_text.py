@@ -95,6 +95,7 @@ def test_a_log_record_is_one_line(capsys):
         ["data", "verify", NAME],
         ["prepare", NAME, "--out", "x"],
         ["generate", NAME],
+        ["report", NAME],
         ["convert", "compare", NAME, NAME],
         ["convert", "from-hf", NAME, "x"],
         ["convert", "to-megatron", NAME, "x"],

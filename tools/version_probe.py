@@ -36,6 +36,7 @@ NEEDS = (
     ("transformers", ("convert", "from-deepspeed", "run", "out")),
     ("datasets", ("prepare", "hf:name", "--out", "more")),
     ("datasets", ("prepare", "rows.parquet", "--out", "more")),
+    ("matplotlib", ("report", "run")),
     ("tokenizers", ("prepare", "text.txt", "--tokenizer", "tokenizer.json", "--out", "more")),
     ("deepspeed", (*TRAIN, "engine.name=deepspeed", "train.output=other")),
     ("deepspeed", ("launch", "recipe.yaml", "--with", "deepspeed", "--hostfile", "hosts")),

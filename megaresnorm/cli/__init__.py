@@ -23,6 +23,7 @@ from megaresnorm.cli import (
     profile,
     quantize,
     recipes,
+    report,
     train,
 )
 from megaresnorm.cli.arguments import new_app
@@ -67,6 +68,7 @@ convert.add_to(app)
 generate.add_to(app)
 depth.add_to(app)
 quantize.add_to(app)
+report.add_to(app)
 launch.add_to(app)
 doctor.add_to(app)
 recipes.add_to(app)

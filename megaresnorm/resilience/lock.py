@@ -186,3 +186,19 @@ def _user() -> str:
         return getpass.getuser()
     except (ImportError, KeyError, OSError):  # a container's user without a name
         return str(os.getuid())
+
+
+def is_held(folder: Path, now: float) -> bool | None:
+    """Whether a job is at work in a folder, as a reader sees it: its lock names an owner whose heart has beaten lately.
+
+    Args:
+        now: seconds of the epoch.
+
+    Returns:
+        None where there is no lock file.
+    """
+    try:
+        found = os.stat(folder / LOCK, follow_symlinks=False)
+    except OSError:
+        return None
+    return found.st_size > 0 and now - found.st_mtime < STALE

@@ -1,0 +1,133 @@
+"""The profile of each layer (RUN/profile/profile.json) as figures and tables."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from megaresnorm.report.columns import number
+from megaresnorm.report.curves import BLUE, GREEN, ORANGE, PINK, RED, SKY
+from megaresnorm.report.drawing import Figure, draw, plain_numbers, whole_numbers
+
+PROFILE = "profile/profile.json"
+SCHEMA_VERSION = 1
+MAX_PROFILE_BYTES, MAX_PROFILE_VALUES = 1 << 28, 1 << 24  # twenty thousand rows of thirty fields and their times
+_TIMES = {"forward": BLUE, "backward": SKY, "recompute": ORANGE, "norm": GREEN, "exposed": RED}
+_BYTES = {
+    "parameter_bytes": (BLUE, "parameters"), "activation_bytes": (ORANGE, "activations"),
+    "transient_bytes": (PINK, "transient"),
+}  # fmt: skip
+SLOWEST = 10
+
+
+def rows_of(profile: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows of a profile that are such."""
+    rows = profile.get("rows")
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+
+def median(time: Any) -> float:
+    """The median of a time in milliseconds; 0 where nothing of the kind happened."""
+    value = time.get("p50") if isinstance(time, dict) else None
+    return _number(value)
+
+
+def total(row: Mapping[str, Any]) -> float:
+    """Milliseconds of a row in a step. What is hidden behind other work counts not."""
+    return sum(median(row.get(name)) for name in ("forward", "backward", "recompute", "exposed", "optimizer"))
+
+
+def slowest(profile: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows that take longest."""
+    return sorted(rows_of(profile), key=total, reverse=True)[:SLOWEST]
+
+
+def profile_figures(profile: Mapping[str, Any]) -> Iterator[Figure]:
+    """The figures that there are rows for."""
+    blocks = sorted({row["block"] for row in rows_of(profile) if _is_block(row.get("block"))})
+    if not blocks:
+        return
+    times = _times(profile, blocks)
+    what = "Milliseconds of a step in each block, medians over steps: a block that stands out is what to look at."
+    yield _bars("profile_time", "Time by block", what, blocks, {n: (_TIMES[n], t) for n, t in times.items()}, "ms")
+    sizes = _sizes(profile, blocks)
+    if sizes:
+        what = "Bytes that each block holds from forward to backward, its parameters, and what lives for a moment."
+        shown = {_BYTES[name][1]: (_BYTES[name][0], values / 1e6) for name, values in sizes.items()}
+        yield _bars("profile_memory", "Memory by block", what, blocks, shown, "MB")
+    ranks = [one for one in _list(profile.get("ranks")) if isinstance(one, dict)]
+    if len(ranks) > 1:
+        yield _ranks(ranks)
+
+
+def _times(profile: Mapping[str, Any], blocks: Sequence[int]) -> dict[str, np.ndarray]:
+    """Milliseconds by block: norms apart, those of a block's other parts together."""
+    found: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    for row in rows_of(profile):
+        if not _is_block(row.get("block")):
+            continue
+        for name in ("forward", "backward", "recompute", "exposed"):
+            kind = "norm" if row.get("part") == "norm" and name in ("forward", "backward") else name
+            found[kind][row["block"]] += median(row.get(name))
+    return {name: values for name in _TIMES if (values := np.array([found[name][block] for block in blocks])).any()}
+
+
+def _sizes(profile: Mapping[str, Any], blocks: Sequence[int]) -> dict[str, np.ndarray]:
+    found: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    for row in rows_of(profile):
+        for name in _BYTES:
+            if _is_block(row.get("block")) and _number(row.get(name)):
+                found[name][row["block"]] += _number(row[name])
+    return {name: np.array([found[name][block] for block in blocks]) for name in _BYTES if found[name]}
+
+
+def _bars(
+    name: str, title: str, what: str, blocks: Sequence[int], parts: Mapping[str, tuple[str, np.ndarray]], unit: str
+) -> Figure:
+    def paint(axes: Any) -> None:
+        below = np.zeros(len(blocks))
+        for label, (colour, values) in parts.items():
+            axes.bar(blocks, values, bottom=below, width=0.85, color=colour, label=label)
+            below = below + values
+        axes.set(xlabel="block", ylabel=unit)
+        axes.set_ylim(0, 1.3 * float(below.max()) or 1.0)
+        axes.grid(False, axis="x")
+        axes.legend(loc="upper left", ncols=3, handlelength=1.0, columnspacing=1.0, borderaxespad=0.1)
+        whole_numbers(axes.xaxis)
+        plain_numbers(axes.yaxis)
+
+    return draw(name, title, what, paint)
+
+
+def _ranks(ranks: Sequence[Mapping[str, Any]]) -> Figure:
+    numbers = np.array([_number(one.get("rank")) for one in ranks])
+    own = np.array([_number(one.get("own_ms")) for one in ranks])
+    step = np.array([_number(one.get("step_ms")) for one in ranks])
+
+    def paint(axes: Any) -> None:
+        axes.bar(numbers, own, width=0.85, color=BLUE, label="own work")
+        axes.bar(numbers, np.maximum(0, step - own), bottom=own, width=0.85, color=SKY, label="waiting")
+        axes.set(xlabel="rank", ylabel="ms")
+        axes.set_ylim(0, 1.25 * float(np.nanmax(step)) or 1.0)
+        axes.grid(False, axis="x")
+        axes.legend(loc="upper left", ncols=2, handlelength=1.0, borderaxespad=0.1)
+        whole_numbers(axes.xaxis)
+        plain_numbers(axes.yaxis)
+
+    what = "Own work of each rank in a step, and its wait for others: the rank that waits least is the slow one."
+    return draw("profile_ranks", "Ranks", what, paint, height=2.3)
+
+
+def _is_block(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 100_000
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _number(value: Any) -> float:
+    """A time or size; 0 where there is none."""
+    found = number(value)
+    return found if found > 0 else 0.0
