@@ -133,6 +133,7 @@ def _measure(
 
 def _show(profile: dict[str, Any], old: dict[str, Any] | None, folder: Path, sort: str, rows: int, trace: bool) -> None:
     from megaresnorm.profiling.show import comparison, rows_table, summary_lines
+    from megaresnorm.report.write import write_report
     from megaresnorm.telemetry.log import console, log_lines
 
     console.print(rows_table(profile, worst_first=sort == "time", most=rows))
@@ -140,3 +141,7 @@ def _show(profile: dict[str, Any], old: dict[str, Any] | None, folder: Path, sor
         console.print(comparison(profile, old, rows))
     files = ["profile.json", "profile.csv", *(["trace.json.gz (opens in ui.perfetto.dev)"] if trace else [])]
     log_lines([*summary_lines(profile), f"written   {folder}/{', '.join(files)}"])
+    try:
+        log_lines([f"report    {write_report([folder])}"])
+    except ConfigError as e:
+        log_lines([f"report    not written: {e}"])

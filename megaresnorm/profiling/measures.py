@@ -12,9 +12,8 @@ from megaresnorm.engines.engine import Engine
 from megaresnorm.model.branches import BRANCHES
 from megaresnorm.model.cost import head_flops
 from megaresnorm.model.topology import SUBLAYERS
-from megaresnorm.profiling.marked import BUBBLE, DATA, HOST, OPTIMIZER
 from megaresnorm.profiling.memory import Bytes
-from megaresnorm.profiling.rows import NUM_PHASES, Phase, Row, Rows
+from megaresnorm.profiling.rows import BUBBLE, DATA, HOST, NUM_PHASES, OPTIMIZER, Phase, Row, Rows
 from megaresnorm.profiling.timeline import Measured
 from megaresnorm.recipe import ModelRecipe
 

@@ -43,6 +43,14 @@ class Row(NamedTuple):
     stage: int | None = None
 
 
+GRADIENTS = Row("gradients", "gradients")
+OPTIMIZER = Row("optimizer", "optimizer")
+HOST = Row("host", "host")
+DATA = Row("data", "data")
+BUBBLE = Row("bubble", "bubble")
+WEIGHTS = Row("weights", "weights")
+
+
 class Rows:
     """The rows of a rank, in the order in which they were named. A place is a row and a phase, as one number.
 

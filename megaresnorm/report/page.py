@@ -149,8 +149,10 @@ def _profile_cards(found: Mapping[str, Any]) -> list[Card]:
     whole: Mapping[str, Any] = given if isinstance(given, dict) else {}
     cards = [Card("Step", f"{_ms(found.get('step_ms'))} ms", _spread(found.get("step_ms")))]
     if isinstance(whole.get("bubble"), dict):
-        ideal = _figure_of(whole.get("ideal_bubble"), 1, " ms")
-        cards.append(Card("Pipeline bubble", f"{_ms(whole['bubble'])} ms", f"ideal {ideal}" if ideal else ""))
+        ideal, step = _figure_of(whole.get("ideal_bubble"), 100, " %"), profile.median(found.get("step_ms"))
+        share = _figure_of(profile.median(whole["bubble"]) / step if step else None, 100, " %")
+        of = f"of a step; {ideal} with equal stages" if ideal else "of a step"
+        cards.append(Card("Pipeline bubble", share or f"{_ms(whole['bubble'])} ms", of if share else ""))
     for title, name in (("Waiting for data", "data"), ("Host", "host"), ("Unaccounted", "unaccounted")):
         if isinstance(whole.get(name), dict):
             cards.append(Card(title, f"{_ms(whole[name])} ms"))

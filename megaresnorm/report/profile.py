@@ -10,9 +10,7 @@ from megaresnorm.report.columns import number
 from megaresnorm.report.curves import BLUE, GREEN, ORANGE, PINK, RED, SKY
 from megaresnorm.report.drawing import Figure, draw, plain_numbers, whole_numbers
 
-PROFILE = "profile/profile.json"
-SCHEMA_VERSION = 1
-MAX_PROFILE_BYTES, MAX_PROFILE_VALUES = 1 << 28, 1 << 24  # twenty thousand rows of thirty fields and their times
+MAX_PROFILE_VALUES = 1 << 24  # twenty thousand rows of thirty fields and their times
 _TIMES = {"forward": BLUE, "backward": SKY, "recompute": ORANGE, "norm": GREEN, "exposed": RED}
 _BYTES = {
     "parameter_bytes": (BLUE, "parameters"), "activation_bytes": (ORANGE, "activations"),

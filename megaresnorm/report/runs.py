@@ -14,13 +14,14 @@ import numpy as np
 from megaresnorm.checkpoint.inspect import entries
 from megaresnorm.errors import ConfigError, DataError
 from megaresnorm.model.parameters import parameter_table
+from megaresnorm.profiling.profile import FILE, MAX_BYTES, SCHEMA_VERSION
 from megaresnorm.reading import read_json_object
 from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import load_recipe
 from megaresnorm.report.columns import Columns, read_columns
 from megaresnorm.report.depth_records import DEPTH, Depth, OverTime, numbers_over_time, read_depth
 from megaresnorm.report.marks import Marks, marks_of
-from megaresnorm.report.profile import MAX_PROFILE_BYTES, MAX_PROFILE_VALUES, PROFILE, SCHEMA_VERSION
+from megaresnorm.report.profile import MAX_PROFILE_VALUES
 from megaresnorm.resilience.lock import is_held
 from megaresnorm.telemetry.metrics import NUMBERS
 from megaresnorm.telemetry.numbers import read_numbers
@@ -164,9 +165,10 @@ def _numbers(folder: Path, problems: list[str]) -> Mapping[str, Mapping[str, Ove
 
 
 def _profile(folder: Path, problems: list[str]) -> Mapping[str, Any] | None:
-    path = folder / PROFILE
+    path = folder / "profile" / FILE
+    path = path if os.path.lexists(path) else folder / FILE  # of a profile that was made by itself
     try:
-        found = read_json_object(path, MAX_PROFILE_BYTES, MAX_PROFILE_VALUES)
+        found = read_json_object(path, MAX_BYTES, MAX_PROFILE_VALUES)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as e:
