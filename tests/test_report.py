@@ -100,7 +100,7 @@ def test_a_page_has_every_figure_and_nothing_but_it_is_written(tmp_path):
     assert [*page.figures] == wanted and all(page.figures[name][0] == "img" for name in wanted)
     assert all(page.figures[name][1] for name in wanted) and "script" not in page.tags
     for words in ("deepnorm, 6 blocks = 12 sub-layers, width 64", "200 of 200 steps", "max_skipped_steps: 7",
-                  "block 2 ffn takes 4 ms longer", "ideal 4 ms", "The 10 slowest rows",
+                  "block 2 ffn takes 4 ms longer", "4 % with equal stages", "The 10 slowest rows",
                   "Spikes 1 step 150", "Refused or skipped 1 step 120"):  # fmt: skip
         assert words in page.words, words
     after = files_under(run)

@@ -102,8 +102,9 @@ def cards_of(run: RunFiles) -> list[Card]:
         times = times[np.isfinite(times)]
         hours = f"in {_duration(times[-1] - times[0])}" if len(times) > 1 else ""
         found.append(Card("Tokens", large(tokens), hours))
-    found.append(Card("Spikes", str(len(marks.spikes)), _where(metrics.steps[marks.spikes])))
-    found.append(Card("Refused or skipped", str(len(marks.refused)), _where(metrics.steps[marks.refused])))
+    if len(metrics):
+        found.append(Card("Spikes", str(len(marks.spikes)), _where(metrics.steps[marks.spikes])))
+        found.append(Card("Refused or skipped", str(len(marks.refused)), _where(metrics.steps[marks.refused])))
     if run.num_starts is not None:
         found.append(Card("Starts", str(run.num_starts), _where(metrics.steps[marks.starts], "again before step")))
     elif len(metrics):

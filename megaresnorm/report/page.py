@@ -141,7 +141,8 @@ def _profile(found: Mapping[str, Any], figures: Sequence[Figure]) -> str:
 def _made(found: Mapping[str, Any]) -> str:
     first, num = found.get("first_step"), found.get("num_steps")
     what = ", ".join(str(found[name]) for name in ("layout", "device", "made") if found.get(name))
-    return f"{num} steps from step {first}: {what}"
+    convention = str(found.get("convention") or "")
+    return f"{num} steps from step {first}: {what}. FLOP/s: {convention}." if convention else f"{num} steps: {what}"
 
 
 def _profile_cards(found: Mapping[str, Any]) -> list[Card]:
@@ -156,11 +157,10 @@ def _profile_cards(found: Mapping[str, Any]) -> list[Card]:
     for title, name in (("Waiting for data", "data"), ("Host", "host"), ("Unaccounted", "unaccounted")):
         if isinstance(whole.get(name), dict):
             cards.append(Card(title, f"{_ms(whole[name])} ms"))
-    convention = str(found.get("convention") or "")
     for title, name, factor, unit in (("TFLOP/s a rank", "tflops", 1, ""), ("MFU", "mfu", 100, " %"),
                                       ("HFU", "hfu", 100, " %")):  # fmt: skip
         if value := _figure_of(found.get(name), factor, unit):
-            cards.append(Card(title, value, convention if name == "mfu" else ""))
+            cards.append(Card(title, value))
     if value := _figure_of(whole.get("overhead"), 100, " %"):
         cards.append(Card("Overhead of profiling", value))
     return cards

@@ -51,7 +51,7 @@ def profile_figures(profile: Mapping[str, Any]) -> Iterator[Figure]:
     yield _bars("profile_time", "Time by block", what, blocks, {n: (_TIMES[n], t) for n, t in times.items()}, "ms")
     sizes = _sizes(profile, blocks)
     if sizes:
-        what = "Bytes that each block holds from forward to backward, its parameters, and what lives for a moment."
+        what = "Bytes of each block: parameters, what it holds until backward, and the most that lives for a moment."
         shown = {_BYTES[name][1]: (_BYTES[name][0], values / 1e6) for name, values in sizes.items()}
         yield _bars("profile_memory", "Memory by block", what, blocks, shown, "MB")
     ranks = [one for one in _list(profile.get("ranks")) if isinstance(one, dict)]
@@ -75,8 +75,13 @@ def _sizes(profile: Mapping[str, Any], blocks: Sequence[int]) -> dict[str, np.nd
     found: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     for row in rows_of(profile):
         for name in _BYTES:
-            if _is_block(row.get("block")) and _number(row.get(name)):
-                found[name][row["block"]] += _number(row[name])
+            if not _is_block(row.get("block")) or not _number(row.get(name)):
+                continue
+            block, size = row["block"], _number(row[name])
+            # What lives for a moment in one part is gone before the next.
+            found[name][block] = (
+                max(found[name][block], size) if name == "transient_bytes" else found[name][block] + size
+            )
     return {name: np.array([found[name][block] for block in blocks]) for name in _BYTES if found[name]}
 
 

@@ -27,7 +27,7 @@ from megaresnorm.telemetry.metrics import NUMBERS
 from megaresnorm.telemetry.numbers import read_numbers
 
 _EVENTS = re.compile(r"events\.out\.tfevents\.([0-9]{19,20})\.")
-State = Literal["finished", "going on", "stopped", "not begun"]
+State = Literal["finished", "going on", "stopped", "not begun", "profile"]
 
 
 @dataclass(frozen=True)
@@ -197,4 +197,6 @@ def _state(folder: Path, recipe: Recipe | None, metrics: Columns, now: float) ->
     if held is None:  # copied from where it runs
         last = metrics.last("time")
         held = last is not None and now - last < max(60.0, 20 * (metrics.last("seconds") or 0.0))
+    if not len(metrics) and os.path.lexists(folder / FILE):
+        return "profile"
     return "going on" if held else "stopped" if len(metrics) else "not begun"
