@@ -79,6 +79,19 @@ class Calls:
 
         return begin
 
+    def ends_at(self, place: int) -> Callable[[Tensor], None]:
+        """What hooks the node of a tensor that a backward pass begins with, so that the place follows that pass."""
+        after = partial(self._marks.mark, place)
+
+        def hook(gradients: Any) -> None:
+            torch.autograd.Variable._execution_engine.queue_callback(after)
+
+        def ends(x: Tensor) -> None:
+            if x.grad_fn is not None:
+                x.grad_fn.register_prehook(hook)
+
+        return ends
+
     def again(self, place: int, method: Callable, given: tuple) -> Any:
         """Call a method within a recomputation, after which the place is what it was."""
         before = self._marks.current
@@ -157,19 +170,15 @@ class Calls:
         Args:
             after_backward: what time is charged to when the backward pass has ended; None: whoever runs it says.
         """
-        begin, mark = self.begins_at(places[1]), self._marks.mark
-
-        def ends(gradients: Any) -> None:
-            if after_backward is not None:
-                torch.autograd.Variable._execution_engine.queue_callback(partial(mark, after_backward))
+        begin, ends = self.begins_at(places[1]), None if after_backward is None else self.ends_at(after_backward)
 
         def call(*given: Any) -> Any:
             self._marks.mark(places[0])
             result = method(*given)
             objective = result[1] if isinstance(result, tuple) else result
             begin(objective)
-            if objective.grad_fn is not None:
-                objective.grad_fn.register_prehook(ends)
+            if ends is not None:
+                ends(objective)
             return result
 
         return call

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-# Above what is usual for its like by this factor, and by this share of the step, something stands out.
-FACTOR, SHARE = 1.5, 0.01
+# Above what is usual for its like by this factor, and by this share of the step, something stands out: a row of many
+# hundreds, or a rank.
+FACTOR, ROW_SHARE, SHARE = 1.5, 0.002, 0.01
 NOISES = 4.0  # standard errors of the median
 RANK_FACTOR = 1.1  # of a rank's own work over the median of the ranks that do the same
 DATA_SHARE, HOST_SHARE = 0.05, 0.05
@@ -44,7 +45,7 @@ def _slow_rows(profile: Mapping[str, Any], slow_ranks: set[int]) -> Iterator[str
     for (_, column), times in like.items():
         usual = median(time for time, _ in times) if len(times) > 2 else min(times)[0]
         for time, row in times:
-            least = max(SHARE * step, NOISES * row[column]["noise"] if time else 0.0)
+            least = max(ROW_SHARE * step, NOISES * row[column]["noise"] if time else 0.0)
             if time > FACTOR * usual and time - usual > least and len(times) > 1:
                 found.append((time - usual, row, column, time, usual))
     for _, row, column, time, usual in sorted(found, key=lambda one: -one[0])[:MOST]:

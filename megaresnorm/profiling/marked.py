@@ -178,21 +178,23 @@ class Marking:
         return schedule
 
     def _chunk(self, kind: str, stage: int, method: Callable) -> Callable:
-        """A microbatch's pass through a stage; between them the pipeline waits."""
-        model = self._engine.assembled.models[stage]
-        place = self._rows.other
-        if self._gathers:
-            place = self._rows.place(WEIGHTS, Phase.EXPOSED)
-        elif model.stage.blocks and not self._compiled:  # to which the stream's ends belong
-            number = model.stage.blocks[0 if kind == "F" else -1]
-            phase = Phase.FORWARD if kind == "F" else Phase.BACKWARD
-            place = self._rows.place(Row(f"block {number} norm", "norm", number, stage), phase)
+        """A microbatch's pass through a stage; between them the pipeline waits.
+
+        What torch does around the passes of the model's parts is the stage's own.
+        """
+        row = Row(f"stage {stage}", "stage", None, stage)
+        forward, backward, _ = self._calls.places(row)
+        # FSDP2 gathers what belongs to no block before the first of them.
+        first = self._rows.place(WEIGHTS, Phase.EXPOSED) if self._gathers else forward
+        place, ends = first if kind == "F" else backward, self._calls.ends_at(backward)
         bubble, marks = self._rows.place(BUBBLE, Phase.FORWARD), self._marks
 
         def call(microbatch: int, *given: Any, **named: Any) -> Any:
             marks.mark(place)
             start = marks.now()
             result = method(microbatch, *given, **named)
+            if kind == "F":  # of the last stage the objective comes last
+                ends(result[-1] if isinstance(result, tuple | list) else result)
             marks.chunk(kind, stage, microbatch, start)
             marks.mark(bubble)
             return result
