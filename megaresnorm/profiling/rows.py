@@ -31,8 +31,8 @@ class Row(NamedTuple):
 
     Attributes:
         name: as people read it; rows of several ranks with one name are the same row.
-        part: attention, ffn, norm, block (several parts compiled together), embedding, head, stage (what a pipeline does
-            around them), weights (gathering them), gradients, optimizer, data, host, bubble, other.
+        part: attention, ffn, norm, block (several parts compiled together), embedding, head, stage (what a pipeline
+            does around them), weights (gathering them), gradients, optimizer, data, host, bubble, other.
         block: the first block's number; None for what is not of a block.
         stage: of the pipeline; None for what every rank has.
     """
