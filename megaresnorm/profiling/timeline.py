@@ -193,7 +193,7 @@ class Ranges:
     """Marks as ranges by name: of torch.profiler, and for Nsight of NVTX. A range ends where the next one begins.
 
     Args:
-        names: of places.
+        rows: which have the names of places.
         nvtx: whether ranges are NVTX's.
     """
 
