@@ -1,0 +1,64 @@
+"""Rows of the stream that are looked at one by one, the same ones in every layout, and their angles.
+
+T tokens (batch * seq)   R rows that are sampled   N blocks
+"""
+
+from math import pi
+
+import torch
+from torch import Tensor
+
+from megaresnorm.model.sequence import SequenceInfo
+from megaresnorm.parallel.layouts import TensorLayout
+
+ROWS = 256  # of a microbatch, at most, but one of each sequence
+
+
+class SampledRows:
+    """Every n-th token of each sequence, so that at most ``ROWS`` of a microbatch are looked at.
+
+    Attributes:
+        rows: [R] int64, this rank's among them, as indices of its part of the stream.
+    """
+
+    rows: Tensor
+
+    def __init__(self, layout: TensorLayout, device: torch.device) -> None:
+        self._layout, self._device = layout, device
+        self._known: dict[tuple[int, int], Tensor] = {}
+
+    def begin(self, of: SequenceInfo) -> None:
+        """The next rows are those of these sequences."""
+        key = of.batch, of.seq
+        if key not in self._known:
+            chosen = torch.zeros(of.batch, of.seq, dtype=torch.bool)
+            chosen[:, :: stride_of(of.batch, of.seq)] = True
+            self._known[key] = self._layout.tokens(chosen.flatten()).nonzero().flatten().to(self._device)
+        self.rows = self._known[key]
+
+
+def stride_of(batch: int, seq: int, rows: int = ROWS) -> int:
+    """The distance of sampled tokens of a sequence.
+
+    >>> stride_of(8, 64), stride_of(1, 4096), stride_of(512, 64)
+    (2, 16, 64)
+    """
+    return -(-seq // max(1, min(seq, rows // batch)))
+
+
+def angles_of(sums: Tensor) -> Tensor:
+    """Cosine and angular distance of rows a and b.
+
+    Args:
+        sums: [N, 3, R] FP64 of whole rows: a a, a e and e e with e = b - a, by which small angles keep their digits.
+
+    Returns:
+        [N, 3]: sums over rows of cos and of arccos(cos) / pi, and the number of rows.
+
+    Source:
+        Gromov et al., arXiv:2403.17887, eq. 2 (the angular distance); ShortGPT, arXiv:2403.03853 (1 - cos).
+    """
+    aa, ae, ee = sums.unbind(1)
+    cosine = (aa + ae) / (aa * (aa + 2 * ae + ee)).sqrt()
+    angle = torch.atan2((aa * ee - ae.square()).clamp(min=0).sqrt(), aa + ae) / pi
+    return torch.stack((cosine.sum(1), angle.sum(1), torch.full_like(cosine[:, 0], sums.shape[2])), 1)
