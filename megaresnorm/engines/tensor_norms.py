@@ -2,18 +2,32 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megaresnorm.engines.engine import Engine
 from megaresnorm.engines.step_vector import gradient_norms, own_shares
-from megaresnorm.optim import Gradient, Settings, settings_of
+from megaresnorm.optim import AdamW, Gradient, Settings, settings_of
 from megaresnorm.recipe import OptimRecipe
 from megaresnorm.telemetry.wrapped import Wrapped
 
-AT_ONCE = 1 << 22  # elements whose updates are in memory at a time, four times over
+# Elements whose updates are in memory at a time, four times over: on a CPU in its caches, on a GPU enough to be fast.
+CPU_PIECE, GPU_PIECE = 1 << 16, 1 << 22
+
+
+class _Chunk(NamedTuple):
+    """Elements of parameters that are updated alike, at most a piece of them.
+
+    Attributes:
+        numbers: [n] int64, the parameters.
+        members: [n] of weights, moments and their squares, flat: live memory.
+    """
+
+    settings: Settings
+    numbers: Tensor
+    members: list[tuple[Tensor, Tensor, Tensor]]
 
 
 class TensorNorms:
@@ -30,7 +44,7 @@ class TensorNorms:
         assembled = engine.assembled
         self._updated, self._policy, self._recipe, self._device = engine.updated(), engine.policy, recipe, assembled.device
         self.names = [one.name for one in self._updated]
-        self._settings = [settings_of(assembled.table[name], recipe) for name in self.names]
+        self._chunks = list(self._make_chunks([settings_of(assembled.table[name], recipe) for name in self.names]))
         gradients = [Gradient(one.weight, one.placement) for one in self._updated]
         self._own = own_shares(gradients, assembled.context.tp, self._policy.replicas, assembled.device).of_all
         self._gradients: Tensor | None = None
@@ -82,53 +96,68 @@ class TensorNorms:
         if self._policy.updates == self._updates:
             return None
         found = torch.zeros(len(self._updated), 2, dtype=torch.float64, device=self._device)
-        for numbers, settings in self._groups():
-            for chunk in self._chunks(numbers):
-                squares = self._chunk_squares(chunk, settings, lr)
-                found.index_add_(0, torch.tensor([number for number, _ in chunk], device=self._device), squares)
+        for chunk in self._chunks:
+            found.index_add_(0, chunk.numbers, self._squares(chunk, lr))
         return found * self._own.unsqueeze(1)
 
     def _counted(self, tensors: list[Tensor]) -> Tensor:
         return gradient_norms(tensors).to(self._device).square() * self._own
 
-    def _groups(self) -> Iterator[tuple[list[int], Settings]]:
-        """The parameters that are updated alike, on one device and in one type."""
+    def _make_chunks(self, settings: Sequence[Settings]) -> Iterator[_Chunk]:
         groups: dict[tuple, list[int]] = {}
-        for number, (one, settings) in enumerate(zip(self._updated, self._settings, strict=True)):
+        for number, one in enumerate(self._updated):
             if one.weight.numel():
-                groups.setdefault((settings, one.weight.device, one.weight.dtype), []).append(number)
-        return ((numbers, key[0]) for key, numbers in groups.items())
+                groups.setdefault((settings[number], one.weight.device, one.weight.dtype), []).append(number)
+        for (alike, device, _), numbers in groups.items():
+            for part in pieces_of(
+                [self._updated[number].weight.numel() for number in numbers],
+                CPU_PIECE if device.type == "cpu" else GPU_PIECE,
+            ):
+                members = [self._members(numbers[index], piece) for index, piece in part]
+                yield _Chunk(alike, torch.tensor([numbers[index] for index, _ in part], device=self._device), members)
 
-    def _chunks(self, numbers: list[int]) -> Iterator[list[tuple[int, slice]]]:
-        """Elements of consecutive parameters, AT_ONCE at most together."""
-        chunk: list[tuple[int, slice]] = []
-        room = AT_ONCE
-        for number in numbers:
-            start, size = 0, self._updated[number].weight.numel()
-            while start < size:
-                stop = min(size, start + room)
-                chunk.append((number, slice(start, stop)))
-                room -= stop - start
-                start = stop
-                if not room:
-                    yield chunk
-                    chunk, room = [], AT_ONCE
-        if chunk:
-            yield chunk
+    def _members(self, number: int, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        one = self._updated[number]
+        weight, average, square = (t.reshape(-1)[part] for t in (one.weight, *(one.state[k] for k in AdamW.names)))
+        return weight, average, square
 
-    def _chunk_squares(self, chunk: list[tuple[int, slice]], settings: Settings, lr: float) -> Tensor:
-        """[pieces, 2] FP64 of the update and of the weights before it."""
-        wholes = [(self._updated[number], part) for number, part in chunk]
-        average, square = (
-            torch.cat([one.state[key].reshape(-1)[part] for one, part in wholes]) for key in ("exp_avg", "exp_avg_sq")
-        )
-        weight = torch.cat([one.weight.reshape(-1)[part] for one, part in wholes]).to(average.dtype)
-        count, shrinks = self._policy.updates, lr * settings.lr_multiplier * settings.weight_decay
-        step = lr * settings.lr_multiplier / (1 - self._recipe.beta1**count)
-        denominator = square.sqrt_().div_((1 - self._recipe.beta2**count) ** 0.5).add_(settings.eps)
-        moved = average.div_(denominator).mul_(step)
-        before = moved + weight
-        change = moved.add_(weight, alpha=shrinks) if shrinks else moved
-        sizes = [part.stop - part.start for _, part in chunk]
-        norms = [gradient_norms(each.split(sizes)).to(self._device) for each in (change, before)]
-        return (torch.stack(norms, 1) / (1 - shrinks)).square()
+    def _squares(self, chunk: _Chunk, lr: float) -> Tensor:
+        """[n, 2] FP64 of the update and of the weights before it."""
+        weights, averages, squares = (list(each) for each in zip(*chunk.members, strict=True))
+        average, square = torch.cat(averages), torch.cat(squares)
+        weight = torch.cat(weights).to(average.dtype)
+        settings, count = chunk.settings, self._policy.updates
+        rate, correction = lr * settings.lr_multiplier, (1 - self._recipe.beta2**count) ** 0.5
+        step = rate * correction / (1 - self._recipe.beta1**count)  # of m / (v^1/2 + eps * correction)
+        direction = average.div_(square.sqrt_().add_(settings.eps * correction))
+        before = torch.add(weight, direction, alpha=step)
+        if settings.weight_decay:
+            direction.add_(weight, alpha=settings.weight_decay * rate / step if step else 0.0)
+        sizes = [len(each) for each in weights]
+        changed, size = (gradient_norms(each.split(sizes)).to(self._device) for each in (direction, before))
+        return (torch.stack((changed * step, size), 1) / (1 - rate * settings.weight_decay)).square()
+
+
+def pieces_of(sizes: Sequence[int], most: int) -> Iterator[list[tuple[int, slice]]]:
+    """Consecutive elements of several tensors in parts of ``most`` elements, the last of fewer.
+
+    Yields:
+        For each part the tensors that it has elements of, and which.
+
+    >>> list(pieces_of([3, 4], 5))
+    [[(0, slice(0, 3, None)), (1, slice(0, 2, None))], [(1, slice(2, 4, None))]]
+    """
+    part: list[tuple[int, slice]] = []
+    room = most
+    for index, size in enumerate(sizes):
+        start = 0
+        while start < size:
+            stop = min(size, start + room)
+            part.append((index, slice(start, stop)))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield part
+                part, room = [], most
+    if part:
+        yield part

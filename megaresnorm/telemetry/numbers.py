@@ -29,7 +29,7 @@ _WORDS = {
 
 
 class Numbers:
-    """Watches a run's linear layers at every ``telemetry.every``-th step.
+    """Watches a run's linear layers at every ``telemetry.every``-th step, where products are of 16 bits or FP8.
 
     Args:
         assembled: before FSDP2 has gathered a weight.
@@ -41,7 +41,8 @@ class Numbers:
     """
 
     def __init__(self, recipe: Recipe, assembled: Assembled, weights: Mapping[str, TensorSlices]) -> None:
-        self._every, self._precision, self._context = recipe.telemetry.every, recipe.precision, assembled.context
+        self._every = recipe.telemetry.every if recipe.precision.rounds else 0
+        self._precision, self._context = recipe.precision, assembled.context
         self._formats = formats_of(recipe.precision, recipe.model.num_blocks)
         self._watch: Watch | None = None
         if self._every:

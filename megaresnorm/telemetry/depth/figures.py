@@ -1,14 +1,12 @@
 """From the sums of a step to its figures, on the host."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from math import isfinite, sqrt
 
 from torch import Tensor
 
-from megaresnorm.model.topology import SUBLAYERS, residual_at
-from megaresnorm.recipe import ModelRecipe
 from megaresnorm.telemetry.depth.streams import StreamTotals
 from megaresnorm.telemetry.depth.tensors import CLASSES, GRADIENT, OUTER, UPDATE, WEIGHT
 
@@ -33,7 +31,7 @@ class DepthFigures:
 
 
 def figures_of(
-    recipe: ModelRecipe,
+    alphas: Sequence[float],
     streams: StreamTotals,
     scores: Tensor,
     tensors: Tensor | None,
@@ -44,6 +42,7 @@ def figures_of(
     """The figures of a step.
 
     Args:
+        alphas: factors of the trunk, by sub-layer.
         streams: of all ranks, on the host.
         scores: [N] likewise, the largest of each block.
         tensors: likewise, see ``tensor_sums``; None: not measured.
@@ -51,7 +50,7 @@ def figures_of(
         scale: what the loss was multiplied by in backward.
     """
     elements: list[float] = streams.elements.tolist()
-    by_sublayer, end_rms = _by_sublayer(recipe, streams.moments.tolist(), elements)
+    by_sublayer, end_rms = _by_sublayer(alphas, streams.moments.tolist(), elements)
     gradients = [root(squares) for squares in streams.gradients.tolist()]
     stream_gradients: Numbers = [None if g is None else g / scale for g in gradients]
     by_block = _angles(streams.angles.tolist())
@@ -65,7 +64,7 @@ def figures_of(
         "gradient_ratio": quotient(stream_gradients[0], stream_gradients[-1]),
     }
     if tensors is not None:
-        of_blocks, of_outer = _tensors(tensors.tolist(), recipe.num_blocks, present)
+        of_blocks, of_outer = _tensors(tensors.tolist(), len(stream_gradients) - 1, present)
         by_block |= of_blocks
         whole |= of_outer
     return DepthFigures(by_sublayer, by_block, whole, end_rms)
@@ -99,14 +98,12 @@ def quotient(a: float | None, b: float | None) -> float | None:
 
 
 def _by_sublayer(
-    recipe: ModelRecipe, moments: list[list[float]], elements: list[float]
+    alphas: Sequence[float], moments: list[list[float]], elements: list[float]
 ) -> tuple[dict[str, Numbers], float | None]:
     names = ("stream_rms", "sum_rms", "branch_rms", "branch_ratio", "branch_cosine", "kurtosis")
     found: dict[str, Numbers] = {name: [] for name in names}
     after = 0.0
-    for site, ((x2, x4, c2, xc), count) in enumerate(zip(moments[:-1], elements[:-1], strict=True)):
-        block, place = divmod(site, len(SUBLAYERS))
-        alpha = residual_at(recipe, block, SUBLAYERS[place]).alpha
+    for alpha, (x2, x4, c2, xc), count in zip(alphas, moments[:-1], elements[:-1], strict=True):
         after = alpha**2 * x2 + 2 * alpha * xc + c2
         trunk, branch = root(x2), root(c2)
         fourth = quotient(x4 * count, x2**2)

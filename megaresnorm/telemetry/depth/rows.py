@@ -50,7 +50,7 @@ def angles_of(sums: Tensor) -> Tensor:
     """Cosine and angular distance of rows a and b.
 
     Args:
-        sums: [N, 3, R] FP64 of whole rows: a a, a e and e e with e = b - a, by which small angles keep their digits.
+        sums: [N, 3, R] of whole rows: a a, a e and e e with e = b - a, by which small angles keep their digits.
 
     Returns:
         [N, 3]: sums over rows of cos and of arccos(cos) / pi, and the number of rows.
@@ -58,7 +58,7 @@ def angles_of(sums: Tensor) -> Tensor:
     Source:
         Gromov et al., arXiv:2403.17887, eq. 2 (the angular distance); ShortGPT, arXiv:2403.03853 (1 - cos).
     """
-    aa, ae, ee = sums.unbind(1)
+    aa, ae, ee = sums.double().unbind(1)
     cosine = (aa + ae) / (aa * (aa + 2 * ae + ee)).sqrt()
     angle = torch.atan2((aa * ee - ae.square()).clamp(min=0).sqrt(), aa + ae) / pi
     return torch.stack((cosine.sum(1), angle.sum(1), torch.full_like(cosine[:, 0], sums.shape[2])), 1)

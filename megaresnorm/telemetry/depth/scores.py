@@ -1,8 +1,9 @@
 """Attention's scores beside the kernel that computes them: the largest, and the entropy of its probabilities.
 
-B batch   S queries   N query heads   K key/value heads   G = N / K   H head width   Q queries of a chunk   C keys
+N query heads   K key/value heads   G = N / K   H head width   B batch   S seq   Q queries of a chunk   C keys of them
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from math import inf
 from typing import Any
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from megaresnorm.assemble import Assembled
 from megaresnorm.kernels.attention import Segments
-from megaresnorm.kernels.rotary import rotate
 from megaresnorm.recompute import is_running_again
 from megaresnorm.telemetry.depth.rows import stride_of
 from megaresnorm.telemetry.wrapped import Wrapped
@@ -27,9 +27,9 @@ def wrap_attention(wrapped: Wrapped, assembled: Assembled, seen: Seen) -> None:
     """Begin to watch the attention of every block of this rank.
 
     Args:
-        seen: called with (block, q [B, S, N, H], k [B, S, K, H], options) where attention is computed for the first
-            time. The heads are normalised and rotated; options has scale, and where there are some segments and
-            softcap.
+        seen: called with (block, q [N, B, S, H], k [K, B, S, H], options) where attention is computed for the first
+            time. The heads are normalised and rotated, and contiguous; options has scale, segments and softcap, where
+            there are some.
     """
     for model in assembled.models.values():
         for number, block in model.blocks.items():
@@ -44,7 +44,8 @@ def _around_rotated(block: int, seen: Seen) -> Callable[[Callable], Callable]:
     def around(attend: Callable) -> Callable:
         def watched(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
             if not is_running_again():
-                seen(block, q.detach(), k.detach(), options)
+                with torch.no_grad():
+                    seen(block, *(heads.permute(2, 0, 1, 3).contiguous() for heads in (q, k)), options)
             return attend(q, k, v, **options)
 
         return watched
@@ -57,10 +58,11 @@ def _around_fused(block: int, seen: Seen) -> Callable[[Callable], Callable]:
         def watched(qkv: Tensor, kv_heads: int, **options: Any) -> Any:
             if not is_running_again():
                 with torch.no_grad():
-                    qk = qkv.detach()[:, :, : qkv.shape[2] - kv_heads]
-                    if options.get("cos") is not None:
-                        qk = rotate(qk, options["cos"], options["sin"])
-                    seen(block, qk[:, :, :-kv_heads], qk[:, :, -kv_heads:], options)
+                    qk = qkv[:, :, : qkv.shape[2] - kv_heads].permute(2, 0, 1, 3).contiguous()
+                    if (cos := options.get("cos")) is not None:
+                        exchanged = qk.roll(qk.shape[-1] // 2, dims=-1)
+                        qk = torch.addcmul(qk * cos, exchanged, options["sin"]).to(qk.dtype)
+                    seen(block, qk[:-kv_heads], qk[-kv_heads:], options)
             return fused(qkv, kv_heads, **options)
 
         return watched
@@ -83,7 +85,7 @@ class LargestScores:
         """Take note of the scores of a pass: over its heads and all pairs that attention allows, before a softcap."""
         here = self.largest[block]
         for scores in _scores(q, k, options):
-            torch.maximum(here, scores.amax().double(), out=here)
+            here.fill_(torch.maximum(here, scores.amax()))
 
 
 class Entropies:
@@ -102,7 +104,7 @@ class Entropies:
     @torch.no_grad()
     def see(self, block: int, q: Tensor, k: Tensor, options: Mapping[str, Any]) -> None:
         """Add those of a pass, of scores that are capped where the model caps them."""
-        for scores in _scores(q, k, options, options.get("softcap"), stride_of(1, q.shape[1], QUERIES)):
+        for scores in _scores(q, k, options, options.get("softcap"), stride_of(1, q.shape[2], QUERIES)):
             entropies = torch.special.entr(scores.softmax(-1)).sum(-1)
             self.sums[block, 0] += entropies.sum().double()
             self.sums[block, 1] += entropies.numel()
@@ -111,32 +113,44 @@ class Entropies:
 def _scores(
     q: Tensor, k: Tensor, options: Mapping[str, Any], softcap: float | None = None, stride: int = 1
 ) -> Iterator[Tensor]:
-    """Scaled scores [B, K, G, Q, C] of every ``stride``-th query, in FP32 or wider, -inf where a key is not seen.
+    """Scaled scores [K, B, G, Q, C] of every ``stride``-th query, in FP32 or wider, -inf where a key is not seen.
 
     Queries come in chunks, so that at most ``SCORES`` numbers are in memory, or those of one query.
     """
-    (batch, seq, heads, width), kv_heads = q.shape, k.shape[2]
+    (heads, batch, seq, width), kv_heads = q.shape, len(k)
     wide = torch.promote_types(q.dtype, torch.float32)
-    scale, segments = options.get("scale"), options.get("segments")
+    scale, segments, group = options.get("scale"), options.get("segments"), heads // kv_heads
     scale = width**-0.5 if scale is None else scale
-    keys = k.to(wide).permute(0, 2, 3, 1).reshape(batch * kv_heads, width, seq)
+    keys = k.to(wide).view(kv_heads * batch, seq, width).transpose(1, 2)
     count = stride * max(1, SCORES // (batch * heads * seq))
     for start in range(0, seq, count):
         queries = range(seq)[start : start + count : stride]
-        part = q[:, queries.start : queries[-1] + 1 : stride].to(wide) * scale
-        part = part.view(batch, len(queries), kv_heads, -1, width).permute(0, 2, 3, 1, 4)
-        scores = torch.bmm(part.reshape(batch * kv_heads, -1, width), keys[..., : queries[-1] + 1])
-        scores = scores.view(batch, kv_heads, -1, len(queries), queries[-1] + 1)
+        end = queries[-1] + 1
+        part = q[:, :, start:end:stride].to(wide).view(kv_heads, group, batch, len(queries), width).transpose(1, 2)
+        part = part.reshape(kv_heads * batch, -1, width)
+        shape = kv_heads, batch, group, len(queries), end
+        if softcap is None and segments is None:
+            bias = _causal_bias(start, end, stride, group, wide, q.device)
+            yield torch.baddbmm(bias, part, keys[..., :end], alpha=scale).view(shape)
+            continue
+        scores = torch.bmm(part * scale, keys[..., :end]).view(shape)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         yield scores.masked_fill_(_hidden(queries, segments, q.device), -inf)
 
 
+@functools.lru_cache(maxsize=2)
+def _causal_bias(start: int, stop: int, stride: int, group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[G * Q, C], -inf where queries do not see a key; made once for all blocks."""
+    hidden = _hidden(range(start, stop, stride), None, device)
+    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -inf).repeat(group, 1)
+
+
 def _hidden(queries: range, segments: Segments | None, device: torch.device) -> Tensor:
-    """Which keys these queries do not see, [Q, C], with segments [B, 1, 1, Q, C]."""
+    """Which keys these queries do not see, [Q, C], with segments [B, 1, Q, C]."""
     keys = torch.arange(queries[-1] + 1, device=device)
     hidden = keys > torch.arange(queries.start, queries.stop, queries.step, device=device).unsqueeze(1)
     if segments is None:
         return hidden
     first = segments.first[:, queries.start : queries[-1] + 1 : queries.step]
-    return (hidden | (keys < first.unsqueeze(-1)))[:, None, None]
+    return (hidden | (keys < first.unsqueeze(-1)))[:, None]

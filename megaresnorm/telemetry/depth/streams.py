@@ -78,6 +78,22 @@ class StreamSums:
                 gated = block.sublayers[-1].token_gate is not None
             wrapped.method(model, "finish", self._around_finish(gated))
 
+    def wrap_first(self, wrapped: Wrapped) -> None:
+        """Begin to watch the gradient of the stream before the first block alone."""
+        if self._layout.name == "full" and self._layout.axis.rank > 0:
+            return
+        for model in self._models.values():
+            if "0" in model.blocks:
+                first = model.blocks["0"].sublayers[0]  # type: ignore[union-attr, index]
+                wrapped.method(first, "open", lambda open_: self._around_open(open_, 0, gated=False))
+
+    @torch.no_grad()
+    def first_gradient(self) -> Tensor:
+        """The sum of its squares over this rank's part, FP64."""
+        self._gradients.index_add_(0, *_stacked(self._squares, self._device))
+        self._squares = []
+        return self._gradients[0]
+
     @torch.no_grad()
     def totals(self) -> StreamTotals:
         """Of what has been seen. Collective under ``columns``.
@@ -175,12 +191,13 @@ class StreamSums:
     def _see_rows(self, site: int, residual: Residual, stream: Stream, added: Tensor) -> None:
         """What the angle between a block's input and output is made of; a pending add is rounded as it will be."""
         block, rows = site // len(SUBLAYERS), self._sampled.rows
-        a = self._entered.pop(block).index_select(0, rows).double()
-        b = stream.x.index_select(0, rows)
+        a, b = self._entered.pop(block).index_select(0, rows), stream.x.index_select(0, rows)
         if stream.delta is not None:
-            c = added.index_select(0, rows) * self._factors[site]
-            b = c.add_(b, alpha=stream.alpha).to(residual.add_norm.residual_dtype)
-        e = b.double() - a
+            c = added.index_select(0, rows)
+            c = c.mul_(self._factors[site]).add_(b, alpha=stream.alpha)
+            b = c.to(residual.add_norm.residual_dtype)
+        a = a.to(added.dtype)
+        e = b - a
         dot = torch.linalg.vecdot
         self._rows[block].append(torch.stack((dot(a, a), dot(a, e), dot(e, e))))
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megaresnorm.assemble import Assembled
+from megaresnorm.model.topology import SUBLAYERS, residual_at
 from megaresnorm.parallel.collectives import all_reduce, largest
 from megaresnorm.parallel.mesh import ParallelContext
 from megaresnorm.recipe import ModelRecipe
@@ -54,6 +55,7 @@ class DepthWatch:
         if norms is not None:
             at = places(norms.names, assembled.table, recipe.num_blocks)
             self._at = torch.tensor(at, dtype=torch.int64, device=assembled.device)
+        self._alphas = [residual_at(recipe, n, kind).alpha for n in range(recipe.num_blocks) for kind in SUBLAYERS]
         self._present = set(places(list(assembled.table), assembled.table, recipe.num_blocks))
         self.figures: DepthFigures | None = None
 
@@ -84,7 +86,7 @@ class DepthWatch:
         if self._norms is not None and self._at is not None:
             tensors = tensor_sums(self._norms, self._at, self._recipe.num_blocks, lr)
         totals = _over_ranks(streams.totals(), scores.largest, tensors, self._assembled.context)
-        self.figures = figures_of(self._recipe, *totals, present=self._present, scale=scale)
+        self.figures = figures_of(self._alphas, *totals, present=self._present, scale=scale)
 
 
 @torch.no_grad()
