@@ -258,7 +258,11 @@ class NativeEngine:
             return self.passes.no_loss()
         factor = self.policy.factor
         scale = factor / tokens
-        loss = self._accumulate(batch, scale) if self._pipeline is None else self._run_pipeline(batch, scale, self._pipeline)
+        loss = (
+            self._accumulate(batch, scale)
+            if self._pipeline is None
+            else self._run_pipeline(batch, scale, self._pipeline)
+        )
         reduce_gradients(self.reductions)
         self._optimizer.divide_gradients(factor)
         return loss
@@ -294,9 +298,7 @@ class NativeEngine:
         del arguments["labels_BS"]  # which the last stage alone is given
         arguments["dropout"] = self.passes.dropout(whole) if drops and scale is not None else None
         arguments = {name: value for name, value in arguments.items() if value is not None}
-        pipeline.run(
-            whole.tokens, whole.labels, batch.num_microbatches, loss, backward=scale is not None, **arguments
-        )
+        pipeline.run(whole.tokens, whole.labels, batch.num_microbatches, loss, backward=scale is not None, **arguments)
         return total
 
     @torch.no_grad()

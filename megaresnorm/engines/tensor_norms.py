@@ -42,7 +42,12 @@ class TensorNorms:
 
     def __init__(self, engine: Engine, recipe: OptimRecipe) -> None:
         assembled = engine.assembled
-        self._updated, self._policy, self._recipe, self._device = engine.updated(), engine.policy, recipe, assembled.device
+        self._updated, self._policy, self._recipe, self._device = (
+            engine.updated(),
+            engine.policy,
+            recipe,
+            assembled.device,
+        )
         self.names = [one.name for one in self._updated]
         self._chunks = list(self._make_chunks([settings_of(assembled.table[name], recipe) for name in self.names]))
         gradients = [Gradient(one.weight, one.placement) for one in self._updated]

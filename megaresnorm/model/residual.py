@@ -120,10 +120,15 @@ class Residual(nn.Module):
 
     def close(self, x: Tensor, y: Tensor, masks: DropoutMasks | None) -> Stream:
         """The stream after this connection; its add stays pending where no norm or learned gate of its own needs it."""
-        stream, branch_norm = self.pending(x, y, masks), self.fused_branch_norm
-        if self.norm_out is None and self.gate is None and branch_norm is None:
+        stream = self.pending(x, y, masks)
+        if self.leaves_pending:
             return stream
-        return Stream(self.add_norm.trunk(stream, self.norm_out, branch_norm=branch_norm))
+        return Stream(self.add_norm.trunk(stream, self.norm_out, branch_norm=self.fused_branch_norm))
+
+    @property
+    def leaves_pending(self) -> bool:
+        """Whether ``close`` leaves the add to whoever reads the stream."""
+        return self.norm_out is None and self.gate is None and self.fused_branch_norm is None
 
     def pending(self, x: Tensor, y: Tensor, masks: DropoutMasks | None) -> Stream:
         """The add of this connection: of a branch's output y, before ``fused_branch_norm``, to its trunk x."""

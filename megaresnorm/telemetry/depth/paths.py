@@ -100,7 +100,11 @@ def distribution(norms: Mapping[int, Sequence[float]], num_sublayers: int) -> di
     largest = max((weight for weight in weights if weight is not None), default=0.0)
     parts = [0.0 if weight is None else exp(weight - largest) for weight in weights]
     total = sum(parts)
-    return {"lengths": all_lengths, "log_norms": log_norms, "shares": [part / total if total else 0.0 for part in parts]}
+    return {
+        "lengths": all_lengths,
+        "log_norms": log_norms,
+        "shares": [part / total if total else 0.0 for part in parts],
+    }
 
 
 def mean_length(paths: Mapping[str, Sequence]) -> float | None:

@@ -56,7 +56,9 @@ class DepthProbe:
         seed: of the paths.
     """
 
-    def __init__(self, recipe: ModelRecipe, assembled: Assembled, engine: ProbedEngine, batch: Batch, seed: int) -> None:
+    def __init__(
+        self, recipe: ModelRecipe, assembled: Assembled, engine: ProbedEngine, batch: Batch, seed: int
+    ) -> None:
         self._recipe, self._assembled, self._engine = recipe, assembled, engine
         self._batch, self._seed = batch, seed
         self._before: Tensor | None = None  # the hidden state at the last probe

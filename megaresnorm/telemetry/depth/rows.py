@@ -11,7 +11,7 @@ from torch import Tensor
 from megaresnorm.model.sequence import SequenceInfo
 from megaresnorm.parallel.layouts import TensorLayout
 
-ROWS = 256  # of a microbatch, at most, but one of each sequence
+ROWS = 256  # of a microbatch, at most
 
 
 class SampledRows:
@@ -32,15 +32,15 @@ class SampledRows:
         key = of.batch, of.seq
         if key not in self._known:
             chosen = torch.zeros(of.batch, of.seq, dtype=torch.bool)
-            chosen[:, :: stride_of(of.batch, of.seq)] = True
+            chosen[:, :: stride_of(of.batch, of.seq, ROWS)] = True
             self._known[key] = self._layout.tokens(chosen.flatten()).nonzero().flatten().to(self._device)
         self.rows = self._known[key]
 
 
-def stride_of(batch: int, seq: int, rows: int = ROWS) -> int:
-    """The distance of sampled tokens of a sequence.
+def stride_of(batch: int, seq: int, rows: int) -> int:
+    """The distance of sampled tokens of a sequence, so that there are at most ``rows``, or one of each sequence.
 
-    >>> stride_of(8, 64), stride_of(1, 4096), stride_of(512, 64)
+    >>> stride_of(8, 64, 256), stride_of(1, 4096, 256), stride_of(512, 64, 256)
     (2, 16, 64)
     """
     return -(-seq // max(1, min(seq, rows // batch)))

@@ -152,6 +152,8 @@ class StreamSums:
                 if is_running_again():
                     return close(x, y, masks)
                 added = self._see(site, residual, x, y, masks)
+                if residual.leaves_pending and residual.token_gate is None:
+                    x = x.view_as(x)  # which the add alone reads, see _watch_gradient; no sum gets another order
                 stream = close(x, y, masks)
                 self._see_rows(site, residual, stream, added)
                 return stream
@@ -208,10 +210,8 @@ class StreamSums:
         self._found.append((len(self._moments) - 4 + X2, product(flat, flat)))
 
     def _watch_gradient(self, block: int, stream: Stream, gated: bool) -> None:
-        """The gradient of a stream is that of the sum where its pending add is closed: alpha times it arrives at x.
-
-        At the x of a token gate more than that arrives, as the gate mixes it into what it adds; there it is the
-        gradient of that.
+        """The gradient of a stream is that of the sum where its pending add is closed: alpha times it arrives at the
+        add's x. A token gate mixes x into what it adds as well; there it is the gradient of that.
         """
         pending = stream.delta is not None
         watched = stream.delta if gated and stream.delta is not None else stream.x

@@ -90,9 +90,7 @@ class DepthWatch:
 
 
 @torch.no_grad()
-def _over_ranks(
-    streams: StreamTotals, scores: Tensor, tensors: Tensor | None, context: ParallelContext
-) -> Totals:
+def _over_ranks(streams: StreamTotals, scores: Tensor, tensors: Tensor | None, context: ParallelContext) -> Totals:
     """The totals of all ranks, on the host. Collective."""
     parts = [*streams, *(() if tensors is None else (tensors,))]
     summed = all_reduce(torch.cat([part.flatten() for part in parts]), context.world).cpu()
