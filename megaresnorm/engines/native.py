@@ -175,7 +175,7 @@ class NativeEngine:
         return self.policy.mean_loss(loss, batch)
 
     def probe(self, batch: Batch, *, backward: bool = False) -> None:
-        """Run a batch through the model without dropout, for what watches it, and leave nothing of it behind. Collective.
+        """Run a batch through the model without dropout and leave nothing behind: for what watches it. Collective.
 
         Between steps: all ranks of dp get the same batch, and no weight, moment or count changes. A pipeline runs as
         many copies of the batch as its schedule needs, of which the first alone has labels.

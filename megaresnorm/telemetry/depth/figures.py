@@ -73,13 +73,14 @@ def figures_of(
 def effective_depth(ratios: Iterable[float | None]) -> float | None:
     """How many sub-layers do the work: (sum r^2)^2 / sum r^4 of the ratios of contribution and trunk.
 
-    It is the participation ratio: 2N where all contribute alike, 1 where one does.
+    It is the participation ratio: 2N where all contribute alike, 1 where one does, 0 where none does.
 
-    >>> effective_depth([0.5, 0.5, 0.5, None]), effective_depth([1.0, 0.0])
-    (3.0, 1.0)
+    >>> effective_depth([0.5, 0.5, 0.5, None]), effective_depth([1.0, 0.0]), effective_depth([0.0])
+    (3.0, 1.0, 0.0)
     """
     squares = [ratio * ratio for ratio in ratios if ratio is not None]
-    return quotient(sum(squares) ** 2, sum(square * square for square in squares))
+    fourth = sum(square * square for square in squares)
+    return quotient(sum(squares) ** 2, fourth) if fourth or not squares else 0.0
 
 
 def finite(number: float | None) -> float | None:

@@ -19,6 +19,7 @@ from megaresnorm.model.dropout import DropoutMasks
 from megaresnorm.model.residual import Residual
 from megaresnorm.model.stream import Stream
 from megaresnorm.model.topology import SUBLAYERS
+from megaresnorm.telemetry.depth.streams import blocks_of
 from megaresnorm.telemetry.wrapped import Wrapped
 
 DRAWS = 2  # paths of each length that are measured
@@ -52,26 +53,31 @@ def wrap_path(wrapped: Wrapped, assembled: Assembled, through: frozenset[int]) -
     what is added gives none. Of a token gate the branch is all that is added, T (F(u) - x). Norms of the sum are on
     every path.
     """
-    for model in assembled.models.values():
-        for number, block in model.blocks.items():
-            for place, residual in enumerate(block.sublayers):  # type: ignore[union-attr, arg-type]
-                passes = int(number) * len(SUBLAYERS) + place in through
-                wrapped.method(residual, "close_and_open", lambda inner, passes=passes: _inner(inner, passes))
-                wrapped.method(residual, "close", lambda close, passes=passes: _last(close, passes))
+    for number, block in blocks_of(assembled):
+        for place, residual in enumerate(block.sublayers):
+            passes = number * len(SUBLAYERS) + place in through
+            wrapped.method(residual, "close_and_open", _inner(passes))
+            wrapped.method(residual, "close", _last(passes))
 
 
-def _inner(close_and_open: Callable, passes: bool) -> Callable:
-    def one_way(following: Residual, x: Tensor, y: Tensor, masks: DropoutMasks | None) -> Any:
-        return close_and_open(following, *_one_way(x, y, passes), masks)
+def _inner(passes: bool) -> Callable[[Callable], Callable]:
+    def around(close_and_open: Callable) -> Callable:
+        def one_way(following: Residual, x: Tensor, y: Tensor, masks: DropoutMasks | None) -> Any:
+            return close_and_open(following, *_one_way(x, y, passes), masks)
 
-    return one_way
+        return one_way
+
+    return around
 
 
-def _last(close: Callable, passes: bool) -> Callable:
-    def one_way(x: Tensor, y: Tensor, masks: DropoutMasks | None) -> Stream:
-        return close(*_one_way(x, y, passes), masks)
+def _last(passes: bool) -> Callable[[Callable], Callable]:
+    def around(close: Callable) -> Callable:
+        def one_way(x: Tensor, y: Tensor, masks: DropoutMasks | None) -> Stream:
+            return close(*_one_way(x, y, passes), masks)
 
-    return one_way
+        return one_way
+
+    return around
 
 
 def _one_way(x: Tensor, y: Tensor, passes: bool) -> tuple[Tensor, Tensor]:

@@ -21,10 +21,10 @@ from megaresnorm.parallel.branch_input import BranchInput, whole_rows
 from megaresnorm.parallel.collectives import all_reduce
 from megaresnorm.parallel.mesh import ParallelContext
 from megaresnorm.recipe import ModelRecipe, Recipe
-from megaresnorm.telemetry.depth.figures import finite, quotient, root
+from megaresnorm.telemetry.depth.figures import quotient, root
 from megaresnorm.telemetry.depth.paths import distribution, draws, mean_length, wrap_path
 from megaresnorm.telemetry.depth.scores import Entropies, wrap_attention
-from megaresnorm.telemetry.depth.streams import StreamSums
+from megaresnorm.telemetry.depth.streams import StreamSums, blocks_of
 from megaresnorm.telemetry.wrapped import Wrapped
 
 
@@ -40,7 +40,7 @@ class ProbedEngine(Protocol):
 
 
 def probe_batch(recipe: Recipe, samples: Samples, device: torch.device) -> Batch:
-    """The first samples of the run's data, as many as a microbatch has (one where it is not set), on every rank alike."""
+    """The first samples of the run's data on every rank alike: train.micro_batch of them, or one where it is unset."""
     count, seq_len = recipe.train.micro_batch or 1, recipe.model.seq_len
     masked = recipe.data.mask_documents
     alone = Loader(samples, seq_len, ParallelContext.single(), device, micro=count, mask_documents=masked)
@@ -145,9 +145,9 @@ class _Passing:
         for model in self._assembled.models.values():
             wrapped.method(model, "run_blocks", self._around_blocks)
             wrapped.method(model, "finish", self._around_finish)
-            for number, block in model.blocks.items():
-                residual = block.sublayers[-1]  # type: ignore[union-attr, index]
-                wrapped.method(residual, "close", self._around_close(int(number), residual))
+        for number, block in blocks_of(self._assembled):
+            residual = block.sublayers[-1]
+            wrapped.method(residual, "close", self._around_close(number, residual))
 
     def collapse(self) -> Tensor:
         """[N, 2] FP64 by block: the sum over sequences of |X - mean X| / |X|, and their number; 0 on other ranks.

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from megaresnorm.assemble import Assembled
 from megaresnorm.kernels.attention import Segments
+from megaresnorm.model.branches.attention import Attention
 from megaresnorm.recompute import is_running_again
 from megaresnorm.telemetry.depth.rows import stride_of
+from megaresnorm.telemetry.depth.streams import blocks_of
 from megaresnorm.telemetry.wrapped import Wrapped
 
 SCORES = 1 << 22  # that are in memory at a time
@@ -31,13 +33,12 @@ def wrap_attention(wrapped: Wrapped, assembled: Assembled, seen: Seen) -> None:
             time. The heads are normalised and rotated, and contiguous; options has scale, segments and softcap, where
             there are some.
     """
-    for model in assembled.models.values():
-        for number, block in model.blocks.items():
-            for residual in block.sublayers:  # type: ignore[union-attr]
-                if hasattr(residual.branch, "attend"):
-                    wrapped.method(residual.branch, "attend", _around_rotated(int(number), seen))
-                    if residual.branch.fused_attention is not None:
-                        wrapped.method(residual.branch, "fused_attention", _around_fused(int(number), seen))
+    for number, block in blocks_of(assembled):
+        for residual in block.sublayers:
+            if isinstance(branch := residual.branch, Attention):
+                wrapped.method(branch, "attend", _around_rotated(number, seen))
+                if branch.fused_attention is not None:
+                    wrapped.method(branch, "fused_attention", _around_fused(number, seen))
 
 
 def _around_rotated(block: int, seen: Seen) -> Callable[[Callable], Callable]:
@@ -45,7 +46,7 @@ def _around_rotated(block: int, seen: Seen) -> Callable[[Callable], Callable]:
         def watched(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
             if not is_running_again():
                 with torch.no_grad():
-                    seen(block, *(heads.permute(2, 0, 1, 3).contiguous() for heads in (q, k)), options)
+                    seen(block, _by_head(q), _by_head(k), options)
             return attend(q, k, v, **options)
 
         return watched
@@ -58,7 +59,7 @@ def _around_fused(block: int, seen: Seen) -> Callable[[Callable], Callable]:
         def watched(qkv: Tensor, kv_heads: int, **options: Any) -> Any:
             if not is_running_again():
                 with torch.no_grad():
-                    qk = qkv[:, :, : qkv.shape[2] - kv_heads].permute(2, 0, 1, 3).contiguous()
+                    qk = _by_head(qkv[:, :, : qkv.shape[2] - kv_heads])
                     if (cos := options.get("cos")) is not None:
                         exchanged = qk.roll(qk.shape[-1] // 2, dims=-1)
                         qk = torch.addcmul(qk * cos, exchanged, options["sin"]).to(qk.dtype)
@@ -68,6 +69,11 @@ def _around_fused(block: int, seen: Seen) -> Callable[[Callable], Callable]:
         return watched
 
     return around
+
+
+def _by_head(x_BSNH: Tensor) -> Tensor:
+    """[N, B, S, H], contiguous, so that tables of positions and products have their rows one after the other."""
+    return x_BSNH.permute(2, 0, 1, 3).contiguous()
 
 
 class LargestScores:

@@ -6,8 +6,8 @@ backward has been seen.
 T tokens (batch * seq)   D model dim   R rows that are sampled   N blocks
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,13 @@ from megaresnorm.telemetry.wrapped import Wrapped
 
 PIECE = 1 << 16  # elements whose products may be added in FP32 on a CPU: the error is below 1e-6
 X2, X4, C2, XC = range(4)  # columns of moments: of the trunk x and the contribution c
+
+
+def blocks_of(assembled: Assembled) -> Iterator[tuple[int, Block]]:
+    """The blocks that this rank has, with their numbers in the whole model."""
+    for model in assembled.models.values():
+        for number, block in model.blocks.items():
+            yield int(number), cast(Block, block)
 
 
 class StreamTotals(NamedTuple):
@@ -53,7 +60,7 @@ class StreamSums:
     """
 
     def __init__(self, assembled: Assembled, num_blocks: int) -> None:
-        self._models, self._layout, self._device = assembled.models, assembled.layout, assembled.device
+        self._assembled, self._layout, self._device = assembled, assembled.layout, assembled.device
         self._num_blocks, sites = num_blocks, len(SUBLAYERS) * num_blocks + 1
         self._moments = torch.zeros(4 * sites, dtype=torch.float64, device=self._device)
         self._gradients = torch.zeros(num_blocks + 1, dtype=torch.float64, device=self._device)
@@ -63,29 +70,27 @@ class StreamSums:
         self._squares: list[tuple[int, Tensor]] = []  # (block, squares of a gradient), likewise
         self._sampled = SampledRows(self._layout, self._device)
         self._entered: dict[int, Tensor] = {}  # the trunk at the input of a block that is under way
-        self._rows: dict[int, list[Tensor]] = {int(n): [] for model in self._models.values() for n in model.blocks}
+        self._rows: dict[int, list[Tensor]] = {number: [] for number, _ in blocks_of(assembled)}
 
     def wrap(self, wrapped: Wrapped) -> None:
         """Begin to watch."""
         if self._layout.name == "full" and self._layout.axis.rank > 0:
             return
-        for model in self._models.values():
+        gated = False  # whether the add that is pending before a block is of a token gate
+        for number, block in blocks_of(self._assembled):
+            self._wrap_block(wrapped, number, block, gated)
+            gated = block.sublayers[-1].token_gate is not None
+        for model in self._assembled.models.values():
             wrapped.method(model, "run_blocks", self._around_blocks)
-            gated = False  # whether the add that is pending before a block is of a token gate
-            for number, block in model.blocks.items():
-                assert isinstance(block, Block)
-                self._wrap_block(wrapped, int(number), block, gated)
-                gated = block.sublayers[-1].token_gate is not None
             wrapped.method(model, "finish", self._around_finish(gated))
 
     def wrap_first(self, wrapped: Wrapped) -> None:
         """Begin to watch the gradient of the stream before the first block alone."""
         if self._layout.name == "full" and self._layout.axis.rank > 0:
             return
-        for model in self._models.values():
-            if "0" in model.blocks:
-                first = model.blocks["0"].sublayers[0]  # type: ignore[union-attr, index]
-                wrapped.method(first, "open", lambda open_: self._around_open(open_, 0, gated=False))
+        for number, block in blocks_of(self._assembled):
+            if number == 0:
+                wrapped.method(block.sublayers[0], "open", lambda open_: self._around_open(open_, 0, gated=False))
 
     @torch.no_grad()
     def first_gradient(self) -> Tensor:

@@ -58,7 +58,7 @@ def class_of(name: str, spec: ParameterSpec) -> tuple[int | str, str] | None:
 
 
 def places(names: Sequence[str], table: Mapping[str, ParameterSpec], num_blocks: int) -> list[int]:
-    """The place of each parameter among the sums: block by block those of CLASSES, then OUTER, then what is left out."""
+    """The place of each parameter among the sums: by block those of CLASSES, then OUTER, then what is left out."""
     outer = num_blocks * len(CLASSES)
     found = []
     for name in names:
