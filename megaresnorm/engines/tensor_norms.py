@@ -101,8 +101,12 @@ class TensorNorms:
         if self._policy.updates == self._updates:
             return None
         found = torch.zeros(len(self._updated), 2, dtype=torch.float64, device=self._device)
+        rooms: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         for chunk in self._chunks:
-            found.index_add_(0, chunk.numbers, self._squares(chunk, lr))
+            average = chunk.members[0][1]
+            if (key := (average.dtype, average.device)) not in rooms:
+                rooms[key] = average.new_empty(4, piece_on(average.device))
+            found.index_add_(0, chunk.numbers, self._squares(chunk, lr, rooms[key]))
         return found * self._own.unsqueeze(1)
 
     def _counted(self, tensors: list[Tensor]) -> Tensor:
@@ -114,10 +118,8 @@ class TensorNorms:
             if one.weight.numel():
                 groups.setdefault((settings[number], one.weight.device, one.weight.dtype), []).append(number)
         for (alike, device, _), numbers in groups.items():
-            for part in pieces_of(
-                [self._updated[number].weight.numel() for number in numbers],
-                CPU_PIECE if device.type == "cpu" else GPU_PIECE,
-            ):
+            sizes = [self._updated[number].weight.numel() for number in numbers]
+            for part in pieces_of(sizes, piece_on(device)):
                 members = [self._members(numbers[index], piece) for index, piece in part]
                 yield _Chunk(alike, torch.tensor([numbers[index] for index, _ in part], device=self._device), members)
 
@@ -126,21 +128,27 @@ class TensorNorms:
         weight, average, square = (t.reshape(-1)[part] for t in (one.weight, *(one.state[k] for k in AdamW.names)))
         return weight, average, square
 
-    def _squares(self, chunk: _Chunk, lr: float) -> Tensor:
-        """[n, 2] FP64 of the update and of the weights before it."""
+    def _squares(self, chunk: _Chunk, lr: float, room: Tensor) -> Tensor:
+        """[n, 2] FP64 of the update and of the weights before it, computed in ``room`` [4, a piece]."""
         weights, averages, squares = (list(each) for each in zip(*chunk.members, strict=True))
-        average, square = torch.cat(averages), torch.cat(squares)
-        weight = torch.cat(weights).to(average.dtype)
+        sizes = [len(each) for each in weights]
+        weight, average, square, before = room[:, : sum(sizes)]
+        for parts, whole in ((weights, weight), (averages, average), (squares, square)):
+            torch.cat(parts, out=whole)
         settings, count = chunk.settings, self._policy.updates
         rate, correction = lr * settings.lr_multiplier, (1 - self._recipe.beta2**count) ** 0.5
         step = rate * correction / (1 - self._recipe.beta1**count)  # of m / (v^1/2 + eps * correction)
         direction = average.div_(square.sqrt_().add_(settings.eps * correction))
-        before = torch.add(weight, direction, alpha=step)
+        torch.add(weight, direction, alpha=step, out=before)
         if settings.weight_decay:
             direction.add_(weight, alpha=settings.weight_decay * rate / step if step else 0.0)
-        sizes = [len(each) for each in weights]
         changed, size = (gradient_norms(each.split(sizes)).to(self._device) for each in (direction, before))
         return (torch.stack((changed * step, size), 1) / (1 - rate * settings.weight_decay)).square()
+
+
+def piece_on(device: torch.device) -> int:
+    """Elements that are updated at a time."""
+    return CPU_PIECE if device.type == "cpu" else GPU_PIECE
 
 
 def pieces_of(sizes: Sequence[int], most: int) -> Iterator[list[tuple[int, slice]]]:

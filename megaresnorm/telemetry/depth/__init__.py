@@ -4,8 +4,9 @@ recorder               what the training loop calls: which steps are watched and
 watch                  the cheap figures, of a step that is trained anyway
 streams                the sums that they are made of: of trunks, contributions, and gradients of the stream
 scores                 attention's scores: the largest, and the entropy of its probabilities
-sums                   sums of all ranks, in few collectives
-figures                from sums to figures
+rows, scratch          rows that are sampled, and memory that is used again
+tensors                gradients and updates of parameters, by block and class
+figures                from sums of all ranks to figures
 probe, paths           the dear figures, of a fixed batch between steps
 alarms                 what is warned of
 records                depth.jsonl

@@ -23,7 +23,7 @@ from megaresnorm.parallel.mesh import ParallelContext
 from megaresnorm.recipe import ModelRecipe, Recipe
 from megaresnorm.telemetry.depth.figures import quotient, root
 from megaresnorm.telemetry.depth.paths import distribution, draws, mean_length, wrap_path
-from megaresnorm.telemetry.depth.scores import Entropies, wrap_attention
+from megaresnorm.telemetry.depth.scores import AttentionWatch, Entropies
 from megaresnorm.telemetry.depth.streams import StreamSums, blocks_of
 from megaresnorm.telemetry.wrapped import Wrapped
 
@@ -92,7 +92,7 @@ class DepthProbe:
         entropies, passing = Entropies(num_blocks, device), _Passing(self._assembled, num_blocks)
         with Wrapped() as wrapped:
             passing.wrap(wrapped)
-            wrap_attention(wrapped, self._assembled, entropies.see)
+            AttentionWatch(self._assembled, entropies.see).wrap(wrapped)
             self._engine.probe(self._batch)
         change = torch.zeros(2, dtype=torch.float64, device=device)
         if passing.hidden is not None and context.tp.rank == 0:

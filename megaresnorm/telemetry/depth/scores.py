@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from megaresnorm.assemble import Assembled
-from megaresnorm.kernels.attention import Segments
 from megaresnorm.model.branches.attention import Attention
 from megaresnorm.recompute import is_running_again
 from megaresnorm.telemetry.depth.rows import stride_of
+from megaresnorm.telemetry.depth.scratch import Scratch
 from megaresnorm.telemetry.depth.streams import blocks_of
 from megaresnorm.telemetry.wrapped import Wrapped
 
@@ -25,55 +25,66 @@ QUERIES = 64  # of a sequence, at most, whose entropy is taken
 Seen = Callable[[int, Tensor, Tensor, Mapping[str, Any]], None]
 
 
-def wrap_attention(wrapped: Wrapped, assembled: Assembled, seen: Seen) -> None:
-    """Begin to watch the attention of every block of this rank.
+class AttentionWatch:
+    """Watches the attention of every block of this rank.
 
     Args:
         seen: called with (block, q [N, B, S, H], k [K, B, S, H], options) where attention is computed for the first
-            time. The heads are normalised and rotated, and contiguous; options has scale, segments and softcap, where
-            there are some.
+            time. The heads are normalised and rotated, contiguous, and not to be kept; options has scale, segments and
+            softcap, where there are some.
     """
-    for number, block in blocks_of(assembled):
-        for residual in block.sublayers:
-            if isinstance(branch := residual.branch, Attention):
-                wrapped.method(branch, "attend", _around_rotated(number, seen))
-                if branch.fused_attention is not None:
-                    wrapped.method(branch, "fused_attention", _around_fused(number, seen))
 
+    def __init__(self, assembled: Assembled, seen: Seen) -> None:
+        self._assembled, self._seen, self._scratch = assembled, seen, Scratch(assembled.device)
 
-def _around_rotated(block: int, seen: Seen) -> Callable[[Callable], Callable]:
-    def around(attend: Callable) -> Callable:
-        def watched(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-            if not is_running_again():
-                with torch.no_grad():
-                    seen(block, _by_head(q), _by_head(k), options)
-            return attend(q, k, v, **options)
+    def wrap(self, wrapped: Wrapped) -> None:
+        """Begin to watch."""
+        for number, block in blocks_of(self._assembled):
+            for residual in block.sublayers:
+                if isinstance(branch := residual.branch, Attention):
+                    wrapped.method(branch, "attend", self._around_rotated(number))
+                    if branch.fused_attention is not None:
+                        wrapped.method(branch, "fused_attention", self._around_fused(number))
 
-        return watched
+    def _around_rotated(self, block: int) -> Callable[[Callable], Callable]:
+        def around(attend: Callable) -> Callable:
+            def watched(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+                if not is_running_again():
+                    with torch.no_grad():
+                        self._seen(block, self._by_head("q", q), self._by_head("k", k), options)
+                return attend(q, k, v, **options)
 
-    return around
+            return watched
 
+        return around
 
-def _around_fused(block: int, seen: Seen) -> Callable[[Callable], Callable]:
-    def around(fused: Callable) -> Callable:
-        def watched(qkv: Tensor, kv_heads: int, **options: Any) -> Any:
-            if not is_running_again():
-                with torch.no_grad():
-                    qk = _by_head(qkv[:, :, : qkv.shape[2] - kv_heads])
-                    if (cos := options.get("cos")) is not None:
-                        exchanged = qk.roll(qk.shape[-1] // 2, dims=-1)
-                        qk = torch.addcmul(qk * cos, exchanged, options["sin"]).to(qk.dtype)
-                    seen(block, qk[:-kv_heads], qk[-kv_heads:], options)
-            return fused(qkv, kv_heads, **options)
+    def _around_fused(self, block: int) -> Callable[[Callable], Callable]:
+        def around(fused: Callable) -> Callable:
+            def watched(qkv: Tensor, kv_heads: int, **options: Any) -> Any:
+                if not is_running_again():
+                    with torch.no_grad():
+                        qk = self._by_head("q", qkv[:, :, : qkv.shape[2] - kv_heads])
+                        if (cos := options.get("cos")) is not None:
+                            qk = self._rotated(qk, cos, options["sin"])
+                        self._seen(block, qk[:-kv_heads], qk[-kv_heads:], options)
+                return fused(qkv, kv_heads, **options)
 
-        return watched
+            return watched
 
-    return around
+        return around
 
+    def _by_head(self, name: str, x_BSNH: Tensor) -> Tensor:
+        """[N, B, S, H], contiguous, so that tables of positions and products have their rows one after the other."""
+        x = x_BSNH.permute(2, 0, 1, 3)
+        return self._scratch(name, x.shape, x.dtype).copy_(x)
 
-def _by_head(x_BSNH: Tensor) -> Tensor:
-    """[N, B, S, H], contiguous, so that tables of positions and products have their rows one after the other."""
-    return x_BSNH.permute(2, 0, 1, 3).contiguous()
+    def _rotated(self, x_NBSH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """As ``rotate`` of kernels/rotary.py."""
+        exchanged, half = self._scratch("exchanged", x_NBSH.shape, x_NBSH.dtype), x_NBSH.shape[-1] // 2
+        exchanged[..., :half].copy_(x_NBSH[..., half:])
+        exchanged[..., half:].copy_(x_NBSH[..., :half])
+        turned = torch.mul(x_NBSH, cos, out=self._scratch("turned", x_NBSH.shape, cos.dtype))
+        return turned.addcmul_(exchanged, sin).to(x_NBSH.dtype)
 
 
 class LargestScores:
@@ -85,12 +96,13 @@ class LargestScores:
 
     def __init__(self, num_blocks: int, device: torch.device) -> None:
         self.largest = torch.full((num_blocks,), -inf, device=device, dtype=torch.float64)
+        self._scratch = Scratch(device)
 
     @torch.no_grad()
     def see(self, block: int, q: Tensor, k: Tensor, options: Mapping[str, Any]) -> None:
         """Take note of the scores of a pass: over its heads and all pairs that attention allows, before a softcap."""
         here = self.largest[block]
-        for scores in _scores(q, k, options):
+        for scores in _scores(q, k, options, self._scratch):
             here.fill_(torch.maximum(here, scores.amax()))
 
 
@@ -106,18 +118,20 @@ class Entropies:
 
     def __init__(self, num_blocks: int, device: torch.device) -> None:
         self.sums = torch.zeros(num_blocks, 2, dtype=torch.float64, device=device)
+        self._scratch = Scratch(device)
 
     @torch.no_grad()
     def see(self, block: int, q: Tensor, k: Tensor, options: Mapping[str, Any]) -> None:
         """Add those of a pass, of scores that are capped where the model caps them."""
-        for scores in _scores(q, k, options, options.get("softcap"), stride_of(1, q.shape[2], QUERIES)):
+        stride = stride_of(1, q.shape[2], QUERIES)
+        for scores in _scores(q, k, options, self._scratch, options.get("softcap"), stride):
             entropies = torch.special.entr(scores.softmax(-1)).sum(-1)
             self.sums[block, 0] += entropies.sum().double()
             self.sums[block, 1] += entropies.numel()
 
 
 def _scores(
-    q: Tensor, k: Tensor, options: Mapping[str, Any], softcap: float | None = None, stride: int = 1
+    q: Tensor, k: Tensor, options: Mapping[str, Any], scratch: Scratch, softcap: float | None = None, stride: int = 1
 ) -> Iterator[Tensor]:
     """Scaled scores [K, B, G, Q, C] of every ``stride``-th query, in FP32 or wider, -inf where a key is not seen.
 
@@ -134,29 +148,22 @@ def _scores(
         end = queries[-1] + 1
         part = q[:, :, start:end:stride].to(wide).view(kv_heads, group, batch, len(queries), width).transpose(1, 2)
         part = part.reshape(kv_heads * batch, -1, width)
-        shape = kv_heads, batch, group, len(queries), end
-        if softcap is None and segments is None:
-            bias = _causal_bias(start, end, stride, group, wide, q.device)
-            yield torch.baddbmm(bias, part, keys[..., :end], alpha=scale).view(shape)
-            continue
-        scores = torch.bmm(part * scale, keys[..., :end]).view(shape)
+        hidden = _causal_bias(start, end, stride, group, wide, q.device)
+        out = scratch("scores", (kv_heads * batch, group * len(queries), end), wide)
+        scores = torch.baddbmm(hidden, part, keys[..., :end], beta=int(softcap is None), alpha=scale, out=out)
+        scores = scores.view(kv_heads, batch, group, len(queries), end)
         if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        yield scores.masked_fill_(_hidden(queries, segments, q.device), -inf)
+            scores.div_(softcap).tanh_().mul_(softcap).add_(hidden.view(group, len(queries), end))
+        if segments is not None:
+            first = segments.first[:, start:end:stride]
+            earlier = torch.arange(end, device=q.device) < first.unsqueeze(-1)
+            scores.masked_fill_(earlier.unsqueeze(1), -inf)
+        yield scores
 
 
 @functools.lru_cache(maxsize=2)
 def _causal_bias(start: int, stop: int, stride: int, group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[G * Q, C], -inf where queries do not see a key; made once for all blocks."""
-    hidden = _hidden(range(start, stop, stride), None, device)
-    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -inf).repeat(group, 1)
-
-
-def _hidden(queries: range, segments: Segments | None, device: torch.device) -> Tensor:
-    """Which keys these queries do not see, [Q, C], with segments [B, 1, Q, C]."""
-    keys = torch.arange(queries[-1] + 1, device=device)
-    hidden = keys > torch.arange(queries.start, queries.stop, queries.step, device=device).unsqueeze(1)
-    if segments is None:
-        return hidden
-    first = segments.first[:, queries.start : queries[-1] + 1 : queries.step]
-    return (hidden | (keys < first.unsqueeze(-1)))[:, None]
+    """[G * Q, C], -inf where queries do not see a key that comes after them; made once for all blocks."""
+    queries = torch.arange(start, stop, stride, device=device)
+    later = torch.arange(stop, device=device) > queries.unsqueeze(1)
+    return torch.zeros(later.shape, dtype=dtype, device=device).masked_fill_(later, -inf).repeat(group, 1)

@@ -22,6 +22,7 @@ from megaresnorm.model.topology import SUBLAYERS
 from megaresnorm.parallel.collectives import all_reduce
 from megaresnorm.recompute import is_running_again
 from megaresnorm.telemetry.depth.rows import SampledRows, angles_of
+from megaresnorm.telemetry.depth.scratch import Scratch
 from megaresnorm.telemetry.wrapped import Wrapped
 
 PIECE = 1 << 16  # elements whose products may be added in FP32 on a CPU: the error is below 1e-6
@@ -68,7 +69,7 @@ class StreamSums:
         self._factors, self._alphas = [1.0] * sites, [1.0] * (num_blocks + 1)
         self._found: list[tuple[int, Tensor]] = []  # (place among moments, a sum), not yet added to them
         self._squares: list[tuple[int, Tensor]] = []  # (block, squares of a gradient), likewise
-        self._sampled = SampledRows(self._layout, self._device)
+        self._sampled, self._scratch = SampledRows(self._layout, self._device), Scratch(self._device)
         self._entered: dict[int, Tensor] = {}  # the trunk at the input of a block that is under way
         self._rows: dict[int, list[Tensor]] = {number: [] for number, _ in blocks_of(assembled)}
 
@@ -186,7 +187,7 @@ class StreamSums:
             self._entered[block] = x
         added, self._factors[site] = contribution(residual, x, y, masks)
         trunk, c = x.to(added.dtype).reshape(-1), added.reshape(-1)
-        square, first = trunk * trunk, 4 * site
+        square, first = torch.mul(trunk, trunk, out=self._scratch("square", trunk.shape, trunk.dtype)), 4 * site
         self._elements[site] += x.numel()
         self._found += [
             (first + X2, product(trunk, trunk)), (first + X4, product(square, square)),
@@ -198,15 +199,20 @@ class StreamSums:
     def _see_rows(self, site: int, residual: Residual, stream: Stream, added: Tensor) -> None:
         """What the angle between a block's input and output is made of; a pending add is rounded as it will be."""
         block, rows = site // len(SUBLAYERS), self._sampled.rows
-        a, b = self._entered.pop(block).index_select(0, rows), stream.x.index_select(0, rows)
+        a, b = self._chosen("a", self._entered.pop(block), rows), self._chosen("b", stream.x, rows)
         if stream.delta is not None:
-            c = added.index_select(0, rows)
+            c = self._chosen("c", added, rows)
             c = c.mul_(self._factors[site]).add_(b, alpha=stream.alpha)
             b = c.to(residual.add_norm.residual_dtype)
         a = a.to(added.dtype)
-        e = b - a
-        dot = torch.linalg.vecdot
-        self._rows[block].append(torch.stack((dot(a, a), dot(a, e), dot(e, e))))
+        e = torch.sub(b, a, out=self._scratch("e", a.shape, a.dtype))
+        sums, dot = a.new_empty(3, len(rows)), torch.linalg.vecdot
+        for number, pair in enumerate(((a, a), (a, e), (e, e))):
+            dot(*pair, out=sums[number])
+        self._rows[block].append(sums)
+
+    def _chosen(self, name: str, x: Tensor, rows: Tensor) -> Tensor:
+        return torch.index_select(x, 0, rows, out=self._scratch(name, (len(rows), x.shape[1]), x.dtype))
 
     @torch.no_grad()
     def _see_end(self, x: Tensor) -> None:

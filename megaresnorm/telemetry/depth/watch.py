@@ -18,7 +18,7 @@ from megaresnorm.parallel.collectives import all_reduce, largest
 from megaresnorm.parallel.mesh import ParallelContext
 from megaresnorm.recipe import ModelRecipe
 from megaresnorm.telemetry.depth.figures import DepthFigures, figures_of
-from megaresnorm.telemetry.depth.scores import LargestScores, wrap_attention
+from megaresnorm.telemetry.depth.scores import AttentionWatch, LargestScores
 from megaresnorm.telemetry.depth.streams import StreamSums, StreamTotals
 from megaresnorm.telemetry.depth.tensors import TensorNorms, places, tensor_sums
 from megaresnorm.telemetry.wrapped import Wrapped
@@ -76,7 +76,7 @@ class DepthWatch:
         scale = 1.0 if self._norms is None else self._norms.loss_scale
         with Wrapped() as wrapped:
             streams.wrap(wrapped)
-            wrap_attention(wrapped, self._assembled, scores.see)
+            AttentionWatch(self._assembled, scores.see).wrap(wrapped)
             if self._norms is None:
                 yield
             else:
