@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from megaresnorm.engines.engine import Engine
+from megaresnorm.engines.garbage import no_garbage_collection
 from megaresnorm.engines.step_vector import gradient_norms, own_shares
 from megaresnorm.optim import AdamW, Gradient, Settings, settings_of
 from megaresnorm.recipe import OptimRecipe
 from megaresnorm.telemetry.wrapped import Wrapped
 
 # Elements whose updates are in memory at a time, four times over: on a CPU in its caches, on a GPU enough to be fast.
-CPU_PIECE, GPU_PIECE = 1 << 16, 1 << 22
+CPU_PIECE, GPU_PIECE = 1 << 18, 1 << 22
 
 
 class _Chunk(NamedTuple):
@@ -62,9 +63,12 @@ class TensorNorms:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Measure the gradients of the step that is made within, unclipped, after every reduction."""
+        """Measure the gradients of the step that is made within, unclipped, after every reduction.
+
+        Nothing that watches is in a cycle, but it is many small objects: Python does not look for cycles meanwhile.
+        """
         self._gradients, self._updates = None, self._policy.updates
-        with Wrapped() as wrapped:
+        with no_garbage_collection(), Wrapped() as wrapped:
             wrapped.method(self._policy, "sum_up", self._around)
             yield
 

@@ -247,3 +247,15 @@ def test_a_refused_step_has_no_update():
     )
     assert watch.figures.by_block["gradient_norm"] == [None] * BLOCKS
     assert all(number is not None for number in watch.figures.by_sublayer["stream_rms"])
+
+
+def test_weights_that_start_at_zero_have_no_relative_update():
+    recipe = recipe_of("rezero")
+    engine, parts = NativeEngine(recipe), batch()
+    watch = DepthWatch(recipe.model, engine.assembled, TensorNorms(engine, recipe.optim))
+    found = []
+    for _ in range(2):
+        with watch.watching(LR):
+            engine.step(parts, LR)
+        found.append(watch.figures.by_block["update_ratio/other"])
+    assert found[0] == [None] * BLOCKS and all(0.1 < ratio < 10 for ratio in found[1])

@@ -13,6 +13,7 @@ from megaresnorm.telemetry.depth.tensors import CLASSES, GRADIENT, OUTER, UPDATE
 Numbers = list[float | None]
 # A sub-layer whose branch adds less than a hundredth of its trunk turns the stream by at most 0.6 degrees.
 ABOVE = 0.01
+FROM_ZERO = 1e6  # times what was there: weights before the step that are found from those after it were 0 but for rounding
 
 
 @dataclass(frozen=True)
@@ -156,4 +157,4 @@ def _tensors(
 
 def _update(row: list[float]) -> float | None:
     ratio = quotient(row[UPDATE], row[WEIGHT])
-    return None if ratio is None else root(ratio)
+    return None if ratio is None or ratio > FROM_ZERO**2 else root(ratio)

@@ -88,22 +88,24 @@ class AttentionWatch:
 
 
 class LargestScores:
-    """The largest score of each block in a step.
-
-    Attributes:
-        largest: [num_blocks] FP64; -inf where there was none.
-    """
+    """The largest score of each block in a step."""
 
     def __init__(self, num_blocks: int, device: torch.device) -> None:
-        self.largest = torch.full((num_blocks,), -inf, device=device, dtype=torch.float64)
-        self._scratch = Scratch(device)
+        self._num_blocks, self._device, self._scratch = num_blocks, device, Scratch(device)
+        self._found: list[tuple[int, Tensor]] = []
 
     @torch.no_grad()
     def see(self, block: int, q: Tensor, k: Tensor, options: Mapping[str, Any]) -> None:
         """Take note of the scores of a pass: over its heads and all pairs that attention allows, before a softcap."""
-        here = self.largest[block]
-        for scores in _scores(q, k, options, self._scratch):
-            here.fill_(torch.maximum(here, scores.amax()))
+        self._found += [(block, scores.amax()) for scores in _scores(q, k, options, self._scratch)]
+
+    def largest(self) -> Tensor:
+        """[num_blocks] FP64; -inf where there was none."""
+        largest = torch.full((self._num_blocks,), -inf, dtype=torch.float64, device=self._device)
+        if self._found:
+            blocks, found = zip(*self._found, strict=True)
+            largest.index_reduce_(0, torch.tensor(blocks, device=self._device), torch.stack(found).double(), "amax")
+        return largest
 
 
 class Entropies:

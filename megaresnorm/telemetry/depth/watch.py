@@ -6,7 +6,7 @@ there is no word of it in the model. Nothing is sent before the step is over, bu
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -71,22 +71,19 @@ class DepthWatch:
             one number a block an all-gather over model_shards, one over dp_replicate and one over pp.
         """
         self.figures = None
-        streams = StreamSums(self._assembled, self._recipe.num_blocks)
-        scores = LargestScores(self._recipe.num_blocks, self._assembled.device)
-        scale = 1.0 if self._norms is None else self._norms.loss_scale
-        with Wrapped() as wrapped:
-            streams.wrap(wrapped)
-            AttentionWatch(self._assembled, scores.see).wrap(wrapped)
-            if self._norms is None:
+        num_blocks, scale = self._recipe.num_blocks, 1.0 if self._norms is None else self._norms.loss_scale
+        with nullcontext() if self._norms is None else self._norms.watching():
+            streams = StreamSums(self._assembled, num_blocks)
+            scores = LargestScores(num_blocks, self._assembled.device)
+            with Wrapped() as wrapped:
+                streams.wrap(wrapped)
+                AttentionWatch(self._assembled, scores.see).wrap(wrapped)
                 yield
-            else:
-                with self._norms.watching():
-                    yield
-        tensors = None
-        if self._norms is not None and self._at is not None:
-            tensors = tensor_sums(self._norms, self._at, self._recipe.num_blocks, lr)
-        totals = _over_ranks(streams.totals(), scores.largest, tensors, self._assembled.context)
-        self.figures = figures_of(self._alphas, *totals, present=self._present, scale=scale)
+            tensors = None
+            if self._norms is not None and self._at is not None:
+                tensors = tensor_sums(self._norms, self._at, num_blocks, lr)
+            totals = _over_ranks(streams.totals(), scores.largest(), tensors, self._assembled.context)
+            self.figures = figures_of(self._alphas, *totals, present=self._present, scale=scale)
 
 
 @torch.no_grad()
