@@ -13,7 +13,8 @@ from megaresnorm.telemetry.depth.tensors import CLASSES, GRADIENT, OUTER, UPDATE
 Numbers = list[float | None]
 # A sub-layer whose branch adds less than a hundredth of its trunk turns the stream by at most 0.6 degrees.
 ABOVE = 0.01
-FROM_ZERO = 1e6  # times what was there: weights before the step that are found from those after it were 0 but for rounding
+# An update so many times its weights is of weights that were 0: what is found of those before it is its rounding.
+FROM_ZERO = 1e6
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class LargestScores:
         largest = torch.full((self._num_blocks,), -inf, dtype=torch.float64, device=self._device)
         if self._found:
             blocks, found = zip(*self._found, strict=True)
-            largest.index_reduce_(0, torch.tensor(blocks, device=self._device), torch.stack(found).double(), "amax")
+            largest.scatter_reduce_(0, torch.tensor(blocks, device=self._device), torch.stack(found).double(), "amax")
         return largest
 
 
