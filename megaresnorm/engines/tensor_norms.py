@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -19,16 +20,20 @@ CPU_PIECE, GPU_PIECE = 1 << 18, 1 << 22
 
 
 class _Chunk(NamedTuple):
-    """Elements of parameters that are updated alike, at most a piece of them.
+    """Elements of parameters that are updated alike, about a piece of them.
 
     Attributes:
         numbers: [n] int64, the parameters.
-        members: [n] of weights, moments and their squares, flat: live memory.
+        bounds: [n], where the elements of each are.
+        members: what makes one flat tensor each of weights, moments and their squares.
+        room: [2, n or more], to compute in.
     """
 
     settings: Settings
     numbers: Tensor
-    members: list[tuple[Tensor, Tensor, Tensor]]
+    bounds: list[tuple[int, int]]
+    members: list[Callable[[], Tensor]]
+    room: Tensor
 
 
 class TensorNorms:
@@ -105,54 +110,83 @@ class TensorNorms:
         if self._policy.updates == self._updates:
             return None
         found = torch.zeros(len(self._updated), 2, dtype=torch.float64, device=self._device)
-        rooms: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         for chunk in self._chunks:
-            average = chunk.members[0][1]
-            if (key := (average.dtype, average.device)) not in rooms:
-                rooms[key] = average.new_empty(4, piece_on(average.device))
-            found.index_add_(0, chunk.numbers, self._squares(chunk, lr, rooms[key]))
+            found.index_add_(0, chunk.numbers, self._squares(chunk, lr))
         return found * self._own.unsqueeze(1)
 
     def _counted(self, tensors: list[Tensor]) -> Tensor:
         return gradient_norms(tensors).to(self._device).square() * self._own
 
     def _make_chunks(self, settings: Sequence[Settings]) -> Iterator[_Chunk]:
+        """Tensors that lie in the same memory come one after the other, as a packed group's do."""
         groups: dict[tuple, list[int]] = {}
         for number, one in enumerate(self._updated):
             if one.weight.numel():
-                groups.setdefault((settings[number], one.weight.device, one.weight.dtype), []).append(number)
-        for (alike, device, _), numbers in groups.items():
+                key = settings[number], one.weight.device, one.weight.dtype, one.weight.untyped_storage().data_ptr()
+                groups.setdefault(key, []).append(number)
+        together: dict[tuple, list[int]] = {}
+        rooms: dict[tuple, Tensor] = {}
+        for key, numbers in groups.items():
+            together.setdefault(key[:-1], []).extend(sorted(numbers, key=self._offset))
+        for (alike, device, _), numbers in together.items():
             sizes = [self._updated[number].weight.numel() for number in numbers]
-            for part in pieces_of(sizes, piece_on(device)):
-                members = [self._members(numbers[index], piece) for index, piece in part]
-                yield _Chunk(alike, torch.tensor([numbers[index] for index, _ in part], device=self._device), members)
+            for part in pieces_of(sizes, CPU_PIECE if device.type == "cpu" else GPU_PIECE):
+                yield self._chunk(alike, [(numbers[index], piece) for index, piece in part], rooms)
 
-    def _members(self, number: int, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        one = self._updated[number]
-        weight, average, square = (t.reshape(-1)[part] for t in (one.weight, *(one.state[k] for k in AdamW.names)))
-        return weight, average, square
+    def _chunk(self, settings: Settings, part: list[tuple[int, slice]], rooms: dict[tuple, Tensor]) -> _Chunk:
+        wholes = [self._updated[number] for number, _ in part]
+        tensors = [[one.weight for one in wholes], *([one.state[key] for one in wholes] for key in AdamW.names)]
+        parts = [[t.reshape(-1)[piece] for t, (_, piece) in zip(each, part, strict=True)] for each in tensors]
+        bounds = bounds_of(parts[0])
+        lies_together = bounds is not None and all(bounds_of(each) == bounds for each in parts[1:])
+        if bounds is None or not lies_together:
+            ends = list(accumulate(map(len, parts[0])))
+            bounds = list(zip([0, *ends], ends, strict=False))
+        average, size = parts[1][0], bounds[-1][1]
+        key = average.dtype, average.device
+        if key not in rooms or rooms[key].shape[1] < size:
+            rooms[key] = average.new_empty(2, size)
+        numbers = torch.tensor([number for number, _ in part], device=self._device)
+        members = [_joined(each, size if lies_together else None) for each in parts]
+        return _Chunk(settings, numbers, bounds, members, rooms[key])
 
-    def _squares(self, chunk: _Chunk, lr: float, room: Tensor) -> Tensor:
-        """[n, 2] FP64 of the update and of the weights before it, computed in ``room`` [4, a piece]."""
-        weights, averages, squares = (list(each) for each in zip(*chunk.members, strict=True))
-        sizes = [len(each) for each in weights]
-        weight, average, square, before = room[:, : sum(sizes)]
-        for parts, whole in ((weights, weight), (averages, average), (squares, square)):
-            torch.cat(parts, out=whole)
+    def _offset(self, number: int) -> int:
+        return int(self._updated[number].weight.storage_offset())
+
+    def _squares(self, chunk: _Chunk, lr: float) -> Tensor:
+        """[n, 2] FP64 of the update and of the weights before it."""
+        weight, average, square = (make() for make in chunk.members)
+        direction, before = chunk.room[:, : len(weight)]
         settings, count = chunk.settings, self._policy.updates
         rate, correction = lr * settings.lr_multiplier, (1 - self._recipe.beta2**count) ** 0.5
         step = rate * correction / (1 - self._recipe.beta1**count)  # of m / (v^1/2 + eps * correction)
-        direction = average.div_(square.sqrt_().add_(settings.eps * correction))
+        torch.sqrt(square, out=direction).add_(settings.eps * correction)
+        torch.div(average, direction, out=direction)
         torch.add(weight, direction, alpha=step, out=before)
         if settings.weight_decay:
             direction.add_(weight, alpha=settings.weight_decay * rate / step if step else 0.0)
-        changed, size = (gradient_norms(each.split(sizes)).to(self._device) for each in (direction, before))
-        return (torch.stack((changed * step, size), 1) / (1 - rate * settings.weight_decay)).square()
+        pieces = [whole[start:stop] for whole in (direction, before) for start, stop in chunk.bounds]
+        norms = gradient_norms(pieces).to(self._device).view(2, -1)
+        norms[0] *= step
+        return (norms / (1 - rate * settings.weight_decay)).square().t()
 
 
-def piece_on(device: torch.device) -> int:
-    """Elements that are updated at a time."""
-    return CPU_PIECE if device.type == "cpu" else GPU_PIECE
+def bounds_of(tensors: Sequence[Tensor]) -> list[tuple[int, int]] | None:
+    """Where flat tensors lie that are one after the other in the same memory, with little between them; else None."""
+    first = tensors[0]
+    starts = [tensor.storage_offset() - first.storage_offset() for tensor in tensors]
+    bounds = [(start, start + len(tensor)) for start, tensor in zip(starts, tensors, strict=True)]
+    memory, total = first.untyped_storage().data_ptr(), sum(map(len, tensors))
+    lie_together = all(tensor.untyped_storage().data_ptr() == memory for tensor in tensors)
+    return bounds if lie_together and starts == sorted(starts) and bounds[-1][1] <= 1.1 * total else None
+
+
+def _joined(tensors: list[Tensor], span: int | None) -> Callable[[], Tensor]:
+    """What makes one tensor of several: a view of ``span`` elements of their memory, or a copy."""
+    if span is None:
+        return lambda: torch.cat(tensors)
+    view = tensors[0].as_strided((span,), (1,))
+    return lambda: view
 
 
 def pieces_of(sizes: Sequence[int], most: int) -> Iterator[list[tuple[int, slice]]]:
