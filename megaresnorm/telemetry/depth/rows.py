@@ -12,6 +12,7 @@ from megaresnorm.model.sequence import SequenceInfo
 from megaresnorm.parallel.layouts import TensorLayout
 
 ROWS = 256  # of a microbatch, at most
+KEPT = 1 << 20  # elements of sampled rows that wait for the next blocks', so that many angles are a few operations
 
 
 class SampledRows:
@@ -62,3 +63,37 @@ def angles_of(sums: Tensor) -> Tensor:
     cosine = (aa + ae) / (aa * (aa + 2 * ae + ee)).sqrt()
     angle = torch.atan2((aa * ee - ae.square()).clamp(min=0).sqrt(), aa + ae) / pi
     return torch.stack((cosine.sum(1), angle.sum(1), torch.full_like(cosine[:, 0], sums.shape[2])), 1)
+
+
+class BlockAngles:
+    """What angles between the inputs and outputs of consecutive blocks are made of, for one pass through them.
+
+    Attributes:
+        found: for blocks (first, last + 1) their sums [n, 3, R], see ``angles_of``.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[tuple[int, int, Tensor]] = []
+        self._waiting: list[Tensor] = []
+        self._first = 0
+
+    def enter(self, block: int, rows_RD: Tensor) -> None:
+        """Take the rows at the input of a block, which are those at the output of the block before it."""
+        if not self._waiting:
+            self._first = block
+        self._waiting.append(rows_RD)
+        if len(self._waiting) > 1 and len(self._waiting) * rows_RD.numel() >= KEPT:
+            self._add_up()
+            self._waiting, self._first = [rows_RD], block
+
+    def leave(self, rows_RD: Tensor) -> None:
+        """Take the rows at the output of the last block."""
+        self._waiting.append(rows_RD)
+        self._add_up()
+        self._waiting = []
+
+    def _add_up(self) -> None:
+        rows = torch.stack(self._waiting)
+        a, e = rows[:-1], rows[1:] - rows[:-1]
+        sums = torch.stack([(one * other).sum(-1) for one, other in ((a, a), (a, e), (e, e))], 1)
+        self.found.append((self._first, self._first + len(a), sums))

@@ -21,7 +21,7 @@ from megaresnorm.model.stream import Stream
 from megaresnorm.model.topology import SUBLAYERS
 from megaresnorm.parallel.collectives import all_reduce
 from megaresnorm.recompute import is_running_again
-from megaresnorm.telemetry.depth.rows import SampledRows, angles_of
+from megaresnorm.telemetry.depth.rows import BlockAngles, SampledRows, angles_of
 from megaresnorm.telemetry.depth.scratch import Scratch
 from megaresnorm.telemetry.wrapped import Wrapped
 
@@ -70,8 +70,9 @@ class StreamSums:
         self._found: list[tuple[int, Tensor]] = []  # (place among moments, a sum), not yet added to them
         self._squares: list[tuple[int, Tensor]] = []  # (block, squares of a gradient), likewise
         self._sampled, self._scratch = SampledRows(self._layout, self._device), Scratch(self._device)
-        self._entered: dict[int, Tensor] = {}  # the trunk at the input of a block that is under way
-        self._rows: dict[int, list[Tensor]] = {number: [] for number, _ in blocks_of(assembled)}
+        self._angles_of_pass = BlockAngles()
+        self._rows: dict[tuple[int, int], list[Tensor]] = {}  # of blocks (first, end): sums of all passes
+        self._last = {max(map(int, model.blocks), default=-1) for model in assembled.models.values()}
 
     def wrap(self, wrapped: Wrapped) -> None:
         """Begin to watch."""
@@ -105,7 +106,8 @@ class StreamSums:
         """Of what has been seen. Collective under ``columns``.
 
         Communication:
-            Under ``columns`` one all-reduce of three numbers FP64 for each block and sampled row over tp.
+            Under ``columns`` three numbers for each block and sampled row are summed over tp, in an all-reduce for each
+            few blocks.
         """
         self._add_up()
         self._gradients.index_add_(0, *_stacked(self._squares, self._device))
@@ -127,8 +129,11 @@ class StreamSums:
     def _around_blocks(self, run_blocks: Callable) -> Callable:
         def watched(stream: Stream, rows: SequenceInfo, masks: DropoutMasks | None = None) -> Stream:
             self._sampled.begin(rows)
+            self._angles_of_pass = BlockAngles()
             stream = run_blocks(stream, rows, masks)
             self._add_up()
+            for first, end, sums in self._angles_of_pass.found:
+                self._rows.setdefault((first, end), []).append(sums)
             return stream
 
         return watched
@@ -161,7 +166,8 @@ class StreamSums:
                 if residual.leaves_pending and residual.token_gate is None:
                     x = x.view_as(x)  # which the add alone reads, see _watch_gradient; no sum gets another order
                 stream = close(x, y, masks)
-                self._see_rows(site, residual, stream, added)
+                if site // len(SUBLAYERS) in self._last:
+                    self._see_rows(site, residual, stream, added)
                 return stream
 
             return watched
@@ -184,7 +190,7 @@ class StreamSums:
     def _see(self, site: int, residual: Residual, x: Tensor, y: Tensor, masks: DropoutMasks | None) -> Tensor:
         block, place = divmod(site, len(SUBLAYERS))
         if place == 0:
-            self._entered[block] = x
+            self._angles_of_pass.enter(block, self._rows_of(x))
         added, self._factors[site] = contribution(residual, x, y, masks)
         trunk, c = x.to(added.dtype).reshape(-1), added.reshape(-1)
         square, first = torch.mul(trunk, trunk, out=self._scratch("square", trunk.shape, trunk.dtype)), 4 * site
@@ -197,22 +203,16 @@ class StreamSums:
 
     @torch.no_grad()
     def _see_rows(self, site: int, residual: Residual, stream: Stream, added: Tensor) -> None:
-        """What the angle between a block's input and output is made of; a pending add is rounded as it will be."""
-        block, rows = site // len(SUBLAYERS), self._sampled.rows
-        a, b = self._chosen("a", self._entered.pop(block), rows), self._chosen("b", stream.x, rows)
+        """Those at the output of this rank's last block; a pending add is rounded as it will be."""
+        rows = self._rows_of(stream.x)
         if stream.delta is not None:
-            c = self._chosen("c", added, rows)
-            c = c.mul_(self._factors[site]).add_(b, alpha=stream.alpha)
-            b = c.to(residual.add_norm.residual_dtype)
-        a = a.to(added.dtype)
-        e = torch.sub(b, a, out=self._scratch("e", a.shape, a.dtype))
-        sums, dot = a.new_empty(3, len(rows)), torch.linalg.vecdot
-        for number, pair in enumerate(((a, a), (a, e), (e, e))):
-            dot(*pair, out=sums[number])
-        self._rows[block].append(sums)
+            c = added.index_select(0, self._sampled.rows).mul_(self._factors[site])
+            stored = c.add_(rows, alpha=stream.alpha).to(residual.add_norm.residual_dtype)
+            rows = stored.to(rows.dtype)
+        self._angles_of_pass.leave(rows)
 
-    def _chosen(self, name: str, x: Tensor, rows: Tensor) -> Tensor:
-        return torch.index_select(x, 0, rows, out=self._scratch(name, (len(rows), x.shape[1]), x.dtype))
+    def _rows_of(self, x: Tensor) -> Tensor:
+        return x.index_select(0, self._sampled.rows).to(torch.promote_types(x.dtype, torch.float32))
 
     @torch.no_grad()
     def _see_end(self, x: Tensor) -> None:
@@ -242,14 +242,13 @@ class StreamSums:
 
     def _angles(self) -> Tensor:
         found = torch.zeros(self._num_blocks, 3, dtype=torch.float64, device=self._device)
-        numbers = [number for number, sums in self._rows.items() if sums]
-        if numbers:
-            sums = torch.stack([torch.cat(self._rows[number], 1) for number in numbers])
-            by_columns = self._layout.name == "columns" and self._layout.axis.size > 1
+        by_columns = self._layout.name == "columns" and self._layout.axis.size > 1
+        for (first, end), parts in sorted(self._rows.items()):
+            sums = torch.cat(parts, 2)
             if by_columns:
                 sums = all_reduce(sums, self._layout.axis)
             if not by_columns or self._layout.axis.rank == 0:
-                found[numbers] = angles_of(sums)
+                found[first:end] += angles_of(sums)
         return found
 
 
