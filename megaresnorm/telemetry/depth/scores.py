@@ -148,7 +148,8 @@ def _scores(
     for start in range(0, seq, count):
         queries = range(seq)[start : start + count : stride]
         end = queries[-1] + 1
-        part = q[:, :, start:end:stride].to(wide).view(kv_heads, group, batch, len(queries), width).transpose(1, 2)
+        part = q if len(queries) == seq else q[:, :, start:end:stride]
+        part = part.to(wide).view(kv_heads, group, batch, len(queries), width).transpose(1, 2)
         part = part.reshape(kv_heads * batch, -1, width)
         hidden = _causal_bias(start, end, stride, group, wide, q.device)
         out = scratch("scores", (kv_heads * batch, group * len(queries), end), wide)

@@ -230,7 +230,6 @@ class StreamSums:
         if watched.requires_grad:
             watched.register_hook(lambda gradient: self._see_gradient(block, gradient))
 
-    @torch.no_grad()
     def _see_gradient(self, block: int, gradient: Tensor) -> None:
         flat = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).reshape(-1)
         self._squares.append((block, product(flat, flat)))
@@ -260,18 +259,17 @@ def _stacked(found: list[tuple[int, Tensor]], device: torch.device) -> tuple[Ten
     return torch.tensor(places, device=device), torch.stack(sums).double()
 
 
-@torch.no_grad()
 def contribution(residual: Residual, x: Tensor, y: Tensor, masks: DropoutMasks | None) -> tuple[Tensor, float]:
     """What a connection adds to alpha x, in FP32 or wider, as a tensor and a number to multiply it by.
 
     It is gate * dropout(norm_branch(y)); of a token gate what the gate has made, T (F(u) - x). A constant gate without
-    norm and dropout makes no tensor.
+    norm and dropout makes no tensor. To be called where nothing is differentiated.
 
     Communication:
         None, but under ``columns`` that of a norm for norm_branch, whose statistics are those of whole rows.
     """
     stream, norm = residual.pending(x, y, masks), residual.fused_branch_norm
-    added = y.detach().to(torch.promote_types(y.dtype, torch.float32))
+    added = y.to(torch.promote_types(y.dtype, torch.float32))
     if norm is not None:
         added = residual.add_norm.normalize(added, norm)
     if stream.dropout is not None:
