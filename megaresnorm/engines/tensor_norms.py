@@ -174,7 +174,7 @@ class TensorNorms:
 def bounds_of(tensors: Sequence[Tensor]) -> list[tuple[int, int]] | None:
     """Where flat tensors lie that are one after the other in the same memory, with little between them; else None."""
     first = tensors[0]
-    starts = [tensor.storage_offset() - first.storage_offset() for tensor in tensors]
+    starts = [int(tensor.storage_offset() - first.storage_offset()) for tensor in tensors]
     bounds = [(start, start + len(tensor)) for start, tensor in zip(starts, tensors, strict=True)]
     memory, total = first.untyped_storage().data_ptr(), sum(map(len, tensors))
     lie_together = all(tensor.untyped_storage().data_ptr() == memory for tensor in tensors)
