@@ -259,3 +259,24 @@ def test_weights_that_start_at_zero_have_no_relative_update():
             engine.step(parts, LR)
         found.append(watch.figures.by_block["update_ratio/other"])
     assert found[0] == [None] * BLOCKS and all(0.1 < ratio < 10 for ratio in found[1])
+
+
+def test_updates_of_bf16_weights_are_those_before_rounding():
+    """Of AdamW's moments and the weights before the step; rounding at random moves a weight by far more."""
+    recipe = recipe_of("pre", precision={"compute": "bf16", "weights": "bf16"}, optim={"weight_decay": 0.1})
+    engine = NativeEngine(recipe)
+    engine.step(batch(), 1e-4)
+    before = {one.name: one.weight.double().clone() for one in engine.updated()}
+    watch = DepthWatch(recipe.model, engine.assembled, TensorNorms(engine, recipe.optim))
+    with watch.watching(1e-4):
+        engine.step(batch(), 1e-4)
+    beta1, beta2, squares = recipe.optim.beta1, recipe.optim.beta2, [0.0, 0.0]
+    for one in engine.updated():
+        if one.name.startswith("blocks.1.") and kind_of(one.name) == "ffn_in":
+            assert one.weight.dtype == torch.bfloat16
+            m, v = (one.state[key].double() for key in ("exp_avg", "exp_avg_sq"))
+            direction = m / (1 - beta1**2) / ((v / (1 - beta2**2)).sqrt() + recipe.optim.eps)
+            update = 1e-4 * (direction + 0.1 * before[one.name])
+            squares = [a + t.pow(2).sum().item() for a, t in zip(squares, (update, before[one.name]), strict=True)]
+    wanted = sqrt(squares[0] / squares[1])
+    assert watch.figures.by_block["update_ratio/ffn_in"][1] == pytest.approx(wanted, rel=1e-3)
