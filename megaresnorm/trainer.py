@@ -11,6 +11,7 @@ import time
 from math import isfinite
 
 from megaresnorm.data.samples import unigram_entropy
+from megaresnorm.engines.depth import depth_of
 from megaresnorm.engines.engine import StepStats
 from megaresnorm.errors import ConfigError, NonFiniteError
 from megaresnorm.profiling.window import Profiler
@@ -26,7 +27,7 @@ from megaresnorm.telemetry.log import (
     skipped_line,
     step_line,
 )
-from megaresnorm.telemetry.metrics import MetricsWriter
+from megaresnorm.telemetry.metrics import DEPTH, NUMBERS, MetricsWriter
 from megaresnorm.telemetry.numbers import Numbers
 from megaresnorm.telemetry.summary import RunSummary
 from megaresnorm.telemetry.throughput import Meter
@@ -62,6 +63,7 @@ class Trainer:
         self.meter = Meter.of(run.recipe, run.context.world.size, run.device)
         self.numbers = Numbers(run.recipe, run.engine.assembled, run.engine.tensors["weights"])
         self.profiler = profiler or Profiler(run, run.recipe.train.profile, run.output / "profile", "train.profile")
+        self.depth = depth_of(run.recipe, run.engine, run.samples)
         self._stop: StopSignals | None = None
         self._asked_to_stop = False
         self._warned_of_no_labels = False
@@ -115,7 +117,7 @@ class Trainer:
                 if self._due(train.eval_every) and not run.is_finished and (evaluation := run.evaluate()) is not None:
                     record |= evaluation.metrics()
                 if metrics is not None:
-                    metrics.write(run.steps_done, record, self.numbers.record)
+                    metrics.write(run.steps_done, record, self._records())
                 if (self._due(train.log_every) or "valid_loss" in record) and not run.is_finished:
                     log.info(step_line(run.steps_done, train.steps, record | self.meter.mean()))
                 if saves := self._due(run.recipe.checkpoint.every):
@@ -133,12 +135,14 @@ class Trainer:
             NonFiniteError: ``train.max_skipped_steps`` were refused in a row.
         """
         with self.profiler.seen_in(self.run.steps_done + 1):
-            return self._step()
+            record = self._step()
+        self.depth.probe(self.run.steps_done)
+        return record | self.numbers.worst | self.depth.metrics
 
     def _step(self) -> dict[str, float | None]:
         run, start, samples = self.run, time.perf_counter(), self.run.samples_done
         lr, batch = learning_rate(run.steps_done, run.recipe), run.next_batch()
-        with self.numbers.seen_in(run.steps_done + 1):
+        with self.numbers.seen_in(run.steps_done + 1), self.depth.seen_in(run.steps_done + 1, lr):
             stats = run.engine.step(batch, lr, lambda: self._stop is not None and self._stop.exit_code != 0)
         self._asked_to_stop = stats.stop
         self._judge(stats)
@@ -161,8 +165,12 @@ class Trainer:
         if stats.loss_scale is not None:
             record |= {"loss_scale": stats.loss_scale, "skipped": stats.skipped}
         seconds = time.perf_counter() - start
-        record |= self.numbers.worst
         return record | self.meter.step(stats.tokens, (run.samples_done - samples) * seq_len, seconds)
+
+    def _records(self) -> dict[str, list[dict]]:
+        """What there is of the last step beside its metrics, by file."""
+        numbers = [] if self.numbers.record is None else [self.numbers.record]
+        return {name: lines for name, lines in ((NUMBERS, numbers), (DEPTH, self.depth.records)) if lines}
 
     def _judge(self, stats: StepStats) -> None:
         """Count refused steps: the engine refuses one that would put NaN or Inf into the weights.

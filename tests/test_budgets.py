@@ -31,9 +31,11 @@ READ_FIRST_FILES, READ_FIRST_LINES = 12, 2_200
 # and Transformer Engine; FP8 that norms write, and a quantize op in Triton. From 16,150 and 22,900: what the
 # variables of six launchers say, addresses of both families, logs and first errors of ranks, time-outs as settings; one
 # front for ssh, Slurm, Kubernetes, DeepSpeed's launcher and mpirun, with what it refuses. From 16,850 and 24,850:
-# DeepSpeed's ZeRO as an engine, its update on the host, and extensions in C++ that no killed process holds up. All,
-# from 26,900: a run, or several, as one page: what they record is read, drawn, explained and laid out.
-TRAINING_PATH, ALL = 18_600, 28_400
+# DeepSpeed's ZeRO as an engine, its update on the host, and extensions in C++ that no killed process holds up. From
+# 18,600 and 26,900: what depth does to a model in training, summed up beside its steps, probed between them, the same
+# in any layout, recorded and warned of; a run, or several, as one page, read, drawn, explained and laid out; where the
+# time and memory of a step go, by block and rank, marked from outside, told and compared.
+TRAINING_PATH, ALL = 19_400, 30_300
 FILE, FUNCTION, NINE_TENTHS = 350, 60, 25  # lines of a file; of a function, its docstring left out
 LINE = 120
 

@@ -87,8 +87,9 @@ def depth(
     """Measure what depth does to topologies.
 
     --probe measures models at several depths at initialisation and after one step: RMS of the stream, ratio of the
-    gradients before the first and after the last block, and the model update ||dF|| of one SGD step (per unit of
-    learning rate) and one AdamW step (lr 1e-3). FP64, random tokens, medians over seeds.
+    gradients before the first and after the last block, the mean angle between a block's input and output, how many
+    sub-layers do the work, and the model update ||dF|| of one SGD step (per unit of learning rate) and one AdamW step
+    (lr 1e-3). FP64, random tokens, medians over seeds.
 
     --train trains every topology at every depth with every seed on the same data and writes loss curves and a table.
     Runs that are done are kept, one that was interrupted goes on. With --max-lr the learning rate rises linearly from
@@ -153,11 +154,14 @@ def _probe_table(rows: list[dict]) -> Table:
 
     table = Table(title="at initialisation and after one step (medians over seeds)")
     table.add_column("topology", no_wrap=True, min_width=12)
-    for heading in ("blocks", "stream RMS", "gradient ratio", "SGD ||dF||/lr", "AdamW ||dF||"):
+    measures = {
+        "stream_rms": "stream RMS", "gradient_ratio": "gradient ratio", "angular_distance": "angle/pi",
+        "effective_depth": "eff. depth", "sgd_update": "SGD ||dF||/lr", "adam_update": "AdamW ||dF||",
+    }  # fmt: skip
+    for heading in ("blocks", *measures.values()):
         table.add_column(heading, justify="right")
     for row in rows:
-        values = (row["stream_rms"], row["gradient_ratio"], row["sgd_update"], row["adam_update"])
-        table.add_row(row["topology"], str(row["num_blocks"]), *(f"{v:.3g}" for v in values))
+        table.add_row(row["topology"], str(row["num_blocks"]), *(f"{row[name]:.3g}" for name in measures))
     return table
 
 

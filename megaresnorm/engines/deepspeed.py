@@ -8,7 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import EngineState
 from megaresnorm.data.loader import StepBatch
 from megaresnorm.engines.deepspeed_config import deepspeed_config
-from megaresnorm.engines.engine import StepStats
+from megaresnorm.engines.engine import StepStats, Updated
 from megaresnorm.engines.extensions import load_extension
 from megaresnorm.engines.garbage import no_garbage_collection
 from megaresnorm.engines.low_precision import LowPrecision
@@ -89,8 +89,8 @@ class DeepSpeedEngine:
         replicas = Axis("dp") if self._stage else context.dp
         self.policy = StepPolicy(recipe, assembled, replicas=replicas, shards=shards)
         self._placements = [GradientPlacement(assembled.table[name].split is not None) for name in self._parameters]
-        partial = [name for name in self._parameters if assembled.table[name].partial]
-        self._partial = partial if context.tp.size > 1 else []
+        summed = [name for name in self._parameters if assembled.table[name].partial]
+        self._partial = summed if context.tp.size > 1 else []
 
     def _make_optimizer(self, recipe: Recipe, deepspeed: Any) -> ZeroOptimizer:
         table = self.assembled.table
@@ -152,9 +152,9 @@ class DeepSpeedEngine:
             torch.cuda.synchronize(self.assembled.device)
         tensors = {name: self._partitions.gradient(name) for name in self._parameters}
         if self._partial:
-            partial = [tensors[name] for name in self._partial]
-            summed = all_reduce(torch.cat(partial).to(self.assembled.device), self.context.tp).to(partial[0].device)
-            torch._foreach_copy_(partial, list(summed.split([len(each) for each in partial])))
+            parts = [tensors[name] for name in self._partial]
+            summed = all_reduce(torch.cat(parts).to(self.assembled.device), self.context.tp).to(parts[0].device)
+            torch._foreach_copy_(parts, list(summed.split([len(each) for each in parts])))
         factor = self.context.dp.size / self.policy.factor  # DeepSpeed divides by the ranks of dp
         if factor != 1.0:
             torch._foreach_mul_(list(tensors.values()), factor)
@@ -198,6 +198,15 @@ class DeepSpeedEngine:
                 slices = flat.of(piece.of(state)) if self._stage else whole.of(state)
                 groups["optimizer"][f"{key}.{name}"] = slices
         return groups | self.policy.tensors()
+
+    def updated(self) -> list[Updated]:
+        """See ``Engine``."""
+        found = []
+        for name, at in zip(self._parameters, self._placements, strict=True):
+            piece = self._partitions.pieces[name]
+            state = {key: piece.of(one) for key, one in self._optimizer.state_of(piece.master).items()}
+            found.append(Updated(name, piece.of(piece.master), state, partial(self._partitions.gradient, name), at))
+        return found
 
     def load(self, checkpoint: Checkpoint, state: EngineState) -> None:
         """See ``Engine``."""

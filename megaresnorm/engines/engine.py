@@ -1,8 +1,10 @@
 """The interface between an engine and the training loop: one optimizer step, evaluation, and the engine's state."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from torch import Tensor
 
 from megaresnorm.assemble import Assembled
 from megaresnorm.checkpoint.format import TensorSlices
@@ -11,7 +13,7 @@ from megaresnorm.checkpoint.state import EngineState
 from megaresnorm.data.loader import StepBatch
 from megaresnorm.engines.passes import Passes
 from megaresnorm.model.transformer import Transformer
-from megaresnorm.optim import Gradient
+from megaresnorm.optim import Gradient, GradientPlacement
 
 if TYPE_CHECKING:
     from megaresnorm.engines.step_policy import StepPolicy, Totals
@@ -43,6 +45,24 @@ class StepStats:
     loss_scale: float | None = None
     lowered_to: float | None = None
     skipped: int = 0
+
+
+class Updated(NamedTuple):
+    """What a rank updates of one parameter.
+
+    Attributes:
+        name: global.
+        weight: its elements: live memory.
+        state: the optimizer's for them, by name.
+        gradient: returns their reduced gradient, which there is from the end of backward until the update.
+        placement: of the gradient.
+    """
+
+    name: str
+    weight: Tensor
+    state: Mapping[str, Tensor]
+    gradient: Callable[[], Tensor]
+    placement: GradientPlacement
 
 
 class Engine(Protocol):
@@ -83,6 +103,9 @@ class Engine(Protocol):
 
         The groups are weights, optimizer, and clipper where each tensor is clipped against its own history.
         """
+
+    def updated(self) -> Sequence[Updated]:
+        """What this rank updates of each of its parameters. Not collective."""
 
     def step(self, batch: StepBatch, lr: float, stop: Callable[[], bool] = lambda: False) -> StepStats:
         """Make one optimizer step, or refuse it.

@@ -1,7 +1,7 @@
 """The native engine: plain PyTorch, one optimizer step at a time, on however many ranks."""
 
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from megaresnorm.checkpoint.format import TensorSlices
 from megaresnorm.checkpoint.reader import Checkpoint
 from megaresnorm.checkpoint.state import EngineState
 from megaresnorm.data.loader import Batch, StepBatch
-from megaresnorm.engines.engine import StepStats
+from megaresnorm.engines.engine import StepStats, Updated
 from megaresnorm.engines.garbage import no_garbage_collection
 from megaresnorm.engines.graphs import MicrobatchGraph, Recorder
 from megaresnorm.engines.low_precision import LowPrecision
@@ -65,11 +65,15 @@ class NativeEngine:
         tied = self._parameters.get("embedding.weight") if recipe.model.tied_embeddings else None
         at = {n: GradientPlacement(table[n].split is not None, n in assembled.copies) for n in self._parameters}
         rounded = rounded_weights(assembled, recipe.train.seed)
+        self._placements = at
         self._optimizer = Optimizer(self._parameters, table, recipe.optim, at, rounded)
-        partial = (p for name, p in self._parameters.items() if table[name].partial)
-        self.reductions = reductions(partial, tied, tp=context.tp, embedding=context.embedding)
+        summed = (p for name, p in self._parameters.items() if table[name].partial)
+        self.reductions = reductions(summed, tied, tp=context.tp, embedding=context.embedding)
         self.policy = StepPolicy(recipe, assembled, replicas=context.dp_replicate, shards=context.model_shards)
-        self.pipeline = self._make_pipeline(recipe) if context.pp.size > 1 else None
+        staged = context.pp.size > 1
+        self.pipeline = self._make_pipeline(recipe, self.modules) if staged else None
+        # DDP expects a gradient of every parameter, which not every path has.
+        self._bare_pipeline = self._make_pipeline(recipe, assembled.models) if staged else None
         self._graph: MicrobatchGraph | None = None
         if assembled.compiled == "cuda_graphs":
             self.record_microbatches()
@@ -91,12 +95,12 @@ class NativeEngine:
             return model
         return replicate_model(model, self.context.dp) if self.context.dp_replicate.size > 1 else model
 
-    def _make_pipeline(self, recipe: Recipe) -> "Pipeline":
+    def _make_pipeline(self, recipe: Recipe, modules: Mapping[int, nn.Module]) -> "Pipeline":
         from megaresnorm.parallel.pipeline import Pipeline  # a second's imports, for runs with stages alone
 
         (model, *_) = self.assembled.models.values()
         return Pipeline(
-            self.modules,
+            dict(modules),
             recipe.parallel.num_stages,
             self.context.pp,
             recipe.parallel.pipeline,
@@ -167,12 +171,37 @@ class NativeEngine:
             One all-reduce of 32 bytes over all ranks, beside what forward passes send.
         """
         if self.pipeline is not None:
-            loss = self._run_pipeline(batch, None)
+            loss = self._run_pipeline(batch, None, self.pipeline)
         else:
             loss = self.passes.no_loss()
             for part in batch.microbatches:
                 loss += self.passes.evaluate(self.model, part)
         return self.policy.mean_loss(loss, batch)
+
+    def probe(self, batch: Batch, *, backward: bool = False) -> None:
+        """Run a batch through the model without dropout and leave nothing behind: for what watches it. Collective.
+
+        Between steps: all ranks of dp get the same batch, and no weight, moment or count changes. A pipeline runs as
+        many copies of the batch as its schedule needs, of which the first alone has labels.
+
+        Args:
+            backward: whether the mean loss is differentiated as well, times ``policy.factor``. The gradients of the
+                parameters are dropped; those that FSDP2 makes are reduced first.
+
+        Communication:
+            What the model and ``Pipeline.run`` send, and FSDP2's reductions (``grad_sync``); nothing over dp else.
+        """
+        whole = StepBatch.of([batch], self.stack)
+        scale = self.policy.factor / max(whole.num_valid, 1) if backward else None
+        if self._bare_pipeline is not None:
+            self._run_pipeline(whole, scale, self._bare_pipeline, drops=False)
+        else:
+            with torch.set_grad_enabled(backward), grad_sync(self.model, last=True, sharded=self._shards_gradients):
+                objective = self.model(batch.tokens, **self.passes.options(batch, scale or 1.0))[1]
+                if backward:
+                    differentiate(objective)
+        if backward:
+            self._optimizer.zero_grad()
 
     def state(self) -> EngineState:
         """See ``Engine``."""
@@ -193,6 +222,14 @@ class NativeEngine:
             for key in self._optimizer.rule.names:
                 groups["optimizer"][f"{key}.{name}"] = place.of(states.get(name, {}).get(key), wide=True)
         return groups | self.policy.tensors() | self.low_precision.tensors()
+
+    def updated(self) -> list[Updated]:
+        """See ``Engine``."""
+        optimizer = self._optimizer
+        return [
+            Updated(n, local(p.detach()), optimizer.state(p), partial(optimizer.gradient, p), self._placements[n])
+            for n, p in self._parameters.items()
+        ]
 
     def load(self, checkpoint: Checkpoint, state: EngineState) -> None:
         """See ``Engine``."""
@@ -224,7 +261,10 @@ class NativeEngine:
         if not tokens:
             return self.passes.no_loss()
         factor = self.policy.factor
-        loss = (self._run_pipeline if self.pipeline else self._accumulate)(batch, factor / tokens)
+        scale = factor / tokens
+        loss = (
+            self._accumulate(batch, scale) if self.pipeline is None else self._run_pipeline(batch, scale, self.pipeline)
+        )
         reduce_gradients(self.reductions)
         self._optimizer.divide_gradients(factor)
         return loss
@@ -245,9 +285,10 @@ class NativeEngine:
         differentiate(objective)
         return nll.detach()
 
-    def _run_pipeline(self, batch: StepBatch, scale: float | None) -> Tensor:
+    def _run_pipeline(
+        self, batch: StepBatch, scale: float | None, pipeline: "Pipeline", *, drops: bool = True
+    ) -> Tensor:
         """Sum of the losses on the last stage, 0 on the others. A ``scale`` of None means forward alone."""
-        assert self.pipeline is not None
         (whole,), total = batch.microbatches, self.passes.no_loss()
 
         def loss(losses: tuple[Tensor, Tensor]) -> Tensor:
@@ -257,11 +298,9 @@ class NativeEngine:
 
         arguments: dict[str, Any] = self.passes.options(whole, 1.0 if scale is None else scale)
         del arguments["labels_BS"]  # which the last stage alone is given
-        arguments["dropout"] = None if scale is None else self.passes.dropout(whole)
+        arguments["dropout"] = self.passes.dropout(whole) if drops and scale is not None else None
         arguments = {name: value for name, value in arguments.items() if value is not None}
-        self.pipeline.run(
-            whole.tokens, whole.labels, batch.num_microbatches, loss, backward=scale is not None, **arguments
-        )
+        pipeline.run(whole.tokens, whole.labels, batch.num_microbatches, loss, backward=scale is not None, **arguments)
         return total
 
     @torch.no_grad()

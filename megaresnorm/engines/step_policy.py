@@ -63,6 +63,7 @@ class StepPolicy:
         shards: axis whose ranks have parts of the same gradients, or for what is whole over tp the same.
 
     Attributes:
+        replicas: axis whose ranks have the same gradients.
         clipper: clips gradients.
         loss_scale: of FP16; None where gradients need none.
         updates: steps that have been applied.
@@ -70,7 +71,7 @@ class StepPolicy:
 
     def __init__(self, recipe: Recipe, assembled: Assembled, *, replicas: Axis, shards: Axis) -> None:
         self._assembled, self._context = assembled, assembled.context
-        self._replicas, self._shards = replicas, shards
+        self.replicas, self._shards = replicas, shards
         self._names = list(assembled.parameters())
         self.clipper = GradientClipper(recipe.optim, len(self._names), assembled.device)
         self.loss_scale = LossScale.of(recipe.precision)
@@ -111,7 +112,7 @@ class StepPolicy:
         """
         norms = gradient_norms([gradient.tensor for gradient in gradients]).to(loss.device) if gradients else None
         if self._own is None and gradients:
-            self._own = own_shares(gradients, self._context.tp, self._replicas, loss.device)
+            self._own = own_shares(gradients, self._context.tp, self.replicas, loss.device)
         squares = None if norms is None or self._own is None else own_squares(norms, self._own)
         following = 0.0 if batch.following is None else batch.following[1]()
         vector = sum_over_ranks(self._context, loss, squares, stops=stops, tokens=following)

@@ -53,7 +53,10 @@ def gradient_norms(gradients: Sequence[Tensor]) -> Tensor:
     NORM_PIECE numbers keep seven digits; their squares are added in FP64, so that the norm does not depend on how
     tensors are packed.
     """
-    pieces = [piece for g in gradients for piece in (g.flatten().split(NORM_PIECE) if g.is_cpu else (g,))]
+    large = [g.is_cpu and g.numel() > NORM_PIECE for g in gradients]
+    pieces = [
+        p for g, cut in zip(gradients, large, strict=True) for p in (g.flatten().split(NORM_PIECE) if cut else (g,))
+    ]
     norms = torch.stack(torch._foreach_norm(pieces)).double()
     if len(pieces) == len(gradients):
         return norms

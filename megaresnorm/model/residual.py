@@ -110,20 +110,38 @@ class Residual(nn.Module):
     ) -> tuple[Tensor, BranchInput]:
         """The trunk x' after this connection and the branch input u' of ``following``, in one kernel."""
         return self.add_norm(
-            self._pending(x, y, masks),
+            self.pending(x, y, masks),
             self.norm_out,
             following._norm_in_weights(),
-            branch_norm=self._fused_branch_norm,
+            branch_norm=self.fused_branch_norm,
             remakes=following.remakes,
             reader=following.branch.reader.kernel,
         )
 
     def close(self, x: Tensor, y: Tensor, masks: DropoutMasks | None) -> Stream:
         """The stream after this connection; its add stays pending where no norm or learned gate of its own needs it."""
-        stream, branch_norm = self._pending(x, y, masks), self._fused_branch_norm
-        if self.norm_out is None and self.gate is None and branch_norm is None:
+        stream = self.pending(x, y, masks)
+        if self.leaves_pending:
             return stream
-        return Stream(self.add_norm.trunk(stream, self.norm_out, branch_norm=branch_norm))
+        return Stream(self.add_norm.trunk(stream, self.norm_out, branch_norm=self.fused_branch_norm))
+
+    @property
+    def leaves_pending(self) -> bool:
+        """Whether ``close`` leaves the add to whoever reads the stream."""
+        return self.norm_out is None and self.gate is None and self.fused_branch_norm is None
+
+    def pending(self, x: Tensor, y: Tensor, masks: DropoutMasks | None) -> Stream:
+        """The add of this connection: of a branch's output y, before ``fused_branch_norm``, to its trunk x."""
+        if self.token_gate is not None:  # which run applied, after dropout
+            return Stream(x, y, self.spec.alpha)
+        gate = self.spec.constant_gate if self.gate is None else self.gate
+        assert gate is not None
+        return Stream(x, y, self.spec.alpha, gate, self._dropout(masks))
+
+    @property
+    def fused_branch_norm(self) -> Norm | None:
+        """norm_branch, if no token gate comes between it and the add."""
+        return None if self.token_gate is not None else self.norm_branch
 
     def run(self, x: Tensor, u: BranchInput, rows: SequenceInfo, masks: DropoutMasks | None) -> Tensor:
         """The branch's output y for its input u, whole rows [T, D].
@@ -161,23 +179,11 @@ class Residual(nn.Module):
             y = share * (y.to(wide) - x)
         return y
 
-    @property
-    def _fused_branch_norm(self) -> Norm | None:
-        """norm_branch, if no token gate comes between it and the add."""
-        return None if self.token_gate is not None else self.norm_branch
-
     def _dropout(self, masks: DropoutMasks | None) -> Dropout | None:
         return None if masks is None or self.dropout == 0.0 else masks.at(self.site, self.dropout)
 
     def _norm_in_weights(self) -> NormWeights | None:
         return None if self.norm_in is None else self.norm_in.weights(self.spec.norm_in_scale)
-
-    def _pending(self, x: Tensor, y: Tensor, masks: DropoutMasks | None) -> Stream:
-        if self.token_gate is not None:  # which run applied, after dropout
-            return Stream(x, y, self.spec.alpha)
-        gate = self.spec.constant_gate if self.gate is None else self.gate
-        assert gate is not None
-        return Stream(x, y, self.spec.alpha, gate, self._dropout(masks))
 
 
 def gate_size(gate: Learned, dim: int) -> int:

@@ -2,13 +2,17 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from math import hypot
 from pathlib import Path
 from typing import Any
 
 from megaresnorm.errors import DataError
 from megaresnorm.limits import MAX_BLOCKS
+from megaresnorm.model.topology import SUBLAYERS
 from megaresnorm.profiling.findings import findings_of
 from megaresnorm.reading import read_plain_file
+from megaresnorm.telemetry.depth.figures import DepthFigures
+from megaresnorm.telemetry.metrics import short
 
 SCHEMA_VERSION = 1
 FILE = "profile.json"
@@ -21,7 +25,9 @@ CONVENTION = (
 _ORDER = {"embedding": -1, "norm": 1, "head": 2}  # of rows without a block; those of blocks lie between
 
 
-def merged(ranks: Sequence[Mapping[str, Any]], head: Mapping[str, Any]) -> dict[str, Any]:
+def merged(
+    ranks: Sequence[Mapping[str, Any]], head: Mapping[str, Any], depth: DepthFigures | None = None
+) -> dict[str, Any]:
     """The profile of a job.
 
     A row of several ranks has the times of the rank whose median is the largest, by column; operations and bytes are
@@ -30,6 +36,7 @@ def merged(ranks: Sequence[Mapping[str, Any]], head: Mapping[str, Any]) -> dict[
     Args:
         ranks: what ``measures_of_rank`` has made on each, with rank, host, pp, dp and tp.
         head: what there is beside rows: command, device, layout, steps, tokens, flops, peak, bubble, overhead.
+        depth: of a step that was watched.
     """
     rows: dict[str, dict[str, Any]] = {}
     for rank in ranks:
@@ -41,7 +48,7 @@ def merged(ranks: Sequence[Mapping[str, Any]], head: Mapping[str, Any]) -> dict[
         "unaccounted": _time({r["rank"]: _row_times(r, "other") for r in ranks})
     }
     whole |= {name: head.get(name) for name in ("ideal_bubble", "overhead", "overhead_noise")}
-    found = [_finished(row, head.get("peak_tflops")) for row in sorted(rows.values(), key=_position)]
+    found = [_finished(row, head.get("peak_tflops"), depth) for row in sorted(rows.values(), key=_position)]
     flops = head["flops"] / len(ranks)
     again = sum(row["flops_again"] for rank in ranks for row in rank["rows"]) / len(ranks)
     tflops = flops / seconds / 1e12
@@ -100,14 +107,34 @@ def _slowest(by_rank: Mapping[int, Sequence[float]]) -> dict[str, float] | None:
     return {"p50": p50, "p95": p95, "mean": mean, "max": most, "noise": noise, "rank": rank}
 
 
-def _finished(row: dict[str, Any], peak: float | None) -> dict[str, Any]:
+def _finished(row: dict[str, Any], peak: float | None, depth: DepthFigures | None) -> dict[str, Any]:
     by_rank = row.pop("by_rank")
     times = {column: _slowest(by_rank.get(column, {})) for column in COLUMNS}
     seconds = time_of(times, "forward", "backward") / 1e3
     tflops = 3 * row["flops"] / seconds / 1e12 if row["flops"] and seconds else None
     share = None if tflops is None or peak is None else tflops / peak
-    own = {"tflops": tflops, "share_of_peak": share, "gradient_norm": None, "stream_rms": None}
-    return {**row, **times, **own}
+    own = {"tflops": tflops, "share_of_peak": share, "gradient_norm": _gradient_norm(row, depth)}
+    return {**row, **times, **own, "stream_rms": _stream_rms(row, depth)}
+
+
+def _gradient_norm(row: Mapping[str, Any], depth: DepthFigures | None) -> float | None:
+    """Of the row's weights, in the step that was watched."""
+    if depth is None:
+        return None
+    if row["block"] is None:
+        return short(depth.whole.get(f"gradient_norm/{row['part']}"))
+    classes = {"attention": ("qkv", "out"), "ffn": ("ffn_in", "ffn_out"), "norm": ("norm", "other")}
+    names = [f"gradient_norm/{name}" for name in classes.get(row["part"], ())]
+    found = [depth.by_block[name][row["block"]] for name in names if name in depth.by_block]
+    known = [norm for norm in found if norm is not None]
+    return short(hypot(*known)) if known else None
+
+
+def _stream_rms(row: Mapping[str, Any], depth: DepthFigures | None) -> float | None:
+    """Of the stream where the row's branch opens it."""
+    if depth is None or row["part"] not in SUBLAYERS:
+        return None
+    return short(depth.by_sublayer["stream_rms"][len(SUBLAYERS) * row["block"] + SUBLAYERS.index(row["part"])])
 
 
 def _position(row: Mapping[str, Any]) -> tuple[float, ...]:

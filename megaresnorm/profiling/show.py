@@ -66,7 +66,16 @@ def rows_table(profile: Mapping[str, Any], *, worst_first: bool, most: int | Non
     left = "" if len(shown) == len(rows) else f"; {len(rows) - len(shown)} more rows are in profile.csv"
     table = Table(title=f"milliseconds a step, medians{left}")
     table.add_column("row", no_wrap=True)
-    for heading in ("all", *(_HEADINGS[column] for column in columns), "TFLOP/s", "of peak", "kept", "params"):
+    for heading in (
+        "all",
+        *(_HEADINGS[column] for column in columns),
+        "TFLOP/s",
+        "of peak",
+        "kept",
+        "params",
+        "|grad|",
+        "RMS",
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     if several:
         table.add_column("rank", justify="right")
@@ -76,6 +85,7 @@ def rows_table(profile: Mapping[str, Any], *, worst_first: bool, most: int | Non
         cells.append("" if row["tflops"] is None else f"{row['tflops']:.3g}")
         cells.append("" if row["share_of_peak"] is None else f"{row['share_of_peak']:.0%}")
         cells += [_bytes(row[name]) for name in ("activation_bytes", "parameter_bytes")]
+        cells += ["" if row[name] is None else f"{row[name]:.3g}" for name in ("gradient_norm", "stream_rms")]
         table.add_row(row["name"], *cells, *([str(slowest["rank"])] if several else []))
     return table
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megaresnorm.engines.tensor_norms import TensorNorms
 from megaresnorm.errors import TrainingError
 from megaresnorm.model.cost import training_flops
 from megaresnorm.parallel.control import all_gather_json, all_or_raise
@@ -23,6 +24,9 @@ from megaresnorm.profiling.rows import Row, Rows
 from megaresnorm.profiling.timeline import Marks, Measured, Ranges, Timeline, clock_of
 from megaresnorm.profiling.trace import slices_of
 from megaresnorm.recipe.training import ProfileRecipe
+from megaresnorm.schedule import learning_rate
+from megaresnorm.telemetry.depth.figures import DepthFigures
+from megaresnorm.telemetry.depth.watch import DepthWatch
 from megaresnorm.telemetry.describe import describe_ranks
 from megaresnorm.telemetry.throughput import peak_tflops, product_tflops
 from megaresnorm.telemetry.wrapped import Wrapped
@@ -36,15 +40,15 @@ TRACED = 3  # timed steps in the trace
 
 
 def kinds_of(steps: int, *, compiled: bool) -> list[str]:
-    """What is done in each step of a window: timed, plain (for the cost of the marks), split, memory.
+    """What is done in each step of a window: timed, plain (for the cost of the marks), split, memory, watched.
 
     Args:
         steps: that are timed.
-        compiled: whether products are inside compiled blocks, and cannot be told apart.
+        compiled: whether what is split and watched is inside compiled blocks, and not seen.
     """
     pairs = min(steps, PAIRS)
-    split = 0 if compiled else SPLIT
-    return ["timed", "plain"] * pairs + ["timed"] * (steps - pairs) + ["split"] * split + ["memory"]
+    seen = [] if compiled else ["split"] * SPLIT + ["watched"]
+    return ["timed", "plain"] * pairs + ["timed"] * (steps - pairs) + seen + ["memory"]
 
 
 class Profiler:
@@ -80,6 +84,7 @@ class Profiler:
         self._timed: list[Measured] = []
         self._split: list[Measured] = []
         self._memory: dict[Row, Bytes] = {}
+        self._depth: DepthFigures | None = None
         self._cpu: dict[str, list[float]] = {"timed": [], "plain": []}
         self._aligned = 0
         self.profile: dict[str, Any] | None = None
@@ -112,6 +117,14 @@ class Profiler:
                 self._marking(step.marks).wrap(wrapped, self._run)
                 yield
             self._memory = step.found
+            return
+        if kind == "watched":
+            run = self._run
+            norms = TensorNorms(run.engine, run.recipe.optim)
+            watch = DepthWatch(run.recipe.model, run.engine.assembled, norms)
+            with watch.watching(learning_rate(run.steps_done, run.recipe)):
+                yield
+            self._depth = watch.figures
             return
         with Wrapped() as wrapped:
             if kind != "plain":
@@ -183,7 +196,7 @@ class Profiler:
     def _write(self, ranks: list[dict[str, Any]]) -> None:
         if self._run.context.control.rank > 0:
             return
-        self.profile = merged(ranks, self._head(ranks))
+        self.profile = merged(ranks, self._head(ranks), self._depth)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_profile(self._folder, self.profile, ranks)

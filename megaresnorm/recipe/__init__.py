@@ -203,17 +203,18 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _numbers_can_be_seen(self) -> Self:
-        every, compute, mode = self.telemetry.every, self.precision.compute, self.train.compile
-        if every and compute in ("fp32", "fp64"):
+    def _blocks_can_be_watched(self) -> Self:
+        telemetry, mode = self.telemetry, self.train.compile
+        for key, every in (("every", telemetry.every), ("probe_every", telemetry.probe_every)):
+            if every and mode != "none":
+                raise ValueError(
+                    f"telemetry.{key}={every} does not go with train.compile={mode}: what compiled blocks read is not "
+                    "seen; set train.compile=none, or remove it"
+                )
+        if telemetry.probe_every and self.engine.name != "native":
             raise ValueError(
-                f"telemetry.every={every} has no effect with precision.compute={compute}, where nothing is rounded to "
-                "fewer bits; remove it"
-            )
-        if every and mode != "none":
-            raise ValueError(
-                f"telemetry.every={every} does not go with train.compile={mode}: what compiled blocks read is not "
-                "seen; set train.compile=none, or remove it"
+                f"telemetry.probe_every={telemetry.probe_every} does not go with engine.name={self.engine.name}, which "
+                "runs no passes beside its steps; set engine.name=native, or remove it (telemetry.every works)"
             )
         return self
 

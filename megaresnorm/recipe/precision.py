@@ -149,6 +149,11 @@ class PrecisionRecipe(Section):
         return "bf16" if self.compute == "fp8" else self.compute
 
     @property
+    def rounds(self) -> bool:
+        """Whether products read numbers of fewer bits than FP32."""
+        return self.compute not in ("fp32", "fp64")
+
+    @property
     def stream(self) -> str:
         """Type the residual stream is stored in, whether it is set or not."""
         return self.residual_dtype or ("fp64" if self.compute == "fp64" else "fp32")

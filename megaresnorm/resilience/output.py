@@ -14,7 +14,7 @@ from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.names import flat
 from megaresnorm.resilience.lock import LOCK, FolderLock
 from megaresnorm.resilience.preflight import check_output
-from megaresnorm.telemetry.metrics import MetricsWriter
+from megaresnorm.telemetry.metrics import DEPTH, NUMBERS, MetricsWriter
 
 
 class OutputFolder:
@@ -90,10 +90,12 @@ class OutputFolder:
         """
         if self._control.rank > 0:
             return None
-        loggers, numbers = recipe.train.loggers, recipe.telemetry.every > 0
+        telemetry, loggers = recipe.telemetry, recipe.train.loggers
+        records = [NUMBERS] if telemetry.every and recipe.precision.rounds else []
+        records += [DEPTH] if telemetry.every or telemetry.probe_every else []
         settings = flat(recipe.model_dump(exclude_none=True))
         try:
-            return MetricsWriter(self.path, first_step=first_step, loggers=loggers, settings=settings, numbers=numbers)
+            return MetricsWriter(self.path, first_step=first_step, loggers=loggers, settings=settings, records=records)
         except OSError as e:
             raise TrainingError(f"train.output={self.path}: cannot be written ({e.strerror})") from None
 

@@ -2,18 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import nan
 from statistics import median
 
 import torch
 from torch import Tensor
 
 from megaresnorm.assemble import Assembled, build_model
-from megaresnorm.kernels.cross_entropy import cross_entropy_sums
-from megaresnorm.model.stream import Stream
 from megaresnorm.model.topology import beside_others
 from megaresnorm.optim import Optimizer
-from megaresnorm.parallel.branch_input import BranchInput, whole_rows
+from megaresnorm.parallel.branch_input import whole_rows
 from megaresnorm.recipe import InitRecipe, ModelRecipe, OptimRecipe, PrecisionRecipe, TopologyOptions
+from megaresnorm.telemetry.depth.watch import DepthWatch
 
 LEARNING_RATE = 1e-3
 
@@ -62,6 +62,8 @@ class ProbeResult:
     Attributes:
         stream_rms: RMS of the residual stream after the last block.
         gradient_ratio: ||dL/dx_0|| / ||dL/dx_L||, of the stream before the first and after the last block.
+        angular_distance: of a block's input and output over pi, mean over tokens and blocks.
+        effective_depth: how many of the 2N sub-layers do the work.
         sgd_update: RMS of dF / lr after one SGD step, F being the hidden state that the output matrix reads.
         adam_update: RMS of dF after one AdamW step of lr 1e-3 without weight decay, with the topology's multipliers.
 
@@ -74,6 +76,8 @@ class ProbeResult:
     seed: int
     stream_rms: float
     gradient_ratio: float
+    angular_distance: float
+    effective_depth: float
     sgd_update: float
     adam_update: float
 
@@ -86,22 +90,20 @@ def probe(topology: str, num_blocks: int, seed: int, setting: ProbeSetting) -> P
     assembled = build_model(recipe, PrecisionRecipe(compute="fp64"), seed=seed)
     model = assembled.model
 
-    rows = model.rows(tokens)
-    first = model.embed(tokens, rows)
-    last = model.add_norm(model.run_blocks(first, rows))[0]
-    first.x.retain_grad()
-    last.retain_grad()
-    hidden = whole_rows(model.finish(Stream(last)))
-    objective = cross_entropy_sums(model.logits(BranchInput(hidden)), labels.flatten())[1]
-    (objective / labels.numel()).backward()
-
-    assert first.x.grad is not None and last.grad is not None
+    watch = DepthWatch(recipe, assembled)
+    with watch.watching():
+        model(tokens, labels_BS=labels, scale=1 / labels.numel())[1].backward()
+    figures, hidden = watch.figures, _hidden(assembled, tokens)
+    assert figures is not None
+    angles = [angle for angle in figures.by_block["angular_distance"] if angle is not None]
     return ProbeResult(
         topology=topology,
         num_blocks=num_blocks,
         seed=seed,
-        stream_rms=_rms(last),
-        gradient_ratio=(first.x.grad.norm() / last.grad.norm()).item(),
+        stream_rms=_known(figures.end_rms),
+        gradient_ratio=_known(figures.whole["gradient_ratio"]),
+        angular_distance=sum(angles) / len(angles),
+        effective_depth=_known(figures.whole["effective_depth"]),
         sgd_update=_update(assembled, tokens, hidden, "sgd") / LEARNING_RATE,
         adam_update=_update(assembled, tokens, hidden, "adam"),
     )
@@ -122,7 +124,7 @@ def summary_rows(results: Sequence[ProbeResult]) -> list[dict[str, float | str |
     rows: list[dict[str, float | str | int]] = []
     for topology, num_blocks in dict.fromkeys((r.topology, r.num_blocks) for r in results):
         same = [asdict(r) for r in results if (r.topology, r.num_blocks) == (topology, num_blocks)]
-        measures = ("stream_rms", "gradient_ratio", "sgd_update", "adam_update")
+        measures = [name for name in same[0] if name not in ("topology", "num_blocks", "seed")]
         rows.append(
             {"topology": topology, "num_blocks": num_blocks, **{m: median(s[m] for s in same) for m in measures}}
         )
@@ -140,12 +142,22 @@ def _update(assembled: Assembled, tokens: Tensor, before: Tensor, optimizer: str
         adam = Optimizer(matrices, assembled.table, OptimRecipe(lr=LEARNING_RATE, weight_decay=0.0))
         adam.collect()
         adam.step(LEARNING_RATE)
-    model = assembled.model
-    rows = model.rows(tokens)
-    change = whole_rows(model.finish(model.run_blocks(model.embed(tokens, rows), rows))) - before
+    change = _hidden(assembled, tokens) - before
     for name, parameter in matrices.items():
         parameter.copy_(saved[name])
     return _rms(change)
+
+
+@torch.no_grad()
+def _hidden(assembled: Assembled, tokens: Tensor) -> Tensor:
+    """What the output matrix reads."""
+    model = assembled.model
+    rows = model.rows(tokens)
+    return whole_rows(model.finish(model.run_blocks(model.embed(tokens, rows), rows)))
+
+
+def _known(number: float | None) -> float:
+    return nan if number is None else number
 
 
 def _rms(x: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Metrics of every step as JSON lines, and for the loggers of a run; numbers of some steps in a file of their own.
+"""Metrics of every step as JSON lines, and for the loggers of a run; records of some steps in files of their own.
 
 A full disk delays them and never ends a run. Steps are counted from 1, as in the log and in the names of checkpoints.
 """
@@ -11,6 +11,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from megaresnorm.errors import DataError
 from megaresnorm.files import open_plain, replace_file
 from megaresnorm.telemetry.events import Appended
 from megaresnorm.telemetry.loggers import open_loggers, tagged
@@ -19,18 +20,19 @@ log = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 1 << 16  # of metrics.jsonl; ours have a few hundred, and a longer line counts as unreadable
 NUMBERS = "numbers.jsonl"
-MAX_NUMBERS_BYTES = 1 << 22  # of its lines, which have less than 200 for each block
+DEPTH = "depth.jsonl"
+MAX_RECORD_BYTES = 1 << 22  # of a line of these two, which have less than 500 for each block
 
 
 class MetricsWriter:
-    """Appends to ``folder/metrics.jsonl``, gives the same metrics to loggers, and appends to ``folder/numbers.jsonl``.
+    """Appends to ``folder/metrics.jsonl``, gives the same metrics to loggers, and writes records of other files.
 
     Args:
         first_step: where the run starts or resumes, counted from 1. What an earlier process wrote from there on is
             dropped, since those steps are about to be done again, and so is what cannot be read, with a warning.
         loggers: names, as in train.loggers.
         settings: the recipe's, by dotted key.
-        numbers: whether there will be numbers to write.
+        records: names of the files, of ``NUMBERS`` and ``DEPTH``, for which there will be records.
 
     Raises:
         ConfigError: a logger refuses to start.
@@ -44,25 +46,31 @@ class MetricsWriter:
         first_step: int,
         loggers: Sequence[str] = (),
         settings: Mapping[str, Any] | None = None,
-        numbers: bool = False,
+        records: Sequence[str] = (),
     ) -> None:
-        for path, most in ((folder / "metrics.jsonl", MAX_LINE_BYTES), (folder / NUMBERS, MAX_NUMBERS_BYTES)):
-            if os.path.lexists(path):
-                _drop_from(path, first_step, most)
+        for name, most in (("metrics.jsonl", MAX_LINE_BYTES), (NUMBERS, MAX_RECORD_BYTES), (DEPTH, MAX_RECORD_BYTES)):
+            if os.path.lexists(folder / name):
+                _drop_from(folder / name, first_step, most)
         self._lines, self._last = Appended(folder / "metrics.jsonl"), b""
-        self._numbers = Appended(folder / NUMBERS) if numbers else None
+        self._records = {name: Appended(folder / name) for name in records}
         self._loggers = open_loggers(loggers, folder, first_step, settings or {})
 
-    def write(self, step: int, metrics: Mapping[str, float | None], numbers: Mapping[str, Any] | None = None) -> None:
+    def write(
+        self,
+        step: int,
+        metrics: Mapping[str, float | None],
+        records: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    ) -> None:
         """Record the metrics of one step.
 
         Args:
             step: counted from 1.
             metrics: by name; None where a step has no such figure.
-            numbers: the record of its numbers, as JSON holds it; None where it has none.
+            records: of the step, as JSON holds them, by the name of their file.
         """
-        if numbers is not None and self._numbers is not None:
-            self._numbers.write((json.dumps(numbers, allow_nan=False) + "\n").encode())
+        for name, lines in (records or {}).items():
+            for line in lines:
+                self._records[name].write((json.dumps(line, allow_nan=False) + "\n").encode())
         self._last = _line(step, metrics)
         self._lines.write(self._last)
         self._to_loggers(step, metrics)
@@ -81,8 +89,8 @@ class MetricsWriter:
             code: the run's exit code.
         """
         self._lines.close()
-        if self._numbers is not None:
-            self._numbers.close()
+        for file in self._records.values():
+            file.close()
         for logger in self._loggers:
             logger.close(code)
 
@@ -90,6 +98,22 @@ class MetricsWriter:
         known = {name: value for name, value in metrics.items() if value is not None}
         for logger in self._loggers:
             logger.write(step, tagged(known))
+
+
+def short(value: Any) -> Any:
+    """A record, or a part of one, with six digits; what is not finite is None.
+
+    >>> short({"x": [1 / 3, float("nan"), 7]})
+    {'x': [0.333333, None, 7]}
+    """
+    match value:
+        case float():
+            return float(f"{value:.6g}") if isfinite(value) else None
+        case dict():
+            return {key: short(each) for key, each in value.items()}
+        case list():
+            return [short(each) for each in value]
+    return value
 
 
 def _line(step: int, metrics: Mapping[str, float | None]) -> bytes:
@@ -160,3 +184,31 @@ def _step_of(line: bytes) -> int | None:
         return None
     step = record.get("step") if isinstance(record, dict) else None
     return step if type(step) is int and step >= 0 else None
+
+
+def read_records(path: Path, version: int, setting: str = "telemetry.every") -> list[dict[str, Any]]:
+    """The records of a file, in its order. A line that was torn by a crash is left out, with a warning.
+
+    Args:
+        version: their schema_version.
+        setting: makes a run write the file.
+
+    Raises:
+        DataError: there is no such file, or it is of a version that this one does not know.
+    """
+    found, torn = [], 0
+    try:
+        for line, step in lines_of(path, MAX_RECORD_BYTES):
+            torn += step is None
+            if step is not None:
+                found.append(json.loads(line))
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is none; set {setting}, and train") from None
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read ({e.strerror})") from None
+    other = next((r.get("schema_version") for r in found if r.get("schema_version") != version), version)
+    if other != version:
+        raise DataError(f"{path}: schema_version={other!r} is not {version}, which is read here")
+    if torn:
+        log.warning("warning: %s: %d of its lines cannot be read and are left out", path, torn)
+    return found

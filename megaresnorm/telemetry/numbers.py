@@ -1,22 +1,19 @@
 """Records of the numbers that products of fewer bits read: what saturates, what underflows, by class and block."""
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from megaresnorm.assemble import Assembled
 from megaresnorm.checkpoint.format import TensorSlices
-from megaresnorm.errors import DataError
 from megaresnorm.precision.counting import CLASSES, Seen
 from megaresnorm.precision.dtypes import DTYPES
 from megaresnorm.precision.fp8 import fp8_blocks
 from megaresnorm.precision.watched import Watch
 from megaresnorm.recipe import PrecisionRecipe, Recipe
-from megaresnorm.telemetry.metrics import MAX_NUMBERS_BYTES, NUMBERS, lines_of
+from megaresnorm.telemetry.metrics import NUMBERS, read_records, short
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +29,7 @@ _WORDS = {
 
 
 class Numbers:
-    """Watches a run's linear layers at every ``telemetry.every``-th step.
+    """Watches a run's linear layers at every ``telemetry.every``-th step, where products are of 16 bits or FP8.
 
     Args:
         assembled: before FSDP2 has gathered a weight.
@@ -44,7 +41,8 @@ class Numbers:
     """
 
     def __init__(self, recipe: Recipe, assembled: Assembled, weights: Mapping[str, TensorSlices]) -> None:
-        self._every, self._precision, self._context = recipe.telemetry.every, recipe.precision, assembled.context
+        self._every = recipe.telemetry.every if recipe.precision.rounds else 0
+        self._precision, self._context = recipe.precision, assembled.context
         self._formats = formats_of(recipe.precision, recipe.model.num_blocks)
         self._watch: Watch | None = None
         if self._every:
@@ -113,13 +111,9 @@ def formats_of(precision: PrecisionRecipe, num_blocks: int) -> dict[str, list[st
 def record_of(step: int, formats: dict[str, list[str]], seen: Seen) -> dict[str, Any]:
     """A line of numbers.jsonl. What is not finite is None; all else has six digits."""
     blocks = {
-        name: {kind: [_short(number) for number in of[name]] for kind, of in seen._asdict().items()} for name in CLASSES
+        name: {kind: [short(number) for number in of[name]] for kind, of in seen._asdict().items()} for name in CLASSES
     }
     return {"schema_version": SCHEMA_VERSION, "step": step, "format": formats, "blocks": blocks}
-
-
-def _short(number: float | None) -> float | None:
-    return None if number is None or not isfinite(number) else float(f"{number:.6g}")
 
 
 def advice(precision: PrecisionRecipe, form: str, kind: str, of: str) -> str:
@@ -160,19 +154,4 @@ def read_numbers(run: str | Path) -> list[dict[str, Any]]:
     Raises:
         DataError: there is no such file, or it is of a version that this one does not know.
     """
-    path, found, torn = Path(run) / NUMBERS, [], 0
-    try:
-        for line, step in lines_of(path, MAX_NUMBERS_BYTES):
-            torn += step is None
-            if step is not None:
-                found.append(json.loads(line))
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is none; set telemetry.every, and train") from None
-    except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror})") from None
-    other = next((r.get("schema_version") for r in found if r.get("schema_version") != SCHEMA_VERSION), SCHEMA_VERSION)
-    if other != SCHEMA_VERSION:
-        raise DataError(f"{path}: schema_version={other!r} is not {SCHEMA_VERSION}, which is read here")
-    if torn:
-        log.warning("warning: %s: %d of its lines cannot be read and are left out", path, torn)
-    return found
+    return read_records(Path(run) / NUMBERS, SCHEMA_VERSION)

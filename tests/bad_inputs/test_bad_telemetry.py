@@ -10,8 +10,6 @@ from megaresnorm.recipe.load import build_recipe
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
-        ({"precision": {"compute": "fp32"}}, "telemetry.every=5 has no effect with precision.compute=fp32"),
-        ({"precision": {"compute": "fp64"}}, "telemetry.every=5 has no effect with precision.compute=fp64"),
         ({"train": {"compile": "blocks"}}, "telemetry.every=5 does not go with train.compile=blocks"),
         ({"train": {"compile": "cuda_graphs"}}, "does not go with train.compile=cuda_graphs"),
         ({"train": {"compile": "auto"}}, "set train.compile=none, or remove it"),
@@ -19,6 +17,12 @@ from megaresnorm.recipe.load import build_recipe
         ({"telemetry": {"every": True}}, "telemetry.every=True"),
         ({"telemetry": {"every": 2.5}}, "telemetry.every=2.5"),
         ({"telemetry": {"every": 10**30}}, "telemetry.every"),
+        (
+            {"telemetry": {"every": 0, "probe_every": 3}, "train": {"compile": "auto"}},
+            "telemetry.probe_every=3 does not",
+        ),
+        ({"telemetry": {"probe_every": 3}, "engine": {"name": "deepspeed"}}, "set engine.name=native, or remove it"),
+        ({"telemetry": {"probe_every": -3}}, "telemetry.probe_every=-3"),
         ({"telemetry": {"often": 1}}, "telemetry.often"),
         ({"telemetry": 5}, "telemetry"),
     ],
@@ -32,7 +36,7 @@ def test_numbers_that_cannot_be_seen_are_refused(sections, says):
         "train": {"output": "none", "steps": 2},
     }
     for section, settings in sections.items():
-        values[section] = {**values[section], **settings} if isinstance(settings, dict) else settings
+        values[section] = {**values.get(section, {}), **settings} if isinstance(settings, dict) else settings
     with pytest.raises(ConfigError) as error:
         build_recipe(values)
     assert says in str(error.value) and "\n" not in str(error.value)
@@ -40,17 +44,18 @@ def test_numbers_that_cannot_be_seen_are_refused(sections, says):
 
 def test_a_run_is_refused_before_anything_is_built(byte_data, tmp_path, capfd):
     argv = ["train", "configs/quickstart.yaml", f"data.path={byte_data}", f"train.output={tmp_path / 'run'}"]
-    argv += ["telemetry.every=2", "precision.compute=fp32"]
-    refused(argv, "has no effect with precision.compute=fp32", tmp_path, capfd)
+    argv += ["telemetry.probe_every=2", "train.compile=blocks"]
+    refused(argv, "telemetry.probe_every=2 does not go with train.compile=blocks", tmp_path, capfd)
 
 
+@pytest.mark.parametrize("name", ["numbers.jsonl", "depth.jsonl"])
 @pytest.mark.parametrize("kind", ["a link", "a folder"])
-def test_what_stands_in_the_place_of_the_file_is_not_written_over(kind, tiny, tmp_path):
+def test_what_stands_in_the_place_of_the_file_is_not_written_over(kind, name, tiny, tmp_path):
     from megaresnorm.errors import TrainingError
     from megaresnorm.trainer import train
 
     (tmp_path / "run").mkdir()
-    path = tmp_path / "run" / "numbers.jsonl"
+    path = tmp_path / "run" / name
     if kind == "a link":
         (tmp_path / "victim").write_text("kept")
         path.symlink_to(tmp_path / "victim")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from math import hypot
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,10 @@ from megaresnorm.profiling.profile import COLUMNS, read_profile, total_of
 from megaresnorm.profiling.rows import NUM_PHASES, Phase, Row, Rows
 from megaresnorm.profiling.show import changes
 from megaresnorm.profiling.timeline import CpuClock, Timeline, clock_of
+from megaresnorm.profiling.window import SPLIT
 from megaresnorm.recipe.load import build_recipe, dump_recipe
 from megaresnorm.run import Run
+from megaresnorm.telemetry.depth.records import read_depth
 from megaresnorm.trainer import Trainer, train
 
 WINDOW = {"start": 2, "steps": 4}
@@ -121,6 +124,29 @@ def test_activation_bytes_are_the_live_storages(recipe, topology, recompute):
     assert min(attention["transient_bytes"], ffn["transient_bytes"]) > 0
     own = sum(p.numel() * 4 for p in model.blocks["1"].ffn.branch.parameters())
     assert ffn["parameter_bytes"] == own
+
+
+def test_gradients_and_streams_of_rows_are_those_of_the_watched_step(recipe, tmp_path):
+    made = recipe(train={"steps": 16}, telemetry={"every": 1})
+    train(made)
+    profile = read_profile(made.train.output)
+    watched = 1 + 2 * 4 + SPLIT + 1  # from step 2: timed and plain in turn, split, watched
+    (record,) = (r for r in read_depth(made.train.output) if r["step"] == watched)
+    of = record["by_block"]
+    for b in range(4):
+        attention, ffn, norm = (row(profile, f"block {b} {part}") for part in ("attention", "ffn", "norm"))
+        assert attention["gradient_norm"] == pytest.approx(
+            hypot(of["gradient_norm/qkv"][b], of["gradient_norm/out"][b]), rel=1e-4
+        )
+        assert ffn["gradient_norm"] == pytest.approx(
+            hypot(of["gradient_norm/ffn_in"][b], of["gradient_norm/ffn_out"][b]), rel=1e-4
+        )
+        assert norm["gradient_norm"] == pytest.approx(of["gradient_norm/norm"][b], rel=1e-4)
+        wanted = record["by_sublayer"]["stream_rms"][2 * b : 2 * b + 2]
+        assert [attention["stream_rms"], ffn["stream_rms"]] == pytest.approx(wanted, rel=1e-4)
+    assert row(profile, "output matrix")["gradient_norm"] == pytest.approx(
+        record["whole"]["gradient_norm/head"], rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
