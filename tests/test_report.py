@@ -21,7 +21,7 @@ from report_files import BLOCKS, write_lines, write_run
 from megaresnorm.cli import main
 from megaresnorm.report.columns import read_columns
 from megaresnorm.report.depth import thinned_records
-from megaresnorm.report.depth_records import OverTime, read_depth
+from megaresnorm.report.depth_records import OverTime, depth_over_time
 from megaresnorm.report.marks import marks_of, smoothed, spikes_of, thinned
 from megaresnorm.report.runs import read_runs
 from megaresnorm.report.write import write_report
@@ -343,7 +343,7 @@ def test_depth_is_read_by_place_and_torn_lines_are_counted(tmp_path):
         '{"schema_version": 1, "step": 6, "by_block": 3}',
     ]
     (run / "depth.jsonl").write_text("\n".join(lines))
-    found = read_depth(run / "depth.jsonl")
+    found = depth_over_time(run / "depth.jsonl")
     stream, gradient = found.by_place["stream_rms"], found.by_place["gradient_norm"]
     assert found.unreadable == 2 and stream.values.shape == (20, 2 * BLOCKS) and gradient.values.shape == (20, BLOCKS)
     assert math.isnan(stream.values[1, 2]) and stream.values[19, 3] == pytest.approx(0.1 + 0.05 * 1.5 + 0.2)

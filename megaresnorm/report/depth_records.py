@@ -12,11 +12,9 @@ from typing import Any
 import numpy as np
 
 from megaresnorm.report.columns import numbers
-from megaresnorm.telemetry.metrics import lines_of
+from megaresnorm.telemetry.depth.records import SCHEMA_VERSION
+from megaresnorm.telemetry.metrics import MAX_RECORD_BYTES, lines_of
 
-DEPTH = "depth.jsonl"
-SCHEMA_VERSION = 1
-MAX_DEPTH_BYTES = 1 << 24  # of a line: forty numbers for each of ten thousand blocks, and as much again
 BY_SUBLAYER = ("stream_rms", "branch_ratio")
 BY_BLOCK = ("angular_distance", "gradient_norm", "update_ratio", "logit_max", "attention_entropy", "collapse")
 
@@ -51,14 +49,14 @@ class Depth:
     unreadable: int = 0
 
 
-def read_depth(path: Path) -> Depth:
-    """Read a run's depth.jsonl. What is torn or of another version is left out, and counted.
+def depth_over_time(path: Path) -> Depth:
+    """A run's depth.jsonl, line by line. What is torn or of another version is left out, and counted.
 
     Raises:
         OSError: it cannot be read.
     """
     found, places, whole = Depth(), _Rows(), _Rows()
-    for line, step in lines_of(path, MAX_DEPTH_BYTES):
+    for line, step in lines_of(path, MAX_RECORD_BYTES):
         record: dict[str, Any] = {} if step is None else json.loads(line)
         if step is None or record.get("schema_version") != SCHEMA_VERSION:
             found.unreadable += line.endswith(b"\n")

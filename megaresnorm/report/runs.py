@@ -19,11 +19,11 @@ from megaresnorm.reading import read_json_object
 from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import load_recipe
 from megaresnorm.report.columns import Columns, read_columns
-from megaresnorm.report.depth_records import DEPTH, Depth, OverTime, numbers_over_time, read_depth
+from megaresnorm.report.depth_records import Depth, OverTime, depth_over_time, numbers_over_time
 from megaresnorm.report.marks import Marks, marks_of
 from megaresnorm.report.profile import MAX_PROFILE_VALUES
 from megaresnorm.resilience.lock import is_held
-from megaresnorm.telemetry.metrics import NUMBERS
+from megaresnorm.telemetry.metrics import DEPTH, NUMBERS
 from megaresnorm.telemetry.numbers import read_numbers
 
 _EVENTS = re.compile(r"events\.out\.tfevents\.([0-9]{19,20})\.")
@@ -143,7 +143,7 @@ def _metrics(folder: Path, problems: list[str]) -> Columns:
 def _depth(folder: Path, problems: list[str]) -> Depth:
     path = folder / DEPTH
     try:
-        found = read_depth(path)
+        found = depth_over_time(path)
     except FileNotFoundError:
         return Depth()
     except OSError as e:
