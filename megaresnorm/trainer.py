@@ -62,7 +62,8 @@ class Trainer:
         self.run = run
         self.meter = Meter.of(run.recipe, run.context.world.size, run.device)
         self.numbers = Numbers(run.recipe, run.engine.assembled, run.engine.tensors["weights"])
-        self.profiler = profiler or Profiler(run, run.recipe.train.profile, run.output / "profile", "train.profile")
+        window, folder = run.recipe.train.profile, run.output / "profile"
+        self.profiler = profiler or Profiler(run, window, folder, "train.profile", tells=True)
         self.depth = depth_of(run.recipe, run.engine, run.samples)
         self._stop: StopSignals | None = None
         self._asked_to_stop = False

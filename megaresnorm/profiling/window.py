@@ -19,8 +19,9 @@ from megaresnorm.profiling.marked import Marking
 from megaresnorm.profiling.measures import measures_of_rank, statistics
 from megaresnorm.profiling.memory import Bytes, MemoryStep
 from megaresnorm.profiling.outputs import to_tensorboard, write_profile
-from megaresnorm.profiling.profile import merged
+from megaresnorm.profiling.profile import FILE, merged
 from megaresnorm.profiling.rows import Row, Rows
+from megaresnorm.profiling.show import summary_lines
 from megaresnorm.profiling.timeline import Marks, Measured, Ranges, Timeline, clock_of
 from megaresnorm.profiling.trace import slices_of
 from megaresnorm.recipe.training import ProfileRecipe
@@ -28,6 +29,7 @@ from megaresnorm.schedule import learning_rate
 from megaresnorm.telemetry.depth.figures import DepthFigures
 from megaresnorm.telemetry.depth.watch import DepthWatch
 from megaresnorm.telemetry.describe import describe_ranks
+from megaresnorm.telemetry.log import log_lines
 from megaresnorm.telemetry.throughput import peak_tflops, product_tflops
 from megaresnorm.telemetry.wrapped import Wrapped
 
@@ -61,6 +63,7 @@ class Profiler:
         folder: to write into; made where it is missing.
         command: by which the profile can be made again.
         writes_trace: whether the last steps are written as a trace.
+        tells: whether what was found is logged.
 
     Attributes:
         last_step: of the window, counted from 1; 0 where there is none.
@@ -68,9 +71,17 @@ class Profiler:
     """
 
     def __init__(
-        self, run: "Run", window: ProfileRecipe | None, folder: Path, command: str, *, writes_trace: bool = True
+        self,
+        run: "Run",
+        window: ProfileRecipe | None,
+        folder: Path,
+        command: str,
+        *,
+        writes_trace: bool = True,
+        tells: bool = False,
     ) -> None:
-        self._run, self._folder, self._command, self._writes_trace = run, folder, command, writes_trace
+        self._run, self._folder, self._command = run, folder, command
+        self._writes_trace, self._tells = writes_trace, tells
         self._kinds: dict[int, str] = {}
         self._first, self._rows = 0, Rows()
         if window is not None:
@@ -204,6 +215,8 @@ class Profiler:
                 to_tensorboard(self._run.output / "tensorboard" / "profile", self.profile)
         except OSError as e:
             raise TrainingError(f"{self._folder}: the profile cannot be written ({e.strerror})") from None
+        if self._tells:
+            log_lines([*summary_lines(self.profile), f"written   {self._folder}/{FILE}"])
 
     def _head(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         recipe, device = self._run.recipe, self._run.device

@@ -326,9 +326,11 @@ def test_bad_input_is_one_line(recipe, tmp_path, capsys):
             read_profile(tmp_path)
 
 
-def test_a_run_that_ends_within_its_window_writes_what_it_has(recipe):
+def test_a_run_that_ends_within_its_window_writes_and_says_what_it_has(recipe, caplog):
     made = recipe(train={"steps": 4, "profile": {"start": 2, "steps": 20}})
-    train(build_recipe(made.model_dump(exclude_none=True)))
+    with caplog.at_level("INFO"):
+        train(build_recipe(made.model_dump(exclude_none=True)))
+    assert sum(line.startswith(("profile   2 steps from step 2 on", "parts     ")) for line in caplog.messages) == 2
     assert read_profile(made.train.output)["num_steps"] == 2  # timed, plain, timed
 
 
