@@ -53,6 +53,25 @@ def kinds_of(steps: int, *, compiled: bool) -> list[str]:
     return ["timed", "plain"] * pairs + ["timed"] * (steps - pairs) + seen + ["memory"]
 
 
+def first_step(start: int, count: int, done: int) -> int:
+    """Where a window begins, counted from 1; 0 where it has been measured.
+
+    A run that was stopped within its window measures one of that length from where it goes on, after two steps that
+    warm up.
+
+    Args:
+        start: of the window.
+        count: its length.
+        done: steps that are done where this process begins.
+
+    >>> first_step(10, 5, 0), first_step(10, 5, 9), first_step(10, 5, 12), first_step(10, 5, 14)
+    (10, 10, 15, 0)
+    """
+    if done < start:
+        return start
+    return done + 3 if done < start + count - 1 else 0
+
+
 class Profiler:
     """Measures a window of a run's steps on all ranks, and has the first one write what was found.
 
@@ -85,11 +104,9 @@ class Profiler:
         self._kinds: dict[int, str] = {}
         self._first, self._rows = 0, Rows()
         if window is not None:
-            # A run that goes on within its window measures it from there on.
-            self._first = max(window.start, run.steps_done + 1)
-            compiled = run.engine.assembled.compiled != "none"
-            kinds = kinds_of(window.steps, compiled=compiled) if run.steps_done < window.start else []
-            self._kinds = {self._first + i: kind for i, kind in enumerate(kinds)}
+            kinds = kinds_of(window.steps, compiled=run.engine.assembled.compiled != "none")
+            self._first = first_step(window.start, len(kinds), run.steps_done)
+            self._kinds = {self._first + i: kind for i, kind in enumerate(kinds if self._first else [])}
         self.last_step = max(self._kinds, default=0)
         self._timeline = Timeline(clock_of(run.device), self._rows)
         self._timed: list[Measured] = []
