@@ -179,6 +179,7 @@ class Calls:
             begin(objective)
             if ends is not None:
                 ends(objective)
+            self._marks.mark(self._rows.other)
             return result
 
         return call

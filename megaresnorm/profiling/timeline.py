@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.autograd.profiler import record_function
 
-from megaresnorm.profiling.rows import NUM_PHASES, Rows
+from megaresnorm.profiling.rows import NUM_PHASES, Phase, Rows
 
 
 class Clock(Protocol):
@@ -192,20 +192,27 @@ class Timeline:
 class Ranges:
     """Marks as ranges by name: of torch.profiler, and for Nsight of NVTX. A range ends where the next one begins.
 
+    Ranges of torch.profiler nest within its own events. In backward a part begins and ends within those of different
+    nodes: there what is run again has a range alone, and torch links each node to what it belongs to in forward.
+
     Args:
         rows: which have the names of places.
-        nvtx: whether ranges are NVTX's.
+        nvtx: whether ranges are NVTX's, which need not nest.
     """
 
     def __init__(self, rows: Rows, *, nvtx: bool = False) -> None:
         self._rows, self._nvtx, self.current = rows, nvtx, rows.other
-        self._names = rows.names
+        self._names, self._in_backward = rows.names, False
         self._open: Any = None
 
     def mark(self, place: int) -> None:
         """See ``Marks``."""
-        self.current = place
+        self.current, phase = place, place % NUM_PHASES
         self.close()
+        if phase in (Phase.FORWARD, Phase.BACKWARD):
+            self._in_backward = phase == Phase.BACKWARD
+        if place == self._rows.other or (self._in_backward and phase != Phase.RECOMPUTE and not self._nvtx):
+            return
         if place >= len(self._names):
             self._names = self._rows.names
         name = self._names[place]

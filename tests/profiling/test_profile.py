@@ -258,8 +258,8 @@ def test_marks_are_charged_to_what_is_under_way():
         assert table[:, Phase.FORWARD].tolist() == [1.0, 2.0, 1.0] and measured.duration == 4.0
 
 
-def test_ranges_are_named_where_a_profiler_runs_and_nothing_is_wrapped_otherwise(recipe):
-    with Run(recipe(train={"profile": None})) as run:
+def test_ranges_are_named_where_a_profiler_runs_and_nothing_is_wrapped_otherwise(recipe, tmp_path):
+    with Run(recipe(train={"profile": None}, recompute={"policy": "branch"})) as run:
         trainer, residual = Trainer(run), run.engine.model.blocks["0"].ffn
         trainer.step()
         assert "_run" not in vars(residual)
@@ -267,7 +267,12 @@ def test_ranges_are_named_where_a_profiler_runs_and_nothing_is_wrapped_otherwise
             trainer.step()
         assert "_run" not in vars(residual)
     names = {event.key for event in profiler.key_averages()}
-    assert {"block 0 ffn forward", "block 3 norm backward", "optimizer forward", "data forward"} <= names
+    assert {"block 0 ffn forward", "block 3 norm forward", "block 2 ffn recompute", "optimizer forward"} <= names
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    slices = [e for e in events if e["ph"] == "X" and e.get("cat") in ("cpu_op", "user_annotation")]
+    for thread in {e["tid"] for e in slices}:
+        assert nested([e for e in slices if e["tid"] == thread])
 
 
 def test_curves_over_depth_and_a_heat_map_go_to_tensorboard(recipe):
