@@ -13,7 +13,7 @@ from megaresnorm.telemetry.depth.figures import DepthFigures, Numbers
 log = logging.getLogger(__name__)
 
 # Attention whose logits pass a hundred has entropies near 0, and runs with it diverge: Dehghani et al.,
-# arXiv:2302.05442, section 3.1; Wortsman et al., arXiv:2309.14322, section 3.1.
+# arXiv:2302.05442; Wortsman et al., arXiv:2309.14322.
 LOGITS = 100.0
 RATIOS = 1e-3, 1e3  # of the gradient before the first block and after the last
 COLLAPSED = 1e-3  # of tokens' differences and the tokens: about what BF16 keeps of them

@@ -57,7 +57,7 @@ def angles_of(sums: Tensor) -> Tensor:
         [N, 3]: sums over rows of cos and of arccos(cos) / pi, and the number of rows.
 
     Source:
-        Gromov et al., arXiv:2403.17887, eq. 2 (the angular distance); ShortGPT, arXiv:2403.03853 (1 - cos).
+        Gromov et al., arXiv:2403.17887 (the angular distance); ShortGPT, arXiv:2403.03853 (1 - cos).
     """
     aa, ae, ee = sums.double().unbind(1)
     cosine = (aa + ae) / (aa * (aa + 2 * ae + ee)).sqrt()
