@@ -81,8 +81,8 @@ class Trainer:
         stop.begin(train.max_minutes)
         try:
             record, stopped = self._steps(metrics)
-            self.profiler.finish()
             checkpoint = run.save_last(exit_reason(stopped) if stopped else None)
+            self.profiler.finish()
             evaluation = None if stopped else run.evaluate()
             if record is not None and not stopped:
                 more = {} if evaluation is None else evaluation.metrics()

@@ -122,19 +122,15 @@ class DeepSpeedEngine:
         """
         with no_garbage_collection():
             tokens = self.policy.valid_tokens(batch)
-            loss = self._backward(batch, tokens)
+            loss = self.backward(batch, tokens)
             gradients = self._collect() if tokens else []
             totals = self.policy.sum_up(loss, gradients, batch, stops=stop())
             if tokens:
                 self.update(gradients, totals, lr)
             return self.policy.settle(totals, batch, tokens)
 
-    def _backward(self, batch: StepBatch, tokens: int) -> Tensor:
-        """Let DeepSpeed reduce the gradients of all microbatches; without tokens there are none.
-
-        Returns:
-            Sum of this rank's losses, FP64.
-        """
+    def backward(self, batch: StepBatch, tokens: int) -> Tensor:
+        """See ``Engine``."""
         loss, last = self.passes.no_loss(), len(batch.microbatches) - 1
         for i, part in enumerate(batch.microbatches if tokens else ()):
             self._engine.set_gradient_accumulation_boundary(i == last)

@@ -86,6 +86,13 @@ class Engine(Protocol):
     def gathers_weights(self) -> bool:
         """Whether hooks in the modules gather weights as they are needed: of FSDP2, or of ZeRO-3."""
 
+    def backward(self, batch: StepBatch, tokens: int) -> Tensor:
+        """Forward and backward of a global batch, in ``step``, up to reduced gradients; without tokens there are none.
+
+        Returns:
+            Sum of this rank's losses, FP64; 0 on the stages of a pipeline that have none.
+        """
+
     def update(self, gradients: Sequence[Gradient], totals: "Totals", lr: float) -> None:
         """Clip and update, in ``step``; a no-op where the step's loss or norm is not finite."""
 

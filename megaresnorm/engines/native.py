@@ -137,7 +137,7 @@ class NativeEngine:
         with no_garbage_collection():
             tokens = self.policy.valid_tokens(batch)
             self.low_precision.begin_step()
-            loss = self._backward(batch, tokens)
+            loss = self.backward(batch, tokens)
             gradients = self._optimizer.collect(per_parameter=self.policy.clipper.clips_each) if tokens else []
             totals = self.policy.sum_up(loss, gradients, batch, stops=stop())
             if tokens:
@@ -160,7 +160,7 @@ class NativeEngine:
             ``reduce_gradients`` send.
         """
         tokens = self.policy.valid_tokens(batch)
-        total = sum_over_ranks(self.context, self._backward(batch, tokens)).tolist()[0]
+        total = sum_over_ranks(self.context, self.backward(batch, tokens)).tolist()[0]
         return total / max(tokens, 1), tokens
 
     @torch.no_grad()
@@ -252,12 +252,8 @@ class NativeEngine:
         """Renew what is derived from the weights, after they have been changed from outside."""
         self.low_precision.refresh()
 
-    def _backward(self, batch: StepBatch, tokens: int) -> Tensor:
-        """Put the reduced gradients into the parameters' ``grad``; without tokens there are none.
-
-        Returns:
-            Sum of this rank's losses, FP64; 0 on the stages of a pipeline that have none.
-        """
+    def backward(self, batch: StepBatch, tokens: int) -> Tensor:
+        """See ``Engine``."""
         if not tokens:
             return self.passes.no_loss()
         factor = self.policy.factor

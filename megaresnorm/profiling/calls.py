@@ -41,6 +41,16 @@ class Calls:
 
         return call
 
+    def followed(self, place: int, method: Callable) -> Callable:
+        """What comes after it is of one place."""
+
+        def call(*given: Any) -> Any:
+            result = method(*given)
+            self._marks.mark(place)
+            return result
+
+        return call
+
     def entered(self, place: int, method: Callable) -> Callable:
         """What it does before its parts, which mark themselves, is of one place."""
 
@@ -152,34 +162,48 @@ class Calls:
 
         return call
 
-    def part(self, places: Places, method: Callable) -> Callable:
-        """A part of the model's ends, which returns a stream or a branch input."""
+    def part(self, places: Places, method: Callable, before: int | None = None) -> Callable:
+        """A part of the model's ends, which returns a stream or a branch input.
+
+        Args:
+            before: what time is charged to between its backward pass and the next one's, where hooks gather weights;
+                None: there are none.
+        """
         begin = self.begins_at(places[1])
+        leave = None if before is None else self.begins_at(before)
 
         def call(*given: Any) -> Any:
             self._marks.mark(places[0])
+            if leave is not None:  # the hooks are those of the tensors given: this node comes before them
+                given = (_with_nodes(given[0], leave), *given[1:])
             result = method(*given)
             begin(result.x if isinstance(result, Stream) else result.local)
             return result
 
         return call
 
-    def head(self, places: Places, after_backward: int | None, method: Callable) -> Callable:
+    def head(self, places: Places, after_backward: int | None, gathers: int | None, method: Callable) -> Callable:
         """The output matrix with the loss, where the backward pass begins.
 
         Args:
             after_backward: what time is charged to when the backward pass has ended; None: whoever runs it says.
+            gathers: likewise where hooks gather its weights, around its backward pass; None: there are none.
         """
-        begin, ends = self.begins_at(places[1]), None if after_backward is None else self.ends_at(after_backward)
+        begin, leave = self.begins_at(places[1]), None if gathers is None else self.begins_at(gathers)
+        ends = None if after_backward is None else self.ends_at(after_backward)
 
         def call(*given: Any) -> Any:
             self._marks.mark(places[0])
+            if leave is not None:
+                leave(given[0].local)  # a node of FSDP2's, if it has one here
             result = method(*given)
             objective = result[1] if isinstance(result, tuple) else result
             begin(objective)
             if ends is not None:
                 ends(objective)
-            self._marks.mark(self._rows.other)
+            self._marks.close()
+            if gathers is not None:
+                self._marks.mark(gathers)
             return result
 
         return call
@@ -202,3 +226,12 @@ class Calls:
         begin(stream.x)
         begin(stream.delta)
         return stream
+
+
+def _with_nodes(stream: Stream, hook: Callable[[Tensor | None], None]) -> Stream:
+    """The same stream, of nodes of its own, which are hooked."""
+    x, delta = (None if t is None else t.view_as(t) for t in (stream.x, stream.delta))
+    hook(x)
+    hook(delta)
+    assert x is not None
+    return stream._replace(x=x, delta=delta)

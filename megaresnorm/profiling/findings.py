@@ -22,7 +22,7 @@ MOST = 12  # findings of one kind
 
 
 def findings_of(profile: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Sentences, the worst first within each kind.
+    """Sentences, the worst first within each kind; none of so few steps that their noise is not known.
 
     Args:
         profile: with rows and whole.
@@ -43,10 +43,12 @@ def _slow_rows(profile: Mapping[str, Any], slow_ranks: set[int]) -> Iterator[str
                 like[row["part"], column].append((time["p50"], row))
     found = []
     for (_, column), times in like.items():
-        usual = median(time for time, _ in times) if len(times) > 2 else min(times)[0]
+        usual = median(t for t, _ in times) if len(times) > 2 else min(t for t, _ in times)
         for time, row in times:
-            least = max(ROW_SHARE * step, NOISES * row[column]["noise"] if time else 0.0)
-            if time > FACTOR * usual and time - usual > least and len(times) > 1:
+            noise = row[column]["noise"] if time else None
+            if noise is None:
+                continue
+            if time > FACTOR * usual and time - usual > max(ROW_SHARE * step, NOISES * noise) and len(times) > 1:
                 found.append((time - usual, row, column, time, usual))
     for _, row, column, time, usual in sorted(found, key=lambda one: -one[0])[:MOST]:
         who = f" on rank {row[column]['rank']}" if len(profile["ranks"]) > 1 else ""
@@ -66,7 +68,10 @@ def _slower(ranks: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, tuple[flo
             others = [one["totals"]["own_p50"] for one in alike if one is not rank]
             usual = median(others) if others else 0.0
             own = rank["totals"]["own_p50"]
-            least = max(SHARE * rank["totals"]["step"], NOISES * rank["totals"]["own_noise"])
+            noise = rank["totals"]["own_noise"]
+            if noise is None:
+                continue
+            least = max(SHARE * rank["totals"]["step"], NOISES * noise)
             if others and own > RANK_FACTOR * usual and own - usual > least:
                 yield rank["rank"], (own, usual)
 
@@ -100,18 +105,23 @@ def _where(rank: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
 def _slow_parts(profile: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     step, whole = profile["step_ms"]["p50"], profile["whole"]
     data, host, other = whole["data"], whole["host"], whole["unaccounted"]
-    if data is not None and data["p50"] > DATA_SHARE * step:
+    if _stands_out(data, DATA_SHARE * step):
         yield (
             f"data: rank {data['rank']} waits {data['p50']:.1f} ms of each step for its samples "
             f"({data['p50'] / step:.1%}); put them on a faster disk, or give the loader a core"
         )
-    if host is not None and host["p50"] > HOST_SHARE * step:
+    if _stands_out(host, HOST_SHARE * step):
         yield f"host: {host['p50']:.1f} ms of each step pass between the step's end and its vector on the host"
     yield from _bubble(profile, ranks)
-    if whole.get("overhead") is not None and whole["overhead"] - NOISES * whole["overhead_noise"] > OVERHEAD:
+    noise = whole.get("overhead_noise")
+    if noise is not None and whole["overhead"] - NOISES * noise > OVERHEAD:
         yield f"profiling itself: steps with marks take {whole['overhead']:.1%} longer than steps without"
-    if other is not None and other["p50"] > UNACCOUNTED * step:
+    if _stands_out(other, UNACCOUNTED * step):
         yield f"unaccounted: {other['p50']:.1f} ms of each step ({other['p50'] / step:.1%}) are in no row"
+
+
+def _stands_out(time: Mapping[str, Any] | None, least: float) -> bool:
+    return time is not None and time["noise"] is not None and time["p50"] - NOISES * time["noise"] > least
 
 
 def _bubble(profile: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -83,6 +83,7 @@ class Marking:
         place, engine = self._rows.place, self._engine
         gradients = place(GRADIENTS, Phase.BACKWARD)
         wrapped.method(next_batch, "next_batch", partial(self._calls.whole, place(DATA, Phase.FORWARD)))
+        wrapped.method(engine, "backward", partial(self._calls.followed, gradients))
         wrapped.method(engine.policy, "sum_up", partial(self._calls.whole, gradients))
         wrapped.method(engine, "update", partial(self._calls.whole, place(OPTIMIZER, Phase.FORWARD)))
         wrapped.method(engine.policy, "settle", self._calls.host_wait)
@@ -113,11 +114,13 @@ class Marking:
         if model.embedding is not None:
             wrapped.method(model, "embed", partial(self._calls.part, row("embedding", "embedding")))
         if model.head is not None:
+            gathered = self._gathered_before(list(model.stage.blocks), stage)
             if model.final_norm is not None:
-                wrapped.method(model, "finish", partial(self._calls.part, row("final norm", "norm")))
-            wrapped.method(
-                model.head, "forward", partial(self._calls.head, row("output matrix", "head"), self._after_backward)
-            )
+                final = partial(self._calls.part, row("final norm", "norm"), before=gathered)
+                wrapped.method(model, "finish", final)
+            around = self._rows.place(WEIGHTS, Phase.EXPOSED) if self._gathers else None
+            head = partial(self._calls.head, row("output matrix", "head"), self._after_backward, around)
+            wrapped.method(model.head, "forward", head)
         runs = dict(model.runs) if model.compiled is None else dict(model.compiled.runs)
         if model.compiled is None and not self._compiled:
             for number, block in model.blocks.items():
@@ -127,6 +130,12 @@ class Marking:
             wrapped.value(model, "runs", marked)
         else:
             self._wrap_compiled(wrapped, model.compiled, runs, stage)
+
+    def _gathered_before(self, blocks: list[int], stage: int | None) -> int | None:
+        """Where the gathers belong that backward makes before the last block; None where there are none."""
+        if not self._gathers or not blocks:
+            return None
+        return self._rows.place(Row(f"block {blocks[-1]} weights", "weights", blocks[-1], stage), Phase.EXPOSED)
 
     def _wrap_compiled(self, wrapped: Wrapped, owner: Any, runs: dict[int, Any], stage: int | None) -> None:
         for first, run in runs.items():

@@ -14,33 +14,42 @@ from megaresnorm.model.cost import head_flops
 from megaresnorm.model.topology import SUBLAYERS
 from megaresnorm.profiling.memory import Bytes
 from megaresnorm.profiling.rows import BUBBLE, DATA, HOST, NUM_PHASES, OPTIMIZER, Phase, Row, Rows
-from megaresnorm.profiling.timeline import Measured
+from megaresnorm.profiling.timeline import Reduced
 from megaresnorm.recipe import ModelRecipe
 
 _BACKWARD = (Phase.BACKWARD, Phase.INPUT_GRAD, Phase.WEIGHT_GRAD)
 _DIGITS = 5
+ENOUGH = 5  # values, from where on their spread says something
 
 
-def statistics(values: Sequence[float] | np.ndarray) -> list[float]:
+def statistics(values: Sequence[float] | np.ndarray) -> list[float | None]:
     """Median, 95th percentile, mean, largest, and the standard error of the median, of milliseconds.
 
-    The error is that of a normal distribution with the interquartile range of the values: 1.253 sigma / sqrt(n).
+    The error is that of a normal distribution with the interquartile range of the values: 1.253 sigma / sqrt(n). Of
+    fewer than ENOUGH values it is None.
     """
     found = np.asarray(values, dtype=np.float64)
     low, middle, high, most = np.percentile(found, [25, 50, 75, 95])
-    noise = 1.253 * (high - low) / 1.349 / max(1, len(found)) ** 0.5
-    return [round(float(x), _DIGITS) for x in (middle, most, found.mean(), found.max(), noise)]
+    noise = 1.253 * (high - low) / 1.349 / len(found) ** 0.5
+    numbers: list[float | None] = [round(float(x), _DIGITS) for x in (middle, most, found.mean(), found.max(), noise)]
+    return numbers if len(found) >= ENOUGH else [*numbers[:-1], None]
 
 
-def times_of(rows: Rows, steps: Sequence[Measured], shares: Mapping[Row, float]) -> dict[str, dict[str, list[float]]]:
+def table_of(rows: Rows, steps: Sequence[Reduced]) -> np.ndarray:
+    """Milliseconds [steps, rows, phases]."""
+    places = len(rows.names)
+    padded = [np.pad(step.places, (0, places - len(step.places))) for step in steps]  # rows may come later
+    return np.stack(padded).reshape(len(steps), -1, NUM_PHASES)
+
+
+def times_of(rows: Rows, steps: Sequence[Reduced], shares: Mapping[Row, float]) -> dict[str, dict[str, list]]:
     """Statistics by row and column, of those that are not zero. The optimizer's time is shared out.
 
     Args:
         shares: of the optimizer's time, by row.
     """
-    places, found = len(rows.names), {}
-    table = np.stack([step.by_place(places) for step in steps]).reshape(len(steps), -1, NUM_PHASES)
-    hidden = np.stack([step.hidden(table.shape[1]) for step in steps])
+    table, found = table_of(rows, steps), {}
+    hidden = np.stack([np.pad(step.hidden, (0, table.shape[1] - len(step.hidden))) for step in steps])
     optimizer = table[:, rows.number(OPTIMIZER), Phase.FORWARD] if OPTIMIZER in rows.rows else np.zeros(len(steps))
     for number, row in enumerate(rows.rows):
         if row == OPTIMIZER:
@@ -57,12 +66,11 @@ def times_of(rows: Rows, steps: Sequence[Measured], shares: Mapping[Row, float])
     return found
 
 
-def split_times(rows: Rows, steps: Sequence[Measured]) -> dict[str, dict[str, list[float]]]:
+def split_times(rows: Rows, steps: Sequence[Reduced]) -> dict[str, dict[str, list]]:
     """Statistics of the products for gradients of inputs and weights, by row, from steps that tell them apart."""
     if not steps:
         return {}
-    table = np.stack([step.by_place(len(rows.names)) for step in steps]).reshape(len(steps), -1, NUM_PHASES)
-    kinds = {"input_grad": Phase.INPUT_GRAD, "weight_grad": Phase.WEIGHT_GRAD}
+    table, kinds = table_of(rows, steps), {"input_grad": Phase.INPUT_GRAD, "weight_grad": Phase.WEIGHT_GRAD}
     return {
         row.name: {name: statistics(table[:, number, phase]) for name, phase in kinds.items()}
         for number, row in enumerate(rows.rows)
@@ -70,27 +78,24 @@ def split_times(rows: Rows, steps: Sequence[Measured]) -> dict[str, dict[str, li
     }
 
 
-def totals_of(rows: Rows, steps: Sequence[Measured]) -> dict[str, float]:
+def totals_of(rows: Rows, steps: Sequence[Reduced]) -> dict[str, float | None]:
     """Mean milliseconds of a step and of its parts; the parts that do not overlap make up the step.
 
     They are: own (everything that this rank computes), exposed, bubble, data, host, and unaccounted. Of own there
     are also the median and its standard error.
     """
-    each = np.stack([step.by_place(len(rows.names)) for step in steps]).reshape(len(steps), -1, NUM_PHASES)
+    each = table_of(rows, steps)
     table = each.mean(axis=0)
     number = {row.part: i for i, row in enumerate(rows.rows) if row in (BUBBLE, DATA, HOST)}
     found = {part: float(table[number[part]].sum()) if part in number else 0.0 for part in ("bubble", "data", "host")}
     found["exposed"] = float(table[:, Phase.EXPOSED].sum() - sum(table[i, Phase.EXPOSED] for i in number.values()))
     found["unaccounted"] = float(table[rows.other // NUM_PHASES].sum())
     found["step"] = float(np.mean([step.duration for step in steps]))
-    found["own"] = float(table.sum()) - sum(
-        found[name] for name in ("bubble", "data", "host", "exposed", "unaccounted")
-    )
+    found["own"] = float(table.sum()) - sum(found[n] for n in ("bubble", "data", "host", "exposed", "unaccounted"))
     found["host_wait"] = float(np.mean([step.host_wait for step in steps]))
     beside = [i for i, row in enumerate(rows.rows) if row in (BUBBLE, DATA, HOST) or i == rows.other // NUM_PHASES]
     own = statistics(np.delete(np.delete(each, Phase.EXPOSED, 2), beside, 1).sum(axis=(1, 2)))
-    found["own_p50"], found["own_noise"] = own[0], own[-1]
-    return {name: round(value, _DIGITS) for name, value in found.items()}
+    return {name: round(value, _DIGITS) for name, value in found.items()} | {"own_p50": own[0], "own_noise": own[-1]}
 
 
 def parameter_bytes(engine: Engine, rows: Sequence[Row]) -> dict[Row, int]:
@@ -150,8 +155,8 @@ def measures_of_rank(
     engine: Engine,
     recipe: ModelRecipe,
     rows: Rows,
-    timed: Sequence[Measured],
-    split: Sequence[Measured],
+    timed: Sequence[Reduced],
+    split: Sequence[Reduced],
     memory: Mapping[Row, Bytes],
     *,
     tokens: int,

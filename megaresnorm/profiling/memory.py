@@ -4,7 +4,6 @@ Every mark is a point in the profiler's own events; what is allocated and freed 
 """
 
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +44,7 @@ class Points(Ranges):
 
 
 _POINT = "megaresnorm.place "
+_LEVEL = "KINETO_LOG_LEVEL"
 
 
 class MemoryStep:
@@ -66,9 +66,7 @@ class MemoryStep:
     @contextmanager
     def followed(self) -> Iterator[None]:
         """The step is made within."""
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when it begins: it would write lines of its own
-        recorder = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        with _without(b"allocated before the profiling started"), recorder as profiler:
+        with _silent_kineto(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             yield
         self.found = self._by_row(_segments(profiler.profiler.kineto_results.events(), self._device))
 
@@ -77,13 +75,14 @@ class MemoryStep:
         kept: Counter[int] = Counter()
         transient: dict[int, int] = {}
         visits: Counter[int] = Counter()
-        backward_began = False
+        backward_began, before = False, -1
         for place, added, peak in segments:
             row, phase = divmod(place, NUM_PHASES)
             backward_began |= phase == Phase.BACKWARD and self._rows.rows[row].part != "gradients"
             if not backward_began and phase in _FORWARD:
                 kept[row] += added
-                visits[row] += phase == Phase.FORWARD
+                visits[row] += row != before  # a message within it returns to the same row
+            before = row
             transient[row] = max(transient.get(row, 0), peak)
         passes = self._passes(visits)
         rows = self._rows.rows
@@ -102,24 +101,15 @@ class MemoryStep:
 
 
 @contextmanager
-def _without(words: bytes) -> Iterator[None]:
-    """Standard error without lines of torch's that have these words. The others follow when the context ends."""
+def _silent_kineto() -> Iterator[None]:
+    """Kineto, which torch's profiler is made of, would write lines of its own as it begins and ends."""
+    before = os.environ.get(_LEVEL)
+    os.environ[_LEVEL] = before or "99"
     try:
-        shown = os.dup(2)
-    except OSError:  # it is closed
         yield
-        return
-    with tempfile.TemporaryFile() as kept:
-        os.dup2(kept.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(shown, 2)
-            os.close(shown)
-            kept.seek(0)
-            others = [line for line in kept if words not in line]
-            if others:
-                os.write(2, b"".join(others))
+    finally:
+        if before is None:
+            del os.environ[_LEVEL]
 
 
 def _segments(events: list[Any], device: torch.device) -> list[tuple[int, int, int]]:

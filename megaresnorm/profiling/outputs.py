@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from megaresnorm.files import replace_file
 from megaresnorm.profiling.profile import COLUMNS, FILE, total_of
-from megaresnorm.profiling.trace import write_trace
+from megaresnorm.profiling.trace import TRACE, join_parts
 from megaresnorm.telemetry.events import EventFile
 
 NUMBERS = (
@@ -21,25 +21,25 @@ NUMBERS = (
 CELL = 12  # pixels of a block and column in the heat map
 
 
-def write_profile(folder: Path, profile: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> None:
+def write_profile(folder: Path, profile: Mapping[str, Any], *, traced: int) -> None:
     """Write all files of a profile, each in the place of an older one.
 
     Args:
-        ranks: with their traces.
+        traced: ranks that have written their part of the trace; 0: there is none.
 
     Raises:
         OSError: one cannot be written.
     """
     replace_file(folder / FILE, json.dumps(profile, indent=1) + "\n")
     replace_file(folder / "profile.csv", as_csv(profile))
-    if all("trace" in rank for rank in ranks):
-        write_trace(folder / "trace.json.gz", ranks)
+    if traced:
+        join_parts(folder, traced)
     else:
-        (folder / "trace.json.gz").unlink(missing_ok=True)  # of another profile
+        (folder / TRACE).unlink(missing_ok=True)  # of another profile
 
 
 def as_csv(profile: Mapping[str, Any]) -> str:
-    """A line for each row: medians in milliseconds, the 95th percentile of the whole, bytes, operations."""
+    """A line for each row: of each column its median, 95th percentile and rank, milliseconds; operations, bytes."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     times = [name for column in COLUMNS for name in (f"{column}_ms", f"{column}_p95_ms", f"{column}_rank")]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from math import hypot
+from math import hypot, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +86,12 @@ def _merge(rows: dict[str, dict[str, Any]], row: Mapping[str, Any], rank: int) -
         known[name] = max((x for x in (known.get(name), row[name]) if x is not None), default=None)
 
 
-def _row_times(rank: Mapping[str, Any], part: str) -> list[float] | None:
+def _row_times(rank: Mapping[str, Any], part: str) -> list | None:
     """All of a row without columns, such as the bubble: their sum, but for what is hidden."""
     for row in rank["rows"]:
         if row["part"] == part:
             columns = [values for column, values in row["times"].items() if column != "hidden"]
-            return [sum(both) for both in zip(*columns, strict=True)]
+            return [None if None in both else sum(both) for both in zip(*columns, strict=True)]
     return None
 
 
@@ -171,10 +171,32 @@ def read_profile(path: str | Path) -> dict[str, Any]:
         found = json.loads(read_plain_file(file, MAX_BYTES))
     except (OSError, ValueError, RecursionError) as e:
         raise DataError(f"{file}: cannot be read ({e}); make it again with: megaresnorm profile RECIPE") from None
+    if problem := problem_of(found):
+        raise DataError(f"{file}: {problem}")
+    return found
+
+
+def problem_of(found: Any) -> str | None:
+    """What is wrong with what was read as a profile; None where nothing is."""
+    again = "make it again with: megaresnorm profile RECIPE"
     version = found.get("schema_version") if isinstance(found, dict) else None
     if version != SCHEMA_VERSION:
-        raise DataError(f"{file}: schema_version={version!r} is not {SCHEMA_VERSION}, which is read here")
+        return f"schema_version={json.dumps(version)[:40]} is not {SCHEMA_VERSION}, which is read here"
     rows = found.get("rows")
-    if not isinstance(rows, list) or len(rows) > 8 * MAX_BLOCKS or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{file}: its rows are no list of rows; make it again with: megaresnorm profile RECIPE")
-    return found
+    if not isinstance(rows, list) or len(rows) > 8 * MAX_BLOCKS or not _is_time(found.get("step_ms")):
+        return f"it has no rows, or no time of a step; {again}"
+    for row in rows:
+        if not isinstance(row, dict) or not isinstance(row.get("name"), str):
+            return f"one of its rows has no name; {again}"
+        if not all(row.get(column) is None or _is_time(row[column]) for column in COLUMNS):
+            return f"a time of its row {row['name'][:40]!r} is none; {again}"
+    return None
+
+
+def _is_time(time: Any) -> bool:
+    if not isinstance(time, dict) or not isinstance(time.get("rank"), int):
+        return False
+    known = [time.get(name) for name in ("p50", "p95", "mean", "max")]
+    return all(isinstance(x, int | float) and isfinite(x) for x in known) and type(time.get("noise")) in (
+        int, float, type(None)
+    )  # fmt: skip

@@ -5,15 +5,13 @@ from math import hypot
 from typing import Any
 
 from megaresnorm.checkpoint.format import human_bytes
+from megaresnorm.profiling.measures import ENOUGH
 from megaresnorm.profiling.profile import COLUMNS, time_of, total_of
 from megaresnorm.telemetry.log import Table
 
 SIGMAS = 3.0  # of a difference of medians, from where on it is one
 LEAST = 0.02  # of the older time
-_HEADINGS = {
-    "forward": "fwd", "backward": "bwd", "input_grad": "(input", "weight_grad": "weight)", "recompute": "again",
-    "exposed": "comm", "hidden": "hidden", "optimizer": "optim",
-}  # fmt: skip
+_HEADINGS = {"input_grad": "(input", "weight_grad": "weight)"}  # within backward; the others' are their names
 
 
 def summary_lines(profile: Mapping[str, Any]) -> list[str]:
@@ -30,7 +28,8 @@ def summary_lines(profile: Mapping[str, Any]) -> list[str]:
         ideal = f" (equal stages: {whole['ideal_bubble']:.1%})" if whole.get("ideal_bubble") else ""
         parts.insert(0, f"bubble {_share(whole['bubble'], step)}{ideal}")
     if whole.get("overhead") is not None:
-        parts.append(f"marks cost {whole['overhead']:.1%} +- {whole['overhead_noise']:.1%}")
+        noise = "" if whole["overhead_noise"] is None else f" +- {whole['overhead_noise']:.1%}"
+        parts.append(f"marks cost {whole['overhead']:.1%}{noise}")
     return [
         *lines,
         parts_line(profile),
@@ -68,7 +67,7 @@ def rows_table(profile: Mapping[str, Any], *, worst_first: bool, most: int | Non
     table.add_column("row", no_wrap=True)
     for heading in (
         "all",
-        *(_HEADINGS[column] for column in columns),
+        *(_HEADINGS.get(column, column) for column in columns),
         "TFLOP/s",
         "of peak",
         "kept",
@@ -80,7 +79,7 @@ def rows_table(profile: Mapping[str, Any], *, worst_first: bool, most: int | Non
     if several:
         table.add_column("rank", justify="right")
     for row in shown:
-        slowest = row["forward"] or row["exposed"] or row["backward"] or {"rank": ""}
+        slowest = max((row[column] for column in columns if row[column]), key=lambda time: time["p50"])
         cells = [f"{total_of(row):.2f}", *(_cell(row[column]) for column in columns)]
         cells.append("" if row["tflops"] is None else f"{row['tflops']:.3g}")
         cells.append("" if row["share_of_peak"] is None else f"{row['share_of_peak']:.0%}")
@@ -116,7 +115,9 @@ def changes(new: Mapping[str, Any], old: Mapping[str, Any]) -> Iterator[tuple[st
     for name, column, was, now in pairs:
         if not was or not now:
             continue
-        noise = SIGMAS * hypot(was.get("noise", 0.0), now.get("noise", 0.0))
+        if was["noise"] is None or now["noise"] is None:
+            continue
+        noise = SIGMAS * hypot(was["noise"], now["noise"])
         if abs(now["p50"] - was["p50"]) > max(noise, LEAST * was["p50"]):
             yield name, column, was["p50"], now["p50"], noise
 
@@ -131,7 +132,9 @@ def comparison(new: Mapping[str, Any], old: Mapping[str, Any], most: int) -> Tab
     names: tuple[set[str], set[str]] = ({row["name"] for row in new["rows"]}, {row["name"] for row in old["rows"]})
     gone = f"; {len(names[0] ^ names[1])} rows are in one of them alone" if names[0] != names[1] else ""
     title = f"{len(found)} changes beyond {SIGMAS:g} standard errors and {LEAST:.0%}{gone}"
-    table = Table(title=title if found else f"no change beyond the noise{gone}")
+    title = title if found else f"no change beyond the noise{gone}"
+    few = [profile["step_ms"]["noise"] is None for profile in (new, old)]
+    table = Table(title=f"a profile of fewer than {ENOUGH} steps tells no noise{gone}" if any(few) else title)
     for heading in ("row", "part", "old ms", "new ms", "change", "noise ms"):
         table.add_column(heading, justify="left" if heading in ("row", "part") else "right", no_wrap=True)
     for name, column, was, now, noise in found[:most]:

@@ -53,7 +53,7 @@ class CudaClock:
 
     def milliseconds(self, stamps: Sequence[torch.cuda.Event]) -> list[float]:
         """See ``Clock``; the events are free afterwards."""
-        stamps[-1].synchronize()
+        self._pool[self._used - 1].synchronize()  # the last that was recorded, whatever the order of stamps
         self._used = 0
         return [stamps[0].elapsed_time(stamp) for stamp in stamps]
 
@@ -78,10 +78,29 @@ class Chunk(NamedTuple):
     end: float
 
 
+class Reduced(NamedTuple):
+    """One step without its marks.
+
+    Attributes:
+        duration: milliseconds.
+        places: milliseconds of each place.
+        hidden: milliseconds in which a row's messages were under way behind its computation, by row.
+        host_wait: milliseconds in which the host has waited for the device.
+        samples: of the global batch.
+    """
+
+    duration: float
+    places: np.ndarray
+    hidden: np.ndarray
+    host_wait: float
+    samples: int
+
+
 class Measured(NamedTuple):
     """One step.
 
     Attributes:
+        number: counted from 1.
         start: the host's clock at its start, nanoseconds.
         duration: milliseconds.
         places: what was done after each mark.
@@ -91,6 +110,7 @@ class Measured(NamedTuple):
         host_wait: milliseconds in which the host has waited for the device.
     """
 
+    number: int
     start: int
     duration: float
     places: list[int]
@@ -99,17 +119,14 @@ class Measured(NamedTuple):
     chunks: list[Chunk]
     host_wait: float
 
-    def by_place(self, num_places: int) -> np.ndarray:
-        """Milliseconds of each place."""
+    def reduced(self, num_places: int, samples: int) -> Reduced:
+        """The same without marks, which would fill memory over many steps."""
         durations = np.diff(np.asarray(self.times))
-        return np.bincount(np.asarray(self.places, dtype=np.int64), weights=durations, minlength=num_places)
-
-    def hidden(self, num_rows: int) -> np.ndarray:
-        """Milliseconds in which a row's messages were under way behind its computation, by row."""
-        found = np.zeros(num_rows)
+        places = np.bincount(np.asarray(self.places, dtype=np.int64), weights=durations, minlength=num_places)
+        hidden = np.zeros(num_places // NUM_PHASES)
         for place, start, end in self.overlapped:
-            found[place // NUM_PHASES] += end - start
-        return found
+            hidden[place // NUM_PHASES] += end - start
+        return Reduced(self.duration, places, hidden, self.host_wait, samples)
 
 
 class Marks(Protocol):
@@ -123,6 +140,9 @@ class Marks(Protocol):
 
     def mark(self, place: int) -> None:
         """What is done from now on."""
+
+    def close(self) -> None:
+        """A range ends here, whose time goes on until the next mark."""
 
     def now(self) -> Any:
         """A stamp of this moment, for ``overlap`` and ``chunk``."""
@@ -147,7 +167,7 @@ class Timeline:
         self._stamps: list[Any] = []
         self._overlapped: list[tuple[int, Any, Any]] = []
         self._chunks: list[tuple[str, int, int, Any, Any]] = []
-        self._waited, self._began = 0.0, 0
+        self._waited, self._began, self._number = 0.0, 0, 1
         self.now = now = clock.now
         places, stamps = self._places.append, self._stamps.append
 
@@ -158,8 +178,9 @@ class Timeline:
 
         self.mark: Callable[[int], None] = mark
 
-    def begin(self) -> None:
-        """Begin a step."""
+    def begin(self, number: int = 1) -> None:
+        """Begin a step, counted from 1."""
+        self._number = number
         for marks in (self._places, self._stamps, self._overlapped, self._chunks):
             marks.clear()
         self._waited, self._began = 0.0, time.perf_counter_ns()
@@ -174,7 +195,10 @@ class Timeline:
         times, more = found[: len(stamps)], iter(found[len(stamps) :])
         overlapped = [(place, next(more), next(more)) for place, *_ in self._overlapped]
         chunks = [Chunk(kind, stage, number, next(more), next(more)) for kind, stage, number, *_ in self._chunks]
-        return Measured(self._began, times[-1], [*self._places], times, overlapped, chunks, self._waited)
+        return Measured(self._number, self._began, times[-1], [*self._places], times, overlapped, chunks, self._waited)
+
+    def close(self) -> None:
+        """See ``Marks``: a line of time has no ranges."""
 
     def overlap(self, place: int, start: Any) -> None:
         """See ``Marks``."""
@@ -223,7 +247,7 @@ class Ranges:
         self._open.__enter__()
 
     def close(self) -> None:
-        """End the range that is open."""
+        """See ``Marks``."""
         if self._open is not None and self._nvtx:
             torch.cuda.nvtx.range_end(self._open)
         elif self._open is not None:

@@ -1,101 +1,129 @@
-"""The last steps of all ranks as a trace that Perfetto and Chrome open: a process for each rank.
+"""The last steps of the first ranks as a trace that Perfetto and Chrome open: a process for each rank.
 
-Times are microseconds. Tracks of a rank: what it computes, its messages, the passes of microbatches through its
-stages, the host. Arrows lead from a stage that sends to the one that receives.
+Times are microseconds. Tracks of a rank: what it computes, messages that it waits for, messages that are hidden, the
+passes of microbatches through its stages, whole steps. Arrows lead from a stage that sends to the one that receives.
 """
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from megaresnorm.checkpoint.resume import wait_until_seen
 from megaresnorm.files import replace_file
 from megaresnorm.profiling.rows import NUM_PHASES, Phase, Rows
-from megaresnorm.profiling.timeline import Measured
+from megaresnorm.profiling.timeline import Chunk, Measured
 
-TRACKS = ("compute", "communication", "pipeline", "steps")
-COMPUTE, COMMUNICATION, PIPELINE, STEPS = range(len(TRACKS))
+TRACE = "trace.json.gz"
+_HEAD = b'{"displayTimeUnit": "ms", "traceEvents": [\n'
+TRACKS = ("compute", "communication", "hidden communication", "pipeline", "steps")
+COMPUTE, COMMUNICATION, HIDDEN, PIPELINE, STEPS = range(len(TRACKS))
 
 
-def slices_of(rows: Rows, steps: Sequence[Measured], first_step: int, aligned: int) -> dict[str, Any]:
-    """What a rank sends of its steps: slices as [track, name, start, duration], and arrows.
+class Rank(NamedTuple):
+    """Who a trace is of.
+
+    Attributes:
+        num_stages: of the pipeline.
+    """
+
+    rank: int
+    host: str
+    pp: int
+    dp: int
+    tp: int
+    num_stages: int = 1
+
+
+def events_of(rank: Rank, rows: Rows, steps: Sequence[Measured], aligned: int) -> Iterator[dict[str, Any]]:
+    """The events of a rank, in Chrome's trace format.
 
     Args:
-        first_step: number of the first of them.
         aligned: the host's clock, nanoseconds, at a moment that all ranks have in common.
     """
-    slices: list[list[Any]] = []
-    chunks: list[list[Any]] = []
-    for number, step in enumerate(steps):
+    pid, where = rank.rank, f"pp {rank.pp}, dp {rank.dp}, tp {rank.tp}"
+    yield _named("process_name", pid, 0, name=f"rank {pid} ({where}) on {rank.host}")
+    yield _named("process_sort_index", pid, 0, sort_index=pid)
+    for tid, words in enumerate(TRACKS):
+        yield _named("thread_name", pid, tid, name=words)
+        yield _named("thread_sort_index", pid, tid, sort_index=tid)
+    for step in steps:
         start = (step.start - aligned) / 1e3
-        slices.append([STEPS, f"step {first_step + number}", start, 1e3 * step.duration])
-        slices += _of_places(rows, step, start)
-        for place, begin, end in step.overlapped:
-            slices.append(
-                [
-                    COMMUNICATION,
-                    f"{rows.rows[place // NUM_PHASES].name} hidden",
-                    start + 1e3 * begin,
-                    1e3 * (end - begin),
-                ]
-            )
-        for kind, stage, microbatch, begin, end in step.chunks:
-            slices.append([PIPELINE, f"{kind}{microbatch} stage {stage}", start + 1e3 * begin, 1e3 * (end - begin)])
-            chunks.append([number, kind, stage, microbatch, start + 1e3 * begin, 1e3 * (end - begin)])
-    return {"slices": [[t, n, round(s, 3), round(d, 3)] for t, n, s, d in slices], "chunks": chunks}
+        yield _slice(pid, STEPS, f"step {step.number}", start, 1e3 * step.duration)
+        for track, name, begin, end in _pieces(rows, step):
+            yield _slice(pid, track, name, start + 1e3 * begin, 1e3 * (end - begin))
+        for chunk in step.chunks:
+            yield from _arrows(rank, step.number, chunk, start)
 
 
-def _of_places(rows: Rows, step: Measured, start: float) -> Iterator[list[Any]]:
-    """Slices of consecutive marks; those of no length are left out."""
+def _named(what: str, pid: int, tid: int, **arguments: Any) -> dict[str, Any]:
+    return {"ph": "M", "name": what, "pid": pid, "tid": tid, "args": arguments}
+
+
+def _slice(pid: int, track: int, name: str, start: float, duration: float) -> dict[str, Any]:
+    times = {"ts": round(start, 3), "dur": round(duration, 3)}
+    return {"ph": "X", "name": name, "cat": TRACKS[track], "pid": pid, "tid": track, **times}
+
+
+def _pieces(rows: Rows, step: Measured) -> Iterator[tuple[int, str, float, float]]:
+    """(track, name, start, end) of consecutive marks, of hidden messages and of microbatches' passes."""
     names = rows.names
     for place, begin, end in zip(step.places, step.times, step.times[1:], strict=False):
         if end > begin:
-            track = COMMUNICATION if place % NUM_PHASES == Phase.EXPOSED else COMPUTE
-            yield [track, names[place], start + 1e3 * begin, 1e3 * (end - begin)]
+            yield COMMUNICATION if place % NUM_PHASES == Phase.EXPOSED else COMPUTE, names[place], begin, end
+    for place, begin, end in step.overlapped:
+        yield HIDDEN, rows.rows[place // NUM_PHASES].name, begin, end
+    for chunk in step.chunks:
+        yield PIPELINE, f"{chunk.kind}{chunk.microbatch} stage {chunk.stage}", chunk.start, chunk.end
 
 
-def trace_events(ranks: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Events of Chrome's trace format.
+def _arrows(rank: Rank, number: int, chunk: Chunk, start: float) -> Iterator[dict[str, Any]]:
+    """This rank's ends of arrows between stages: of activations upwards, of gradients downwards.
 
-    Args:
-        ranks: with rank, host, pp, dp, tp, and as ``trace`` what ``slices_of`` has made.
+    Both ends of an arrow have an id that each rank can tell by itself.
     """
-    for rank in ranks:
-        pid = rank["rank"]
-        name = f"rank {pid} (pp {rank['pp']}, dp {rank['dp']}, tp {rank['tp']}) on {rank['host']}"
-        yield {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": name}}
-        yield {"ph": "M", "name": "process_sort_index", "pid": pid, "args": {"sort_index": pid}}
-        for tid, track in enumerate(TRACKS):
-            yield {"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": track}}
-            yield {"ph": "M", "name": "thread_sort_index", "pid": pid, "tid": tid, "args": {"sort_index": tid}}
-        for track, name, start, duration in rank["trace"]["slices"]:
-            event = {"ph": "X", "name": name, "pid": pid, "tid": track, "ts": start, "dur": duration}
-            yield event | {"cat": TRACKS[track]}
-    yield from _arrows(ranks)
-
-
-def _arrows(ranks: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """From the end of a microbatch's pass through a stage to its beginning in the next: forward up, backward down."""
-    passes: dict[tuple[int, int, int, str, int, int], tuple[int, float, float]] = {}
-    for rank in ranks:
-        for number, kind, stage, microbatch, start, duration in rank["trace"]["chunks"]:
-            passes[rank["dp"], rank["tp"], number, kind, microbatch, stage] = rank["rank"], start, duration
-    for identity, (key, (pid, start, duration)) in enumerate(passes.items()):
-        *same, kind, microbatch, stage = key
-        following = passes.get((*same, kind, microbatch, stage + (1 if kind == "F" else -1)))  # type: ignore[arg-type]
-        if following is None:
+    forward, last = chunk.kind == "F", rank.num_stages - 1
+    above, below = chunk.stage < last, chunk.stage > 0  # whether there is a stage after and before it
+    sends, receives = (above, below) if forward else (below, above)
+    for there_is, ph, at in ((sends, "s", chunk.end), (receives, "f", chunk.start)):
+        if not there_is:
             continue
-        common = {"cat": "pipeline", "name": "activations" if kind == "F" else "gradients", "id": identity}
-        yield common | {"ph": "s", "pid": pid, "tid": PIPELINE, "ts": start + duration}
-        yield common | {"ph": "f", "bp": "e", "pid": following[0], "tid": PIPELINE, "ts": following[1]}
+        leaves_upwards = forward == (ph == "s")
+        boundary = chunk.stage if leaves_upwards else chunk.stage - 1
+        identity = f"{number}.{rank.dp}.{rank.tp}.{chunk.kind}{chunk.microbatch}.{boundary}"
+        name = "activations" if forward else "gradients"
+        event: dict[str, Any] = {"ph": ph, "cat": "pipeline", "name": name, "id": identity, "pid": rank.rank}
+        event |= {"tid": PIPELINE, "ts": round(start + 1e3 * at, 3)}
+        yield event if ph == "s" else event | {"bp": "e"}
 
 
-def write_trace(path: Path, ranks: Sequence[Mapping[str, Any]]) -> None:
-    """Write the trace of all ranks, compressed.
+def write_part(folder: Path, rank: Rank, events: Iterable[Mapping[str, Any]]) -> None:
+    """Write a rank's part of a trace beside the others'.
 
     Raises:
         OSError: it cannot be written.
     """
-    trace = {"traceEvents": list(trace_events(ranks)), "displayTimeUnit": "ms"}
-    replace_file(path, [gzip.compress(json.dumps(trace).encode(), mtime=0)])
+    text = ",\n".join(json.dumps(event) for event in events)
+    replace_file(_part(folder, rank.rank), gzip.compress(text.encode(), mtime=0))
+
+
+def join_parts(folder: Path, num_ranks: int) -> None:
+    """Make one trace of the parts of the first ranks, and remove these. Each is a member of the compressed file.
+
+    Raises:
+        OSError: it cannot be read or written.
+    """
+    parts = [_part(folder, rank) for rank in range(num_ranks)]
+    for part in parts:
+        wait_until_seen(part)
+    head, comma, tail = (gzip.compress(text, mtime=0) for text in (_HEAD, b",\n", b"]}\n"))
+    between = (piece for part in parts for piece in (comma, part.read_bytes()))
+    next(between)
+    replace_file(folder / TRACE, [head, *between, tail])
+    for part in parts:
+        part.unlink()
+
+
+def _part(folder: Path, rank: int) -> Path:
+    return folder / f"{TRACE}.{rank:05}"

@@ -1,7 +1,9 @@
 """A window of a run's steps that is measured: which steps how, and what is written when it ends."""
 
+import logging
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,23 +24,25 @@ from megaresnorm.profiling.outputs import to_tensorboard, write_profile
 from megaresnorm.profiling.profile import FILE, merged
 from megaresnorm.profiling.rows import Row, Rows
 from megaresnorm.profiling.show import summary_lines
-from megaresnorm.profiling.timeline import Marks, Measured, Ranges, Timeline, clock_of
-from megaresnorm.profiling.trace import slices_of
+from megaresnorm.profiling.timeline import Marks, Measured, Ranges, Reduced, Timeline, clock_of
+from megaresnorm.profiling.trace import Rank, events_of, write_part
 from megaresnorm.recipe.training import ProfileRecipe
-from megaresnorm.schedule import learning_rate
+from megaresnorm.schedule import batch_size, learning_rate
 from megaresnorm.telemetry.depth.figures import DepthFigures
 from megaresnorm.telemetry.depth.watch import DepthWatch
 from megaresnorm.telemetry.describe import describe_ranks
 from megaresnorm.telemetry.log import log_lines
-from megaresnorm.telemetry.throughput import peak_tflops, product_tflops
+from megaresnorm.telemetry.throughput import peak_of
 from megaresnorm.telemetry.wrapped import Wrapped
 
 if TYPE_CHECKING:
     from megaresnorm.run import Run
 
+log = logging.getLogger(__name__)
+
 PAIRS = 10  # steps without marks, in turn with those that are timed
 SPLIT = 3  # steps whose products of backward are told apart
-TRACED = 3  # timed steps in the trace
+TRACED, TRACED_RANKS = 3, 64  # timed steps, and ranks, in the trace
 
 
 def kinds_of(steps: int, *, compiled: bool) -> list[str]:
@@ -109,8 +113,9 @@ class Profiler:
             self._kinds = {self._first + i: kind for i, kind in enumerate(kinds if self._first else [])}
         self.last_step = max(self._kinds, default=0)
         self._timeline = Timeline(clock_of(run.device), self._rows)
-        self._timed: list[Measured] = []
-        self._split: list[Measured] = []
+        self._timed: list[Reduced] = []
+        self._split: list[Reduced] = []
+        self._traced: deque[Measured] = deque(maxlen=TRACED)
         self._memory: dict[Row, Bytes] = {}
         self._depth: DepthFigures | None = None
         self._cpu: dict[str, list[float]] = {"timed": [], "plain": []}
@@ -140,31 +145,49 @@ class Profiler:
     @contextmanager
     def _wrapped(self, kind: str) -> Iterator[None]:
         if kind == "memory":
-            step = MemoryStep(self._rows, self._run.device)
-            with Wrapped() as wrapped, step.followed():
-                self._marking(step.marks).wrap(wrapped, self._run)
+            with self._followed():
                 yield
-            self._memory = step.found
             return
         if kind == "watched":
-            run = self._run
-            norms = TensorNorms(run.engine, run.recipe.optim)
-            watch = DepthWatch(run.recipe.model, run.engine.assembled, norms)
-            with watch.watching(learning_rate(run.steps_done, run.recipe)):
+            with self._watched():
                 yield
-            self._depth = watch.figures
             return
+        run, number = self._run, self._run.steps_done + 1
+        samples = batch_size(run.steps_done, run.recipe.train)
         with Wrapped() as wrapped:
             if kind != "plain":
-                self._marking(self._timeline, splits=kind == "split").wrap(wrapped, self._run)
+                self._marking(self._timeline, splits=kind == "split").wrap(wrapped, run)
             cpu = self._now()
-            self._timeline.begin()
+            self._timeline.begin(number)
             yield
             measured = self._timeline.end()
             if kind in self._cpu:
                 self._cpu[kind].append(self._now() - cpu)
-        if kind != "plain":
-            (self._split if kind == "split" else self._timed).append(measured)
+        if kind == "plain":
+            return
+        (self._split if kind == "split" else self._timed).append(measured.reduced(len(self._rows.names), samples))
+        if kind == "timed":
+            self._traced.append(measured)
+
+    @contextmanager
+    def _followed(self) -> Iterator[None]:
+        if torch.autograd.profiler._is_profiler_enabled:
+            log.warning("warning: a profile within torch.profiler has no bytes of rows: there is one such profiler")
+            yield
+            return
+        step = MemoryStep(self._rows, self._run.device)
+        with Wrapped() as wrapped, step.followed():
+            self._marking(step.marks).wrap(wrapped, self._run)
+            yield
+        self._memory = step.found
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        run = self._run
+        watch = DepthWatch(run.recipe.model, run.engine.assembled, TensorNorms(run.engine, run.recipe.optim))
+        with watch.watching(learning_rate(run.steps_done, run.recipe)):
+            yield
+        self._depth = watch.figures
 
     def _now(self) -> float:
         """Seconds that tell what marks cost: of the processor, which other programs do not disturb, or of a GPU."""
@@ -191,70 +214,81 @@ class Profiler:
     def finish(self) -> None:
         """Write the profile of the steps that were timed so far, unless it has been written. Collective.
 
+        Where the run goes on, one that cannot be written costs a warning.
+
         Raises:
             TrainingError: it cannot be written.
         """
         self._kinds = {}
         if not self._timed:
             return
-        run, context = self._run, self._run.context
-        tokens = run.recipe.train.global_batch * run.recipe.model.seq_len
-        mine = measures_of_rank(
-            run.engine,
-            run.recipe.model,
-            self._rows,
-            self._timed,
-            self._split,
-            self._memory,
-            tokens=tokens // context.dp.size,
-        )
-        mine |= {"rank": context.control.rank, "host": host_name(), "pp": context.pp.rank}
-        mine |= {"dp": context.dp.rank, "tp": context.tp.rank, "overhead": self._overhead()}
-        if self._writes_trace:
-            mine["trace"] = slices_of(self._rows, self._timed[-TRACED:], len(self._timed[:-TRACED]) + 1, self._aligned)
-        ranks = all_gather_json(mine, context.control)
-        all_or_raise(lambda: self._write(ranks), context.control)
+        try:
+            self._write_all()
+        except TrainingError as e:
+            if not self._tells:
+                raise
+            log.warning("warning: %s; training goes on", e)
         self._timed = []
+        self._traced.clear()
 
-    def _overhead(self) -> list[float] | None:
+    def _write_all(self) -> None:
+        run, context = self._run, self._run.context
+        control, me = context.control, {axis: getattr(context, axis).rank for axis in ("pp", "dp", "tp")}
+        mine = measures_of_rank(
+            run.engine, run.recipe.model, self._rows, self._timed, self._split, self._memory,
+            tokens=round(self._samples * run.recipe.model.seq_len / context.dp.size),
+        )  # fmt: skip
+        mine |= {"rank": control.rank, "host": host_name(), **me, "overhead": self._overhead()}
+        traced = min(control.size, TRACED_RANKS) if self._writes_trace else 0
+        all_or_raise(lambda: self._try(lambda: self._folder.mkdir(parents=True, exist_ok=True)), control)
+        if traced:
+            who = Rank(control.rank, host_name(), **me, num_stages=run.recipe.parallel.num_stages)
+            events = events_of(who, self._rows, [*self._traced], self._aligned)
+            all_or_raise(
+                lambda: self._try(lambda: write_part(self._folder, who, events)) if who.rank < traced else None, control
+            )
+        ranks = all_gather_json(mine, control)
+        all_or_raise(lambda: self._write(ranks, traced) if control.rank == 0 else None, control)
+
+    @property
+    def _samples(self) -> float:
+        """Of a timed step, on average: batches may grow."""
+        return sum(step.samples for step in self._timed) / len(self._timed)
+
+    def _overhead(self) -> list[float | None] | None:
         """What marks add to a step, as a share of it: over pairs of steps in turn, as ``statistics`` of them."""
         pairs = list(zip(self._cpu["timed"], self._cpu["plain"], strict=False))
         return statistics([with_marks / without - 1.0 for with_marks, without in pairs]) if pairs else None
 
-    def _write(self, ranks: list[dict[str, Any]]) -> None:
-        if self._run.context.control.rank > 0:
-            return
+    def _write(self, ranks: list[dict[str, Any]], traced: int) -> None:
         self.profile = merged(ranks, self._head(ranks), self._depth)
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            write_profile(self._folder, self.profile, ranks)
-            if "tensorboard" in self._run.recipe.train.loggers:
-                to_tensorboard(self._run.output / "tensorboard" / "profile", self.profile)
-        except OSError as e:
-            raise TrainingError(f"{self._folder}: the profile cannot be written ({e.strerror})") from None
+        self._try(lambda: self._write_files(traced))
         if self._tells:
             log_lines([*summary_lines(self.profile), f"written   {self._folder}/{FILE}"])
 
+    def _write_files(self, traced: int) -> None:
+        assert self.profile is not None
+        write_profile(self._folder, self.profile, traced=traced)
+        if "tensorboard" in self._run.recipe.train.loggers:
+            to_tensorboard(self._run.output / "tensorboard" / "profile", self.profile)
+
+    def _try(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except OSError as e:
+            raise TrainingError(f"{self._folder}: the profile cannot be written ({e.strerror})") from None
+
     def _head(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         recipe, device = self._run.recipe, self._run.device
-        parallel, tokens = recipe.parallel, recipe.train.global_batch * recipe.model.seq_len
-        ideal, peak = None, peak_tflops(device, recipe.precision.compute)
-        peak_is = "peak: of the GPU's data sheet, for dense products in BF16"
-        if peak is None:
-            peak = product_tflops(device, recipe.precision.compute)
-            peak_is = "peak: the fastest of some products of 1,024 x 1,024 matrices on this machine"
-        if parallel.pp > 1:
-            micro = recipe.train.micro_batch_of(self._run.context.dp.size, parallel.pp)
-            count = -(-recipe.train.global_batch // (micro * self._run.context.dp.size))
-            ideal = bubble(parallel.pp, count, parallel.num_stages // parallel.pp)
+        tokens = self._samples * recipe.model.seq_len
+        peak, peak_is = peak_of(device, recipe.precision.compute)
         threads = torch.get_num_threads()
         on_cpu = f"CPU, {threads} thread{'s' * (threads > 1)}"
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu
-        cost = max((r["overhead"] for r in ranks if r["overhead"] is not None), default=None)
+        cost = max((r["overhead"] for r in ranks if r["overhead"] is not None), key=lambda one: one[0], default=None)
         return {
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": self._command,
-            "device": name,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu,
             "layout": describe_ranks(recipe, self._run.engine.assembled),
             "first_step": self._first,
             "num_steps": len(self._timed),
@@ -263,7 +297,15 @@ class Profiler:
             "flops": training_flops(recipe.model) * tokens,
             "peak_tflops": peak,
             "peak_is": peak_is,
-            "ideal_bubble": ideal,
+            "ideal_bubble": self._ideal_bubble(),
             "overhead": None if cost is None else cost[0],
             "overhead_noise": None if cost is None else cost[-1],
         }
+
+    def _ideal_bubble(self) -> float | None:
+        """The share of a step that ranks would wait if all stages took the same; None without stages."""
+        run, parallel, stack = self._run, self._run.recipe.parallel, self._run.engine.stack
+        if stack is None:
+            return None
+        each = run.recipe.train.micro_batch_of(run.context.dp.size, parallel.pp) * run.context.dp.size
+        return bubble(parallel.pp, stack(-(-round(self._samples) // each)), parallel.num_stages // parallel.pp)

@@ -1,6 +1,7 @@
 """Methods of single objects wrapped for a while: how a model is watched in some steps at no cost in the others."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -27,7 +28,7 @@ class Wrapped:
     """
 
     def __init__(self) -> None:
-        self._undo: list[Callable[[], object]] = []
+        self._undo = ExitStack()
 
     def __enter__(self) -> "Wrapped":
         return self
@@ -35,8 +36,7 @@ class Wrapped:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        while self._undo:
-            self._undo.pop()()
+        self._undo.close()
 
     def method(self, owner: Any, name: str, around: Callable[[Callable], Callable]) -> None:
         """Replace ``owner.name`` by what ``around`` makes of it."""
@@ -53,4 +53,4 @@ class Wrapped:
 
     def at_end(self, undo: Callable[[], object]) -> None:
         """Call ``undo`` when the context ends; what came last is undone first."""
-        self._undo.append(undo)
+        self._undo.callback(undo)

@@ -53,6 +53,12 @@ def sums_up(profile):
 INSIDE = ("hidden", "input_grad", "weight_grad")  # of columns, what is in others
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_models_of_few_blocks_are_profiled(recipe, blocks):
+    profile = profiled(recipe(model={"num_blocks": blocks}, train={"profile": {"start": 2, "steps": 6}}))
+    assert sum(r["part"] == "ffn" for r in profile["rows"]) == blocks
+
+
 def test_rows_make_up_the_step(recipe):
     profile = profiled(recipe())
     assert abs(sums_up(profile) - 1.0) < 1e-3
@@ -194,7 +200,7 @@ def nested(slices):
     return True
 
 
-def check_trace(path: Path, ranks: int, step_ms: float) -> list[dict]:
+def check_trace(path: Path, ranks: int, step_ms: float, numbers=("step 4", "step 6", "step 8")) -> list[dict]:
     """Chrome's format: what a track has, that slices nest, and that times are microseconds."""
     trace = json.loads(gzip.decompress(path.read_bytes()))
     events = trace["traceEvents"]
@@ -204,10 +210,11 @@ def check_trace(path: Path, ranks: int, step_ms: float) -> list[dict]:
     slices = [e for e in events if e["ph"] == "X"]
     assert all(e["dur"] >= 0 and isinstance(e["tid"], int) and e["name"] for e in slices)
     for rank in range(ranks):
-        for tid in (0, 2, 3):
+        for tid in (0, 1, 3, 4):
             assert nested([e for e in slices if (e["pid"], e["tid"]) == (rank, tid)]), (rank, tid)
-        steps = [e for e in slices if e["pid"] == rank and e["name"].startswith("step ")]
-        assert len(steps) == 3 and all(0.2 < e["dur"] / 1e3 / step_ms < 5.0 for e in steps)
+        steps = [e for e in slices if e["pid"] == rank and e["tid"] == 4]
+        assert [e["name"] for e in steps] == [*numbers], "plain steps lie between those that are timed"
+        assert all(0.2 < e["dur"] / 1e3 / step_ms < 5.0 for e in steps)
         inside = [e for e in slices if e["pid"] == rank and e["tid"] == 0]
         first, last = min(e["ts"] for e in steps), max(e["ts"] + e["dur"] for e in steps)
         assert all(first - 1.0 <= e["ts"] and e["ts"] + e["dur"] <= last + 1.0 for e in inside)
@@ -254,7 +261,7 @@ def test_marks_are_charged_to_what_is_under_way():
         for place in (ffn, norm, ffn):
             timeline.mark(place)
         measured = timeline.end()
-        table = measured.by_place(len(rows.names)).reshape(-1, NUM_PHASES)
+        table = measured.reduced(len(rows.names), 1).places.reshape(-1, NUM_PHASES)
         assert table[:, Phase.FORWARD].tolist() == [1.0, 2.0, 1.0] and measured.duration == 4.0
 
 
@@ -325,7 +332,10 @@ def test_bad_input_is_one_line(recipe, tmp_path, capsys):
         assert main(["profile", str(path), *arguments]) in (2, 3)
         said = capsys.readouterr().err.strip().splitlines()
         assert len(said) == 1 and wanted in said[0]
-    for content in ("", "[]", '{"schema_version": 2}', '{"schema_version": 1, "rows": 3}', "[" * 10**5):
+    step = '"step_ms": {"p50": 1, "p95": 1, "mean": 1, "max": 1, "noise": null, "rank": 0}'
+    for content in ("", "[]", '{"schema_version": 2}', '{"schema_version": 1, "rows": 3}', "[" * 10**5,
+                    '{"schema_version": 1, "rows": []}', f'{{"schema_version": 1, "rows": [{{}}], {step}}}',
+                    f'{{"schema_version": 1, "rows": [{{"name": "a", "forward": 3}}], {step}}}'):  # fmt: skip
         (tmp_path / "profile.json").write_text(content)
         with pytest.raises(DataError, match=r"profile\.json"):
             read_profile(tmp_path)
@@ -342,7 +352,7 @@ def test_a_run_that_ends_within_its_window_writes_and_says_what_it_has(recipe, c
 def test_the_clock_of_a_gpu_takes_events_from_a_pool_and_waits_once(monkeypatch):
     class Event:
         made = waits = 0
-        clock = 0.0
+        clock = waited_for = 0.0
 
         def __init__(self, enable_timing):
             assert enable_timing
@@ -353,16 +363,23 @@ def test_the_clock_of_a_gpu_takes_events_from_a_pool_and_waits_once(monkeypatch)
             self.at = Event.clock
 
         def synchronize(self):
-            Event.waits += 1
+            Event.waits, Event.waited_for = Event.waits + 1, self.at
 
         def elapsed_time(self, other):
+            assert Event.waited_for >= max(self.at, other.at), "both events must be completed"
             return other.at - self.at
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    clock = clock_of(torch.device("cuda"))
+    clock, rows = clock_of(torch.device("cuda")), Rows()
+    ffn = rows.place(Row("ffn", "ffn"), Phase.FORWARD)
+    timeline = Timeline(clock, rows)
     for _ in range(2):
-        stamps = [clock.now() for _ in range(5)]
-        assert clock.milliseconds(stamps) == [0.0, 1.5, 3.0, 4.5, 6.0]
+        timeline.begin()
+        timeline.mark(ffn)
+        start = timeline.now()
+        timeline.overlap(ffn, start)  # whose events come before the step's end, which is what is to be waited for
+        measured = timeline.end()
+        assert measured.duration == 6.0 and measured.reduced(len(rows.names), 1).hidden.tolist() == [0.0, 1.5]
     assert (Event.made, Event.waits) == (5, 2)
 
 

@@ -114,7 +114,7 @@ def test_the_error_names_the_tensor(tiny, monkeypatch):
 
 def bad_gradient_on_rank_1(rank: int, recipe) -> str:
     be_rank(rank, 2)
-    real = NativeEngine._backward
+    real = NativeEngine.backward
 
     def backward(engine, batch, tokens):
         found = real(engine, batch, tokens)
@@ -122,7 +122,7 @@ def bad_gradient_on_rank_1(rank: int, recipe) -> str:
             next(iter(engine._parameters.values())).grad.view(-1)[0] = float("nan")
         return found
 
-    NativeEngine._backward = backward
+    NativeEngine.backward = backward
     try:
         return str(train(recipe).exit_code)
     except UserError as e:
@@ -148,7 +148,7 @@ def test_no_step_is_saved_while_steps_are_refused_and_the_end_is_an_error(tiny, 
 
 def test_checkpoints_before_the_first_refused_step_are_not_pruned(tiny, monkeypatch):
     """One step in three is refused for a while: later checkpoints may be spoilt. Earlier ones stay, also on resume."""
-    real = NativeEngine._backward
+    real = NativeEngine.backward
 
     def backward(engine, batch, tokens):
         loss = real(engine, batch, tokens)

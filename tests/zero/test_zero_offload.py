@@ -114,8 +114,8 @@ def refuse_one(rank: int, recipes: list[Recipe], poison: str) -> list:
         engine, steps = engine_of(recipe), []
         layer = next(m for m in engine.model.modules() if isinstance(m, Linear))
         poisoned = layer.kernel = Overflowing(layer.kernel)
-        factor, backward = 1.0, engine._backward
-        engine._backward = lambda *arguments: backward(*arguments) * factor  # noqa: B023 - of this round
+        factor, backward = 1.0, engine.backward
+        engine.backward = lambda *arguments: backward(*arguments) * factor  # noqa: B023 - of this round
         for step in range(5):
             before = state_digest(engine)
             poisoned.armed = step == 2 and poison == "gradient" and rank == dist.get_world_size() - 1
