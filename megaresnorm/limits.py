@@ -24,3 +24,4 @@ FP32_TINY = 1.1754943508222875e-38
 FP32_MAX = 3.4028234663852886e38
 LARGEST_POWER = 126  # of two, whose reciprocal FP32 holds as a normal number, too
 MAX_SHOWN = 60  # characters of a name, value or argument that an error shows
+MAX_PROFILED = 1_000  # steps of a profile

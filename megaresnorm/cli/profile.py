@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,17 +12,20 @@ import typer
 
 from megaresnorm.cli.arguments import Overrides, count_up_to, examples, path, path_text
 from megaresnorm.errors import ConfigError
+from megaresnorm.limits import MAX_PROFILED
 
 if TYPE_CHECKING:  # commands import what they need, so that --help is instant
     from megaresnorm.opening import Opened
     from megaresnorm.recipe import Recipe
     from megaresnorm.resilience.signals import StopSignals
 
-MOST_STEPS, MOST_ROWS = 10_000, 100_000
+log = logging.getLogger(__name__)
+
+MOST_ROWS = 100_000
 
 _Recipe = Annotated[str, typer.Argument(parser=path_text, metavar="RECIPE", help="YAML file, as in configs/")]
-_Steps = Annotated[int, typer.Option(parser=count_up_to(MOST_STEPS), metavar="N", help="steps that are timed")]
-_Warmup = Annotated[int, typer.Option(parser=count_up_to(MOST_STEPS), metavar="N", help="steps before them")]
+_Steps = Annotated[int, typer.Option(parser=count_up_to(MAX_PROFILED), metavar="N", help="steps that are timed")]
+_Warmup = Annotated[int, typer.Option(parser=count_up_to(MAX_PROFILED), metavar="N", help="steps before them")]
 _SORT = "time: worst rows first; block: from the embedding to the output matrix"
 _Sort = Annotated[str, typer.Option(metavar="time|block", help=_SORT)]
 _Rows = Annotated[int, typer.Option("--rows", parser=count_up_to(MOST_ROWS), metavar="N", help="rows to print")]
@@ -56,42 +61,48 @@ def profile(
 ) -> int:
     """Measure where a step's time and memory go, by block and branch, on all ranks.
 
-    The run of the recipe is begun from its first weights, in a folder of its own; nothing of it is kept but the
-    profile: profile.json, profile.csv, trace.json.gz. To measure a run that is going on, set train.profile in its
-    recipe.
+    A run of the recipe is begun from its first weights (or train.initial_weights), in a folder of its own, and makes as
+    many steps as it takes. To measure a run that is going on, set train.profile in its recipe.
     """
     from megaresnorm.job import run_job
 
     if sort not in ("time", "block"):
         raise ConfigError(f"--sort={sort} is neither time nor block")
-    old = None
-    if compare is not None:
-        from megaresnorm.profiling.profile import read_profile
-
-        old = read_profile(compare)  # found out now, and before this profile may take its place
+    given = [f"--steps={steps}", f"--warmup={warmup}", *([] if out is None else [f"--out={out}"]), *(overrides or [])]
+    command, old = shlex.join(["megaresnorm", "profile", recipe, *given]), _Old()
     return run_job(
         recipe,
         overrides or [],
-        adjust=partial(_as_profiled, steps=steps, warmup=warmup, out=out),
-        work=partial(_measure, sort=sort, rows=rows, old=old, trace=trace, command=_command(recipe, overrides)),
+        adjust=partial(_as_profiled, steps=steps, warmup=warmup, out=out, compare=compare, old=old),
+        work=partial(_measure, sort=sort, rows=rows, old=old, trace=trace, command=command),
     )
 
 
-def _command(recipe: str, overrides: list[str] | None) -> str:
-    return " ".join(["megaresnorm profile", recipe, *(overrides or [])])
+class _Old:
+    """The profile to compare with, once it has been read."""
+
+    profile: dict[str, Any] | None = None
 
 
-def _as_profiled(recipe: Recipe, *, steps: int, warmup: int, out: Path | None) -> Recipe:
-    """The recipe of a run that is measured and leaves nothing else behind."""
+def _as_profiled(
+    recipe: Recipe, *, steps: int, warmup: int, out: Path | None, compare: Path | None, old: _Old
+) -> Recipe:
+    """The recipe of a run that is measured, and what it is compared with. An error here is one of all ranks."""
+    from megaresnorm.profiling.profile import read_profile
     from megaresnorm.profiling.window import kinds_of
     from megaresnorm.recipe.load import build_recipe
 
+    if compare is not None:
+        old.profile = read_profile(compare)  # before this profile may take its place
+    folder = out if out is not None else Path(recipe.train.output) / "profile"
+    if (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").glob("step-*")):
+        raise ConfigError(f"{folder}: a run is there, which a profile would take up; give --out a folder of its own")
     values = recipe.model_dump(exclude_none=True, exclude_defaults=True)
     needed = warmup + len(kinds_of(steps, compiled=False))
     values["train"] |= {
         "profile": {"start": warmup + 1, "steps": steps},
         "steps": max(recipe.train.steps, needed),
-        "output": str(out if out is not None else Path(recipe.train.output) / "profile"),
+        "output": str(folder),
         "loggers": [],
         "sample_tokens": 0,
     }
@@ -104,11 +115,12 @@ def _measure(
     *,
     sort: str,
     rows: int,
-    old: dict[str, Any] | None,
+    old: _Old,
     trace: bool,
     command: str,
 ) -> int:
     from megaresnorm.profiling.window import Profiler
+    from megaresnorm.resilience.signals import exit_reason
     from megaresnorm.run import Run
     from megaresnorm.telemetry.log import log_lines, progress_bar
     from megaresnorm.trainer import Trainer
@@ -118,6 +130,7 @@ def _measure(
         window = run.recipe.train.profile
         profiler = Profiler(run, window, run.output, command, writes_trace=trace)
         trainer = Trainer(run, profiler)
+        stop.begin()
         with progress_bar("profiling", profiler.last_step) as progress:
             while run.steps_done < profiler.last_step:
                 trainer.step()
@@ -126,8 +139,10 @@ def _measure(
                     break
         profiler.finish()
         code = run.largest(stop.exit_code)
+        if code:
+            log.warning("%s: stopped after step %d of %d", exit_reason(code), run.steps_done, profiler.last_step)
     if profiler.profile is not None:
-        _show(profiler.profile, old, run.output, sort, rows, trace)
+        _show(profiler.profile, old.profile, run.output, sort, rows, trace)
     return code
 
 

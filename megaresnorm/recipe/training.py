@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 from typing_extensions import Self
 
-from megaresnorm.limits import MAX_SOURCES, MAX_STEPS, MAX_TOKENS
+from megaresnorm.limits import MAX_PROFILED, MAX_SOURCES, MAX_STEPS, MAX_TOKENS
 from megaresnorm.recipe.section import (
     AtLeast1,
     Batch,
@@ -20,7 +20,6 @@ from megaresnorm.recipe.section import (
     refuse_ignored,
 )
 
-MAX_PROFILED = 10_000  # steps whose marks are kept
 MAX_VALID = 64  # validation sets, each of which is read at every evaluation
 # Not the names of the parts of the training data.
 ValidName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$"), AfterValidator(lambda name: _no_part(name))]
@@ -118,7 +117,7 @@ class ProfileRecipe(Section):
     start: Count = 10
     """The first step of the window: those before it warm up."""
     steps: Annotated[int, Field(ge=1, le=MAX_PROFILED)] = 20
-    """Steps that are timed; about as many more are made without marks, to tell their cost, and for memory."""
+    """Steps that are timed. Up to 15 more are made: without marks, to tell their cost, and for what takes longer."""
 
 
 class OptimRecipe(Section):

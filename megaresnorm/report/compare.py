@@ -68,7 +68,8 @@ def _overlaid(
     log: bool = False,
     x: str = "step",
 ) -> Iterator[Figure]:
-    lines = {i: found for i, run in enumerate(runs) if (found := line(run)) is not None}
+    found = {i: line(run) for i, run in enumerate(runs)}
+    lines = {i: one for i, one in found.items() if one is not None and np.isfinite(one[1]).any()}
     if not lines:
         return
 

@@ -17,7 +17,7 @@ from megaresnorm.telemetry.log import large
 
 CONVENTION = (
     "TFLOP/s and MFU count the forward pass and twice as much for backward, causal attention by half, and nothing that "
-    "is recomputed; MFU is the share of the device's dense BF16 peak."
+    "is recomputed; MFU in the curves is the share of the GPU's dense BF16 peak."
 )
 
 

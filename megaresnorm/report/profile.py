@@ -104,17 +104,22 @@ def _bars(
 
 
 def _ranks(ranks: Sequence[Mapping[str, Any]]) -> Figure:
+    parts = {
+        "own work": ("own_ms",), "waiting": ("exposed_ms", "bubble_ms"),
+        "data, host, other": ("data_ms", "host_ms", "unaccounted_ms"),
+    }  # fmt: skip
     numbers = np.array([_number(one.get("rank")) for one in ranks])
-    own = np.array([_number(one.get("own_ms")) for one in ranks])
-    step = np.array([_number(one.get("step_ms")) for one in ranks])
+    heights = {what: np.array([sum(_number(r.get(n)) for n in of) for r in ranks]) for what, of in parts.items()}
 
     def paint(axes: Any) -> None:
-        axes.bar(numbers, own, width=0.85, color=BLUE, label="own work")
-        axes.bar(numbers, np.maximum(0, step - own), bottom=own, width=0.85, color=SKY, label="waiting")
+        below = np.zeros(len(ranks))
+        for (label, values), colour in zip(heights.items(), (BLUE, SKY, ORANGE), strict=True):
+            axes.bar(numbers, values, width=0.85, bottom=below, color=colour, label=label)
+            below = below + values
         axes.set(xlabel="rank", ylabel="ms")
-        axes.set_ylim(0, 1.25 * float(np.nanmax(step)) or 1.0)
+        axes.set_ylim(0, 1.25 * float(np.nanmax(below)) or 1.0)
         axes.grid(False, axis="x")
-        axes.legend(loc="upper left", ncols=2, handlelength=1.0, borderaxespad=0.1)
+        axes.legend(loc="upper left", ncols=3, handlelength=1.0, columnspacing=1.0, borderaxespad=0.1)
         whole_numbers(axes.xaxis)
         plain_numbers(axes.yaxis)
 

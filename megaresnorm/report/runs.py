@@ -1,10 +1,9 @@
 """The files of one run, read as they are at this moment: the run may go on writing them."""
 
-import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +13,10 @@ import numpy as np
 from megaresnorm.checkpoint.inspect import entries
 from megaresnorm.errors import ConfigError, DataError
 from megaresnorm.model.parameters import parameter_table
-from megaresnorm.profiling.profile import FILE, MAX_BYTES, SCHEMA_VERSION
+from megaresnorm.profiling.profile import FILE, MAX_BYTES, SCHEMA_VERSION, problem_of
 from megaresnorm.reading import read_json_object
 from megaresnorm.recipe import Recipe
-from megaresnorm.recipe.load import load_recipe
+from megaresnorm.recipe.load import load_recipe, read_recipe
 from megaresnorm.report.columns import Columns, read_columns
 from megaresnorm.report.depth_records import Depth, OverTime, depth_over_time, numbers_over_time
 from megaresnorm.report.marks import Marks, marks_of
@@ -105,11 +104,24 @@ def _read(folder: Path, name: str, now: float) -> RunFiles:
 
 
 def _recipe(folder: Path, problems: list[str]) -> Recipe | None:
+    path = folder / "recipe.yaml"
     try:
-        return load_recipe(folder / "recipe.yaml")
+        if any("$" in text or text.startswith("~") for text in _texts(read_recipe(path))):
+            problems.append(f"{path}: it names variables or a home folder, which are this machine's; it is left out")
+            return None
+        return load_recipe(path)
     except ConfigError as e:
         problems.append(str(e))
         return None
+
+
+def _texts(values: Any) -> Iterator[str]:
+    """All texts among plain values."""
+    if isinstance(values, str):
+        yield values
+    elif isinstance(values, dict | list):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _texts(value)
 
 
 def _num_parameters(recipe: Recipe | None) -> int | None:
@@ -175,8 +187,7 @@ def _profile(folder: Path, problems: list[str]) -> Mapping[str, Any] | None:
         problems.append(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})")
         return None
     if found.get("schema_version") != SCHEMA_VERSION:
-        given = json.dumps(found.get("schema_version"))[:40]
-        problems.append(f"{path}: schema_version={given} is not {SCHEMA_VERSION}, which is read here")
+        problems.append(f"{path}: {problem_of(found)}")
         return None
     return found
 

@@ -34,6 +34,8 @@ def write_report(folders: Sequence[Path], out: Path | None = None, now: float | 
         raise ConfigError(f"--out {page}: wanted a file NAME.html, beside which the figures are put in a folder NAME")
     if len(folders) > MOST_RUNS:
         raise ConfigError(f"{len(folders)} runs are more than lines of a figure can tell apart; give up to {MOST_RUNS}")
+    if any((page.with_suffix("") / name).exists() for name in ("metrics.jsonl", "recipe.yaml")):
+        raise ConfigError(f"--out {page}: its figures would lie among the files of the run {page.with_suffix('')}")
     if page.with_suffix("").is_symlink():
         raise ConfigError(
             f"{page.with_suffix('')}: a link stands where the figures are put, which is not followed; remove it"

@@ -324,7 +324,10 @@ def test_bad_input_is_one_line(recipe, tmp_path, capsys):
         recipe(train={"profile": WINDOW, "compile": "cuda_graphs"})
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_recipe(recipe(train={"profile": None})))
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "metrics.jsonl").touch()
     for arguments, wanted in {
+        ("--out", str(tmp_path / "real")): "a run is there, which a profile would take up; give --out a folder",
         ("--compare", str(tmp_path)): "there is no profile.json; make one with: megaresnorm profile RECIPE",
         ("--sort", "name"): "--sort=name is neither time nor block",
         ("--steps", "0"): "0' is not a whole number from 1",
@@ -395,3 +398,29 @@ def test_a_bubble_beyond_that_of_equal_stages_names_the_busiest_stage():
     assert findings(rank(0, 78.0, 22.0), rank(1, 80.0, 20.0)) == []
     (said,) = findings(rank(0, 60.0, 40.0), rank(1, 80.0, 20.0))
     assert said.startswith("bubble: rank 0 waits 40.0% of a step") and "stage 1 has the most work, 80.0 ms" in said
+
+
+def test_a_profile_that_cannot_be_written_costs_a_warning_and_no_run(recipe, caplog):
+    made = recipe(train={"steps": 14})
+    folder = Path(made.train.output)
+    folder.mkdir()
+    (folder / "profile").write_text("a file stands in its way")
+    summary = train(made)
+    assert summary.steps == 14 and summary.checkpoint is not None
+    assert [m for m in caplog.messages if "the profile cannot be written" in m and m.endswith("; training goes on")]
+
+
+def test_rates_of_a_growing_batch_are_those_of_the_steps_that_were_timed(recipe):
+    ramp = {"start": 4, "steps": 4000}
+    made = recipe(train={"batch_ramp": ramp, "global_batch": 32, "micro_batch": 4, "profile": {"start": 1, "steps": 3}})
+    profile = profiled(made)
+    tokens = profile["tokens_per_second"] * profile["step_ms"]["mean"] / 1e3
+    assert tokens == pytest.approx(4 * 32, rel=0.01), "not those of train.global_batch"
+
+
+def test_a_profile_within_another_profiler_leaves_that_its_events(recipe, caplog):
+    with torch.profiler.profile() as profiler:
+        profile = profiled(recipe(train={"profile": {"start": 1, "steps": 1}}))
+    assert len(profiler.events()) > 100
+    assert row(profile, "block 0 ffn")["activation_bytes"] is None
+    assert any("has no bytes of rows" in message for message in caplog.messages)

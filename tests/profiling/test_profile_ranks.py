@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 from launched import be_rank
-from profiled import profiled, slow_backward, slow_collective, slow_forward, slow_loader, slow_rank
+from live_storages import live_storages
+from profiled import profiled, slow_backward, slow_collective, slow_forward, slow_loader, slow_rank, slowed
 from test_profile import check_trace
 
+from megaresnorm.kernels.cross_entropy import differentiate
+from megaresnorm.run import Run
 from megaresnorm.testing import run_ranks
+from megaresnorm.trainer import Trainer
 
 MODEL = {"dim": 32, "num_blocks": 4, "num_heads": 4, "seq_len": 32, "ffn_dim": 64}
 LAYOUTS = {
@@ -86,6 +90,41 @@ def test_a_slow_rank_and_a_slow_collective_are_named(tiny, layout, disturb, name
     check_sums(profile)
     check_layout(profile, layout)
     assert any(finding.startswith(named) for finding in profile["findings"]), profile["findings"]
+
+
+def kept_on_rank(rank, recipe):
+    """What rows keep of a microbatch, and what is alive after its forward pass."""
+    be_rank(rank, 2)
+    with Run(recipe) as run:
+        trainer = Trainer(run)
+        while run.steps_done < trainer.profiler.last_step:
+            trainer.step()
+        part = run.next_batch().microbatches[0]
+        passes, model = run.engine.passes, run.engine.model
+        live = live_storages(lambda: passes.train(model, part, 1.0)[1], differentiate)
+    profile = run.largest(0) or trainer.profiler.profile
+    rows = [] if profile is None else [r["activation_bytes"] or 0 for r in profile["rows"]]
+    return [sum(rows), live.kept]
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param("tp2 full", marks=pytest.mark.slow), pytest.param("tp2 tokens", marks=pytest.mark.slow),
+               "tp2 columns"]
+)  # fmt: skip
+def test_kept_bytes_are_the_live_storages_under_messages(tiny, layout):
+    (found, live), _ = run_ranks(2, kept_on_rank, made(tiny, LAYOUTS[layout]))
+    assert found == pytest.approx(live, rel=0.05)
+
+
+def test_what_follows_backward_is_own_work(tiny):
+    """A rank that is slow after its backward pass would otherwise seem to wait."""
+
+    def slow_collect(wrapped, run):
+        wrapped.method(run.engine._optimizer, "collect", lambda collect: slowed(collect, 0.05))
+
+    profile = profile_of(2, made(tiny, LAYOUTS["dp2"]), slow_collect)
+    (gradients,) = (row for row in profile["rows"] if row["name"] == "gradients")
+    assert gradients["backward"]["p50"] > 49.0
 
 
 @pytest.mark.slow
