@@ -45,7 +45,7 @@ MEANINGS = {
         "changes nothing."
     ),
     "angular_distance": Meaning(
-        "Turn of the stream", "angle / π", "Angle between input and output of a block: blocks near 0 could be left "
+        "Angular distance", "angle / π", "Angle between input and output of a block: blocks near 0 could be left "
         "out."
     ),
     "gradient_norm": Meaning(
@@ -64,7 +64,7 @@ MEANINGS = {
         "token looks at one other."
     ),
     "collapse": Meaning(
-        "Spread of tokens", "residual", "How far the tokens behind a block differ from their mean, over their norm: "
+        "Rank collapse", "residual", "How far the tokens behind a block differ from their mean, over their norm: "
         "near 0 they cannot be told apart (rank collapse)."
     ),
 }  # fmt: skip
