@@ -247,7 +247,7 @@ def test_what_cannot_be_reported_is_one_line(tmp_path, capsys, monkeypatch):
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
-    assert "has neither metrics.jsonl nor recipe.yaml; wanted the output folder of a run" in error(folder)
+    assert "has neither metrics.jsonl nor recipe.yaml nor a profile; wanted the output folder of a run" in error(folder)
     assert "has neither" in error(tmp_path / "nowhere") and not (folder / "report.html").exists()
     assert "given twice" in error(run, tmp_path / "empty" / ".." / "run")
     assert "wanted a file NAME.html" in error(run, "--out", tmp_path / "page")

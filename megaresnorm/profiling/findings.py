@@ -117,7 +117,10 @@ def _slow_parts(profile: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) 
     if noise is not None and whole["overhead"] - NOISES * noise > OVERHEAD:
         yield f"profiling itself: steps with marks take {whole['overhead']:.1%} longer than steps without"
     if _stands_out(other, UNACCOUNTED * step):
-        yield f"unaccounted: {other['p50']:.1f} ms of each step ({other['p50'] / step:.1%}) are in no row"
+        yield (
+            f"unaccounted: {other['p50']:.1f} ms of each step ({other['p50'] / step:.1%}) are in no row: telemetry, or "
+            "what else the training loop does"
+        )
 
 
 def _stands_out(time: Mapping[str, Any] | None, least: float) -> bool:
@@ -129,11 +132,18 @@ def _bubble(profile: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> I
     if not ideal:
         return
     shares = {r["rank"]: r["totals"]["bubble"] / r["totals"]["step"] for r in ranks}
-    worst = max(shares, key=lambda rank: shares[rank])
+    worst, by_rank = max(shares, key=lambda rank: shares[rank]), {r["rank"]: r for r in ranks}
     if shares[worst] > BUBBLE_FACTOR * ideal:
         busiest = max(ranks, key=lambda r: r["totals"]["own"])
+        others = median(r["totals"]["own"] for r in ranks if r["pp"] != busiest["pp"])
+        most = busiest["totals"]["own"]
+        why = "the work of all stages is alike, so that it is sending, or the machine; use more microbatches"
+        if busiest["pp"] != by_rank[worst]["pp"] and most > RANK_FACTOR * others:
+            why = (
+                f"rank {busiest['rank']} has the most work, {most:.1f} ms where others have {others:.1f}: move blocks "
+                "away from its stages (parallel.stage_blocks), or use more microbatches"
+            )
         yield (
             f"bubble: rank {worst} waits {shares[worst]:.1%} of a step for other stages, where equal stages would wait "
-            f"{ideal:.1%}; stage {busiest['pp']} has the most work, {busiest['totals']['own']:.1f} ms: move blocks "
-            "away from it (parallel.stage_blocks), or use more microbatches"
+            f"{ideal:.1%}; {why}"
         )

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from math import hypot, isfinite
+from math import hypot
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from megaresnorm.telemetry.metrics import short
 SCHEMA_VERSION = 1
 FILE = "profile.json"
 MAX_BYTES = 1 << 28
+MOST_MS = 1e12  # that a time in a file may have: thirty years
 COLUMNS = ("forward", "backward", "input_grad", "weight_grad", "recompute", "exposed", "hidden", "optimizer")
 CONVENTION = (
     "a backward pass counts twice its forward pass; attention is causal, half of its scores count; what is recomputed "
@@ -43,7 +44,8 @@ def merged(
         for row in rank["rows"]:
             _merge(rows, row, rank["rank"])
     step = _slowest({r["rank"]: r["step"] for r in ranks})
-    seconds = max(r["totals"]["step"] for r in ranks) / 1e3
+    assert step is not None
+    seconds = step["p50"] / 1e3
     whole = {part: _time({r["rank"]: _row_times(r, part) for r in ranks}) for part in ("bubble", "data", "host")} | {
         "unaccounted": _time({r["rank"]: _row_times(r, "other") for r in ranks})
     }
@@ -196,7 +198,11 @@ def problem_of(found: Any) -> str | None:
 def _is_time(time: Any) -> bool:
     if not isinstance(time, dict) or not isinstance(time.get("rank"), int):
         return False
-    known = [time.get(name) for name in ("p50", "p95", "mean", "max")]
-    return all(isinstance(x, int | float) and isfinite(x) for x in known) and type(time.get("noise")) in (
-        int, float, type(None)
-    )  # fmt: skip
+    noise = time.get("noise")
+    return all(_is_duration(time.get(name)) for name in ("p50", "p95", "mean", "max")) and (
+        noise is None or _is_duration(noise)
+    )
+
+
+def _is_duration(milliseconds: Any) -> bool:
+    return isinstance(milliseconds, int | float) and 0 <= milliseconds < MOST_MS

@@ -9,16 +9,16 @@ from megaresnorm.profiling.measures import ENOUGH
 from megaresnorm.profiling.profile import COLUMNS, time_of, total_of
 from megaresnorm.telemetry.log import Table
 
-SIGMAS = 3.0  # of a difference of medians, from where on it is one
-LEAST = 0.02  # of the older time
+SIGMAS = 4.0  # of a difference of medians, from where on it is one: hundreds are looked at
+LEAST = 0.05  # of the older time
 _HEADINGS = {"input_grad": "(input", "weight_grad": "weight)"}  # within backward; the others' are their names
 
 
 def summary_lines(profile: Mapping[str, Any]) -> list[str]:
     """The profile as a whole in a few lines, and what stands out."""
-    step, whole = profile["step_ms"], profile["whole"]
+    step, whole, count = profile["step_ms"], profile["whole"], profile["num_steps"]
     lines = [
-        f"profile   {profile['num_steps']} steps from step {profile['first_step']} on; {profile['device']}; "
+        f"profile   {count} step{'s' * (count != 1)} from step {profile['first_step']} on; {profile['device']}; "
         f"{profile['layout']}",
         f"step      {step['p50']:.1f} ms (p95 {step['p95']:.1f}, rank {step['rank']} is the slowest), "
         f"{profile['tokens_per_second']:,.0f} tokens/s, {_flops(profile)}",
@@ -105,21 +105,31 @@ def changes(new: Mapping[str, Any], old: Mapping[str, Any]) -> Iterator[tuple[st
     The noise is SIGMAS times the standard error of the difference of the medians.
     """
     before = {row["name"]: row for row in old["rows"]}
-    pairs = [("step", "all", old["step_ms"], new["step_ms"])]
+    pairs = [("step", "all", old["step_ms"], new["step_ms"]), ("all rows", "optimizer", _update(old), _update(new))]
     pairs += [
         (row["name"], column, before[row["name"]].get(column), row[column])
         for row in new["rows"]
         if row["name"] in before
         for column in COLUMNS
+        if column != "optimizer"  # one time, of which each row has its share
     ]
     for name, column, was, now in pairs:
-        if not was or not now:
+        if not was or not now or not was["p50"]:
             continue
         if was["noise"] is None or now["noise"] is None:
             continue
         noise = SIGMAS * hypot(was["noise"], now["noise"])
         if abs(now["p50"] - was["p50"]) > max(noise, LEAST * was["p50"]):
             yield name, column, was["p50"], now["p50"], noise
+
+
+def _update(profile: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The time of the update, of all rows."""
+    times = [row["optimizer"] for row in profile["rows"] if row.get("optimizer")]
+    if not times:
+        return None
+    noises = [time["noise"] for time in times]
+    return {"p50": sum(time["p50"] for time in times), "noise": None if None in noises else sum(noises)}
 
 
 def comparison(new: Mapping[str, Any], old: Mapping[str, Any], most: int) -> Table:

@@ -78,9 +78,11 @@ def read_runs(folders: list[Path], now: float | None = None) -> list[RunFiles]:
 
 
 def _read(folder: Path, name: str, now: float) -> RunFiles:
-    if not (folder / "metrics.jsonl").is_file() and not (folder / "recipe.yaml").is_file():
+    known = ("metrics.jsonl", "recipe.yaml", FILE, f"profile/{FILE}")
+    if not any((folder / name).is_file() for name in known):
         raise ConfigError(
-            f"{folder}: has neither metrics.jsonl nor recipe.yaml; wanted the output folder of a run (train.output)"
+            f"{folder}: has neither metrics.jsonl nor recipe.yaml nor a profile; wanted the output folder of a run "
+            "(train.output)"
         )
     problems: list[str] = []
     recipe = _recipe(folder, problems)

@@ -70,4 +70,4 @@ def _write(page: Path, text: str, figures: Sequence[Figure]) -> None:
             replace_file(folder / f"{figure.name}.png", figure.png)
         replace_file(page, text)
     except OSError as e:
-        raise ConfigError(f"{page}: the report cannot be written ({e.strerror})") from None
+        raise ConfigError(f"{e.filename or page}: the report cannot be written ({e.strerror})") from None

@@ -18,6 +18,7 @@ PEAK_HALF = {
     "GB200": 2500.0, "B200": 2250.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0, "L40": 181.0, "L4": 121.0,
     "A10G": 70.0, "A10": 125.0, "RTX 4090": 165.2, "RTX 3090": 71.0,
 }  # fmt: skip
+LONGEST_PRODUCT = 0.1  # seconds, of matrices that are multiplied to find a peak
 _OTHERS = re.compile(r"\b(MIG|Laptop|RTX 4090 D)\b")  # a share of such a GPU, or another one
 
 
@@ -47,13 +48,15 @@ def peak_of(device: torch.device, compute: str) -> tuple[float, str]:
     known = peak_tflops(device, "bf16" if compute == "fp8" else compute)
     if known is not None:
         return known, "peak: of the GPU's data sheet, for dense products in BF16"
-    size = 4096 if device.type == "cuda" else 1024
-    words = f"peak: the fastest of some products of {size:,} x {size:,} matrices on this machine"
-    return product_tflops(device, compute, size), words
+    if device.type == "cuda":
+        return product_tflops(device, compute, 4096), "peak: the fastest of some products of 4,096 x 4,096 matrices"
+    # Products of 16 bits are slow on many CPUs, where ours then are of FP32.
+    fastest = max(product_tflops(device, each, 1024) for each in dict.fromkeys((compute, "fp32")))
+    return fastest, "peak: the fastest of some products of 1,024 x 1,024 matrices on this machine"
 
 
 def product_tflops(device: torch.device, compute: str, size: int) -> float:
-    """The fastest of a few products of two square matrices on this device, in TFLOP/s.
+    """The fastest of a few products of two square matrices on this device, in TFLOP/s. It takes about a second at most.
 
     Args:
         compute: type of the products, as precision.compute; FP8 is measured as BF16.
@@ -61,6 +64,9 @@ def product_tflops(device: torch.device, compute: str, size: int) -> float:
     """
     dtype = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16}.get(compute, torch.bfloat16)
     a = torch.ones(size, size, dtype=dtype, device=device)
+    small = a[: size // 4, : size // 4].contiguous()
+    if 64 * _seconds_of(lambda: small @ small, device) > LONGEST_PRODUCT:  # of the large ones
+        a, size = small, size // 4
     seconds = [_seconds_of(lambda: a @ a, device) for _ in range(8)]
     return 2 * size**3 / min(seconds) / 1e12
 
