@@ -36,7 +36,7 @@ READ_FIRST_FILES, READ_FIRST_LINES = 12, 2_230
 # 18,600 and 26,900: what depth does to a model in training, summed up beside its steps, probed between them, the same
 # in any layout, recorded and warned of; a run, or several, as one page, read, drawn, explained and laid out; where the
 # time and memory of a step go, by block and rank, marked from outside, told and compared.
-TRAINING_PATH, ALL = 19_450, 30_950
+TRAINING_PATH, ALL = 19_450, 31_100
 FILE, FUNCTION, NINE_TENTHS = 350, 60, 25  # lines of a file; of a function, its docstring left out
 LINE = 120
 
