@@ -154,17 +154,18 @@ class Residual(nn.Module):
             y, laid out as x.
         """
         if not (self.reruns and torch.is_grad_enabled()):
-            return self._run(x, u, rows, masks)
+            return self.run_once(x, u, rows, masks)
         if torch.compiler.is_compiling():  # which knows no hooks, but this
-            run = functools.partial(self._run, rows=rows, masks=masks)
+            run = functools.partial(self.run_once, rows=rows, masks=masks)
             return checkpoint(run, x, u, use_reentrant=False, preserve_rng_state=False)
         with Region() as region:
             x_again = (lambda: None) if self.token_gate is None else region.keep(x)
             u, u_again = read_twice(u, region.keep)
-            region.begin(lambda: self._run(x_again(), u_again(), rows, masks))
-            return self._run(x, u, rows, masks)
+            region.begin(lambda: self.run_once(x_again(), u_again(), rows, masks))
+            return self.run_once(x, u, rows, masks)
 
-    def _run(self, x: Tensor | None, u: BranchInput, rows: SequenceInfo, masks: DropoutMasks | None) -> Tensor:
+    def run_once(self, x: Tensor | None, u: BranchInput, rows: SequenceInfo, masks: DropoutMasks | None) -> Tensor:
+        """What ``run`` runs, once in forward and where it ``reruns`` again in backward."""
         u = u if self.token_gate is None else u.gathered()  # which reads it, too
         y = self.branch(u, rows)
         if self.token_gate is not None:

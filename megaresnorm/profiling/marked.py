@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from megaresnorm.engines.engine import Engine
 from megaresnorm.model.block import Block
+from megaresnorm.model.branches.ffn import FeedForward
 from megaresnorm.model.compiled import BlockRun, CompiledSpan
 from megaresnorm.model.residual import Residual
 from megaresnorm.model.topology import SUBLAYERS
@@ -36,7 +37,7 @@ from megaresnorm.telemetry.wrapped import Wrapped
 
 
 class MarkedRun:
-    """A compiled or sharded run of blocks as a model calls it, marked around the call.
+    """A compiled run of blocks as a model calls it, marked around the call.
 
     Attributes:
         blocks: as of the run, whose number the model asks for.
@@ -161,7 +162,7 @@ class Marking:
             branch, remakes = self._calls.places(row), in_phase(norm[0], Phase.RECOMPUTE)
             if residual.reruns and self._context.tp.size > 1:  # it gathers its input before what is run again
                 wrapped.method(residual, "run", partial(self._calls.entered, in_phase(branch[0], Phase.EXPOSED)))
-            wrapped.method(residual, "_run", partial(self._calls.branch, row, remakes))
+            wrapped.method(residual, "run_once", partial(self._calls.branch, row, remakes))
             before = self._calls.begins_at(weights) if self._gathers and residual is block.sublayers[0] else None
             wrapped.method(residual, "open", partial(self._calls.norm, norm, before))
             for name in ("close_and_open", "close"):
@@ -169,9 +170,9 @@ class Marking:
             self._wrap_branch(wrapped, residual, branch)
 
     def _wrap_branch(self, wrapped: Wrapped, residual: Residual, places: Places) -> None:
-        if hasattr(residual.branch, "_remade"):
+        if isinstance(residual.branch, FeedForward):
             timed = partial(self._calls.remake_timed, places[2])
-            wrapped.method(residual.branch, "_remade", lambda made: lambda *given: timed(made(*given)))
+            wrapped.method(residual.branch, "remade", lambda made: lambda *given: timed(made(*given)))
         if self._splits:
             for layer in residual.branch.modules():
                 if isinstance(layer, Linear):

@@ -269,10 +269,10 @@ def test_ranges_are_named_where_a_profiler_runs_and_nothing_is_wrapped_otherwise
     with Run(recipe(train={"profile": None}, recompute={"policy": "branch"})) as run:
         trainer, residual = Trainer(run), run.engine.model.blocks["0"].ffn
         trainer.step()
-        assert "_run" not in vars(residual)
+        assert "run_once" not in vars(residual)
         with torch.profiler.profile() as profiler:
             trainer.step()
-        assert "_run" not in vars(residual)
+        assert "run_once" not in vars(residual)
     names = {event.key for event in profiler.key_averages()}
     assert {"block 0 ffn forward", "block 3 norm forward", "block 2 ffn recompute", "optimizer forward"} <= names
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))

@@ -66,9 +66,9 @@ class FeedForward(Branch):
         if self.norm_inner is not None:
             return self.down(self.normalize_shared(h, self.norm_inner))
         remakes = self.remakes_activation and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        return self.down(self._remade(h, a, bias) if remakes else h)
+        return self.down(self.remade(h, a, bias) if remakes else h)
 
-    def _remade(self, h: Tensor, a: Tensor, bias: Tensor | None) -> BranchInput:
+    def remade(self, h: Tensor, a: Tensor, bias: Tensor | None) -> BranchInput:
         """h, which backward makes again of what the activation keeps."""
         activate, kind = self.activate, self.kind
         sources = (a.detach(),) if bias is None else (a.detach(), bias.detach())
