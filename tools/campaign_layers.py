@@ -41,7 +41,7 @@ def layers() -> None:
 
 
 def _layers(folder: Path, model: dict[str, Any], mode: str) -> None:
-    steps = 2 if SMOKE else 10
+    steps = 6 if SMOKE else 10  # of fewer than five the noise is not known
     recipe = build_recipe(
         {
             "model": model | {"topology": "deepnorm"},
