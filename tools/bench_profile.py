@@ -7,8 +7,8 @@ python tools/bench_profile.py --shapes 12x256 --layouts one,tp2-tokens --steps 4
 For every shape (blocks x width) and layout ``megaresnorm profile`` is run on the ranks that it needs, one thread each,
 on bytes of Python's own library. A row says what share of a step is in its rows, in bubble, data and host's wait, and
 in none of them, on the rank where that is most; and what the marks add to a step: the median over pairs of steps with
-and without marks in turn, by processor time on CPUs, with its standard error. Ranks that wait for each other spin, so
-that figures of several ranks vary more.
+and without marks in turn, with its standard error; by the processor's time where one rank is alone on a CPU, by the
+clock where there are several, so that a quiet machine is needed.
 """
 
 import argparse
