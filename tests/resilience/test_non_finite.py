@@ -157,7 +157,7 @@ def test_checkpoints_before_the_first_refused_step_are_not_pruned(tiny, monkeypa
     done: list[int] = []
     recipe = settings(tiny, steps=10)
     with monkeypatch.context() as patch:
-        patch.setattr(NativeEngine, "_backward", backward)
+        patch.setattr(NativeEngine, "backward", backward)
         train(recipe)
     assert steps_saved(recipe) == [2, 4, 8, 10]
     train(gone_on(recipe, train__steps=16))
