@@ -216,7 +216,7 @@ class Calls:
         """
         first, last = numbers
         name = f"block {first}" if first == last else f"blocks {first}-{last}"
-        row = Row(name, "block", first, stage)
+        row = Row(name, "block", first, stage, last - first + 1)
         places = self.places(row)
         if is_running_again():
             self._rows.again[row] = True

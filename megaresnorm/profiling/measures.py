@@ -10,7 +10,7 @@ import numpy as np
 
 from megaresnorm.engines.engine import Engine
 from megaresnorm.model.branches import BRANCHES
-from megaresnorm.model.cost import head_flops
+from megaresnorm.model.cost import block_flops, head_flops
 from megaresnorm.model.topology import SUBLAYERS
 from megaresnorm.profiling.memory import Bytes
 from megaresnorm.profiling.rows import BUBBLE, DATA, HOST, NUM_PHASES, OPTIMIZER, Phase, Row, Rows
@@ -133,8 +133,7 @@ def flops_of(recipe: ModelRecipe, row: Row, tokens: int, tp: int) -> int:
     if row.part in SUBLAYERS:
         each = BRANCHES[row.part].flops(recipe)
     elif row.part == "block":
-        first, _, last = row.name.split()[-1].partition("-")
-        each = (int(last or first) - int(first) + 1) * sum(BRANCHES[kind].flops(recipe) for kind in SUBLAYERS)
+        each = row.num_blocks * block_flops(recipe)
     elif row.part == "head":
         each = head_flops(recipe)
     else:

@@ -35,12 +35,14 @@ class Row(NamedTuple):
             does around them), weights (gathering them), gradients, optimizer, data, host, bubble, other.
         block: the first block's number; None for what is not of a block.
         stage: of the pipeline; None for what every rank has.
+        num_blocks: from ``block`` on, that are compiled together.
     """
 
     name: str
     part: str
     block: int | None = None
     stage: int | None = None
+    num_blocks: int = 1
 
 
 GRADIENTS = Row("gradients", "gradients")

@@ -62,7 +62,6 @@ class DepthProbe:
         self._recipe, self._assembled, self._engine = recipe, assembled, engine
         self._batch, self._seed = batch, seed
         self._before: Tensor | None = None  # the hidden state at the last probe
-        self._probed = False
 
     def probe(self, step: int) -> dict[str, Any]:
         """The figures after a step, as a record of depth.jsonl has them. Collective. Changes nothing of the model.
