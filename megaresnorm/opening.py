@@ -33,6 +33,7 @@ from megaresnorm.parallel.mesh import Sizes, usable_ranks
 from megaresnorm.parallel.rendezvous import agree, open_store, wait_until_heard
 from megaresnorm.recipe import Recipe, WatchdogRecipe
 from megaresnorm.recipe.names import flat
+from megaresnorm.resilience.faults import check_drill
 from megaresnorm.resilience.launcher import Launcher
 from megaresnorm.resilience.memory_check import check_memory
 from megaresnorm.telemetry.loggers import check_loggers
@@ -101,6 +102,7 @@ def open_recipe(load: Callable[[], Recipe], environment: Environment | None = No
 
 
 def _look(recipe: Recipe, environment: Environment, store: Store | None) -> Opened:
+    check_drill(recipe, environment)
     check_loggers(recipe.train.loggers)
     if recipe.engine.name == "deepspeed":
         check_deepspeed_version()

@@ -163,7 +163,7 @@ class Run:
         self.steps_done += 1
         self._steps_here += 1
         if self._steps_here == 1:
-            self.context.set_timeouts(self.recipe.watchdog.step, self.recipe.watchdog.checkpoint)
+            self.context.set_timeouts(self.recipe.watchdog.step or 600, self.recipe.watchdog.checkpoint)
 
     def largest(self, number: int) -> int:
         """Maximum over all ranks. Collective."""

@@ -16,6 +16,7 @@ from megaresnorm.engines.engine import StepStats
 from megaresnorm.errors import ConfigError, NonFiniteError
 from megaresnorm.profiling.window import Profiler
 from megaresnorm.recipe import Recipe
+from megaresnorm.resilience.faults import Drill, Subject
 from megaresnorm.resilience.signals import StopSignals, exit_reason
 from megaresnorm.run import Run
 from megaresnorm.schedule import learning_rate
@@ -65,6 +66,8 @@ class Trainer:
         window, folder = run.recipe.train.profile, run.output / "profile"
         self.profiler = profiler or Profiler(run, window, folder, "train.profile", tells=True)
         self.depth = depth_of(run.recipe, run.engine, run.samples)
+        subject = Subject(run.context, run.engine, run.loader, run.saver, run.recipe.model.vocab_size or 0)
+        self.drill = Drill(run.recipe.drill, run.output, subject)
         self._stop: StopSignals | None = None
         self._asked_to_stop = False
         self._warned_of_no_labels = False
@@ -135,7 +138,7 @@ class Trainer:
         Raises:
             NonFiniteError: ``train.max_skipped_steps`` were refused in a row.
         """
-        with self.profiler.seen_in(self.run.steps_done + 1):
+        with self.drill.seen_in(self.run.steps_done + 1), self.profiler.seen_in(self.run.steps_done + 1):
             record = self._step()
         self.depth.probe(self.run.steps_done)
         return record | self.numbers.worst | self.depth.metrics

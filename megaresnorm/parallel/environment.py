@@ -21,6 +21,7 @@ ELASTIC = "MEGARESNORM_ELASTIC"  # nodes may come and go
 MAX_RESTARTS = "MEGARESNORM_MAX_RESTARTS"  # how often ranks are started again without a new checkpoint
 LOGS = "MEGARESNORM_LOGS"  # folder into which each rank of this node writes what it prints
 STORE = "MEGARESNORM_STORE"  # descriptor of the socket on which torchrun's rendezvous listens on this node
+DRILL = "MEGARESNORM_DRILL"  # faults are injected on purpose, as the recipe says too
 NODE = "MEGARESNORM_NODE"  # which node this is, from 0, for torchrun; not set where nodes may come and go
 MAX_PORT = 65535
 
@@ -41,6 +42,7 @@ class Environment:
         logs: folder into which this rank writes what it prints; None to print it.
         elastic: whether nodes may come and go.
         has_parent: whether a launcher is the parent of this process, which then ends with it.
+        drill: whether faults are to be injected, as the recipe must say too.
     """
 
     rank: int = 0
@@ -57,6 +59,7 @@ class Environment:
     logs: Path | None = None
     elastic: bool = False
     has_parent: bool = False
+    drill: bool = False
 
     @property
     def one_node(self) -> bool:
@@ -80,6 +83,7 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         "launcher": Path(found[LAUNCHER]) if found.get(LAUNCHER) else None,
         "logs": Path(found[LOGS]) if found.get(LOGS) else None,
         "elastic": ELASTIC in found,
+        "drill": found.get(DRILL) == "1",
     }
     if "WORLD_SIZE" not in found:
         # Under a supervisor only torchrun's count: what has started the supervisor has one process a node.
@@ -142,6 +146,7 @@ def _environment_of(started: Started, found: Mapping[str, str]) -> Environment:
         master_port=number(started.by, found, "MASTER_PORT", 1, MAX_PORT, started.port),
         job=started.job,
         has_parent=True,
+        drill=found.get(DRILL) == "1",
     )
 
 

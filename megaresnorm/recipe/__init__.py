@@ -7,8 +7,10 @@ between fields are checked here; relations with data, topology or hardware where
 from pydantic import model_validator
 from typing_extensions import Self
 
+from megaresnorm.recipe.drill import DrillRecipe, FaultRecipe
 from megaresnorm.recipe.engine import EngineRecipe, check_engine
 from megaresnorm.recipe.execution import KernelRecipe, ParallelRecipe, WatchdogRecipe
+from megaresnorm.recipe.guard import GuardRecipe
 from megaresnorm.recipe.model import InitRecipe, ModelRecipe, RopeScaling, TopologyOptions
 from megaresnorm.recipe.precision import FP8_MULTIPLE, Fp8Recipe, PrecisionRecipe
 from megaresnorm.recipe.recompute import RecomputeBlocks, RecomputeRecipe
@@ -29,8 +31,11 @@ __all__ = [
     "BlendSource",
     "CheckpointRecipe",
     "DataRecipe",
+    "DrillRecipe",
     "EngineRecipe",
+    "FaultRecipe",
     "Fp8Recipe",
+    "GuardRecipe",
     "InitRecipe",
     "KernelRecipe",
     "ModelRecipe",
@@ -76,9 +81,13 @@ class Recipe(Section):
     checkpoint: CheckpointRecipe = CheckpointRecipe()
     """Saving the run."""
     watchdog: WatchdogRecipe = WatchdogRecipe()
-    """How long ranks wait for each other."""
+    """How long a rank may make no progress."""
+    guard: GuardRecipe = GuardRecipe()
+    """NaN, spikes, and replicas that differ."""
     telemetry: TelemetryRecipe = TelemetryRecipe()
     """What is recorded beside the metrics of every step."""
+    drill: DrillRecipe | None = None
+    """Faults that are injected on purpose; unset: none."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

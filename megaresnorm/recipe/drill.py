@@ -1,0 +1,46 @@
+"""Settings of drills: faults that are injected on purpose."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megaresnorm.limits import MAX_SECONDS
+from megaresnorm.recipe.section import BlocksOr0, Count, Positive, Section, Seed
+
+MAX_FAULTS = 1_000
+FaultKind = Literal[
+    "kill", "stop", "hang", "slow", "nan", "flip", "spike", "torn_write", "no_space", "io_error", "cut", "clock"
+]
+Place = Literal[
+    "step", "loader", "forward", "collective", "save", "interpreter", "weight", "moment", "gradient", "reduced_gradient",
+    "activation",
+]  # fmt: skip
+
+
+class FaultRecipe(Section):
+    """One fault of a drill."""
+
+    kind: FaultKind
+    """What happens: a process is killed, stopped or hangs; it is slow; a number becomes NaN or has a bit flipped; a
+    batch is poisoned; a file is torn, or cannot be written or read; connections are cut; the clock jumps."""
+    step: Count
+    """In which step."""
+    rank: Annotated[int, Field(ge=0)] = 0
+    """On which rank; a poisoned batch is one on all."""
+    place: Place | None = None
+    """Where in the step, or in what; unset: the usual one of its kind."""
+    block: BlocksOr0 | None = None
+    """Of activations and weights: of which block; unset: chosen by the seed."""
+    times: Count = 1
+    """How often it happens: a step that is run again, or done again after a restart, may meet it again. slow: steps."""
+    seconds: Annotated[Positive, Field(le=MAX_SECONDS)] | None = None
+    """slow: how much slower a step is; clock: how far the clock jumps; unset: 1, and 3600."""
+
+
+class DrillRecipe(Section):
+    """Faults that are injected on purpose, where MEGARESNORM_DRILL=1 is set as well."""
+
+    faults: Annotated[list[FaultRecipe], Field(min_length=1, max_length=MAX_FAULTS)]
+    """What is injected."""
+    seed: Seed = 1234
+    """Chooses the tensors, elements and bits."""
