@@ -8,12 +8,12 @@ bit for bit.
 
 import logging
 import time
-from math import isfinite
+from functools import partial
 
 from megaresnorm.data.samples import unigram_entropy
 from megaresnorm.engines.depth import depth_of
-from megaresnorm.engines.engine import StepStats
-from megaresnorm.errors import ConfigError, NonFiniteError
+from megaresnorm.errors import ConfigError
+from megaresnorm.guard import Guard
 from megaresnorm.profiling.window import Profiler
 from megaresnorm.recipe import Recipe
 from megaresnorm.resilience.faults import Drill, Subject
@@ -25,7 +25,6 @@ from megaresnorm.telemetry.log import (
     log_lines,
     log_to_console_by_default,
     progress_bar,
-    skipped_line,
     step_line,
 )
 from megaresnorm.telemetry.metrics import DEPTH, NUMBERS, MetricsWriter
@@ -68,6 +67,7 @@ class Trainer:
         self.depth = depth_of(run.recipe, run.engine, run.samples)
         subject = Subject(run.context, run.engine, run.loader, run.saver, run.recipe.model.vocab_size or 0)
         self.drill = Drill(run.recipe.drill, run.output, subject)
+        self.guard = Guard(run)
         self._stop: StopSignals | None = None
         self._asked_to_stop = False
         self._warned_of_no_labels = False
@@ -76,7 +76,8 @@ class Trainer:
         """Steps until the recipe's end, a signal or the time limit; then a checkpoint.
 
         Raises:
-            NonFiniteError: the last steps were refused, or weights are not finite; then nothing is saved.
+            NonFiniteError: too many steps were refused, the last ones of the run, or one that ends it (guard.py), or
+                weights are not finite; then nothing is saved.
         """
         run, train = self.run, self.run.recipe.train
         metrics, code = run.open_metrics(), 1
@@ -117,7 +118,12 @@ class Trainer:
         record: dict[str, float | None] | None = None
         with progress_bar("training", train.steps, run.steps_done) as progress:
             while not run.is_finished and not stopped:
-                record = self.step()
+                before, record = run.steps_done, self.step()
+                if record is None:
+                    if metrics is not None:
+                        metrics.go_back(run.steps_done + 1)
+                    progress.advance(run.steps_done - before)
+                    continue
                 if self._due(train.eval_every) and not run.is_finished and (evaluation := run.evaluate()) is not None:
                     record |= evaluation.metrics()
                 if metrics is not None:
@@ -132,24 +138,34 @@ class Trainer:
                 stopped = run.largest(self._stop.exit_code) if self._stop and asks and not run.is_finished else 0
         return record, stopped
 
-    def step(self) -> dict[str, float | None]:
-        """One optimizer step, and what is recorded of it; its loss is None where no token had a label.
+    def step(self) -> dict[str, float | None] | None:
+        """One optimizer step.
+
+        Returns:
+            What is recorded of it; its loss is None where no token had a label. None where the run has gone back to a
+            checkpoint instead.
 
         Raises:
-            NonFiniteError: ``train.max_skipped_steps`` were refused in a row.
+            NonFiniteError: it, or the last of too many, was refused (guard.py).
         """
         with self.drill.seen_in(self.run.steps_done + 1), self.profiler.seen_in(self.run.steps_done + 1):
             record = self._step()
+        if record is None:
+            return None
         self.depth.probe(self.run.steps_done)
-        return record | self.numbers.worst | self.depth.metrics
+        return record | self.numbers.worst | self.depth.metrics | self.guard.metrics
 
-    def _step(self) -> dict[str, float | None]:
-        run, start, samples = self.run, time.perf_counter(), self.run.samples_done
+    def _step(self) -> dict[str, float | None] | None:
+        run, start = self.run, time.perf_counter()
         lr, batch = learning_rate(run.steps_done, run.recipe), run.next_batch()
+        step = partial(run.engine.step, batch, lr, lambda: self._stop is not None and self._stop.exit_code != 0)
+        self.guard.begin()
         with self.numbers.seen_in(run.steps_done + 1), self.depth.seen_in(run.steps_done + 1, lr):
-            stats = run.engine.step(batch, lr, lambda: self._stop is not None and self._stop.exit_code != 0)
+            made = step()
+        stats = self.guard.judge(made, batch, step)
+        if stats is None:
+            return None
         self._asked_to_stop = stats.stop
-        self._judge(stats)
         run.step_is_done()
         if stats.loss is None and not self._warned_of_no_labels:
             self._warned_of_no_labels = True
@@ -158,6 +174,7 @@ class Trainer:
             )
         run.train_loss = stats.loss if stats.applied else run.train_loss
         seq_len = run.recipe.model.seq_len
+        tokens = (0 if batch.samples is None else batch.samples.num_samples) * seq_len
         record: dict[str, float | None] = {
             "loss": stats.loss,
             "gradient_norm": stats.gradient_norm,
@@ -169,49 +186,12 @@ class Trainer:
         if stats.loss_scale is not None:
             record |= {"loss_scale": stats.loss_scale, "skipped": stats.skipped}
         seconds = time.perf_counter() - start
-        return record | self.meter.step(stats.tokens, (run.samples_done - samples) * seq_len, seconds)
+        return record | self.meter.step(stats.tokens, tokens, seconds)
 
     def _records(self) -> dict[str, list[dict]]:
         """What there is of the last step beside its metrics, by file."""
         numbers = [] if self.numbers.record is None else [self.numbers.record]
         return {name: lines for name, lines in ((NUMBERS, numbers), (DEPTH, self.depth.records)) if lines}
-
-    def _judge(self, stats: StepStats) -> None:
-        """Count refused steps: the engine refuses one that would put NaN or Inf into the weights.
-
-        An overflow that a smaller loss scale may cure is no fault of the run, and neither counted nor an end to a row.
-        """
-        run = self.run
-        if stats.loss is None:
-            return
-        if stats.lowered_to is not None:
-            log.info(
-                skipped_line(run.steps_done + 1, run.recipe.train.steps, stats.loss, stats.loss_scale, stats.lowered_to)
-            )
-            return
-        if stats.applied:
-            run.skipped_in_a_row = 0
-            return
-        run.skipped_in_a_row += 1
-        if run.first_refused is None:
-            run.protect_checkpoints(run.steps_done)
-        scaled = stats.loss_scale is not None and stats.loss_scale > 1.0 and isfinite(stats.loss)
-        why = f", at precision.loss_scale={stats.loss_scale:g}" if scaled else ""
-        log.warning(
-            "step %d refused: loss %g, gradient norm %g%s", run.steps_done + 1, stats.loss, stats.gradient_norm, why
-        )
-        if run.skipped_in_a_row >= run.recipe.train.max_skipped_steps:
-            remedy = (
-                "lower that, or set it to dynamic"
-                if scaled
-                else (f"try a smaller optim.lr, or look at samples {run.samples_done} and before")
-            )
-            none = run.saver.newest is None
-            spoilt = "" if none else " (where that is spoilt already, remove it to go on from the one before)"
-            raise NonFiniteError(
-                f"{run.skipped_in_a_row} steps in a row had a non-finite loss or gradient, up to step "
-                f"{run.steps_done + 1}{why}; {remedy}; {run.saver.what_there_is()}{spoilt}"
-            )
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.run.steps_done % every == 0

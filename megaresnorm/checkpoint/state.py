@@ -33,6 +33,23 @@ class EngineState(_Typed):
     loss_scale: LossScaleState | None = None
 
 
+class GuardState(_Typed):
+    """State of what judges steps.
+
+    Attributes:
+        losses, norms: of the last applied steps, oldest first.
+        reruns, skips, rollbacks: how often a step was made again, left out, and the run taken back.
+        passed: samples that are passed over, as (position, number).
+    """
+
+    losses: list[float] = Field(default=[], max_length=1000)
+    norms: list[float] = Field(default=[], max_length=1000)
+    reruns: int = Field(default=0, ge=0, le=MAX_STEPS)
+    skips: int = Field(default=0, ge=0, le=MAX_STEPS)
+    rollbacks: int = Field(default=0, ge=0, le=MAX_STEPS)
+    passed: list[tuple[int, int]] = Field(default=[], max_length=10_000)
+
+
 class RunState(_Typed):
     """State of a run.
 
@@ -46,6 +63,7 @@ class RunState(_Typed):
         split: how these were split at random: by tokens, or by whole documents as before version 0.2.
         tokenizer: its description; None where token files have none.
         kernels: op -> chosen kernel.
+        guard: what judges steps; empty in checkpoints of versions without it.
     """
 
     samples: int = Field(ge=0, lt=1 << 63)
@@ -58,6 +76,7 @@ class RunState(_Typed):
     split: Literal["tokens", "documents"] = "documents"
     tokenizer: dict[str, str] | None = None
     kernels: dict[str, str] = {}
+    guard: GuardState = GuardState()
     versions: dict[str, str] = {}
 
 

@@ -12,8 +12,8 @@ FaultKind = Literal[
     "kill", "stop", "hang", "slow", "nan", "flip", "spike", "torn_write", "no_space", "io_error", "cut", "clock"
 ]
 Place = Literal[
-    "step", "loader", "forward", "collective", "save", "interpreter", "weight", "moment", "gradient", "reduced_gradient",
-    "activation",
+    "step", "loader", "forward", "collective", "save", "interpreter",
+    "weight", "moment", "gradient", "reduced_gradient", "activation",
 ]  # fmt: skip
 
 

@@ -42,12 +42,12 @@ class BadNumbers:
             case "reduced_gradient":
                 wrapped.method(self._engine, "update", self._before_update(fault, fires, chance))
             case "gradient" | "activation":
-                wrapped.method(self._engine, "step", self._around_step(fault, fires, chance))
+                self._in_step(fault, fires, chance, wrapped)
             case _:
                 raise NotImplementedError(fault.place)
 
     def poisoned(self, step: int, vocab_size: int, fires: Fires) -> Callable[[Callable], Callable]:
-        """What makes of a loader's ``step`` one whose labels are random tokens, alike on ranks with the same samples."""
+        """What makes of a loader's ``step`` one whose labels are random tokens, as on ranks with the same samples."""
 
         def around(load: Callable) -> Callable:
             def poisoned(*arguments: Any) -> Any:
@@ -85,8 +85,9 @@ class BadNumbers:
 
         return around
 
-    def _around_step(self, fault: FaultRecipe, fires: Fires, chance: random.Random) -> Callable[[Callable], Callable]:
+    def _in_step(self, fault: FaultRecipe, fires: Fires, chance: random.Random, wrapped: Wrapped) -> None:
         """Spoils a number the first time that each step of the engine comes to it: in its first microbatch."""
+        # Its hooks come before those of whoever looks for it.
         blocks = dict(blocks_of(self._engine.assembled))
         number = fault.block if fault.block in blocks else chance.choice(sorted(blocks))
         parameter = chance.choice([p for p in blocks[number].parameters() if p.requires_grad])
@@ -106,18 +107,14 @@ class BadNumbers:
         def around(step: Callable) -> Callable:
             def spoilt(*arguments: Any) -> Any:
                 first[0] = True
-                if fault.place == "activation":
-                    handle = blocks[number].register_forward_hook(of_stream)
-                else:
-                    handle = parameter.register_hook(once)
-                try:
-                    return step(*arguments)
-                finally:
-                    handle.remove()
+                return step(*arguments)
 
             return spoilt
 
-        return around
+        watched = fault.place == "activation"
+        handle = blocks[number].register_forward_hook(of_stream) if watched else parameter.register_hook(once)
+        wrapped.at_end(handle.remove)
+        wrapped.method(self._engine, "step", around)
 
 
 @torch.no_grad()

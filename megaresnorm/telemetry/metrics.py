@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,27 @@ class MetricsWriter:
         settings: Mapping[str, Any] | None = None,
         records: Sequence[str] = (),
     ) -> None:
+        self._folder, self._names = folder, records
+        self._open_loggers = partial(open_loggers, loggers, folder, settings=settings or {})
+        self._open(first_step)
+
+    def _open(self, first_step: int) -> None:
+        folder = self._folder
         for name, most in (("metrics.jsonl", MAX_LINE_BYTES), (NUMBERS, MAX_RECORD_BYTES), (DEPTH, MAX_RECORD_BYTES)):
             if os.path.lexists(folder / name):
                 _drop_from(folder / name, first_step, most)
         self._lines, self._last = Appended(folder / "metrics.jsonl"), b""
-        self._records = {name: Appended(folder / name) for name in records}
-        self._loggers = open_loggers(loggers, folder, first_step, settings or {})
+        self._records = {name: Appended(folder / name) for name in self._names}
+        self._loggers = self._open_loggers(first_step=first_step)
+
+    def go_back(self, first_step: int) -> None:
+        """Drop what was recorded from a step on, which is about to be made again, as where a run resumes.
+
+        Raises:
+            OSError: the files cannot be read or written.
+        """
+        self.close()
+        self._open(first_step)
 
     def write(
         self,
