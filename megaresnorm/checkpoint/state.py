@@ -1,7 +1,7 @@
 """The state of a run that its manifest holds beside the tensors."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -17,6 +17,9 @@ from megaresnorm.recipe.load import build_recipe
 
 class _Typed(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+_Range = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 63)]], Field(min_length=2, max_length=2)]
 
 
 class EngineState(_Typed):
@@ -39,7 +42,7 @@ class GuardState(_Typed):
     Attributes:
         losses, norms: of the last applied steps, oldest first.
         reruns, skips, rollbacks: how often a step was made again, left out, and the run taken back.
-        passed: samples that are passed over, as (position, number).
+        passed: samples that are passed over, as [position, number].
     """
 
     losses: list[float] = Field(default=[], max_length=1000)
@@ -47,7 +50,7 @@ class GuardState(_Typed):
     reruns: int = Field(default=0, ge=0, le=MAX_STEPS)
     skips: int = Field(default=0, ge=0, le=MAX_STEPS)
     rollbacks: int = Field(default=0, ge=0, le=MAX_STEPS)
-    passed: list[tuple[int, int]] = Field(default=[], max_length=10_000)
+    passed: list[_Range] = Field(default=[], max_length=10_000)
 
 
 class RunState(_Typed):

@@ -66,13 +66,9 @@ class BadNumbers:
     def _stored(self, fault: FaultRecipe, chance: random.Random) -> Tensor:
         """A tensor of weights or moments that this rank holds."""
         members = self._engine.tensors["optimizer" if fault.place == "moment" else "weights"]
-        inside = f"blocks.{fault.block}."
-        names = [
-            name
-            for name, slices in members.items()
-            if slices.local is not None and slices.local.numel() and (fault.block is None or inside in name)
-        ]
-        return members[chance.choice(names)].local
+        names = [name for name, slices in members.items() if slices.local is not None and slices.local.numel()]
+        inside = [name for name in names if f"blocks.{fault.block}." in name]
+        return members[chance.choice(inside or names)].local
 
     def _before_update(self, fault: FaultRecipe, fires: Fires, chance: random.Random) -> Callable[[Callable], Callable]:
         def around(update: Callable) -> Callable:
@@ -111,8 +107,16 @@ class BadNumbers:
 
             return spoilt
 
-        watched = fault.place == "activation"
-        handle = blocks[number].register_forward_hook(of_stream) if watched else parameter.register_hook(once)
+        def of_gradient(block: Any, arguments: Any) -> None:
+            if arguments[0].x.requires_grad:
+                arguments[0].x.register_hook(once)
+
+        if fault.place == "activation":
+            handle = blocks[number].register_forward_hook(of_stream)
+        elif self._engine.gathers_weights:  # gradients of parameters arrive at tensors that exist for a while
+            handle = blocks[number].register_forward_pre_hook(of_gradient)
+        else:
+            handle = parameter.register_hook(once)
         wrapped.at_end(handle.remove)
         wrapped.method(self._engine, "step", around)
 

@@ -31,7 +31,7 @@ class GuardRecord:
             reruns=self.reruns,
             skips=self.skips,
             rollbacks=self.rollbacks,
-            passed=[(one.position, one.num_samples) for one in self.passed],
+            passed=[[one.position, one.num_samples] for one in self.passed],
         )
 
     def went_back(self, before: "GuardRecord", passed: SampleRange | None) -> None:

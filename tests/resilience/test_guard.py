@@ -19,7 +19,7 @@ LAYOUTS = {
     "dp2": (2, {}),
     "tp2": (2, {"tp": 2}),
     "columns": (2, {"tp": 2, "tensor_layout": "columns"}),
-    "pp2": (2, {"pp": 2}),
+    "pp2": (2, {"pp": 2, "stage_blocks": [2, 2]}),
     "fsdp2": (2, {"dp_shard": 2}),
     "tp2 dp2": (4, {"tp": 2}),
 }
@@ -186,7 +186,7 @@ def test_what_was_passed_over_stays_so_after_a_resume(drilled):
     with Run(recipe) as run:
         assert run.guard.rollbacks == 1 and run.samples_done == 8 * (recipe.train.steps + 1)
         assert run.guard.spikes.losses[-1] == pytest.approx(run.train_loss)
-        assert run.guard.state().passed == [(8 * (SPIKE - 1), 8)]
+        assert run.guard.state().passed == [[8 * (SPIKE - 1), 8]]
 
 
 def test_a_spike_is_left_out_and_what_came_before_stays(drilled):
