@@ -181,6 +181,10 @@ class Run:
         """See ``Validation``."""
         return self._validation.evaluate()
 
+    def validation_metrics(self) -> dict[str, float]:
+        """What is recorded of an evaluation; nothing without a validation set."""
+        return {} if (found := self.evaluate()) is None else found.metrics()
+
     def _validate_with(self) -> Validation:
         """The first rank counts bytes of text, which alone records what follows from them."""
 

@@ -17,9 +17,11 @@ from megaresnorm.guard import Guard
 from megaresnorm.profiling.window import Profiler
 from megaresnorm.recipe import Recipe
 from megaresnorm.resilience.faults import Drill, Subject
-from megaresnorm.resilience.signals import StopSignals, exit_reason
+from megaresnorm.resilience.signals import START_AGAIN, StopSignals, exit_reason
 from megaresnorm.run import Run
 from megaresnorm.schedule import learning_rate
+from megaresnorm.telemetry.goodput import Goodput
+from megaresnorm.telemetry.incidents import Incidents, ended_on_purpose
 from megaresnorm.telemetry.log import (
     bar_note,
     log_lines,
@@ -67,7 +69,8 @@ class Trainer:
         self.depth = depth_of(run.recipe, run.engine, run.samples)
         subject = Subject(run.context, run.engine, run.loader, run.saver, run.recipe.model.vocab_size or 0)
         self.drill = Drill(run.recipe.drill, run.output, subject)
-        self.guard = Guard(run)
+        self.guard, self.goodput = Guard(run), Goodput()
+        self.incidents = Incidents(run.output, writes=run.context.is_first_rank)
         self._stop: StopSignals | None = None
         self._asked_to_stop = False
         self._warned_of_no_labels = False
@@ -81,19 +84,26 @@ class Trainer:
         """
         run, train = self.run, self.run.recipe.train
         metrics, code = run.open_metrics(), 1
+        if metrics is not None:
+            self.goodput.resume(metrics.kept, metrics.dropped, ended=ended_on_purpose(run.output))
+        self.incidents.note("start", run.steps_done + 1, f"begins on {run.context.world.size} ranks")
         self._stop = stop
         stop.begin(train.max_minutes)
         try:
             record, stopped = self._steps(metrics)
-            checkpoint = run.save_last(exit_reason(stopped) if stopped else None)
+            with self.goodput.spends("checkpoint"):
+                checkpoint = run.save_last(exit_reason(stopped) if stopped else None)
             self.profiler.finish()
-            evaluation = None if stopped else run.evaluate()
+            with self.goodput.spends("evaluation"):
+                evaluation = None if stopped else run.evaluate()
             if record is not None and not stopped:
                 more = {} if evaluation is None else evaluation.metrics()
-                if metrics is not None and more:
-                    metrics.amend(run.steps_done, more)
+                if metrics is not None:
+                    metrics.amend(run.steps_done, more | self.goodput.metrics())
                 log.info(step_line(run.steps_done, train.steps, record | self.meter.mean() | more))
             code = stopped
+            if code != START_AGAIN:  # with other nodes, for which the run has waited
+                self.incidents.note("end", run.steps_done, f"ends with exit code {code}", code=code)
         finally:
             if metrics is not None:
                 metrics.close(code)
@@ -122,16 +132,19 @@ class Trainer:
                 if record is None:
                     if metrics is not None:
                         metrics.go_back(run.steps_done + 1)
+                        self.goodput.went_back(metrics.kept)
                     progress.advance(run.steps_done - before)
                     continue
-                if self._due(train.eval_every) and not run.is_finished and (evaluation := run.evaluate()) is not None:
-                    record |= evaluation.metrics()
+                if self._due(train.eval_every) and not run.is_finished:
+                    with self.goodput.spends("evaluation"):
+                        record |= run.validation_metrics()
                 if metrics is not None:
-                    metrics.write(run.steps_done, record, self._records())
+                    metrics.write(run.steps_done, record | self.goodput.metrics(), self._records())
                 if (self._due(train.log_every) or "valid_loss" in record) and not run.is_finished:
                     log.info(step_line(run.steps_done, train.steps, record | self.meter.mean()))
                 if saves := self._due(run.recipe.checkpoint.every):
-                    run.save()
+                    with self.goodput.spends("checkpoint"):
+                        run.save()
                 progress.advance(note=bar_note(record))
                 # A signal of the step came with its vector; what takes time beside a step is asked about here.
                 asks = self._asked_to_stop or saves or "valid_loss" in record or run.context.world.size == 1
@@ -150,19 +163,25 @@ class Trainer:
         """
         with self.drill.seen_in(self.run.steps_done + 1), self.profiler.seen_in(self.run.steps_done + 1):
             record = self._step()
-        if record is None:
+        if record is None:  # the run has gone back
             return None
         self.depth.probe(self.run.steps_done)
         return record | self.numbers.worst | self.depth.metrics | self.guard.metrics
 
     def _step(self) -> dict[str, float | None] | None:
+        self.goodput.begin_step()
         run, start = self.run, time.perf_counter()
         lr, batch = learning_rate(run.steps_done, run.recipe), run.next_batch()
         step = partial(run.engine.step, batch, lr, lambda: self._stop is not None and self._stop.exit_code != 0)
         self.guard.begin()
         with self.numbers.seen_in(run.steps_done + 1), self.depth.seen_in(run.steps_done + 1, lr):
             made = step()
+        once = time.perf_counter() - start
         stats = self.guard.judge(made, batch, step)
+        seconds = time.perf_counter() - start
+        self.goodput.step(
+            seconds, lost=0.0 if stats is made and made.applied else once if stats and stats.applied else seconds
+        )
         if stats is None:
             return None
         self._asked_to_stop = stats.stop
@@ -185,7 +204,6 @@ class Trainer:
         }
         if stats.loss_scale is not None:
             record |= {"loss_scale": stats.loss_scale, "skipped": stats.skipped}
-        seconds = time.perf_counter() - start
         return record | self.meter.step(stats.tokens, tokens, seconds)
 
     def _records(self) -> dict[str, list[dict]]:

@@ -70,3 +70,9 @@ def read_incidents(folder: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(one, dict) and isinstance(one.get("step"), int) and isinstance(one.get("kind"), str):
             yield one
+
+
+def ended_on_purpose(folder: Path) -> bool:
+    """Whether the last process of a run has ended by itself, rather than being killed."""
+    last = [one["kind"] for one in read_incidents(folder) if one["kind"] in ("start", "end")][-1:]
+    return last != ["start"]

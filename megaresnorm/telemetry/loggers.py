@@ -47,6 +47,10 @@ TAGS = {
     "tflops": "perf/tflops_per_rank",
     "mfu": "perf/mfu",
     "peak_memory": "perf/peak_memory_gb",
+    "goodput": "perf/goodput",
+    "reruns": "guard/reruns",
+    "skips": "guard/skips",
+    "rollbacks": "guard/rollbacks",
 }
 
 
