@@ -21,7 +21,7 @@ from torch import Tensor
 from megaresnorm.checkpoint.format import TensorSlices
 from megaresnorm.engines.engine import Engine
 from megaresnorm.errors import CorruptionError
-from megaresnorm.kernels.digest import digest, fold
+from megaresnorm.kernels.digest import digest
 from megaresnorm.parallel.collectives import all_gather_blocks
 from megaresnorm.parallel.control import all_gather_json
 from megaresnorm.parallel.mesh import MESH_AXES, Axis, ParallelContext
@@ -77,7 +77,7 @@ class ReplicaDigests:
         engine: its ``tensors``: weights, moments, averages of clipping, histories of FP8.
 
     Communication:
-        Making it: one all-gather over each axis of 8 bytes a tensor.
+        Making it: two all-gathers over each axis, of 8 bytes and of 8 bytes a tensor.
     """
 
     def __init__(self, engine: Engine, context: ParallelContext) -> None:
@@ -98,7 +98,10 @@ class ReplicaDigests:
         """Numbers of the tensors of which all ranks of an axis hold the same slices."""
         if axis.size == 1:
             return []
-        names = range(len(self._names)) if axis.name != "embedding" else self._tied()
+        names = self._tied() if axis.name == "embedding" else list(range(len(self._names)))
+        counts = all_gather_blocks(torch.tensor([len(names)], device=self._device), axis)
+        if not counts.min():  # a pipeline whose embedding is not tied: the last stage has none
+            return []
         held = torch.tensor([_hash_of(self._tensors[self._names[i]]) for i in names], device=self._device)
         everyone = all_gather_blocks(held, axis)
         same = (everyone == everyone[0]).all(0).tolist()
@@ -171,7 +174,7 @@ class ReplicaDigests:
 
     def _folded(self, digests: dict[int, Tensor], axis: str) -> Tensor:
         alike = [digests[i] for i in self._alike[axis]]
-        return fold(torch.stack(alike)) if alike else torch.zeros((), dtype=torch.int64, device=self._device)
+        return digest(torch.stack(alike)) if alike else torch.zeros((), dtype=torch.int64, device=self._device)
 
     def _compared(self, digests: dict[int, Tensor], axis: str, members: Sequence[int]) -> dict[str, Any]:
         """What a group of ranks that differ finds tensor by tensor, the same on each."""
