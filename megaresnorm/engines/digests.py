@@ -1,8 +1,8 @@
 """What several ranks hold alike, compared bit for bit: where one of them differs, it is found, named and repaired.
 
-Under data parallelism every rank of dp_replicate has the same weights, moments and averages; what is whole over tp, such
-as weights of norms, is on each of its ranks; a tied embedding is on the first and the last stage. Nothing keeps them
-alike but that all compute the same, so a bit that memory or a chip has flipped stays, and nobody else sees it.
+Under data parallelism every rank of dp_replicate has the same weights, moments and averages; what is whole over tp,
+such as weights of norms, is on each of its ranks; a tied embedding is on the first and the last stage. Nothing keeps
+them alike but that all compute the same, so a bit that memory or a chip has flipped stays, and nothing else tells.
 
 What this cannot see: a gradient that was wrong before it was reduced, which reaches all ranks alike (replay.py); shards
 of FSDP2 or ZeRO, and what is sharded over tp, without a second data-parallel copy; a rank alone. Copies of weights in
@@ -54,10 +54,7 @@ class Odd:
         first, more = self.tensors[0], len(self.tensors) - 1
         what = f"{first} and {more} more differ" if more else f"{first} differs"
         others = [rank for rank in self.members if rank not in self.odd]
-        if self.odd:
-            compared = [*others[:1], *self.odd]
-        else:
-            compared = list(self.members)
+        compared = [*others[:1], *self.odd] if self.odd else list(self.members)
         between = f"{what} between {_ranks(compared)} ({self.axis})"
         if not self.odd:
             hosts = ", ".join(f"rank {r} on {h}" for r, h in zip(self.members, self.hosts, strict=True))
@@ -144,30 +141,26 @@ class ReplicaDigests:
         digests = self._digests()
         folded = [self._folded(digests, name) for name in AXES]
         everyone = all_gather_blocks(torch.stack(folded), self._context.world).tolist()
-        rank, found = self._context.world.rank, list[dict[str, Any]]()
-        differ = False
-        for column, name in enumerate(AXES):
-            for members in groups(self._context, name):
-                if len({everyone[member][column] for member in members}) > 1:
-                    differ = True
-                    if rank in members:
-                        found.append(self._compared(digests, name, members))
-        if not differ:
-            return []
-        said = all_gather_json([socket.gethostname(), found], self._context.control)
-        hosts = [host for host, _ in said]
-        return [
-            Odd(
-                one["axis"],
-                tuple(one["members"]),
-                tuple(one["odd"]),
-                tuple(one["tensors"]),
-                tuple(hosts[r] for r in one["members"]),
-            )
-            for sender, (_, all_found) in enumerate(said)
-            for one in all_found
-            if one["members"][0] == sender
+        differing = [
+            (name, members)
+            for column, name in enumerate(AXES)
+            for members in groups(self._context, name)
+            if len({everyone[member][column] for member in members}) > 1
         ]
+        return self._named(digests, differing) if differing else []
+
+    def _named(self, digests: dict[int, Tensor], differing: Sequence[tuple[str, list[int]]]) -> list[Odd]:
+        """What differs in which groups, after another look at theirs, told to all ranks."""
+        rank = self._context.world.rank
+        mine = [self._compared(digests, name, members) for name, members in differing if rank in members]
+        said = all_gather_json([socket.gethostname(), mine], self._context.control)
+        found = []
+        for sender, (_, of_rank) in enumerate(said):
+            for axis, members, odd, tensors in of_rank:
+                if sender == members[0]:
+                    hosts = tuple(said[member][0] for member in members)
+                    found.append(Odd(axis, tuple(members), tuple(odd), tuple(tensors), hosts))
+        return found
 
     def _digests(self) -> dict[int, Tensor]:
         return {i: digest(self._local(i)).to(self._device) for i in self._any}
@@ -176,7 +169,7 @@ class ReplicaDigests:
         alike = [digests[i] for i in self._alike[axis]]
         return digest(torch.stack(alike)) if alike else torch.zeros((), dtype=torch.int64, device=self._device)
 
-    def _compared(self, digests: dict[int, Tensor], axis: str, members: Sequence[int]) -> dict[str, Any]:
+    def _compared(self, digests: dict[int, Tensor], axis: str, members: list[int]) -> list[Any]:
         """What a group of ranks that differ finds tensor by tensor, the same on each."""
         alike = self._alike[axis]
         table = all_gather_blocks(torch.stack([digests[i] for i in alike]), getattr(self._context, axis)).tolist()
@@ -188,7 +181,7 @@ class ReplicaDigests:
                 decided &= 2 * count > len(members)
                 odd |= {member for member, one in zip(members, column, strict=True) if one != usual}
         named = sorted(odd) if decided and len(odd) < len(members) else []
-        return {"axis": axis, "members": list(members), "odd": named, "tensors": differing}
+        return [axis, members, named, differing]
 
     @torch.no_grad()
     def restore(self, found: Sequence[Odd]) -> bool:
