@@ -176,8 +176,20 @@ def test_groups_of_ranks_are_those_of_the_mesh():
             assert [group for group in one["got"][name] if rank in group] == [members]
 
 
+def really_different(engine) -> list[str]:
+    """What differs between the ranks of a job of copies, byte by byte and without digests."""
+    found = []
+    for group, members in engine.tensors.items():
+        for name, slices in members.items():
+            mine = slices.local.clone().reshape(-1).view(torch.uint8)
+            everyone = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather(everyone, mine)
+            found += [] if all(torch.equal(one, mine) for one in everyone) else [f"{group} {name}"]
+    return found
+
+
 def drilled(rank: int, recipe, cases: list[tuple[str, int]], output: str) -> list[dict]:
-    """One fault every third step; checked after each step."""
+    """One fault every third step; checked after each step, and all copied from a sound rank where one is found."""
     _, engine = build(recipe)
     faults = [
         FaultRecipe(kind="flip", place=place, rank=odd, step=3 * case + 2) for case, (place, odd) in enumerate(cases)
@@ -188,41 +200,39 @@ def drilled(rank: int, recipe, cases: list[tuple[str, int]], output: str) -> lis
     for step in range(1, 3 * len(cases) + 1):
         with drill.seen_in(step):
             steps(engine, recipe, 1, step)
-        found = digests.check()
-        results.append({"odd": [list(one.odd) for one in found], "members": [list(one.members) for one in found]})
-        if found:  # also of copies without a majority, or a non-finite number: begin again from one that is whole
-            source = 0 if found[0].odd != (0,) else 1
-            for i in digests._any:
-                tensor = digests._local(i)
-                torch.distributed.broadcast(tensor, source)
-            results[-1]["after"] = len(digests.check())
+        found, truth = digests.check(), really_different(engine)
+        _, odd = cases[(step - 1) // 3]
+        named = [list(one.odd) for one in found] == ([[odd]] if engine.context.world.size > 2 else [[]])
+        right = named and list(found[0].tensors) == truth if truth else not found
+        results.append({"step": step, "differ": len(truth), "right": right})
+        if found:
+            for members in engine.tensors.values():
+                for slices in members.values():
+                    torch.distributed.broadcast(slices.local, 1 if odd == 0 else 0)
+            assert not digests.check()
     return results
 
 
-def assert_found(ranks: int, recipe, cases: list[tuple[str, int]], output: Path) -> None:
+def assert_found(ranks: int, recipe, cases: list[tuple[str, int]], output: Path, least: int) -> None:
+    """A flip of a gradient's lowest bits may be rounded away in the update: then there is nothing to find."""
     everyone = run_ranks(ranks, drilled, recipe, cases, str(output))
     assert all(of_rank == everyone[0] for of_rank in everyone)
-    for step, one in enumerate(everyone[0], 1):
-        if step % 3 != 2:
-            assert one["odd"] == []
-            continue
-        _, odd = cases[(step - 2) // 3]
-        assert one["odd"] == ([[odd]] if ranks > 2 else [[]]), (step, one)
-        assert one["members"] == [list(range(ranks))] and one["after"] == 0
+    assert [one for one in everyone[0] if not one["right"]] == []
+    assert sum(one["differ"] > 0 for one in everyone[0]) >= least
+    assert all(one["step"] % 3 == 2 for one in everyone[0] if one["differ"])
 
 
 def test_bits_flipped_in_training_by_a_drill_are_found_after_their_step(tmp_path):
     cases = [("weight", 2), ("moment", 0), ("reduced_gradient", 1), ("weight", 1)]
-    assert_found(3, of("deepnorm", "dp3"), cases, tmp_path)
+    assert_found(3, of("deepnorm", "dp3"), cases, tmp_path, least=4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["dp2", "dp3"])
-def test_sixty_bits_flipped_in_training_are_found_at_the_next_check(layout, tmp_path):
+def test_thirty_bits_flipped_in_training_are_found_at_the_next_check(layout, tmp_path):
     ranks, chance = LAYOUTS[layout][0], random.Random(layout)
-    places = ["weight", "moment", "reduced_gradient"] * 10
-    cases = [(place, chance.randrange(ranks)) for place in places]
-    assert_found(ranks, of("deepnorm" if ranks == 2 else "pre", layout), cases, tmp_path)
+    cases = [(place, chance.randrange(ranks)) for place in ["weight", "moment", "reduced_gradient"] * 11]
+    assert_found(ranks, of("deepnorm" if ranks == 2 else "pre", layout), cases, tmp_path, least=30)
 
 
 def many_checks(rank: int, recipe, number: int) -> int:
