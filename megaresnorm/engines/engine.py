@@ -148,6 +148,9 @@ class Engine(Protocol):
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Take over the weights alone of a checkpoint of a model with the same parameters, saved in whatever layout."""
 
+    def weights_changed(self) -> None:
+        """Renew what is derived from the weights, after they have been changed from outside."""
+
     def check_finite(self, where: str) -> None:
         """Check that all weights and optimizer state of this rank are finite.
 
