@@ -1,6 +1,7 @@
 """Errors that a user can cause, and their exit codes. Their text is always one line."""
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class UserError(Exception):
@@ -59,7 +60,7 @@ class CorruptionError(TrainingError):
         found: what differs where, for whoever repairs it; empty where another rank has said so.
     """
 
-    found: Sequence[object] = ()
+    found: Sequence[Any] = ()
 
 
 class StoppedError(UserError):

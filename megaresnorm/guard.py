@@ -8,10 +8,11 @@ import logging
 from collections.abc import Callable
 from math import isfinite
 
-from megaresnorm.data.loader import StepBatch
+from megaresnorm.data.loader import SampleRange, StepBatch
 from megaresnorm.engines.attribution import Attribution, Finding
+from megaresnorm.engines.digests import Sentry
 from megaresnorm.engines.engine import StepStats
-from megaresnorm.errors import NonFiniteError
+from megaresnorm.errors import CorruptionError, NonFiniteError
 from megaresnorm.run import Run
 from megaresnorm.telemetry.incidents import Incidents
 from megaresnorm.telemetry.log import skipped_line
@@ -29,6 +30,7 @@ class Guard:
     def __init__(self, run: Run) -> None:
         self._run, self._recipe = run, run.recipe.guard
         self._incidents = Incidents(run.output, writes=run.context.is_first_rank)
+        self._sentry = Sentry(run.engine, run.context, self._recipe.digest_every, run.saver.join)
 
     @property
     def metrics(self) -> dict[str, float | None]:
@@ -74,6 +76,56 @@ class Guard:
                 return self.judge(repeated, batch, again)
             stats = repeated
         return self._refused(stats, batch, finding)
+
+    def replicas_agree(self, *, saves: bool) -> bool:
+        """Compare what ranks hold alike, where that is due, and always before it is saved. Collective.
+
+        Where they differ the run goes back to the newest checkpoint, which has been compared itself: what the odd rank
+        has added to gradients since is undone as well. Without one the odd rank takes over what the others have.
+
+        Returns:
+            False where the run has gone back.
+
+        Raises:
+            CorruptionError: they differ, and neither can be done.
+        """
+        run = self._run
+        if not (saves or self._sentry.due(run.steps_done)):
+            return True
+        try:
+            self._sentry.check(run.steps_done)
+        except CorruptionError as e:
+            return self._repaired(e)
+        return True
+
+    def check_before_the_end(self) -> None:
+        """Compare what ranks hold alike where a run that is stopped is about to be saved. Collective.
+
+        Raises:
+            CorruptionError: they differ, and nothing is to be saved: the run goes on from the newest checkpoint.
+        """
+        self._sentry.check(self._run.steps_done)
+
+    def _repaired(self, error: CorruptionError) -> bool:
+        run, step = self._run, self._run.steps_done
+        odd = error.found[0]
+        rank = odd.odd[0] if odd.odd else None
+        host = None if rank is None else odd.hosts[odd.members.index(rank)]
+        log.warning("warning: %s", error)
+        goes_back = run.saver.newest is not None and run.guard.rollbacks < self._recipe.max_rollbacks
+        restored = not goes_back and self._sentry.digests is not None and self._sentry.digests.restore(error.found)
+        action = "rollback" if goes_back else "restored" if restored else "stop"
+        about = {"tensors": list(odd.tensors[:8]), "members": list(odd.members), "action": action}
+        self._incidents.note("corruption", step, str(error), rank=rank, host=host, **about)
+        if goes_back:
+            self._go_back(step, None)
+        elif restored:
+            log.warning("warning: step %d: the odd rank has taken over what the others hold", step)
+        else:
+            raise CorruptionError(
+                f"{error}; {run.saver.what_there_is()}, guard.max_rollbacks={self._recipe.max_rollbacks}"
+            )
+        return not goes_back
 
     @staticmethod
     def _overflows(stats: StepStats) -> bool:
@@ -136,7 +188,7 @@ class Guard:
         if action == "stop":
             raise NonFiniteError(f"{what}; guard.{kind}={policy}; {self._what_there_is()}")
         if action == "rollback":
-            self._roll_back(batch, finding)
+            self._go_back(step, None if finding is not None and finding.in_weights else batch.samples)
             return None
         run.guard.skips += 1
         self._check_budget(stats)
@@ -154,9 +206,8 @@ class Guard:
         log.warning("warning: there is no checkpoint to go back to; the step is left out")
         return "skip"
 
-    def _roll_back(self, batch: StepBatch, finding: Finding | None) -> None:
-        run, step = self._run, self._run.steps_done + 1
-        passed = None if finding is not None and finding.in_weights else batch.samples
+    def _go_back(self, step: int, passed: SampleRange | None) -> None:
+        run = self._run
         run.roll_back(passed)
         over = "" if passed is None else f", passing over samples {passed.position} to {passed.last}"
         what = f"from step {step} back to step {run.steps_done}{over} ({run.guard.rollbacks} of guard.max_rollbacks)"

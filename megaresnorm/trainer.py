@@ -91,6 +91,8 @@ class Trainer:
         stop.begin(train.max_minutes)
         try:
             record, stopped = self._steps(metrics)
+            if stopped:
+                self.guard.check_before_the_end()
             with self.goodput.spends("checkpoint"):
                 checkpoint = run.save_last(exit_reason(stopped) if stopped else None)
             self.profiler.finish()
@@ -163,7 +165,9 @@ class Trainer:
         """
         with self.drill.seen_in(self.run.steps_done + 1), self.profiler.seen_in(self.run.steps_done + 1):
             record = self._step()
-        if record is None:  # the run has gone back
+        run = self.run
+        saves = run.is_finished or self._due(run.recipe.checkpoint.every)
+        if record is None or not self.guard.replicas_agree(saves=saves):  # the run has gone back
             return None
         self.depth.probe(self.run.steps_done)
         return record | self.numbers.worst | self.depth.metrics | self.guard.metrics

@@ -11,7 +11,7 @@ of FSDP2 or ZeRO, and what is sharded over tp, without a second data-parallel co
 
 import socket
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,13 +72,14 @@ class ReplicaDigests:
 
     Args:
         engine: its ``tensors``: weights, moments, averages of clipping, histories of FP8.
+        quiet: called where ranks differ, before they tell each other over ``control``, which nothing else may use then.
 
     Communication:
         Making it: two all-gathers over each axis, of 8 bytes and of 8 bytes a tensor.
     """
 
-    def __init__(self, engine: Engine, context: ParallelContext) -> None:
-        self._engine, self._context = engine, context
+    def __init__(self, engine: Engine, context: ParallelContext, quiet: Callable[[], object] = lambda: None) -> None:
+        self._engine, self._context, self._quiet = engine, context, quiet
         self._tensors = {
             f"{group} {name}": slices
             for group, members in engine.tensors.items()
@@ -151,6 +152,7 @@ class ReplicaDigests:
 
     def _named(self, digests: dict[int, Tensor], differing: Sequence[tuple[str, list[int]]]) -> list[Odd]:
         """What differs in which groups, after another look at theirs, told to all ranks."""
+        self._quiet()
         rank = self._context.world.rank
         mine = [self._compared(digests, name, members) for name, members in differing if rank in members]
         said = all_gather_json([socket.gethostname(), mine], self._context.control)
@@ -211,10 +213,13 @@ class Sentry:
 
     Args:
         every: ``guard.digest_every``; 0: never.
+        quiet: as for ``ReplicaDigests``.
     """
 
-    def __init__(self, engine: Engine, context: ParallelContext, every: int) -> None:
-        self.digests = ReplicaDigests(engine, context) if every else None
+    def __init__(
+        self, engine: Engine, context: ParallelContext, every: int, quiet: Callable[[], object] = lambda: None
+    ) -> None:
+        self.digests = ReplicaDigests(engine, context, quiet) if every else None
         self._every = every
 
     def due(self, step: int) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from launched import be_rank, losses
 
-from megaresnorm.errors import ConfigError, NonFiniteError
+from megaresnorm.errors import ConfigError, TrainingError
 from megaresnorm.resilience.spikes import NEEDED, Spikes
 from megaresnorm.run import Run
 from megaresnorm.telemetry.incidents import read_incidents
@@ -65,7 +65,7 @@ def trained(rank: int, ranks: int, recipe) -> dict:
         try:
             with StopSignals() as stop:
                 summary = trainer.train(stop)
-        except NonFiniteError as e:
+        except TrainingError as e:
             return {"error": str(e), "changed": changed}
         return {"weights": summary.weights_digest, "changed": changed}
 
@@ -244,3 +244,32 @@ def test_bounds_stand_still_where_half_of_the_window_are_spikes():
     stormy = Spikes([9.0 if i % 5 == 0 else 2.0 + 0.01 * (i % 5) for i in range(128)], [1.0] * 128).bounds()
     assert stormy.loss < 1.2 * quiet.loss < 9.0
     assert Spikes([1.0] * (NEEDED - 1), [1.0] * (NEEDED - 1)).bounds() is None
+
+
+COMPARED = {"guard": {"digest_every": 3}, "train": {"steps": 9}, "checkpoint": {"every": 4}}
+
+
+@pytest.mark.parametrize(
+    ("layout", "place"),
+    [
+        ("dp2", "weight"),
+        pytest.param("tp2 dp2", "moment", marks=pytest.mark.slow),
+        pytest.param("dp2", "reduced_gradient", marks=pytest.mark.slow),
+    ],
+)
+def test_a_flipped_bit_sends_the_run_back_and_the_curve_is_the_undisturbed_one(drilled, layout, place):
+    fault = {"kind": "flip", "step": 5, "rank": 1, "place": place, "block": 1}
+    recipe, ranks = drilled(layout, fault, **COMPARED)
+    assert curve_of(recipe, ranks) == curve_of(*drilled(layout, name="undisturbed", **COMPARED))
+    (event,) = events(recipe, "corruption")
+    assert event["step"] == 6 and event["action"] == "rollback" and 1 in event["members"]
+    assert events(recipe, "rollback")[0]["to_step"] == 4
+
+
+def test_what_differs_is_never_saved(drilled):
+    """Without a checkpoint and without a majority the run ends; the folder has none."""
+    fault = {"kind": "flip", "step": 2, "rank": 1, "place": "weight"}
+    recipe, ranks = drilled("dp2", fault, guard={"digest_every": 100}, train={"steps": 4})
+    found = outcomes(recipe, ranks)
+    assert all("rank 0 on" in one["error"] and "rank 1 on" in one["error"] for one in found)
+    assert not any((Path(recipe.train.output) / "checkpoints").glob("step-*"))
