@@ -68,6 +68,7 @@ class Trainer:
         self.depth = depth_of(run.recipe, run.engine, run.samples)
         subject = Subject(run.context, run.engine, run.loader, run.saver, run.recipe.model.vocab_size or 0)
         self.drill = Drill(run.recipe.drill, run.output, subject)
+        run.watchdog.watch(self)
         self._stop: StopSignals | None = None
         self._asked_to_stop = False
         self._warned_of_no_labels = False
