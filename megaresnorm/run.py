@@ -34,6 +34,7 @@ from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import dump_recipe
 from megaresnorm.resilience.guard_record import GuardRecord
 from megaresnorm.resilience.output import OutputFolder
+from megaresnorm.resilience.watchdog import BACKUP, Watchdog
 from megaresnorm.schedule import batch_size, lr_jump
 from megaresnorm.telemetry.describe import data_name, describe_run
 from megaresnorm.telemetry.log import progress_bar
@@ -72,7 +73,9 @@ class Run:
         assert opened.sizes is not None and not opened.idles
         self.environment, self._store, self.data = opened.environment, opened.store, opened.data
         self.recipe, self.samples, self.valid = opened.recipe, opened.samples, opened.valid
-        self.output, self.device, start = Path(self.recipe.train.output), opened.device, self.recipe.watchdog.start
+        self.output, self.device = Path(self.recipe.train.output), opened.device
+        self.watchdog = opened.watchdog or Watchdog(self.environment, self.recipe.watchdog)
+        start = self.recipe.watchdog.start + BACKUP
         if opened.store is not None:
             start_process_group(self.device, opened.store, self.environment.rank, opened.sizes.num_ranks, start)
         self.context = ParallelContext.create(opened.sizes, self.device.type, start)
@@ -128,6 +131,7 @@ class Run:
 
     def close(self) -> None:
         """Leave the output folder to others. The end of the process does so too."""
+        self.watchdog.release()
         self.folder.release()
 
     def describe(self, *, full: bool = False) -> list[str]:
@@ -167,7 +171,8 @@ class Run:
         self.steps_done += 1
         self._steps_here += 1
         if self._steps_here == 1:
-            self.context.set_timeouts(self.recipe.watchdog.step or 600, self.recipe.watchdog.checkpoint)
+            step, checkpoint = self.watchdog.step_seconds, self.recipe.watchdog.checkpoint
+            self.context.set_timeouts(step + BACKUP, checkpoint + BACKUP)
 
     def largest(self, number: int) -> int:
         """Maximum over all ranks. Collective."""
@@ -180,10 +185,6 @@ class Run:
     def evaluate(self) -> Evaluation | None:
         """See ``Validation``."""
         return self._validation.evaluate()
-
-    def validation_metrics(self) -> dict[str, float]:
-        """What is recorded of an evaluation; nothing without a validation set."""
-        return {} if (found := self.evaluate()) is None else found.metrics()
 
     def _validate_with(self) -> Validation:
         """The first rank counts bytes of text, which alone records what follows from them."""

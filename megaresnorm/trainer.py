@@ -71,6 +71,7 @@ class Trainer:
         self.drill = Drill(run.recipe.drill, run.output, subject)
         self.guard, self.goodput = Guard(run), Goodput()
         self.incidents = Incidents(run.output, writes=run.context.is_first_rank)
+        run.watchdog.watch(self)
         self._stop: StopSignals | None = None
         self._asked_to_stop = False
         self._warned_of_no_labels = False
@@ -139,7 +140,8 @@ class Trainer:
                     continue
                 if self._due(train.eval_every) and not run.is_finished:
                     with self.goodput.spends("evaluation"):
-                        record |= run.validation_metrics()
+                        evaluation = run.evaluate()
+                    record |= {} if evaluation is None else evaluation.metrics()
                 if metrics is not None:
                     metrics.write(run.steps_done, record | self.goodput.metrics(), self._records())
                 if (self._due(train.log_every) or "valid_loss" in record) and not run.is_finished:
