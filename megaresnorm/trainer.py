@@ -12,6 +12,7 @@ from functools import partial
 
 from megaresnorm.data.samples import unigram_entropy
 from megaresnorm.engines.depth import depth_of
+from megaresnorm.engines.rank_times import RankTimes
 from megaresnorm.errors import ConfigError
 from megaresnorm.guard import Guard
 from megaresnorm.profiling.window import Profiler
@@ -71,6 +72,7 @@ class Trainer:
         self.drill = Drill(run.recipe.drill, run.output, subject)
         self.guard, self.goodput = Guard(run), Goodput()
         self.incidents = Incidents(run.output, writes=run.context.is_first_rank)
+        self.rank_times = RankTimes(run.context, run.engine, run.watchdog.beats, self.incidents, self.goodput.waited)
         run.watchdog.watch(self)
         self._stop: StopSignals | None = None
         self._asked_to_stop = False
@@ -210,6 +212,7 @@ class Trainer:
         }
         if stats.loss_scale is not None:
             record |= {"loss_scale": stats.loss_scale, "skipped": stats.skipped}
+        record |= self.rank_times.record(run.steps_done, seconds)
         return record | self.meter.step(stats.tokens, tokens, seconds)
 
     def _records(self) -> dict[str, list[dict]]:

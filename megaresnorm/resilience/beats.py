@@ -27,6 +27,7 @@ CONTROL = AXES.index("control")
 # Words of the main thread.
 STEP, PHASE, SINCE, ALLOWED, PLACE, PLACE_SINCE, MICROBATCH, BLOCK = range(8)
 AXIS, SEQUENCE, OPERATION, SIZE, WAITS_SINCE = range(8, 13)
+WAITED, READ = 13, 14  # nanoseconds so far that it has waited for other ranks, and for samples
 # Of what writes a checkpoint, and of the collectives over ``control``, which have no other user meanwhile.
 WRITES, WRITES_SINCE, WRITES_ALLOWED, WRITTEN_STEP, C_OPERATION, C_SIZE, C_WAITS_SINCE = range(16, 23)
 COUNTS = 24  # the first of as many as there are axes
@@ -135,6 +136,13 @@ class Beats:
         """Say where in a step this rank is."""
         own = self.own
         own[PLACE], own[PLACE_SINCE], own[BLOCK] = place, monotonic_ns(), -1
+
+    def waited(self) -> None:
+        """A wait for others is over."""
+        own = self.own
+        if own[WAITS_SINCE]:
+            own[WAITED] += monotonic_ns() - own[WAITS_SINCE]
+            own[WAITS_SINCE] = 0
 
     def begin_writing(self, step: int, allowed: float) -> None:
         """Say that a checkpoint begins to be written."""

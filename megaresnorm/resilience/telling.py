@@ -25,6 +25,7 @@ from megaresnorm.resilience.beats import (
     SENDS,
     SEQUENCE,
     SIZE,
+    WAITED,
     WAITS_SINCE,
     WRITES_SINCE,
     Beats,
@@ -75,6 +76,8 @@ class TellingTransport:
         def wait() -> Tensor:
             word = tell(own, axis, operation, size, count)
             result = pending()
+            if word == WAITS_SINCE:
+                own[WAITED] += monotonic_ns() - own[WAITS_SINCE]
             own[word] = 0
             return result
 
@@ -114,7 +117,7 @@ def tell_passes(engine: Any, beats: Beats, wrapped: Wrapped) -> None:
                 if isinstance(block, Block):
                     wrapped.method(block, "forward", _in_block(int(number), beats.own))
     if engine.pipeline is not None:
-        wrapped.method(engine.pipeline, "run", lambda run: _pipeline(run, beats.own))
+        wrapped.method(engine.pipeline, "run", lambda run: _pipeline(run, beats))
         wrapped.method(engine.pipeline, "schedule_for", lambda made: lambda *key: _schedule(made(*key), beats, wrapped))
 
 
@@ -150,14 +153,14 @@ def _in_block(number: int, own: Any) -> Callable[[Callable], Callable]:
     return around
 
 
-def _pipeline(run: Callable, own: Any) -> Callable:
+def _pipeline(run: Callable, beats: Beats) -> Callable:
     """A batch through the stages; what they wait for is over when it is."""
 
     def told(*arguments: Any, **options: Any) -> Any:
         try:
             return run(*arguments, **options)
         finally:
-            own[WAITS_SINCE] = 0
+            beats.waited()
 
     return told
 
@@ -179,7 +182,8 @@ def _chunk(place: Place, method: Callable, beats: Beats) -> Callable:
     own = beats.own
 
     def told(microbatch: int, *arguments: Any, **options: Any) -> Any:
-        own[WAITS_SINCE], own[MICROBATCH] = 0, microbatch
+        beats.waited()
+        own[MICROBATCH] = microbatch
         beats.at(place)
         result = method(microbatch, *arguments, **options)
         _wait_for(own, microbatch, SENDS)
@@ -200,4 +204,4 @@ def _receives(operation: int, method: Callable, own: Any) -> Callable:
 
 def _wait_for(own: Any, microbatch: int, operation: int) -> None:
     own[AXIS], own[SEQUENCE], own[OPERATION], own[SIZE] = 0, microbatch, operation, 0
-    own[WAITS_SINCE] = monotonic_ns()
+    own[WAITS_SINCE] = own[WAITS_SINCE] or monotonic_ns()  # one wait, whatever comes of it first

@@ -26,6 +26,7 @@ from megaresnorm.resilience.beats import (
     PHASE,
     PLACE,
     RANK,
+    READ,
     SECOND,
     SINCE,
     STEP,
@@ -275,7 +276,9 @@ class Watchdog:
         def told() -> Any:
             self._begin_step()
             self.beats.at(Place.DATA)
+            start = time.monotonic_ns()
             batch = next_batch()
+            self.beats.own[READ] += time.monotonic_ns() - start
             if batch.following is None:
                 return batch
             samples, count = batch.following
@@ -287,7 +290,9 @@ class Watchdog:
         """The tokens of the next step, for which the thread that reads them is waited for."""
         place = self.beats.own[PLACE]
         self.beats.at(Place.DATA)
+        start = time.monotonic_ns()
         tokens = count()
+        self.beats.own[READ] += time.monotonic_ns() - start
         self.beats.at(place)
         return tokens
 

@@ -48,6 +48,8 @@ TAGS = {
     "mfu": "perf/mfu",
     "peak_memory": "perf/peak_memory_gb",
     "goodput": "perf/goodput",
+    "waiting": "perf/waiting_seconds",
+    "data": "perf/data_seconds",
     "reruns": "guard/reruns",
     "skips": "guard/skips",
     "rollbacks": "guard/rollbacks",
