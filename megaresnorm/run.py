@@ -150,12 +150,35 @@ class Run:
         return self.steps_done >= self.recipe.train.steps
 
     def next_batch(self) -> StepBatch:
-        """This rank's share of the next step; that of the one after it begins to be read."""
+        """This rank's share of the next step; that of the one after it begins to be read.
+
+        Raises:
+            DataError: a rank cannot read its samples; on all ranks, which know since the step before.
+        """
         train, done = self.recipe.train, self.steps_done
         samples, following = SampleRange(self.samples_done, batch_size(done, train)), None
         if done + 1 < train.steps:
             following = SampleRange(self.samples_done + samples.num_samples, batch_size(done + 1, train))
-        return self.loader.step(samples, following)
+        read = partial(self.loader.step, samples, following)
+        return self._read(read) if self._steps_here == 0 or self.engine.policy.unread else read()
+
+    def _read(self, work: Callable[[], T]) -> T:
+        """What ``work`` reads of the data, if it fails on no rank, also while a checkpoint is being written."""
+        done, error = list[T](), list[UserError]()
+        try:
+            done.append(work())
+        except UserError as e:
+            error.append(e)
+
+        def result() -> T:
+            if error:
+                raise error[0]
+            return done[0]
+
+        if self.largest(len(error)):
+            self.saver.join()  # it uses the same axis
+            self._all_or_raise(result)
+        return result()
 
     def step_is_done(self) -> None:
         """Count the step whose batch ``next_batch`` has given. The first of this process ends the start."""
@@ -185,7 +208,7 @@ class Run:
         losses = {}
         for name, samples in self.valid.items():
             count = min(self.recipe.train.eval_samples, samples.per_epoch)
-            loss = self.engine.evaluate(self._loader(samples).load(SampleRange(0, count)))
+            loss = self.engine.evaluate(self._read(partial(self._loader(samples).load, SampleRange(0, count))))
             if loss is None:
                 raise TrainingError(
                     f"none of the {count} validation samples{f' of {name}' if name else ''} has a label "

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megaresnorm.data.token_file import TokenFile
+from megaresnorm.data.token_file import TokenFile, open_one_more
 from megaresnorm.errors import DataError
 from megaresnorm.reading import open_plain_file
 
@@ -85,7 +85,7 @@ class TokenFiles:
     def _read_index(self) -> bytes:
         """Read all of PREFIX.idx, after a check that its header and the size of PREFIX.bin allow for its size."""
         try:
-            tokens = os.fdopen(open_plain_file(self.bin_path), "rb")
+            tokens = os.fdopen(open_one_more(self.bin_path), "rb")
         except OSError as e:
             raise DataError(f"{self.bin_path}: cannot be read ({e.strerror})") from None
         with tokens:

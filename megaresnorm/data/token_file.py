@@ -41,7 +41,7 @@ class TokenFile:
     def __init__(self, path: Path, dtype: np.dtype, num_tokens: int) -> None:
         self.path, self.dtype, self._length, self._reads = path, dtype, num_tokens, 0
         try:
-            self._descriptor = _opened(path)
+            self._descriptor = open_one_more(path)
         except OSError as e:
             raise DataError(f"{path}: cannot be read ({e.strerror})") from None
         self._close = weakref.finalize(self, os.close, self._descriptor)
@@ -100,8 +100,12 @@ class TokenFile:
             raise DataError(f"{self.path}: has {size} bytes now, and had {wanted}: it was changed in use; {_REMEDY}")
 
 
-def _opened(path: Path) -> int:
-    """A descriptor of a plain file. A blend may have more files than a process may open at first."""
+def open_one_more(path: Path) -> int:
+    """A descriptor of a plain file. Where a process may open no more, as many are allowed as it may allow itself.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
     try:
         return open_plain_file(path)
     except OSError as e:
