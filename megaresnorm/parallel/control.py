@@ -14,12 +14,13 @@ T = TypeVar("T")
 ALONE = Axis("control")
 
 
-def all_gather_json(message: Any, axis: Axis) -> list[Any]:
+def all_gather_json(message: Any, axis: Axis, device: torch.device | None = None) -> list[Any]:
     """Every rank's message, in the order of the ranks. Collective.
 
     Args:
         message: anything that JSON can hold.
-        axis: its group is on CPUs.
+        axis: its group is on CPUs, or on ``device``.
+        device: None for CPUs.
 
     Communication:
         Two all-gathers: of 8 bytes, the message's length, and of as many bytes as the longest message has.
@@ -27,10 +28,10 @@ def all_gather_json(message: Any, axis: Axis) -> list[Any]:
     if axis.group is None:
         return [message]
     data = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
-    sizes = all_gather_blocks(torch.tensor([len(data)]), axis).flatten().tolist()
+    sizes = all_gather_blocks(torch.tensor([len(data)], device=device), axis).flatten().tolist()
     padded = torch.zeros(max(sizes), dtype=torch.uint8)
     padded[: len(data)] = data
-    everyone = all_gather_blocks(padded, axis)
+    everyone = all_gather_blocks(padded.to(device or padded.device), axis).cpu()
     return [json.loads(row[:size].numpy().tobytes()) for row, size in zip(everyone, sizes, strict=True)]
 
 
