@@ -87,12 +87,17 @@ def run_job(
             raise LostRankError(f"another rank {why}; start again to go on from the newest checkpoint") from None
     end_process_group()
     code = end_on_purpose(exit_code, environment)
-    if environment.world_size > 1:  # threads of torch may outlive the group, and abort the interpreter at its end
-        with suppress(OSError):  # a full disk under the log, or a reader that went away
-            console.file.flush()
-            sys.stderr.flush()
-        os._exit(code)
+    if environment.world_size > 1:
+        _leave(code)
     return code
+
+
+def _leave(code: int) -> None:
+    """End this rank now: threads of torch may outlive the group, and abort the interpreter at its end."""
+    with suppress(OSError):  # a full disk under the log, or a reader that went away
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def _work(
@@ -168,6 +173,8 @@ def exit_code_of(work: Callable[[], int]) -> int:
         code = _code_of(e, environment)
         if not e.agreed and not isinstance(e, LostRankError):
             _note_failure(str(e), e.exit_code, environment)
+        if environment.world_size > 1 and environment.has_parent:
+            _leave(code)
         return code
     except KeyboardInterrupt as e:
         say("megaresnorm: stopped", error=True)

@@ -90,7 +90,7 @@ def test_sound_steps_that_are_made_twice_are_those_made_once(layout, kind, tmp_p
         ({"parallel": {"pp": 2}}, "parallel.pp=2"),
         ({"parallel": {"dp_shard": 2}}, "parallel.dp_shard=2"),
         ({"engine": {"name": "deepspeed"}}, "engine.name=deepspeed"),
-        ({"train": {"compile": "blocks"}}, "train.compile=blocks"),
+        ({"train": {"output": "none", "steps": 4, "global_batch": 4, "compile": "blocks"}}, "train.compile=blocks"),
         ({"precision": {"compute": "fp8"}}, "precision.compute=fp8"),
     ],
 )
@@ -98,6 +98,7 @@ def test_what_cannot_be_replayed_is_refused_with_the_recipe(sections, what):
     values = {
         "model": {"dim": 32, "num_blocks": 2, "num_heads": 2, "ffn_dim": 32, "seq_len": 16},
         "data": {"path": "none"},
+        "train": {"output": "none", "steps": 4, "global_batch": 4},
     }
     with pytest.raises(ConfigError) as error:
         build_recipe(values | sections | {"guard": {"replay_every": 10}})

@@ -37,7 +37,7 @@ def ended(job, layout: str, tmp_path, disturb) -> Launched:
     assert run.finish(timeout=90) == 3, run.text
     assert time.monotonic() - start < 40
     assert "Traceback" not in run.text and "SIGBUS" not in run.text
-    assert "started again" not in run.text
+    assert "started again" not in run.text, run.text
     assert sum("tokens.bin" in line for line in run.text.splitlines()) == 1
     return run
 
