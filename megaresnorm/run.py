@@ -150,35 +150,13 @@ class Run:
         return self.steps_done >= self.recipe.train.steps
 
     def next_batch(self) -> StepBatch:
-        """This rank's share of the next step; that of the one after it begins to be read.
-
-        Raises:
-            DataError: a rank cannot read its samples; on all ranks, which know since the step before.
-        """
+        """This rank's share of the next step; that of the one after it begins to be read. Errors are all ranks'."""
         train, done = self.recipe.train, self.steps_done
         samples, following = SampleRange(self.samples_done, batch_size(done, train)), None
         if done + 1 < train.steps:
             following = SampleRange(self.samples_done + samples.num_samples, batch_size(done + 1, train))
         read = partial(self.loader.step, samples, following)
         return self._read(read) if self._steps_here == 0 or self.engine.policy.unread else read()
-
-    def _read(self, work: Callable[[], T]) -> T:
-        """What ``work`` reads of the data, if it fails on no rank, also while a checkpoint is being written."""
-        done, error = list[T](), list[UserError]()
-        try:
-            done.append(work())
-        except UserError as e:
-            error.append(e)
-
-        def result() -> T:
-            if error:
-                raise error[0]
-            return done[0]
-
-        if self.largest(len(error)):
-            self.saver.join()  # it uses the same axis
-            self._all_or_raise(result)
-        return result()
 
     def step_is_done(self) -> None:
         """Count the step whose batch ``next_batch`` has given. The first of this process ends the start."""
@@ -361,6 +339,10 @@ class Run:
     def _prepare_output(self) -> None:
         files = {"recipe.yaml": dump_recipe(self.recipe)} | engine_files(self.recipe, self.engine.assembled)
         self.folder.prepare(files, self.engine.tensors, self.recipe.checkpoint.keep)
+
+    def _read(self, work: Callable[[], T]) -> T:
+        """As ``_all_or_raise``, also while something is being saved."""
+        return all_or_raise(work, self.context.world, self.device)
 
     def _all_or_raise(self, work: Callable[[], T]) -> T:
         """What ``work`` returns, if it fails on no rank; between steps, when nothing is being saved."""

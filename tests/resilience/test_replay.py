@@ -96,7 +96,7 @@ def test_sound_steps_that_are_made_twice_are_those_made_once(layout, kind, tmp_p
 )
 def test_what_cannot_be_replayed_is_refused_with_the_recipe(sections, what):
     values = {
-        "model": {"dim": 32, "num_blocks": 2, "num_heads": 2, "ffn_dim": 32, "seq_len": 16},
+        "model": {"dim": 32, "num_blocks": 4, "num_heads": 2, "ffn_dim": 32, "seq_len": 16},
         "data": {"path": "none"},
         "train": {"output": "none", "steps": 4, "global_batch": 4},
     }
