@@ -65,6 +65,11 @@ _DRY = "print the command, script or manifest, and end; the launcher need not be
 _DryRun = Annotated[bool, typer.Option("--dry-run", help=_DRY)]
 _Attached = Annotated[bool, typer.Option("--attached", hidden=True, help="end with what has started this")]
 
+_DOCTOR = "examine the hosts of the job, as megaresnorm doctor --cluster does, in the place of training"
+_Doctor = Annotated[bool, typer.Option("--doctor", help=_DOCTOR)]
+_JSON = "--doctor: write every figure here, on the node of rank 0"
+_Json = Annotated[Path | None, typer.Option("--json", parser=path, metavar="FILE", help=_JSON)]
+
 _ALONE = "in a job of this node alone (--with torchrun without --hostfile)"
 
 
@@ -74,6 +79,7 @@ def add_to(app: typer.Typer) -> None:
         epilog=examples(
             "megaresnorm launch recipe.yaml --gpus-per-node 8",
             "megaresnorm launch recipe.yaml --hostfile hosts",
+            "megaresnorm launch recipe.yaml --hostfile hosts --doctor",
             "megaresnorm launch recipe.yaml --hostfile hosts --with deepspeed",
             "megaresnorm launch recipe.yaml --nodes 4 --gpus-per-node 8 --with slurm --sbatch time=24:00:00",
             "megaresnorm launch recipe.yaml --nodes 4 --gpus-per-node 8 --with kubernetes --image IMAGE --dry-run",
@@ -106,6 +112,8 @@ def launch(
     claim: _Claim = None,
     full: Full = False,
     no_fallback: NoFallback = False,
+    doctor: _Doctor = False,
+    json: _Json = None,
     dry_run: _DryRun = False,
     saved: _Saved = None,
     attached: _Attached = False,
@@ -122,6 +130,7 @@ def launch(
     if gpus_per_node is not None and ranks_per_node is not None:
         raise ConfigError("--gpus-per-node and --ranks-per-node are the same number; give one of them")
     flags = ["--full"] * full + ["--no-fallback"] * no_fallback
+    _check_doctor(doctor, flags, nodes, json)
     ranks, words = gpus_per_node or ranks_per_node, [recipe, *(overrides or []), *flags]
     extras = Extras(
         hostfile=hostfile, node_rank=node_rank, no_ssh=no_ssh, ssh=ssh, sbatch=tuple(sbatch or ()), wait=wait,
@@ -136,13 +145,19 @@ def launch(
         "LOG_DIR": None if log_dir is None else str(log_dir),
         "JOB_ID": job,
     }
+    if doctor:
+        settings["MAX_RESTARTS"] = max_restarts or "0"
     if by != "torchrun" or hostfile is not None:
+        words += ["--doctor"] * doctor + ([] if json is None else [f"--json={json}"])
         if saved is not None:
             raise ConfigError("--saved is for the command that each node runs; --with and --hostfile make that command")
         settings["JOB_ID"] = job or settings_of().get("JOB_ID") or _new_job_name(recipe, master_port, no_ssh)
         return submit(by, words, settings, env or [], extras, dry_run=dry_run)
     extras.refuse(_ALONE, "ssh", "no_ssh", "sbatch", "wait", "image", "namespace", "claim")
     settings |= {"NODE_RANK": node_rank, "SAVED": None if saved is None else str(saved)}
+    if doctor:
+        settings["COMMAND"] = "doctor"
+        words = ["--cluster", *words, *([] if json is None else [f"--json={json}"])]
     return _this_node(words, settings, env or [], attached=attached, dry_run=dry_run)
 
 
@@ -153,6 +168,16 @@ def _check_words(recipe: str, **options: str | None) -> None:
         raise ConfigError(f"--{empty.replace('_', '-')} '': it is empty; leave it out, or give it a value")
     if recipe.startswith("-"):
         raise ConfigError(f"{recipe!r} would be taken for an option; write ./{recipe}")
+
+
+def _check_doctor(doctor: bool, flags: list[str], nodes: str | None, json: Path | None) -> None:
+    """Refuse what has no effect with --doctor, or without it."""
+    if json is not None and not doctor:
+        raise ConfigError("--json has no effect without --doctor")
+    if doctor and flags:
+        raise ConfigError(f"{flags[0]} has no effect with --doctor")
+    if doctor and nodes is not None and ":" in nodes:
+        raise ConfigError(f"--nodes {nodes}: --doctor examines a fixed number of nodes")
 
 
 def _new_job_name(recipe: str, port: int | None, on_each: bool) -> str:
