@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from megaresnorm.errors import ConfigError, UserError
 
 if TYPE_CHECKING:  # commands import what they need, so that --help is instant
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
     from megaresnorm.opening import Opened
     from megaresnorm.parallel.environment import Environment
     from megaresnorm.recipe import Recipe
@@ -63,6 +65,9 @@ def _examine(
 
     size = environment.world_size
     store = open_store(environment, PATIENCE) if size > 1 else None
+    found = Examination(_unreachable(environment, store))
+    if found.failed:  # ranks would wait for each other in vain
+        return _end(found, environment, json)
     opened, agreed = _open(load, environment, store)
     found = Examination([agreed])
     device = opened.device if opened is not None else choose_device("auto", environment.local_rank)
@@ -79,26 +84,39 @@ def _examine(
         resolved = (None, None) if opened is None else (opened.recipe, opened.sizes)
         rest = examine(Subject(context, environment, device, *resolved))
         found = Examination([agreed, *rest.checks], rest.figures)
-    if environment.rank == 0:
-        _show(found, json)
-    return int(found.failed)
+    return _end(found, environment, json)
 
 
-def _open(load: Callable[[], Recipe] | None, environment: Environment, store: object) -> tuple[Opened | None, Check]:
-    """The recipe and its data as all ranks have them, and the verdict on that."""
-    from megaresnorm.opening import facts_of_package, facts_of_program, open_recipe
+def _unreachable(environment: Environment, store: Store | None) -> list[Check]:
+    """The verdict on addresses that other nodes have no way to; nothing where there is none."""
     from megaresnorm.parallel.rendezvous import agree
     from megaresnorm.resilience.cluster.check import Check
     from megaresnorm.resilience.cluster.node import check_address
 
+    if store is None:
+        return []
+    try:
+        agree(lambda: check_address(environment), lambda _: {}, environment, store, PATIENCE)
+    except ConfigError as e:
+        return [Check("addresses", "FAIL", str(e), "ranks of other nodes have no way to this one")]
+    return []
+
+
+def _open(
+    load: Callable[[], Recipe] | None, environment: Environment, store: Store | None
+) -> tuple[Opened | None, Check]:
+    """The recipe and its data as all ranks have them, and the verdict on that."""
+    from megaresnorm.opening import facts_of_package, facts_of_program, open_recipe
+    from megaresnorm.parallel.rendezvous import agree
+    from megaresnorm.resilience.cluster.check import Check
+
     name, advice = "agreement", "all nodes need the same recipe, program and data"
     try:
         if load is None:
-            if environment.world_size > 1:
-                facts = lambda _: facts_of_program() | facts_of_package()  # noqa: E731
-                agree(lambda: check_address(environment), facts, environment, store, PATIENCE)  # type: ignore[arg-type]
+            if store is not None:
+                agree(lambda: None, lambda _: facts_of_program() | facts_of_package(), environment, store, PATIENCE)
             return None, Check(name, "PASS", "the same versions and files of the program on all ranks; no recipe given")
-        opened = open_recipe(load, environment, store)  # type: ignore[arg-type]
+        opened = open_recipe(load, environment, store)
         return opened, Check(name, "PASS", "the same recipe, versions, files of the program, and data on all ranks")
     except UserError as e:
         if environment.world_size > 1 and not e.agreed:
@@ -106,8 +124,10 @@ def _open(load: Callable[[], Recipe] | None, environment: Environment, store: ob
         return None, Check(name, "FAIL", str(e), advice)
 
 
-def _show(found: Examination, json: Path | None) -> None:
+def _end(found: Examination, environment: Environment, json: Path | None) -> int:
     from megaresnorm.cli.arguments import report
     from megaresnorm.cli.doctor import lines_of
 
-    report(json, found.as_json(), *lines_of(found.checks))
+    if environment.rank == 0:
+        report(json, found.as_json(), *lines_of(found.checks))
+    return int(found.failed)

@@ -129,8 +129,7 @@ def launch(
         raise ConfigError(f"--with {by!r}: wanted one of {', '.join(LAUNCHERS)}")
     if gpus_per_node is not None and ranks_per_node is not None:
         raise ConfigError("--gpus-per-node and --ranks-per-node are the same number; give one of them")
-    flags = ["--full"] * full + ["--no-fallback"] * no_fallback
-    _check_doctor(doctor, flags, nodes, json)
+    flags = _flags(["--full"] * full + ["--no-fallback"] * no_fallback, doctor, nodes, json)
     ranks, words = gpus_per_node or ranks_per_node, [recipe, *(overrides or []), *flags]
     extras = Extras(
         hostfile=hostfile, node_rank=node_rank, no_ssh=no_ssh, ssh=ssh, sbatch=tuple(sbatch or ()), wait=wait,
@@ -141,23 +140,17 @@ def launch(
         "RANKS_PER_NODE": None if ranks is None else str(ranks),
         "MASTER_ADDR": master_addr,
         "MASTER_PORT": None if master_port is None else str(master_port),
-        "MAX_RESTARTS": max_restarts,
+        "MAX_RESTARTS": "0" if doctor else max_restarts,
         "LOG_DIR": None if log_dir is None else str(log_dir),
         "JOB_ID": job,
     }
-    if doctor:
-        settings["MAX_RESTARTS"] = max_restarts or "0"
     if by != "torchrun" or hostfile is not None:
-        words += ["--doctor"] * doctor + ([] if json is None else [f"--json={json}"])
         if saved is not None:
             raise ConfigError("--saved is for the command that each node runs; --with and --hostfile make that command")
         settings["JOB_ID"] = job or settings_of().get("JOB_ID") or _new_job_name(recipe, master_port, no_ssh)
         return submit(by, words, settings, env or [], extras, dry_run=dry_run)
     extras.refuse(_ALONE, "ssh", "no_ssh", "sbatch", "wait", "image", "namespace", "claim")
     settings |= {"NODE_RANK": node_rank, "SAVED": None if saved is None else str(saved)}
-    if doctor:
-        settings["COMMAND"] = "doctor"
-        words = ["--cluster", *words, *([] if json is None else [f"--json={json}"])]
     return _this_node(words, settings, env or [], attached=attached, dry_run=dry_run)
 
 
@@ -170,14 +163,15 @@ def _check_words(recipe: str, **options: str | None) -> None:
         raise ConfigError(f"{recipe!r} would be taken for an option; write ./{recipe}")
 
 
-def _check_doctor(doctor: bool, flags: list[str], nodes: str | None, json: Path | None) -> None:
-    """Refuse what has no effect with --doctor, or without it."""
+def _flags(flags: list[str], doctor: bool, nodes: str | None, json: Path | None) -> list[str]:
+    """Options as each node is given them; those that have no effect with --doctor, or without it, are refused."""
     if json is not None and not doctor:
         raise ConfigError("--json has no effect without --doctor")
     if doctor and flags:
         raise ConfigError(f"{flags[0]} has no effect with --doctor")
     if doctor and nodes is not None and ":" in nodes:
         raise ConfigError(f"--nodes {nodes}: --doctor examines a fixed number of nodes")
+    return flags + ["--doctor"] * doctor + ([] if json is None else [f"--json={json}"])
 
 
 def _new_job_name(recipe: str, port: int | None, on_each: bool) -> str:
@@ -192,6 +186,8 @@ def _this_node(
     from megaresnorm.resilience.supervisor import describe, supervise
 
     os.environ |= forwarded(env, only_named=True)
+    if "--doctor" in words:
+        settings, words = settings | {"COMMAND": "doctor"}, ["--cluster" if w == "--doctor" else w for w in words]
     if attached:
         settings["ATTACHED"] = "1"
     if not dry_run:

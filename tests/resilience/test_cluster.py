@@ -22,8 +22,8 @@ from megaresnorm.testing import run_ranks
 
 RANKS = 4
 NAMES = ["agreement", "ranks", "clocks", "output folder", "space", "write speed", "open files", "processes",
-         "shared memory", "host memory", "addresses", "ports", "bandwidth", "latency", "all-reduce", "products", "copies",
-         "known answers"]  # fmt: skip
+         "shared memory", "host memory", "addresses", "ports", "bandwidth", "latency", "all-reduce", "products",
+         "copies", "known answers"]  # fmt: skip
 
 
 def examined(rank: int, recipe, folder: Path) -> dict:
@@ -151,7 +151,7 @@ def test_it_is_started_on_this_host_on_many_and_by_other_launchers(tiny, tmp_pat
     (tmp_path / "hosts").write_text("n1 slots=2\nn2 slots=2\n")
     launch = ["launch", str(recipe), "--doctor", "--json", "x.json", "--dry-run"]
     assert command([*launch, "--ranks-per-node", "2", "train.steps=3"]) == 0
-    assert f"megaresnorm.cli doctor --cluster {recipe} train.steps=3 --json=x.json" in capsys.readouterr().out
+    assert f"megaresnorm.cli doctor {recipe} train.steps=3 --cluster --json=x.json" in capsys.readouterr().out
     assert command([*launch, "--hostfile", str(tmp_path / "hosts")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and all("--doctor --json=x.json" in line and "--max-restarts 0" in line for line in lines)
