@@ -55,6 +55,37 @@ def run_job(
     Raises:
         UserError: one line.
     """
+    loaded: list[Recipe] = []
+
+    def train(environment: Environment, stop: StopSignals, watchdog: Watchdog) -> int:
+        def load() -> "Recipe":
+            from megaresnorm.recipe.load import load_recipe
+
+            loaded.append(adjust(load_recipe(recipe, overrides)))
+            watchdog.obey(loaded[0].watchdog)
+            return loaded[0]
+
+        return _work(load, environment, stop, work or partial(_train, fallback=fallback, full=full), watchdog)
+
+    return run_rank(train, lambda: loaded[0].watchdog.model_dump() if loaded else {})
+
+
+def run_rank(
+    work: Callable[[Environment, StopSignals, Watchdog], int],
+    time_outs: Callable[[], Mapping[str, int | None]] = dict,
+) -> int:
+    """Do what a job is there for as one of its ranks, which hears signals, has a log, and ends with its launcher.
+
+    Args:
+        work: what all ranks do; returns the exit code.
+        time_outs: seconds that ranks wait for each other by the setting's name, for the line on one that is silent.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: one line.
+    """
     from megaresnorm.telemetry.log import configure_logging, console
 
     environment = read_environment()
@@ -72,22 +103,14 @@ def run_job(
     watchdog = Watchdog(environment, whole=True)
     with closing(watchdog), StopSignals(environment) as stop:  # before torch is imported, which takes seconds
         from megaresnorm.parallel.mesh import end_process_group, lost_contact
-        from megaresnorm.recipe.load import load_recipe
-
-        loaded: list[Recipe] = []
-
-        def load() -> "Recipe":
-            loaded.append(adjust(load_recipe(recipe, overrides)))
-            watchdog.obey(loaded[0].watchdog)
-            return loaded[0]
 
         try:
-            exit_code = _work(load, environment, stop, work or partial(_train, fallback=fallback, full=full), watchdog)
+            exit_code = work(environment, stop, watchdog)
         except RuntimeError as e:
             reason = lost_contact(e)
             if reason is None:
                 raise
-            why = _why_lost(reason, loaded[0].watchdog.model_dump() if loaded else {})
+            why = _why_lost(reason, time_outs())
             raise LostRankError(f"another rank {why}; start again to go on from the newest checkpoint") from None
     end_process_group()
     code = end_on_purpose(exit_code, environment)

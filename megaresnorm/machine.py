@@ -10,9 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +26,10 @@ from megaresnorm.kernels.registry import choose_kernel, kernel_named
 from megaresnorm.packages import DEEPSPEED, is_supported, untested, version_of
 from megaresnorm.parallel.addresses import address_towards, interface_of, is_loopback, local_address_of
 from megaresnorm.reading import first_line
+from megaresnorm.resilience.cluster.check import Check, check
 from megaresnorm.resilience.host import host_memory
 from megaresnorm.telemetry.loggers import installed
 
-Verdict = Literal["PASS", "WARN", "FAIL"]
 EXTRAS = {  # of pyproject.toml, and a module of each
     "data": "datasets", "hf": "transformers", "plots": "matplotlib", "wandb": "wandb", "mlflow": "mlflow",
     "deepspeed": "deepspeed", "te": "transformer_engine",
@@ -41,26 +39,6 @@ LEAST_SHM = 1 << 30  # bytes: ranks of a node exchange tensors there; a containe
 LEAST_DISK = 10 * 10**9
 SECONDS_TO_STEP = 180  # that DeepSpeed has for its import and one step
 LEAST_FILES = 1024  # open files: every rank has sockets to others
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at.
-
-    Attributes:
-        verdict: FAIL where no run can work, WARN where some cannot or are slow.
-        found: what is there.
-        advice: what to do; empty where nothing is wrong.
-    """
-
-    name: str
-    verdict: Verdict
-    found: str
-    advice: str = ""
-
-
-def _check(name: str, found: str, right: bool, advice: str, otherwise: Verdict = "WARN") -> Check:
-    return Check(name, "PASS", found) if right else Check(name, otherwise, found, advice)
 
 
 def look_at_machine(device: torch.device) -> Iterator[Check]:
@@ -89,7 +67,7 @@ def look_at_machine(device: torch.device) -> Iterator[Check]:
 
 def _python() -> Check:
     found = f"{platform.python_version()}, {sys.executable}"
-    return _check("Python", found, sys.version_info >= (3, 10), "3.10 or newer is needed", "FAIL")
+    return check("Python", found, sys.version_info >= (3, 10), "3.10 or newer is needed", "FAIL")
 
 
 def _torch() -> Check:
@@ -97,7 +75,7 @@ def _torch() -> Check:
     build_of = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a build for CPUs"
     found = f"{version}, {build_of}, {Path(torch.__file__).parent}"
     numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
-    return _check("torch", found, numbers >= LEAST_TORCH, "2.11 or newer is needed", "FAIL")
+    return check("torch", found, numbers >= LEAST_TORCH, "2.11 or newer is needed", "FAIL")
 
 
 def _driver() -> str | None:
@@ -126,10 +104,10 @@ def _gpus() -> Iterator[Check]:
         free, total = torch.cuda.mem_get_info(index)
         kind = f"{properties.name}, sm_{properties.major}{properties.minor}"
         found = f"{kind}, {human_bytes(free)} of {human_bytes(total)} free"
-        yield _check(f"GPU {index}", found, free > 0.9 * total, "another program uses it")
+        yield check(f"GPU {index}", found, free > 0.9 * total, "another program uses it")
     yield Check("driver", "PASS", f"{_driver() or 'unknown'}; NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
     triton = version_of("triton")
-    yield _check("triton", triton or "missing", triton is not None, "pip install triton")
+    yield check("triton", triton or "missing", triton is not None, "pip install triton")
     if not torch.cuda.is_bf16_supported():
         yield Check("BF16", "WARN", "these GPUs have none", "precision.compute: fp16")
 
@@ -138,7 +116,7 @@ def _processor() -> Check:
     cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
     found = f"{cores} cores for this job, torch's threads {threads}, instructions {build.levels()[0]}"
     advice = "other programs use it, and threads wait for each other: OMP_NUM_THREADS=1 may be faster"
-    return _check("processor", found, os.getloadavg()[0] <= cores or threads == 1, advice)
+    return check("processor", found, os.getloadavg()[0] <= cores or threads == 1, advice)
 
 
 def _memory() -> Check:
@@ -146,7 +124,7 @@ def _memory() -> Check:
     if found is None:
         return Check("memory", "WARN", "unknown", "the check before a run is left out")
     text = f"{human_bytes(found.free)} of {human_bytes(found.total)} free, with swap and the job's limits"
-    return _check("memory", text, found.free > 2 * 10**9, "that is little")
+    return check("memory", text, found.free > 2 * 10**9, "that is little")
 
 
 def _compiler() -> Check:
@@ -162,7 +140,7 @@ def _cache() -> Check:
     except BuildError as e:
         return Check("cache", "WARN", str(e))
     there = next(one for one in (folder, *folder.parents) if one.exists())
-    return _check("cache", str(folder), os.access(there, os.W_OK), "not writable: set MEGARESNORM_CACHE")
+    return check("cache", str(folder), os.access(there, os.W_OK), "not writable: set MEGARESNORM_CACHE")
 
 
 def _kernels(device: torch.device) -> Iterator[Check]:
@@ -171,7 +149,7 @@ def _kernels(device: torch.device) -> Iterator[Check]:
     chosen = {op: choose_kernel(op, "auto", device, dtype)[0].backend for op in OPS}
     fast = device.type == "cpu" or chosen["add_norm"] != "reference"
     found = ", ".join(f"{op} {backend}" for op, backend in chosen.items())
-    yield _check("kernels", found, fast, "megaresnorm doctor --kernels says why")
+    yield check("kernels", found, fast, "megaresnorm doctor --kernels says why")
 
 
 SDPA = {1: "flash", 2: "memory-efficient", 3: "cuDNN"}  # of torch.nn.attention.SDPBackend
@@ -190,7 +168,7 @@ def _attention(device: torch.device, width: int = 128) -> Check:
     )
     documents = "varlen" if plain == "sdpa" else plain
     found = f"{plain} takes {taken or 'math'}, documents {documents}, softcap {softcap}"
-    return _check("attention", f"{found} (BF16, heads of {width})", taken is not None, "torch has no fused kernel here")
+    return check("attention", f"{found} (BF16, heads of {width})", taken is not None, "torch has no fused kernel here")
 
 
 def _fp8(device: torch.device) -> Check:
@@ -203,7 +181,7 @@ def _fp8(device: torch.device) -> Check:
     autos = ", ".join(f"{backend} for {', '.join(recipes)}" for backend, recipes in taken.items())
     found = f"torch has {', '.join(has) or 'none'} here; auto takes {autos}"
     advice = "emulated products are slower than those in BF16: precision.compute: bf16"
-    return _check("FP8", found, device.type == "cpu" or bool(has), advice)
+    return check("FP8", found, device.type == "cpu" or bool(has), advice)
 
 
 def _space(name: str, folder: Path, least: int, advice: str) -> Check:
@@ -212,12 +190,12 @@ def _space(name: str, folder: Path, least: int, advice: str) -> Check:
     except OSError as e:
         return Check(name, "WARN", f"{folder} cannot be looked at ({e.strerror})", advice)
     enough = free >= least and os.access(folder, os.W_OK)
-    return _check(name, f"{human_bytes(free)} free in {folder}", enough, advice)
+    return check(name, f"{human_bytes(free)} free in {folder}", enough, advice)
 
 
 def _open_files() -> Check:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _check("open files", f"{soft} (at most {hard})", soft >= LEAST_FILES, f"ulimit -n {hard}")
+    return check("open files", f"{soft} (at most {hard})", soft >= LEAST_FILES, f"ulimit -n {hard}")
 
 
 def _network() -> Check:
@@ -230,7 +208,7 @@ def _network() -> Check:
         found += f", and {route} for others"
     found += f" ({interface})" if interface else ""
     advice = "for a job of several nodes give --master-addr as an address that others reach"
-    return _check("network", found, route is not None and not is_loopback(route), advice)
+    return check("network", found, route is not None and not is_loopback(route), advice)
 
 
 def _launchers() -> Check:

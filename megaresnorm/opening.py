@@ -33,6 +33,7 @@ from megaresnorm.parallel.mesh import Sizes, usable_ranks
 from megaresnorm.parallel.rendezvous import agree, open_store, wait_until_heard
 from megaresnorm.recipe import Recipe, WatchdogRecipe
 from megaresnorm.recipe.names import flat
+from megaresnorm.resilience.cluster.node import check_address
 from megaresnorm.resilience.faults import check_drill
 from megaresnorm.resilience.launcher import Launcher
 from megaresnorm.resilience.memory_check import check_memory
@@ -75,12 +76,15 @@ class Opened:
         return self.sizes is None or self.environment.rank >= self.sizes.num_ranks
 
 
-def open_recipe(load: Callable[[], Recipe], environment: Environment | None = None) -> Opened:
+def open_recipe(
+    load: Callable[[], Recipe], environment: Environment | None = None, store: Store | None = None
+) -> Opened:
     """Read and check a recipe, and open its data. With several ranks, all agree on it. Nothing is allocated.
 
     Args:
         load: reads the recipe; an error in it becomes that of all ranks.
         environment: of this rank; None to read it from the process.
+        store: through which several ranks meet; None to open one.
 
     Raises:
         UserError: that of the first rank which had one, on all ranks.
@@ -98,7 +102,7 @@ def open_recipe(load: Callable[[], Recipe], environment: Environment | None = No
     except Exception as e:  # noqa: BLE001 - for all ranks, where they meet
         read.set_exception(e)
     wait = (WatchdogRecipe() if read.exception() else read.result().watchdog).start
-    store = open_store(environment, wait)
+    store = store or open_store(environment, wait)
     # This comes first: what fails below may fail because of a setting that differs.
     recipe = agree(read.result, facts_of_start, environment, store, wait)
     return agree(lambda: _look(recipe, environment, store), facts_of_data, environment, store, wait)
@@ -106,6 +110,7 @@ def open_recipe(load: Callable[[], Recipe], environment: Environment | None = No
 
 def _look(recipe: Recipe, environment: Environment, store: Store | None) -> Opened:
     check_drill(recipe, environment)
+    check_address(environment)
     check_loggers(recipe.train.loggers)
     if recipe.engine.name == "deepspeed":
         check_deepspeed_version()
@@ -190,17 +195,23 @@ _PLACES = ("data.path", "data.blend", "data.valid.", "data.tokenizer", "train.in
 
 def facts_of_start(recipe: Recipe) -> dict[str, str]:
     """Facts that must be equal on all ranks: settings by key, versions, and digests of the package's files."""
-    versions = {
+    versions = {}
+    if recipe.engine.name == "deepspeed":
+        versions["the version of deepspeed"] = version_of("deepspeed") or "none"
+    settings = {key: json.dumps(value) for key, value in flat(recipe.model_dump(exclude_none=True)).items()}
+    # A node may have its data elsewhere: their content is compared.
+    own = {key: value for key, value in settings.items() if not key.startswith(_PLACES)}
+    return facts_of_program() | versions | own | facts_of_package()
+
+
+def facts_of_program() -> dict[str, str]:
+    """Versions that must be equal on all ranks."""
+    return {
         "the version of megaresnorm": megaresnorm.__version__,
         "the version of torch": str(torch.__version__),
         "the version of Python": platform.python_version(),
         "the version of numpy": numpy.__version__,
     }
-    if recipe.engine.name == "deepspeed":
-        versions["the version of deepspeed"] = version_of("deepspeed") or "none"
-    settings = {key: json.dumps(value) for key, value in flat(recipe.model_dump(exclude_none=True)).items()}
-    # A node may have its data elsewhere: their content is compared.
-    return versions | {key: value for key, value in settings.items() if not key.startswith(_PLACES)} | _package()
 
 
 def facts_of_data(opened: Opened) -> dict[str, str]:
@@ -210,8 +221,8 @@ def facts_of_data(opened: Opened) -> dict[str, str]:
     return {"the content of the data": opened.data.digest, "the tokenizer of the data": json.dumps(tokenizer)} | valid
 
 
-def _package() -> dict[str, str]:
-    """Digest of every source file of this package by path: one node may have an older file."""
+def facts_of_package() -> dict[str, str]:
+    """Facts that must be equal on all ranks: digests of source files by path. One node may have an older file."""
     root = Path(megaresnorm.__file__).parent
     files = (path for path in sorted(root.rglob("*")) if path.suffix in (".py", ".c", ".h"))
     return {f"the file {path.relative_to(root.parent)}": sha256(path.read_bytes()).hexdigest()[:12] for path in files}

@@ -31,6 +31,7 @@ from megaresnorm.parallel.control import all_or_raise, run_on_all_ranks
 from megaresnorm.parallel.mesh import ParallelContext, start_process_group
 from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import dump_recipe
+from megaresnorm.resilience.cluster.start import check_start
 from megaresnorm.resilience.guard_record import GuardRecord
 from megaresnorm.resilience.output import OutputFolder
 from megaresnorm.resilience.watchdog import BACKUP, Watchdog
@@ -78,6 +79,7 @@ class Run:
         if opened.store is not None:
             start_process_group(self.device, opened.store, self.environment.rank, opened.sizes.num_ranks, start)
         self.context = ParallelContext.create(opened.sizes, self.device.type, start)
+        check_start(self.environment, self.context, self.device)
         self.folder = OutputFolder(self.output, self.context.control, self.environment.job)
         self.steps_done = self.samples_done = self.skipped_in_a_row = self._steps_here = 0
         self.first_refused: int | None = None

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from megaresnorm.cli.arguments import JsonFile, count_up_to, examples, report
+from megaresnorm.cli.arguments import JsonFile, Overrides, count_up_to, examples, path_text, report
 from megaresnorm.errors import ConfigError
+from megaresnorm.parallel.plan import MAX_LOCAL
 from megaresnorm.text import say
 
 if TYPE_CHECKING:  # commands import what they need, so that --help is instant
     import torch
+    from rich.text import Text
+
+    from megaresnorm.resilience.cluster.check import Check
 
 MAX_SIZE = 1 << 27  # rows or columns
 ELEMENT_BYTES = 64  # of memory that kernels take for an element of a shape: sixteen FP32 tensors
@@ -47,6 +52,17 @@ _PRODUCTS = "--kernels: type of the matrix products, as precision.compute, which
 _Dtype = Annotated[Literal["fp32", "bf16", "fp16"] | None, typer.Option(help=_PRODUCTS)]
 _ROWS = "--kernels: rows x columns [256x64,1024x1024]"
 _Shapes = Annotated[Shapes | None, typer.Option(parser=_shapes, metavar="RxC,..", help=_ROWS)]
+_CLUSTER = (
+    "examine all hosts of a job before its first step: what ranks must have in common, clocks, the output folder, "
+    "limits, memory, addresses, links between hosts, speed and correctness of devices; what stands out is named"
+)
+_Cluster = Annotated[bool, typer.Option("--cluster", help=_CLUSTER)]
+_RECIPE = "--cluster: a recipe, whose data, layout, memory and output folder are examined as well"
+_Recipe = Annotated[str | None, typer.Argument(parser=path_text, metavar="[RECIPE]", help=_RECIPE)]
+_RANKS = (
+    "--cluster: ranks to start here; without it as many as GPUs, or 2. megaresnorm launch --doctor does so on nodes"
+)
+_Ranks = Annotated[int | None, typer.Option(parser=count_up_to(MAX_LOCAL), metavar="N", help=_RANKS)]
 USUAL = Shapes(((256, 64), (1024, 1024)))
 
 
@@ -56,22 +72,35 @@ def add_to(app: typer.Typer) -> None:
         epilog=examples(
             "megaresnorm doctor",
             "megaresnorm doctor --kernels --dtype bf16 --shapes 1024x256,8192x4096 --json kernels.json",
+            "megaresnorm doctor --cluster --ranks 4 configs/quickstart.yaml",
+            "srun megaresnorm doctor --cluster configs/deepnorm-200-1b.yaml --json cluster.json",
         )
     )(doctor)
 
 
 def doctor(
+    recipe: _Recipe = None,
+    overrides: Overrides = None,
     *,
+    cluster: _Cluster = False,
+    ranks: _Ranks = None,
     kernels: _Kernels = False,
     device: _Device = "auto",
     dtype: _Dtype = None,
     shapes: _Shapes = None,
     json: JsonFile = None,
 ) -> int:
-    """Look at all that a run needs of this machine.
+    """Look at all that a run needs of this machine, or with --cluster of all hosts of a job.
 
-    That is Python, torch, GPUs, memory, compiler, space, extras. Exit code 1 if something fails.
+    That is Python, torch, GPUs, memory, compiler, space, extras. Exit code 1 if something fails. With --cluster it is
+    one rank of a job where torchrun, srun or mpirun has started it, and else starts ranks on this host.
     """
+    if cluster:
+        return _cluster(
+            recipe, overrides or [], ranks, json, kernels=kernels, device=device, dtype=dtype, shapes=shapes
+        )
+    if recipe is not None or ranks is not None:
+        raise ConfigError(f"{'--ranks' if recipe is None else recipe} has no effect without --cluster")
     from megaresnorm.assemble import choose_device
 
     found = choose_device(device)
@@ -83,20 +112,35 @@ def doctor(
     return _look(found, json)
 
 
-def _look(device: torch.device, json: Path | None) -> int:
-    from rich.text import Text
+def _cluster(recipe: str | None, overrides: list[str], ranks: int | None, json: Path | None, **others: object) -> int:
+    from megaresnorm.cli.cluster import doctor_cluster
 
+    for name, given in others.items():
+        if given not in (None, False, "auto"):
+            raise ConfigError(f"--{name} has no effect with --cluster")
+    return doctor_cluster(recipe, overrides, ranks, json)
+
+
+def _look(device: torch.device, json: Path | None) -> int:
     from megaresnorm.machine import look_at_machine
 
     checks = list(look_at_machine(device))
+    report(json, [asdict(one) for one in checks], *lines_of(checks))
+    return int(any(one.verdict == "FAIL" for one in checks))
+
+
+def lines_of(checks: Sequence[Check]) -> list[Text]:
+    """Checks as lines of a table."""
+    from rich.text import Text
+
     width, styles = max(len(one.name) for one in checks), {"PASS": "green", "WARN": "yellow", "FAIL": "red"}
     lines = []
     for one in checks:
+        wanted = f" (wanted: {one.wanted})" if one.wanted and one.verdict != "PASS" else ""
         advice = f"; {one.advice}" if one.advice else ""
-        words = f"  {one.name:{width}}  {one.found}{advice}"
+        words = f"  {one.name:{width}}  {one.found}{wanted}{advice}"
         lines.append(Text.assemble((one.verdict, styles[one.verdict]), words))
-    report(json, [asdict(one) for one in checks], *lines)
-    return int(any(one.verdict == "FAIL" for one in checks))
+    return lines
 
 
 def _time_kernels(device: torch.device, dtype: str, shapes: Shapes, json: Path | None) -> int:

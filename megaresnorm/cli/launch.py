@@ -65,6 +65,11 @@ _DRY = "print the command, script or manifest, and end; the launcher need not be
 _DryRun = Annotated[bool, typer.Option("--dry-run", help=_DRY)]
 _Attached = Annotated[bool, typer.Option("--attached", hidden=True, help="end with what has started this")]
 
+_DOCTOR = "examine the hosts of the job, as megaresnorm doctor --cluster does, in the place of training"
+_Doctor = Annotated[bool, typer.Option("--doctor", help=_DOCTOR)]
+_JSON = "--doctor: write every figure here, on the node of rank 0"
+_Json = Annotated[Path | None, typer.Option("--json", parser=path, metavar="FILE", help=_JSON)]
+
 _ALONE = "in a job of this node alone (--with torchrun without --hostfile)"
 
 
@@ -74,6 +79,7 @@ def add_to(app: typer.Typer) -> None:
         epilog=examples(
             "megaresnorm launch recipe.yaml --gpus-per-node 8",
             "megaresnorm launch recipe.yaml --hostfile hosts",
+            "megaresnorm launch recipe.yaml --hostfile hosts --doctor",
             "megaresnorm launch recipe.yaml --hostfile hosts --with deepspeed",
             "megaresnorm launch recipe.yaml --nodes 4 --gpus-per-node 8 --with slurm --sbatch time=24:00:00",
             "megaresnorm launch recipe.yaml --nodes 4 --gpus-per-node 8 --with kubernetes --image IMAGE --dry-run",
@@ -106,6 +112,8 @@ def launch(
     claim: _Claim = None,
     full: Full = False,
     no_fallback: NoFallback = False,
+    doctor: _Doctor = False,
+    json: _Json = None,
     dry_run: _DryRun = False,
     saved: _Saved = None,
     attached: _Attached = False,
@@ -121,7 +129,7 @@ def launch(
         raise ConfigError(f"--with {by!r}: wanted one of {', '.join(LAUNCHERS)}")
     if gpus_per_node is not None and ranks_per_node is not None:
         raise ConfigError("--gpus-per-node and --ranks-per-node are the same number; give one of them")
-    flags = ["--full"] * full + ["--no-fallback"] * no_fallback
+    flags = _flags(["--full"] * full + ["--no-fallback"] * no_fallback, doctor, nodes, json)
     ranks, words = gpus_per_node or ranks_per_node, [recipe, *(overrides or []), *flags]
     extras = Extras(
         hostfile=hostfile, node_rank=node_rank, no_ssh=no_ssh, ssh=ssh, sbatch=tuple(sbatch or ()), wait=wait,
@@ -132,7 +140,7 @@ def launch(
         "RANKS_PER_NODE": None if ranks is None else str(ranks),
         "MASTER_ADDR": master_addr,
         "MASTER_PORT": None if master_port is None else str(master_port),
-        "MAX_RESTARTS": max_restarts,
+        "MAX_RESTARTS": "0" if doctor else max_restarts,
         "LOG_DIR": None if log_dir is None else str(log_dir),
         "JOB_ID": job,
     }
@@ -155,6 +163,17 @@ def _check_words(recipe: str, **options: str | None) -> None:
         raise ConfigError(f"{recipe!r} would be taken for an option; write ./{recipe}")
 
 
+def _flags(flags: list[str], doctor: bool, nodes: str | None, json: Path | None) -> list[str]:
+    """Options as each node is given them; those that have no effect with --doctor, or without it, are refused."""
+    if json is not None and not doctor:
+        raise ConfigError("--json has no effect without --doctor")
+    if doctor and flags:
+        raise ConfigError(f"{flags[0]} has no effect with --doctor")
+    if doctor and nodes is not None and ":" in nodes:
+        raise ConfigError(f"--nodes {nodes}: --doctor examines a fixed number of nodes")
+    return flags + ["--doctor"] * doctor + ([] if json is None else [f"--json={json}"])
+
+
 def _new_job_name(recipe: str, port: int | None, on_each: bool) -> str:
     """A job's name, the same on all hosts where the command is given on each; jobs beside each other have own ports."""
     return new_job_name(recipe, f"port-{port or PORT}" if on_each else None)
@@ -167,6 +186,8 @@ def _this_node(
     from megaresnorm.resilience.supervisor import describe, supervise
 
     os.environ |= forwarded(env, only_named=True)
+    if "--doctor" in words:
+        settings, words = settings | {"COMMAND": "doctor"}, ["--cluster" if w == "--doctor" else w for w in words]
     if attached:
         settings["ATTACHED"] = "1"
     if not dry_run:

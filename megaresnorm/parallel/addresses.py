@@ -75,6 +75,11 @@ def interface_of(address: str | None) -> str | None:
     return next((name for _, name in socket.if_nameindex() if _ipv4_of(name) == address), None)
 
 
+def address_of(interface: str) -> str | None:
+    """The IPv4 address of a network interface; None where it has none, or there is no such interface."""
+    return _ipv4_of(interface)
+
+
 def _ipv4_of(interface: str) -> str | None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:

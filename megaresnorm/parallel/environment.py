@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megaresnorm.errors import ConfigError
 from megaresnorm.limits import MAX_RANKS, MAX_SHOWN
-from megaresnorm.parallel.addresses import address_by_slurm, interface_of, resolved
+from megaresnorm.parallel.addresses import address_by_slurm, address_of, interface_of, resolved
 from megaresnorm.parallel.launchers import Started, address_in_batch, number, started_by
 
 LAUNCHER = "MEGARESNORM_LAUNCHER"  # a private folder of this node's ranks and their supervisor
@@ -234,3 +234,9 @@ def use_interface(address: str | None, variables: MutableMapping[str, str] | Non
         variables.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without = NCCL takes every name that begins so
     if ":" in (address or ""):
         variables.setdefault("NCCL_SOCKET_FAMILY", "AF_INET6")
+
+
+def chosen_interface(variables: Mapping[str, str] | None = None) -> tuple[str, str | None] | None:
+    """Name and address of the network interface that gloo is to use; None where no variable says."""
+    name = (os.environ if variables is None else variables).get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
+    return (name, address_of(name)) if name else None

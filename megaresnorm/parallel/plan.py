@@ -43,6 +43,7 @@ class Plan:
         logs: folder into which each rank writes what it prints; None to print it alone.
         attached: whether this process ends with those that have started it, such as a shell of ssh.
         saved: a file that node 0 makes where SIGUSR1 has ended the run, and a checkpoint was written since its start.
+        command: of ``megaresnorm``, which every rank runs.
     """
 
     ranks_here: int
@@ -54,6 +55,7 @@ class Plan:
     logs: Path | None = None
     attached: bool = False
     saved: Path | None = None
+    command: str = "train"
 
     @property
     def elastic(self) -> bool:
@@ -88,6 +90,7 @@ def read_plan(
             raise ConfigError(f"{name}={chosen[name]}, but the launcher that has started this says {theirs[name]}")
     common: dict[str, Any] = {
         "ranks_here": whole("RANKS_PER_NODE", 1, MAX_LOCAL, 1) if chosen.get("RANKS_PER_NODE") else None,
+        "command": chosen.get("COMMAND", "train"),
         "saved": Path(chosen["SAVED"]) if chosen.get("SAVED") else None,
         "max_restarts": whole("MAX_RESTARTS", 0, UNLIMITED, 3),
         "logs": Path(chosen["LOG_DIR"]) if chosen.get("LOG_DIR") else None,

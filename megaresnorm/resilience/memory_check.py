@@ -1,6 +1,7 @@
 """Whether a node can hold its ranks, checked before anything is built."""
 
 import logging
+from collections.abc import Sequence
 from math import ceil
 from typing import NamedTuple
 
@@ -55,6 +56,19 @@ def check_memory(recipe: Recipe, sizes: Sizes, ranks_here: int, device: torch.de
     if host is not None:
         here = range(first_rank, min(first_rank + ranks_here, sizes.num_ranks))
         _check_room(_Ranks(recipe, sizes, here, device.type, False, segments), Room("host memory", *host))
+
+
+def need_of_host(recipe: Recipe, sizes: Sizes, ranks: Sequence[int], device: torch.device) -> Need:
+    """What ranks take together of the memory of their host. Bytes.
+
+    Args:
+        recipe: resolved.
+    """
+    segments = None
+    if recipe.recompute.policy == "auto":
+        budget = budget_in_bytes(recipe, memory_of_rank(device, len(ranks)), on_gpu=device.type == "cuda")
+        segments = plan_recompute(recipe, sizes, budget, device_type=device.type)
+    return _Ranks(recipe, sizes, range(ranks[0], ranks[0] + len(ranks)), device.type, False, segments).need()[0]
 
 
 class _Ranks(NamedTuple):

@@ -54,7 +54,7 @@ class Supervisor:
         """Run the job to its end, and return its exit code.
 
         Args:
-            arguments: of ``megaresnorm train``.
+            arguments: of the plan's command.
 
         Raises:
             ConfigError: this node cannot listen at the address of the job, that name does not resolve, or logs cannot
@@ -296,10 +296,10 @@ def describe(arguments: Sequence[str], **settings: str | None) -> list[str]:
 
 
 def supervise(arguments: Sequence[str], **settings: str | None) -> int:
-    """Run ``megaresnorm train`` on the ranks of this node, and return the exit code of the job.
+    """Run ``megaresnorm train``, or another command, on the ranks of this node, and return the exit code of the job.
 
     Args:
-        arguments: of ``megaresnorm train``.
+        arguments: of the command.
         **settings: of ``read_plan``.
 
     Raises:

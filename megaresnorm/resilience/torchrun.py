@@ -35,7 +35,7 @@ def torchrun_command(plan: Plan, folder: Path, local_address: str | None) -> lis
         *("--max-restarts", str(restarts), "--monitor-interval", "0.1", "--signals-to-handle", "SIGQUIT"),
         *("--log-dir", str(folder / "torchrun")),  # else it leaves a folder behind
         *(() if local_address is None else ("--local-addr", local_address)),
-        *("-m", "megaresnorm.cli", "train"),
+        *("-m", "megaresnorm.cli", plan.command),
     ]  # fmt: skip
 
 

@@ -58,8 +58,8 @@ def test_a_setting_of_one_rank_ends_all_in_a_line_that_names_it(tiny, layout):
 def ends_with(rank: int, values: dict, what: str) -> str:
     be_rank(rank, 2)
     if rank and what == "the package":
-        real = opening._package()
-        opening._package = lambda: {**real, "the file megaresnorm/optim.py": "0" * 12}
+        real = opening.facts_of_package()
+        opening.facts_of_package = lambda: {**real, "the file megaresnorm/optim.py": "0" * 12}
     if rank and what == "a version":
         opening.torch.__version__ = "2.11.0"
     if rank and what == "the recipe":

@@ -1,0 +1,1 @@
+"""Preflight: what a job needs of its hosts, links and devices, measured on all ranks before step 0."""
