@@ -44,6 +44,7 @@ class Phase(IntEnum):
     EVALUATION = 3
     SAVE = 4
     CLOSING = 5
+    BACK = 6  # going back to a checkpoint
 
 
 class Place(IntEnum):
