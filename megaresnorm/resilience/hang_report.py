@@ -65,7 +65,8 @@ class Hang:
 
     def host(self, rank: int) -> str:
         """Name of a rank's node."""
-        return self.sights[rank].host if rank in self.sights else self.hosts.get(rank, "another host")
+        unknown = self.here if self.verdict.unborn else "another host"
+        return self.sights[rank].host if rank in self.sights else self.hosts.get(rank, unknown)
 
     def failure(self, report: str) -> Failure:
         """What ends the job.
@@ -79,9 +80,12 @@ class Hang:
     def line(self) -> str:
         """What the rank that is named does, and what the others do."""
         others = [sight for rank, sight in self.sights.items() if rank not in self.verdict.ranks]
-        if self.verdict.unreachable:
+        if self.verdict.unreachable or self.verdict.unborn:
             late = self.longest
             seen = f"rank {late.rank} on {late.host} has waited for it {late.where} for {late.seconds:.1f} s"
+            if self.verdict.unborn:
+                what = f"has not come so far as to read its recipe{self._others_named('; nor has')}"
+                return f"{what}: {seen} ({late.setting})"
             if not self.asked:
                 return f"is waited for; what it does is not seen from {self.here}: {seen} ({late.setting})"
             return f"cannot be reached{self._others_named('; nor can')}: {seen} ({late.setting})"
@@ -129,7 +133,9 @@ class Hang:
         def work() -> None:
             try:
                 replace_file(path, self.text())
-                if self.named in self.own or self.verdict.unreachable:  # else that rank's node notes it
+                if (
+                    self.named in self.own or self.verdict.unreachable or self.verdict.unborn
+                ):  # else that rank's node notes it
                     _append(output / "events.jsonl", self.event(path))
             except OSError as e:
                 failed.append(f"{path} cannot be written ({e.strerror})")

@@ -35,11 +35,13 @@ class Verdict:
         ranks: the one that the others wait for; several where that cannot be told, or several are to blame alike.
         unreachable: whether nothing is seen of these ranks.
         in_time: whether all of them are within the time that they have: then there is no hang yet.
+        unborn: whether their processes have not come so far as to say what they are at.
     """
 
     ranks: tuple[int, ...]
     unreachable: bool = False
     in_time: bool = False
+    unborn: bool = False
 
 
 def members(axis: str, rank: int, sizes: Sequence[int]) -> list[int]:

@@ -43,6 +43,7 @@ class Watcher:
         self._slots, self._act, self._others = slots, act, others
         self._pauses: list[tuple[int, int]] = []
         self._done: set[int] = set()
+        self._unborn: tuple[int, ...] = ()  # ranks of this node that have not said anything
         self._last, self._not_before = time.monotonic_ns(), 0.0
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
@@ -82,16 +83,20 @@ class Watcher:
             self._last = time.monotonic_ns()  # what that took is no pause
 
     def _see(self, now: int) -> dict[int, Sight]:
-        host, seen = host_name(), {}
-        for beat in self._slots():
-            if beat.is_used and beat.words[PID] not in self._done:
-                sight = sight_of(beat, host, now, self._pauses)
-                if sight.state not in (GONE, "Z") or beat.words[PHASE] not in (Phase.REST, Phase.CLOSING):
-                    seen[beat.rank] = sight
+        host, seen, empty, first = host_name(), dict[int, Sight](), list[int](), 0
+        for slot, beat in enumerate(self._slots()):
+            if not beat.is_used or beat.words[PID] in self._done:
+                empty.append(slot)
+                continue
+            first = beat.rank - slot
+            sight = sight_of(beat, host, now, self._pauses)
+            if sight.state not in (GONE, "Z") or beat.words[PHASE] not in (Phase.REST, Phase.CLOSING):
+                seen[beat.rank] = sight
+        self._unborn = tuple(first + slot for slot in empty)
         return seen
 
     def _decide(self, mine: Mapping[int, Sight]) -> None:
-        if self._others is None and judge(mine).in_time:
+        if self._others is None and not self._unborn and judge(mine).in_time:
             self._not_before = time.monotonic() + AGAIN
             return
         mine = self._with_stacks(mine)
@@ -100,6 +105,9 @@ class Watcher:
             sights, hosts = self._others.ask(mine)
             silent = [rank for rank in hosts if rank not in sights]
         verdict = judge(sights, silent)
+        starts = any(sight.is_overdue and sight.beat.words[PHASE] == Phase.START for sight in mine.values())
+        if self._unborn and starts and not any(sight.is_dead for sight in sights.values()):
+            verdict = Verdict(self._unborn, unborn=True)
         again = self._see(time.monotonic_ns())
         moved = not _is_late(again)  # who has gone on meanwhile does not hang
         resumed = any(sights[r].is_dead and r in again and not again[r].is_dead for r in verdict.ranks if r in sights)
@@ -159,8 +167,9 @@ def ends_ranks(launcher: Launcher, others: Neighbours | None = None) -> Callable
 def end(hang: Hang) -> None:
     """End the ranks of this node that have hung; a stopped one hears nothing less."""
     for rank in hang.own:
-        if (pid := hang.sights[rank].beat.words[PID]) != os.getpid():
-            kill(pid)
+        sight = hang.sights[rank]
+        if sight.state != GONE and sight.beat.words[PID] != os.getpid():
+            kill(sight.beat.words[PID])
 
 
 def slots_of(beats: Beats, num_ranks: int) -> Callable[[], Iterator[Beat]]:

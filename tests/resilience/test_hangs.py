@@ -145,7 +145,7 @@ def takes_its_time(rank: int, recipe, seconds: float) -> int:
     return train(recipe).steps
 
 
-@pytest.mark.parametrize(("seconds", "steps", "every"), [(1.8, 2, 1), pytest.param(20, 40, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("seconds", "steps", "every"), [(1.8, 2, 1), pytest.param(20, 60, 2, marks=pytest.mark.slow)])
 def test_what_takes_its_time_is_no_hang(tiny, tmp_path, seconds, steps, every):
     """First steps, evaluations and saves that take longer than a step may; the long form takes twenty minutes."""
     recipe = tiny(

@@ -5,11 +5,15 @@ import faulthandler
 import gc
 import os
 import signal
+import socket
+import threading
 import time
 from contextlib import suppress
+from datetime import timedelta
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from megaresnorm.parallel.environment import Environment
 from megaresnorm.parallel.mesh import MESH_AXES, Sizes
@@ -17,6 +21,7 @@ from megaresnorm.resilience import beats as words
 from megaresnorm.resilience.beats import ACTIVATIONS, AXES, GRADIENTS, SECOND, SENDS, Beats, Phase, Place
 from megaresnorm.resilience.following import LEAST, StepDeadline
 from megaresnorm.resilience.hang_report import Hang
+from megaresnorm.resilience.neighbours import Neighbours
 from megaresnorm.resilience.sights import Sight, main_stack, sight_of
 from megaresnorm.resilience.suspects import judge, members
 from megaresnorm.resilience.telling import TellingTransport
@@ -348,3 +353,64 @@ def test_a_watchdog_that_is_closed_leaves_nothing_behind():
     del watchdog
     gc.collect()  # the memory goes with the last who may write it
     assert before == (signal.getsignal(signal.SIGUSR2), len(os.listdir("/proc/self/fd")))
+
+
+def test_a_rank_that_never_says_anything_is_named_when_the_start_is_over():
+    beats, descriptor = Beats.make(2)
+    os.close(descriptor)
+    beats.introduce(4, -1)
+    beats.begin(Phase.START, 5.0, since=time.monotonic_ns() - 6 * SECOND)
+    found: list[Hang] = []
+    Watcher(slots_of(beats, 2), lambda hang: bool(found.append(hang))).look()
+    assert found[0].verdict.ranks == (5,) and "has not come so far as to read its recipe" in found[0].line
+    assert "rank 4 on" in found[0].line and "(watchdog.start=5)" in found[0].line
+
+
+@pytest.fixture
+def store():
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def neighbours(store, sights) -> tuple[Neighbours, threading.Thread]:
+    """A node's watcher, and a thread in which it answers for three seconds; what it hears is kept as ``heard``."""
+    wait = timedelta(seconds=3)
+    node = Neighbours(
+        lambda: TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False, timeout=wait),
+        lambda: {0: "a", 1: "b"},
+    )
+    node.heard, end = [], time.monotonic() + 3
+
+    def answer():
+        while not node.heard and time.monotonic() < end:
+            node.heard += [found for found in [node.listen(lambda: sights)] if found is not None]
+            time.sleep(0.05)
+
+    return node, threading.Thread(target=answer, daemon=True)
+
+
+def test_nodes_see_what_each_other_sees_and_hear_the_verdict(store):
+    mine = {0: seen(0, DP2, wait=("world", 5, 1), host="a")}
+    theirs = {1: seen(1, DP2, counts={"world": 4}, host="b")}
+    (asks, _), (answers, thread) = neighbours(store, mine), neighbours(store, theirs)
+    thread.start()
+    time.sleep(0.6)  # it has looked once
+    sights, hosts = asks.ask(mine)
+    assert sights == mine | theirs and hosts == {0: "a", 1: "b"}
+    asks.tell(judge(sights))
+    thread.join()
+    (found,) = answers.heard
+    assert found[0] == sights and found[1].ranks == (1,) and not asks.is_cut
+
+
+def test_a_store_that_does_not_answer_holds_nobody_up():
+    with socket.socket() as silent:  # it takes connections, and says nothing
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = silent.getsockname()[:2]
+        node = Neighbours(lambda: socket.create_connection(address).recv(1), lambda: {0: "a", 1: "b"})
+        mine = {0: seen(0, DP2, wait=("world", 5, 1), host="a")}
+        start = time.monotonic()
+        assert node.ask(mine)[0] == mine
+        node.tell(judge(mine, [1]))
+        assert time.monotonic() - start < 2
+    assert judge(mine, [1]).ranks == (1,) and judge(mine, [1]).unreachable
