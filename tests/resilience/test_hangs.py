@@ -101,7 +101,7 @@ def test_ranks_that_hang_are_named_ended_and_started_again(tiny, tmp_path, layou
 def test_a_hang_that_is_not_to_be_started_again_is_the_jobs_last_word(tiny, tmp_path):
     faults = [("interpreter", 1, 4)]
     run = hanging(tiny, tmp_path, "dp2", faults, 2, MAX_RESTARTS="0")
-    run.wait_for(lambda: len(run.ranks()) == 2, "ranks")
+    run.wait_for(lambda: "ranks     2 =" in run.text, "ranks")
     everybody = run.everybody()
     assert run.finish() == EXIT_CODE, run.text
     check(run, faults, 2)
