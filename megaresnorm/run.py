@@ -32,9 +32,10 @@ from megaresnorm.parallel.mesh import ParallelContext, start_process_group
 from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import dump_recipe
 from megaresnorm.resilience.cluster.start import check_start
+from megaresnorm.resilience.following import BACKUP
 from megaresnorm.resilience.guard_record import GuardRecord
 from megaresnorm.resilience.output import OutputFolder
-from megaresnorm.resilience.watchdog import BACKUP, Watchdog
+from megaresnorm.resilience.watchdog import Watchdog
 from megaresnorm.schedule import batch_size, lr_jump
 from megaresnorm.telemetry.describe import data_name, describe_run
 from megaresnorm.telemetry.log import progress_bar

@@ -63,6 +63,7 @@ class Trainer:
 
     def __init__(self, run: Run, profiler: Profiler | None = None) -> None:
         self.run = run
+        run.watchdog.watch(self)
         self.meter = Meter.of(run.recipe, run.context.world.size, run.device)
         self.numbers = Numbers(run.recipe, run.engine.assembled, run.engine.tensors["weights"])
         window, folder = run.recipe.train.profile, run.output / "profile"
@@ -73,7 +74,6 @@ class Trainer:
         self.guard, self.goodput = Guard(run), Goodput()
         self.incidents = Incidents(run.output, writes=run.context.is_first_rank)
         self.rank_times = RankTimes(run.context, run.engine, run.watchdog.beats, self.incidents, self.goodput.waited)
-        run.watchdog.watch(self)
         self._stop: StopSignals | None = None
         self._asked_to_stop = False
         self._warned_of_no_labels = False
