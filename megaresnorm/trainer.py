@@ -89,7 +89,7 @@ class Trainer:
         metrics, code = run.open_metrics(), 1
         if metrics is not None:
             self.goodput.resume(metrics.kept, metrics.dropped, ended=ended_on_purpose(run.output))
-        self.incidents.note("start", run.steps_done + 1, f"begins on {run.context.world.size} ranks")
+        self.incidents.note("start", run.steps_done + 1, f"begins, ranks: {run.context.world.size}")
         self._stop = stop
         stop.begin(train.max_minutes)
         try:
