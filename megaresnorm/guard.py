@@ -9,7 +9,7 @@ from collections.abc import Callable
 from math import isfinite
 
 from megaresnorm.data.loader import SampleRange, StepBatch
-from megaresnorm.engines.attribution import Attribution, Finding
+from megaresnorm.engines.attribution import IN_SUMS, Attribution, Finding
 from megaresnorm.engines.digests import Sentry
 from megaresnorm.engines.engine import StepStats
 from megaresnorm.engines.replay import Replay
@@ -174,6 +174,8 @@ class Guard:
             repeated = again()
         run.saver.join()  # the ranks' messages about it and about a checkpoint would mix
         finding = attribution.finding()
+        if finding is None and not repeated.is_finite:
+            finding = IN_SUMS
         if repeated.applied:
             what = (
                 f"step {step} was refused ({_figures(stats)}) and, made again, is fine ({_figures(repeated)}): a fault "
