@@ -1,5 +1,8 @@
 """Errors that a user can cause, and their exit codes. Their text is always one line."""
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class UserError(Exception):
     """Something outside the code is wrong: the command line prints the line and exits with ``exit_code``.
@@ -50,6 +53,16 @@ class NonFiniteError(TrainingError):
     """Several steps in a row had a loss or gradient that is not finite."""
 
 
+class CorruptionError(TrainingError):
+    """Ranks that should hold or compute the same do not: memory or a chip has changed a bit.
+
+    Attributes:
+        found: what differs where, for whoever repairs it; empty where another rank has said so.
+    """
+
+    found: Sequence[Any] = ()
+
+
 class StoppedError(UserError):
     """A signal came before the first step.
 
@@ -91,7 +104,7 @@ def error_of(kind: str, line: str, exit_code: int | None = None) -> UserError:
     """
     kinds = (
         *(ConfigError, DataError, CheckpointError, DamagedError, NonFiniteTensorError),
-        *(TrainingError, NonFiniteError, StoppedError, LostRankError, TooManyRestartsError),
+        *(TrainingError, NonFiniteError, CorruptionError, StoppedError, LostRankError, TooManyRestartsError),
     )
     error = {one.__name__: one for one in kinds}.get(kind, UserError)(line)
     error.exit_code = exit_code or error.exit_code

@@ -1,6 +1,6 @@
 """Validation losses, and what they are in units that do not depend on the tokenizer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import exp, inf, log
 
@@ -8,6 +8,8 @@ import numpy as np
 
 from megaresnorm.data.samples import Samples
 from megaresnorm.data.tokenizer import Tokenizer, text_bytes
+from megaresnorm.errors import TrainingError
+from megaresnorm.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,48 @@ class Evaluation:
                 found |= {f"valid_loss/{name}": loss, f"valid_perplexity/{name}": perplexity(loss)}
             found |= {f"valid_bits_per_byte/{name}": value for name, value in bits.items()}
         return found
+
+
+class Validation:
+    """Evaluates a model on the first ``train.eval_samples`` samples of every validation set, always the same ones.
+
+    Args:
+        sets: samples of each set, by its name.
+        loss_of: mean loss of the first so many samples of a set, None without labels. Collective.
+        tokenizer: with which bytes of text are counted; None: they are not.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        sets: Mapping[str, Samples],
+        loss_of: Callable[[Samples, int], float | None],
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        self._sets, self._loss_of = sets, loss_of
+        self._counts = {name: min(recipe.train.eval_samples, samples.per_epoch) for name, samples in sets.items()}
+        self._bytes: dict[str, float] = {}
+        if tokenizer is not None:
+            masked = recipe.data.mask_documents
+            for name, count in self._counts.items():
+                self._bytes[name] = bytes_per_label(sets[name], count, tokenizer, mask_documents=masked)
+
+    def evaluate(self) -> Evaluation | None:
+        """The losses; None without a validation set. Collective.
+
+        Raises:
+            TrainingError: none of a set's samples has a label.
+        """
+        losses = {}
+        for name, count in self._counts.items():
+            loss = self._loss_of(self._sets[name], count)
+            if loss is None:
+                raise TrainingError(
+                    f"none of the {count} validation samples{f' of {name}' if name else ''} has a label "
+                    "(data.mask_documents, documents of one token); raise train.eval_samples, or evaluate on other data"
+                )
+            losses[name] = loss
+        return Evaluation(losses, self._bytes) if losses else None
 
 
 def perplexity(loss: float) -> float:

@@ -9,7 +9,8 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from megaresnorm.resilience.launcher import Failure, Launcher, end_with
 from megaresnorm.resilience.rank_logs import write_to_log
 from megaresnorm.resilience.signals import StopSignals, Terminated, end_on_purpose
 from megaresnorm.resilience.torchrun import raise_limits
+from megaresnorm.resilience.watchdog import BACKUP, UNKNOWN, Watchdog
 from megaresnorm.text import prepare_streams, say, shown
 
 if TYPE_CHECKING:
@@ -55,19 +57,23 @@ def run_job(
     """
     loaded: list[Recipe] = []
 
-    def load() -> "Recipe":
-        from megaresnorm.recipe.load import load_recipe
+    def train(environment: Environment, stop: StopSignals, watchdog: Watchdog) -> int:
+        def load() -> "Recipe":
+            from megaresnorm.recipe.load import load_recipe
 
-        loaded.append(adjust(load_recipe(recipe, overrides)))
-        return loaded[0]
+            loaded.append(adjust(load_recipe(recipe, overrides)))
+            watchdog.obey(loaded[0].watchdog)
+            return loaded[0]
 
-    def train(environment: Environment, stop: StopSignals) -> int:
-        return _work(load, environment, stop, work or partial(_train, fallback=fallback, full=full))
+        return _work(load, environment, stop, work or partial(_train, fallback=fallback, full=full), watchdog)
 
     return run_rank(train, lambda: loaded[0].watchdog.model_dump() if loaded else {})
 
 
-def run_rank(work: Callable[[Environment, StopSignals], int], time_outs: Callable[[], Mapping[str, int]] = dict) -> int:
+def run_rank(
+    work: Callable[[Environment, StopSignals, Watchdog], int],
+    time_outs: Callable[[], Mapping[str, int | None]] = dict,
+) -> int:
     """Do what a job is there for as one of its ranks, which hears signals, has a log, and ends with its launcher.
 
     Args:
@@ -94,11 +100,12 @@ def run_rank(work: Callable[[Environment, StopSignals], int], time_outs: Callabl
     write_to_log(environment)
     configure_logging(environment.rank)
     console.quiet = environment.rank > 0
-    with StopSignals(environment) as stop:  # before torch is imported, which takes seconds
+    watchdog = Watchdog(environment, whole=True)
+    with closing(watchdog), StopSignals(environment) as stop:  # before torch is imported, which takes seconds
         from megaresnorm.parallel.mesh import end_process_group, lost_contact
 
         try:
-            exit_code = work(environment, stop)
+            exit_code = work(environment, stop, watchdog)
         except RuntimeError as e:
             reason = lost_contact(e)
             if reason is None:
@@ -120,11 +127,13 @@ def _work(
     environment: Environment,
     stop: StopSignals,
     work: "Callable[[Opened, StopSignals], int]",
+    watchdog: Watchdog,
 ) -> int:
     from megaresnorm.opening import idle, open_recipe, tell_idle_ranks
 
-    opened = open_recipe(load, environment)
+    opened = replace(open_recipe(load, environment), watchdog=watchdog)
     if opened.idles:
+        watchdog.rest()
         return idle(opened)
     with tell_idle_ranks(opened) as tell:
         code = work(opened, stop)
@@ -149,24 +158,25 @@ def _train(opened: "Opened", stop: StopSignals, *, fallback: bool, full: bool) -
     return summary.exit_code
 
 
-def _why_lost(reason: str, watchdog: Mapping[str, int]) -> str:
+def _why_lost(reason: str, watchdog: Mapping[str, int | None]) -> str:
     """What is said of a rank that cannot be reached.
 
     Args:
         reason: torch's, which has no names of settings, but the milliseconds of a time-out.
-        watchdog: seconds by setting.
+        watchdog: seconds by setting; process groups wait for ``BACKUP`` longer.
 
-    >>> _why_lost("Timed out waiting 600000ms for recv operation to complete", {"start": 1800, "step": 600})
-    'was silent for 600 s (watchdog.step)'
+    >>> _why_lost("Timed out waiting 605000ms for recv operation to complete", {"start": 1800, "step": 600})
+    'was silent for 605 s (watchdog.step=600)'
     >>> _why_lost("Connection closed by peer [::1]:5", {"start": 1800, "step": 600})
     'is gone (Connection closed by peer [::1]:5)'
     """
     if re.search("tim(ed|e)? ?-?out", reason, re.IGNORECASE) is None:
         return f"is gone ({reason})"
-    found = re.search(r"(\d+)000 ?ms|\(ms\)=(\d+)000\b", reason)
-    seconds = 0 if found is None else int(found[1] or found[2])
-    named = [f"watchdog.{name}" for name, value in watchdog.items() if value == seconds]
-    return f"was silent for {seconds} s ({', '.join(named)})" if named else f"was silent for too long ({reason})"
+    found = re.search(r"(\d+) ?ms|\(ms\)=(\d+)\b", reason)
+    seconds = 0.0 if found is None else int(found[1] or found[2]) / 1000
+    values = {name: UNKNOWN if value is None else value for name, value in watchdog.items()}
+    named = [f"watchdog.{name}={value:.6g}" for name, value in values.items() if abs(value + BACKUP - seconds) < 0.5]
+    return f"was silent for {seconds:.6g} s ({', '.join(named)})" if named else f"was silent for too long ({reason})"
 
 
 def exit_code_of(work: Callable[[], int]) -> int:

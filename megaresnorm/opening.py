@@ -37,6 +37,7 @@ from megaresnorm.resilience.cluster.node import check_address
 from megaresnorm.resilience.faults import check_drill
 from megaresnorm.resilience.launcher import Launcher
 from megaresnorm.resilience.memory_check import check_memory
+from megaresnorm.resilience.watchdog import Watchdog
 from megaresnorm.telemetry.loggers import check_loggers
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class Opened:
         sizes: mesh of the ranks that work; None where an elastic job has too few for one model.
         environment: of this rank.
         store: through which the ranks have met; None in one process.
+        watchdog: of this process; None where a run has one of its own.
     """
 
     recipe: Recipe
@@ -66,6 +68,7 @@ class Opened:
     sizes: Sizes | None
     environment: Environment
     store: Store | None = None
+    watchdog: Watchdog | None = None
 
     @property
     def idles(self) -> bool:

@@ -23,7 +23,7 @@ from megaresnorm.data.training_data import open_samples
 from megaresnorm.engines import engine_files, make_engine
 from megaresnorm.engines.engine import Engine
 from megaresnorm.errors import NonFiniteError, TrainingError, UserError
-from megaresnorm.evaluation import Evaluation, bytes_per_label
+from megaresnorm.evaluation import Evaluation, Validation
 from megaresnorm.generate import generate
 from megaresnorm.opening import Opened, note_progress, open_recipe
 from megaresnorm.packages import versions_of_run
@@ -33,7 +33,9 @@ from megaresnorm.parallel.mesh import ParallelContext, start_process_group
 from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import dump_recipe
 from megaresnorm.resilience.cluster.start import check_start
+from megaresnorm.resilience.guard_record import GuardRecord
 from megaresnorm.resilience.output import OutputFolder
+from megaresnorm.resilience.watchdog import BACKUP, Watchdog
 from megaresnorm.schedule import batch_size, lr_jump
 from megaresnorm.telemetry.describe import data_name, describe_run
 from megaresnorm.telemetry.log import progress_bar
@@ -61,6 +63,7 @@ class Run:
         skipped_in_a_row: refused steps up to here.
         first_refused: steps done before the first one that was ever refused: checkpoints up to there are trusted.
         train_loss: of the last step that was applied, in nats a token.
+        guard: what is kept of refused steps.
 
     Raises:
         ConfigError, DataError, CheckpointError, TrainingError: one line each, on all ranks.
@@ -71,7 +74,9 @@ class Run:
         assert opened.sizes is not None and not opened.idles
         self.environment, self._store, self.data = opened.environment, opened.store, opened.data
         self.recipe, self.samples, self.valid = opened.recipe, opened.samples, opened.valid
-        self.output, self.device, start = Path(self.recipe.train.output), opened.device, self.recipe.watchdog.start
+        self.output, self.device = Path(self.recipe.train.output), opened.device
+        self.watchdog = opened.watchdog or Watchdog(self.environment, self.recipe.watchdog)
+        start = self.recipe.watchdog.start + BACKUP
         if opened.store is not None:
             start_process_group(self.device, opened.store, self.environment.rank, opened.sizes.num_ranks, start)
         self.context = ParallelContext.create(opened.sizes, self.device.type, start)
@@ -80,13 +85,13 @@ class Run:
         self.steps_done = self.samples_done = self.skipped_in_a_row = self._steps_here = 0
         self.first_refused: int | None = None
         self.train_loss: float | None = None
+        self.guard = GuardRecord()
         self._split: Literal["tokens", "documents"] = "tokens"
         self._source: bytes | None = None  # what the checkpoint that the weights come from says of its own source
-        self._bytes_per_label: dict[str, float] = {}
         try:
             self._build()
             self._resume(fallback)
-            self._bytes_per_label = self._all_or_raise(self._bytes_of_labels)
+            self._validation = self._all_or_raise(self._validate_with)
             self._all_or_raise(self._prepare_output)
         except BaseException:
             self.close()
@@ -128,6 +133,7 @@ class Run:
 
     def close(self) -> None:
         """Leave the output folder to others. The end of the process does so too."""
+        self.watchdog.release()
         self.folder.release()
 
     def describe(self, *, full: bool = False) -> list[str]:
@@ -154,18 +160,21 @@ class Run:
     def next_batch(self) -> StepBatch:
         """This rank's share of the next step; that of the one after it begins to be read."""
         train, done = self.recipe.train, self.steps_done
-        samples, following = SampleRange(self.samples_done, batch_size(done, train)), None
+        samples, following = self.guard.samples_from(self.samples_done, batch_size(done, train)), None
         if done + 1 < train.steps:
-            following = SampleRange(self.samples_done + samples.num_samples, batch_size(done + 1, train))
+            following = self.guard.samples_from(samples.end, batch_size(done + 1, train))
         return self.loader.step(samples, following)
 
     def step_is_done(self) -> None:
         """Count the step whose batch ``next_batch`` has given. The first of this process ends the start."""
-        self.samples_done += batch_size(self.steps_done, self.recipe.train)
+        self.samples_done = self.guard.samples_from(
+            self.samples_done, batch_size(self.steps_done, self.recipe.train)
+        ).end
         self.steps_done += 1
         self._steps_here += 1
         if self._steps_here == 1:
-            self.context.set_timeouts(self.recipe.watchdog.step or 600, self.recipe.watchdog.checkpoint)
+            step, checkpoint = self.watchdog.step_seconds, self.recipe.watchdog.checkpoint
+            self.context.set_timeouts(step + BACKUP, checkpoint + BACKUP)
 
     def largest(self, number: int) -> int:
         """Maximum over all ranks. Collective."""
@@ -176,33 +185,17 @@ class Run:
         return self._all_or_raise(lambda: self.folder.open_metrics(self.steps_done + 1, self.recipe))
 
     def evaluate(self) -> Evaluation | None:
-        """Losses on the first ``train.eval_samples`` samples of every validation set, always the same ones.
+        """See ``Validation``."""
+        return self._validation.evaluate()
 
-        Returns:
-            None without a validation set.
+    def _validate_with(self) -> Validation:
+        """The first rank counts bytes of text, which alone records what follows from them."""
 
-        Raises:
-            TrainingError: none of a set's samples has a label.
-        """
-        losses = {}
-        for name, samples in self.valid.items():
-            count = min(self.recipe.train.eval_samples, samples.per_epoch)
-            loss = self.engine.evaluate(self._loader(samples).load(SampleRange(0, count)))
-            if loss is None:
-                raise TrainingError(
-                    f"none of the {count} validation samples{f' of {name}' if name else ''} has a label "
-                    "(data.mask_documents, documents of one token); raise train.eval_samples, or evaluate on other data"
-                )
-            losses[name] = loss
-        return Evaluation(losses, self._bytes_per_label) if losses else None
+        def loss_of(samples: Samples, count: int) -> float | None:
+            return self.engine.evaluate(self._loader(samples).load(SampleRange(0, count)))
 
-    def _bytes_of_labels(self) -> dict[str, float]:
-        """``bytes_per_label`` of the samples of ``evaluate``, on the first rank, which alone records what follows."""
-        tokenizer, masked = self.data.tokenizer, self.recipe.data.mask_documents
-        if not self.context.is_first_rank or tokenizer is None:
-            return {}
-        counts = {name: min(self.recipe.train.eval_samples, one.per_epoch) for name, one in self.valid.items()}
-        return {n: bytes_per_label(self.valid[n], c, tokenizer, mask_documents=masked) for n, c in counts.items()}
+        tokenizer = self.data.tokenizer if self.context.is_first_rank else None
+        return Validation(self.recipe, self.valid, loss_of, tokenizer)
 
     def sample_text(self) -> str | None:
         """A continuation of ``train.sample_prompt``; None without a tokenizer, switched off, or with several ranks."""
@@ -293,6 +286,7 @@ class Run:
             split=self._split,
             tokenizer=tokenizer,
             kernels=self.engine.assembled.kernel_choices,
+            guard=self.guard.state(),
             versions=versions_of_run(self.recipe.engine.name),
         )
 
@@ -317,6 +311,7 @@ class Run:
             (self.samples, self.valid), self.loader = opened, self._loader(opened[0])
         self.steps_done, self.samples_done = checkpoint.step, state.samples
         self.skipped_in_a_row, self.train_loss = state.skipped_in_a_row, state.train_loss
+        self.guard = GuardRecord(state.guard)
         if state.first_refused is not None:
             self.protect_checkpoints(state.first_refused)
         self._all_or_raise(lambda: self.engine.check_finite(f"{checkpoint.folder}: "))
@@ -325,6 +320,15 @@ class Run:
         log.info("%s %s: step %d of %d", word, checkpoint.folder, self.steps_done, self.recipe.train.steps)
         if jump := lr_jump(self.steps_done, recipe_of(checkpoint.folder, state), self.recipe):
             log.warning("warning: %s", jump)
+
+    def roll_back(self, passed: SampleRange | None) -> None:
+        """Go back to the newest checkpoint, which there is, and pass over some samples from there on. Collective."""
+        self.saver.wait()
+        before, root = self.guard, self.output / "checkpoints"
+        checkpoint = open_newest(root, self.context.control, fallback=True)
+        assert checkpoint is not None
+        self._go_on_from(checkpoint)
+        self.guard.went_back(before, passed)
 
     def _start_from_weights(self) -> None:
         """At step 0: those of train.initial_weights, if it is set."""

@@ -8,24 +8,26 @@ bit for bit.
 
 import logging
 import time
-from math import isfinite
+from functools import partial
 
 from megaresnorm.data.samples import unigram_entropy
 from megaresnorm.engines.depth import depth_of
-from megaresnorm.engines.engine import StepStats
-from megaresnorm.errors import ConfigError, NonFiniteError
+from megaresnorm.engines.rank_times import RankTimes
+from megaresnorm.errors import ConfigError
+from megaresnorm.guard import Guard
 from megaresnorm.profiling.window import Profiler
 from megaresnorm.recipe import Recipe
 from megaresnorm.resilience.faults import Drill, Subject
-from megaresnorm.resilience.signals import StopSignals, exit_reason
+from megaresnorm.resilience.signals import START_AGAIN, StopSignals, exit_reason
 from megaresnorm.run import Run
 from megaresnorm.schedule import learning_rate
+from megaresnorm.telemetry.goodput import Goodput
+from megaresnorm.telemetry.incidents import Incidents, ended_on_purpose
 from megaresnorm.telemetry.log import (
     bar_note,
     log_lines,
     log_to_console_by_default,
     progress_bar,
-    skipped_line,
     step_line,
 )
 from megaresnorm.telemetry.metrics import DEPTH, NUMBERS, MetricsWriter
@@ -68,6 +70,10 @@ class Trainer:
         self.depth = depth_of(run.recipe, run.engine, run.samples)
         subject = Subject(run.context, run.engine, run.loader, run.saver, run.recipe.model.vocab_size or 0)
         self.drill = Drill(run.recipe.drill, run.output, subject)
+        self.guard, self.goodput = Guard(run), Goodput()
+        self.incidents = Incidents(run.output, writes=run.context.is_first_rank)
+        self.rank_times = RankTimes(run.context, run.engine, run.watchdog.beats, self.incidents, self.goodput.waited)
+        run.watchdog.watch(self)
         self._stop: StopSignals | None = None
         self._asked_to_stop = False
         self._warned_of_no_labels = False
@@ -76,23 +82,33 @@ class Trainer:
         """Steps until the recipe's end, a signal or the time limit; then a checkpoint.
 
         Raises:
-            NonFiniteError: the last steps were refused, or weights are not finite; then nothing is saved.
+            NonFiniteError: too many steps were refused, the last ones of the run, or one that ends it (guard.py), or
+                weights are not finite; then nothing is saved.
         """
         run, train = self.run, self.run.recipe.train
         metrics, code = run.open_metrics(), 1
+        if metrics is not None:
+            self.goodput.resume(metrics.kept, metrics.dropped, ended=ended_on_purpose(run.output))
+        self.incidents.note("start", run.steps_done + 1, f"begins on {run.context.world.size} ranks")
         self._stop = stop
         stop.begin(train.max_minutes)
         try:
             record, stopped = self._steps(metrics)
-            checkpoint = run.save_last(exit_reason(stopped) if stopped else None)
+            if stopped:
+                self.guard.check_before_the_end()
+            with self.goodput.spends("checkpoint"):
+                checkpoint = run.save_last(exit_reason(stopped) if stopped else None)
             self.profiler.finish()
-            evaluation = None if stopped else run.evaluate()
+            with self.goodput.spends("evaluation"):
+                evaluation = None if stopped else run.evaluate()
             if record is not None and not stopped:
                 more = {} if evaluation is None else evaluation.metrics()
-                if metrics is not None and more:
-                    metrics.amend(run.steps_done, more)
+                if metrics is not None:
+                    metrics.amend(run.steps_done, more | self.goodput.metrics())
                 log.info(step_line(run.steps_done, train.steps, record | self.meter.mean() | more))
             code = stopped
+            if code != START_AGAIN:  # with other nodes, for which the run has waited
+                self.incidents.note("end", run.steps_done, f"ends with exit code {code}", code=code)
         finally:
             if metrics is not None:
                 metrics.close(code)
@@ -117,39 +133,66 @@ class Trainer:
         record: dict[str, float | None] | None = None
         with progress_bar("training", train.steps, run.steps_done) as progress:
             while not run.is_finished and not stopped:
-                record = self.step()
-                if self._due(train.eval_every) and not run.is_finished and (evaluation := run.evaluate()) is not None:
-                    record |= evaluation.metrics()
+                before, record = run.steps_done, self.step()
+                if record is None:
+                    if metrics is not None:
+                        metrics.go_back(run.steps_done + 1)
+                        self.goodput.went_back(metrics.kept)
+                    progress.advance(run.steps_done - before)
+                    continue
+                if self._due(train.eval_every) and not run.is_finished:
+                    with self.goodput.spends("evaluation"):
+                        evaluation = run.evaluate()
+                    record |= {} if evaluation is None else evaluation.metrics()
                 if metrics is not None:
-                    metrics.write(run.steps_done, record, self._records())
+                    metrics.write(run.steps_done, record | self.goodput.metrics(), self._records())
                 if (self._due(train.log_every) or "valid_loss" in record) and not run.is_finished:
                     log.info(step_line(run.steps_done, train.steps, record | self.meter.mean()))
                 if saves := self._due(run.recipe.checkpoint.every):
-                    run.save()
+                    with self.goodput.spends("checkpoint"):
+                        run.save()
                 progress.advance(note=bar_note(record))
                 # A signal of the step came with its vector; what takes time beside a step is asked about here.
                 asks = self._asked_to_stop or saves or "valid_loss" in record or run.context.world.size == 1
                 stopped = run.largest(self._stop.exit_code) if self._stop and asks and not run.is_finished else 0
         return record, stopped
 
-    def step(self) -> dict[str, float | None]:
-        """One optimizer step, and what is recorded of it; its loss is None where no token had a label.
+    def step(self) -> dict[str, float | None] | None:
+        """One optimizer step.
+
+        Returns:
+            What is recorded of it; its loss is None where no token had a label. None where the run has gone back to a
+            checkpoint instead.
 
         Raises:
-            NonFiniteError: ``train.max_skipped_steps`` were refused in a row.
+            NonFiniteError: it, or the last of too many, was refused (guard.py).
         """
         with self.drill.seen_in(self.run.steps_done + 1), self.profiler.seen_in(self.run.steps_done + 1):
             record = self._step()
+        run = self.run
+        saves = run.is_finished or self._due(run.recipe.checkpoint.every)
+        if record is None or not self.guard.replicas_agree(saves=saves):  # the run has gone back
+            return None
         self.depth.probe(self.run.steps_done)
-        return record | self.numbers.worst | self.depth.metrics
+        return record | self.numbers.worst | self.depth.metrics | self.guard.metrics
 
-    def _step(self) -> dict[str, float | None]:
-        run, start, samples = self.run, time.perf_counter(), self.run.samples_done
+    def _step(self) -> dict[str, float | None] | None:
+        self.goodput.begin_step()
+        run, start = self.run, time.perf_counter()
         lr, batch = learning_rate(run.steps_done, run.recipe), run.next_batch()
+        step = partial(run.engine.step, batch, lr, lambda: self._stop is not None and self._stop.exit_code != 0)
+        self.guard.begin()
         with self.numbers.seen_in(run.steps_done + 1), self.depth.seen_in(run.steps_done + 1, lr):
-            stats = run.engine.step(batch, lr, lambda: self._stop is not None and self._stop.exit_code != 0)
+            made = step()
+        once = time.perf_counter() - start
+        stats = self.guard.judge(made, batch, step)
+        seconds = time.perf_counter() - start
+        self.goodput.step(
+            seconds, lost=0.0 if stats is made and made.applied else once if stats and stats.applied else seconds
+        )
+        if stats is None:
+            return None
         self._asked_to_stop = stats.stop
-        self._judge(stats)
         run.step_is_done()
         if stats.loss is None and not self._warned_of_no_labels:
             self._warned_of_no_labels = True
@@ -158,6 +201,7 @@ class Trainer:
             )
         run.train_loss = stats.loss if stats.applied else run.train_loss
         seq_len = run.recipe.model.seq_len
+        tokens = (0 if batch.samples is None else batch.samples.num_samples) * seq_len
         record: dict[str, float | None] = {
             "loss": stats.loss,
             "gradient_norm": stats.gradient_norm,
@@ -168,50 +212,13 @@ class Trainer:
         }
         if stats.loss_scale is not None:
             record |= {"loss_scale": stats.loss_scale, "skipped": stats.skipped}
-        seconds = time.perf_counter() - start
-        return record | self.meter.step(stats.tokens, (run.samples_done - samples) * seq_len, seconds)
+        record |= self.rank_times.record(run.steps_done, seconds)
+        return record | self.meter.step(stats.tokens, tokens, seconds)
 
     def _records(self) -> dict[str, list[dict]]:
         """What there is of the last step beside its metrics, by file."""
         numbers = [] if self.numbers.record is None else [self.numbers.record]
         return {name: lines for name, lines in ((NUMBERS, numbers), (DEPTH, self.depth.records)) if lines}
-
-    def _judge(self, stats: StepStats) -> None:
-        """Count refused steps: the engine refuses one that would put NaN or Inf into the weights.
-
-        An overflow that a smaller loss scale may cure is no fault of the run, and neither counted nor an end to a row.
-        """
-        run = self.run
-        if stats.loss is None:
-            return
-        if stats.lowered_to is not None:
-            log.info(
-                skipped_line(run.steps_done + 1, run.recipe.train.steps, stats.loss, stats.loss_scale, stats.lowered_to)
-            )
-            return
-        if stats.applied:
-            run.skipped_in_a_row = 0
-            return
-        run.skipped_in_a_row += 1
-        if run.first_refused is None:
-            run.protect_checkpoints(run.steps_done)
-        scaled = stats.loss_scale is not None and stats.loss_scale > 1.0 and isfinite(stats.loss)
-        why = f", at precision.loss_scale={stats.loss_scale:g}" if scaled else ""
-        log.warning(
-            "step %d refused: loss %g, gradient norm %g%s", run.steps_done + 1, stats.loss, stats.gradient_norm, why
-        )
-        if run.skipped_in_a_row >= run.recipe.train.max_skipped_steps:
-            remedy = (
-                "lower that, or set it to dynamic"
-                if scaled
-                else (f"try a smaller optim.lr, or look at samples {run.samples_done} and before")
-            )
-            none = run.saver.newest is None
-            spoilt = "" if none else " (where that is spoilt already, remove it to go on from the one before)"
-            raise NonFiniteError(
-                f"{run.skipped_in_a_row} steps in a row had a non-finite loss or gradient, up to step "
-                f"{run.steps_done + 1}{why}; {remedy}; {run.saver.what_there_is()}{spoilt}"
-            )
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.run.steps_done % every == 0

@@ -22,6 +22,7 @@ from megaresnorm.cli import main
 from megaresnorm.data.loader import SampleRange, StepBatch
 from megaresnorm.engines.engine import StepStats
 from megaresnorm.errors import CheckpointError, StoppedError, TrainingError
+from megaresnorm.guard import Guard
 from megaresnorm.kernels.cpu.build import unavailable
 from megaresnorm.model.cost import training_flops
 from megaresnorm.model.topology import TOPOLOGIES
@@ -288,16 +289,24 @@ def test_bf16_weights_are_refreshed_after_every_update(tiny):
 def test_a_bad_gradient_changes_nothing_and_goes_on_for_a_while_only(tiny, caplog):
     run = opened(tiny(train={"max_skipped_steps": 3}))
     before = engine_digest(run.engine)
-    with torch.no_grad():
-        run.engine.model.embedding.weight[run.samples[0][0]] = float("nan")
-    poisoned = engine_digest(run.engine)
+    run.engine.model.blocks["1"].ffn.branch.down.weight.register_hook(lambda gradient: gradient * float("nan"))
     Trainer(run).step()
-    assert engine_digest(run.engine) == poisoned != before and "step 1 refused" in caplog.text
+    assert engine_digest(run.engine) == before
+    assert "step 1 refused" in caplog.text and "gradient of blocks.1.ffn.branch.down.weight on rank 0" in caplog.text
     assert all(not slices.local.any() for slices in run.engine.tensors["optimizer"].values())
     with pytest.raises(TrainingError, match="3 steps in a row had a non-finite loss"):
         for _ in range(3):
             run.samples_done = 0
             Trainer(run).step()
+
+
+def test_a_spoilt_weight_ends_the_run_at_once_and_is_named(tiny):
+    """No step could be applied any more."""
+    run = opened(tiny())
+    with torch.no_grad():
+        run.engine.model.embedding.weight[run.samples[0][0]] = float("nan")
+    with pytest.raises(TrainingError, match=r"step 1 refused: .*weight embedding.weight on rank 0"):
+        Trainer(run).step()
 
 
 @pytest.mark.parametrize("clip", ["global", "adagc"])
@@ -536,14 +545,19 @@ def test_the_data_may_move(tiny, byte_data, tmp_path):
     assert opened(tiny(data={"path": str(tmp_path / "moved")})).steps_done == 6
 
 
+def judge(run, stats: StepStats) -> None:
+    """A step that comes out the same when it is made again."""
+    Guard(run).judge(stats, run.next_batch(), lambda: stats)
+
+
 def test_skipped_steps_are_counted_across_a_resume_and_forgotten_after_a_good_one(tiny, monkeypatch):
     from megaresnorm import run as run_module
     from megaresnorm.checkpoint.state import RunState
 
     run = opened(tiny(train={"max_skipped_steps": 3}))
     good, bad = StepStats(1.0, 1.0, 9, applied=True), StepStats(float("inf"), 1.0, 9, applied=False)
-    Trainer(run)._judge(bad)
-    Trainer(run)._judge(StepStats(1.0, float("nan"), 9, applied=False))
+    judge(run, bad)
+    judge(run, StepStats(1.0, float("nan"), 9, applied=False))
     assert run.skipped_in_a_row == 2
     run.save()
     assert run.saver.newest is None, "what is refused may be so for the weights"
@@ -552,9 +566,9 @@ def test_skipped_steps_are_counted_across_a_resume_and_forgotten_after_a_good_on
         patch.setattr(run_module, "RunState", lambda **state: RunState(**state | {"skipped_in_a_row": counted}))
         run.save_now()
     with pytest.raises(TrainingError, match="3 steps in a row"):
-        Trainer(opened(tiny(train={"max_skipped_steps": 3})))._judge(bad)
+        judge(opened(tiny(train={"max_skipped_steps": 3})), bad)
     run.skipped_in_a_row = counted
-    Trainer(run)._judge(good)
+    judge(run, good)
     assert run.skipped_in_a_row == 0
 
 

@@ -1,7 +1,7 @@
 """The state of a run that its manifest holds beside the tensors."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,6 +19,9 @@ class _Typed(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+_Range = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 63)]], Field(min_length=2, max_length=2)]
+
+
 class EngineState(_Typed):
     """State of an engine.
 
@@ -31,6 +34,23 @@ class EngineState(_Typed):
     updates: int = Field(ge=0, le=MAX_STEPS)
     clipper_steps: int = Field(ge=0, le=MAX_STEPS)
     loss_scale: LossScaleState | None = None
+
+
+class GuardState(_Typed):
+    """State of what judges steps.
+
+    Attributes:
+        losses, norms: of the last applied steps, oldest first.
+        reruns, skips, rollbacks: how often a step was made again, left out, and the run taken back.
+        passed: samples that are passed over, as [position, number].
+    """
+
+    losses: list[float] = Field(default=[], max_length=1000)
+    norms: list[float] = Field(default=[], max_length=1000)
+    reruns: int = Field(default=0, ge=0, le=MAX_STEPS)
+    skips: int = Field(default=0, ge=0, le=MAX_STEPS)
+    rollbacks: int = Field(default=0, ge=0, le=MAX_STEPS)
+    passed: list[_Range] = Field(default=[], max_length=10_000)
 
 
 class RunState(_Typed):
@@ -46,6 +66,7 @@ class RunState(_Typed):
         split: how these were split at random: by tokens, or by whole documents as before version 0.2.
         tokenizer: its description; None where token files have none.
         kernels: op -> chosen kernel.
+        guard: what judges steps; empty in checkpoints of versions without it.
     """
 
     samples: int = Field(ge=0, lt=1 << 63)
@@ -58,6 +79,7 @@ class RunState(_Typed):
     split: Literal["tokens", "documents"] = "documents"
     tokenizer: dict[str, str] | None = None
     kernels: dict[str, str] = {}
+    guard: GuardState = GuardState()
     versions: dict[str, str] = {}
 
 

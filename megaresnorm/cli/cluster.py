@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # commands import what they need, so that --help is instant
     from megaresnorm.resilience.cluster.check import Check
     from megaresnorm.resilience.cluster.examination import Examination
     from megaresnorm.resilience.signals import StopSignals
+    from megaresnorm.resilience.watchdog import Watchdog
 
 PATIENCE = 120.0  # seconds that ranks wait for each other
 
@@ -55,7 +56,12 @@ def doctor_cluster(recipe: str | None, overrides: Sequence[str], ranks: int | No
 
 
 def _examine(
-    environment: Environment, stop: StopSignals, *, load: Callable[[], Recipe] | None, json: Path | None
+    environment: Environment,
+    stop: StopSignals,
+    watchdog: Watchdog,
+    *,
+    load: Callable[[], Recipe] | None,
+    json: Path | None,
 ) -> int:
     from megaresnorm.assemble import choose_device
     from megaresnorm.parallel.mesh import ParallelContext, Sizes, lost_contact, start_process_group

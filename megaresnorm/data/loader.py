@@ -40,6 +40,16 @@ class SampleRange(NamedTuple):
     position: int
     num_samples: int
 
+    @property
+    def end(self) -> int:
+        """The position after the last of them."""
+        return self.position + self.num_samples
+
+    @property
+    def last(self) -> int:
+        """The position of the last of them."""
+        return self.end - 1
+
 
 class StepBatch(NamedTuple):
     """This rank's share of the samples of one optimizer step.

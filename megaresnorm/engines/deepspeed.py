@@ -124,7 +124,7 @@ class DeepSpeedEngine:
             tokens = self.policy.valid_tokens(batch)
             loss = self.backward(batch, tokens)
             gradients = self._collect() if tokens else []
-            totals = self.policy.sum_up(loss, gradients, batch, stops=stop())
+            totals = self.policy.sum_up(loss, gradients, batch, tokens, stops=stop())
             if tokens:
                 self.update(gradients, totals, lr)
             return self.policy.settle(totals, batch, tokens)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
@@ -28,8 +29,8 @@ class StepStats:
         loss: mean cross entropy a token, in nats; None without labels.
         gradient_norm: of all gradients together, unclipped; 0 without labels.
         tokens: valid labels of the global batch.
-        applied: whether the weights were updated. They are not without labels, and not where loss or norm is NaN or
-            infinite; then nothing has changed.
+        applied: whether the weights were updated. They are not without labels, and not where loss or norm is NaN,
+            infinite or above ``StepPolicy.bounds``; then nothing has changed.
         stop: whether any rank asked to stop.
         loss_scale: factor of the loss in this step; None where gradients need none.
         lowered_to: that of the next step, where the gradients of a finite loss have overflowed and a smaller one may
@@ -45,6 +46,11 @@ class StepStats:
     loss_scale: float | None = None
     lowered_to: float | None = None
     skipped: int = 0
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether neither loss nor norm is NaN or infinite."""
+        return isfinite(self.loss or 0.0) and isfinite(self.gradient_norm)
 
 
 class Updated(NamedTuple):
@@ -94,7 +100,7 @@ class Engine(Protocol):
         """
 
     def update(self, gradients: Sequence[Gradient], totals: "Totals", lr: float) -> None:
-        """Clip and update, in ``step``; a no-op where the step's loss or norm is not finite."""
+        """Clip and update, in ``step``; a no-op where the step is refused."""
 
     @property
     def model(self) -> Transformer:
@@ -117,8 +123,8 @@ class Engine(Protocol):
     def step(self, batch: StepBatch, lr: float, stop: Callable[[], bool] = lambda: False) -> StepStats:
         """Make one optimizer step, or refuse it.
 
-        What is not finite makes the update a no-op on the device. The caller reads ``applied`` afterwards, and may go
-        on, run the step again or go back, from unchanged weights.
+        What is not finite, or above the policy's bounds, makes the update a no-op on the device. The caller reads
+        ``applied`` afterwards, and may go on, run the step again or go back, from unchanged weights.
 
         Args:
             batch: this rank's share of the global batch.
@@ -141,6 +147,9 @@ class Engine(Protocol):
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Take over the weights alone of a checkpoint of a model with the same parameters, saved in whatever layout."""
+
+    def weights_changed(self) -> None:
+        """Renew what is derived from the weights, after they have been changed from outside."""
 
     def check_finite(self, where: str) -> None:
         """Check that all weights and optimizer state of this rank are finite.

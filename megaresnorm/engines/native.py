@@ -127,7 +127,8 @@ class NativeEngine:
         2. Forward and backward of every microbatch, or the pipeline's schedule (tp and pp inside; dp as ``grad_sync``).
         3. Add up what dp does not: partial sums over tp, tied embeddings over the first and last stage.
         4. One vector over all ranks: loss, squares of the gradients, stop flag, valid tokens of the next step.
-        5. Clip, AdamW, renew the 16-bit copies: on the device, and nothing at all where loss or norm is not finite.
+        5. Clip, AdamW, renew the 16-bit copies: on the device, and nothing at all where loss or norm is not finite, or
+           above the policy's bounds.
         6. The host reads the vector.
 
         Communication:
@@ -139,7 +140,7 @@ class NativeEngine:
             self.low_precision.begin_step()
             loss = self.backward(batch, tokens)
             gradients = self._optimizer.collect(per_parameter=self.policy.clipper.clips_each) if tokens else []
-            totals = self.policy.sum_up(loss, gradients, batch, stops=stop())
+            totals = self.policy.sum_up(loss, gradients, batch, tokens, stops=stop())
             if tokens:
                 self.update(gradients, totals, lr)
             self._optimizer.zero_grad()

@@ -1,7 +1,7 @@
 """What becomes of a step, decided alike whatever engine has made its gradients.
 
 The loss is divided by the global batch's tokens, norms are those of all ranks, clipping and the loss scale are ours,
-and a step whose loss or norm is not finite changes nothing.
+and a step whose loss or norm is not finite, or a spike, changes nothing.
 """
 
 from collections.abc import Sequence
@@ -32,6 +32,7 @@ from megaresnorm.parallel.collectives import all_reduce
 from megaresnorm.parallel.mesh import Axis
 from megaresnorm.precision.loss_scale import LossScale
 from megaresnorm.recipe import Recipe
+from megaresnorm.resilience.spikes import Bounds
 
 
 class Totals(NamedTuple):
@@ -64,6 +65,7 @@ class StepPolicy:
 
     Attributes:
         replicas: axis whose ranks have the same gradients.
+        bounds: a step above them is refused; None: only what is not finite is.
         clipper: clips gradients.
         loss_scale: of FP16; None where gradients need none.
         updates: steps that have been applied.
@@ -76,6 +78,7 @@ class StepPolicy:
         self.clipper = GradientClipper(recipe.optim, len(self._names), assembled.device)
         self.loss_scale = LossScale.of(recipe.precision)
         self.updates = 0
+        self.bounds: Bounds | None = None
         self._own: OwnShares | None = None  # known with the first gradients
         # The next step's samples and their valid tokens on all ranks, which the last step has summed.
         self._counted: tuple[SampleRange | None, int] | None = None
@@ -99,12 +102,15 @@ class StepPolicy:
         return int(all_reduce(torch.tensor([batch.num_valid], device=self._assembled.device), dp).item())
 
     @torch.no_grad()
-    def sum_up(self, loss: Tensor, gradients: Sequence[Gradient], batch: StepBatch, *, stops: bool) -> Totals:
+    def sum_up(
+        self, loss: Tensor, gradients: Sequence[Gradient], batch: StepBatch, tokens: int, *, stops: bool
+    ) -> Totals:
         """The totals of a step. Collective.
 
         Args:
             loss: sum of this rank's losses, FP64.
             gradients: after every reduction, on the device or the host; none where the global batch has no tokens.
+            tokens: of the global batch.
             stops: whether this rank asks to stop.
 
         Communication:
@@ -116,7 +122,11 @@ class StepPolicy:
         squares = None if norms is None or self._own is None else own_squares(norms, self._own)
         following = 0.0 if batch.following is None else batch.following[1]()
         vector = sum_over_ranks(self._context, loss, squares, stops=stops, tokens=following)
-        return Totals(vector, norms, (~vector[:2].isfinite()).any().float())
+        refused = ~vector[:2].isfinite()
+        if self.bounds is not None:
+            for of_step, refuses, most in zip(vector, refused, self.bounds.of_sums(tokens), strict=False):
+                refuses |= of_step > most
+        return Totals(vector, norms, refused.any().float())
 
     @torch.no_grad()
     def clip(self, gradients: Sequence[Gradient], totals: Totals) -> Tensor | None:
@@ -147,7 +157,7 @@ class StepPolicy:
             self._counted = None
         else:
             self._counted = batch.following[0], int(next_tokens)
-        stats = stats_of(loss, squares, tokens, self.loss_scale, stop=stops > 0)
+        stats = stats_of(loss, squares, tokens, self.loss_scale, stop=stops > 0, bounds=self.bounds)
         self.updates += stats.applied
         self.clipper.steps += stats.applied and self.clipper.clips_each
         return stats

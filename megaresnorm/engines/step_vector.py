@@ -6,7 +6,7 @@ rank is put into tensors once, with the first gradients (``own_shares``).
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import isfinite
+from math import inf, isfinite
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from megaresnorm.optim import Gradient
 from megaresnorm.parallel.collectives import all_reduce
 from megaresnorm.parallel.mesh import Axis, ParallelContext
 from megaresnorm.precision.loss_scale import LossScale
+from megaresnorm.resilience.spikes import Bounds
 
 NORM_PIECE = 1 << 16  # elements whose squares may be added in FP32: the error is below 1e-6
 
@@ -114,17 +115,21 @@ def sum_over_ranks(
     return all_reduce(vector, context.world)
 
 
-def stats_of(loss: float, squares: float, tokens: int, scale: LossScale | None, *, stop: bool) -> StepStats:
+def stats_of(
+    loss: float, squares: float, tokens: int, scale: LossScale | None, *, stop: bool, bounds: Bounds | None = None
+) -> StepStats:
     """What has become of a step, by its vector, and so on all ranks the loss scale of the next one.
 
-    A loss that is not finite says nothing of the scale, which has no part in it.
+    A loss that is not finite, or a spike, says nothing of the scale, which has no part in it.
     """
     if not tokens:  # nothing was to be learned: neither moments nor decay may move a weight
         stats = StepStats(None, 0.0, 0, applied=False, stop=stop)
         return stats if scale is None else replace(stats, loss_scale=scale.value, skipped=scale.state.skipped)
-    applied = isfinite(loss) and isfinite(squares)
+    is_finite = isfinite(loss) and isfinite(squares)
+    most = (inf, inf) if bounds is None else bounds.of_sums(tokens)
+    applied = is_finite and loss <= most[0] and squares <= most[1]
     stats = StepStats(loss / tokens, squares**0.5, tokens, applied, stop)
     if scale is None:
         return stats
-    before, lowered = scale.value, isfinite(loss) and scale.update(overflowed=not applied)
+    before, lowered = scale.value, isfinite(loss) and scale.update(overflowed=not is_finite)
     return replace(stats, loss_scale=before, lowered_to=scale.value if lowered else None, skipped=scale.state.skipped)

@@ -12,8 +12,8 @@ FaultKind = Literal[
     "kill", "stop", "hang", "slow", "nan", "flip", "spike", "torn_write", "no_space", "io_error", "cut", "clock"
 ]
 Place = Literal[
-    "step", "loader", "forward", "collective", "save", "interpreter", "weight", "moment", "gradient", "reduced_gradient",
-    "activation",
+    "step", "loader", "forward", "collective", "save", "interpreter",
+    "weight", "moment", "gradient", "reduced_gradient", "activation",
 ]  # fmt: skip
 
 
@@ -30,7 +30,7 @@ class FaultRecipe(Section):
     place: Place | None = None
     """Where in the step, or in what; unset: the usual one of its kind."""
     block: BlocksOr0 | None = None
-    """Of activations and weights: of which block; unset: chosen by the seed."""
+    """Of which block numbers are spoilt; unset, or not on that rank: chosen by the seed."""
     times: Count = 1
     """How often it happens: a step that is run again, or done again after a restart, may meet it again. slow: steps."""
     seconds: Annotated[Positive, Field(le=MAX_SECONDS)] | None = None

@@ -95,7 +95,7 @@ def layout_of(recipe: Recipe, num_writers: int | None) -> str:
 def cards_of(run: RunFiles) -> list[Card]:
     """Headline figures."""
     metrics, marks = run.metrics, run.marks
-    found = [card for make in (_loss, _valid, _speed, _flops, _memory) if (card := make(run)) is not None]
+    found = [card for make in (_loss, _valid, _speed, _flops, _memory, _goodput) if (card := make(run)) is not None]
     tokens = metrics.last("tokens")
     if tokens is not None:
         times = metrics.values.get("time", np.zeros(0))
@@ -187,6 +187,11 @@ def _memory(run: RunFiles) -> Card | None:
     return None if peak is None else Card("Peak memory", f"{np.nanmax(peak) / 1e9:.2f} GB", "of the first rank")
 
 
+def _goodput(run: RunFiles) -> Card | None:
+    share = run.metrics.last("goodput")
+    return None if share is None else Card("Goodput", f"{share:.1%}", "of the time, in steps that stay")
+
+
 COLUMNS: dict[str, Callable[[RunFiles], str]] = {
     "state": lambda run: run.state,
     "topology": lambda run: "" if run.recipe is None else run.recipe.model.topology,
@@ -199,5 +204,6 @@ COLUMNS: dict[str, Callable[[RunFiles], str]] = {
     "tokens/s": lambda run: "" if (speed := median_of(run, "tokens_per_second")) is None else f"{speed:,.0f}",
     "peak memory": lambda run: "" if (card := _memory(run)) is None else card.value,
     "spikes": lambda run: str(len(run.marks.spikes)),
+    "goodput": lambda run: "" if (share := run.metrics.last("goodput")) is None else f"{share:.1%}",
     "refused": lambda run: str(len(run.marks.refused)),
 }

@@ -72,12 +72,17 @@ def spikes_of(loss: np.ndarray) -> np.ndarray:
 
 
 def _refused(columns: Columns) -> np.ndarray:
-    """Loss or gradient norm is not finite; or the count of overflows has grown. Without labels the norm is 0."""
-    norm, loss, skipped = (columns.values.get(name) for name in ("gradient_norm", "loss", "skipped"))
+    """Loss or gradient norm is not finite; or a count has grown, of overflows or of steps that the guard has left out.
+
+    Without labels the norm is 0.
+    """
+    norm, loss = (columns.values.get(name) for name in ("gradient_norm", "loss"))
     if norm is None or loss is None:
         return np.zeros(0, dtype=np.int64)
     refused = ~np.isfinite(norm) | (~np.isfinite(loss) & (norm != 0))
-    if skipped is not None:
+    for skipped in (columns.values.get(name) for name in ("skipped", "skips")):
+        if skipped is None:
+            continue
         count = np.where(np.isfinite(skipped), skipped, 0.0)
         refused |= np.diff(count, prepend=count[:1]) > 0
         refused[:1] |= count[:1] > 0

@@ -11,6 +11,7 @@ from megaresnorm.report.columns import number
 from megaresnorm.report.compare import differing_settings
 from megaresnorm.report.drawing import Figure
 from megaresnorm.report.facts import COLUMNS, CONVENTION, Card, cards_of, facts_of
+from megaresnorm.report.incidents import HEADINGS, incident_rows, spent_rows
 from megaresnorm.report.runs import RunFiles
 from megaresnorm.report.style import STYLE
 from megaresnorm.text import shown
@@ -32,6 +33,7 @@ def page_of_run(run: RunFiles, figures: Mapping[str, Sequence[Figure]]) -> str:
         _problems(run.problems),
         _cards(cards_of(run)),
         _facts(run),
+        _incidents(run),
         *(_section(heading, found) for heading, found in figures.items() if heading != "Profile"),
         "" if run.profile is None else _profile(run.profile, figures.get("Profile", ())),
         f"<footer><p>{escape(SPIKE)} {escape(CONVENTION)}</p></footer>",
@@ -90,6 +92,14 @@ def _facts(run: RunFiles) -> str:
         text = escape(shown(dump_recipe(run.recipe, full=False), lines=True))
         settings = f"<details><summary>Settings that differ from the defaults</summary><pre>{text}</pre></details>"
     return f"<section><h2>The run</h2><dl>{rows}</dl>{settings}</section>"
+
+
+def _incidents(run: RunFiles) -> str:
+    rows, spent = incident_rows(run.incidents), spent_rows(run.metrics)
+    found = f"<section><h2>What happened</h2>{_table(HEADINGS, rows)}</section>" if rows else ""
+    if spent:
+        found += f"<section><h2>Where the time went</h2>{_table(('time', 'seconds', 'share'), spent)}</section>"
+    return found
 
 
 def _section(heading: str, figures: Sequence[Figure]) -> str:

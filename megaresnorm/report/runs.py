@@ -19,9 +19,11 @@ from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import load_recipe, read_recipe
 from megaresnorm.report.columns import Columns, read_columns
 from megaresnorm.report.depth_records import Depth, OverTime, depth_over_time, numbers_over_time
+from megaresnorm.report.incidents import start_times
 from megaresnorm.report.marks import Marks, marks_of
 from megaresnorm.report.profile import MAX_PROFILE_VALUES
 from megaresnorm.resilience.lock import is_held
+from megaresnorm.telemetry.incidents import read_incidents
 from megaresnorm.telemetry.metrics import DEPTH, NUMBERS
 from megaresnorm.telemetry.numbers import read_numbers
 
@@ -39,6 +41,7 @@ class RunFiles:
         num_parameters: of the whole model; None where the recipe does not say the vocabulary.
         num_writers: ranks that wrote the newest checkpoint; None without one.
         problems: lines on what could not be read, and is left out.
+        incidents: what went wrong and was done about it, oldest first.
     """
 
     folder: Path
@@ -54,6 +57,7 @@ class RunFiles:
     numbers: Mapping[str, Mapping[str, OverTime]] = field(default_factory=dict)
     profile: Mapping[str, Any] | None = None
     problems: tuple[str, ...] = ()
+    incidents: tuple[Mapping[str, Any], ...] = ()
 
 
 def read_runs(folders: list[Path], now: float | None = None) -> list[RunFiles]:
@@ -87,7 +91,8 @@ def _read(folder: Path, name: str, now: float) -> RunFiles:
     problems: list[str] = []
     recipe = _recipe(folder, problems)
     metrics = _metrics(folder, problems)
-    starts = _starts(folder)
+    incidents = tuple(read_incidents(folder))
+    starts = start_times(incidents) or _starts(folder)
     return RunFiles(
         folder=folder,
         name=name,
@@ -102,6 +107,7 @@ def _read(folder: Path, name: str, now: float) -> RunFiles:
         numbers=_numbers(folder, problems),
         profile=_profile(folder, problems),
         problems=tuple(problems),
+        incidents=incidents,
     )
 
 

@@ -17,7 +17,9 @@ from dataclasses import fields, replace
 
 from megaresnorm.errors import LostRankError
 from megaresnorm.parallel.environment import host_name, listening_socket, node_number, read_environment
+from megaresnorm.resilience.beats import Beats
 from megaresnorm.resilience.launcher import SIGNALS, Failure, Launcher, children, end_with, kill
+from megaresnorm.resilience.watcher import Watcher, ends_ranks, slots_of
 from megaresnorm.text import say
 
 BLOCKED = (*SIGNALS, signal.SIGHUP)
@@ -32,6 +34,7 @@ def main() -> None:
     launcher = Launcher(folder)
     threading.Thread(target=_pass_on, args=(supervisor,), name="signals", daemon=True).start()
     end_with(supervisor, launcher, first=_kill_ranks)
+    _watch(launcher)
     from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -106,6 +109,16 @@ class _Killed(logging.Handler):
         attempt = self._launcher.read("attempt") or 0
         with suppress(OSError):
             self._launcher.note_failure(Failure(rank, host_name(), f"killed by {name}{hint}", 128 - code), attempt)
+
+
+def _watch(launcher: Launcher) -> None:
+    """Watch the ranks of this node: they tell what they are at in memory that they open through this process."""
+    num_ranks = int(sys.argv[sys.argv.index("--nproc-per-node") + 1])
+    beats, descriptor = Beats.make(num_ranks)
+    with suppress(OSError):  # a full /tmp: then ranks that hang are ended by the time-outs of their groups
+        launcher.write("agent", os.getpid())
+        launcher.write("beats", descriptor)
+    Watcher(slots_of(beats, num_ranks), ends_ranks(launcher)).start()
 
 
 def _kill_ranks() -> None:

@@ -42,12 +42,12 @@ class BadNumbers:
             case "reduced_gradient":
                 wrapped.method(self._engine, "update", self._before_update(fault, fires, chance))
             case "gradient" | "activation":
-                wrapped.method(self._engine, "step", self._around_step(fault, fires, chance))
+                self._in_step(fault, fires, chance, wrapped)
             case _:
                 raise NotImplementedError(fault.place)
 
     def poisoned(self, step: int, vocab_size: int, fires: Fires) -> Callable[[Callable], Callable]:
-        """What makes of a loader's ``step`` one whose labels are random tokens, alike on ranks with the same samples."""
+        """What makes of a loader's ``step`` one whose labels are random tokens, as on ranks with the same samples."""
 
         def around(load: Callable) -> Callable:
             def poisoned(*arguments: Any) -> Any:
@@ -66,13 +66,9 @@ class BadNumbers:
     def _stored(self, fault: FaultRecipe, chance: random.Random) -> Tensor:
         """A tensor of weights or moments that this rank holds."""
         members = self._engine.tensors["optimizer" if fault.place == "moment" else "weights"]
-        inside = f"blocks.{fault.block}."
-        names = [
-            name
-            for name, slices in members.items()
-            if slices.local is not None and slices.local.numel() and (fault.block is None or inside in name)
-        ]
-        return members[chance.choice(names)].local
+        names = [name for name, slices in members.items() if slices.local is not None and slices.local.numel()]
+        inside = [name for name in names if f"blocks.{fault.block}." in name]
+        return members[chance.choice(inside or names)].local
 
     def _before_update(self, fault: FaultRecipe, fires: Fires, chance: random.Random) -> Callable[[Callable], Callable]:
         def around(update: Callable) -> Callable:
@@ -85,8 +81,9 @@ class BadNumbers:
 
         return around
 
-    def _around_step(self, fault: FaultRecipe, fires: Fires, chance: random.Random) -> Callable[[Callable], Callable]:
+    def _in_step(self, fault: FaultRecipe, fires: Fires, chance: random.Random, wrapped: Wrapped) -> None:
         """Spoils a number the first time that each step of the engine comes to it: in its first microbatch."""
+        # Its hooks come before those of whoever looks for it.
         blocks = dict(blocks_of(self._engine.assembled))
         number = fault.block if fault.block in blocks else chance.choice(sorted(blocks))
         parameter = chance.choice([p for p in blocks[number].parameters() if p.requires_grad])
@@ -106,18 +103,22 @@ class BadNumbers:
         def around(step: Callable) -> Callable:
             def spoilt(*arguments: Any) -> Any:
                 first[0] = True
-                if fault.place == "activation":
-                    handle = blocks[number].register_forward_hook(of_stream)
-                else:
-                    handle = parameter.register_hook(once)
-                try:
-                    return step(*arguments)
-                finally:
-                    handle.remove()
+                return step(*arguments)
 
             return spoilt
 
-        return around
+        def of_gradient(block: Any, arguments: Any) -> None:
+            if arguments[0].x.requires_grad:
+                arguments[0].x.register_hook(once)
+
+        if fault.place == "activation":
+            handle = blocks[number].register_forward_hook(of_stream)
+        elif self._engine.gathers_weights:  # gradients of parameters arrive at tensors that exist for a while
+            handle = blocks[number].register_forward_pre_hook(of_gradient)
+        else:
+            handle = parameter.register_hook(once)
+        wrapped.at_end(handle.remove)
+        wrapped.method(self._engine, "step", around)
 
 
 @torch.no_grad()

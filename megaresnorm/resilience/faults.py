@@ -174,7 +174,8 @@ class Drill:
     @staticmethod
     def _interrupt(fault: FaultRecipe) -> None:
         if fault.kind == "hang" and fault.place == "interpreter":
-            ctypes.PyDLL(None).sleep(FOREVER)  # keeps the interpreter's lock, as a C extension may
+            while True:  # a signal that is heard ends one sleep
+                ctypes.PyDLL(None).sleep(FOREVER)  # keeps the interpreter's lock, as a C extension may
         elif fault.kind == "hang":
             time.sleep(FOREVER)
         else:

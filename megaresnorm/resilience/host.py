@@ -1,6 +1,7 @@
 """How much memory and how many cores this machine, or the job's share of it, has."""
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -89,3 +90,12 @@ def available_cores(cgroups: Path = CGROUPS) -> int:
         return max(1, min(cores, int(quota) // int(period)))
     except (OSError, ValueError, ZeroDivisionError):  # "max": no limit; version 1 of control groups
         return cores
+
+
+def process_age(proc: Path = PROC) -> float:
+    """Seconds since this process was started; 0 where the system does not tell (Linux does)."""
+    try:
+        ticks = int((proc / "self" / "stat").read_text().rpartition(")")[2].split()[19])
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0.0

@@ -8,6 +8,8 @@ They lie in a private folder that lasts as long as the job, and that the supervi
   progress     attempt in which the newest checkpoint was written
   attempt      how often the ranks of this node have been started again
   rank-L       rank of the L-th process of this node
+  beats        descriptor of the agent, whose process is agent, of the memory in which ranks tell what they are at
+  run          folder of the run, and the hosts of all ranks
   failed-N     rank of this node that failed first in attempt N, and why
   ranks-N-P    torch's store of attempt N, if all ranks are on this node: nothing listens on a port
 
@@ -26,6 +28,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # these save a checkpoint and end the run
 PREFIX = "megaresnorm-"  # of the name of the folder
@@ -80,6 +83,24 @@ class Launcher:
         except OSError:
             return None
         return int(text) if text.isdecimal() else None
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write what JSON can hold into a file, atomically.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        temporary = self.folder / f".{name}.{os.getpid()}"
+        temporary.write_text(json.dumps(value))
+        temporary.replace(self.folder / name)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """What is in such a file; empty where there is none."""
+        try:
+            found = json.loads((self.folder / name).read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def introduce(self, rank: int, local_rank: int, attempt: int) -> None:
         """Tell the supervisor which rank a process of this node is, in which start of the ranks."""

@@ -143,7 +143,7 @@ class StopSignals:
             self.received, self._first = number, time.monotonic()
             if not self._begun and (self._launcher is not None or self._environment.world_size > 1):
                 threading.Timer(0.0 if self._launcher else PATIENCE, self._end_before_begin).start()
-        elif time.monotonic() - self._first > repeats and not (number == signal.SIGINT and _is_interactive()):
+        elif time.monotonic() - self._first > repeats and not (number == signal.SIGINT and is_interactive()):
             self._end_at_once(128 + number, "a second signal: ended at once, without saving")
 
     def _end_before_begin(self) -> None:
@@ -169,11 +169,11 @@ class StopSignals:
                 f"{signal.Signals(number).name} before the first step; nothing was to be saved", 128 + number
             )
         second = self.received is not None and time.monotonic() - self._first > REPEATS
-        if second and number == signal.SIGINT and _is_interactive():
+        if second and number == signal.SIGINT and is_interactive():
             raise KeyboardInterrupt
 
 
-def _is_interactive() -> bool:
+def is_interactive() -> bool:
     """Whether this is a notebook's kernel or a shell of Python, which is not to end with a run."""
     return "ipykernel" in sys.modules or hasattr(sys, "ps1")
 

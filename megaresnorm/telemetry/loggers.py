@@ -47,6 +47,12 @@ TAGS = {
     "tflops": "perf/tflops_per_rank",
     "mfu": "perf/mfu",
     "peak_memory": "perf/peak_memory_gb",
+    "goodput": "perf/goodput",
+    "waiting": "perf/waiting_seconds",
+    "data": "perf/data_seconds",
+    "reruns": "guard/reruns",
+    "skips": "guard/skips",
+    "rollbacks": "guard/rollbacks",
 }
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ class MetricsWriter:
         settings: the recipe's, by dotted key.
         records: names of the files, of ``NUMBERS`` and ``DEPTH``, for which there will be records.
 
+    Attributes:
+        kept: metrics of the last step before ``first_step``; empty without one.
+        dropped: metrics of the last step that there were, be it dropped or not.
+
     Raises:
         ConfigError: a logger refuses to start.
         OSError: the files cannot be read or written; an earlier file then stays as it was.
@@ -48,12 +53,32 @@ class MetricsWriter:
         settings: Mapping[str, Any] | None = None,
         records: Sequence[str] = (),
     ) -> None:
+        self._folder, self._names = folder, records
+        self.kept: dict[str, Any] = {}
+        self.dropped: dict[str, Any] = {}
+        self._open_loggers = partial(open_loggers, loggers, folder, settings=settings or {})
+        self._open(first_step)
+
+    def _open(self, first_step: int) -> None:
+        folder = self._folder
+        self.kept, self.dropped = {}, {}
         for name, most in (("metrics.jsonl", MAX_LINE_BYTES), (NUMBERS, MAX_RECORD_BYTES), (DEPTH, MAX_RECORD_BYTES)):
             if os.path.lexists(folder / name):
-                _drop_from(folder / name, first_step, most)
+                ends = _drop_from(folder / name, first_step, most)
+                if name == "metrics.jsonl":
+                    self.kept, self.dropped = ends
         self._lines, self._last = Appended(folder / "metrics.jsonl"), b""
-        self._records = {name: Appended(folder / name) for name in records}
-        self._loggers = open_loggers(loggers, folder, first_step, settings or {})
+        self._records = {name: Appended(folder / name) for name in self._names}
+        self._loggers = self._open_loggers(first_step=first_step)
+
+    def go_back(self, first_step: int) -> None:
+        """Drop what was recorded from a step on, which is about to be made again, as where a run resumes.
+
+        Raises:
+            OSError: the files cannot be read or written.
+        """
+        self.close()
+        self._open(first_step)
 
     def write(
         self,
@@ -122,7 +147,7 @@ def _line(step: int, metrics: Mapping[str, float | None]) -> bytes:
     return (json.dumps({**finite, "step": step} if "step" in finite else {"step": step, **finite}) + "\n").encode()
 
 
-def _drop_from(path: Path, first_step: int, most: int) -> None:
+def _drop_from(path: Path, first_step: int, most: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Keep only the whole lines of steps before ``first_step`` in a file of records.
 
     Versions before 0.2 counted from 0: their lines are renumbered.
@@ -130,15 +155,22 @@ def _drop_from(path: Path, first_step: int, most: int) -> None:
     Args:
         most: bytes of a line.
 
+    Returns:
+        The last record that is kept, and the last that there was; empty where there is none.
+
     Raises:
         OSError: it cannot be read or replaced.
     """
+    ends = [b"{}", b"{}"]
     kept = lines = unreadable = 0
     counted_from = 1
     for line, step in lines_of(path, most):
         unreadable += step is None
         counted_from = 0 if step == 0 else counted_from
-        kept += step is not None and step - counted_from + 1 < first_step and line.endswith(b"\n")
+        stays = step is not None and step - counted_from + 1 < first_step and line.endswith(b"\n")
+        if step is not None:
+            ends = [line if stays else ends[0], line]
+        kept += stays
         lines += 1
     if kept < lines or counted_from == 0:
         found = ((line, step) for line, step in lines_of(path, most) if step is not None)
@@ -146,6 +178,7 @@ def _drop_from(path: Path, first_step: int, most: int) -> None:
         replace_file(path, (_renumbered(line, step) if counted_from == 0 else _ended(line) for line, step in staying))
     if unreadable:
         log.warning("warning: %s: %d of its lines cannot be read and are left out", path, unreadable)
+    return json.loads(ends[0]), json.loads(ends[1])
 
 
 def _ended(line: bytes) -> bytes:

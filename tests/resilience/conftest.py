@@ -1,8 +1,11 @@
 """What these tests share; launched.py above them starts jobs."""
 
+import sys
 from pathlib import Path
 
 import pytest
+
+sys.path[:0] = [str(Path(__file__).parents[1] / "parallel")]
 
 
 @pytest.fixture(autouse=True)

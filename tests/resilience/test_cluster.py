@@ -29,7 +29,7 @@ NAMES = ["agreement", "ranks", "clocks", "output folder", "space", "write speed"
 def examined(rank: int, recipe, folder: Path) -> dict:
     """What the command prints and writes, on rank 0."""
     file = folder / "cluster.json"
-    code = cluster._examine(read_environment(), None, load=lambda: recipe, json=file if rank == 0 else None)
+    code = cluster._examine(read_environment(), None, None, load=lambda: recipe, json=file if rank == 0 else None)
     return {"code": code, "report": json.loads(file.read_text()) if rank == 0 else {}}
 
 

@@ -66,6 +66,12 @@ def poisoned_at(monkeypatch, step: int, poison) -> None:
     monkeypatch.setattr(Trainer, "step", one)
 
 
+def every_loss(run) -> None:
+    """From now on."""
+    backward = run.engine.backward
+    run.engine.backward = lambda *given: backward(*given) * float("nan")
+
+
 def used_weight(run) -> None:
     with torch.no_grad():
         run.engine.model.head.weight[0] = float("nan")
@@ -140,7 +146,7 @@ def test_a_gradient_of_one_rank_is_refused_by_all(tiny, parallel):
 def test_no_step_is_saved_while_steps_are_refused_and_the_end_is_an_error(tiny, monkeypatch, caplog):
     """The last steps of the recipe are refused, fewer than end a run at once."""
     caplog.set_level(logging.WARNING, logger="megaresnorm")
-    poisoned_at(monkeypatch, 7, used_weight)
+    poisoned_at(monkeypatch, 7, every_loss)
     with pytest.raises(NonFiniteError, match=r"the last 2 steps were refused, .* the newest is step-0+6"):
         train(settings(tiny, steps=9))
     assert "step 8 is not saved while steps are being refused" in caplog.text
@@ -152,7 +158,8 @@ def test_checkpoints_before_the_first_refused_step_are_not_pruned(tiny, monkeypa
 
     def backward(engine, batch, tokens):
         loss = real(engine, batch, tokens)
-        return loss * float("nan") if engine.policy.updates == 5 and not done.append(1) and len(done) < 2 else loss
+        spoilt = engine.policy.updates == 5 and not done.append(1) and len(done) < 3  # and when it is made again
+        return loss * float("nan") if spoilt else loss
 
     done: list[int] = []
     recipe = settings(tiny, steps=10)

@@ -1,0 +1,190 @@
+"""Watches the slots of a node's ranks, from another process where there is one, and ends ranks that hang."""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from megaresnorm.parallel.environment import host_name
+from megaresnorm.resilience.beats import PHASE, PID, SECOND, Beat, Beats, Phase
+from megaresnorm.resilience.hang_report import Hang
+from megaresnorm.resilience.launcher import Launcher, kill
+from megaresnorm.resilience.sights import GONE, Sight, main_stack, sight_of, stacks_of
+from megaresnorm.resilience.suspects import Verdict, judge
+from megaresnorm.text import say
+
+log = logging.getLogger(__name__)
+
+EVERY = 0.2  # seconds between two looks
+PAUSE = 2.0  # seconds between two looks from which on the watcher itself stood still
+MOST_PAUSES = 64
+WARNED = 600.0  # seconds between two warnings, where that is all that is done
+AGAIN = 1.0  # seconds until ranks that are within their time are looked at again
+
+
+class Others(Protocol):
+    """What the watchers of other nodes see."""
+
+    def ask(self, mine: Mapping[int, Sight]) -> tuple[dict[int, Sight], dict[int, str]]:
+        """What is seen of all ranks that can be reached, and the hosts of all that are known."""
+
+    def tell(self, hang: Hang) -> None:
+        """Tell the others what was found, before the ranks of this node are ended."""
+
+    def listen(self, see: Callable[[], Mapping[int, Sight]]) -> Verdict | None:
+        """Answer what others ask. What another node has found, if it has."""
+
+
+class Alone:
+    """There is one node."""
+
+    def ask(self, mine: Mapping[int, Sight]) -> tuple[dict[int, Sight], dict[int, str]]:
+        """See ``Others``."""
+        return dict(mine), {}
+
+    def tell(self, hang: Hang) -> None:
+        """See ``Others``."""
+
+    def listen(self, see: Callable[[], Mapping[int, Sight]]) -> Verdict | None:
+        """See ``Others``."""
+        return None
+
+
+class Watcher:
+    """Looks at the slots of a node's ranks again and again.
+
+    Args:
+        slots: gives the ranks' slots as they are.
+        act: called with a hang that was found; returns whether it has ended the ranks, which are then left alone.
+        others: the other nodes.
+    """
+
+    def __init__(
+        self, slots: Callable[[], Iterator[Beat]], act: Callable[[Hang], bool], others: Others | None = None
+    ) -> None:
+        self._slots, self._act, self._others = slots, act, others or Alone()
+        self._pauses: list[tuple[int, int]] = []
+        self._done: set[int] = set()
+        self._last, self._not_before = time.monotonic_ns(), 0.0
+        self._end = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Look from now on, in a thread."""
+        self._last = time.monotonic_ns()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop looking."""
+        self._end.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._end.wait(EVERY):
+            try:
+                self.look()
+            except Exception:
+                log.exception("the watchdog goes on after an error of its own")
+
+    def look(self) -> None:
+        """Look once, and act on a hang."""
+        now = time.monotonic_ns()
+        if now - self._last > PAUSE * SECOND:
+            self._pauses = [*self._pauses[-MOST_PAUSES:], (self._last, now)]
+        self._last = now
+        mine = self._see(now)
+        if (found := self._others.listen(lambda: mine)) is not None:
+            self._found(self._with_stacks(mine), found, {})
+        elif time.monotonic() >= self._not_before and _is_late(mine):
+            self._decide(mine)
+            self._last = time.monotonic_ns()  # what that took is no pause
+
+    def _see(self, now: int) -> dict[int, Sight]:
+        host, seen = host_name(), {}
+        for beat in self._slots():
+            if beat.is_used and beat.words[PID] not in self._done:
+                sight = sight_of(beat, host, now, self._pauses)
+                if sight.state not in (GONE, "Z") or beat.words[PHASE] not in (Phase.REST, Phase.CLOSING):
+                    seen[beat.rank] = sight
+        return seen
+
+    def _decide(self, mine: Mapping[int, Sight]) -> None:
+        if judge(mine).in_time and isinstance(self._others, Alone):
+            self._not_before = time.monotonic() + AGAIN
+            return
+        mine = self._with_stacks(mine)
+        sights, hosts = self._others.ask(mine)
+        verdict = judge(sights)
+        again = self._see(time.monotonic_ns())
+        moved = not _is_late(again)  # who has gone on meanwhile does not hang
+        resumed = any(sights[r].is_dead and r in again and not again[r].is_dead for r in verdict.ranks if r in sights)
+        if verdict.in_time or moved or resumed:
+            self._not_before = time.monotonic() + AGAIN
+            return
+        self._found(sights, verdict, hosts)
+
+    def _with_stacks(self, mine: Mapping[int, Sight]) -> dict[int, Sight]:
+        stacks = stacks_of([sight.beat for sight in mine.values()])
+        return {
+            rank: replace(sight, stacks=stacks.get(rank, ""), stack=main_stack(stacks.get(rank, "")))
+            for rank, sight in mine.items()
+        }
+
+    def _found(self, sights: Mapping[int, Sight], verdict: Verdict, hosts: Mapping[int, str]) -> None:
+        hang = Hang(sights, verdict, hosts, host_name())
+        self._others.tell(hang)
+        if self._act(hang):
+            self._done |= {sight.beat.words[PID] for sight in sights.values() if sight.host == hang.here}
+        else:
+            self._not_before = time.monotonic() + WARNED
+
+
+def _is_late(sights: Mapping[int, Sight]) -> bool:
+    """Whether the time of a rank that lives is over. One that is gone is its supervisor's to notice."""
+    return any(sight.is_overdue and sight.state not in (GONE, "Z") for sight in sights.values())
+
+
+def ends_ranks(launcher: Launcher) -> Callable[[Hang], bool]:
+    """What the agent of a node does about a hang: it says and writes it down, and ends the ranks of its node.
+
+    Args:
+        launcher: the node's files; there the ranks have said where the run's folder is.
+    """
+
+    def act(hang: Hang) -> bool:
+        about = launcher.read_json("run")
+        output = about.get("output")
+        report = hang.write(Path(output)) if isinstance(output, str) else "there is no folder for them yet"
+        failure = hang.failure(report)
+        with suppress(OSError):
+            launcher.note_failure(failure, launcher.read("attempt") or 0)
+        say(f"megaresnorm: {failure}", error=True)
+        end(hang)
+        return True
+
+    return act
+
+
+def end(hang: Hang) -> None:
+    """End the ranks of this node that have hung; a stopped one hears nothing less."""
+    for sight in hang.sights.values():
+        if sight.host == hang.here and sight.beat.words[PID] != os.getpid():
+            kill(sight.beat.words[PID])
+
+
+def slots_of(beats: Beats, num_ranks: int) -> Callable[[], Iterator[Beat]]:
+    """What ``Watcher`` asks for: the first slots of some memory."""
+    return lambda: (beats.read(slot) for slot in range(min(num_ranks, beats.num_slots)))
+
+
+def known_hosts(launcher: Launcher) -> dict[int, str]:
+    """Hosts of all ranks, as these have told each other."""
+    hosts: Any = launcher.read_json("run").get("hosts")
+    return {rank: str(host) for rank, host in enumerate(hosts)} if isinstance(hosts, list) else {}

@@ -1,0 +1,78 @@
+"""What went wrong in a run and what was done about it, in RUN/events.jsonl, for people and for ``megaresnorm report``.
+
+A line is one JSON object: schema_version, time (seconds since 1970), step, kind, rank and host where they are known,
+what (one line of words), and what else belongs to its kind. Nothing is ever removed from it, also where the run goes
+back: its steps may therefore go back, too.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megaresnorm.files import open_plain
+from megaresnorm.text import shown
+
+log = logging.getLogger(__name__)
+
+EVENTS = "events.jsonl"
+SCHEMA_VERSION = 1
+
+
+class Incidents:
+    """Appends to the file; several processes may.
+
+    Args:
+        folder: of the run.
+        writes: whether this process is the one that writes.
+    """
+
+    def __init__(self, folder: Path, *, writes: bool = True) -> None:
+        self._path, self._writes = folder / EVENTS, writes
+
+    def note(
+        self, kind: str, step: int, what: str, *, rank: int | None = None, host: str | None = None, **more: Any
+    ) -> None:
+        """Append a line. Where it cannot be written that is a warning.
+
+        Args:
+            kind: such as nonfinite, spike, corruption, straggler, hang, rollback, start.
+            step: counted from 1.
+            what: one line of words.
+        """
+        if not self._writes:
+            return
+        about = {"schema_version": SCHEMA_VERSION, "time": time.time(), "step": step, "kind": kind}
+        line = json.dumps(about | {"rank": rank, "host": host, "what": shown(what)} | more) + "\n"
+        try:
+            descriptor = open_plain(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            try:
+                os.write(descriptor, line.encode())
+            finally:
+                os.close(descriptor)
+        except OSError as e:
+            log.warning("warning: %s: cannot be written (%s)", self._path, e.strerror)
+
+
+def read_incidents(folder: Path) -> Iterator[dict[str, Any]]:
+    """The lines that can be read, in the order in which they were written; none where there is no file."""
+    try:
+        lines = (folder / EVENTS).read_bytes().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        try:
+            one = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(one, dict) and isinstance(one.get("step"), int) and isinstance(one.get("kind"), str):
+            yield one
+
+
+def ended_on_purpose(folder: Path) -> bool:
+    """Whether the last process of a run has ended by itself, rather than being killed."""
+    last = [one["kind"] for one in read_incidents(folder) if one["kind"] in ("start", "end")][-1:]
+    return last != ["start"]
