@@ -17,6 +17,14 @@ from megaresnorm.limits import FP32_TINY
 from megaresnorm.model.sequence import KeyValueCache
 from megaresnorm.model.transformer import Transformer
 from megaresnorm.precision.copies import copy_weights
+from megaresnorm.recipe import TrainRecipe
+
+
+def sample_text(model: Transformer, tokenizer: Tokenizer | None, train: TrainRecipe) -> str | None:
+    """A continuation of ``train.sample_prompt``; None without a tokenizer, or switched off."""
+    if tokenizer is None or not train.sample_tokens:
+        return None
+    return generate(model, tokenizer, train.sample_prompt, train.sample_tokens, seed=train.seed)
 
 
 def generate(

@@ -114,12 +114,17 @@ def run_rank(
             raise LostRankError(f"another rank {why}; start again to go on from the newest checkpoint") from None
     end_process_group()
     code = end_on_purpose(exit_code, environment)
-    if environment.world_size > 1:  # threads of torch may outlive the group, and abort the interpreter at its end
-        with suppress(OSError):  # a full disk under the log, or a reader that went away
-            console.file.flush()
-            sys.stderr.flush()
-        os._exit(code)
+    if environment.world_size > 1:
+        _leave(code)
     return code
+
+
+def _leave(code: int) -> None:
+    """End this rank now: threads of torch may outlive the group, and abort the interpreter at its end."""
+    with suppress(OSError):  # a full disk under the log, or a reader that went away
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def _work(
@@ -142,6 +147,7 @@ def _work(
 
 
 def _train(opened: "Opened", stop: StopSignals, *, fallback: bool, full: bool) -> int:
+    from megaresnorm.generate import sample_text
     from megaresnorm.run import Run
     from megaresnorm.telemetry.log import console, log_lines
     from megaresnorm.trainer import Trainer
@@ -151,7 +157,9 @@ def _train(opened: "Opened", stop: StopSignals, *, fallback: bool, full: bool) -
             return 0
         log_lines(run.describe(full=full))
         summary = Trainer(run).train(stop)
-        text = None if summary.exit_code else run.sample_text()
+        text = None
+        if not summary.exit_code and run.context.world.size == 1:
+            text = sample_text(run.engine.model, run.data.tokenizer, run.recipe.train)
     if text is not None:
         console.print(f"\n--- sample ---\n{text}\n--------------\n", markup=False)
     log_lines(summary.describe())
@@ -198,6 +206,8 @@ def exit_code_of(work: Callable[[], int]) -> int:
         code = _code_of(e, environment)
         if not e.agreed and not isinstance(e, LostRankError):
             _note_failure(str(e), e.exit_code, environment)
+        if environment.world_size > 1 and environment.has_parent:
+            _leave(code)
         return code
     except KeyboardInterrupt as e:
         say("megaresnorm: stopped", error=True)

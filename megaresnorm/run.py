@@ -24,7 +24,6 @@ from megaresnorm.engines import engine_files, make_engine
 from megaresnorm.engines.engine import Engine
 from megaresnorm.errors import NonFiniteError, TrainingError, UserError
 from megaresnorm.evaluation import Evaluation, Validation
-from megaresnorm.generate import generate
 from megaresnorm.opening import Opened, note_progress, open_recipe
 from megaresnorm.packages import versions_of_run
 from megaresnorm.parallel.collectives import all_gather_blocks
@@ -158,12 +157,13 @@ class Run:
         return self.steps_done >= self.recipe.train.steps
 
     def next_batch(self) -> StepBatch:
-        """This rank's share of the next step; that of the one after it begins to be read."""
+        """This rank's share of the next step; that of the one after it begins to be read. Errors are all ranks'."""
         train, done = self.recipe.train, self.steps_done
         samples, following = self.guard.samples_from(self.samples_done, batch_size(done, train)), None
         if done + 1 < train.steps:
             following = self.guard.samples_from(samples.end, batch_size(done + 1, train))
-        return self.loader.step(samples, following)
+        read = partial(self.loader.step, samples, following)
+        return self._read(read) if self._steps_here == 0 or self.engine.policy.unread else read()
 
     def step_is_done(self) -> None:
         """Count the step whose batch ``next_batch`` has given. The first of this process ends the start."""
@@ -192,17 +192,10 @@ class Run:
         """The first rank counts bytes of text, which alone records what follows from them."""
 
         def loss_of(samples: Samples, count: int) -> float | None:
-            return self.engine.evaluate(self._loader(samples).load(SampleRange(0, count)))
+            return self.engine.evaluate(self._read(partial(self._loader(samples).load, SampleRange(0, count))))
 
         tokenizer = self.data.tokenizer if self.context.is_first_rank else None
         return Validation(self.recipe, self.valid, loss_of, tokenizer)
-
-    def sample_text(self) -> str | None:
-        """A continuation of ``train.sample_prompt``; None without a tokenizer, switched off, or with several ranks."""
-        train, tokenizer = self.recipe.train, self.data.tokenizer
-        if tokenizer is None or not train.sample_tokens or self.context.world.size > 1:
-            return None
-        return generate(self.engine.model, tokenizer, train.sample_prompt, train.sample_tokens, seed=train.seed)
 
     def save(self) -> None:
         """Begin a checkpoint of the present step, unless there is one.
@@ -325,6 +318,7 @@ class Run:
         """Go back to the newest checkpoint, which there is, and pass over some samples from there on. Collective."""
         self.saver.wait()
         before, root = self.guard, self.output / "checkpoints"
+        self._steps_here = 0  # nothing is read ahead
         checkpoint = open_newest(root, self.context.control, fallback=True)
         assert checkpoint is not None
         self._go_on_from(checkpoint)
@@ -344,6 +338,10 @@ class Run:
     def _prepare_output(self) -> None:
         files = {"recipe.yaml": dump_recipe(self.recipe)} | engine_files(self.recipe, self.engine.assembled)
         self.folder.prepare(files, self.engine.tensors, self.recipe.checkpoint.keep)
+
+    def _read(self, work: Callable[[], T]) -> T:
+        """As ``_all_or_raise``, also while something is being saved."""
+        return all_or_raise(work, self.context.world, self.device)
 
     def _all_or_raise(self, work: Callable[[], T]) -> T:
         """What ``work`` returns, if it fails on no rank; between steps, when nothing is being saved."""

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from megaresnorm.data.token_file import TokenFile, open_one_more
 from megaresnorm.errors import DataError
 from megaresnorm.reading import open_plain_file
 
@@ -25,13 +26,13 @@ DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.
 
 
 class TokenFiles:
-    """The tokens of PREFIX.bin, memory-mapped, and the token offsets of its documents.
+    """The tokens of PREFIX.bin, read as they are asked for, and the token offsets of its documents.
 
     Args:
         prefix: path of the two files, without .bin and .idx.
 
     Attributes:
-        tokens: [num_tokens].
+        tokens: [num_tokens]; a slice of them is read from the file.
         boundaries: [num_documents + 1] int64; document d is tokens[boundaries[d] : boundaries[d + 1]].
         sequences: [num_sequences + 1] int64, the same for sequences.
         modes: [num_sequences] int8, or None where the index has none.
@@ -53,7 +54,7 @@ class TokenFiles:
         documents = np.frombuffer(index, "<i8", num_boundaries, at)
         self._check_documents(documents, num_sequences, at)
         starts = self._check_sequences(lengths, offsets, offsets_at)
-        self.tokens = np.memmap(self.bin_path, dtype=self.dtype, mode="r") if starts[-1] else np.empty(0, self.dtype)
+        self.tokens = TokenFile(self.bin_path, self.dtype, int(starts[-1]))
         self.boundaries, self.sequences = starts[documents], starts
         at += documents.nbytes
         self.modes = np.frombuffer(index, "i1", num_sequences, at) if len(index) > at else None
@@ -84,7 +85,7 @@ class TokenFiles:
     def _read_index(self) -> bytes:
         """Read all of PREFIX.idx, after a check that its header and the size of PREFIX.bin allow for its size."""
         try:
-            tokens = os.fdopen(open_plain_file(self.bin_path), "rb")
+            tokens = os.fdopen(open_one_more(self.bin_path), "rb")
         except OSError as e:
             raise DataError(f"{self.bin_path}: cannot be read ({e.strerror})") from None
         with tokens:

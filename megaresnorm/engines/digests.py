@@ -9,7 +9,6 @@ of FSDP2 or ZeRO, and what is sharded over tp, without a second data-parallel co
 16 bits or FP8 are made anew in every step, and are not compared.
 """
 
-import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from megaresnorm.errors import CorruptionError
 from megaresnorm.kernels.digest import digest
 from megaresnorm.parallel.collectives import all_gather_blocks
 from megaresnorm.parallel.control import all_gather_json
+from megaresnorm.parallel.environment import host_name
 from megaresnorm.parallel.mesh import MESH_AXES, Axis, ParallelContext
 from megaresnorm.parallel.sharding import broadcast
 
@@ -155,7 +155,7 @@ class ReplicaDigests:
         self._quiet()
         rank = self._context.world.rank
         mine = [self._compared(digests, name, members) for name, members in differing if rank in members]
-        said = all_gather_json([socket.gethostname(), mine], self._context.control)
+        said = all_gather_json([host_name(), mine], self._context.world, self._device)  # control is the saver's
         found = []
         for sender, (_, of_rank) in enumerate(said):
             for axis, members, odd, tensors in of_rank:

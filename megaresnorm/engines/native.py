@@ -253,6 +253,10 @@ class NativeEngine:
         """Renew what is derived from the weights, after they have been changed from outside."""
         self.low_precision.refresh()
 
+    def drop_gradients(self) -> None:
+        """Forget what backward has left, where no update is to come of it."""
+        self._optimizer.zero_grad()
+
     def backward(self, batch: StepBatch, tokens: int) -> Tensor:
         """See ``Engine``."""
         if not tokens:

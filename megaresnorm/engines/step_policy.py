@@ -69,6 +69,7 @@ class StepPolicy:
         clipper: clips gradients.
         loss_scale: of FP16; None where gradients need none.
         updates: steps that have been applied.
+        unread: whether a rank could not read its samples of the next step, as all of them know after a step.
     """
 
     def __init__(self, recipe: Recipe, assembled: Assembled, *, replicas: Axis, shards: Axis) -> None:
@@ -77,7 +78,7 @@ class StepPolicy:
         self._names = list(assembled.parameters())
         self.clipper = GradientClipper(recipe.optim, len(self._names), assembled.device)
         self.loss_scale = LossScale.of(recipe.precision)
-        self.updates = 0
+        self.updates, self.unread = 0, False
         self.bounds: Bounds | None = None
         self._own: OwnShares | None = None  # known with the first gradients
         # The next step's samples and their valid tokens on all ranks, which the last step has summed.
@@ -153,7 +154,8 @@ class StepPolicy:
             tokens: of the global batch.
         """
         loss, squares, stops, next_tokens = totals.vector.tolist()
-        if batch.following is None or not isfinite(next_tokens):
+        self.unread = batch.following is not None and not isfinite(next_tokens)
+        if batch.following is None or self.unread:
             self._counted = None
         else:
             self._counted = batch.following[0], int(next_tokens)

@@ -14,12 +14,13 @@ T = TypeVar("T")
 ALONE = Axis("control")
 
 
-def all_gather_json(message: Any, axis: Axis) -> list[Any]:
+def all_gather_json(message: Any, axis: Axis, device: torch.device | None = None) -> list[Any]:
     """Every rank's message, in the order of the ranks. Collective.
 
     Args:
         message: anything that JSON can hold.
-        axis: its group is on CPUs.
+        axis: its group is on CPUs, or on ``device``.
+        device: None for CPUs.
 
     Communication:
         Two all-gathers: of 8 bytes, the message's length, and of as many bytes as the longest message has.
@@ -27,18 +28,19 @@ def all_gather_json(message: Any, axis: Axis) -> list[Any]:
     if axis.group is None:
         return [message]
     data = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
-    sizes = all_gather_blocks(torch.tensor([len(data)]), axis).flatten().tolist()
+    sizes = all_gather_blocks(torch.tensor([len(data)], device=device), axis).flatten().tolist()
     padded = torch.zeros(max(sizes), dtype=torch.uint8)
     padded[: len(data)] = data
-    everyone = all_gather_blocks(padded, axis)
+    everyone = all_gather_blocks(padded.to(device or padded.device), axis).cpu()
     return [json.loads(row[:size].numpy().tobytes()) for row, size in zip(everyone, sizes, strict=True)]
 
 
-def run_on_all_ranks(work: Callable[[], Any], axis: Axis) -> list[Any]:
+def run_on_all_ranks(work: Callable[[], Any], axis: Axis, device: torch.device | None = None) -> list[Any]:
     """Run ``work`` on every rank. Where it fails on one, no rank goes on alone. Collective.
 
     Args:
         work: returns what JSON can hold.
+        device: as of ``all_gather_json``.
 
     Returns:
         What it returned on every rank, in the order of the ranks.
@@ -60,7 +62,7 @@ def run_on_all_ranks(work: Callable[[], Any], axis: Axis) -> list[Any]:
     except Exception as e:  # noqa: BLE001 - a mistake of ours; raised below, when nobody waits for this rank any more
         error = e
         mine |= {"kind": LostRankError.__name__, "error": f"rank {axis.rank} failed: {type(e).__name__}: {e}"}
-    everyone = all_gather_json(mine, axis)
+    everyone = all_gather_json(mine, axis, device)
     if error is not None and (axis.size == 1 or not isinstance(error, UserError)):
         raise error
     for said in everyone:
@@ -69,8 +71,11 @@ def run_on_all_ranks(work: Callable[[], Any], axis: Axis) -> list[Any]:
     return [said["done"] for said in everyone]
 
 
-def all_or_raise(work: Callable[[], T], axis: Axis) -> T:
+def all_or_raise(work: Callable[[], T], axis: Axis, device: torch.device | None = None) -> T:
     """Run ``work`` on every rank. Where it fails on one, no rank goes on alone. Collective.
+
+    Args:
+        device: as of ``all_gather_json``.
 
     Returns:
         What it returned on this rank, be it JSON or not.
@@ -82,5 +87,5 @@ def all_or_raise(work: Callable[[], T], axis: Axis) -> T:
         UserError, LostRankError: as ``run_on_all_ranks``.
     """
     results: list[T] = []
-    run_on_all_ranks(lambda: results.append(work()), axis)
+    run_on_all_ranks(lambda: results.append(work()), axis, device)
     return results[0]

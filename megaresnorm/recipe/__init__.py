@@ -228,6 +228,23 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _steps_can_be_replayed(self) -> Self:
+        others = {
+            f"engine.name={self.engine.name}": self.engine.name != "native",
+            f"parallel.pp={self.parallel.pp}": self.parallel.pp > 1,
+            f"parallel.dp_shard={self.parallel.dp_shard}": self.parallel.dp_shard > 1,
+            "precision.compute=fp8": self.precision.compute == "fp8",
+            f"train.compile={self.train.compile}": self.train.compile != "none",
+        }
+        found = next((key for key, has in others.items() if has), None)
+        if self.guard.replay_every and found is not None:
+            raise ValueError(
+                f"guard.replay_every={self.guard.replay_every} does not go with {found}, where one rank's gradients "
+                "are not made again exactly and alone; set guard.replay_every=0 (guard.digest_every works)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _recomputed_blocks_exist(self) -> Self:
         recompute, num_blocks = self.recompute, self.model.num_blocks
         if (recompute.every or 0) > num_blocks:

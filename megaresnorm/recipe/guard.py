@@ -22,3 +22,6 @@ class GuardRecipe(Section):
     digest_every: CountOr0 = 100
     """Steps between comparisons of what several ranks hold alike, weights and moments, bit for bit; also before every
     checkpoint; 0: never."""
+    replay_every: CountOr0 = 0
+    """Steps between those whose gradients are computed twice, to find a device that errs now and then: each rank
+    compares its own, before they are reduced. It costs one more pass in such a step; 0: never."""

@@ -14,14 +14,18 @@ import sys
 import threading
 from contextlib import suppress
 from dataclasses import fields, replace
+from datetime import timedelta
+from typing import Any
 
 from megaresnorm.errors import LostRankError
 from megaresnorm.parallel.environment import host_name, listening_socket, node_number, read_environment
 from megaresnorm.resilience.beats import Beats
 from megaresnorm.resilience.launcher import SIGNALS, Failure, Launcher, children, end_with, kill
-from megaresnorm.resilience.watcher import Watcher, ends_ranks, slots_of
+from megaresnorm.resilience.neighbours import Neighbours
+from megaresnorm.resilience.watcher import Watcher, ends_ranks, known_hosts, slots_of
 from megaresnorm.text import say
 
+CONNECT = 3.0  # seconds to reach the store through which watchers tell each other what they see
 BLOCKED = (*SIGNALS, signal.SIGHUP)
 
 
@@ -118,7 +122,25 @@ def _watch(launcher: Launcher) -> None:
     with suppress(OSError):  # a full /tmp: then ranks that hang are ended by the time-outs of their groups
         launcher.write("agent", os.getpid())
         launcher.write("beats", descriptor)
-    Watcher(slots_of(beats, num_ranks), ends_ranks(launcher)).start()
+    others = _neighbours(launcher)
+    Watcher(slots_of(beats, num_ranks), ends_ranks(launcher, others), others).start()
+
+
+def _neighbours(launcher: Launcher) -> Neighbours | None:
+    """The watchers of other nodes, which meet in the store of torchrun's rendezvous; None where there is one node."""
+    given = dict(zip(sys.argv, sys.argv[1:], strict=False))
+    if "store_type=tcp" not in given["--rdzv-conf"]:
+        return None
+    host, _, port = given["--rdzv-endpoint"].rpartition(":")
+
+    def connect() -> Any:
+        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+        wait = timedelta(seconds=CONNECT)
+        store = TCPStore(host.strip("[]"), int(port), is_master=False, wait_for_workers=False, timeout=wait)
+        return PrefixStore(f"megaresnorm/hang/{given['--rdzv-id']}", store)
+
+    return Neighbours(connect, lambda: known_hosts(launcher))
 
 
 def _kill_ranks() -> None:

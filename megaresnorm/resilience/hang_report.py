@@ -31,12 +31,16 @@ class Hang:
         verdict: who is named.
         hosts: of all ranks, as far as they are known.
         here: this node.
+        own: ranks of this node.
+        asked: whether the other nodes were asked; otherwise nothing is known of what their ranks do.
     """
 
     sights: Mapping[int, Sight]
     verdict: Verdict
     hosts: Mapping[int, str]
     here: str
+    own: frozenset[int] = frozenset()
+    asked: bool = True
 
     @property
     def num_ranks(self) -> int:
@@ -78,6 +82,8 @@ class Hang:
         if self.verdict.unreachable:
             late = self.longest
             seen = f"rank {late.rank} on {late.host} has waited for it {late.where} for {late.seconds:.1f} s"
+            if not self.asked:
+                return f"is waited for; what it does is not seen from {self.here}: {seen} ({late.setting})"
             return f"cannot be reached{self._others_named('; nor can')}: {seen} ({late.setting})"
         sight = self.sights[self.named]
         timed = sight if sight.is_overdue else self.longest
@@ -123,7 +129,8 @@ class Hang:
         def work() -> None:
             try:
                 replace_file(path, self.text())
-                _append(output / "events.jsonl", self.event(path))
+                if self.named in self.own or self.verdict.unreachable:  # else that rank's node notes it
+                    _append(output / "events.jsonl", self.event(path))
             except OSError as e:
                 failed.append(f"{path} cannot be written ({e.strerror})")
 

@@ -8,7 +8,7 @@ section 4: ranks are grouped by their stacks, and the outliers are suspects).
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -84,11 +84,13 @@ def _neighbours(wait: Wait, group: Sequence[int], rank: int) -> list[int]:
     return [before] if wait.operation == ACTIVATIONS else [after] if wait.operation == GRADIENTS else [after, before]
 
 
-def judge(sights: Mapping[int, Sight]) -> Verdict:
+def judge(sights: Mapping[int, Sight], silent: Collection[int] = ()) -> Verdict:
     """Whom the others wait for.
 
     Args:
-        sights: what is seen, by rank; of all ranks that can be reached.
+        sights: what is seen, by rank.
+        silent: ranks of which nothing is seen though their nodes were asked. Where no wait leads to some of them, but
+            torch's own sums may, all are named.
     """
     dead = tuple(sorted(rank for rank, sight in sights.items() if sight.is_dead))
     if dead:
@@ -96,7 +98,7 @@ def judge(sights: Mapping[int, Sight]) -> Verdict:
     # What nobody waits for cannot hold anybody up: only from those whose time is up the waits are followed.
     starts = [rank for rank, sight in sights.items() if sight.is_overdue]
     ends = _ends(starts, sights)
-    unseen = tuple(sorted(rank for rank in ends if rank not in sights))
+    unseen = tuple(sorted([rank for rank in ends if rank not in sights] or silent))
     if unseen:
         return Verdict(unseen, unreachable=True)
     suspects = _farthest_behind([sights[rank] for rank in sorted(ends)])

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megaresnorm.parallel.environment import host_name
 from megaresnorm.resilience.beats import PHASE, PID, SECOND, Beat, Beats, Phase
-from megaresnorm.resilience.hang_report import Hang
+from megaresnorm.resilience.hang_report import EXIT_CODE, Hang
 from megaresnorm.resilience.launcher import Launcher, kill
+from megaresnorm.resilience.neighbours import Neighbours
 from megaresnorm.resilience.sights import GONE, Sight, main_stack, sight_of, stacks_of
 from megaresnorm.resilience.suspects import Verdict, judge
 from megaresnorm.text import say
@@ -27,47 +28,19 @@ WARNED = 600.0  # seconds between two warnings, where that is all that is done
 AGAIN = 1.0  # seconds until ranks that are within their time are looked at again
 
 
-class Others(Protocol):
-    """What the watchers of other nodes see."""
-
-    def ask(self, mine: Mapping[int, Sight]) -> tuple[dict[int, Sight], dict[int, str]]:
-        """What is seen of all ranks that can be reached, and the hosts of all that are known."""
-
-    def tell(self, hang: Hang) -> None:
-        """Tell the others what was found, before the ranks of this node are ended."""
-
-    def listen(self, see: Callable[[], Mapping[int, Sight]]) -> Verdict | None:
-        """Answer what others ask. What another node has found, if it has."""
-
-
-class Alone:
-    """There is one node."""
-
-    def ask(self, mine: Mapping[int, Sight]) -> tuple[dict[int, Sight], dict[int, str]]:
-        """See ``Others``."""
-        return dict(mine), {}
-
-    def tell(self, hang: Hang) -> None:
-        """See ``Others``."""
-
-    def listen(self, see: Callable[[], Mapping[int, Sight]]) -> Verdict | None:
-        """See ``Others``."""
-        return None
-
-
 class Watcher:
     """Looks at the slots of a node's ranks again and again.
 
     Args:
         slots: gives the ranks' slots as they are.
         act: called with a hang that was found; returns whether it has ended the ranks, which are then left alone.
-        others: the other nodes.
+        others: the watchers of other nodes; None where there are none, or none are heard of.
     """
 
     def __init__(
-        self, slots: Callable[[], Iterator[Beat]], act: Callable[[Hang], bool], others: Others | None = None
+        self, slots: Callable[[], Iterator[Beat]], act: Callable[[Hang], bool], others: Neighbours | None = None
     ) -> None:
-        self._slots, self._act, self._others = slots, act, others or Alone()
+        self._slots, self._act, self._others = slots, act, others
         self._pauses: list[tuple[int, int]] = []
         self._done: set[int] = set()
         self._last, self._not_before = time.monotonic_ns(), 0.0
@@ -100,8 +73,10 @@ class Watcher:
             self._pauses = [*self._pauses[-MOST_PAUSES:], (self._last, now)]
         self._last = now
         mine = self._see(now)
-        if (found := self._others.listen(lambda: mine)) is not None:
-            self._found(self._with_stacks(mine), found, {})
+        if self._others is not None and (found := self._others.listen(lambda: mine)) is not None:
+            sights, verdict, hosts = found
+            mine = self._with_stacks(mine)
+            self._found(mine, sights | mine, verdict, hosts)
         elif time.monotonic() >= self._not_before and _is_late(mine):
             self._decide(mine)
             self._last = time.monotonic_ns()  # what that took is no pause
@@ -116,19 +91,24 @@ class Watcher:
         return seen
 
     def _decide(self, mine: Mapping[int, Sight]) -> None:
-        if judge(mine).in_time and isinstance(self._others, Alone):
+        if self._others is None and judge(mine).in_time:
             self._not_before = time.monotonic() + AGAIN
             return
         mine = self._with_stacks(mine)
-        sights, hosts = self._others.ask(mine)
-        verdict = judge(sights)
+        sights, hosts, silent = dict(mine), dict[int, str](), list[int]()
+        if self._others is not None:
+            sights, hosts = self._others.ask(mine)
+            silent = [rank for rank in hosts if rank not in sights]
+        verdict = judge(sights, silent)
         again = self._see(time.monotonic_ns())
         moved = not _is_late(again)  # who has gone on meanwhile does not hang
         resumed = any(sights[r].is_dead and r in again and not again[r].is_dead for r in verdict.ranks if r in sights)
         if verdict.in_time or moved or resumed:
             self._not_before = time.monotonic() + AGAIN
             return
-        self._found(sights, verdict, hosts)
+        if self._others is not None:
+            self._others.tell(verdict)
+        self._found(mine, sights, verdict, hosts)
 
     def _with_stacks(self, mine: Mapping[int, Sight]) -> dict[int, Sight]:
         stacks = stacks_of([sight.beat for sight in mine.values()])
@@ -137,11 +117,12 @@ class Watcher:
             for rank, sight in mine.items()
         }
 
-    def _found(self, sights: Mapping[int, Sight], verdict: Verdict, hosts: Mapping[int, str]) -> None:
-        hang = Hang(sights, verdict, hosts, host_name())
-        self._others.tell(hang)
+    def _found(
+        self, mine: Mapping[int, Sight], sights: Mapping[int, Sight], verdict: Verdict, hosts: Mapping[int, str]
+    ) -> None:
+        hang = Hang(sights, verdict, hosts, host_name(), frozenset(mine), self._others is not None)
         if self._act(hang):
-            self._done |= {sight.beat.words[PID] for sight in sights.values() if sight.host == hang.here}
+            self._done |= {sight.beat.words[PID] for sight in mine.values()}
         else:
             self._not_before = time.monotonic() + WARNED
 
@@ -151,22 +132,25 @@ def _is_late(sights: Mapping[int, Sight]) -> bool:
     return any(sight.is_overdue and sight.state not in (GONE, "Z") for sight in sights.values())
 
 
-def ends_ranks(launcher: Launcher) -> Callable[[Hang], bool]:
+def ends_ranks(launcher: Launcher, others: Neighbours | None = None) -> Callable[[Hang], bool]:
     """What the agent of a node does about a hang: it says and writes it down, and ends the ranks of its node.
+
+    Where the link to the store that the nodes share is cut, torchrun waits for that in vain: the agent ends as well.
 
     Args:
         launcher: the node's files; there the ranks have said where the run's folder is.
     """
 
     def act(hang: Hang) -> bool:
-        about = launcher.read_json("run")
-        output = about.get("output")
+        output = launcher.read_json("run").get("output")
         report = hang.write(Path(output)) if isinstance(output, str) else "there is no folder for them yet"
         failure = hang.failure(report)
         with suppress(OSError):
             launcher.note_failure(failure, launcher.read("attempt") or 0)
         say(f"megaresnorm: {failure}", error=True)
         end(hang)
+        if others is not None and others.is_cut:
+            os._exit(EXIT_CODE)
         return True
 
     return act
@@ -174,9 +158,9 @@ def ends_ranks(launcher: Launcher) -> Callable[[Hang], bool]:
 
 def end(hang: Hang) -> None:
     """End the ranks of this node that have hung; a stopped one hears nothing less."""
-    for sight in hang.sights.values():
-        if sight.host == hang.here and sight.beat.words[PID] != os.getpid():
-            kill(sight.beat.words[PID])
+    for rank in hang.own:
+        if (pid := hang.sights[rank].beat.words[PID]) != os.getpid():
+            kill(pid)
 
 
 def slots_of(beats: Beats, num_ranks: int) -> Callable[[], Iterator[Beat]]:

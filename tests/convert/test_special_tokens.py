@@ -18,6 +18,7 @@ from megaresnorm.data.hf_tokenizer import HuggingFaceTokenizer
 from megaresnorm.data.tokenizer import SentencePieceTokenizer, start_tokens
 from megaresnorm.data.tokenizer_files import ends_of_documents, read_tokenizer, restore_tokenizer
 from megaresnorm.errors import ConfigError, DataError
+from megaresnorm.generate import sample_text
 from megaresnorm.recipe.load import build_recipe
 from megaresnorm.trainer import train
 
@@ -92,7 +93,7 @@ def test_generate_and_the_sample_of_a_run_read_letters(kind, file, tmp_path, cap
     from megaresnorm.run import Run
 
     with Run(recipe) as run:
-        assert run.sample_text().startswith(text)
+        assert sample_text(run.engine.model, run.data.tokenizer, run.recipe.train).startswith(text)
 
 
 def test_the_comparison_of_an_export_reads_letters(kind, file, tmp_path, monkeypatch):

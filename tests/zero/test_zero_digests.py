@@ -10,7 +10,7 @@ from megaresnorm.engines.digests import ReplicaDigests
 from megaresnorm.resilience.bad_numbers import spoil
 from megaresnorm.testing import run_ranks
 
-pytestmark = pytest.mark.deepspeed
+pytestmark = [pytest.mark.deepspeed, pytest.mark.slow]
 
 
 def checked(rank: int, recipes: list) -> list[dict]:
@@ -42,7 +42,6 @@ def test_copies_of_whole_weights_are_compared_and_partitions_are_not():
         assert [one["found"] for one in of_rank] == [want, want, want, []]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp2 full", "tp2 tokens", "tp2 columns"])
 def test_what_is_whole_over_tensor_parallel_ranks_is_compared_under_every_stage(layout):
     ranks, parallel = TENSOR[layout]

@@ -1,0 +1,349 @@
+"""Slots of ranks, deadlines, and who is named of what is seen; processes that hang in several ways."""
+
+import ctypes
+import faulthandler
+import gc
+import os
+import signal
+import time
+from contextlib import suppress
+
+import pytest
+import torch
+
+from megaresnorm.parallel.environment import Environment
+from megaresnorm.parallel.mesh import MESH_AXES, Sizes
+from megaresnorm.resilience import beats as words
+from megaresnorm.resilience.beats import ACTIVATIONS, AXES, GRADIENTS, SECOND, SENDS, Beats, Phase, Place
+from megaresnorm.resilience.hang_report import Hang
+from megaresnorm.resilience.sights import Sight, main_stack, sight_of
+from megaresnorm.resilience.suspects import judge, members
+from megaresnorm.resilience.telling import TellingTransport
+from megaresnorm.resilience.watchdog import LEAST, START, StepDeadline, Watchdog
+from megaresnorm.resilience.watcher import Watcher, slots_of
+
+ONE = (1, 1, 1, 1)
+
+
+def seen(rank, sizes=ONE, *, step=7, phase=Phase.STEP, place=Place.FORWARD, allowed=10.0, age=11.0, host="a", **more):
+    """A rank in some step. More: wait=(axis, sequence, operation), counts={axis: n}, writing=seconds, state, stack."""
+    beats, descriptor = Beats.make()
+    os.close(descriptor)
+    now = time.monotonic_ns()
+    beats.introduce(rank, -1)
+    beats.shape(sizes)
+    beats.own[words.STEP], beats.own[words.MICROBATCH] = step, 0
+    beats.begin(phase, allowed, since=now - int(age * SECOND))
+    beats.at(place)
+    for axis, count in more.get("counts", {}).items():
+        beats.own[words.COUNTS + AXES.index(axis)] = count
+    if "writing" in more:
+        beats.begin_writing(step, allowed)
+        beats.own[words.WRITES_SINCE] = now - int(more["writing"] * SECOND)
+    if "wait" in more:
+        axis, sequence, operation = more["wait"]
+        if axis == "control":
+            beats.own[words.C_OPERATION], beats.own[words.C_WAITS_SINCE] = operation, now
+        else:
+            beats.own[words.AXIS], beats.own[words.SEQUENCE] = AXES.index(axis), sequence
+            beats.own[words.OPERATION], beats.own[words.WAITS_SINCE] = operation, now
+        if operation < ACTIVATIONS:
+            beats.own[words.COUNTS + AXES.index(axis)] = sequence
+    sight = sight_of(beats.read(0), host, now)
+    return Sight(sight.beat, host, sight.ages, more.get("state", "S"), "", more.get("stack", ()))
+
+
+def named(*sights, **options):
+    verdict = judge({sight.rank: sight for sight in sights})
+    return (verdict.ranks, *[getattr(verdict, name) for name in options])
+
+
+def test_a_slot_says_what_a_rank_has_told():
+    beats, descriptor = Beats.make(2)
+    second = Beats(descriptor, own=1)
+    second.introduce(5, -1)
+    second.shape((2, 1, 1, 3))
+    second.begin(Phase.STEP, 2.5)
+    second.at(Place.BACKWARD)
+    beat = beats.read(1)
+    assert not beats.read(0).is_used
+    assert (beat.rank, beat.words[words.PID], beat.sizes) == (5, os.getpid(), (2, 1, 1, 3))
+    assert (beat.words[words.PHASE], beat.words[words.PLACE]) == (Phase.STEP, Place.BACKWARD)
+    assert beat.words[words.ALLOWED] == 2.5 * SECOND and beat.waits is None and not beat.writes
+    second.begin_writing(40, 9.0)
+    assert beats.read(1).writes and beats.read(1).words[words.WRITTEN_STEP] == 40
+    second.end_writing()
+    assert not beats.read(1).writes
+
+
+class Sends:
+    """A transport whose collectives show what the slot says while they are waited for."""
+
+    def __init__(self, beats):
+        self.beats, self.waits = beats, []
+
+    def start_all_reduce(self, x, *, overwrite):
+        return lambda: self.waits.append(str(self.beats.read(0).waits)) or x
+
+    start_all_gather = start_reduce_scatter = lambda self, x: self.start_all_reduce(x, overwrite=False)
+
+
+def test_collectives_are_counted_on_each_axis_and_told_while_they_are_waited_for():
+    beats, descriptor = Beats.make()
+    os.close(descriptor)
+    sends = Sends(beats)
+    tp, world = (TellingTransport(sends, axis, beats.own) for axis in ("tp", "world"))
+    x = torch.zeros(4)
+    tp.start_all_reduce(x, overwrite=True)()
+    world.start_all_gather(x)()
+    pending = tp.start_reduce_scatter(x)
+    assert beats.read(0).waits is None and beats.read(0).count("tp") == 2  # begun: others need not wait for this rank
+    pending()
+    told = ["all-reduce #1 over tp, 16 bytes", "all-gather #1 over world, 16 bytes"]
+    assert sends.waits == [*told, "reduce-scatter #2 over tp, 16 bytes"] and beats.read(0).waits is None
+
+
+def test_telling_costs_less_than_two_microseconds():
+    beats, descriptor = Beats.make()
+    os.close(descriptor)
+
+    def seconds(work, count=5000) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            work()
+        return (time.perf_counter() - start) / count
+
+    assert min(seconds(lambda: beats.at(Place.FORWARD)) for _ in range(5)) < 2e-6
+    assert min(seconds(lambda: beats.begin(Phase.STEP, 10.0)) for _ in range(5)) < 2e-6
+
+
+def test_a_steps_time_is_learned_from_the_last_hundred():
+    deadline = StepDeadline(None)
+    for _ in range(19):
+        deadline.note(20.0)
+    assert deadline.seconds == 600
+    deadline.note(30.0)
+    assert deadline.seconds == 300
+    for _ in range(100):
+        deadline.note(0.5)
+    assert deadline.seconds == LEAST
+    fixed = StepDeadline(7)
+    for _ in range(30):
+        fixed.note(100.0)
+    assert fixed.seconds == 7
+
+
+def test_the_start_has_its_time_before_the_recipe_has_been_read():
+    from megaresnorm.recipe import WatchdogRecipe
+
+    assert WatchdogRecipe().start == START
+
+
+@pytest.mark.parametrize("sizes", [Sizes(2, 1, 2, 1, 2), Sizes(3, 2, 1, 1, 2), Sizes(1, 4, 1, 1, 1)])
+def test_members_of_an_axis_are_those_of_the_mesh(sizes):
+    shape = [getattr(sizes, name) for name in MESH_AXES if name != "cp"]
+    ranks = torch.arange(sizes.num_ranks).view(shape)
+    for rank in range(sizes.num_ranks):
+        place = [int(i) for i in (ranks == rank).nonzero()[0]]
+        for dim, axis in enumerate(("pp", "dp_replicate", "dp_shard", "tp")):
+            index = [slice(None) if d == dim else place[d] for d in range(4)]
+            assert members(axis, rank, shape) == ranks[tuple(index)].flatten().tolist()
+        assert members("dp", rank, shape) == sorted(ranks[place[0], :, :, place[3]].flatten().tolist())
+        assert members("model_shards", rank, shape) == sorted(ranks[place[0], place[1]].flatten().tolist())
+        assert members("world", rank, shape) == list(range(sizes.num_ranks))
+        ends = ranks[[0, -1], place[1], place[2], place[3]].flatten().tolist()
+        assert members("embedding", rank, shape) == sorted(set(ends))
+
+
+TP2, PP2, DP2 = (1, 1, 1, 2), (2, 1, 1, 1), (1, 2, 1, 1)
+SQUARE = (2, 1, 1, 2)  # stages 0: ranks 0 and 1; 1: ranks 2 and 3
+
+
+def test_a_rank_that_is_stopped_is_named_whatever_the_slots_say():
+    waits = {"wait": ("tp", 5, 1)}
+    assert named(seen(0, TP2, state="T", **waits), seen(1, TP2, **waits)) == ((0,),)
+
+
+def test_the_rank_that_has_not_begun_a_collective_is_named():
+    waiting = seen(1, TP2, wait=("tp", 412, 1))
+    assert named(seen(0, TP2, counts={"tp": 411}), waiting) == ((0,),)
+    assert named(seen(0, TP2, counts={"tp": 411}, place=Place.UPDATE), waiting) == ((0,),)
+
+
+def test_waits_are_followed_from_axis_to_axis():
+    """Rank 3 waits for its stage's rank 2, which waits for rank 0, which waits for rank 1: it computes."""
+    assert named(
+        seen(0, SQUARE, wait=("tp", 9, 1)),
+        seen(1, SQUARE, counts={"tp": 8}),
+        seen(2, SQUARE, wait=("pp", 0, ACTIVATIONS), counts={"tp": 3}),
+        seen(3, SQUARE, wait=("tp", 4, 1)),
+    ) == ((1,),)
+
+
+def test_a_stage_waits_for_its_neighbour():
+    assert named(seen(0, PP2, wait=("pp", 1, GRADIENTS)), seen(1, PP2)) == ((1,),)
+    assert named(seen(0, PP2), seen(1, PP2, wait=("pp", 1, ACTIVATIONS))) == ((0,),)
+    assert named(seen(0, PP2, wait=("pp", 1, SENDS)), seen(1, PP2)) == ((1,),)
+
+
+def test_where_waits_are_not_told_the_rank_farthest_behind_is_named():
+    assert named(seen(0, DP2, place=Place.BACKWARD), seen(1, DP2, place=Place.DATA)) == ((1,),)
+    assert named(seen(0, DP2, step=6, place=Place.AFTER), seen(1, DP2, place=Place.BACKWARD)) == ((0,),)
+
+
+def test_ranks_that_are_alike_are_all_named():
+    assert named(seen(0, DP2, place=Place.BACKWARD), seen(1, DP2, place=Place.BACKWARD)) == ((0, 1),)
+
+
+def test_the_minority_of_innermost_frames_is_suspect():
+    four = (1, 4, 1, 1)
+    same = [seen(rank, four, place=Place.BACKWARD, stack=("backward (a.py:1)",)) for rank in (0, 1, 3)]
+    assert named(*same, seen(2, four, place=Place.BACKWARD, stack=("read (b.py:1)",))) == ((2,),)
+
+
+def test_a_stack_that_ends_in_a_wait_is_no_suspect():
+    start = {"phase": Phase.START, "place": Place.BEGIN, "step": 0}
+    sights = (
+        seen(0, DP2, **start, stack=("wait_for_all (rendezvous.py:9)",)),
+        seen(1, DP2, **start, stack=("f (a.py:1)",)),
+    )
+    assert named(*sights) == ((1,),)
+
+
+def test_a_writer_that_hangs_is_named_though_all_go_on_training():
+    waiting = seen(0, DP2, age=0.1, writing=11.0, wait=("control", 8, 2))
+    hangs = seen(1, DP2, age=0.1, writing=11.0, counts={"control": 7})
+    assert named(waiting, hangs) == ((1,),)
+    assert hangs.where == "while saving step 7" and hangs.setting == "watchdog.checkpoint=10"
+
+
+def test_who_waits_for_a_rank_that_is_within_its_time_does_not_hang():
+    """Rank 1 still writes a checkpoint, which may take longer than the step in which rank 0 waits for it."""
+    saving = seen(1, TP2, phase=Phase.SAVE, allowed=100.0, counts={"tp": 4})
+    assert named(seen(0, TP2, wait=("tp", 5, 1)), saving, in_time=1) == ((1,), True)
+    late = seen(1, TP2, phase=Phase.SAVE, allowed=10.5, counts={"tp": 4})
+    assert named(seen(0, TP2, wait=("tp", 5, 1)), late, in_time=1) == ((1,), False)
+
+
+def test_a_main_thread_has_no_time_of_its_own_while_its_checkpoint_is_written():
+    assert not seen(0, phase=Phase.SAVE, writing=1.0).is_overdue
+    assert seen(0, phase=Phase.SAVE).is_overdue
+
+
+def test_ranks_that_nobody_sees_are_named_with_their_host():
+    mine = {0: seen(0, DP2, wait=("world", 5, 1), host="a")}
+    verdict = judge(mine)
+    hang = Hang(mine, verdict, {0: "a", 1: "b"}, "a")
+    assert verdict.ranks == (1,) and verdict.unreachable
+    assert str(hang.failure("x")).startswith(
+        "rank 1 on b: cannot be reached: rank 0 on a has waited for it in step 7 in the forward pass, microbatch 0"
+    )
+
+
+def test_the_line_says_rank_host_step_phase_time_setting_and_what_the_others_wait_for():
+    late = seen(3, (1, 1, 1, 4), step=17, place=Place.DATA, age=10.2, counts={"tp": 411})
+    others = [seen(rank, (1, 1, 1, 4), step=17, wait=("tp", 412, 1)) for rank in range(3)]
+    sights = {sight.rank: sight for sight in (*others, late)}
+    hang = Hang(sights, judge(sights), {}, "a")
+    assert str(hang.failure("PATH")) == (
+        "rank 3 on a: hangs in step 17 while reading samples for 10.2 s (watchdog.step=10); "
+        "the others wait in all-reduce #412 over tp, 0 bytes; stacks: PATH"
+    )
+
+
+def test_what_another_node_sends_is_what_it_has_seen():
+    sight = seen(3, TP2, wait=("tp", 4, 1), state="T", stack=("wait (a.py:3)",))
+    assert Sight.of_json(sight.to_json()) == sight
+    for spoilt in ({}, [], {**sight.to_json(), "words": [1]}, {**sight.to_json(), "ages": {}}):
+        with pytest.raises((ValueError, TypeError, KeyError, AttributeError)):
+            Sight.of_json(spoilt)
+
+
+def test_a_pause_of_the_whole_host_is_forgiven():
+    beats, descriptor = Beats.make()
+    os.close(descriptor)
+    beats.introduce(0, -1)
+    now = time.monotonic_ns()
+    beats.begin(Phase.STEP, 5.0, since=now - 8 * SECOND)
+    found: list[Hang] = []
+    watcher = Watcher(slots_of(beats, 1), lambda hang: bool(found.append(hang)))
+    watcher._last = now - 7 * SECOND  # it did not run for seven of these seconds
+    watcher.look()
+    assert not found
+    beats.begin(Phase.STEP, 5.0, since=now - 14 * SECOND)
+    watcher.look()
+    assert len(found) == 1
+
+
+def hangs(descriptor: int, slot: int, how: str, allowed: float) -> None:
+    """A rank that begins a step, and then waits in a collective over world, or hangs before it."""
+    beats = Beats(os.dup(descriptor), own=slot)
+    stacks = os.memfd_create("stacks")
+    faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
+    beats.introduce(slot, stacks)
+    beats.shape(DP2)
+    beats.own[words.STEP] = 7
+    beats.begin(Phase.STEP, allowed)
+    beats.at(Place.UPDATE)
+    if how == "waits":
+        TellingTransport(Sleeps(), "world", beats.own).start_all_reduce(torch.zeros(4), overwrite=True)()
+    while how == "interpreter":
+        ctypes.PyDLL(None).sleep(60)
+    if how == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(60)
+
+
+class Sleeps:
+    def start_all_reduce(self, x, *, overwrite):
+        return lambda: time.sleep(60)
+
+
+@pytest.mark.parametrize("how", ["sleeps", "interpreter", "stopped"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_hangs_is_found_in_time_named_and_its_stacks_are_read(how, rank):
+    allowed = 0.4
+    beats, descriptor = Beats.make(2)
+    pids, found = [], []
+    try:
+        for slot in range(2):
+            pid = os.fork()
+            if pid == 0:
+                with suppress(BaseException):
+                    hangs(descriptor, slot, how if slot == rank else "waits", allowed)
+                os._exit(1)
+            pids.append(pid)
+        start = time.monotonic()
+        watcher = Watcher(slots_of(beats, 2), lambda hang: bool(found.append(hang)) or True)
+        while not found and time.monotonic() < start + 10:
+            watcher.look()
+            time.sleep(0.05)
+        seconds = time.monotonic() - start
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        os.close(descriptor)
+    (hang,) = found
+    assert seconds < allowed + 2 and hang.verdict.ranks == (rank,), hang.text()
+    assert "in step 7 in the update" in hang.line and "the other waits in all-reduce #1 over world" in hang.line
+    assert "stopped by a signal" in hang.line if how == "stopped" else "in hangs\n" in hang.sights[rank].stacks
+    assert "in wait\n" in hang.sights[1 - rank].stacks and hang.sights[1 - rank].stack[1].startswith("wait (telling.py")
+
+
+def test_the_main_threads_stack_is_told_from_the_others():
+    text = 'Thread 0x2 (most recent call first):\n  File "/x/t.py", line 1 in run\n\n' + (
+        'Current thread 0x1 (most recent call first):\n  File "/x/a.py", line 3 in inner\n  File "/x/a.py", line 9 in f\n'
+    )
+    assert main_stack(text) == ("inner (a.py:3)", "f (a.py:9)") and main_stack("") == ()
+
+
+def test_a_watchdog_that_is_closed_leaves_nothing_behind():
+    gc.collect()
+    before = signal.getsignal(signal.SIGUSR2), len(os.listdir("/proc/self/fd"))
+    watchdog = Watchdog(Environment(), whole=True)
+    assert len(os.listdir("/proc/self/fd")) > before[1]
+    watchdog.close()
+    del watchdog
+    gc.collect()  # the memory goes with the last who may write it
+    assert before == (signal.getsignal(signal.SIGUSR2), len(os.listdir("/proc/self/fd")))
