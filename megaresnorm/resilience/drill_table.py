@@ -11,6 +11,7 @@ from megaresnorm.resilience.faults import Drill
 from megaresnorm.telemetry.incidents import read_incidents
 
 Line = tuple[float, str]  # of the launcher, with the time at which it came
+REFUSED, RESTARTS = ("nan", "flip", "spike"), ("kill", "stop", "hang", "cut")
 EARLY = 0.05  # seconds by which clocks of files and of lines may differ
 
 
@@ -153,14 +154,12 @@ def _lost(record: dict[str, Any], events: Sequence[dict]) -> int:
     for one in events:
         if one["time"] < record["time"] - EARLY:
             continue
-        if one["kind"] == "rollback" and one["step"] >= record["step"]:
+        if one["kind"] == "rollback" and record["kind"] in REFUSED:
             return max(0, one["step"] - one.get("to_step", one["step"]))
         if one["kind"] == "start":
-            return max(0, record["step"] - one["step"]) if record["kind"] in RESTARTS else 0
+            restarts = record["kind"] in RESTARTS or record.get("place") == "loader"
+            return max(0, record["step"] - one["step"]) if restarts else 0
     return 0
-
-
-RESTARTS = ("kill", "stop", "hang", "cut", "torn_write", "io_error")
 
 
 def losses_of(run: Path) -> dict[int, str]:
