@@ -89,7 +89,7 @@ class Trainer:
         metrics, code = run.open_metrics(), 1
         if metrics is not None:
             self.goodput.resume(metrics.kept, metrics.dropped, ended=ended_on_purpose(run.output))
-        self.incidents.note("start", run.steps_done + 1, f"begins on {run.context.world.size} ranks")
+        self.incidents.note("start", run.steps_done + 1, f"begins, ranks: {run.context.world.size}")
         self._stop = stop
         stop.begin(train.max_minutes)
         try:
@@ -183,7 +183,7 @@ class Trainer:
         step = partial(run.engine.step, batch, lr, lambda: self._stop is not None and self._stop.exit_code != 0)
         self.guard.begin()
         with self.numbers.seen_in(run.steps_done + 1), self.depth.seen_in(run.steps_done + 1, lr):
-            made = step()
+            made = self.guard.made(step)
         once = time.perf_counter() - start
         stats = self.guard.judge(made, batch, step)
         seconds = time.perf_counter() - start

@@ -56,7 +56,7 @@ ONLY_IN = {  # package -> the files that may import it
         "convert/modeling_megaresnorm.py",
         "convert/tokenizers.py",
     ],
-    "rich": ["telemetry/log.py", "cli/data.py", "cli/depth.py", "cli/doctor.py"],
+    "rich": ["telemetry/log.py", "cli/data.py", "cli/depth.py", "cli/doctor.py", "cli/drill.py"],
     "typer": [
         f"cli/{name}.py"
         for name in (
@@ -68,6 +68,7 @@ ONLY_IN = {  # package -> the files that may import it
             "data",
             "depth",
             "doctor",
+            "drill",
             "generate",
             "launch",
             "profile",
@@ -105,6 +106,7 @@ ONLY_IN = {  # package -> the files that may import it
         "kernels/cpu/build.py",
         "launch/front.py",
         "launch/slurm_job.py",
+        "launch/soak.py",
         "launch/ssh.py",
         "launch/submit.py",
         "machine.py",  # lets DeepSpeed make a step

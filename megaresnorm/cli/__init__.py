@@ -18,6 +18,7 @@ from megaresnorm.cli import (
     data,
     depth,
     doctor,
+    drill,
     generate,
     launch,
     profile,
@@ -71,6 +72,7 @@ quantize.add_to(app)
 report.add_to(app)
 launch.add_to(app)
 doctor.add_to(app)
+drill.add_to(app)
 recipes.add_to(app)
 
 

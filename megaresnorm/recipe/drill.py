@@ -2,7 +2,8 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from megaresnorm.limits import MAX_SECONDS
 from megaresnorm.recipe.section import BlocksOr0, Count, Positive, Section, Seed
@@ -15,6 +16,10 @@ Place = Literal[
     "step", "loader", "forward", "collective", "save", "interpreter",
     "weight", "moment", "gradient", "reduced_gradient", "activation",
 ]  # fmt: skip
+
+
+# torn_write: with save before the checkpoint counts, else when it does.
+PLACES_OF_FILES = {"torn_write": ("save",), "no_space": ("save",), "io_error": ("save", "loader")}
 
 
 class FaultRecipe(Section):
@@ -35,6 +40,13 @@ class FaultRecipe(Section):
     """How often it happens: a step that is run again, or done again after a restart, may meet it again. slow: steps."""
     seconds: Annotated[Positive, Field(le=MAX_SECONDS)] | None = None
     """slow: how much slower a step is; clock: how far the clock jumps; unset: 1, and 3600."""
+
+    @model_validator(mode="after")
+    def _has_such_a_place(self) -> Self:
+        places = PLACES_OF_FILES.get(self.kind)
+        if places is not None and self.place not in (None, *places):
+            raise ValueError(f"place={self.place} is none of {self.kind}'s: {', '.join(places)}, or unset")
+        return self
 
 
 class DrillRecipe(Section):

@@ -46,6 +46,7 @@ def main() -> None:
     from torch.distributed.run import main as torchrun
 
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addHandler(_Killed(launcher))
+    _see_all_that_failed(launcher)
     if (node := node_number()) is not None:
         _number_this_node(node)
     store = None
@@ -93,6 +94,38 @@ def _number_this_node(node: int) -> None:
     _NodeDesc.__lt__ = comes_first  # type: ignore[method-assign, assignment]
 
 
+def _see_all_that_failed(launcher: Launcher) -> None:
+    """Note a rank that a signal has killed, also where another, which has lost it, is the one that torchrun logs.
+
+    Before torchrun ends the other ranks it looks which have failed by themselves.
+    """
+    try:
+        from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+
+        look = SubprocessContext._capture_process_failures
+    except (ImportError, AttributeError):  # a later torch, of which the log alone is heard
+        return
+
+    def seen(self: SubprocessContext, done_local_ranks: set[int]) -> None:
+        known = bool(self._failures)
+        look(self, done_local_ranks)
+        for failure in () if known else self._failures.values():
+            _note_killed(launcher, failure.exitcode, failure.local_rank)
+
+    SubprocessContext._capture_process_failures = seen  # type: ignore[method-assign]
+
+
+def _note_killed(launcher: Launcher, code: int, local_rank: int) -> None:
+    if code >= 0 or -code == signal.SIGTERM:
+        return
+    name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
+    rank = launcher.ranks().get(local_rank, local_rank)
+    hint = "; was its memory used up? (dmesg)" if -code == signal.SIGKILL else ""
+    attempt = launcher.read("attempt") or 0
+    with suppress(OSError):
+        launcher.note_failure(Failure(rank, host_name(), f"killed by {name}{hint}", 128 - code), attempt)
+
+
 class _Killed(logging.Handler):
     """Notes a rank that a signal has killed, which could not do so itself: torchrun logs its exit code."""
 
@@ -105,14 +138,8 @@ class _Killed(logging.Handler):
         if not str(record.msg).startswith("failed (exitcode: %s) local_rank: %s") or len(arguments) < 2:
             return
         code, local_rank = arguments[:2]
-        if not isinstance(code, int) or not isinstance(local_rank, int) or code >= 0 or -code == signal.SIGTERM:
-            return
-        name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
-        rank = self._launcher.ranks().get(local_rank, local_rank)
-        hint = "; was its memory used up? (dmesg)" if -code == signal.SIGKILL else ""
-        attempt = self._launcher.read("attempt") or 0
-        with suppress(OSError):
-            self._launcher.note_failure(Failure(rank, host_name(), f"killed by {name}{hint}", 128 - code), attempt)
+        if isinstance(code, int) and isinstance(local_rank, int):
+            _note_killed(self._launcher, code, local_rank)
 
 
 def _watch(launcher: Launcher) -> None:

@@ -18,10 +18,13 @@ from megaresnorm.errors import ConfigError
 from megaresnorm.files import open_plain
 from megaresnorm.parallel.environment import DRILL, Environment
 from megaresnorm.parallel.mesh import Axis, ParallelContext
+from megaresnorm.parallel.sockets import cut_connections
 from megaresnorm.recipe import DrillRecipe, FaultRecipe, Recipe
+from megaresnorm.resilience.bad_files import BadFiles
 from megaresnorm.resilience.bad_numbers import BadNumbers
 from megaresnorm.telemetry.wrapped import Wrapped
 
+_clock = time.time  # a drill may let that of the process jump
 FOREVER = 10**6  # seconds
 SLOWER, JUMP = 1.0, 3600.0  # seconds, where the recipe does not say
 
@@ -86,6 +89,7 @@ class Drill:
         (output / self.FOLDER).mkdir(parents=True, exist_ok=True)
         self._path = output / self.FOLDER / f"rank-{self._rank}.jsonl"
         self._numbers = BadNumbers(subject.engine, subject.context, recipe.seed)
+        self._files = BadFiles(subject.saver, self._rank)
 
     @contextmanager
     def seen_in(self, step: int) -> Iterator[None]:
@@ -118,15 +122,18 @@ class Drill:
             case "kill" | "stop" | "hang":
                 self._at_place(fault, wrapped, lambda: self._interrupt(fault) if fires() else None)
             case "slow":
-                pause = fault.seconds or SLOWER
-                self._at_place(fault, wrapped, lambda: time.sleep(pause) if fires() else None)
+                self._at_place(fault, wrapped, _once(fires, lambda: time.sleep(fault.seconds or SLOWER)))
             case "nan" | "flip":
                 self._numbers.spoil(fault, step, fires, wrapped)
             case "spike":
                 loader, vocab_size = self._subject.loader, self._subject.vocab_size
                 wrapped.method(loader, "step", self._numbers.poisoned(step, vocab_size, fires))
-            case _:
-                raise NotImplementedError(fault.kind)
+            case "torn_write" | "no_space" | "io_error":
+                self._files.spoil(fault, fires)
+            case "cut":
+                self._at_place(fault, wrapped, lambda: cut_connections() if fires() else None)
+            case "clock":
+                self._at_place(fault, wrapped, lambda: _jump(fault.seconds or JUMP) if fires() else None)
 
     def _fires(self, number: int, fault: FaultRecipe, step: int) -> bool:
         """Whether a fault is to happen once more; then it is written down, before it does."""
@@ -136,7 +143,7 @@ class Drill:
         about = {"fault": number, "kind": fault.kind, "place": fault.place, "step": step, "rank": self._rank}
         descriptor = open_plain(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
-            os.write(descriptor, (json.dumps(about | {"time": time.time()}) + "\n").encode())
+            os.write(descriptor, (json.dumps(about | {"time": _clock()}) + "\n").encode())
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -180,6 +187,23 @@ class Drill:
             time.sleep(FOREVER)
         else:
             os.kill(os.getpid(), signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
+
+
+def _once(fires: Callable[[], bool], work: Callable[[], None]) -> Callable[[], None]:
+    """Do some work the first time that a step comes here, if the fault fires."""
+    left = [True]
+
+    def first() -> None:
+        if left and left.pop() and fires():
+            work()
+
+    return first
+
+
+def _jump(seconds: float) -> None:
+    """Set this process's clock forward, as a correction by ntpd would: what time.time gives, not the monotonic one."""
+    before = time.time
+    time.time = lambda: before() + seconds
 
 
 class _Before:

@@ -128,6 +128,11 @@ class Launcher:
         healed = newest < (self.read("attempt") or 0) - 1
         return Failure(**json.loads(attempts[newest].read_text())) if attempts and not healed else None
 
+    @property
+    def last_failed(self) -> int:
+        """The newest attempt in which a failure was noted; -1 before one."""
+        return max((int(path.name[7:]) for path in self.folder.glob("failed-[0-9]*")), default=-1)
+
     def ranks(self) -> dict[int, int]:
         """Ranks of this node's processes, as far as they have been started, by local rank."""
         found = {int(path.name[5:]): self.read(path.name) for path in self.folder.glob("rank-*[0-9]")}

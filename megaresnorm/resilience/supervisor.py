@@ -47,6 +47,7 @@ class Supervisor:
         self._ranks_seen = float("inf")
         self._starts, self._last_ranks = 0, set[int]()  # of the ranks, since the newest checkpoint
         self._said_starts = 0  # what was said of these starts
+        self._said_failure = -1  # attempt whose failure was said
         self._progress: int | None = None  # attempt of that checkpoint
         self._hearing = Hearing(self._pass_on)
 
@@ -215,13 +216,19 @@ class Supervisor:
             self._progress, self._starts = progress, 1
         if self._starts > self._said_starts and self._starts > 1:
             allowed = "" if self._plan.elastic else f" of at most {self._plan.max_restarts}"
-            self._say(f"ranks are started again ({self._starts - 1}{allowed} without a new checkpoint)")
+            self._say(f"ranks are started again ({self._starts - 1}{allowed} without a new checkpoint){self._why()}")
         self._said_starts = self._starts
         if self._plan.elastic or self._starts <= self._plan.max_restarts + 3:
             return False
         self._say(f"error: ranks were started {self._starts} times and died; the first error stands above")
         self._launcher.write("end", LostRankError.exit_code)
         return True
+
+    def _why(self) -> str:
+        """What has ended the ranks, where one of this node has noted it and it was not said before."""
+        last, failure = self._launcher.last_failed, self._launcher.failure()
+        new, self._said_failure = last > self._said_failure, max(last, self._said_failure)
+        return f": {failure}" if new and failure is not None else ""
 
     def _what_it_waits_for(self) -> str:
         (least, most), master = self._plan.nodes, self._plan.master

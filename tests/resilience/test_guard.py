@@ -283,7 +283,10 @@ def test_what_differs_is_never_saved(drilled):
         {"precision": {"compute": "bf16"}},
         {"precision": {"compute": "bf16", "weights": "bf16"}},
         {"precision": {"compute": "fp16"}},
-        {"precision": {"compute": "fp8", "fp8": {"recipe": "tensorwise", "scaling": "delayed"}}, "model": {"dim": 32, "ffn_dim": 64}},
+        {
+            "precision": {"compute": "fp8", "fp8": {"recipe": "tensorwise", "scaling": "delayed"}},
+            "model": {"dim": 32, "ffn_dim": 64},
+        },
         {"optim": {"clip": "adagc", "adagc_warmup": 2}},
         {"recompute": {"policy": "block"}},
         {"train": {"compile": "blocks", "steps": 4}},
@@ -298,3 +301,16 @@ def test_a_transient_nan_leaves_no_trace_in_any_precision(drilled, settings):
     recipe, _ = drilled("one", fault, **settings)
     assert curve_of(recipe, 1) == curve_of(*drilled("one", name="undisturbed", **settings))
     assert [one["transient"] for one in events(recipe, "nonfinite")] == [True]
+
+
+@pytest.mark.parametrize(
+    "layout", ["dp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("one", "tp2 dp2"))]
+)
+def test_a_gradient_flipped_before_its_reduction_names_its_rank_where_steps_are_replayed(drilled, layout):
+    """Digests cannot see it: the sum is wrong on all ranks alike."""
+    rank = LAYOUTS[layout][0] - 1
+    fault = {"kind": "flip", "step": 4, "rank": rank, "place": "gradient"}
+    recipe, ranks = drilled(layout, fault, guard={"replay_every": 2, "digest_every": 1})
+    assert curve_of(recipe, ranks) == curve_of(*drilled(layout, name="undisturbed"))
+    (event,) = events(recipe, "corruption")
+    assert (event["rank"], event["step"], event["action"]) == (rank, 4, "made again")

@@ -1,0 +1,119 @@
+"""Which faults a drill plans, and what its table makes of what was injected and what noticed it."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from megaresnorm.cli import main
+from megaresnorm.errors import ConfigError
+from megaresnorm.recipe import FaultRecipe
+from megaresnorm.recipe.load import dump_recipe
+from megaresnorm.resilience.drill_plan import KINDS, kinds_of, plan_drill
+from megaresnorm.resilience.drill_table import NOTICES, rows_of
+
+
+@pytest.mark.parametrize("seed", range(1, 30))
+@pytest.mark.parametrize(("ranks", "seconds", "step_seconds"), [(1, 60, 0.02), (4, 1200, 0.02), (2, 1200, 5.0)])
+def test_a_plan_has_every_kind_in_order_and_with_room_to_recover(seed, ranks, seconds, step_seconds):
+    plan = plan_drill([*KINDS], seed=seed, ranks=ranks, seconds=seconds, step_seconds=step_seconds)
+    faults = [FaultRecipe(**fault) for fault in plan.faults]
+    assert {fault.kind for fault in faults} == set(KINDS) and not plan.exact
+    assert all(fault.rank < ranks for fault in faults)
+    steps = [fault.step for fault in faults]
+    assert steps == sorted(steps) and plan.every < steps[0] and steps[-1] + plan.every < plan.steps
+    for fault, following in pairwise(faults):
+        paired = fault.kind == "torn_write"  # with what has somebody look at the file
+        room = following.step - fault.step - (fault.times if fault.kind == "slow" else 0)
+        assert 1 <= room < 2 * plan.every if paired else room > plan.every, (fault, following)
+        assert not paired or following.kind == "kill"
+    assert all(fault.rank > 0 for fault in faults if fault.kind == "clock" and ranks > 1)
+    assert plan == plan_drill([*KINDS], seed=seed, ranks=ranks, seconds=seconds, step_seconds=step_seconds)
+
+
+def test_a_longer_drill_has_more_faults_and_costs_a_tenth():
+    long = plan_drill(["kill", "nan"], seed=1, ranks=2, seconds=7200, step_seconds=0.05)
+    assert len(long.faults) == 72 and long.exact
+    assert 0.85 < long.steps * 0.05 / 7200 < 0.95
+    assert long.deadline == 8 and plan_drill(["kill"], seed=1, ranks=2, seconds=60, step_seconds=2.0).deadline == 40
+
+
+def test_a_flipped_bit_is_planned_where_a_majority_can_name_it(tiny):
+    assert "flip" in kinds_of(None, tiny(), 4) and "flip" not in kinds_of(None, tiny(), 2)
+    assert "flip" not in kinds_of(None, tiny(parallel={"tp": 2}), 4)
+    assert "spike" not in kinds_of(None, tiny(), 4) and kinds_of(["spike"], tiny(), 1) == ["spike"]
+    with pytest.raises(ConfigError, match="--faults keel: wanted some of kill, stop"):
+        kinds_of(["keel"], tiny(), 1)
+    assert set(NOTICES) == set(KINDS)
+
+
+def table(tmp_path: Path, faults, injected, events=(), lines=()):
+    (tmp_path / "drill").mkdir()
+    for number, (rank, step, when) in injected.items():
+        about = {"fault": number, "kind": faults[number]["kind"], "step": step, "rank": rank, "time": when}
+        with (tmp_path / "drill" / f"rank-{rank}.jsonl").open("a") as file:
+            file.write(json.dumps(about) + "\n")
+    text = "".join(json.dumps({"schema_version": 1, "rank": None, "what": "", **one}) + "\n" for one in events)
+    (tmp_path / "events.jsonl").write_text(text)
+    return rows_of(faults, tmp_path, list(lines))
+
+
+def test_each_fault_has_its_notice_and_the_steps_that_it_cost(tmp_path):
+    faults = [
+        {"kind": "kill", "step": 25, "rank": 1}, {"kind": "nan", "step": 40, "rank": 0, "place": "gradient"},
+        {"kind": "stop", "step": 60, "rank": 1}, {"kind": "no_space", "step": 70, "rank": 0},
+        {"kind": "torn_write", "step": 80, "rank": 1}, {"kind": "cut", "step": 90, "rank": 0},
+        {"kind": "clock", "step": 95, "rank": 1}, {"kind": "flip", "step": 101, "rank": 2, "place": "weight"},
+    ]  # fmt: skip
+    injected = {0: (1, 25, 100.0), 1: (0, 40, 120.0), 2: (1, 60, 130.0), 3: (0, 70, 150.0), 4: (1, 80, 160.0),
+                5: (0, 90, 180.0), 6: (1, 95, 200.0), 7: (2, 101, 210.0)}  # fmt: skip
+    events = [
+        {"kind": "start", "step": 1, "time": 90.0}, {"kind": "start", "step": 21, "time": 108.0},
+        {"kind": "nonfinite", "step": 40, "time": 120.5}, {"kind": "hang", "step": 60, "time": 138.0, "rank": 1},
+        {"kind": "start", "step": 51, "time": 146.0}, {"kind": "start", "step": 81, "time": 190.0},
+        {"kind": "corruption", "step": 110, "time": 212.0, "rank": 2},
+        {"kind": "rollback", "step": 110, "time": 212.1, "to_step": 100},
+    ]  # fmt: skip
+    lines = [
+        (100.2, "megaresnorm: error: rank 0: another rank is gone (Connection reset by peer); start again"),
+        (101.0, "megaresnorm: ranks are started again (1 of at most 9): rank 1 on vm: killed by SIGKILL; was its"),
+        (152.0, "warning: run/checkpoints/step-00000080: no space: need 1 MB, have 2 GB; training goes on"),
+        (
+            170.0,
+            "warning: run/checkpoints/step-00000084/weights-00001-00001.safetensors: has 9 bytes; going back to st",
+        ),
+        (180.1, "megaresnorm: error: another rank is gone (Connection closed by peer); start again"),
+    ]
+    rows = table(tmp_path, faults, injected, events, lines)
+    assert all(row.right for row in rows), rows
+    assert [row.named for row in rows] == [True, True, True, None, True, None, None, True]
+    assert [row.after and round(row.after, 1) for row in rows] == [1.0, 0.5, 8.0, 2.0, 10.0, 0.1, None, 2.0]
+    assert [row.lost for row in rows] == [4, 0, 9, 0, 0, 9, 0, 10]
+
+
+def test_what_is_not_injected_noticed_or_named_rightly_does_not_pass(tmp_path):
+    faults = [{"kind": "kill", "step": 5, "rank": 1}, {"kind": "hang", "step": 9, "rank": 0},
+              {"kind": "nan", "step": 20, "rank": 1}]  # fmt: skip
+    events = [{"kind": "hang", "step": 9, "time": 60.0, "rank": 1}, {"kind": "nonfinite", "step": 19, "time": 4.0}]
+    rows = table(tmp_path, faults, {1: (0, 9, 50.0), 2: (1, 20, 70.0)}, events)
+    assert [row.injected for row in rows] == [False, True, True]
+    assert [row.noticed for row in rows] == ["", "events.jsonl", ""], "an event before a fault is none of its"
+    assert rows[1].named is False and not any(row.right for row in rows)
+
+
+def test_bad_arguments_of_a_drill_are_one_line(tiny, tmp_path, capsys):
+    recipe, drilled = tmp_path / "recipe.yaml", tmp_path / "drilled.yaml"
+    recipe.write_text(dump_recipe(tiny()))
+    drilled.write_text(dump_recipe(tiny(drill={"faults": [{"kind": "kill", "step": 1}]})))
+    for arguments, words in (
+        ([str(recipe), "--faults", "kill,nap"], "--faults nap: wanted some of"),
+        ([str(recipe), "--minutes", "0"], "is not a number of minutes"),
+        ([str(recipe), "--ranks", "0"], "'0' is not a whole number"),
+        ([str(recipe), "--out", str(tmp_path)], "it has something in it"),
+        ([str(drilled)], "has a drill of its own"),
+        ([str(tmp_path / "no.yaml")], "cannot be read"),
+    ):
+        assert main(["drill", *arguments]) == 2, arguments
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("megaresnorm: error: ") and words in line, line
