@@ -9,9 +9,10 @@ from collections.abc import Callable
 from math import isfinite
 
 from megaresnorm.data.loader import SampleRange, StepBatch
-from megaresnorm.engines.attribution import Attribution, Finding
+from megaresnorm.engines.attribution import IN_SUMS, Attribution, Finding
 from megaresnorm.engines.digests import Sentry
 from megaresnorm.engines.engine import StepStats
+from megaresnorm.engines.replay import Replay
 from megaresnorm.errors import CorruptionError, NonFiniteError
 from megaresnorm.run import Run
 from megaresnorm.telemetry.incidents import Incidents
@@ -30,6 +31,7 @@ class Guard:
     def __init__(self, run: Run) -> None:
         self._run, self._recipe = run, run.recipe.guard
         self._incidents = Incidents(run.output, writes=run.context.is_first_rank)
+        self._replay = Replay(run.recipe, run.engine)
         self._sentry = Sentry(run.engine, run.context, self._recipe.digest_every, run.saver.join)
 
     @property
@@ -43,6 +45,31 @@ class Guard:
         """Tell the engine what the next step may have at most."""
         watched = self._recipe.spike != "none"
         self._run.engine.policy.bounds = self._run.guard.spikes.bounds() if watched else None
+
+    def made(self, step: Callable[[], StepStats]) -> StepStats:
+        """Make a step; where ``guard.replay_every`` asks for it twice, and again if a rank has computed two gradients.
+
+        Raises:
+            CorruptionError: a rank has done so both times; nothing was updated.
+        """
+        number = self._run.steps_done + 1
+        try:
+            with self._replay.seen_in(number):
+                return step()
+        except CorruptionError as e:
+            self._note_replay(e, number, "made again")
+        try:
+            with self._replay.seen_in(number):
+                return step()
+        except CorruptionError as e:
+            self._note_replay(e, number, "stop")
+            raise
+
+    def _note_replay(self, error: CorruptionError, step: int, action: str) -> None:
+        self._run.guard.reruns += action == "made again"
+        rank, host = error.found[0]
+        log.warning("warning: %s; %s", error, action)
+        self._incidents.note("corruption", step, str(error), rank=rank, host=host, action=action)
 
     def judge(self, stats: StepStats, batch: StepBatch, again: Callable[[], StepStats]) -> StepStats | None:
         """What has become of a step in the end.
@@ -147,6 +174,8 @@ class Guard:
             repeated = again()
         run.saver.join()  # the ranks' messages about it and about a checkpoint would mix
         finding = attribution.finding()
+        if finding is None and not repeated.is_finite:
+            finding = IN_SUMS
         if repeated.applied:
             what = (
                 f"step {step} was refused ({_figures(stats)}) and, made again, is fine ({_figures(repeated)}): a fault "

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 
 from megaresnorm.errors import ConfigError, LostRankError, StoppedError, TooManyRestartsError, UserError
 from megaresnorm.parallel.environment import Environment, host_name, read_environment, share_cores
+from megaresnorm.resilience.following import BACKUP, UNKNOWN
 from megaresnorm.resilience.host import available_cores
 from megaresnorm.resilience.launcher import Failure, Launcher, end_with
 from megaresnorm.resilience.rank_logs import write_to_log
 from megaresnorm.resilience.signals import StopSignals, Terminated, end_on_purpose
 from megaresnorm.resilience.torchrun import raise_limits
-from megaresnorm.resilience.watchdog import BACKUP, UNKNOWN, Watchdog
+from megaresnorm.resilience.watchdog import Watchdog
 from megaresnorm.text import prepare_streams, say, shown
 
 if TYPE_CHECKING:

@@ -32,9 +32,10 @@ from megaresnorm.parallel.mesh import ParallelContext, start_process_group
 from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import dump_recipe
 from megaresnorm.resilience.cluster.start import check_start
+from megaresnorm.resilience.following import BACKUP
 from megaresnorm.resilience.guard_record import GuardRecord
 from megaresnorm.resilience.output import OutputFolder
-from megaresnorm.resilience.watchdog import BACKUP, Watchdog
+from megaresnorm.resilience.watchdog import Watchdog
 from megaresnorm.schedule import batch_size, lr_jump
 from megaresnorm.telemetry.describe import data_name, describe_run
 from megaresnorm.telemetry.log import progress_bar
@@ -255,8 +256,8 @@ class Run:
         log.warning("%s: %s", stopped, refused)
         return None if self.saver.newest is None else self.saver.newest[1]
 
-    def protect_checkpoints(self, step: int) -> None:
-        """Keep those up to the first step that was ever refused: they may be the last good ones."""
+    def protect_checkpoints(self, step: int | None) -> None:
+        """Keep those up to the first step that was ever refused, if one was: they may be the last good ones."""
         self.first_refused = self.saver.protected = step
 
     def digest_of(self, checkpoint: Path | None) -> str:
@@ -305,8 +306,7 @@ class Run:
         self.steps_done, self.samples_done = checkpoint.step, state.samples
         self.skipped_in_a_row, self.train_loss = state.skipped_in_a_row, state.train_loss
         self.guard = GuardRecord(state.guard)
-        if state.first_refused is not None:
-            self.protect_checkpoints(state.first_refused)
+        self.protect_checkpoints(state.first_refused)
         self._all_or_raise(lambda: self.engine.check_finite(f"{checkpoint.folder}: "))
         self.saver.newest = (checkpoint.step, checkpoint.folder)
         word = "finished " if self.is_finished else "resumed  "

@@ -63,6 +63,7 @@ class Trainer:
 
     def __init__(self, run: Run, profiler: Profiler | None = None) -> None:
         self.run = run
+        run.watchdog.watch(self)
         self.meter = Meter.of(run.recipe, run.context.world.size, run.device)
         self.numbers = Numbers(run.recipe, run.engine.assembled, run.engine.tensors["weights"])
         window, folder = run.recipe.train.profile, run.output / "profile"
@@ -73,7 +74,6 @@ class Trainer:
         self.guard, self.goodput = Guard(run), Goodput()
         self.incidents = Incidents(run.output, writes=run.context.is_first_rank)
         self.rank_times = RankTimes(run.context, run.engine, run.watchdog.beats, self.incidents, self.goodput.waited)
-        run.watchdog.watch(self)
         self._stop: StopSignals | None = None
         self._asked_to_stop = False
         self._warned_of_no_labels = False
@@ -89,7 +89,7 @@ class Trainer:
         metrics, code = run.open_metrics(), 1
         if metrics is not None:
             self.goodput.resume(metrics.kept, metrics.dropped, ended=ended_on_purpose(run.output))
-        self.incidents.note("start", run.steps_done + 1, f"begins on {run.context.world.size} ranks")
+        self.incidents.note("start", run.steps_done + 1, f"begins, ranks: {run.context.world.size}")
         self._stop = stop
         stop.begin(train.max_minutes)
         try:
@@ -183,7 +183,7 @@ class Trainer:
         step = partial(run.engine.step, batch, lr, lambda: self._stop is not None and self._stop.exit_code != 0)
         self.guard.begin()
         with self.numbers.seen_in(run.steps_done + 1), self.depth.seen_in(run.steps_done + 1, lr):
-            made = step()
+            made = self.guard.made(step)
         once = time.perf_counter() - start
         stats = self.guard.judge(made, batch, step)
         seconds = time.perf_counter() - start

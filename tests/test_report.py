@@ -229,6 +229,28 @@ def test_a_run_that_was_trained_and_taken_up_again_has_its_page(tiny, tmp_path, 
     assert f"({read.num_parameters:,})" in page.words and read.num_parameters == parameters_of(tmp_path / "run")
 
 
+def test_what_happened_and_where_the_time_went_are_told(tiny, tmp_path, monkeypatch):
+    """Three starts, one of them killed, a step that was made again, and one that sent the run back; and a line that is no event."""
+    from megaresnorm.trainer import train
+
+    monkeypatch.setenv("MEGARESNORM_DRILL", "1")
+    faults = [{"kind": "nan", "step": 3, "place": "gradient"}, {"kind": "nan", "step": 5, "place": "weight"}]
+    settings = {"checkpoint": {"every": 2}, "guard": {"nonfinite": "rollback"}, "drill": {"faults": faults}}
+    train(tiny(train={"steps": 4}, **settings))
+    with (tmp_path / "run" / "events.jsonl").open("a") as file:
+        file.write('{"kind": "<b>", "step": 1, "time": "x", "what": "<script>"}\n')
+        file.write('{"kind": "start", "step": 5, "time": 1.7e9, "what": "a process that was killed"}\ntorn')
+    train(tiny(**settings))
+    page = page_of(tmp_path / "run")
+    assert "made again, is fine" in page.words and "from step 5 back to step 4" in page.words
+    assert "begins, ranks: 1" in page.words and "<script>" not in (tmp_path / "run" / "report.html").read_text()
+    assert "Goodput" in page.words and "steps refused or made again" in page.words
+    (read,) = read_runs([tmp_path / "run"])
+    spent = [read.metrics.last(f"spent_{kind}") for kind in ("productive", "lost", "checkpoint", "start")]
+    assert all(seconds > 0 for seconds in spent) and 0 < read.metrics.last("goodput") < 1
+    assert read.num_starts == 3
+
+
 def parameters_of(run):
     from megaresnorm.checkpoint.inspect import newest_of
     from megaresnorm.checkpoint.reader import Checkpoint

@@ -92,9 +92,9 @@ class PackedSamples:
         while start < stop:
             skipped = ends[d] - start  # tokens of this document from ``start`` to its end
             take = min(stop - start, int(skipped))
-            end = int(stops[d])
+            begin = int(stops[d]) - int(skipped)
             there = slice(start - first, start - first + take)
-            tokens[there] = self.files.tokens[end - int(skipped) : end - int(skipped) + take]
+            tokens[there] = self.files.tokens.read(begin, begin + take)
             if documents is not None:
                 documents[there] = number
             start, d, number = start + take, d + 1, number + 1

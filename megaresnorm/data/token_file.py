@@ -39,7 +39,8 @@ class TokenFile:
     """
 
     def __init__(self, path: Path, dtype: np.dtype, num_tokens: int) -> None:
-        self.path, self.dtype, self._length, self._reads = path, dtype, num_tokens, 0
+        self.path, self.dtype, self._length = path, dtype, num_tokens
+        self._itemsize, self._reads = dtype.itemsize, 0
         try:
             self._descriptor = open_one_more(path)
         except OSError as e:
@@ -52,14 +53,14 @@ class TokenFile:
 
     def __getitem__(self, at: int | slice) -> Any:
         """One token, or those of a slice in steps of 1."""
-        if not isinstance(at, slice):
-            at = int(at) + self._length * (at < 0)
-            if not 0 <= at < self._length:
-                raise IndexError(at)
-            return self._read(at, at + 1)[0]
-        start, stop, step = at.indices(self._length)
-        assert step == 1, "a file is read in one direction"
-        return self._read(start, max(start, stop))
+        if isinstance(at, slice):
+            start, stop, step = at.indices(self._length)
+            assert step == 1, "a file is read in one direction"
+            return self.read(start, max(start, stop))
+        at = int(at) + self._length * (at < 0)
+        if not 0 <= at < self._length:
+            raise IndexError(at)
+        return self.read(at, at + 1)[0]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:], dtype)
@@ -68,27 +69,36 @@ class TokenFile:
         """All tokens as Python's own numbers."""
         return self[:].tolist()
 
-    def _read(self, start: int, stop: int) -> np.ndarray:
-        offset, wanted = start * self.dtype.itemsize, (stop - start) * self.dtype.itemsize
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The tokens ``start`` to ``stop``, both within the file: a slice with less to do for Python.
+
+        Raises:
+            DataError: they are not there any more.
+        """
+        offset, wanted = start * self._itemsize, (stop - start) * self._itemsize
         self._reads += 1
         if self._reads % _LOOK_EVERY == 0:
             self._check_size()
         try:
             data = os.pread(self._descriptor, wanted, offset)
-            while 0 < len(data) < wanted and (more := self._next_part(wanted, offset, data)):
-                data += more
+            if len(data) != wanted:
+                data = self._completed(data, offset, wanted)
         except OSError as e:
             raise DataError(f"{self.path}: byte {offset} cannot be read ({e.strerror}); {_REMEDY}") from None
-        if len(data) < wanted:
-            raise DataError(
-                f"{self.path}: has {len(data)} of the {wanted} bytes from byte {offset} on: it was cut while it was in "
-                f"use; {_REMEDY}"
-            )
         return np.frombuffer(data, self.dtype)
 
-    def _next_part(self, wanted: int, offset: int, data: bytes) -> bytes:
-        """What follows: one call gives at most 2 GiB, and may be interrupted."""
-        return os.pread(self._descriptor, wanted - len(data), offset + len(data))
+    def _completed(self, data: bytes, offset: int, wanted: int) -> bytes:
+        """What is read with what follows: one call gives at most 2 GiB, and may be interrupted."""
+        parts, have = [data], len(data)
+        while parts[-1] and have < wanted:
+            parts.append(os.pread(self._descriptor, wanted - have, offset + have))
+            have += len(parts[-1])
+        if have < wanted:
+            raise DataError(
+                f"{self.path}: has {have} of the {wanted} bytes from byte {offset} on: it was cut while it was in use; "
+                f"{_REMEDY}"
+            )
+        return b"".join(parts)
 
     def _check_size(self) -> None:
         wanted = self._length * self.dtype.itemsize

@@ -34,7 +34,7 @@ class Finding(NamedTuple):
     """The first number of a step that is not finite.
 
     Attributes:
-        rank, host: where it arose; None where every rank's own numbers are finite, so that it arose in their sum.
+        rank, host: where it arose; None where all that was looked at on every rank is finite.
         what: the tensor, in words.
         block: global number; None outside of blocks.
         samples: global numbers of the microbatch's; empty for a weight.
@@ -49,9 +49,12 @@ class Finding(NamedTuple):
     in_weights: bool = False
 
     def __str__(self) -> str:
-        place = "in the sums over ranks" if self.rank is None else f"on rank {self.rank} ({self.host})"
+        place = "" if self.rank is None else f" on rank {self.rank} ({self.host})"
         samples = f", samples {shortened(self.samples)}" if self.samples else ""
-        return f"{self.what} {place}{samples}"
+        return f"{self.what}{place}{samples}"
+
+
+IN_SUMS = Finding(None, None, "a sum over ranks, or what compiled blocks hide: all that was looked at is finite")
 
 
 def shortened(numbers: tuple[int, ...], most: int = 8) -> str:

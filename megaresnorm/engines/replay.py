@@ -120,7 +120,9 @@ class Replay:
             if largest(differs.any().long().reshape(1), world).item():
                 names = [name for name, one in zip(self._parameters, differs.tolist(), strict=True) if one]
                 said = all_gather_json([host_name(), names[:1], len(names)], world, self._engine.assembled.device)
-                raise CorruptionError(_line(step, said))
+                error = CorruptionError(_line(step, said))
+                error.found = [(rank, host) for rank, (host, _, count) in enumerate(said) if count]
+                raise error
             update(*arguments)
 
         return checked

@@ -95,4 +95,4 @@ class WatchdogRecipe(Section):
     evaluation: Seconds = 1800
     """Seconds in one evaluation."""
     checkpoint: Seconds = 3600
-    """Seconds for the slowest rank to write its part of a checkpoint, from when the first has written its own."""
+    """Seconds for a rank to write its part of a checkpoint, and for the slowest after the first has written its own."""

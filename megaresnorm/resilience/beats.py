@@ -44,6 +44,7 @@ class Phase(IntEnum):
     EVALUATION = 3
     SAVE = 4
     CLOSING = 5
+    BACK = 6  # going back to a checkpoint
 
 
 class Place(IntEnum):
@@ -192,7 +193,10 @@ class Beat:
         words = self.words
         if not words[WAITS_SINCE]:
             return self.waits_over_control if not self.writes else None
-        return Wait(AXES[words[AXIS]], words[SEQUENCE], words[OPERATION], words[SIZE], words[WAITS_SINCE])
+        message = words[OPERATION] >= ACTIVATIONS
+        # On an axis one collective is under way at a time: the last one begun.
+        sequence = words[SEQUENCE] if message else words[COUNTS + words[AXIS]]
+        return Wait(AXES[words[AXIS]], sequence, words[OPERATION], words[SIZE], words[WAITS_SINCE])
 
     @property
     def waits_over_control(self) -> "Wait | None":

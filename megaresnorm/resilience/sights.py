@@ -40,6 +40,13 @@ DEEPEST = 200  # lines of one thread
 GONE = "gone"
 _FRAME = re.compile(r'  File "(?P<file>[^"]*)", line (?P<line>\d+) in (?P<function>.*)')
 _TIMES = (SINCE, PLACE_SINCE, WAITS_SINCE, WRITES_SINCE, C_WAITS_SINCE)
+_SETTINGS = {
+    Phase.START: "start",
+    Phase.BACK: "start",
+    Phase.EVALUATION: "evaluation",
+    Phase.SAVE: "checkpoint",
+    Phase.CLOSING: "checkpoint",
+}
 PLACES = {
     Place.BEGIN: "before its samples are read",
     Place.DATA: "while reading samples",
@@ -119,8 +126,7 @@ class Sight:
     def setting(self) -> str:
         """The setting that limits this, with its value."""
         words = self.beat.words
-        names = {Phase.START: "start", Phase.EVALUATION: "evaluation", Phase.SAVE: "checkpoint"}
-        name = names.get(Phase(words[PHASE]), "checkpoint" if words[PHASE] == Phase.CLOSING else "step")
+        name = _SETTINGS.get(Phase(words[PHASE]), "step")
         name, allowed = ("checkpoint", words[WRITES_ALLOWED]) if self.writes_too_long else (name, words[ALLOWED])
         return f"watchdog.{name}={allowed / SECOND:.6g}"
 
@@ -138,6 +144,8 @@ class Sight:
                 return f"in the evaluation after step {step}"
             case Phase.SAVE:
                 return f"while saving step {step}"
+            case Phase.BACK:
+                return f"while going back to a checkpoint from step {step}"
             case Phase.CLOSING | Phase.REST:
                 return f"at the end of the run, after step {step}"
         more = f", microbatch {words[MICROBATCH]}" if place in (Place.FORWARD, Place.BACKWARD) else ""

@@ -42,7 +42,8 @@ class Spikes:
     Norms are compared by their logarithms, since they scatter by factors.
 
     Args:
-        losses, norms: of earlier steps, oldest first, as a checkpoint has them.
+        losses: of earlier steps in nats a token, oldest first, as a checkpoint has them.
+        norms: of their gradients.
     """
 
     def __init__(self, losses: Iterable[float] = (), norms: Iterable[float] = ()) -> None:

@@ -47,53 +47,50 @@ class TellingTransport:
 
     def __init__(self, transport: Transport, axis: str, own: Any) -> None:
         self._transport, self._own, self._axis = transport, own, AXES.index(axis)
-        self._tell = _tell_control if axis == "control" else _tell_main
+        self._count = COUNTS + self._axis
+        self._told = self._told_over_control if axis == "control" else self._told_over_axis
 
     def start_all_reduce(self, x: Tensor, *, overwrite: bool) -> Pending:
         """See ``Transport``."""
-        count = self._begun()
-        return self._told(self._transport.start_all_reduce(x, overwrite=overwrite), ALL_REDUCE, x, count)
+        self._own[self._count] += 1
+        return self._told(self._transport.start_all_reduce(x, overwrite=overwrite), ALL_REDUCE, x.nbytes)
 
     def start_all_gather(self, x: Tensor) -> Pending:
         """See ``Transport``."""
-        count = self._begun()
-        return self._told(self._transport.start_all_gather(x), ALL_GATHER, x, count)
+        self._own[self._count] += 1
+        return self._told(self._transport.start_all_gather(x), ALL_GATHER, x.nbytes)
 
     def start_reduce_scatter(self, x_p: Tensor) -> Pending:
         """See ``Transport``."""
-        count = self._begun()
-        return self._told(self._transport.start_reduce_scatter(x_p), REDUCE_SCATTER, x_p, count)
+        self._own[self._count] += 1
+        return self._told(self._transport.start_reduce_scatter(x_p), REDUCE_SCATTER, x_p.nbytes)
 
-    def _begun(self) -> int:
-        word = COUNTS + self._axis
-        count = self._own[word] + 1
-        self._own[word] = count
-        return count
-
-    def _told(self, pending: Pending, operation: int, x: Tensor, count: int) -> Pending:
-        tell, own, axis, size = self._tell, self._own, self._axis, x.nbytes
+    def _told_over_axis(self, pending: Pending, operation: int, size: int) -> Pending:
+        own, axis = self._own, self._axis
 
         def wait() -> Tensor:
-            word = tell(own, axis, operation, size, count)
+            own[AXIS], own[OPERATION], own[SIZE] = axis, operation, size
+            own[WAITS_SINCE] = start = monotonic_ns()
             result = pending()
-            if word == WAITS_SINCE:
-                own[WAITED] += monotonic_ns() - own[WAITS_SINCE]
-            own[word] = 0
+            own[WAITS_SINCE] = 0
+            own[WAITED] += monotonic_ns() - start
             return result
 
         return wait
 
+    def _told_over_control(self, pending: Pending, operation: int, size: int) -> Pending:
+        """Told in words of its own: a thread that writes a checkpoint may be the one that waits."""
+        own = self._own
 
-def _tell_main(own: Any, axis: int, operation: int, size: int, count: int) -> int:
-    own[AXIS], own[SEQUENCE], own[OPERATION], own[SIZE] = axis, count, operation, size
-    own[WAITS_SINCE] = monotonic_ns()
-    return WAITS_SINCE
+        def wait() -> Tensor:
+            own[C_OPERATION], own[C_SIZE] = operation, size
+            # Writing its own part, and waiting for the others, have a time each.
+            own[C_WAITS_SINCE] = own[WRITES_SINCE] = monotonic_ns()
+            result = pending()
+            own[C_WAITS_SINCE], own[WRITES_SINCE] = 0, monotonic_ns()
+            return result
 
-
-def _tell_control(own: Any, axis: int, operation: int, size: int, count: int) -> int:
-    own[C_OPERATION], own[C_SIZE], now = operation, size, monotonic_ns()
-    own[C_WAITS_SINCE] = own[WRITES_SINCE] = now  # writing its own part, and waiting for others, have a time each
-    return C_WAITS_SINCE
+        return wait
 
 
 def tell_axes(context: ParallelContext, beats: Beats, wrapped: Wrapped, *, compiled: bool) -> None:

@@ -48,9 +48,11 @@ class Incidents:
         about = {"schema_version": SCHEMA_VERSION, "time": time.time(), "step": step, "kind": kind}
         line = json.dumps(about | {"rank": rank, "host": host, "what": shown(what)} | more) + "\n"
         try:
-            descriptor = open_plain(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            descriptor = open_plain(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             try:
-                os.write(descriptor, line.encode())
+                size = os.fstat(descriptor).st_size  # what a killed process has torn is a line of its own
+                torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+                os.write(descriptor, (torn * "\n" + line).encode())
             finally:
                 os.close(descriptor)
         except OSError as e:

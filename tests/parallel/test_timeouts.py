@@ -15,7 +15,7 @@ from megaresnorm.job import run_job
 from megaresnorm.opening import open_recipe
 from megaresnorm.parallel.mesh import ParallelContext, Sizes
 from megaresnorm.recipe.load import build_recipe, dump_recipe
-from megaresnorm.resilience import watchdog as watchdog_module
+from megaresnorm.resilience import following
 from megaresnorm.resilience.watcher import Watcher
 from megaresnorm.run import Run
 from megaresnorm.testing import run_ranks
@@ -53,7 +53,7 @@ def noted_steps() -> list[float]:
 def without_watchers() -> None:
     """Let nothing end this rank but the time-outs of its groups, which come a little sooner than they would."""
     Watcher.start = lambda self: None
-    run_module.BACKUP = job_module.BACKUP = watchdog_module.BACKUP = float(BEHIND)
+    run_module.BACKUP = job_module.BACKUP = following.BACKUP = float(BEHIND)
 
 
 def ends_in(rank: int, path: Path, silences: dict[int, float]) -> tuple[int, float, int, str]:

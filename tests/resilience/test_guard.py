@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from launched import be_rank, losses
 
 from megaresnorm.errors import ConfigError, TrainingError
@@ -35,7 +36,7 @@ def drilled(tiny, tmp_path, monkeypatch):
         train_section = {"output": str(tmp_path / name), "micro_batch": 2, "global_batch": 8, "eval_every": 0}
         sections["train"] = train_section | sections.get("train", {})
         drill = {"drill": {"faults": list(faults)}} if faults else {}
-        model = {"dropout": 0.1, "num_blocks": 4}
+        model = {"dropout": 0.1, "num_blocks": 4} | sections.pop("model", {})
         return tiny(model=model, parallel=parallel, **drill, **sections), ranks
 
     return make
@@ -77,7 +78,7 @@ def digest(run) -> str:
     for group in ("weights", "optimizer"):
         for slices in run.engine.tensors[group].values():
             if slices.local is not None:
-                found.update(slices.local.detach().contiguous().numpy().tobytes())
+                found.update(slices.local.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
@@ -273,3 +274,43 @@ def test_what_differs_is_never_saved(drilled):
     found = outcomes(recipe, ranks)
     assert all("rank 0 on" in one["error"] and "rank 1 on" in one["error"] for one in found)
     assert not any((Path(recipe.train.output) / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"precision": {"compute": "bf16"}},
+        {"precision": {"compute": "bf16", "weights": "bf16"}},
+        {"precision": {"compute": "fp16"}},
+        {
+            "precision": {"compute": "fp8", "fp8": {"recipe": "tensorwise", "scaling": "delayed"}},
+            "model": {"dim": 32, "ffn_dim": 64},
+        },
+        {"optim": {"clip": "adagc", "adagc_warmup": 2}},
+        {"recompute": {"policy": "block"}},
+        {"train": {"compile": "blocks", "steps": 4}},
+        {"telemetry": {"every": 1}},
+    ],
+    ids=["bf16", "bf16 weights", "fp16", "fp8", "adagc", "recompute", "compiled", "watched"],
+)
+def test_a_transient_nan_leaves_no_trace_in_any_precision(drilled, settings):
+    """Nor in scales, histories of FP8, averages of clipping, and figures of steps that are watched."""
+    place = "gradient" if "train" in settings else "activation"
+    fault = {"kind": "nan", "step": 3, "place": place, "block": 1}
+    recipe, _ = drilled("one", fault, **settings)
+    assert curve_of(recipe, 1) == curve_of(*drilled("one", name="undisturbed", **settings))
+    assert [one["transient"] for one in events(recipe, "nonfinite")] == [True]
+
+
+@pytest.mark.parametrize(
+    "layout", ["dp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("one", "tp2 dp2"))]
+)
+def test_a_gradient_flipped_before_its_reduction_names_its_rank_where_steps_are_replayed(drilled, layout):
+    """Digests cannot see it: the sum is wrong on all ranks alike."""
+    rank = LAYOUTS[layout][0] - 1
+    fault = {"kind": "flip", "step": 4, "rank": rank, "place": "gradient"}
+    recipe, ranks = drilled(layout, fault, guard={"replay_every": 2, "digest_every": 1})
+    assert curve_of(recipe, ranks) == curve_of(*drilled(layout, name="undisturbed"))
+    (event,) = events(recipe, "corruption")
+    assert (event["rank"], event["step"], event["action"]) == (rank, 4, "made again")

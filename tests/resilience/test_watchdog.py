@@ -15,11 +15,12 @@ from megaresnorm.parallel.environment import Environment
 from megaresnorm.parallel.mesh import MESH_AXES, Sizes
 from megaresnorm.resilience import beats as words
 from megaresnorm.resilience.beats import ACTIVATIONS, AXES, GRADIENTS, SECOND, SENDS, Beats, Phase, Place
+from megaresnorm.resilience.following import LEAST, StepDeadline
 from megaresnorm.resilience.hang_report import Hang
 from megaresnorm.resilience.sights import Sight, main_stack, sight_of
 from megaresnorm.resilience.suspects import judge, members
 from megaresnorm.resilience.telling import TellingTransport
-from megaresnorm.resilience.watchdog import LEAST, START, StepDeadline, Watchdog
+from megaresnorm.resilience.watchdog import START, Watchdog
 from megaresnorm.resilience.watcher import Watcher, slots_of
 
 ONE = (1, 1, 1, 1)
@@ -332,9 +333,9 @@ def test_a_process_that_hangs_is_found_in_time_named_and_its_stacks_are_read(how
 
 
 def test_the_main_threads_stack_is_told_from_the_others():
-    text = 'Thread 0x2 (most recent call first):\n  File "/x/t.py", line 1 in run\n\n' + (
-        'Current thread 0x1 (most recent call first):\n  File "/x/a.py", line 3 in inner\n  File "/x/a.py", line 9 in f\n'
-    )
+    main = '  File "/x/a.py", line 3 in inner\n  File "/x/a.py", line 9 in f\n'
+    text = 'Thread 0x2 (most recent call first):\n  File "/x/t.py", line 1 in run\n\n'
+    text += f"Current thread 0x1 (most recent call first):\n{main}"
     assert main_stack(text) == ("inner (a.py:3)", "f (a.py:9)") and main_stack("") == ()
 
 
