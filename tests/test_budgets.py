@@ -15,8 +15,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Lines that are not blank. Raised from 2,000: which part of a forward pass is run again is said where it is run, and a
 # budget of memory is solved before a model is built. From 2,080: what becomes of a step that overflows FP16, and
 # branch inputs that are codes with scales. From 2,200: an engine shows what it updates, and runs a batch that leaves
-# nothing behind, for what watches a model.
-READ_FIRST_FILES, READ_FIRST_LINES = 12, 2_230
+# nothing behind, for what watches a model. From 2,230: a step may send the run back, and where time goes is counted.
+READ_FIRST_FILES, READ_FIRST_LINES = 12, 2_270
 # Lines of code. Both were raised four times. From 10,000 and 16,000: exact shares of tokens, validation sets by name
 # and bits a byte, and what a model of Transformers says of itself, which has to travel through a run. From 10,300 and
 # 16,400: what a user meets first: speed and memory of each step, services that take metrics, what names of other
@@ -36,14 +36,17 @@ READ_FIRST_FILES, READ_FIRST_LINES = 12, 2_230
 # 18,600 and 26,900: what depth does to a model in training, summed up beside its steps, probed between them, the same
 # in any layout, recorded and warned of; a run, or several, as one page, read, drawn, explained and laid out; where the
 # time and memory of a step go, by block and rank, marked from outside, told and compared. From 19,450
-# and 31,100: what is no crash: faults injected on purpose; digests of what ranks hold alike, the odd one and its
-# repair; steps made twice; token files read from descriptors.
-TRAINING_PATH, ALL = 20_050, 31_750
+# and 31,100: what is no crash. What ranks are at, told in memory that another process reads, who hangs, and what is left
+# of it; a refused step made again and attributed, a run that goes back; digests of what ranks hold alike; steps made
+# twice; times of ranks; goodput; token files read from descriptors; hosts examined; faults injected on purpose.
+TRAINING_PATH, ALL = 21_900, 35_600
 FILE, FUNCTION, NINE_TENTHS = 350, 60, 25  # lines of a file; of a function, its docstring left out
 LINE = 120
 
 # Not counted: kernels for CPUs, which are a lab bench, and studies made with the framework.
 UNCOUNTED = ("kernels/cpu/", "studies/")
+# Of the rooms below what no run needs: an examination of hosts, and faults that are injected on purpose.
+NO_TRAINING = ("resilience/cluster/", "resilience/faults.py", "resilience/bad_", "resilience/drill_")
 # What an optimizer step, its checkpoint and its survival need: not preparing data, converting, the command line.
 TRAINING = (
     "recipe/", "model/", "kernels/", "parallel/", "precision/", "engines/", "checkpoint/", "resilience/", "telemetry/",
@@ -117,7 +120,11 @@ def test_what_is_read_first_is_an_afternoon():
 
 def test_the_training_path_and_all_of_it_stay_within_their_budgets():
     counted = {path: code_lines(path) for path in FILES if not relative(path).startswith(UNCOUNTED)}
-    training = {path: lines for path, lines in counted.items() if relative(path).startswith(TRAINING)}
+    training = {
+        path: lines
+        for path, lines in counted.items()
+        if relative(path).startswith(TRAINING) and not relative(path).startswith(NO_TRAINING)
+    }
     missing = [name for name in TRAINING if not any(relative(path).startswith(name) for path in training)]
     assert not missing, "no such room any more"
     assert 5_000 < sum(training.values()) <= TRAINING_PATH

@@ -230,7 +230,7 @@ def test_a_run_that_was_trained_and_taken_up_again_has_its_page(tiny, tmp_path, 
 
 
 def test_what_happened_and_where_the_time_went_are_told(tiny, tmp_path, monkeypatch):
-    """Three starts, one of them killed, a step that was made again, and one that sent the run back; and a line that is no event."""
+    """Three starts, one of them killed, a step made again, one that sent the run back, and a line that is no event."""
     from megaresnorm.trainer import train
 
     monkeypatch.setenv("MEGARESNORM_DRILL", "1")
