@@ -35,10 +35,10 @@ READ_FIRST_FILES, READ_FIRST_LINES = 12, 2_270
 # DeepSpeed's ZeRO as an engine, its update on the host, and extensions in C++ that no killed process holds up. From
 # 18,600 and 26,900: what depth does to a model in training, summed up beside its steps, probed between them, the same
 # in any layout, recorded and warned of; a run, or several, as one page, read, drawn, explained and laid out; where the
-# time and memory of a step go, by block and rank, marked from outside, told and compared. From 19,450
-# and 31,100: what is no crash. What ranks are at, told in memory that another process reads, who hangs, and what is
-# left of it; a refused step made again and attributed, a run that goes back; digests of what ranks hold alike; steps made
-# twice; times of ranks; goodput; token files read from descriptors; hosts examined; faults injected on purpose.
+# time and memory of a step go, by block and rank, marked from outside, told and compared. From 19,450 and 31,100:
+# what is no crash. What ranks are at, told in memory that another process reads, who hangs, and what is left of it; a
+# refused step made again and attributed, a run that goes back; digests of what ranks hold alike; steps made twice;
+# times of ranks; goodput; token files read from descriptors; hosts examined; faults injected on purpose.
 TRAINING_PATH, ALL = 21_900, 35_600
 FILE, FUNCTION, NINE_TENTHS = 350, 60, 25  # lines of a file; of a function, its docstring left out
 LINE = 120
