@@ -13,4 +13,5 @@ is for the terminal from which a job is submitted:
   front.py        runs commands that start nodes: output, signals, the first error, nothing left behind
   tell.py         sends a signal to the supervisors of a job on one node
   words.py        words in characters that no shell changes
+  drill.py soak.py    megaresnorm drill: a run with faults on this host, watched from outside, and what came of it
 """

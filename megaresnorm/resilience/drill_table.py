@@ -12,6 +12,7 @@ from megaresnorm.telemetry.incidents import read_incidents
 
 Line = tuple[float, str]  # of the launcher, with the time at which it came
 REFUSED, RESTARTS = ("nan", "flip", "spike"), ("kill", "stop", "hang", "cut")
+SUMMED = 10  # steps, of rank_times.py
 EARLY = 0.05  # seconds by which clocks of files and of lines may differ
 
 
@@ -121,6 +122,8 @@ def _notice(
         if notice.line and (found := re.search(notice.line, text))
     ]
     matches = [one for one in matches if one[0] >= start - EARLY and (one[0], one[2]) not in used]
+    if row.kind == "slow":  # which shows in sums of ten steps
+        matches = [one for one in matches if one[1]["step"] >= row.step + SUMMED]
     right = [one for one in matches if _names(row, notice, one[1])]
     if not matches:
         return

@@ -92,6 +92,16 @@ def test_each_fault_has_its_notice_and_the_steps_that_it_cost(tmp_path):
     assert [row.lost for row in rows] == [4, 0, 9, 0, 0, 9, 0, 10]
 
 
+def test_a_slow_rank_is_not_noticed_by_what_was_said_before_it_can_show(tmp_path):
+    faults = [{"kind": "slow", "step": 30, "rank": 1, "times": 50}]
+    early = {"kind": "straggler", "step": 30, "time": 50.2, "rank": 1}
+    (row,) = table(tmp_path, faults, {0: (1, 30, 50.0)}, [early])
+    assert not row.noticed
+    (tmp_path / "events.jsonl").open("a").write(json.dumps(early | {"step": 50, "time": 52.0, "what": ""}) + "\n")
+    (row,) = rows_of(faults, tmp_path, [])
+    assert row.right and row.named and row.after == 2.0
+
+
 def test_what_is_not_injected_noticed_or_named_rightly_does_not_pass(tmp_path):
     faults = [{"kind": "kill", "step": 5, "rank": 1}, {"kind": "hang", "step": 9, "rank": 0},
               {"kind": "nan", "step": 20, "rank": 1}]  # fmt: skip
