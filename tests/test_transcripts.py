@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 NAMES = ("README", "configs/README", "launch/README", "CONTRIBUTING", "docs/quickstart", "docs/report",
          "docs/configuration", "docs/coming-from", "docs/conversion", "docs/data", "docs/checkpoints", "docs/clusters",
          "docs/depth", "docs/quantization", "docs/results/2026-11-29-quantization", "docs/kernels", "docs/numerics",
-         "docs/parallel", "docs/speed", "docs/profiling", "docs/gpu", "docs/deepspeed")  # fmt: skip
+         "docs/parallel", "docs/speed", "docs/profiling", "docs/gpu", "docs/deepspeed",
+         "docs/reliability")  # fmt: skip
 PAGES = [ROOT / f"{name}.md" for name in NAMES]
 NOT_RUN = {  # pattern -> why
     r"git clone ": "the test has cloned it",
@@ -28,6 +29,8 @@ NOT_RUN = {  # pattern -> why
     r"pre-commit install": "a package of its own",
     r"NODES=4 |--hostfile|--node-rank": "four hosts; tests/launch starts simulated ones",
     r"bash launch/test\.sh .*-m (slow|gpu)|bash launch/test\.sh tests/checkpoint": "these are the tests",
+    r"megaresnorm drill ": "twenty minutes; tests/resilience/test_drill.py",
+    r"srun megaresnorm": "Slurm; tests/launch starts one",
     r"python -m pytest -m gpu": "they need a GPU",
     r"train\.loggers='\[tensorboard, wandb\]'": "a service of its own; tests/telemetry/test_loggers.py",
 }
