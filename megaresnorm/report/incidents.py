@@ -13,7 +13,7 @@ HEADINGS = ("time", "step", "what", "kind", "what was done")
 WORDS = {
     "productive": "steps that stay",
     "lost": "steps refused or made again",
-    "checkpoint": "waiting for checkpoints",
+    "checkpoint": "checkpoints, and comparisons of replicas",
     "evaluation": "evaluations",
     "start": "starts, and restarts since the last step",
     "waiting": "of the steps that stay: mean rank waits for the slowest",
