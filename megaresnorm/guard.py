@@ -6,7 +6,6 @@ changes. All decisions are made from numbers that all ranks have alike.
 
 import logging
 from collections.abc import Callable
-from math import isfinite
 from pathlib import Path
 
 from megaresnorm.data.loader import SampleRange, StepBatch
@@ -88,7 +87,7 @@ class Guard:
         """
         run = self._run
         if stats.applied:
-            run.skipped_in_a_row = 0
+            run.skipped_in_a_row = run.guard.spikes_in_a_row = 0
             assert stats.loss is not None
             run.guard.spikes.add(stats.loss, stats.gradient_norm)
             return stats
@@ -99,7 +98,7 @@ class Guard:
             log.info(skipped_line(number, steps, stats.loss, stats.loss_scale, stats.lowered_to))
             return stats
         finding = None
-        if not self._overflows(stats) and not run.skipped_in_a_row:  # of several in a row the first one tells
+        if not stats.overflows:  # of a loss scale that does not move a second time would be no news
             repeated, finding = self._made_again(stats, batch, again)
             if repeated.applied:
                 return self.judge(repeated, batch, again)
@@ -184,7 +183,11 @@ class Guard:
         if goes_back:
             self._go_back(step, None)
         elif restored:
-            log.warning("warning: step %d: the odd rank has taken over what the others hold", step)
+            log.warning(
+                "warning: step %d: the odd rank has taken over what the others hold; what it has added to gradients "
+                "since it differs stays in all of them",
+                step,
+            )
         else:
             raise CorruptionError(
                 f"{error}; {run.saver.what_there_is()}, guard.max_rollbacks={self._recipe.max_rollbacks}"
@@ -198,11 +201,6 @@ class Guard:
         log.warning("warning: %s", error)
         about = {"tensors": list(odd.tensors[:8]), "members": list(odd.members), "action": action}
         self._incidents.note("corruption", self._run.steps_done, str(error), rank=rank, host=host, **about)
-
-    @staticmethod
-    def _overflows(stats: StepStats) -> bool:
-        """Whether a loss scale that does not move is too large, which a second time would be no news."""
-        return (stats.loss_scale or 1.0) > 1.0 and isfinite(stats.loss or 0.0)
 
     def _made_again(
         self, stats: StepStats, batch: StepBatch, again: Callable[[], StepStats]
@@ -223,7 +221,7 @@ class Guard:
             finding = IN_SUMS
         if repeated.applied:
             what = (
-                f"step {step} was refused ({_figures(stats)}) and, made again, is fine ({_figures(repeated)}): a fault "
+                f"step {step} was refused ({stats}) and, made again, is fine ({repeated}): a fault "
                 "of a device or of its memory, not of the data or the model"
             )
             log.warning("warning: %s", what)
@@ -239,9 +237,12 @@ class Guard:
         run, step, kind = self._run, self._run.steps_done + 1, self._kind(stats)
         policy = self._recipe.spike if kind == "spike" else self._recipe.nonfinite
         run.saver.join()  # on all ranks alike there is a checkpoint, or none
-        run.skipped_in_a_row += 1
-        if kind == "nonfinite" and run.first_refused is None:
-            run.protect_checkpoints(run.steps_done)
+        if kind == "spike":  # which spoils nothing
+            run.guard.spikes_in_a_row += 1
+        else:
+            run.skipped_in_a_row += 1
+            if run.first_refused is None:
+                run.protect_checkpoints(run.steps_done)
         what = f"step {step} refused: {self._why(stats, batch, finding)}"
         log.warning("%s", what)
         action: str = policy
@@ -286,6 +287,8 @@ class Guard:
     def _go_back(self, step: int, passed: SampleRange | None) -> None:
         run = self._run
         run.roll_back(passed)
+        if run.context.is_first_rank:
+            run.guard.write(run.output)
         over = "" if passed is None else f", passing over samples {passed.position} to {passed.last}"
         what = f"from step {step} back to step {run.steps_done}{over} ({run.guard.rollbacks} of guard.max_rollbacks)"
         log.warning("rollback  %s", what)
@@ -301,9 +304,9 @@ class Guard:
         """
         run, train = self._run, self._run.recipe.train
         step, kind = run.steps_done + 1, "a spike of" if stats.is_finite else "a non-finite"
-        if run.skipped_in_a_row >= train.max_skipped_steps:
+        if (in_a_row := run.skipped_in_a_row + run.guard.spikes_in_a_row) >= train.max_skipped_steps:
             raise NonFiniteError(
-                f"{run.skipped_in_a_row} steps in a row had {kind} loss or gradient, up to step "
+                f"{in_a_row} steps in a row had {kind} loss or gradient, up to step "
                 f"{step}{self._at_scale(stats)}; {self._remedy(stats)}; {self._what_there_is()}"
             )
         if run.guard.skips >= self._recipe.max_skips:
@@ -313,7 +316,7 @@ class Guard:
             )
 
     def _why(self, stats: StepStats, batch: StepBatch, finding: Finding | None) -> str:
-        bounds, words = self._run.engine.policy.bounds, _figures(stats)
+        bounds, words = self._run.engine.policy.bounds, str(stats)
         if stats.is_finite and bounds is not None:
             words += f", at most {bounds.loss:.4g} and {bounds.norm:.4g} by the last steps"
             return f"{words} (a spike); samples {self._shown(batch)}"
@@ -332,10 +335,10 @@ class Guard:
         return [] if batch.samples is None else [batch.samples.position, batch.samples.last]
 
     def _at_scale(self, stats: StepStats) -> str:
-        return f", at precision.loss_scale={stats.loss_scale:g}" if self._overflows(stats) else ""
+        return f", at precision.loss_scale={stats.loss_scale:g}" if stats.overflows else ""
 
     def _remedy(self, stats: StepStats) -> str:
-        if self._overflows(stats):
+        if stats.overflows:
             return "lower that, or set it to dynamic"
         return f"try a smaller optim.lr, or look at samples {self._run.samples_done} and before"
 
@@ -343,7 +346,3 @@ class Guard:
         none = self._run.saver.newest is None
         spoilt = "" if none else " (where that is spoilt already, remove it to go on from the one before)"
         return f"{self._run.saver.what_there_is()}{spoilt}"
-
-
-def _figures(stats: StepStats) -> str:
-    return f"loss {stats.loss:g}, gradient norm {stats.gradient_norm:g}"

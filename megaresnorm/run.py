@@ -33,7 +33,7 @@ from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.load import dump_recipe
 from megaresnorm.resilience.cluster.start import check_start
 from megaresnorm.resilience.following import BACKUP
-from megaresnorm.resilience.guard_record import GuardRecord
+from megaresnorm.resilience.guard_record import DECIDED, GuardRecord, read_decided
 from megaresnorm.resilience.output import OutputFolder
 from megaresnorm.resilience.watchdog import Watchdog
 from megaresnorm.schedule import batch_size, lr_jump
@@ -168,9 +168,8 @@ class Run:
 
     def step_is_done(self) -> None:
         """Count the step whose batch ``next_batch`` has given. The first of this process ends the start."""
-        self.samples_done = self.guard.samples_from(
-            self.samples_done, batch_size(self.steps_done, self.recipe.train)
-        ).end
+        size = batch_size(self.steps_done, self.recipe.train)
+        self.samples_done = self.guard.samples_from(self.samples_done, size).end
         self.steps_done += 1
         self._steps_here += 1
         if self._steps_here == 1:
@@ -227,9 +226,7 @@ class Run:
         self.saver.wait()
         step, path = self.saver.newest or (-1, Path())
         if step != self.steps_done:
-            raise TrainingError(
-                f"step {self.steps_done} could not be saved, see the warning above; start again to go on"
-            )
+            raise TrainingError(f"step {self.steps_done} was not saved, see the warning above; start again to go on")
         return path
 
     def save_last(self, stopped: str | None) -> Path | None:
@@ -248,11 +245,12 @@ class Run:
                 log.warning("%s: saved step %d of %d; start again to go on", stopped, self.steps_done, steps)
             return checkpoint
         self.saver.wait()
-        refused = (
-            f"the last {self.skipped_in_a_row} steps were refused, so nothing was saved; {self.saver.what_there_is()}"
-        )
+        num = self.skipped_in_a_row
+        last = "the last step was" if num == 1 else f"the last {num} steps were"
+        refused = f"{last} refused, so nothing was saved; {self.saver.what_there_is()}"
         if stopped is None:
-            raise NonFiniteError(f"step {self.steps_done} of {steps} is done, but {refused}")
+            advice = "guard.nonfinite=rollback would pass over their samples"
+            raise NonFiniteError(f"step {self.steps_done} of {steps} is done, but {refused}; {advice}")
         log.warning("%s: %s", stopped, refused)
         return None if self.saver.newest is None else self.saver.newest[1]
 
@@ -293,6 +291,8 @@ class Run:
             self._start_from_weights()
         else:
             self._go_on_from(checkpoint)
+            decided, *_ = run_on_all_ranks(lambda: read_decided(self.output), self.context.control)
+            self.guard.decided_before(decided)
 
     def _go_on_from(self, checkpoint: Checkpoint) -> None:
         state = self._all_or_raise(lambda: state_of(checkpoint.folder, checkpoint.state))
@@ -338,6 +338,7 @@ class Run:
 
     def _prepare_output(self) -> None:
         files = {"recipe.yaml": dump_recipe(self.recipe)} | engine_files(self.recipe, self.engine.assembled)
+        files |= {} if self.steps_done else {DECIDED: None}
         self.folder.prepare(files, self.engine.tensors, self.recipe.checkpoint.keep)
 
     def _read(self, work: Callable[[], T]) -> T:

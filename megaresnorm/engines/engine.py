@@ -52,6 +52,14 @@ class StepStats:
         """Whether neither loss nor norm is NaN or infinite."""
         return isfinite(self.loss or 0.0) and isfinite(self.gradient_norm)
 
+    @property
+    def overflows(self) -> bool:
+        """Whether the gradients of a finite loss may be too large for a loss scale alone."""
+        return (self.loss_scale or 1.0) > 1.0 and isfinite(self.loss or 0.0)
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:g}, gradient norm {self.gradient_norm:g}"
+
 
 class Updated(NamedTuple):
     """What a rank updates of one parameter.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -391,3 +392,50 @@ def test_a_gradient_flipped_before_its_reduction_names_its_rank_where_steps_are_
     assert curve_of(recipe, ranks) == curve_of(*drilled(layout, name="undisturbed"))
     (event,) = events(recipe, "corruption")
     assert (event["rank"], event["step"], event["action"]) == (rank, 4, "made again")
+
+
+def test_every_refused_step_is_made_again_also_after_another_one(drilled):
+    """A transient fault right behind one that stays; and a weight is named whatever was refused before."""
+    stays = {"kind": "nan", "step": 3, "place": "gradient", "times": 2}
+    recipe, _ = drilled("one", stays, {"kind": "nan", "step": 4, "place": "gradient"})
+    train(recipe)
+    assert [one["transient"] for one in events(recipe, "nonfinite")] == [False, True]
+    recipe, _ = drilled("one", stays, {"kind": "nan", "step": 4, "place": "weight", "block": 1}, name="weight")
+    (found,) = outcomes(recipe, 1)
+    assert "step 4 refused" in found["error"] and "weight blocks.1" in found["error"]
+
+
+def test_a_spike_in_the_last_step_costs_that_step_alone(drilled):
+    """It spoils nothing: the run is saved and ends as it should."""
+    recipe, _ = drilled("one", {"kind": "spike", "step": SPIKE + 8}, guard={"spike": "skip"}, **LONG)
+    summary = train(recipe)
+    assert summary.exit_code == 0 and summary.checkpoint.name == f"step-{SPIKE + 8:08d}"
+    assert [one["step"] for one in events(recipe, "spike")] == [SPIKE + 8]
+
+
+@pytest.mark.slow
+def test_what_was_decided_when_the_run_went_back_outlives_the_process(drilled, monkeypatch):
+    """Killed before the next checkpoint, which would keep it; a run that begins anew knows nothing of it."""
+    faults = [{"kind": "nan", "step": 5, "place": "activation", "times": 2}]
+    settings = {"guard": {"nonfinite": "rollback"}, "checkpoint": {"every": 4}, "train": {"steps": 8}}
+    whole, _ = drilled("one", *faults, name="whole", **settings)
+    want = curve_of(whole, 1)
+    recipe, _ = drilled("one", *faults, name="killed", **settings)
+
+    def killed(trainer):
+        if trainer.run.guard.rollbacks and trainer.run.steps_done == 6:
+            raise KeyboardInterrupt
+        return real(trainer)
+
+    real = Trainer.step
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "step", killed)
+        train(recipe)
+    with Run(recipe) as run:
+        assert (run.steps_done, run.guard.rollbacks, run.guard.state().passed) == (4, 1, [[32, 8]])
+    assert curve_of(recipe, 1) == want
+    file = Path(recipe.train.output) / "guard.json"
+    assert file.exists()
+    shutil.rmtree(Path(recipe.train.output) / "checkpoints")
+    with Run(recipe) as run:
+        assert not run.guard.passed and not file.exists()
