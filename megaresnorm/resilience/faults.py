@@ -160,7 +160,7 @@ class Drill:
             return first
 
         subject = self._subject
-        match fault.place:
+        match fault.where:
             case "loader":
                 wrapped.method(subject.loader, "_fill", before)
             case "collective":
