@@ -337,7 +337,8 @@ class Run:
 
     def _prepare_output(self) -> None:
         files = {"recipe.yaml": dump_recipe(self.recipe)} | engine_files(self.recipe, self.engine.assembled)
-        self.folder.prepare(files, self.engine.tensors, self.recipe.checkpoint.keep)
+        drill = self.recipe.drill is not None
+        self.folder.prepare(files, self.engine.tensors, self.recipe.checkpoint.keep, drill=drill)
 
     def _read(self, work: Callable[[], T]) -> T:
         """As ``_all_or_raise``, also while something is being saved."""
