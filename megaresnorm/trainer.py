@@ -93,7 +93,8 @@ class Trainer:
         self._stop = stop
         stop.begin(train.max_minutes)
         try:
-            record, stopped = self._steps(metrics)
+            with self.rank_times.watching():
+                record, stopped = self._steps(metrics)
             if stopped:
                 self.guard.check_before_the_end()
             with self.goodput.spends("checkpoint"):
