@@ -7,6 +7,7 @@ changes. All decisions are made from numbers that all ranks have alike.
 import logging
 from collections.abc import Callable
 from math import isfinite
+from pathlib import Path
 
 from megaresnorm.data.loader import SampleRange, StepBatch
 from megaresnorm.engines.attribution import IN_SUMS, Attribution, Finding
@@ -14,6 +15,7 @@ from megaresnorm.engines.digests import Sentry
 from megaresnorm.engines.engine import StepStats
 from megaresnorm.engines.replay import Replay
 from megaresnorm.errors import CorruptionError, NonFiniteError
+from megaresnorm.resilience.signals import exit_reason
 from megaresnorm.run import Run
 from megaresnorm.telemetry.incidents import Incidents
 from megaresnorm.telemetry.log import skipped_line
@@ -32,7 +34,7 @@ class Guard:
         self._run, self._recipe = run, run.recipe.guard
         self._incidents = Incidents(run.output, writes=run.context.is_first_rank)
         self._replay = Replay(run.recipe, run.engine)
-        self._sentry = Sentry(run.engine, run.context, self._recipe.digest_every, run.saver.join)
+        self._sentry = Sentry(run.engine, run.context, self._recipe.digest_every)
 
     @property
     def metrics(self) -> dict[str, float | None]:
@@ -125,25 +127,60 @@ class Guard:
             return self._repaired(e)
         return True
 
-    def check_before_the_end(self) -> None:
-        """Compare what ranks hold alike where a run that is stopped is about to be saved. Collective.
+    def save(self) -> bool:
+        """Begin a checkpoint. Where weights or moments turn out not to be finite, the run goes back if it may.
+
+        Returns:
+            False where it has gone back.
 
         Raises:
-            CorruptionError: they differ, and nothing is to be saved: the run goes on from the newest checkpoint.
+            TrainingError: as ``Run.save``.
         """
-        self._sentry.check(self._run.steps_done)
+        run, step = self._run, self._run.steps_done
+        try:
+            run.save()
+        except NonFiniteError as e:
+            run.saver.join()
+            may = self._recipe.nonfinite == "rollback" and run.guard.rollbacks < self._recipe.max_rollbacks
+            action = "rollback" if may and run.saver.newest is not None else "stop"
+            self._incidents.note("nonfinite", step, str(e), transient=False, action=action)
+            if action == "stop":
+                raise
+            log.warning("warning: %s", e)
+            self._go_back(step, None)
+            return False
+        return True
+
+    def save_last(self, stopped: int) -> Path | None:
+        """The checkpoint with which a run ends. Where ranks differ none is made of a run that is stopped. Collective.
+
+        Args:
+            stopped: exit code of what ended it before its last step; 0 at its end.
+
+        Raises:
+            TrainingError: as ``Run.save_last``; ranks differ, and there is no checkpoint to go on from.
+        """
+        run = self._run
+        if not stopped:
+            return run.save_last(None)
+        try:
+            self._sentry.check(run.steps_done)
+        except CorruptionError as e:
+            self._note_corruption(e, "not saved")
+            run.saver.wait()
+            if run.saver.newest is None:
+                raise
+            log.warning("%s: nothing was saved; %s", exit_reason(stopped), run.saver.what_there_is())
+            return run.saver.newest[1]
+        return run.save_last(exit_reason(stopped))
 
     def _repaired(self, error: CorruptionError) -> bool:
         run, step = self._run, self._run.steps_done
-        odd = error.found[0]
-        rank = odd.odd[0] if odd.odd else None
-        host = None if rank is None else odd.hosts[odd.members.index(rank)]
-        log.warning("warning: %s", error)
+        run.saver.join()
         goes_back = run.saver.newest is not None and run.guard.rollbacks < self._recipe.max_rollbacks
         restored = not goes_back and self._sentry.digests is not None and self._sentry.digests.restore(error.found)
         action = "rollback" if goes_back else "restored" if restored else "stop"
-        about = {"tensors": list(odd.tensors[:8]), "members": list(odd.members), "action": action}
-        self._incidents.note("corruption", step, str(error), rank=rank, host=host, **about)
+        self._note_corruption(error, action)
         if goes_back:
             self._go_back(step, None)
         elif restored:
@@ -153,6 +190,14 @@ class Guard:
                 f"{error}; {run.saver.what_there_is()}, guard.max_rollbacks={self._recipe.max_rollbacks}"
             )
         return not goes_back
+
+    def _note_corruption(self, error: CorruptionError, action: str) -> None:
+        odd = next((one for one in error.found if one.odd), error.found[0])
+        rank = odd.odd[0] if odd.odd else None
+        host = None if rank is None else odd.hosts[odd.members.index(rank)]
+        log.warning("warning: %s", error)
+        about = {"tensors": list(odd.tensors[:8]), "members": list(odd.members), "action": action}
+        self._incidents.note("corruption", self._run.steps_done, str(error), rank=rank, host=host, **about)
 
     @staticmethod
     def _overflows(stats: StepStats) -> bool:
@@ -193,6 +238,7 @@ class Guard:
         """Leave the step out, pass over its samples from a checkpoint, or end."""
         run, step, kind = self._run, self._run.steps_done + 1, self._kind(stats)
         policy = self._recipe.spike if kind == "spike" else self._recipe.nonfinite
+        run.saver.join()  # on all ranks alike there is a checkpoint, or none
         run.skipped_in_a_row += 1
         if kind == "nonfinite" and run.first_refused is None:
             run.protect_checkpoints(run.steps_done)
@@ -215,7 +261,10 @@ class Guard:
             action=action,
         )
         if action == "stop":
-            raise NonFiniteError(f"{what}; guard.{kind}={policy}; {self._what_there_is()}")
+            most = self._recipe.max_rollbacks
+            over = policy == "rollback" and run.guard.rollbacks >= most
+            used = f", and the run has gone back guard.max_rollbacks={most} times" if over else ""
+            raise NonFiniteError(f"{what}; guard.{kind}={policy}{used}; {self._what_there_is()}")
         if action == "rollback":
             self._go_back(step, None if finding is not None and finding.in_weights else batch.samples)
             return None
@@ -226,7 +275,6 @@ class Guard:
     def _rollback_or_less(self, finding: Finding | None) -> str:
         """Go back, or where there is nothing to go back to leave the step out; a weight that is spoilt ends the run."""
         if self._run.guard.rollbacks >= self._recipe.max_rollbacks:
-            log.warning("warning: the run has gone back guard.max_rollbacks=%d times", self._recipe.max_rollbacks)
             return "stop"
         if self._run.saver.newest is not None:
             return "rollback"

@@ -22,7 +22,7 @@ from megaresnorm.data.samples import Samples
 from megaresnorm.data.training_data import open_samples
 from megaresnorm.engines import engine_files, make_engine
 from megaresnorm.engines.engine import Engine
-from megaresnorm.errors import NonFiniteError, TrainingError, UserError
+from megaresnorm.errors import CheckpointError, NonFiniteError, TrainingError, UserError
 from megaresnorm.evaluation import Evaluation, Validation
 from megaresnorm.opening import Opened, note_progress, open_recipe
 from megaresnorm.packages import versions_of_run
@@ -85,7 +85,7 @@ class Run:
         self.steps_done = self.samples_done = self.skipped_in_a_row = self._steps_here = 0
         self.first_refused: int | None = None
         self.train_loss: float | None = None
-        self.guard = GuardRecord()
+        self.guard, self._fallback = GuardRecord(), fallback
         self._split: Literal["tokens", "documents"] = "tokens"
         self._source: bytes | None = None  # what the checkpoint that the weights come from says of its own source
         try:
@@ -315,12 +315,13 @@ class Run:
             log.warning("warning: %s", jump)
 
     def roll_back(self, passed: SampleRange | None) -> None:
-        """Go back to the newest checkpoint, which there is, and pass over some samples from there on. Collective."""
-        self.saver.wait()
+        """Go back to the newest checkpoint, which is there, and pass over some samples from there on. Collective."""
+        self.saver.abandon()
         before, root = self.guard, self.output / "checkpoints"
         self._steps_here = 0  # nothing is read ahead
-        checkpoint = open_newest(root, self.context.control, fallback=True)
-        assert checkpoint is not None
+        checkpoint = open_newest(root, self.context.control, fallback=self._fallback)
+        if checkpoint is None:
+            raise CheckpointError(f"{root}: the checkpoints that the run was to go back to are gone")
         self._go_on_from(checkpoint)
         self.guard.went_back(before, passed)
 

@@ -12,13 +12,15 @@ from functools import partial
 
 from megaresnorm.data.samples import unigram_entropy
 from megaresnorm.engines.depth import depth_of
+from megaresnorm.engines.engine import StepStats
 from megaresnorm.engines.rank_times import RankTimes
-from megaresnorm.errors import ConfigError
+from megaresnorm.errors import ConfigError, TrainingError
 from megaresnorm.guard import Guard
 from megaresnorm.profiling.window import Profiler
 from megaresnorm.recipe import Recipe
 from megaresnorm.resilience.faults import Drill, Subject
-from megaresnorm.resilience.signals import START_AGAIN, StopSignals, exit_reason
+from megaresnorm.resilience.host import process_age
+from megaresnorm.resilience.signals import START_AGAIN, StopSignals
 from megaresnorm.run import Run
 from megaresnorm.schedule import learning_rate
 from megaresnorm.telemetry.goodput import Goodput
@@ -71,7 +73,7 @@ class Trainer:
         self.depth = depth_of(run.recipe, run.engine, run.samples)
         subject = Subject(run.context, run.engine, run.loader, run.saver, run.recipe.model.vocab_size or 0)
         self.drill = Drill(run.recipe.drill, run.output, subject)
-        self.guard, self.goodput = Guard(run), Goodput()
+        self.guard, self.goodput = Guard(run), Goodput(process_age() if run.watchdog.whole else 0.0)
         self.incidents = Incidents(run.output, writes=run.context.is_first_rank)
         self.rank_times = RankTimes(run.context, run.engine, run.watchdog.beats, self.incidents, self.goodput.waited)
         self._stop: StopSignals | None = None
@@ -95,21 +97,22 @@ class Trainer:
         try:
             with self.rank_times.watching():
                 record, stopped = self._steps(metrics)
-            if stopped:
-                self.guard.check_before_the_end()
             with self.goodput.spends("checkpoint"):
-                checkpoint = run.save_last(exit_reason(stopped) if stopped else None)
+                checkpoint = self.guard.save_last(stopped)
             self.profiler.finish()
             with self.goodput.spends("evaluation"):
                 evaluation = None if stopped else run.evaluate()
+            more = {} if evaluation is None else evaluation.metrics()
+            if record is not None and metrics is not None:
+                metrics.amend(run.steps_done, more | self.goodput.metrics())
             if record is not None and not stopped:
-                more = {} if evaluation is None else evaluation.metrics()
-                if metrics is not None:
-                    metrics.amend(run.steps_done, more | self.goodput.metrics())
                 log.info(step_line(run.steps_done, train.steps, record | self.meter.mean() | more))
             code = stopped
             if code != START_AGAIN:  # with other nodes, for which the run has waited
                 self.incidents.note("end", run.steps_done, f"ends with exit code {code}", code=code)
+        except TrainingError as e:
+            self.incidents.note("end", run.steps_done, str(e), code=e.exit_code)
+            raise
         finally:
             if metrics is not None:
                 metrics.close(code)
@@ -135,10 +138,9 @@ class Trainer:
         with progress_bar("training", train.steps, run.steps_done) as progress:
             while not run.is_finished and not stopped:
                 before, record = run.steps_done, self.step()
+                saves = self._due(run.recipe.checkpoint.every)
                 if record is None:
-                    if metrics is not None:
-                        metrics.go_back(run.steps_done + 1)
-                        self.goodput.went_back(metrics.kept)
+                    self._went_back(metrics)
                     progress.advance(run.steps_done - before)
                     continue
                 if self._due(train.eval_every) and not run.is_finished:
@@ -149,14 +151,21 @@ class Trainer:
                     metrics.write(run.steps_done, record | self.goodput.metrics(), self._records())
                 if (self._due(train.log_every) or "valid_loss" in record) and not run.is_finished:
                     log.info(step_line(run.steps_done, train.steps, record | self.meter.mean()))
-                if saves := self._due(run.recipe.checkpoint.every):
+                if saves:
                     with self.goodput.spends("checkpoint"):
-                        run.save()
-                progress.advance(note=bar_note(record))
+                        stays = self.guard.save()
+                    if not stays:
+                        self._went_back(metrics)
+                progress.advance(run.steps_done - before, note=bar_note(record))
                 # A signal of the step came with its vector; what takes time beside a step is asked about here.
                 asks = self._asked_to_stop or saves or "valid_loss" in record or run.context.world.size == 1
                 stopped = run.largest(self._stop.exit_code) if self._stop and asks and not run.is_finished else 0
         return record, stopped
+
+    def _went_back(self, metrics: MetricsWriter | None) -> None:
+        if metrics is not None:
+            metrics.go_back(self.run.steps_done + 1)
+            self.goodput.went_back(metrics.kept)
 
     def step(self) -> dict[str, float | None] | None:
         """One optimizer step.
@@ -170,10 +179,12 @@ class Trainer:
         """
         with self.drill.seen_in(self.run.steps_done + 1), self.profiler.seen_in(self.run.steps_done + 1):
             record = self._step()
-        run = self.run
-        saves = run.is_finished or self._due(run.recipe.checkpoint.every)
-        if record is None or not self.guard.replicas_agree(saves=saves):  # the run has gone back
+        if record is None:  # the run has gone back
             return None
+        with self.goodput.spends("checkpoint"):
+            saves = self.run.is_finished or self._due(self.run.recipe.checkpoint.every)
+            if not self.guard.replicas_agree(saves=saves):
+                return None
         self.depth.probe(self.run.steps_done)
         return record | self.numbers.worst | self.depth.metrics | self.guard.metrics
 
@@ -182,15 +193,16 @@ class Trainer:
         run, start = self.run, time.perf_counter()
         lr, batch = learning_rate(run.steps_done, run.recipe), run.next_batch()
         step = partial(run.engine.step, batch, lr, lambda: self._stop is not None and self._stop.exit_code != 0)
+
+        def seen() -> StepStats:
+            with self.numbers.seen_in(run.steps_done + 1), self.depth.seen_in(run.steps_done + 1, lr):
+                return self.guard.made(step)
+
         self.guard.begin()
-        with self.numbers.seen_in(run.steps_done + 1), self.depth.seen_in(run.steps_done + 1, lr):
-            made = self.guard.made(step)
-        once = time.perf_counter() - start
-        stats = self.guard.judge(made, batch, step)
-        seconds = time.perf_counter() - start
-        self.goodput.step(
-            seconds, lost=0.0 if stats is made and made.applied else once if stats and stats.applied else seconds
-        )
+        made, once = seen(), time.perf_counter() - start
+        stats, seconds = self.guard.judge(made, batch, seen), time.perf_counter() - start
+        again = once if stats is not None and stats.applied else seconds
+        self.goodput.step(seconds, lost=0.0 if stats is made and made.applied else again)
         if stats is None:
             return None
         self._asked_to_stop = stats.stop

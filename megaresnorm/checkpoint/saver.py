@@ -106,6 +106,17 @@ class Saver:
         self.join()
         self._settle()
 
+    def abandon(self) -> None:
+        """As ``wait``, where the run is about to go back: that its state was not finite, and not saved, is over then.
+
+        Raises:
+            TrainingError: as for ``save``.
+        """
+        self.join()
+        if isinstance(self._mistake, NonFiniteError):
+            self._mistake = None
+        self._settle()
+
     def join(self) -> None:
         """As ``wait``, but raise nothing, whatever came of the checkpoint."""
         if self._thread is not None:

@@ -10,7 +10,7 @@ of FSDP2 or ZeRO, and what is sharded over tp, without a second data-parallel co
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,14 +72,13 @@ class ReplicaDigests:
 
     Args:
         engine: its ``tensors``: weights, moments, averages of clipping, histories of FP8.
-        quiet: called where ranks differ, before they tell each other over ``control``, which nothing else may use then.
 
     Communication:
         Making it: two all-gathers over each axis, of 8 bytes and of 8 bytes a tensor.
     """
 
-    def __init__(self, engine: Engine, context: ParallelContext, quiet: Callable[[], object] = lambda: None) -> None:
-        self._engine, self._context, self._quiet = engine, context, quiet
+    def __init__(self, engine: Engine, context: ParallelContext) -> None:
+        self._engine, self._context = engine, context
         self._tensors = {
             f"{group} {name}": slices
             for group, members in engine.tensors.items()
@@ -152,7 +151,6 @@ class ReplicaDigests:
 
     def _named(self, digests: dict[int, Tensor], differing: Sequence[tuple[str, list[int]]]) -> list[Odd]:
         """What differs in which groups, after another look at theirs, told to all ranks."""
-        self._quiet()
         rank = self._context.world.rank
         mine = [self._compared(digests, name, members) for name, members in differing if rank in members]
         said = all_gather_json([host_name(), mine], self._context.world, self._device)  # control is the saver's
@@ -193,10 +191,11 @@ class ReplicaDigests:
             found: what ``check`` has returned.
 
         Returns:
-            Whether all of it could be restored: every group has a majority.
+            Whether all are alike now: one axis may have had no majority, and what it compares one over another axis.
 
         Communication:
-            One broadcast of each tensor that differs over its axis; that of the engine's ``weights_changed``.
+            One broadcast of each tensor that differs over its axis; that of the engine's ``weights_changed``, and of
+            ``check``.
         """
         for one in found:
             if not one.odd or self._context.world.rank not in one.members:
@@ -205,7 +204,7 @@ class ReplicaDigests:
             for name in one.tensors:
                 _send(self._local(self._names.index(name)), source, getattr(self._context, one.axis), self._device)
         self._engine.weights_changed()
-        return all(one.odd for one in found)
+        return not self.check()
 
 
 class Sentry:
@@ -213,13 +212,10 @@ class Sentry:
 
     Args:
         every: ``guard.digest_every``; 0: never.
-        quiet: as for ``ReplicaDigests``.
     """
 
-    def __init__(
-        self, engine: Engine, context: ParallelContext, every: int, quiet: Callable[[], object] = lambda: None
-    ) -> None:
-        self.digests = ReplicaDigests(engine, context, quiet) if every else None
+    def __init__(self, engine: Engine, context: ParallelContext, every: int) -> None:
+        self.digests = ReplicaDigests(engine, context) if every else None
         self._every = every
 
     def due(self, step: int) -> bool:

@@ -132,5 +132,6 @@ def stats_of(
     stats = StepStats(loss / tokens, squares**0.5, tokens, applied, stop)
     if scale is None:
         return stats
-    before, lowered = scale.value, isfinite(loss) and scale.update(overflowed=not is_finite)
+    before, tells = scale.value, isfinite(loss) and (applied or not is_finite)
+    lowered = tells and scale.update(overflowed=not is_finite)
     return replace(stats, loss_scale=before, lowered_to=scale.value if lowered else None, skipped=scale.state.skipped)

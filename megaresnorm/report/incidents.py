@@ -8,11 +8,12 @@ from megaresnorm.report.columns import Columns
 from megaresnorm.telemetry.goodput import APART, KINDS, PREFIX
 
 MOST = 200  # rows of a page
+LATEST = 1e11  # seconds of the epoch: a later time is none
 HEADINGS = ("time", "step", "what", "kind", "what was done")
 WORDS = {
     "productive": "steps that stay",
     "lost": "steps refused or made again",
-    "checkpoint": "waiting for checkpoints",
+    "checkpoint": "checkpoints, and comparisons of replicas",
     "evaluation": "evaluations",
     "start": "starts, and restarts since the last step",
     "waiting": "of the steps that stay: mean rank waits for the slowest",
@@ -48,7 +49,7 @@ def _moment(seconds: Any) -> str:
 def start_times(incidents: Sequence[Mapping[str, Any]]) -> list[float]:
     """When the run was started, in seconds of the epoch."""
     found = (one.get("time") for one in incidents if one["kind"] == "start")
-    return [float(seconds) for seconds in found if isinstance(seconds, int | float)]
+    return [float(seconds) for seconds in found if isinstance(seconds, int | float) and 0 <= seconds < LATEST]
 
 
 def spent_rows(metrics: Columns) -> list[list[str]]:

@@ -35,12 +35,14 @@ class GuardRecord:
         )
 
     def went_back(self, before: "GuardRecord", passed: SampleRange | None) -> None:
-        """The run has gone back to this record from a later one, whose counts go on.
+        """The run has gone back to this record from a later one.
+
+        Steps that were left out since are made again, and count again. What happened goes on being counted.
 
         Args:
             passed: samples that are to be passed over from now on; None: all are read again.
         """
-        self.reruns, self.skips, self.rollbacks = before.reruns, before.skips, before.rollbacks + 1
+        self.reruns, self.rollbacks = before.reruns, before.rollbacks + 1
         self.passed = before.passed + ([] if passed is None else [passed])
 
     def samples_from(self, position: int, count: int) -> SampleRange:

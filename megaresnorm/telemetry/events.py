@@ -90,8 +90,7 @@ class EventFile:
         name = f"events.out.tfevents.{stamp}.{socket.gethostname()}.{os.getpid()}"
         self._file = Appended(folder / name, new=True)
         self._append(file_version="brain.Event:2")
-        # START: what an earlier process wrote from here on is void
-        self._append(step=first_step, session_log={"status": 1})
+        self.go_back(first_step)
         if settings:
             cells = {key: str(value).replace("|", "\\|").replace("`", "'") for key, value in settings.items()}
             rows = [f"| `{key}` | `{value}` |" for key, value in cells.items()]
@@ -100,6 +99,10 @@ class EventFile:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the scalars of one step, counted from 1, by their tags."""
         self._append(step=step, summary={"value": [{"tag": n, "simple_value": v} for n, v in metrics.items()]})
+
+    def go_back(self, first_step: int) -> None:
+        """What was written from this step on, here or in earlier files, is void."""
+        self._append(step=first_step, session_log={"status": 1})  # START
 
     def write_image(self, tag: str, pixels: np.ndarray, step: int) -> None:
         """Record an image.

@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from megaresnorm.resilience.host import process_age
-
 # productive: steps that stay. lost: steps refused, made again, or made anew after a restart. start: from the last step
 # before a restart, or from where a process begins, up to its first step. waiting is a part of productive: how long the
 # mean rank waits for the slowest.
@@ -20,12 +18,16 @@ PREFIX = "spent_"
 
 
 class Goodput:
-    """Seconds by kind. Every rank counts for itself; those of the first are recorded."""
+    """Seconds by kind. Every rank counts for itself; those of the first are recorded.
 
-    def __init__(self) -> None:
-        self._began = time.time() - process_age()
+    Args:
+        age: seconds since the start of the run's process; 0 where a program that does other things as well trains.
+    """
+
+    def __init__(self, age: float = 0.0) -> None:
+        self._began = time.time() - age
         self._spent = dict.fromkeys(KINDS, 0.0)
-        self._at_first_step: float | None = time.monotonic() - process_age()
+        self._at_first_step: float | None = time.monotonic() - age
 
     def resume(self, kept: Mapping[str, Any], last: Mapping[str, Any], *, ended: bool) -> None:
         """Go on from the totals of an earlier process, or from where the run has gone back to.
@@ -36,9 +38,7 @@ class Goodput:
             ended: whether whoever made it has ended on purpose: then nobody waited for this process to begin.
         """
         self._spent = {kind: _number(last.get(PREFIX + kind)) for kind in KINDS}
-        again = self._spent["productive"] - _number(kept.get(PREFIX + "productive"))
-        self._spent["productive"] -= again
-        self._spent["lost"] += again
+        self.went_back(kept)
         if not ended and "time" in last:
             self._spent["start"] += max(0.0, self._began - _number(last["time"]))
 
@@ -47,6 +47,7 @@ class Goodput:
         again = self._spent["productive"] - _number(kept.get(PREFIX + "productive"))
         self._spent["productive"] -= again
         self._spent["lost"] += again
+        self._spent["waiting"] = _number(kept.get(PREFIX + "waiting"))
 
     @contextmanager
     def spends(self, kind: str) -> Iterator[None]:

@@ -9,17 +9,20 @@ import json
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megaresnorm.files import open_plain
+from megaresnorm.telemetry.metrics import MAX_LINE_BYTES, lines_of
 from megaresnorm.text import shown
 
 log = logging.getLogger(__name__)
 
 EVENTS = "events.jsonl"
 SCHEMA_VERSION = 1
+MOST = 10_000  # events that are read
 
 
 class Incidents:
@@ -60,18 +63,16 @@ class Incidents:
 
 
 def read_incidents(folder: Path) -> Iterator[dict[str, Any]]:
-    """The lines that can be read, in the order in which they were written; none where there is no file."""
+    """The newest lines that can be read, in the order in which they were written; none where there is no plain file."""
+    found: deque[dict[str, Any]] = deque(maxlen=MOST)
     try:
-        lines = (folder / EVENTS).read_bytes().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        try:
-            one = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(one, dict) and isinstance(one.get("step"), int) and isinstance(one.get("kind"), str):
-            yield one
+        for line, step in lines_of(folder / EVENTS, MAX_LINE_BYTES):
+            one = None if step is None else json.loads(line)
+            if one is not None and isinstance(one.get("kind"), str):
+                found.append(one)
+    except OSError as e:
+        log.debug("%s: %s", folder / EVENTS, e.strerror)
+    yield from found
 
 
 def ended_on_purpose(folder: Path) -> bool:

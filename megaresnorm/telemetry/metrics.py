@@ -14,7 +14,7 @@ from typing import Any
 
 from megaresnorm.errors import DataError
 from megaresnorm.files import open_plain, replace_file
-from megaresnorm.telemetry.events import Appended
+from megaresnorm.telemetry.events import Appended, EventFile
 from megaresnorm.telemetry.loggers import open_loggers, tagged
 
 log = logging.getLogger(__name__)
@@ -72,13 +72,28 @@ class MetricsWriter:
         self._loggers = self._open_loggers(first_step=first_step)
 
     def go_back(self, first_step: int) -> None:
-        """Drop what was recorded from a step on, which is about to be made again, as where a run resumes.
+        """Drop what was recorded from a step on, which is about to be made again.
 
-        Raises:
-            OSError: the files cannot be read or written.
+        A file that cannot be cut keeps it, with a warning: readers take the later record of a step.
         """
-        self.close()
-        self._open(first_step)
+        files = {"metrics.jsonl": self._lines} | self._records
+        for name, file in files.items():
+            most = MAX_LINE_BYTES if name == "metrics.jsonl" else MAX_RECORD_BYTES
+            try:
+                file.write()
+                ends = _drop_from(self._folder / name, first_step, most)
+                reopened = Appended(self._folder / name)
+            except OSError as e:
+                log.warning("warning: %s: cannot be cut (%s)", self._folder / name, e.strerror)
+                continue
+            file.close()
+            if name == "metrics.jsonl":
+                self._lines, (self.kept, self.dropped) = reopened, ends
+            else:
+                self._records[name] = reopened
+        for logger in self._loggers:
+            if isinstance(logger, EventFile):  # services take a step twice
+                logger.go_back(first_step)
 
     def write(
         self,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,74 @@ def test_a_weight_that_is_spoilt_is_taken_from_the_checkpoint_and_nothing_is_pas
     assert back["passed"] is None and back["to_step"] == 4
 
 
+@pytest.mark.parametrize(("step", "asynchronous"), [(4, False), (4, True), (5, True)])
+def test_a_moment_that_is_spoilt_is_taken_from_the_checkpoint_whenever_it_is_found(drilled, step, asynchronous):
+    """By a save that is refused, or by the weights that the moment has spoilt."""
+    fault = {"kind": "nan", "step": step, "place": "moment", "block": 1}
+    checkpoint = {"every": 2, "asynchronous": asynchronous}
+    settings = {"guard": {"nonfinite": "rollback"}, "checkpoint": checkpoint, "train": {"steps": 8}}
+    recipe, _ = drilled("one", fault, **settings)
+    assert curve_of(recipe, 1) == curve_of(*drilled("one", name="undisturbed", **settings))
+    assert events(recipe, "rollback")[0]["to_step"] in (2, 4)
+
+
+def test_files_that_cannot_be_cut_end_no_run_that_goes_back(drilled, monkeypatch):
+    from megaresnorm.telemetry import metrics
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    real = metrics._drop_from
+    fault = {"kind": "nan", "step": 4, "place": "weight", "block": 1}
+    recipe, _ = drilled("one", fault, guard={"nonfinite": "rollback"}, checkpoint={"every": 2}, train={"steps": 6})
+    monkeypatch.setattr(
+        metrics.MetricsWriter, "go_back", cut_by(metrics.MetricsWriter.go_back, monkeypatch, full, real)
+    )
+    train(recipe)
+    lines = [
+        json.loads(line)["step"] for line in (Path(recipe.train.output) / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert lines == [1, 2, 3, 3, 4, 5, 6]
+
+
+def cut_by(go_back, monkeypatch, full, real):
+    from megaresnorm.telemetry import metrics
+
+    def on_a_full_disk(writer, first_step):
+        monkeypatch.setattr(metrics, "_drop_from", full)
+        go_back(writer, first_step)
+        monkeypatch.setattr(metrics, "_drop_from", real)
+
+    return on_a_full_disk
+
+
+def test_ranks_that_differ_when_a_run_is_stopped_cost_its_last_checkpoint_alone(drilled):
+    """It ends as it was asked to, and goes on from the checkpoint before."""
+    fault = {"kind": "flip", "step": 5, "rank": 1, "place": "weight"}
+    settings = {"checkpoint": {"every": 3}, "train": {"steps": 9}}
+    recipe, ranks = drilled("dp2", fault, **settings)
+    found = run_ranks(ranks, stopped_at, ranks, recipe, 5)
+    assert [one["code"] for one in found] == [143, 143]
+    assert [one["action"] for one in events(recipe, "corruption")] == ["not saved"]
+    assert [path.name for path in (Path(recipe.train.output) / "checkpoints").glob("step-*")] == ["step-00000003"]
+
+
+def stopped_at(rank: int, ranks: int, recipe, step: int) -> dict:
+    from megaresnorm.resilience.signals import StopSignals
+
+    be_rank(rank, ranks)
+    with Run(recipe) as run, StopSignals() as stop:
+        real = run.step_is_done
+
+        def done():
+            real()
+            if run.steps_done == step - 1:
+                stop.received = signal.SIGTERM
+
+        run.step_is_done = done
+        return {"code": Trainer(run).train(stop).exit_code}
+
+
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_a_budget_ends_the_run(drilled, policy):
     faults = [{"kind": "nan", "step": step, "place": "gradient", "times": 9} for step in (3, 5, 7)]
@@ -221,7 +290,9 @@ def test_a_budget_ends_the_run(drilled, policy):
         train={"steps": 9},
     )
     (found,) = outcomes(recipe, 1)
-    assert f"guard.{limit}" in found["error"] or "guard.nonfinite=rollback" in found["error"]
+    assert {"skip": "2 steps were left out up to step 5", "rollback": "gone back guard.max_rollbacks=2 times"}[
+        policy
+    ] in found["error"]
     assert len(events(recipe, "rollback")) == (2 if policy == "rollback" else 0)
 
 
@@ -309,9 +380,15 @@ def test_a_transient_nan_leaves_no_trace_in_any_precision(drilled, settings):
     """Nor in scales, histories of FP8, averages of clipping, and figures of steps that are watched."""
     place = "gradient" if "train" in settings else "activation"
     fault = {"kind": "nan", "step": 3, "place": place, "block": 1}
-    recipe, _ = drilled("one", fault, **settings)
-    assert curve_of(recipe, 1) == curve_of(*drilled("one", name="undisturbed", **settings))
+    (recipe, _), (plain, _) = drilled("one", fault, **settings), drilled("one", name="undisturbed", **settings)
+    assert curve_of(recipe, 1) == curve_of(plain, 1)
     assert [one["transient"] for one in events(recipe, "nonfinite")] == [True]
+    assert depth_of(recipe) == depth_of(plain)
+
+
+def depth_of(recipe) -> list[dict]:
+    file = Path(recipe.train.output) / "depth.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 @pytest.mark.parametrize(
