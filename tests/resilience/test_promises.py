@@ -22,9 +22,7 @@ def test_every_row_of_the_matrix_names_one_test_and_stars_those_that_are_slow():
     assert [int(number) for number, *_ in rows()] == list(range(1, 38))
     for number, star, file, name in rows():
         tree = ast.parse(file.read_text())
-        found = [
-            one for one in tree.body if isinstance(one, ast.FunctionDef) and one.name.startswith(f"test_{name}")
-        ]
+        found = [one for one in tree.body if isinstance(one, ast.FunctionDef) and one.name.startswith(f"test_{name}")]
         assert len(found) == 1, f"{file.name}: {name}"
         assert is_slow(tree, found[0]) == bool(star), f"row {number}: {file.name}: {name}"
 
