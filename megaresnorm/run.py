@@ -284,15 +284,14 @@ class Run:
 
     def _resume(self, fallback: bool) -> None:
         """Take over the newest whole checkpoint of the output folder, if there is one; else the initial weights."""
+        root, control = self.output / "checkpoints", self.context.control
         with progress_bar("verifying the checkpoint", None, of_bytes=True) as bar:
-            root = self.output / "checkpoints"
-            checkpoint = open_newest(root, self.context.control, fallback=fallback, progress=bar.advance)
+            checkpoint = open_newest(root, control, fallback=fallback, progress=bar.advance)
         if checkpoint is None:
             self._start_from_weights()
         else:
             self._go_on_from(checkpoint)
-            decided, *_ = run_on_all_ranks(lambda: read_decided(self.output), self.context.control)
-            self.guard.decided_before(decided)
+            self.guard.decided_before(run_on_all_ranks(lambda: read_decided(self.output), control)[0])
 
     def _go_on_from(self, checkpoint: Checkpoint) -> None:
         state = self._all_or_raise(lambda: state_of(checkpoint.folder, checkpoint.state))
@@ -339,7 +338,8 @@ class Run:
     def _prepare_output(self) -> None:
         files = {"recipe.yaml": dump_recipe(self.recipe)} | engine_files(self.recipe, self.engine.assembled)
         files |= {} if self.steps_done else {DECIDED: None}
-        self.folder.prepare(files, self.engine.tensors, self.recipe.checkpoint.keep)
+        keep, drill = self.recipe.checkpoint.keep, self.recipe.drill is not None
+        self.folder.prepare(files, self.engine.tensors, keep, drill=drill)
 
     def _read(self, work: Callable[[], T]) -> T:
         """As ``_all_or_raise``, also while something is being saved."""

@@ -95,7 +95,8 @@ class Trainer:
         self._stop = stop
         stop.begin(train.max_minutes)
         try:
-            record, stopped = self._steps(metrics)
+            with self.rank_times.watching():
+                record, stopped = self._steps(metrics)
             with self.goodput.spends("checkpoint"):
                 checkpoint = self.guard.save_last(stopped)
             self.profiler.finish()

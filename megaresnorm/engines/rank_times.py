@@ -6,8 +6,10 @@ and in its passes, rather than in waiting for others: a rank that works longer t
 
 import logging
 import time
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from statistics import median
 from typing import NamedTuple
 
@@ -29,6 +31,8 @@ log = logging.getLogger(__name__)
 EVERY = 10  # steps that are summed up before ranks tell each other
 SLOW = 1.25  # times what the others take: the mean of ten steps that scatter by a fifth stays below it
 SHARE = 0.05  # of a step, which the difference must be at least
+LEAST = 0.005  # seconds of a step, likewise: what else the host does takes a rank for as long
+SMALL = 0.02  # seconds: a smaller difference takes one sum more before it counts
 IN_A_ROW = 2  # such sums before a rank is named
 KNOWN = 20  # sums of a rank that it is compared with, too: of stages none is like another
 
@@ -48,23 +52,26 @@ class Times(NamedTuple):
 
 
 class Straggler(NamedTuple):
-    """A rank that keeps others waiting.
+    """A rank that keeps others waiting, or a host all of whose ranks do.
 
     Attributes:
-        rank: of all.
+        rank: of all; of a host the slowest.
         times: what it takes, in times what the others take.
         reads: whether most of it is reading samples.
         host: its node.
+        ranks: all of the host; empty where the rank alone is slow.
     """
 
     rank: int
     times: float
     reads: bool
     host: str = ""
+    ranks: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         work = "read its samples" if self.reads else "do its share of a step"
-        return f"rank {self.rank} on {self.host} takes {self.times:.1f} times as long as others to {work}"
+        whole = f"all {len(self.ranks)} ranks on {self.host} are slow: " if self.ranks else ""
+        return f"{whole}rank {self.rank} on {self.host} takes {self.times:.1f} times as long as others to {work}"
 
 
 class RankTimes:
@@ -96,19 +103,24 @@ class RankTimes:
         self._steps, self._seconds, self._after = 0, 0.0, 0.0
         self._down: float | None = None  # when backward has come to the embedding, and what had been waited until then
         self._waited_down = 0
-        self._judge = Judge(_stages(context))
-        self._hosts = all_gather_json(host_name(), context.control)
+        self._judge = Judge(_stages(context), all_gather_json(host_name(), context.control))
         self.means: list[Times] = []
-        self._wrapped = Wrapped()
-        if context.dp_replicate.size > 1 and context.pp.size == 1 and not engine.gathers_weights:
-            self._watch_backward(engine)
+        self._engine = engine
 
-    def _watch_backward(self, engine: Engine) -> None:
-        """DDP waits inside backward, once that has come to the embedding, where nothing of ours is called."""
-        for model in engine.assembled.models.values():
-            if model.embedding is not None:
-                self._wrapped.method(model, "embed", self._around_embed)
-        self._wrapped.method(engine.policy, "sum_up", self._around_sum)
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch the backward passes of the steps that are made within, where ranks wait inside them.
+
+        DDP does, once backward has come to the embedding, and nothing of ours is called there.
+        """
+        context, engine = self._context, self._engine
+        with Wrapped() as wrapped:
+            if context.dp_replicate.size > 1 and context.pp.size == 1 and not engine.gathers_weights:
+                for model in engine.assembled.models.values():
+                    if model.embedding is not None:
+                        wrapped.method(model, "embed", self._around_embed)
+                wrapped.method(engine.policy, "sum_up", self._around_sum)
+            yield
 
     def _around_embed(self, embed: Callable) -> Callable:
         def watched(*given: object) -> Stream:
@@ -135,35 +147,34 @@ class RankTimes:
     def _words(self) -> tuple[int, int]:
         return self._beats.own[READ], self._beats.own[WAITED]
 
-    def step(self, seconds: float) -> Straggler | None:
+    def step(self, seconds: float) -> list[Straggler]:
         """Add a step. Collective every ``EVERY`` steps.
 
         Args:
             seconds: that it took.
 
         Returns:
-            A rank that is slow, when it has been so for a while; the same on all ranks.
+            Ranks and hosts that have been slow for a while; the same on all ranks.
 
         Communication:
             Every ``EVERY`` steps one all-gather of 24 bytes over all ranks.
         """
         if self._context.world.size == 1:
-            return None
+            return []
         self._steps += 1
         self._seconds += seconds
         if self._steps < EVERY:
-            return None
+            return []
         read, waited = (now - before for now, before in zip(self._words(), self._before, strict=True))
         own = self._seconds - waited / SECOND - self._after
         mine = [self._seconds, read / SECOND, max(0.0, own)]
         told = torch.tensor(mine, dtype=torch.float64, device=self._device) / self._steps
         self.means = [Times(*one) for one in all_gather_blocks(told, self._context.world).tolist()]
         self._steps, self._seconds, self._after, self._before = 0, 0.0, 0.0, self._words()
-        found = self._judge.look(self.means)
-        return None if found is None else found._replace(host=self._hosts[found.rank])
+        return self._judge.look(self.means)
 
     def record(self, step: int, seconds: float) -> dict[str, float | None]:
-        """Add a step, as ``step``, and name a rank that keeps the others waiting.
+        """Add a step, as ``step``, and name ranks and hosts that keep the others waiting.
 
         Args:
             step: its number, counted from 1.
@@ -173,11 +184,12 @@ class RankTimes:
             Every ``EVERY`` steps, for the metrics: of the mean rank the seconds of a step that it waits for the
             slowest, which one that is, and the most that any takes for samples.
         """
-        slow = self.step(seconds)
+        found = self.step(seconds)
         own = [one.own for one in self.means]
-        if slow is not None:
+        for slow in found:
             log.warning("warning: step %d: %s", step, slow)
             about = {"times": round(slow.times, 3), "own_seconds": [round(one, 4) for one in own]}
+            about |= {"ranks": [*slow.ranks]} if slow.ranks else {}
             self._incidents.note("straggler", step, str(slow), rank=slow.rank, host=slow.host, **about)
         if self._steps or not own:
             return {}
@@ -187,52 +199,90 @@ class RankTimes:
 
 
 class Judge:
-    """Finds the rank that is slow, from the times of all.
+    """Finds ranks that are slow, from the times of all.
 
-    A rank is compared with the others of its stage, and with what it took before, since stages differ.
+    A rank is compared with the others of its stage, and with what it took before, since stages differ. Each counts for
+    itself, so that those that are slow together are found together.
 
     Args:
         stages: of each rank, which stage of the pipeline it has.
+        hosts: of each rank, its node.
     """
 
-    def __init__(self, stages: list[int]) -> None:
-        self._stages = stages
+    def __init__(self, stages: Sequence[int], hosts: Sequence[str] | None = None) -> None:
+        self._stages, self._hosts = stages, hosts or [""] * len(stages)
         self._known: list[deque[float]] = [deque(maxlen=KNOWN) for _ in stages]
-        self._suspect, self._times, self._said = -1, 0, -1
+        self._in_a_row = [0] * len(stages)
+        self._said: set[int] = set()
 
-    def look(self, means: list[Times]) -> Straggler | None:
+    def look(self, means: Sequence[Times]) -> list[Straggler]:
         """Judge one more sum.
 
         Returns:
-            A rank that has been slow ``IN_A_ROW`` times; once, until another rank is, or none.
+            Ranks that have been slow ``IN_A_ROW`` times, or once more where it is little; a host in the place of its
+            ranks where all are. Each is named once, until it is no longer slow.
         """
         own = [one.own for one in means]
-        slowest = max(range(len(own)), key=lambda rank: max(self._beside(rank, own), self._before(rank, own)))
-        times = max(self._beside(slowest, own), self._before(slowest, own))
-        more = own[slowest] * (1.0 - 1.0 / times) if times > 1.0 else 0.0
-        if times < SLOW or more < SHARE * means[slowest].step:
-            self._suspect, self._times, self._said = -1, 0, -1
-            for rank, seconds in enumerate(own):
-                self._known[rank].append(seconds)
-            return None
-        self._times = self._times + 1 if slowest == self._suspect else 1
-        self._suspect = slowest
-        if self._times < IN_A_ROW or self._said == slowest:
-            return None
-        self._said = slowest
-        return Straggler(slowest, times, means[slowest].data > 0.5 * more)
+        times = [max(each) for each in zip(self._beside(own), self._before(own), strict=True)]
+        slow: dict[int, Straggler] = {}
+        for rank, mean in enumerate(means):
+            more = mean.own * (1.0 - 1.0 / times[rank]) if times[rank] > 1.0 else 0.0
+            if times[rank] < SLOW or more < max(SHARE * mean.step, LEAST):
+                self._in_a_row[rank] = 0
+                self._known[rank].append(mean.own)
+                continue
+            self._in_a_row[rank] += 1
+            if self._in_a_row[rank] >= IN_A_ROW + (more < SMALL):
+                slow[rank] = Straggler(rank, times[rank], mean.data > 0.5 * more, self._hosts[rank])
+        new, self._said = slow.keys() - self._said, self._said & {r for r, n in enumerate(self._in_a_row) if n}
+        self._said |= new
+        return self._by_host(slow, new)
 
-    def _beside(self, rank: int, own: list[float]) -> float:
-        """How many times what its like take, a rank takes; 1 where there are none."""
-        like = [o for r, o in enumerate(own) if r != rank and self._stages[r] == self._stages[rank]]
-        return own[rank] / max(median(like), 1e-9) if like else 1.0
+    def _by_host(self, slow: Mapping[int, Straggler], new: Set[int]) -> list[Straggler]:
+        """Those of ``slow`` that are new; those of a host as one where all of its ranks are slow."""
+        found = []
+        for host in dict.fromkeys(self._hosts[rank] for rank in sorted(new)):
+            ranks = tuple(rank for rank, its in enumerate(self._hosts) if its == host)
+            if len(ranks) > 1 and all(rank in slow for rank in ranks):
+                found.append(max((slow[rank] for rank in ranks), key=lambda one: one.times)._replace(ranks=ranks))
+            else:
+                found += [slow[rank] for rank in ranks if rank in new]
+        return found
 
-    def _before(self, rank: int, own: list[float]) -> float:
+    def _beside(self, own: Sequence[float]) -> list[float]:
+        """How many times what its like take, each rank takes; 1 where there are none."""
+        found = [1.0] * len(own)
+        for stage in set(self._stages):
+            ranks = [rank for rank, its in enumerate(self._stages) if its == stage]
+            if len(ranks) > 1:
+                others = medians_of_others([own[rank] for rank in ranks])
+                for rank, other in zip(ranks, others, strict=True):
+                    found[rank] = own[rank] / max(other, 1e-9)
+        return found
+
+    def _before(self, own: Sequence[float]) -> list[float]:
         """How many times what it took before, in times what the others take of theirs; 1 while little is known."""
-        if len(self._known[rank]) < 3 or len(own) < 2:
-            return 1.0
+        if len(own) < 2 or min(map(len, self._known)) < 3:
+            return [1.0] * len(own)
         changes = [o / max(median(known), 1e-9) for o, known in zip(own, self._known, strict=True)]
-        return changes[rank] / max(median(changes[:rank] + changes[rank + 1 :]), 1e-9)
+        others = medians_of_others(changes)
+        return [change / max(other, 1e-9) for change, other in zip(changes, others, strict=True)]
+
+
+def medians_of_others(values: Sequence[float]) -> list[float]:
+    """For each of two or more values, the median of all others; in n log n steps.
+
+    >>> medians_of_others([1.0, 2.0, 9.0, 4.0])
+    [4.0, 4.0, 2.0, 2.0]
+    """
+    ordered, count = sorted(values), len(values) - 1
+    middle = ((count - 1) // 2, count // 2)
+    found = []
+    for value in values:
+        without = bisect_left(ordered, value)
+        low, high = (ordered[place + (place >= without)] for place in middle)
+        found.append((low + high) / 2)
+    return found
 
 
 def _stages(context: ParallelContext) -> list[int]:

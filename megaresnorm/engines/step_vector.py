@@ -96,7 +96,8 @@ def sum_over_ranks(
         loss: sum of this rank's losses, FP64. Ranks of tp have the same.
         squares: ``own_squares``; None for 0.
         stops: whether this rank asks to stop.
-        tokens: valid tokens of this rank's samples. Ranks of tp and pp have the same.
+        tokens: valid tokens of this rank's samples. Ranks of tp and pp have the same, and one counts for them; but NaN,
+            of samples that could not be read, counts wherever it is.
 
     Returns:
         [4] FP64: loss, squares, ranks that ask to stop, tokens.
@@ -110,7 +111,7 @@ def sum_over_ranks(
     if squares is not None:
         vector[1] = squares
     vector[2].fill_(float(stops))
-    if counts and context.pp.rank == 0:
+    if (counts and context.pp.rank == 0) or not isfinite(tokens):
         vector[3].fill_(tokens)
     return all_reduce(vector, context.world)
 

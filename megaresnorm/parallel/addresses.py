@@ -35,6 +35,28 @@ def is_loopback(address: str) -> bool:
     return address == "::1" or address.startswith("127.")
 
 
+def names_this_host(host: str) -> bool:
+    """Whether all nodes that have met at ``host`` are on this machine.
+
+    They are where it is a loopback address, since each has reached it on its own machine. A name that /etc/hosts of
+    this node maps to loopback may mean another address on the others, unless this machine has no network.
+    """
+    if host == "localhost" or is_loopback(host):
+        return True
+    address = resolved(host)
+    return address is not None and is_loopback(address) and not _has_network()
+
+
+def _has_network() -> bool:
+    """Whether an interface besides loopback has an address."""
+    names = {name for _, name in socket.if_nameindex()} - {LOOPBACK}
+    try:
+        inet6 = {line.split()[5] for line in _IPV6_ADDRESSES.read_text().splitlines()}
+    except OSError:
+        inet6 = set()
+    return any(name in inet6 or _ipv4_of(name) for name in names)
+
+
 def address_by_slurm(node: str) -> str | None:
     """The address at which Slurm itself reaches a node that it knows by this name; None where it does not tell."""
     try:

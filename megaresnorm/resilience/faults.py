@@ -45,7 +45,7 @@ class Subject(NamedTuple):
 
 
 def check_drill(recipe: Recipe, environment: Environment) -> None:
-    """Check that a drill is meant, and that its output folder holds no run that is none.
+    """Check that a drill is meant, and that its output folder holds no run that is none; nor that of a run a drill.
 
     Raises:
         ConfigError: only one of recipe and variable asks for a drill, a rank is none of the job's, or the folder holds
@@ -55,12 +55,14 @@ def check_drill(recipe: Recipe, environment: Environment) -> None:
     if (drill is not None) != environment.drill:
         have = f"the recipe has a drill, but {DRILL}=1 is not set" if drill else f"{DRILL}=1 is set without a drill"
         raise ConfigError(f"{have}; faults are injected only where recipe and variable agree: give both or neither")
+    output = Path(recipe.train.output)
     if drill is None:
+        if (output / Drill.FOLDER).is_dir():
+            raise ConfigError(f"train.output={output} holds a drill; give a run that is none a folder of its own")
         return
     beyond = [fault.rank for fault in drill.faults if fault.rank >= environment.world_size]
     if beyond:
         raise ConfigError(f"drill: there is no rank {beyond[0]} among {environment.world_size}")
-    output = Path(recipe.train.output)
     if (output / "recipe.yaml").exists() and not (output / Drill.FOLDER).is_dir():
         raise ConfigError(f"train.output={output} holds a run that is no drill; give a drill a folder of its own")
 
@@ -160,7 +162,7 @@ class Drill:
             return first
 
         subject = self._subject
-        match fault.place:
+        match fault.where:
             case "loader":
                 wrapped.method(subject.loader, "_fill", before)
             case "collective":

@@ -12,6 +12,7 @@ from megaresnorm.parallel.control import all_or_raise
 from megaresnorm.parallel.mesh import Axis
 from megaresnorm.recipe import Recipe
 from megaresnorm.recipe.names import flat
+from megaresnorm.resilience.faults import Drill
 from megaresnorm.resilience.lock import LOCK, FolderLock
 from megaresnorm.resilience.preflight import check_output
 from megaresnorm.telemetry.metrics import DEPTH, NUMBERS, MetricsWriter
@@ -53,7 +54,7 @@ class OutputFolder:
         if self._lock is not None and self._lock.lost:
             raise TrainingError(f"train.output={self.path}: another job has taken it over; nothing more is written")
 
-    def prepare(self, files: Mapping[str, str | None], groups: Groups, keep: int) -> None:
+    def prepare(self, files: Mapping[str, str | None], groups: Groups, keep: int, *, drill: bool = False) -> None:
         """Write what describes the run, and remove what killed runs have left half-written.
 
         Writing that must fail fails now.
@@ -62,6 +63,7 @@ class OutputFolder:
             files: their contents by name; None for one that this run has not, and may have had before.
             groups: the tensors of a checkpoint, for whose size there must be space.
             keep: how many checkpoints stay.
+            drill: whether the run is one, which the folder says before anything else that it holds a run.
 
         Raises:
             TrainingError: the folder cannot be written, or there is no space for a checkpoint.
@@ -71,6 +73,8 @@ class OutputFolder:
         check_output(self.path / "checkpoints", bytes_of(groups), keep)
         try:
             remove_unfinished(self.path)
+            if drill:
+                (self.path / Drill.FOLDER).mkdir(exist_ok=True)
             for name, content in files.items():
                 if content is None:
                     (self.path / name).unlink(missing_ok=True)

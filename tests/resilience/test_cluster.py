@@ -5,17 +5,19 @@ import resource
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from launched import be_rank
 
 from megaresnorm.cli import cluster
 from megaresnorm.cli import main as command
 from megaresnorm.errors import ConfigError
-from megaresnorm.parallel.environment import read_environment
+from megaresnorm.parallel import addresses
+from megaresnorm.parallel.environment import Environment, read_environment
 from megaresnorm.parallel.mesh import ParallelContext, Sizes
 from megaresnorm.parallel.plan import Plan, read_plan
 from megaresnorm.recipe.load import dump_recipe
-from megaresnorm.resilience.cluster import network, node
+from megaresnorm.resilience.cluster import compute, network, node
 from megaresnorm.resilience.cluster.start import check_start
 from megaresnorm.resilience.torchrun import torchrun_command
 from megaresnorm.testing import run_ranks
@@ -72,6 +74,7 @@ def test_each_of_four_faults_is_named_with_its_rank_and_host(tiny, tmp_path):
 
     def on_rank(rank: int) -> dict:
         be_host(rank)
+        compute.AGAIN = 3  # which is enough here
         product, both_ways, now = torch.Tensor.__matmul__, network._both_ways, time.time
         if rank == 0:
             torch.Tensor.__matmul__ = lambda a, b: [product(a, b) for _ in range(4)][-1]
@@ -185,19 +188,34 @@ def test_bad_arguments_are_one_line(tiny, tmp_path, monkeypatch, capsys):
     assert command(["doctor", "--cluster", "--ranks", "2"]) == 2 and "leave it out" in capsys.readouterr().err
 
 
-def test_loopback_on_several_nodes_ends_a_job_in_one_line(monkeypatch):
-    variables = {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1",
+def two_nodes(address: str) -> Environment:
+    variables = {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": address,
                  "MASTER_PORT": 29500}  # fmt: skip
-    environment = read_environment({name: str(value) for name, value in variables.items()})
-    for name, words in ((None, "MASTER_ADDR=127.0.0.1 is loopback"), ("lo", "GLOO_SOCKET_IFNAME=lo is loopback")):
-        monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-        if name is not None:
-            monkeypatch.setenv("GLOO_SOCKET_IFNAME", name)
-        try:
-            node.check_address(environment)
-        except ConfigError as e:
-            assert words in str(e)
-        else:
-            raise AssertionError("it passed")
-    one_node = variables | {"LOCAL_WORLD_SIZE": 2}
-    node.check_address(read_environment({name: str(value) for name, value in one_node.items()}))
+    return read_environment({name: str(value) for name, value in variables.items()})
+
+
+@pytest.mark.parametrize("interface", [None, "lo"])
+def test_loopback_on_several_hosts_ends_a_job_in_one_line(monkeypatch, interface):
+    """An address of another host, and a name that is loopback by this host's own /etc/hosts."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr(node, "local_address_of", lambda host, port: "127.0.1.1")
+    monkeypatch.setattr(addresses, "resolved", lambda host: "127.0.1.1" if host == "node0" else host)
+    monkeypatch.setattr(addresses, "_has_network", lambda: True)
+    if interface is not None:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)
+    for address in ("192.0.2.1", "node0"):
+        words = f"MASTER_ADDR={address} is loopback" if interface is None else "GLOO_SOCKET_IFNAME=lo is loopback"
+        with pytest.raises(ConfigError, match=words):
+            node.check_address(two_nodes(address))
+
+
+@pytest.mark.parametrize("interface", [None, "lo"])
+def test_several_nodes_of_one_machine_may_meet_on_its_loopback(monkeypatch, interface):
+    """By its address, and by any name where that machine has no network."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr(addresses, "resolved", lambda host: "127.0.1.1")
+    monkeypatch.setattr(addresses, "_has_network", lambda: False)
+    if interface is not None:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)
+    for address in ("127.0.0.1", "::1", "localhost", "node0"):
+        node.check_address(two_nodes(address))

@@ -3,12 +3,16 @@
 import random
 from itertools import combinations
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from megaresnorm.resilience.cluster import compute
+from megaresnorm.resilience.cluster.check import Check
 from megaresnorm.resilience.cluster.clocks import Offset, judge_clocks, offset_of
-from megaresnorm.resilience.cluster.compute import judge_answers, judge_speed
-from megaresnorm.resilience.cluster.judge import odd_answers, rounds, slow_links
+from megaresnorm.resilience.cluster.compute import AGAIN, judge_answers, judge_speed
+from megaresnorm.resilience.cluster.judge import NOTABLE, odd_answers, rounds, slow_links
 from megaresnorm.resilience.cluster.network import Link, judge_links
 from megaresnorm.resilience.cluster.node import Place, hosts_of, judge_addresses, judge_limits
 from megaresnorm.resilience.cluster.storage import Written, judge_output
@@ -100,14 +104,42 @@ def test_a_clock_that_is_off_by_more_than_a_second_is_named_with_its_host():
     assert judge_clocks({}).verdict == "PASS"
 
 
+def judged(speeds: list[float], kinds: dict[int, str], notable: float = NOTABLE["cuda"]) -> Check:
+    return judge_speed("products", speeds, kinds, ["a", "a", "b", "b"], "TFLOP/s", notable=notable)
+
+
 def test_a_slow_device_is_named_with_rank_host_and_share():
-    kinds, hosts = dict.fromkeys(range(4), "gpu"), ["a", "a", "b", "b"]
-    assert judge_speed("products", [1.0, 0.9, 1.0, 0.95], kinds, hosts, "TFLOP/s").verdict == "PASS"
-    one = judge_speed("products", [1.0, 1.0, 0.7, 1.0], kinds, hosts, "TFLOP/s")
+    kinds = dict.fromkeys(range(4), "gpu")
+    assert judged([1.0, 0.9, 1.0, 0.95], kinds).verdict == "PASS"
+    one = judged([1.0, 1.0, 0.7, 1.0], kinds)
     assert one.verdict == "WARN" and one.found == "rank 2 on b: 0.7 TFLOP/s, 70% of its siblings"
-    assert judge_speed("products", [1.0, 1.0, 0.4, 1.0], kinds, hosts, "TFLOP/s").verdict == "FAIL"
+    assert judged([1.0, 1.0, 0.4, 1.0], kinds).verdict == "FAIL"
     mixed = {0: "gpu", 1: "gpu", 2: "cpu", 3: "cpu"}
-    assert judge_speed("products", [1.0, 1.0, 0.1, 0.1], mixed, hosts, "TFLOP/s").verdict == "PASS"
+    assert judged([1.0, 1.0, 0.1, 0.1], mixed).verdict == "PASS"
+
+
+def test_cpus_that_other_programs_share_are_named_later():
+    kinds = dict.fromkeys(range(4), "cpu")
+    assert judged([1.0, 1.0, 0.75, 1.0], kinds, NOTABLE["cpu"]).verdict == "PASS"
+    one = judged([1.0, 1.0, 0.65, 1.0], kinds, NOTABLE["cpu"])
+    assert one.verdict == "WARN" and one.wanted.startswith("70%")
+
+
+@pytest.mark.parametrize(("disturbed", "times"), [(0, 1), (4, 5), (9, AGAIN)])
+def test_devices_are_measured_until_none_stands_out_and_the_fastest_measure_counts(monkeypatch, disturbed, times):
+    """What disturbs a rank in some rounds alone is forgotten; what lasts is not."""
+    made = []
+
+    def said(mine: list[float], axis: object) -> list[list[float]]:
+        made.append(mine)
+        return [[1.0, 0.4 if len(made) <= disturbed else 0.9], [1.0, 1.0], [1.0, 1.0]]
+
+    monkeypatch.setattr(compute, "product_tflops", lambda *given: 1.0)
+    monkeypatch.setattr(compute, "copy_speed", lambda device: 1.0)
+    monkeypatch.setattr(compute, "all_gather_json", said)
+    axis = SimpleNamespace(size=3, group=None)
+    found = compute.measure_speeds(axis, torch.device("cpu"), 0, dict.fromkeys(range(3), "cpu"))
+    assert len(made) == times and found.copied == [0.9 if disturbed < AGAIN else 0.4, 1.0, 1.0]
 
 
 def test_the_odd_answer_is_named_by_majority_and_one_that_varies_by_itself():

@@ -3,15 +3,47 @@
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from megaresnorm.cli import main
 from megaresnorm.errors import ConfigError
 from megaresnorm.recipe import FaultRecipe
+from megaresnorm.recipe.drill import PLACES, FaultKind, Place
 from megaresnorm.recipe.load import dump_recipe
 from megaresnorm.resilience.drill_plan import KINDS, kinds_of, plan_drill
 from megaresnorm.resilience.drill_table import NOTICES, rows_of
+
+
+def test_a_kind_of_fault_has_its_places_alone_and_each_can_be_made(tiny):
+    """In one line that lists them, before anything starts."""
+    assert set(PLACES) == set(get_args(FaultKind)) == set(KINDS)
+    for kind, places in PLACES.items():
+        assert set(KINDS[kind].places) <= {None, *places}
+        for place in get_args(Place):
+            if place in places:
+                FaultRecipe(kind=kind, step=1, place=place)
+                continue
+            with pytest.raises(ConfigError) as refused:
+                tiny(drill={"faults": [{"kind": kind, "step": 1, "place": place}]})
+            assert f"place={place} is none of {kind}'s: {', '.join(places)}" in str(refused.value)
+            assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"kind": "kill", "seconds": 3.0},
+        {"kind": "nan", "seconds": 3.0},
+        {"kind": "slow", "block": 0},
+        {"kind": "flip", "place": "reduced_gradient", "block": 1},
+    ],
+    ids=str,
+)
+def test_a_setting_that_would_be_ignored_is_refused(fault, tiny):
+    with pytest.raises(ConfigError, match=r"has no effect with (kind|place)=.*; remove it"):
+        tiny(drill={"faults": [{"step": 1, **fault}]})
 
 
 @pytest.mark.parametrize("seed", range(1, 30))

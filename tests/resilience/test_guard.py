@@ -311,6 +311,17 @@ def test_a_drill_needs_recipe_and_variable_and_a_folder_of_its_own(drilled, monk
         Run(drilled("one")[0])
 
 
+def test_a_drill_that_was_killed_before_its_first_step_starts_again_and_as_a_drill_alone(drilled, monkeypatch):
+    """Its recipe is in the folder by then, and so is the mark of a drill."""
+    recipe, _ = drilled("one", {"kind": "nan", "step": 2, "place": "gradient"})
+    for _ in range(2):
+        with Run(recipe) as run:
+            assert (run.output / "recipe.yaml").exists()
+    monkeypatch.delenv("MEGARESNORM_DRILL")
+    with pytest.raises(ConfigError, match="holds a drill; give a run that is none a folder of its own"):
+        Run(recipe.model_copy(update={"drill": None}))
+
+
 def test_bounds_stand_still_where_half_of_the_window_are_spikes():
     """A mean and a deviation would be moved by them."""
     quiet = Spikes([2.0 + 0.01 * (i % 5) for i in range(128)], [1.0] * 128).bounds()

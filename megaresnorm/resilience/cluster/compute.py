@@ -16,10 +16,8 @@ from megaresnorm.resilience.cluster.check import Check, Verdict, check, some_of
 from megaresnorm.resilience.cluster.judge import NOTABLE, SLOW, odd_answers, shares_of_siblings
 from megaresnorm.telemetry.throughput import product_tflops
 
-SWEEPS, AGAIN = (
-    3,
-    3,
-)  # measures of each rank, the fastest of which counts; how often all are repeated while one stands out
+SWEEPS = 3  # measures of each rank, the fastest of which counts
+AGAIN = 5  # times that all of them are made while a rank stands out; the fastest of all counts
 MOST_TURNS = 8  # ranks of a host measure one after the other, as far as these
 PRODUCT, COPIED = {"cpu": 512, "cuda": 4096}, {"cpu": 1 << 24, "cuda": 1 << 28}  # rows; bytes
 SHIFTS = (0, 0, 512, 1024, 1536, 2560, 3584, 16384)  # bytes; places of a copy
@@ -79,7 +77,8 @@ def measure_speeds(axis: Axis, device: torch.device, local_rank: int, kinds: Map
             [max(before, now[0]) for before, now in zip(best.tflops, everyone, strict=True)],
             [max(before, now[1]) for before, now in zip(best.copied, everyone, strict=True)],
         )
-        if not _notable(best.tflops, kinds) and not _notable(best.copied, kinds):
+        share = NOTABLE[device.type]
+        if not _notable(best.tflops, kinds, share) and not _notable(best.copied, kinds, share):
             break
     return best
 
@@ -88,9 +87,9 @@ def _product(device: torch.device) -> tuple[str, int]:
     return ("bf16" if device.type == "cuda" else "fp32"), PRODUCT[device.type]
 
 
-def _notable(speeds: list[float], kinds: Mapping[int, str]) -> dict[int, float]:
+def _notable(speeds: list[float], kinds: Mapping[int, str], least: float) -> dict[int, float]:
     shares = shares_of_siblings(dict(enumerate(speeds)), kinds)
-    return {rank: share for rank, share in shares.items() if share < NOTABLE}
+    return {rank: share for rank, share in shares.items() if share < least}
 
 
 def in_turns(work: Callable[[], None], turn: int, turns: int, axis: Axis) -> None:
@@ -139,15 +138,18 @@ def known_answers(device: torch.device) -> list[str]:
     return list(found)
 
 
-def judge_speed(name: str, speeds: list[float], kinds: Mapping[int, str], hosts: list[str], unit: str) -> Check:
+def judge_speed(
+    name: str, speeds: list[float], kinds: Mapping[int, str], hosts: list[str], unit: str, *, notable: float
+) -> Check:
     """The verdict on one speed of all devices.
 
     Args:
         name: of the check.
         hosts: of each rank.
         unit: of the speeds, as it is shown.
+        notable: share of its siblings' below which a device is named, of ``NOTABLE``.
     """
-    slow = _notable(speeds, kinds)
+    slow = _notable(speeds, kinds, notable)
     words = [
         f"rank {r} on {hosts[r]}: {speeds[r]:.3g} {unit}, {share:.0%} of its siblings" for r, share in slow.items()
     ]
@@ -155,7 +157,7 @@ def judge_speed(name: str, speeds: list[float], kinds: Mapping[int, str], hosts:
     found = some_of(words) or usual or f"{speeds[0]:.3g} {unit}"
     advice = "look at its clocks, heat and power, and at other programs; leave the host out if it stays so"
     worst: Verdict = "FAIL" if min(slow.values(), default=1.0) < SLOW else "WARN"
-    return check(name, found, not slow, advice, worst, wanted=f"{NOTABLE:.0%} of the median of the same kind")
+    return check(name, found, not slow, advice, worst, wanted=f"{notable:.0%} of the median of the same kind")
 
 
 def judge_answers(answers: list[list[str]], kinds: Mapping[int, str], hosts: list[str]) -> Check:

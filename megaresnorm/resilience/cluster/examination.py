@@ -25,7 +25,7 @@ from megaresnorm.resilience.cluster.compute import (
     known_answers,
     measure_speeds,
 )
-from megaresnorm.resilience.cluster.judge import Pair
+from megaresnorm.resilience.cluster.judge import NOTABLE, Pair
 from megaresnorm.resilience.cluster.network import (
     Link,
     judge_all_reduce,
@@ -190,8 +190,9 @@ def _devices(subject: Subject, places: list[Place], hosts: list[str], found: Exa
         row |= {"kind": kinds[rank], "answers": said[rank]["answers"], "tflops": speeds.tflops[rank],
                 "copy_bytes_per_second": speeds.copied[rank]}  # fmt: skip
     copied = [speed / 1e9 for speed in speeds.copied]
+    notable = NOTABLE[device.type]
     return [
-        judge_speed("products", speeds.tflops, kinds, hosts, "TFLOP/s"),
-        judge_speed("copies", copied, kinds, hosts, "GB/s"),
+        judge_speed("products", speeds.tflops, kinds, hosts, "TFLOP/s", notable=notable),
+        judge_speed("copies", copied, kinds, hosts, "GB/s", notable=notable),
         judge_answers([one["answers"] for one in said], kinds, hosts),
     ]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 Pair = tuple[int, int]
 SLOW = 0.5  # share of the median below which a host or link is slow
-NOTABLE = 0.85  # the same for a device that is worth a look
+NOTABLE = {"cpu": 0.7, "cuda": 0.85}  # the same for a device that is worth a look; other programs share CPUs
 
 
 def rounds(count: int) -> Iterator[list[Pair]]:

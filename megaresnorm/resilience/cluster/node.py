@@ -11,7 +11,7 @@ import torch
 
 from megaresnorm.checkpoint.format import human_bytes
 from megaresnorm.errors import ConfigError
-from megaresnorm.parallel.addresses import interface_of, is_loopback, local_address_of
+from megaresnorm.parallel.addresses import interface_of, is_loopback, local_address_of, names_this_host
 from megaresnorm.parallel.environment import Environment, chosen_interface, host_name
 from megaresnorm.parallel.shared_memory import CAPACITY, FOLDER
 from megaresnorm.parallel.sockets import own_sockets
@@ -110,10 +110,14 @@ def hosts_of(places: Sequence[Place]) -> dict[str, list[int]]:
 def check_address(environment: Environment) -> None:
     """Check that this rank will not offer others of its job on other nodes a loopback address.
 
+    Several nodes of one machine, which meet on its loopback, may.
+
     Raises:
         ConfigError: it would.
     """
     if environment.one_node or environment.ranks_here is None or environment.master_addr is None:
+        return
+    if names_this_host(environment.master_addr):
         return
     chosen = chosen_interface()
     address = local_address_of(environment.master_addr, environment.master_port or 1) if chosen is None else chosen[1]
