@@ -25,6 +25,7 @@ EVERY = 0.2  # seconds between two looks
 PAUSE = 2.0  # seconds between two looks from which on the watcher itself stood still
 MOST_PAUSES = 64
 WARNED = 600.0  # seconds between two warnings, where that is all that is done
+SAID = 60.0  # seconds between two errors of its own that a watcher says
 AGAIN = 1.0  # seconds until ranks that are within their time are looked at again
 
 
@@ -61,11 +62,14 @@ class Watcher:
             self._thread.join()
 
     def _run(self) -> None:
+        said = -SAID
         while not self._end.wait(EVERY):
             try:
                 self.look()
             except Exception:
-                log.exception("the watchdog goes on after an error of its own")
+                if time.monotonic() >= said + SAID:  # it may last
+                    said = time.monotonic()
+                    log.exception("the watchdog goes on after an error of its own")
 
     def look(self) -> None:
         """Look once, and act on a hang."""

@@ -18,6 +18,7 @@ from torch.distributed import TCPStore
 from megaresnorm.parallel.environment import Environment
 from megaresnorm.parallel.mesh import MESH_AXES, Sizes
 from megaresnorm.resilience import beats as words
+from megaresnorm.resilience import watcher as watcher_module
 from megaresnorm.resilience.beats import ACTIVATIONS, AXES, GRADIENTS, SECOND, SENDS, Beats, Phase, Place
 from megaresnorm.resilience.following import LEAST, StepDeadline
 from megaresnorm.resilience.hang_report import Hang
@@ -279,6 +280,17 @@ def test_a_pause_of_the_whole_host_is_forgiven():
     beats.begin(Phase.STEP, 5.0, since=now - 14 * SECOND)
     watcher.look()
     assert len(found) == 1
+
+
+def test_a_lasting_error_of_the_watcher_is_said_once_a_minute(caplog, monkeypatch):
+    looks = []
+    monkeypatch.setattr(watcher_module, "EVERY", 0.001)
+    watcher = Watcher(lambda: looks.append(1) or iter([None]), lambda hang: True)  # what it sees is no slot
+    watcher.start()
+    while len(looks) < 5:
+        time.sleep(0.001)
+    watcher.stop()
+    assert len([record for record in caplog.records if "error of its own" in record.message]) == 1
 
 
 def hangs(descriptor: int, slot: int, how: str, allowed: float) -> None:
