@@ -10,6 +10,7 @@ import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from megaresnorm.resilience.suspects import judge, members
 from megaresnorm.resilience.telling import TellingTransport
 from megaresnorm.resilience.watchdog import START, Watchdog
 from megaresnorm.resilience.watcher import Watcher, slots_of
+from megaresnorm.telemetry.incidents import read_incidents
 
 ONE = (1, 1, 1, 1)
 
@@ -256,6 +258,24 @@ def test_the_line_says_rank_host_step_phase_time_setting_and_what_the_others_wai
         "rank 3 on a: hangs in step 17 while reading samples for 10.2 s (watchdog.step=10); "
         "the others wait in all-reduce #412 over tp, 0 bytes; stacks: PATH"
     )
+
+
+def test_a_second_hang_at_the_same_step_leaves_the_first_report_as_it_is(tmp_path):
+    paths = []
+    for _ in range(2):
+        hang = Hang({0: seen(0)}, judge({0: seen(0)}), {}, "a", frozenset({0}))
+        paths.append(hang.write(tmp_path))
+        assert "rank 0 on a" in Path(paths[-1]).read_text()
+    assert [Path(path).name for path in paths] == ["hang-7-a.txt", "hang-7-a-2.txt"]
+    events = list(read_incidents(tmp_path))
+    assert [event["report"] for event in events] == ["hang-7-a.txt", "hang-7-a-2.txt"]
+    assert all(event["kind"] == "hang" and event["what"].startswith("hangs in step 7") for event in events)
+
+
+def test_a_torn_line_of_events_is_not_lost_to_that_of_a_hang(tmp_path):
+    (tmp_path / "events.jsonl").write_text('{"kind": "start", "st')  # a killed process has left it
+    Hang({0: seen(0)}, judge({0: seen(0)}), {}, "a", frozenset({0})).write(tmp_path)
+    assert [event["kind"] for event in read_incidents(tmp_path)] == ["hang"]
 
 
 def test_what_another_node_sends_is_what_it_has_seen():
