@@ -184,7 +184,8 @@ class Watchdog:
         mine = {"host": host_name(), "machine": _machine(), "pid": os.getpid(), "beats": self._memory}
         everyone = all_gather_json(mine, context.control)
         if self._launcher is not None and self._environment.local_rank == 0:
-            about = {"output": str(run.output.absolute()), "hosts": [one["host"] for one in everyone]}
+            hosts, attempt = [one["host"] for one in everyone], self._environment.attempt
+            about = {"output": str(run.output.absolute()), "hosts": hosts, "attempt": attempt}
             with suppress(OSError):  # a full /tmp: a hang is reported without a file
                 self._launcher.write_json("run", about)
         if not self._alone:

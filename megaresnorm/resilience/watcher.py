@@ -182,6 +182,7 @@ def slots_of(beats: Beats, num_ranks: int) -> Callable[[], Iterator[Beat]]:
 
 
 def known_hosts(launcher: Launcher) -> dict[int, str]:
-    """Hosts of all ranks, as these have told each other."""
-    hosts: Any = launcher.read_json("run").get("hosts")
+    """Hosts of all ranks, as these have told each other in this start of theirs; empty before."""
+    run = launcher.read_json("run")
+    hosts: Any = run.get("hosts") if run.get("attempt") == launcher.read("attempt") else None
     return {rank: str(host) for rank, host in enumerate(hosts)} if isinstance(hosts, list) else {}
