@@ -189,8 +189,9 @@ class Following:
     def _done(self, run: Any, step_is_done: Callable) -> Callable:
         def told() -> None:
             step_is_done()
+            if self._started:  # the first one of a process compiles
+                self.deadline.note(time.monotonic() - self._began)
             self._started = True
-            self.deadline.note(time.monotonic() - self._began)
             if self.deadline.seconds > self._waits:
                 self._waits = self.deadline.seconds
                 run.context.set_timeouts(self._waits + BACKUP, self._settings.checkpoint + BACKUP)

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,17 +18,19 @@ from torch.distributed import TCPStore
 
 from megaresnorm.parallel.environment import Environment
 from megaresnorm.parallel.mesh import MESH_AXES, Sizes
+from megaresnorm.recipe import WatchdogRecipe
 from megaresnorm.resilience import beats as words
 from megaresnorm.resilience import watcher as watcher_module
 from megaresnorm.resilience.beats import ACTIVATIONS, AXES, GRADIENTS, SECOND, SENDS, Beats, Phase, Place
 from megaresnorm.resilience.following import LEAST, StepDeadline
 from megaresnorm.resilience.hang_report import Hang
+from megaresnorm.resilience.launcher import Launcher
 from megaresnorm.resilience.neighbours import Neighbours
 from megaresnorm.resilience.sights import Sight, main_stack, sight_of
 from megaresnorm.resilience.suspects import judge, members
 from megaresnorm.resilience.telling import TellingTransport
 from megaresnorm.resilience.watchdog import START, Watchdog
-from megaresnorm.resilience.watcher import Watcher, slots_of
+from megaresnorm.resilience.watcher import Watcher, known_hosts, slots_of
 from megaresnorm.telemetry.incidents import read_incidents
 
 ONE = (1, 1, 1, 1)
@@ -142,9 +144,33 @@ def test_a_steps_time_is_learned_from_the_last_hundred():
     assert fixed.seconds == 7
 
 
-def test_the_start_has_its_time_before_the_recipe_has_been_read():
-    from megaresnorm.recipe import WatchdogRecipe
+class ARun:
+    """What following asks of a run; the time-outs that its groups have are kept."""
 
+    def __init__(self):
+        self.context = self
+        self.waits: list[float] = []
+
+    def set_timeouts(self, timeout, writing):
+        self.waits.append(timeout)
+
+
+@pytest.fixture
+def watchdog():
+    with closing(Watchdog(Environment(), WatchdogRecipe(start=1000, checkpoint=300, evaluation=200))) as watchdog:
+        yield watchdog
+
+
+def test_the_first_step_of_a_process_which_compiles_is_not_learned_from(watchdog):
+    following = watchdog.following
+    done = following._done(ARun(), lambda: None)
+    for seconds in (500.0, *[1.0] * 30):
+        following._began = time.monotonic() - seconds
+        done()
+    assert following.deadline.seconds == LEAST
+
+
+def test_the_start_has_its_time_before_the_recipe_has_been_read():
     assert WatchdogRecipe().start == START
 
 
@@ -237,6 +263,15 @@ def test_who_waits_for_a_rank_that_is_within_its_time_does_not_hang():
 def test_a_main_thread_has_no_time_of_its_own_while_its_checkpoint_is_written():
     assert not seen(0, phase=Phase.SAVE, writing=1.0).is_overdue
     assert seen(0, phase=Phase.SAVE).is_overdue
+
+
+def test_hosts_of_an_earlier_start_are_forgotten(tmp_path):
+    launcher = Launcher(tmp_path)
+    launcher.introduce(0, 0, attempt=1)
+    launcher.write_json("run", {"output": "x", "hosts": ["a", "b"], "attempt": 1})
+    assert known_hosts(launcher) == {0: "a", 1: "b"}
+    launcher.introduce(0, 0, attempt=2)
+    assert known_hosts(launcher) == {}
 
 
 def test_ranks_that_nobody_sees_are_named_with_their_host():
