@@ -18,7 +18,7 @@ SCHEMA_VERSION = 1  # of the report
 EXIT_CODE = 6  # that of LostRankError
 WRITING = 1.5  # seconds for the report; the run's folder may be what hangs
 MOST_NAMED = 8  # ranks in a line
-STATES = {"T": "stopped by a signal", "t": "stopped by a debugger", "Z": "a zombie", "X": "dead", "gone": "gone"}
+STATES = {"T": "stopped by a signal", "Z": "a zombie", "X": "dead", "gone": "gone"}
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class Sight:
         beat: its slot.
         host: of its node.
         ages: seconds since the times in its slot, by word; pauses of the whole host are left out.
-        state: letter of its process as in /proc, or ``GONE``.
+        state: letter of its process as in /proc, or ``GONE``; t: there is a debugger at it, whatever it does.
         call: system call in which it is, where the system tells.
         stack: frames of its main thread, innermost first, as "function (file:line)".
         stacks: of all its threads, as text.
@@ -87,7 +87,12 @@ class Sight:
     @property
     def is_dead(self) -> bool:
         """Whether it can do nothing: stopped, a zombie, or gone."""
-        return self.state in ("T", "t", "Z", "X", GONE)
+        return self.state in ("T", "Z", "X", GONE)
+
+    @property
+    def is_debugged(self) -> bool:
+        """Whether somebody looks at it with a debugger, and may have stopped it."""
+        return self.state == "t"
 
     @property
     def lasts_too_long(self) -> bool:
@@ -199,9 +204,12 @@ def process_state(pid: int) -> tuple[str, str]:
     """The letter of a process's state, and where in the kernel it waits if it cannot be interrupted there."""
     folder = Path(f"/proc/{pid}")
     try:
-        state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
+        status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines() if ":" in line)
+        state = status["State"].split()[0]
+    except (OSError, KeyError, IndexError):
         return GONE, ""
+    if status.get("TracerPid", "0").strip() != "0":
+        return "t", ""
     found = []
     for name in ("syscall", "wchan") if state == "D" else ():
         with suppress(OSError):

@@ -34,7 +34,7 @@ class Verdict:
     Attributes:
         ranks: the one that the others wait for; several where that cannot be told, or several are to blame alike.
         unreachable: whether nothing is seen of these ranks.
-        in_time: whether all of them are within the time that they have: then there is no hang yet.
+        in_time: whether all of them are within the time that they have, or at one is a debugger: then there is no hang.
         unborn: whether their processes have not come so far as to say what they are at.
     """
 
@@ -94,6 +94,8 @@ def judge(sights: Mapping[int, Sight], silent: Collection[int] = ()) -> Verdict:
         silent: ranks of which nothing is seen though their nodes were asked. Where no wait leads to some of them, but
             torch's own sums may, all are named.
     """
+    if debugged := tuple(sorted(rank for rank, sight in sights.items() if sight.is_debugged)):
+        return Verdict(debugged, in_time=True)
     dead = tuple(sorted(rank for rank, sight in sights.items() if sight.is_dead))
     if dead:
         return Verdict(dead)

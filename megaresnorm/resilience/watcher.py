@@ -44,6 +44,7 @@ class Watcher:
         self._slots, self._act, self._others = slots, act, others
         self._pauses: list[tuple[int, int]] = []
         self._done: set[int] = set()
+        self._debugged: set[int] = set()  # processes of which it was said
         self._unborn: tuple[int, ...] = ()  # ranks of this node that have not said anything
         self._last, self._not_before = time.monotonic_ns(), 0.0
         self._end = threading.Event()
@@ -99,7 +100,22 @@ class Watcher:
         self._unborn = tuple(first + slot for slot in empty)
         return seen
 
+    def _allow(self, mine: Mapping[int, Sight]) -> bool:
+        """Give all ranks of this node their time anew where there is a debugger at one, and say so once."""
+        debugged = [sight for sight in mine.values() if sight.is_debugged]
+        for sight in debugged:
+            if (pid := sight.beat.words[PID]) not in self._debugged:
+                self._debugged.add(pid)
+                what = "the watchdog does not end the job while it is there; the time-outs of process groups still may"
+                log.warning("warning: rank %d (process %d) is under a debugger: %s", sight.rank, pid, what)
+        if debugged:
+            last = max((end for _, end in self._pauses), default=0)
+            self._pauses = [*self._pauses[-MOST_PAUSES:], (last, time.monotonic_ns())]
+        return bool(debugged)
+
     def _decide(self, mine: Mapping[int, Sight]) -> None:
+        if self._allow(mine):
+            return
         if self._others is None and not self._unborn and judge(mine).in_time:
             self._not_before = time.monotonic() + AGAIN
             return

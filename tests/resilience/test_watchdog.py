@@ -404,6 +404,42 @@ def test_a_process_that_hangs_is_found_in_time_named_and_its_stacks_are_read(how
     assert "in wait\n" in hang.sights[1 - rank].stacks and hang.sights[1 - rank].stack[1].startswith("wait (telling.py")
 
 
+def traced(pid: int) -> bool:
+    return "TracerPid:\t0\n" not in Path(f"/proc/{pid}/status").read_text()
+
+
+def test_a_rank_with_a_debugger_at_it_is_left_alone_and_has_its_time_again(caplog):
+    beats, descriptor = Beats.make()
+    (pid, found), trace = (os.fork(), []), ctypes.CDLL(None, use_errno=True).ptrace
+    if pid == 0:
+        with suppress(BaseException):
+            hangs(descriptor, 0, "sleeps", 0.3)
+        os._exit(1)
+    try:
+        watcher = Watcher(slots_of(beats, 1), lambda hang: bool(found.append(hang)) or True)
+        if trace(0x4206, pid, 0, 0):  # PTRACE_SEIZE: as a debugger that lets it run
+            pytest.skip("this system lets nobody trace its own children")
+        assert traced(pid)
+        end = time.monotonic() + 1.0
+        while time.monotonic() < end:
+            watcher.look()
+            time.sleep(0.02)
+        assert not found and caplog.text.count("is under a debugger") == 1
+        os.kill(pid, signal.SIGSTOP)
+        os.waitpid(pid, 0)  # it stands still for its debugger
+        assert trace(17, pid, 0, 0) == 0 and not traced(pid)  # PTRACE_DETACH
+        watcher.look()
+        assert not found
+        while not found and time.monotonic() < end + 10:
+            watcher.look()
+            time.sleep(0.02)
+        assert found and time.monotonic() > end + 0.2
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(descriptor)
+
+
 def test_the_main_threads_stack_is_told_from_the_others():
     main = '  File "/x/a.py", line 3 in inner\n  File "/x/a.py", line 9 in f\n'
     text = 'Thread 0x2 (most recent call first):\n  File "/x/t.py", line 1 in run\n\n'
