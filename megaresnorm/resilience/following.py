@@ -104,6 +104,7 @@ class Following:
         wrapped.method(run, "next_batch", self._reading)
         wrapped.method(run.engine, "step", self._computing)
         wrapped.method(run, "step_is_done", partial(self._done, run))
+        wrapped.method(run, "open_metrics", partial(self._recording, run, wrapped))
         wrapped.method(run, "evaluate", partial(self._evaluating, run))
         wrapped.method(run, "roll_back", partial(self._during, Phase.BACK, lambda: self._settings.start))
         for name in ("save", "save_last"):
@@ -199,6 +200,26 @@ class Following:
             self._begin_step()
 
         return told
+
+    def _recording(self, run: Any, wrapped: Wrapped, open_metrics: Callable) -> Callable:
+        """Closing metrics, and going back with them, is the first rank's alone; services may take their time."""
+
+        def around(method: Callable) -> Callable:
+            during = self._during(Phase.METRICS, lambda: self._settings.checkpoint, method)
+
+            def told(*arguments: Any, **options: Any) -> Any:
+                self._beats.own[STEP] = run.steps_done  # ranks that have gone on from there wait for this one
+                return during(*arguments, **options)
+
+            return told
+
+        def opened() -> Any:
+            metrics = open_metrics()
+            for name in () if metrics is None else ("close", "go_back"):
+                wrapped.method(metrics, name, around)
+            return metrics
+
+        return opened
 
     def _evaluating(self, run: Any, evaluate: Callable) -> Callable:
         def told() -> Any:

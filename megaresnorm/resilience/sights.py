@@ -46,6 +46,7 @@ _SETTINGS = {
     Phase.EVALUATION: "evaluation",
     Phase.SAVE: "checkpoint",
     Phase.CLOSING: "checkpoint",
+    Phase.METRICS: "checkpoint",
 }
 PLACES = {
     Place.BEGIN: "before its samples are read",
@@ -151,6 +152,8 @@ class Sight:
                 return f"while saving step {step}"
             case Phase.BACK:
                 return f"while going back to a checkpoint from step {step}"
+            case Phase.METRICS:
+                return f"while its loggers end or begin again, after step {step}"
             case Phase.CLOSING | Phase.REST:
                 return f"at the end of the run, after step {step}"
         more = f", microbatch {words[MICROBATCH]}" if place in (Place.FORWARD, Place.BACKWARD) else ""

@@ -107,7 +107,17 @@ def judge(sights: Mapping[int, Sight], silent: Collection[int] = ()) -> Verdict:
         return Verdict(unseen, unreachable=True)
     suspects = _farthest_behind([sights[rank] for rank in sorted(ends)])
     ranks = tuple(sorted(sight.rank for sight in suspects))
-    return Verdict(ranks, in_time=not any(sight.is_overdue for sight in suspects))
+    return Verdict(ranks, in_time=not any(s.is_overdue for s in suspects) or _others_are_behind(suspects, sights))
+
+
+def _others_are_behind(suspects: Sequence[Sight], sights: Mapping[int, Sight]) -> bool:
+    """Whether a rank that is within its time is behind all of these: they may wait for it, though that is not told."""
+    first = min(_progress(sight) for sight in suspects)
+    return not any(sight.writes_too_long for sight in suspects) and any(
+        _progress(sight) < first and sight.beat.waits is None and not _waits_untold(sight)
+        for sight in sights.values()
+        if not sight.is_overdue and sight.beat.words[PHASE] != Phase.REST
+    )
 
 
 def _ends(starts: Sequence[int], sights: Mapping[int, Sight]) -> set[int]:
@@ -140,8 +150,9 @@ def _waits_untold(sight: Sight) -> bool:
 
 
 def _progress(sight: Sight) -> tuple[int, ...]:
-    words = sight.beat.words
-    return words[STEP], words[PHASE] in (Phase.EVALUATION, Phase.SAVE, Phase.CLOSING), words[PHASE], words[PLACE]
+    words, phase = sight.beat.words, sight.beat.words[PHASE]
+    later = phase in (Phase.EVALUATION, Phase.SAVE, Phase.CLOSING, Phase.METRICS)
+    return words[STEP], later, 0 if phase == Phase.METRICS else phase, words[PLACE]
 
 
 def _minority(sights: Sequence[Sight]) -> Sequence[Sight]:

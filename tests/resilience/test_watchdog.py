@@ -32,6 +32,7 @@ from megaresnorm.resilience.telling import TellingTransport
 from megaresnorm.resilience.watchdog import START, Watchdog
 from megaresnorm.resilience.watcher import Watcher, known_hosts, slots_of
 from megaresnorm.telemetry.incidents import read_incidents
+from megaresnorm.telemetry.wrapped import Wrapped
 
 ONE = (1, 1, 1, 1)
 
@@ -170,6 +171,32 @@ def test_the_first_step_of_a_process_which_compiles_is_not_learned_from(watchdog
     assert following.deadline.seconds == LEAST
 
 
+class Metrics:
+    """Tells where its rank says that it is, and how long that may last."""
+
+    def __init__(self, own):
+        self.own, self.seen = own, []
+
+    def close(self, code=0):
+        self.seen.append((self.own[words.PHASE], self.own[words.ALLOWED] / SECOND, self.own[words.STEP]))
+
+    def go_back(self, first_step):
+        self.close()
+
+
+def test_metrics_have_a_time_of_their_own_to_close_and_to_go_back(watchdog):
+    run, own = ARun(), watchdog.beats.own
+    run.steps_done, own[words.STEP] = 4, 9  # it has gone back
+    with Wrapped() as wrapped:
+        metrics = watchdog.following._recording(run, wrapped, lambda: Metrics(own))()
+        watchdog.begin(Phase.STEP, 60.0)
+        metrics.go_back(5)
+        assert (own[words.PHASE], own[words.ALLOWED]) == (Phase.STEP, 60 * SECOND)
+        metrics.close(0)
+        assert metrics.seen == [(Phase.METRICS, 300.0, 4)] * 2
+        assert watchdog.following._recording(run, wrapped, lambda: None)() is None  # on other ranks
+
+
 def test_the_start_has_its_time_before_the_recipe_has_been_read():
     assert WatchdogRecipe().start == START
 
@@ -258,6 +285,19 @@ def test_who_waits_for_a_rank_that_is_within_its_time_does_not_hang():
     assert named(seen(0, TP2, wait=("tp", 5, 1)), saving, in_time=1) == ((1,), True)
     late = seen(1, TP2, phase=Phase.SAVE, allowed=10.5, counts={"tp": 4})
     assert named(seen(0, TP2, wait=("tp", 5, 1)), late, in_time=1) == ((1,), False)
+
+
+def test_who_has_gone_on_waits_untold_for_a_rank_behind_that_is_within_its_time():
+    """DDP's sums are not told: rank 1 is in a step, or at the end of the run, and rank 0 still at its loggers."""
+    loggers = {"phase": Phase.METRICS, "place": Place.AFTER, "allowed": 100.0, "step": 7}
+    for ahead in ({"step": 8}, {"phase": Phase.CLOSING, "step": 7}):
+        assert named(seen(0, DP2, **loggers), seen(1, DP2, **ahead), in_time=1)[1]
+        assert named(seen(0, DP2, **loggers | {"allowed": 10.5}), seen(1, DP2, **ahead), in_time=1) == ((0,), False)
+    saving = seen(0, DP2, phase=Phase.SAVE, allowed=100.0, step=7)
+    assert named(saving, seen(1, DP2, step=8), in_time=1)[1]
+    assert named(seen(0, DP2, step=8, age=1.0), seen(1, DP2, step=7), in_time=1) == ((1,), False)
+    hung_writer = seen(1, DP2, step=8, age=0.1, writing=11.0)
+    assert named(seen(0, DP2, step=7, age=0.1), hung_writer, in_time=1) == ((1,), False)
 
 
 def test_a_main_thread_has_no_time_of_its_own_while_its_checkpoint_is_written():
