@@ -149,7 +149,7 @@ def takes_its_time(rank: int, recipe, seconds: float) -> int:
 
 @pytest.mark.parametrize(("seconds", "steps", "every"), [(1.8, 2, 1), pytest.param(20, 60, 2, marks=pytest.mark.slow)])
 def test_what_takes_its_time_is_no_hang(tiny, tmp_path, seconds, steps, every):
-    """First steps, evaluations, saves and loggers that take longer than a step may; the long form takes twenty minutes."""
+    """First steps, evaluations, saves, loggers that take longer than a step may; the long form takes twenty minutes."""
     recipe = tiny(
         train={"steps": steps, "eval_every": every},
         checkpoint={"every": every, "asynchronous": False},

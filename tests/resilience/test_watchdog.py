@@ -22,7 +22,7 @@ from megaresnorm.recipe import WatchdogRecipe
 from megaresnorm.resilience import beats as words
 from megaresnorm.resilience import watcher as watcher_module
 from megaresnorm.resilience.beats import ACTIVATIONS, AXES, GRADIENTS, SECOND, SENDS, Beats, Phase, Place
-from megaresnorm.resilience.following import LEAST, StepDeadline
+from megaresnorm.resilience.following import BACKUP, LEAST, MOST, UNKNOWN, StepDeadline
 from megaresnorm.resilience.hang_report import Hang
 from megaresnorm.resilience.launcher import Launcher
 from megaresnorm.resilience.neighbours import Neighbours
@@ -169,6 +169,31 @@ def test_the_first_step_of_a_process_which_compiles_is_not_learned_from(watchdog
         following._began = time.monotonic() - seconds
         done()
     assert following.deadline.seconds == LEAST
+
+
+def test_groups_wait_as_long_as_a_step_may_last_and_longer_around_what_may_take_longer(watchdog):
+    following, run = watchdog.following, ARun()
+    done = following._done(run, lambda: None)
+
+    def step(seconds: float) -> list[float]:
+        run.waits.clear()
+        following._began = time.monotonic() - seconds
+        done()
+        return run.waits
+
+    assert step(1.0) == [UNKNOWN + BACKUP]
+    for _ in range(19):
+        assert not step(10.0)
+    assert step(10.0) == [pytest.approx(100 + BACKUP, abs=0.1)]
+    assert not step(10.1)  # 101: not worth it
+    assert step(20.0) == [pytest.approx(200 + BACKUP, abs=0.1)]
+    assert [wait for _ in range(MOST) for wait in step(1.0)][-1] == LEAST + BACKUP  # down, as it went up
+    phases = [(Phase.EVALUATION, 200), (Phase.SAVE, 300), (Phase.BACK, 1000)]
+    for phase, seconds in phases:
+        run.waits.clear()
+        following._with_all(run, phase, lambda seconds=seconds: seconds)(lambda: None)()
+        assert run.waits == [seconds + BACKUP]  # and not less when it is over here: another rank may still be at it
+        assert step(1.0) == [following.deadline.seconds + BACKUP]
 
 
 class Metrics:
