@@ -231,15 +231,15 @@ def stacks_of(beats: Sequence[Beat], patience: float = PATIENCE) -> dict[int, st
         if descriptor < 0 or process_state(pid)[0] in ("T", "t", "Z", "X", GONE) or not _hears(pid):
             continue
         with suppress(OSError):
-            asked[beat.rank] = (pid, os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC))
+            asked[beat.rank] = (pid, os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC))
     try:
-        sizes = {rank: os.fstat(descriptor).st_size for rank, (_, descriptor) in asked.items()}
-        for pid, _ in asked.values():
+        for pid, descriptor in asked.values():
+            os.ftruncate(descriptor, 0)  # what was asked for before; it is appended to
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR2)
-        _wait_for(asked, sizes, patience)
+        _wait_for(asked, patience)
         return {
-            rank: os.pread(descriptor, MOST_BYTES, sizes[rank]).decode(errors="replace")
+            rank: os.pread(descriptor, MOST_BYTES, 0).decode(errors="replace")
             for rank, (_, descriptor) in asked.items()
         }
     finally:
@@ -247,13 +247,13 @@ def stacks_of(beats: Sequence[Beat], patience: float = PATIENCE) -> dict[int, st
             os.close(descriptor)
 
 
-def _wait_for(asked: Mapping[int, tuple[int, int]], sizes: Mapping[int, int], patience: float) -> None:
+def _wait_for(asked: Mapping[int, tuple[int, int]], patience: float) -> None:
     end, quiet, last = time.monotonic() + patience, time.monotonic(), dict[int, int]()
     while time.monotonic() < end:
         now = {rank: os.fstat(descriptor).st_size for rank, (_, descriptor) in asked.items()}
         if now != last:
             last, quiet = now, time.monotonic()
-        elif all(now[rank] > sizes[rank] for rank in asked) and time.monotonic() > quiet + QUIET:
+        elif all(now.values()) and time.monotonic() > quiet + QUIET:
             return
         time.sleep(QUIET / 5)
 

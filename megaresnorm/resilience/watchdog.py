@@ -6,6 +6,7 @@ ends it a few seconds later.
 """
 
 import faulthandler
+import fcntl
 import logging
 import os
 import signal
@@ -214,6 +215,7 @@ def _take_signal() -> int:
     if signal.getsignal(signal.SIGUSR2) != signal.SIG_DFL:
         return -1
     descriptor = os.memfd_create("megaresnorm-stacks", os.MFD_CLOEXEC)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)  # whoever reads it empties it before
     faulthandler.register(signal.SIGUSR2, file=descriptor, all_threads=True)
     return descriptor
 
