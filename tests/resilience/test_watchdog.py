@@ -20,13 +20,14 @@ from megaresnorm.parallel.environment import Environment
 from megaresnorm.parallel.mesh import MESH_AXES, Sizes
 from megaresnorm.recipe import WatchdogRecipe
 from megaresnorm.resilience import beats as words
+from megaresnorm.resilience import neighbours as neighbours_module
 from megaresnorm.resilience import watcher as watcher_module
 from megaresnorm.resilience.beats import ACTIVATIONS, AXES, GRADIENTS, SECOND, SENDS, Beats, Phase, Place
 from megaresnorm.resilience.following import BACKUP, LEAST, MOST, UNKNOWN, StepDeadline
 from megaresnorm.resilience.hang_report import Hang
 from megaresnorm.resilience.launcher import Launcher
-from megaresnorm.resilience.neighbours import Neighbours
-from megaresnorm.resilience.sights import Sight, main_stack, sight_of
+from megaresnorm.resilience.neighbours import APART, FORGOTTEN, Answers, Neighbours
+from megaresnorm.resilience.sights import Sight, main_stack, sight_of, stacks_of
 from megaresnorm.resilience.suspects import judge, members
 from megaresnorm.resilience.telling import TellingTransport
 from megaresnorm.resilience.watchdog import START, Watchdog
@@ -505,6 +506,16 @@ def test_a_rank_with_a_debugger_at_it_is_left_alone_and_has_its_time_again(caplo
         os.close(descriptor)
 
 
+def test_stacks_that_were_asked_for_before_take_no_memory(watchdog):
+    beat = watchdog.beats.read(0)
+    sizes = []
+    for _ in range(3):
+        stacks = stacks_of([beat])[beat.rank]
+        sizes.append(os.fstat(watchdog._stacks).st_size)
+        assert stacks.count("most recent call first") == threading.active_count() and "\0" not in stacks
+    assert max(sizes) < 1.5 * min(sizes)
+
+
 def test_the_main_threads_stack_is_told_from_the_others():
     main = '  File "/x/a.py", line 3 in inner\n  File "/x/a.py", line 9 in f\n'
     text = 'Thread 0x2 (most recent call first):\n  File "/x/t.py", line 1 in run\n\n'
@@ -562,23 +573,122 @@ def test_nodes_see_what_each_other_sees_and_hear_the_verdict(store):
     (asks, _), (answers, thread) = neighbours(store, mine), neighbours(store, theirs)
     thread.start()
     time.sleep(0.6)  # it has looked once
-    sights, hosts = asks.ask(mine)
-    assert sights == mine | theirs and hosts == {0: "a", 1: "b"}
-    asks.tell(judge(sights))
+    sights, hosts, silent, heard = asks.ask(mine)
+    assert sights == mine | theirs and hosts == {0: "a", 1: "b"} and heard and not silent
+    asks.tell(judge(sights), sights)
     thread.join()
     (found,) = answers.heard
     assert found[0] == sights and found[1].ranks == (1,) and not asks.is_cut
 
 
-def test_a_store_that_does_not_answer_holds_nobody_up():
+def test_a_store_that_does_not_answer_holds_nobody_up_and_is_cut_only_when_asked_again(monkeypatch):
+    monkeypatch.setattr(neighbours_module, "ANSWERS", 0.2)
     with socket.socket() as silent:  # it takes connections, and says nothing
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         address = silent.getsockname()[:2]
         node = Neighbours(lambda: socket.create_connection(address).recv(1), lambda: {0: "a", 1: "b"})
+        node._failures = 1  # it has answered nothing, a moment ago
+        node._failed_first = time.monotonic() - 0.1
         mine = {0: seen(0, DP2, wait=("world", 5, 1), host="a")}
         start = time.monotonic()
-        assert node.ask(mine)[0] == mine
-        node.tell(judge(mine, [1]))
-        assert time.monotonic() - start < 2
+        answers = node.ask(mine)
+        assert answers.sights == mine and not answers.heard and not answers.silent and not node.is_cut
+        node.tell(judge(mine, [1]), mine)
+        assert time.monotonic() - start < 1
+        node._failed_first -= APART
+        assert node.is_cut and node._silent({1}, 0.0, heard=False) == {1}
     assert judge(mine, [1]).ranks == (1,) and judge(mine, [1]).unreachable
+
+
+def test_a_first_question_has_the_time_to_connect(store, monkeypatch):
+    monkeypatch.setattr(neighbours_module, "ANSWERS", 0.2)
+
+    def connect():
+        time.sleep(0.6)
+        return TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False)
+
+    node = Neighbours(connect, lambda: {0: "a"})
+    assert node.ask({0: seen(0)}).heard and not node.is_cut
+
+
+def test_a_node_is_out_of_reach_when_it_has_not_answered_twice_some_seconds_apart():
+    node, now = Neighbours(lambda: None, dict), time.monotonic()
+    assert node._silent({1, 2}, now, heard=True) == set() == node._silent({1, 2}, now + 1, heard=True)
+    assert node._silent({2}, now + APART + 1, heard=True) == {2}  # rank 1 has answered meanwhile
+    node._asked_last, node._missed = now - FORGOTTEN, {2: now - FORGOTTEN}
+    assert node._silent({2}, now, heard=True) == set()  # that was another time
+
+
+def test_questions_that_a_node_has_asked_before_are_removed(store):
+    node, _ = neighbours(store, {})
+    mine = {0: seen(0)}
+    node._hosts = lambda: {0: "a"}
+    for _ in range(20):
+        answers = node.ask(mine)
+        node.tell(judge(mine), answers.sights, seconds=0.01)
+    assert store.num_keys() <= 4 + 1 and not store.check(["seen/1"]) and store.check(["seen/20", "found/20"])
+
+
+class Asked:
+    """Other nodes that are asked, and what they say each time: the last goes on."""
+
+    is_cut = False
+
+    def __init__(self, *answers):
+        self.answers, self.times, self.told = list(answers), [], []
+
+    def listen(self, see):
+        return None
+
+    def ask(self, mine):
+        self.times.append(time.monotonic())
+        answers = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        return answers._replace(sights=answers.sights | mine)
+
+    def tell(self, verdict, sights):
+        self.told.append(verdict)
+
+
+def a_late_rank_with(others: Asked, monkeypatch, seconds: float) -> tuple[list[Hang], int]:
+    """The hangs that are found while rank 0 waits in a collective over world; how often stacks are read."""
+    beats, descriptor = Beats.make()
+    os.close(descriptor)
+    beats.introduce(0, -1)
+    beats.shape(DP2)
+    beats.begin(Phase.STEP, 5.0, since=time.monotonic_ns() - 6 * SECOND)
+    beats.own[words.AXIS], beats.own[words.OPERATION] = AXES.index("world"), 1
+    beats.own[words.WAITS_SINCE], beats.own[words.COUNTS + AXES.index("world")] = time.monotonic_ns(), 5
+    found, reads = [], []
+    for name, value in (("AGAIN", 0.05), ("MOST_AGAIN", 0.2), ("APART", 0.1)):
+        monkeypatch.setattr(watcher_module, name, value)
+    monkeypatch.setattr(watcher_module, "stacks_of", lambda beats: reads.append(1) or {})
+    watcher = Watcher(slots_of(beats, 1), lambda hang: bool(found.append(hang)) or True, others)
+    watcher._again = 0.05
+    end = time.monotonic() + seconds
+    while not found and time.monotonic() < end:
+        watcher.look()
+        time.sleep(0.01)
+    return found, len(reads)
+
+
+def test_who_is_late_but_in_time_asks_less_and_less_often_and_reads_no_stacks(monkeypatch):
+    saves = {1: seen(1, DP2, phase=Phase.SAVE, allowed=100.0, counts={"world": 4}, host="b")}
+    others = Asked(Answers(saves, {0: "a", 1: "b"}))
+    found, reads = a_late_rank_with(others, monkeypatch, 0.7)
+    gaps = [later - earlier for earlier, later in zip(others.times, others.times[1:], strict=False)]
+    assert not found and not reads and 4 <= len(others.times) <= 6
+    assert all(gap >= least for gap, least in zip(gaps, (0.05, 0.1, 0.2, 0.2, 0.2), strict=False))
+
+
+def test_one_question_that_is_not_answered_ends_no_job(monkeypatch):
+    hosts = {0: "a", 1: "b"}
+    late = {1: seen(1, DP2, counts={"world": 4}, host="b")}
+    nothing, half = Answers({}, hosts, heard=False), Answers({}, hosts)
+    others = Asked(nothing, half, nothing)
+    found, reads = a_late_rank_with(others, monkeypatch, 0.5)
+    assert not found and not reads and len(others.times) >= 3
+    for last in (Answers(late, hosts), Answers({}, hosts, frozenset({1}))):
+        found, reads = a_late_rank_with(Asked(nothing, last), monkeypatch, 5.0)
+        assert found[0].verdict.ranks == (1,) and reads == 1
+        assert found[0].verdict.unreachable == (1 not in last.sights)
