@@ -51,7 +51,7 @@ def run_job(
             returns the exit code.
 
     Returns:
-        The exit code.
+        The exit code, in a job of one rank. One of several ends its process with it here (``os._exit``).
 
     Raises:
         UserError: one line.
@@ -82,7 +82,8 @@ def run_rank(
         time_outs: seconds that ranks wait for each other by the setting's name, for the line on one that is silent.
 
     Returns:
-        The exit code.
+        The exit code, in a job of one rank. One of several ends its process with it here (``os._exit``): nothing of
+        its caller is done any more, be it a ``finally``.
 
     Raises:
         UserError: one line.

@@ -21,11 +21,10 @@ from megaresnorm.errors import LostRankError
 from megaresnorm.parallel.environment import host_name, listening_socket, node_number, read_environment
 from megaresnorm.resilience.beats import Beats
 from megaresnorm.resilience.launcher import SIGNALS, Failure, Launcher, children, end_with, kill
-from megaresnorm.resilience.neighbours import Neighbours
+from megaresnorm.resilience.neighbours import CONNECT, Neighbours
 from megaresnorm.resilience.watcher import Watcher, ends_ranks, known_hosts, slots_of
 from megaresnorm.text import say
 
-CONNECT = 3.0  # seconds to reach the store through which watchers tell each other what they see
 BLOCKED = (*SIGNALS, signal.SIGHUP)
 
 

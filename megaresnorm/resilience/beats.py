@@ -45,6 +45,7 @@ class Phase(IntEnum):
     SAVE = 4
     CLOSING = 5
     BACK = 6  # going back to a checkpoint
+    METRICS = 7  # the first rank's loggers end, or begin again where the run has gone back
 
 
 class Place(IntEnum):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 BACKUP = 5.0  # seconds behind a deadline at which the time-outs of process groups end a rank that nobody has ended
 UNKNOWN = 600.0  # watchdog.step until enough steps are known
 ENOUGH, MOST, TIMES, LEAST = 20, 100, 10.0, 60.0
+CHANGE = 3.0  # seconds by which a deadline changes before the time-outs of process groups follow it
 
 
 class StepDeadline:
@@ -72,13 +73,14 @@ class Following:
         self._watchdog, self._beats = watchdog, watchdog.beats
         self._settings: Any = None
         self.deadline = StepDeadline(None)
-        self._began, self._waits = time.monotonic(), UNKNOWN
+        self._began, self._waits = time.monotonic(), 0.0  # seconds that this rank waits for others, without BACKUP
+        self._waits_longer = False  # than in a step, for what it has been at since the last one
         self._started = self._active = False  # a step is done; within Trainer.train
 
     def obey(self, settings: "WatchdogRecipe") -> None:
         """Take the recipe's settings."""
         self._settings, self.deadline = settings, StepDeadline(settings.step)
-        self._waits = self.deadline.seconds
+        self._waits = float(settings.start)
 
     def follow(self, trainer: Any, *, whole: bool) -> Callable[[], object]:
         """Wrap the methods of a trainer and its run.
@@ -104,12 +106,15 @@ class Following:
         wrapped.method(run, "next_batch", self._reading)
         wrapped.method(run.engine, "step", self._computing)
         wrapped.method(run, "step_is_done", partial(self._done, run))
-        wrapped.method(run, "evaluate", partial(self._evaluating, run))
-        wrapped.method(run, "roll_back", partial(self._during, Phase.BACK, lambda: self._settings.start))
+        wrapped.method(run, "open_metrics", partial(self._recording, run, wrapped))
+        wrapped.method(run, "evaluate", self._with_all(run, Phase.EVALUATION, lambda: self._settings.evaluation))
+        wrapped.method(
+            run, "roll_back", self._with_all(run, Phase.BACK, lambda: self._settings.start, self._a_checkpoint)
+        )
         for name in ("save", "save_last"):
-            wrapped.method(run, name, partial(self._during, Phase.SAVE, lambda: self._settings.checkpoint))
+            wrapped.method(run, name, self._with_all(run, Phase.SAVE, self._a_checkpoint))
         # The thread that writes has a time of its own; who waits for it has none meanwhile.
-        wrapped.method(run.saver, "join", partial(self._during, Phase.SAVE, lambda: self._settings.checkpoint))
+        wrapped.method(run.saver, "join", partial(self._during, Phase.SAVE, self._a_checkpoint))
         wrapped.method(run.saver, "_write", self._writing)
         return undo
 
@@ -189,27 +194,67 @@ class Following:
     def _done(self, run: Any, step_is_done: Callable) -> Callable:
         def told() -> None:
             step_is_done()
+            if self._started:  # the first one of a process compiles
+                self.deadline.note(time.monotonic() - self._began)
             self._started = True
-            self.deadline.note(time.monotonic() - self._began)
-            if self.deadline.seconds > self._waits:
-                self._waits = self.deadline.seconds
-                run.context.set_timeouts(self._waits + BACKUP, self._settings.checkpoint + BACKUP)
+            if self._waits_longer or abs(self.deadline.seconds - self._waits) > CHANGE:
+                self._wait(run, self.deadline.seconds)
             self._beats.at(Place.AFTER)
             self._begin_step()
 
         return told
 
-    def _evaluating(self, run: Any, evaluate: Callable) -> Callable:
-        def told() -> Any:
-            writing = self._settings.checkpoint + BACKUP
-            run.context.set_timeouts(self._settings.evaluation + BACKUP, writing)
-            try:
-                return evaluate()
-            finally:
-                waits = self._waits if self._started else self._settings.start
-                run.context.set_timeouts(waits + BACKUP, writing)
+    def _recording(self, run: Any, wrapped: Wrapped, open_metrics: Callable) -> Callable:
+        """Closing metrics, and going back with them, is the first rank's alone; services may take their time."""
 
-        return self._during(Phase.EVALUATION, lambda: self._settings.evaluation, told)
+        def around(method: Callable) -> Callable:
+            during = self._during(Phase.METRICS, self._a_checkpoint, method)
+
+            def told(*arguments: Any, **options: Any) -> Any:
+                self._beats.own[STEP] = run.steps_done  # ranks that have gone on from there wait for this one
+                return during(*arguments, **options)
+
+            return told
+
+        def opened() -> Any:
+            metrics = open_metrics()
+            for name in () if metrics is None else ("close", "go_back"):
+                wrapped.method(metrics, name, around)
+            return metrics
+
+        return opened
+
+    def _a_checkpoint(self) -> float:
+        return self._settings.checkpoint
+
+    def _wait(self, run: Any, seconds: float, *, longer: bool = False) -> None:
+        """Set how long this rank waits for others: all groups but ``control``, which has a checkpoint's time."""
+        self._waits, self._waits_longer = seconds, longer
+        run.context.set_timeouts(seconds + BACKUP, self._settings.checkpoint + BACKUP)
+
+    def _with_all(
+        self, run: Any, phase: Phase, allowed: Callable[[], float], also: Callable[[], float] = lambda: 0.0
+    ) -> Callable[[Callable], Callable]:
+        """What all ranks do together, each in its own time: the fastest waits so long for the slowest in what follows.
+
+        It does so up to the end of the next step, when all have come out of this.
+
+        Args:
+            also: seconds for what the first rank does behind it.
+        """
+
+        def around(method: Callable) -> Callable:
+            during = self._during(phase, allowed, method)
+
+            def told(*arguments: Any, **options: Any) -> Any:
+                seconds = max(allowed(), also())
+                if seconds > self._waits:
+                    self._wait(run, seconds, longer=True)
+                return during(*arguments, **options)
+
+            return told
+
+        return around
 
     def _during(self, phase: Phase, allowed: Callable[[], float], method: Callable) -> Callable:
         """A phase of its own within another, which has all of its time again afterwards."""

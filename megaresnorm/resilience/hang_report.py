@@ -1,25 +1,24 @@
 """What is said and written of a hang: one line, a report of all ranks, an event of the run."""
 
-import json
-import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
-from megaresnorm.files import open_plain, replace_file
+from megaresnorm.files import replace_file
 from megaresnorm.resilience.launcher import Failure
 from megaresnorm.resilience.sights import Sight
 from megaresnorm.resilience.suspects import Verdict
+from megaresnorm.telemetry.incidents import Incidents
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 1  # of the report
 EXIT_CODE = 6  # that of LostRankError
 WRITING = 1.5  # seconds for the report; the run's folder may be what hangs
 MOST_NAMED = 8  # ranks in a line
-STATES = {"T": "stopped by a signal", "t": "stopped by a debugger", "Z": "a zombie", "X": "dead", "gone": "gone"}
+STATES = {"T": "stopped by a signal", "Z": "a zombie", "X": "dead", "gone": "gone"}
 
 
 @dataclass(frozen=True)
@@ -127,37 +126,29 @@ class Hang:
         Returns:
             The report's path, or why there is none.
         """
-        path = output / f"hang-{self.step}-{self.here}.txt"
-        failed: list[str] = []
+        name = f"hang-{self.step}-{self.here}"
+        path = output / f"{name}.txt"
+        done: list[str] = []
 
         def work() -> None:
+            names = (f"{name}{'' if number == 1 else f'-{number}'}.txt" for number in count(1))
             try:
-                replace_file(path, self.text())
-                if (
-                    self.named in self.own or self.verdict.unreachable or self.verdict.unborn
-                ):  # else that rank's node notes it
-                    _append(output / "events.jsonl", self.event(path))
+                free = next(one for one in map(output.joinpath, names) if not one.exists())  # it may have hung before
+                replace_file(free, self.text())
+                if self.named in self.own or self.verdict.unreachable or self.verdict.unborn:  # else its node notes it
+                    self._note(Incidents(output), free.name)
+                done.append(str(free))
             except OSError as e:
-                failed.append(f"{path} cannot be written ({e.strerror})")
+                done.append(f"{path} cannot be written ({e.strerror})")
 
         thread = threading.Thread(target=work, name="hang report", daemon=True)
         thread.start()
         thread.join(WRITING)
-        return failed[0] if failed else f"{path} is not written yet" if thread.is_alive() else str(path)
+        return done[0] if done else f"{path} is not written yet"
 
-    def event(self, path: Path) -> dict:
-        """The line of RUN/events.jsonl."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "time": time.time(),
-            "step": self.step,
-            "kind": "hang",
-            "rank": self.named,
-            "host": self.host(self.named),
-            "what": self.line,
-            "ranks": list(self.verdict.ranks),
-            "report": path.name,
-        }
+    def _note(self, incidents: Incidents, report: str) -> None:
+        host, ranks = self.host(self.named), list(self.verdict.ranks)
+        incidents.note("hang", self.step, self.line, rank=self.named, host=host, ranks=ranks, report=report)
 
 
 def _of_others(others: list[Sight]) -> str:
@@ -175,12 +166,3 @@ def _of_others(others: list[Sight]) -> str:
             else (f"; {who} wait{'s' if one else ''} in {wait}")
         )
     return f"; {who} {'is' if one else 'are'} {others[0].where}"
-
-
-def _append(path: Path, event: dict) -> None:
-    descriptor = open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    try:
-        os.write(descriptor, (json.dumps(event) + "\n").encode())
-    finally:
-        with suppress(OSError):
-            os.close(descriptor)

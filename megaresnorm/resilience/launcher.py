@@ -9,7 +9,7 @@ They lie in a private folder that lasts as long as the job, and that the supervi
   attempt      how often the ranks of this node have been started again
   rank-L       rank of the L-th process of this node
   beats        descriptor of the agent, whose process is agent, of the memory in which ranks tell what they are at
-  run          folder of the run, and the hosts of all ranks
+  run          folder of the run, and in which attempt ranks have met on which hosts
   failed-N     rank of this node that failed first in attempt N, and why
   ranks-N-P    torch's store of attempt N, if all ranks are on this node: nothing listens on a port
 

@@ -1,8 +1,9 @@
 """How the watchers of several nodes tell each other what they see, through the store of torchrun's rendezvous.
 
 Whoever sees a hang draws a number, and appends what it sees of its ranks under it; all others, who look for a new
-number twice a second, append theirs. So each node names the same rank, and one that does not answer is known to be out
-of reach. Messages are JSON. No call may hold a watcher up: on a link that is cut a store answers neither yes nor no.
+number twice a second, append theirs. So each node names the same rank. One that has not answered two questions some
+seconds apart is out of reach: a single answer may be late for many reasons. What a node has asked before, it removes.
+Messages are JSON. No call may hold a watcher up: on a link that is cut a store answers neither yes nor no.
 """
 
 import json
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from megaresnorm.resilience.sights import Sight
 from megaresnorm.resilience.suspects import Verdict
@@ -19,9 +20,28 @@ from megaresnorm.resilience.suspects import Verdict
 ANSWERS = 1.2  # seconds in which other nodes answer
 EVERY = 0.5  # seconds between two looks for a question
 LISTENS = 5.0  # seconds after an answer in which the verdict is waited for
+CONNECT = 3.0  # seconds to reach the store
+APART = 1.5  # seconds from the end of a question that was not answered to the next one, which says who is out of reach
+FORGOTTEN = 30.0  # seconds after which a question that was not answered tells nothing any more
 AGAIN = 5.0  # seconds after which a store that did not answer is tried again
 T = TypeVar("T")
 Found = tuple[dict[int, Sight], Verdict, dict[int, str]]
+
+
+class Answers(NamedTuple):
+    """What came of a question.
+
+    Attributes:
+        sights: what is seen of all ranks that can be reached.
+        hosts: of all ranks, as far as they are known.
+        silent: ranks that are out of reach.
+        heard: whether the store has answered.
+    """
+
+    sights: dict[int, Sight]
+    hosts: dict[int, str]
+    silent: frozenset[int] = frozenset()
+    heard: bool = True
 
 
 class Neighbours:
@@ -35,27 +55,32 @@ class Neighbours:
     def __init__(self, connect: Callable[[], Any], hosts: Callable[[], dict[int, str]]) -> None:
         self._connect, self._hosts = connect, hosts
         self._store: Any = None
-        self._failures = 0
+        self._failures, self._failed_first, self._failed_last = 0, 0.0, 0.0  # the end of one, the beginning of another
+        self._missed: dict[int, float] = {}  # since when a rank has not answered
+        self._asked_last = 0.0
+        self._drawn: int | None = None  # the last question of its own
         self._answered: int | None = None  # the last question
         self._listens_until, self._next = 0.0, 0.0
 
     @property
     def is_cut(self) -> bool:
-        """Whether the store has not answered twice in succession."""
-        return self._failures > 1
+        """Whether the store has not answered twice in succession, some seconds apart."""
+        return self._failures > 1 and self._failed_last - self._failed_first >= APART
 
-    def ask(self, mine: Mapping[int, Sight]) -> tuple[dict[int, Sight], dict[int, str]]:
-        """What is seen of all ranks that can be reached, and the hosts of all that are known.
+    def ask(self, mine: Mapping[int, Sight]) -> Answers:
+        """What is seen of all ranks.
 
         Communication:
             What this node sees to the store, and what all see from it, several times within ``ANSWERS``.
         """
         hosts, seen = self._hosts(), dict(mine)
-        end = time.monotonic() + ANSWERS
         num_ranks = max([len(hosts), *(prod(sight.beat.sizes) for sight in mine.values())])
 
-        def work(store: Any) -> None:
-            number = store.add("asked", 1)
+        def work(store: Any) -> int:
+            end = time.monotonic() + ANSWERS
+            for name in () if self._drawn is None else ("seen", "found"):
+                store.delete_key(f"{name}/{self._drawn}")
+            self._drawn = number = store.add("asked", 1)
             store.append(f"seen/{number}", _encoded(mine))
             while len(seen) < num_ranks and time.monotonic() < end:
                 if (newer := store.add("asked", 0)) > number:  # another node asks as well: all answer the last one
@@ -64,15 +89,28 @@ class Neighbours:
                 seen.update({**_decoded(store.get(f"seen/{number}")), **mine})
                 time.sleep(0.05)
             self._answered = number
+            return number
 
-        self._call(work, ANSWERS + 0.2)
-        return seen, hosts
+        connects = CONNECT if self._store is None and not self._failures else 0.0
+        began = time.monotonic()
+        heard = self._call(work, connects + ANSWERS + 0.2) is not None
+        return Answers(seen, hosts, self._silent(set(range(num_ranks)) - set(seen), began, heard=heard), heard)
 
-    def tell(self, verdict: Verdict, seconds: float = 0.5) -> None:
+    def _silent(self, missing: set[int], began: float, *, heard: bool) -> frozenset[int]:
+        """Which of the ranks that have not answered a question are out of reach."""
+        if not heard:
+            return frozenset(missing if self.is_cut else ())
+        before = self._missed if began < self._asked_last + FORGOTTEN else {}
+        self._asked_last = now = time.monotonic()
+        self._missed = {rank: before.get(rank, now) for rank in missing}
+        return frozenset(rank for rank, since in self._missed.items() if began >= since + APART)
+
+    def tell(self, verdict: Verdict, sights: Mapping[int, Sight], seconds: float = 0.5) -> None:
         """Tell the others what was found, a moment before the ranks of this node are ended."""
         if self._failures:
             return
-        content = json.dumps({"ranks": verdict.ranks, "unreachable": verdict.unreachable})
+        about = {"ranks": verdict.ranks, "unreachable": verdict.unreachable, "sights": _json(sights)}
+        content = json.dumps(about)
         self._call(lambda store: store.set(f"found/{self._answered}", content), seconds)
         time.sleep(seconds)
 
@@ -99,7 +137,7 @@ class Neighbours:
             self._listens_until = 0.0
             said = json.loads(store.get(f"found/{self._answered}"))
             verdict = Verdict(tuple(int(rank) for rank in said["ranks"]), bool(said["unreachable"]))
-            return _decoded(store.get(f"seen/{self._answered}")), verdict, self._hosts()
+            return {sight.rank: sight for sight in map(Sight.of_json, said["sights"])}, verdict, self._hosts()
 
         return self._call(work, EVERY)
 
@@ -113,18 +151,25 @@ class Neighbours:
                     self._store = self._connect()
                 results.append(work(self._store))
 
+        began = time.monotonic()
         thread = threading.Thread(target=call, name="neighbours", daemon=True)
         thread.start()
         thread.join(seconds)
         self._failures = 0 if results else self._failures + 1
         if not results:
+            self._failed_last = began
+            self._failed_first = time.monotonic() if self._failures == 1 else self._failed_first
             self._store, self._next = None, time.monotonic() + AGAIN
             return None
         return results[0]
 
 
+def _json(sights: Mapping[int, Sight]) -> list[dict[str, Any]]:
+    return [sight.to_json() for sight in sights.values()]
+
+
 def _encoded(sights: Mapping[int, Sight]) -> str:
-    return json.dumps([sight.to_json() for sight in sights.values()]) + "\n"
+    return json.dumps(_json(sights)) + "\n"
 
 
 def _decoded(content: bytes) -> dict[int, Sight]:

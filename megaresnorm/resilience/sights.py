@@ -46,6 +46,7 @@ _SETTINGS = {
     Phase.EVALUATION: "evaluation",
     Phase.SAVE: "checkpoint",
     Phase.CLOSING: "checkpoint",
+    Phase.METRICS: "checkpoint",
 }
 PLACES = {
     Place.BEGIN: "before its samples are read",
@@ -65,7 +66,7 @@ class Sight:
         beat: its slot.
         host: of its node.
         ages: seconds since the times in its slot, by word; pauses of the whole host are left out.
-        state: letter of its process as in /proc, or ``GONE``.
+        state: letter of its process as in /proc, or ``GONE``; t: there is a debugger at it, whatever it does.
         call: system call in which it is, where the system tells.
         stack: frames of its main thread, innermost first, as "function (file:line)".
         stacks: of all its threads, as text.
@@ -87,7 +88,12 @@ class Sight:
     @property
     def is_dead(self) -> bool:
         """Whether it can do nothing: stopped, a zombie, or gone."""
-        return self.state in ("T", "t", "Z", "X", GONE)
+        return self.state in ("T", "Z", "X", GONE)
+
+    @property
+    def is_debugged(self) -> bool:
+        """Whether somebody looks at it with a debugger, and may have stopped it."""
+        return self.state == "t"
 
     @property
     def lasts_too_long(self) -> bool:
@@ -146,6 +152,8 @@ class Sight:
                 return f"while saving step {step}"
             case Phase.BACK:
                 return f"while going back to a checkpoint from step {step}"
+            case Phase.METRICS:
+                return f"while its loggers end or begin again, after step {step}"
             case Phase.CLOSING | Phase.REST:
                 return f"at the end of the run, after step {step}"
         more = f", microbatch {words[MICROBATCH]}" if place in (Place.FORWARD, Place.BACKWARD) else ""
@@ -199,9 +207,12 @@ def process_state(pid: int) -> tuple[str, str]:
     """The letter of a process's state, and where in the kernel it waits if it cannot be interrupted there."""
     folder = Path(f"/proc/{pid}")
     try:
-        state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
+        status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines() if ":" in line)
+        state = status["State"].split()[0]
+    except (OSError, KeyError, IndexError):
         return GONE, ""
+    if status.get("TracerPid", "0").strip() != "0":
+        return "t", ""
     found = []
     for name in ("syscall", "wchan") if state == "D" else ():
         with suppress(OSError):
@@ -220,15 +231,15 @@ def stacks_of(beats: Sequence[Beat], patience: float = PATIENCE) -> dict[int, st
         if descriptor < 0 or process_state(pid)[0] in ("T", "t", "Z", "X", GONE) or not _hears(pid):
             continue
         with suppress(OSError):
-            asked[beat.rank] = (pid, os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC))
+            asked[beat.rank] = (pid, os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC))
     try:
-        sizes = {rank: os.fstat(descriptor).st_size for rank, (_, descriptor) in asked.items()}
-        for pid, _ in asked.values():
+        for pid, descriptor in asked.values():
+            os.ftruncate(descriptor, 0)  # what was asked for before; it is appended to
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR2)
-        _wait_for(asked, sizes, patience)
+        _wait_for(asked, patience)
         return {
-            rank: os.pread(descriptor, MOST_BYTES, sizes[rank]).decode(errors="replace")
+            rank: os.pread(descriptor, MOST_BYTES, 0).decode(errors="replace")
             for rank, (_, descriptor) in asked.items()
         }
     finally:
@@ -236,13 +247,13 @@ def stacks_of(beats: Sequence[Beat], patience: float = PATIENCE) -> dict[int, st
             os.close(descriptor)
 
 
-def _wait_for(asked: Mapping[int, tuple[int, int]], sizes: Mapping[int, int], patience: float) -> None:
+def _wait_for(asked: Mapping[int, tuple[int, int]], patience: float) -> None:
     end, quiet, last = time.monotonic() + patience, time.monotonic(), dict[int, int]()
     while time.monotonic() < end:
         now = {rank: os.fstat(descriptor).st_size for rank, (_, descriptor) in asked.items()}
         if now != last:
             last, quiet = now, time.monotonic()
-        elif all(now[rank] > sizes[rank] for rank in asked) and time.monotonic() > quiet + QUIET:
+        elif all(now.values()) and time.monotonic() > quiet + QUIET:
             return
         time.sleep(QUIET / 5)
 

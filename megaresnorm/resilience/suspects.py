@@ -34,7 +34,7 @@ class Verdict:
     Attributes:
         ranks: the one that the others wait for; several where that cannot be told, or several are to blame alike.
         unreachable: whether nothing is seen of these ranks.
-        in_time: whether all of them are within the time that they have: then there is no hang yet.
+        in_time: whether all of them are within the time that they have, or at one is a debugger: then there is no hang.
         unborn: whether their processes have not come so far as to say what they are at.
     """
 
@@ -94,6 +94,8 @@ def judge(sights: Mapping[int, Sight], silent: Collection[int] = ()) -> Verdict:
         silent: ranks of which nothing is seen though their nodes were asked. Where no wait leads to some of them, but
             torch's own sums may, all are named.
     """
+    if debugged := tuple(sorted(rank for rank, sight in sights.items() if sight.is_debugged)):
+        return Verdict(debugged, in_time=True)
     dead = tuple(sorted(rank for rank, sight in sights.items() if sight.is_dead))
     if dead:
         return Verdict(dead)
@@ -105,7 +107,17 @@ def judge(sights: Mapping[int, Sight], silent: Collection[int] = ()) -> Verdict:
         return Verdict(unseen, unreachable=True)
     suspects = _farthest_behind([sights[rank] for rank in sorted(ends)])
     ranks = tuple(sorted(sight.rank for sight in suspects))
-    return Verdict(ranks, in_time=not any(sight.is_overdue for sight in suspects))
+    return Verdict(ranks, in_time=not any(s.is_overdue for s in suspects) or _others_are_behind(suspects, sights))
+
+
+def _others_are_behind(suspects: Sequence[Sight], sights: Mapping[int, Sight]) -> bool:
+    """Whether a rank that is within its time is behind all of these: they may wait for it, though that is not told."""
+    first = min(_progress(sight) for sight in suspects)
+    return not any(sight.writes_too_long for sight in suspects) and any(
+        _progress(sight) < first and sight.beat.waits is None and not _waits_untold(sight)
+        for sight in sights.values()
+        if not sight.is_overdue and sight.beat.words[PHASE] != Phase.REST
+    )
 
 
 def _ends(starts: Sequence[int], sights: Mapping[int, Sight]) -> set[int]:
@@ -138,8 +150,9 @@ def _waits_untold(sight: Sight) -> bool:
 
 
 def _progress(sight: Sight) -> tuple[int, ...]:
-    words = sight.beat.words
-    return words[STEP], words[PHASE] in (Phase.EVALUATION, Phase.SAVE, Phase.CLOSING), words[PHASE], words[PLACE]
+    words, phase = sight.beat.words, sight.beat.words[PHASE]
+    later = phase in (Phase.EVALUATION, Phase.SAVE, Phase.CLOSING, Phase.METRICS)
+    return words[STEP], later, 0 if phase == Phase.METRICS else phase, words[PLACE]
 
 
 def _minority(sights: Sequence[Sight]) -> Sequence[Sight]:

@@ -6,6 +6,7 @@ ends it a few seconds later.
 """
 
 import faulthandler
+import fcntl
 import logging
 import os
 import signal
@@ -184,7 +185,8 @@ class Watchdog:
         mine = {"host": host_name(), "machine": _machine(), "pid": os.getpid(), "beats": self._memory}
         everyone = all_gather_json(mine, context.control)
         if self._launcher is not None and self._environment.local_rank == 0:
-            about = {"output": str(run.output.absolute()), "hosts": [one["host"] for one in everyone]}
+            hosts, attempt = [one["host"] for one in everyone], self._environment.attempt
+            about = {"output": str(run.output.absolute()), "hosts": hosts, "attempt": attempt}
             with suppress(OSError):  # a full /tmp: a hang is reported without a file
                 self._launcher.write_json("run", about)
         if not self._alone:
@@ -213,6 +215,7 @@ def _take_signal() -> int:
     if signal.getsignal(signal.SIGUSR2) != signal.SIG_DFL:
         return -1
     descriptor = os.memfd_create("megaresnorm-stacks", os.MFD_CLOEXEC)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)  # whoever reads it empties it before
     faulthandler.register(signal.SIGUSR2, file=descriptor, all_threads=True)
     return descriptor
 

@@ -14,7 +14,7 @@ from megaresnorm.parallel.environment import host_name
 from megaresnorm.resilience.beats import PHASE, PID, SECOND, Beat, Beats, Phase
 from megaresnorm.resilience.hang_report import EXIT_CODE, Hang
 from megaresnorm.resilience.launcher import Launcher, kill
-from megaresnorm.resilience.neighbours import Neighbours
+from megaresnorm.resilience.neighbours import APART, Answers, Neighbours
 from megaresnorm.resilience.sights import GONE, Sight, main_stack, sight_of, stacks_of
 from megaresnorm.resilience.suspects import Verdict, judge
 from megaresnorm.text import say
@@ -25,7 +25,8 @@ EVERY = 0.2  # seconds between two looks
 PAUSE = 2.0  # seconds between two looks from which on the watcher itself stood still
 MOST_PAUSES = 64
 WARNED = 600.0  # seconds between two warnings, where that is all that is done
-AGAIN = 1.0  # seconds until ranks that are within their time are looked at again
+SAID = 60.0  # seconds between two errors of its own that a watcher says
+AGAIN, MOST_AGAIN = 1.0, 8.0  # seconds until ranks that are within their time are looked at again; doubled with others
 
 
 class Watcher:
@@ -43,8 +44,10 @@ class Watcher:
         self._slots, self._act, self._others = slots, act, others
         self._pauses: list[tuple[int, int]] = []
         self._done: set[int] = set()
+        self._debugged: set[int] = set()  # processes of which it was said
         self._unborn: tuple[int, ...] = ()  # ranks of this node that have not said anything
         self._last, self._not_before = time.monotonic_ns(), 0.0
+        self._late, self._judge_at, self._again = frozenset[int](), 0.0, AGAIN
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -61,11 +64,14 @@ class Watcher:
             self._thread.join()
 
     def _run(self) -> None:
+        said = -SAID
         while not self._end.wait(EVERY):
             try:
                 self.look()
             except Exception:
-                log.exception("the watchdog goes on after an error of its own")
+                if time.monotonic() >= said + SAID:  # it may last
+                    said = time.monotonic()
+                    log.exception("the watchdog goes on after an error of its own")
 
     def look(self) -> None:
         """Look once, and act on a hang."""
@@ -74,11 +80,15 @@ class Watcher:
             self._pauses = [*self._pauses[-MOST_PAUSES:], (self._last, now)]
         self._last = now
         mine = self._see(now)
+        late = frozenset(_late(mine))
+        if not late <= self._late:  # another one, of which nothing is known yet
+            self._judge_at, self._again = 0.0, AGAIN
+        self._late = late
         if self._others is not None and (found := self._others.listen(lambda: mine)) is not None:
             sights, verdict, hosts = found
             mine = self._with_stacks(mine)
             self._found(mine, sights | mine, verdict, hosts)
-        elif time.monotonic() >= self._not_before and _is_late(mine):
+        elif late and time.monotonic() >= max(self._not_before, self._judge_at):
             self._decide(mine)
             self._last = time.monotonic_ns()  # what that took is no pause
 
@@ -95,28 +105,62 @@ class Watcher:
         self._unborn = tuple(first + slot for slot in empty)
         return seen
 
+    def _allow(self, mine: Mapping[int, Sight]) -> bool:
+        """Give all ranks of this node their time anew where there is a debugger at one, and say so once."""
+        debugged = [sight for sight in mine.values() if sight.is_debugged]
+        for sight in debugged:
+            if (pid := sight.beat.words[PID]) not in self._debugged:
+                self._debugged.add(pid)
+                what = "the watchdog does not end the job while it is there; the time-outs of process groups still may"
+                log.warning("warning: rank %d (process %d) is under a debugger: %s", sight.rank, pid, what)
+        if debugged:
+            last = max((end for _, end in self._pauses), default=0)
+            self._pauses = [*self._pauses[-MOST_PAUSES:], (last, time.monotonic_ns())]
+        return bool(debugged)
+
     def _decide(self, mine: Mapping[int, Sight]) -> None:
-        if self._others is None and not self._unborn and judge(mine).in_time:
-            self._not_before = time.monotonic() + AGAIN
+        if self._allow(mine):
+            return
+        found = Answers(dict(mine), {}) if self._others is None else self._others.ask(mine)
+        if not self._is_hang(found, self._verdict(mine, found)):
             return
         mine = self._with_stacks(mine)
-        sights, hosts, silent = dict(mine), dict[int, str](), list[int]()
-        if self._others is not None:
-            sights, hosts = self._others.ask(mine)
-            silent = [rank for rank in hosts if rank not in sights]
-        verdict = judge(sights, silent)
+        found = found._replace(sights=found.sights | mine)
+        verdict, again = self._verdict(mine, found), self._see(time.monotonic_ns())
+        moved = not _late(again)  # who has gone on meanwhile does not hang
+        dead = [rank for rank in verdict.ranks if rank in found.sights and found.sights[rank].is_dead]
+        if moved or any(rank in again and not again[rank].is_dead for rank in dead):
+            self._judge_again()
+        elif self._is_hang(found, verdict):
+            if self._others is not None:
+                self._others.tell(verdict, found.sights)
+            self._found(mine, found.sights, verdict, found.hosts)
+
+    def _verdict(self, mine: Mapping[int, Sight], found: Answers) -> Verdict:
         starts = any(sight.is_overdue and sight.beat.words[PHASE] == Phase.START for sight in mine.values())
-        if self._unborn and starts and not any(sight.is_dead for sight in sights.values()):
-            verdict = Verdict(self._unborn, unborn=True)
-        again = self._see(time.monotonic_ns())
-        moved = not _is_late(again)  # who has gone on meanwhile does not hang
-        resumed = any(sights[r].is_dead and r in again and not again[r].is_dead for r in verdict.ranks if r in sights)
-        if verdict.in_time or moved or resumed:
-            self._not_before = time.monotonic() + AGAIN
-            return
+        if self._unborn and starts and not any(sight.is_dead for sight in found.sights.values()):
+            return Verdict(self._unborn, unborn=True)
+        return judge(found.sights, [rank for rank in found.hosts if rank in found.silent])
+
+    def _is_hang(self, found: Answers, verdict: Verdict) -> bool:
+        """Whether it is one, rather than ranks that have time left, or a store or a node that was slow to answer."""
+        sights = found.sights
+        missing = {rank for rank in (*found.hosts, *verdict.ranks) if rank not in sights}
+        dead = any(rank in sights and sights[rank].is_dead for rank in verdict.ranks)
+        if verdict.in_time:
+            self._judge_again()
+            return False
+        if self._others is None or verdict.unborn or dead:
+            return True
+        known = missing <= found.silent and (found.heard or self._others.is_cut)
+        if not known:
+            self._judge_at = time.monotonic() + APART
+        return known
+
+    def _judge_again(self) -> None:
+        self._judge_at = time.monotonic() + self._again
         if self._others is not None:
-            self._others.tell(verdict)
-        self._found(mine, sights, verdict, hosts)
+            self._again = min(2 * self._again, MOST_AGAIN)
 
     def _with_stacks(self, mine: Mapping[int, Sight]) -> dict[int, Sight]:
         stacks = stacks_of([sight.beat for sight in mine.values()])
@@ -135,9 +179,9 @@ class Watcher:
             self._not_before = time.monotonic() + WARNED
 
 
-def _is_late(sights: Mapping[int, Sight]) -> bool:
-    """Whether the time of a rank that lives is over. One that is gone is its supervisor's to notice."""
-    return any(sight.is_overdue and sight.state not in (GONE, "Z") for sight in sights.values())
+def _late(sights: Mapping[int, Sight]) -> list[int]:
+    """Ranks that live and whose time is over. One that is gone is its supervisor's to notice."""
+    return [rank for rank, sight in sights.items() if sight.is_overdue and sight.state not in (GONE, "Z")]
 
 
 def ends_ranks(launcher: Launcher, others: Neighbours | None = None) -> Callable[[Hang], bool]:
@@ -178,6 +222,7 @@ def slots_of(beats: Beats, num_ranks: int) -> Callable[[], Iterator[Beat]]:
 
 
 def known_hosts(launcher: Launcher) -> dict[int, str]:
-    """Hosts of all ranks, as these have told each other."""
-    hosts: Any = launcher.read_json("run").get("hosts")
+    """Hosts of all ranks, as these have told each other in this start of theirs; empty before."""
+    run = launcher.read_json("run")
+    hosts: Any = run.get("hosts") if run.get("attempt") == launcher.read("attempt") else None
     return {rank: str(host) for rank, host in enumerate(hosts)} if isinstance(hosts, list) else {}

@@ -123,8 +123,9 @@ def test_a_hundred_hangs(tiny, tmp_path, layout, place):
 
 
 def takes_its_time(rank: int, recipe, seconds: float) -> int:
-    """Slow, on one rank after the other, in the first step, in evaluations and in saves; returns the steps done."""
+    """Slow, on one rank or the other, in the first step, evaluations, saves and loggers; returns the steps done."""
     from megaresnorm.checkpoint import saver
+    from megaresnorm.telemetry.metrics import MetricsWriter
     from megaresnorm.trainer import train
 
     be_rank(rank, 2)
@@ -141,13 +142,14 @@ def takes_its_time(rank: int, recipe, seconds: float) -> int:
         time.sleep(seconds if rank and run.steps_done == 0 else 0.0)
         return next_batch(run)
 
+    MetricsWriter.close = slow(MetricsWriter.close, 0)
     Run.next_batch, Run.evaluate, saver.save_checkpoint = slow_at_first, slow(evaluate, 0), slow(save, 1)
     return train(recipe).steps
 
 
 @pytest.mark.parametrize(("seconds", "steps", "every"), [(1.8, 2, 1), pytest.param(20, 60, 2, marks=pytest.mark.slow)])
 def test_what_takes_its_time_is_no_hang(tiny, tmp_path, seconds, steps, every):
-    """First steps, evaluations and saves that take longer than a step may; the long form takes twenty minutes."""
+    """First steps, evaluations, saves, loggers that take longer than a step may; the long form takes twenty minutes."""
     recipe = tiny(
         train={"steps": steps, "eval_every": every},
         checkpoint={"every": every, "asynchronous": False},

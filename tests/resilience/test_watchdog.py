@@ -8,8 +8,9 @@ import signal
 import socket
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,16 +18,22 @@ from torch.distributed import TCPStore
 
 from megaresnorm.parallel.environment import Environment
 from megaresnorm.parallel.mesh import MESH_AXES, Sizes
+from megaresnorm.recipe import WatchdogRecipe
 from megaresnorm.resilience import beats as words
+from megaresnorm.resilience import neighbours as neighbours_module
+from megaresnorm.resilience import watcher as watcher_module
 from megaresnorm.resilience.beats import ACTIVATIONS, AXES, GRADIENTS, SECOND, SENDS, Beats, Phase, Place
-from megaresnorm.resilience.following import LEAST, StepDeadline
+from megaresnorm.resilience.following import BACKUP, LEAST, MOST, UNKNOWN, StepDeadline
 from megaresnorm.resilience.hang_report import Hang
-from megaresnorm.resilience.neighbours import Neighbours
-from megaresnorm.resilience.sights import Sight, main_stack, sight_of
+from megaresnorm.resilience.launcher import Launcher
+from megaresnorm.resilience.neighbours import APART, FORGOTTEN, Answers, Neighbours
+from megaresnorm.resilience.sights import Sight, main_stack, sight_of, stacks_of
 from megaresnorm.resilience.suspects import judge, members
 from megaresnorm.resilience.telling import TellingTransport
 from megaresnorm.resilience.watchdog import START, Watchdog
-from megaresnorm.resilience.watcher import Watcher, slots_of
+from megaresnorm.resilience.watcher import Watcher, known_hosts, slots_of
+from megaresnorm.telemetry.incidents import read_incidents
+from megaresnorm.telemetry.wrapped import Wrapped
 
 ONE = (1, 1, 1, 1)
 
@@ -139,9 +146,84 @@ def test_a_steps_time_is_learned_from_the_last_hundred():
     assert fixed.seconds == 7
 
 
-def test_the_start_has_its_time_before_the_recipe_has_been_read():
-    from megaresnorm.recipe import WatchdogRecipe
+class ARun:
+    """What following asks of a run; the time-outs that its groups have are kept."""
 
+    def __init__(self):
+        self.context = self
+        self.waits: list[float] = []
+
+    def set_timeouts(self, timeout, writing):
+        self.waits.append(timeout)
+
+
+@pytest.fixture
+def watchdog():
+    with closing(Watchdog(Environment(), WatchdogRecipe(start=1000, checkpoint=300, evaluation=200))) as watchdog:
+        yield watchdog
+
+
+def test_the_first_step_of_a_process_which_compiles_is_not_learned_from(watchdog):
+    following = watchdog.following
+    done = following._done(ARun(), lambda: None)
+    for seconds in (500.0, *[1.0] * 30):
+        following._began = time.monotonic() - seconds
+        done()
+    assert following.deadline.seconds == LEAST
+
+
+def test_groups_wait_as_long_as_a_step_may_last_and_longer_around_what_may_take_longer(watchdog):
+    following, run = watchdog.following, ARun()
+    done = following._done(run, lambda: None)
+
+    def step(seconds: float) -> list[float]:
+        run.waits.clear()
+        following._began = time.monotonic() - seconds
+        done()
+        return run.waits
+
+    assert step(1.0) == [UNKNOWN + BACKUP]
+    for _ in range(19):
+        assert not step(10.0)
+    assert step(10.0) == [pytest.approx(100 + BACKUP, abs=0.1)]
+    assert not step(10.1)  # 101: not worth it
+    assert step(20.0) == [pytest.approx(200 + BACKUP, abs=0.1)]
+    assert [wait for _ in range(MOST) for wait in step(1.0)][-1] == LEAST + BACKUP  # down, as it went up
+    phases = [(Phase.EVALUATION, 200), (Phase.SAVE, 300), (Phase.BACK, 1000)]
+    for phase, seconds in phases:
+        run.waits.clear()
+        following._with_all(run, phase, lambda seconds=seconds: seconds)(lambda: None)()
+        assert run.waits == [seconds + BACKUP]  # and not less when it is over here: another rank may still be at it
+        assert step(1.0) == [following.deadline.seconds + BACKUP]
+
+
+class Metrics:
+    """Tells where its rank says that it is, and how long that may last."""
+
+    def __init__(self, own):
+        self.own, self.seen = own, []
+
+    def close(self, code=0):
+        self.seen.append((self.own[words.PHASE], self.own[words.ALLOWED] / SECOND, self.own[words.STEP]))
+
+    def go_back(self, first_step):
+        self.close()
+
+
+def test_metrics_have_a_time_of_their_own_to_close_and_to_go_back(watchdog):
+    run, own = ARun(), watchdog.beats.own
+    run.steps_done, own[words.STEP] = 4, 9  # it has gone back
+    with Wrapped() as wrapped:
+        metrics = watchdog.following._recording(run, wrapped, lambda: Metrics(own))()
+        watchdog.begin(Phase.STEP, 60.0)
+        metrics.go_back(5)
+        assert (own[words.PHASE], own[words.ALLOWED]) == (Phase.STEP, 60 * SECOND)
+        metrics.close(0)
+        assert metrics.seen == [(Phase.METRICS, 300.0, 4)] * 2
+        assert watchdog.following._recording(run, wrapped, lambda: None)() is None  # on other ranks
+
+
+def test_the_start_has_its_time_before_the_recipe_has_been_read():
     assert WatchdogRecipe().start == START
 
 
@@ -231,9 +313,31 @@ def test_who_waits_for_a_rank_that_is_within_its_time_does_not_hang():
     assert named(seen(0, TP2, wait=("tp", 5, 1)), late, in_time=1) == ((1,), False)
 
 
+def test_who_has_gone_on_waits_untold_for_a_rank_behind_that_is_within_its_time():
+    """DDP's sums are not told: rank 1 is in a step, or at the end of the run, and rank 0 still at its loggers."""
+    loggers = {"phase": Phase.METRICS, "place": Place.AFTER, "allowed": 100.0, "step": 7}
+    for ahead in ({"step": 8}, {"phase": Phase.CLOSING, "step": 7}):
+        assert named(seen(0, DP2, **loggers), seen(1, DP2, **ahead), in_time=1)[1]
+        assert named(seen(0, DP2, **loggers | {"allowed": 10.5}), seen(1, DP2, **ahead), in_time=1) == ((0,), False)
+    saving = seen(0, DP2, phase=Phase.SAVE, allowed=100.0, step=7)
+    assert named(saving, seen(1, DP2, step=8), in_time=1)[1]
+    assert named(seen(0, DP2, step=8, age=1.0), seen(1, DP2, step=7), in_time=1) == ((1,), False)
+    hung_writer = seen(1, DP2, step=8, age=0.1, writing=11.0)
+    assert named(seen(0, DP2, step=7, age=0.1), hung_writer, in_time=1) == ((1,), False)
+
+
 def test_a_main_thread_has_no_time_of_its_own_while_its_checkpoint_is_written():
     assert not seen(0, phase=Phase.SAVE, writing=1.0).is_overdue
     assert seen(0, phase=Phase.SAVE).is_overdue
+
+
+def test_hosts_of_an_earlier_start_are_forgotten(tmp_path):
+    launcher = Launcher(tmp_path)
+    launcher.introduce(0, 0, attempt=1)
+    launcher.write_json("run", {"output": "x", "hosts": ["a", "b"], "attempt": 1})
+    assert known_hosts(launcher) == {0: "a", 1: "b"}
+    launcher.introduce(0, 0, attempt=2)
+    assert known_hosts(launcher) == {}
 
 
 def test_ranks_that_nobody_sees_are_named_with_their_host():
@@ -255,6 +359,24 @@ def test_the_line_says_rank_host_step_phase_time_setting_and_what_the_others_wai
         "rank 3 on a: hangs in step 17 while reading samples for 10.2 s (watchdog.step=10); "
         "the others wait in all-reduce #412 over tp, 0 bytes; stacks: PATH"
     )
+
+
+def test_a_second_hang_at_the_same_step_leaves_the_first_report_as_it_is(tmp_path):
+    paths = []
+    for _ in range(2):
+        hang = Hang({0: seen(0)}, judge({0: seen(0)}), {}, "a", frozenset({0}))
+        paths.append(hang.write(tmp_path))
+        assert "rank 0 on a" in Path(paths[-1]).read_text()
+    assert [Path(path).name for path in paths] == ["hang-7-a.txt", "hang-7-a-2.txt"]
+    events = list(read_incidents(tmp_path))
+    assert [event["report"] for event in events] == ["hang-7-a.txt", "hang-7-a-2.txt"]
+    assert all(event["kind"] == "hang" and event["what"].startswith("hangs in step 7") for event in events)
+
+
+def test_a_torn_line_of_events_is_not_lost_to_that_of_a_hang(tmp_path):
+    (tmp_path / "events.jsonl").write_text('{"kind": "start", "st')  # a killed process has left it
+    Hang({0: seen(0)}, judge({0: seen(0)}), {}, "a", frozenset({0})).write(tmp_path)
+    assert [event["kind"] for event in read_incidents(tmp_path)] == ["hang"]
 
 
 def test_what_another_node_sends_is_what_it_has_seen():
@@ -279,6 +401,17 @@ def test_a_pause_of_the_whole_host_is_forgiven():
     beats.begin(Phase.STEP, 5.0, since=now - 14 * SECOND)
     watcher.look()
     assert len(found) == 1
+
+
+def test_a_lasting_error_of_the_watcher_is_said_once_a_minute(caplog, monkeypatch):
+    looks = []
+    monkeypatch.setattr(watcher_module, "EVERY", 0.001)
+    watcher = Watcher(lambda: looks.append(1) or iter([None]), lambda hang: True)  # what it sees is no slot
+    watcher.start()
+    while len(looks) < 5:
+        time.sleep(0.001)
+    watcher.stop()
+    assert len([record for record in caplog.records if "error of its own" in record.message]) == 1
 
 
 def hangs(descriptor: int, slot: int, how: str, allowed: float) -> None:
@@ -335,6 +468,52 @@ def test_a_process_that_hangs_is_found_in_time_named_and_its_stacks_are_read(how
     assert "in step 7 in the update" in hang.line and "the other waits in all-reduce #1 over world" in hang.line
     assert "stopped by a signal" in hang.line if how == "stopped" else "in hangs\n" in hang.sights[rank].stacks
     assert "in wait\n" in hang.sights[1 - rank].stacks and hang.sights[1 - rank].stack[1].startswith("wait (telling.py")
+
+
+def traced(pid: int) -> bool:
+    return "TracerPid:\t0\n" not in Path(f"/proc/{pid}/status").read_text()
+
+
+def test_a_rank_with_a_debugger_at_it_is_left_alone_and_has_its_time_again(caplog):
+    beats, descriptor = Beats.make()
+    (pid, found), trace = (os.fork(), []), ctypes.CDLL(None, use_errno=True).ptrace
+    if pid == 0:
+        with suppress(BaseException):
+            hangs(descriptor, 0, "sleeps", 0.3)
+        os._exit(1)
+    try:
+        watcher = Watcher(slots_of(beats, 1), lambda hang: bool(found.append(hang)) or True)
+        if trace(0x4206, pid, 0, 0):  # PTRACE_SEIZE: as a debugger that lets it run
+            pytest.skip("this system lets nobody trace its own children")
+        assert traced(pid)
+        end = time.monotonic() + 1.0
+        while time.monotonic() < end:
+            watcher.look()
+            time.sleep(0.02)
+        assert not found and caplog.text.count("is under a debugger") == 1
+        os.kill(pid, signal.SIGSTOP)
+        os.waitpid(pid, 0)  # it stands still for its debugger
+        assert trace(17, pid, 0, 0) == 0 and not traced(pid)  # PTRACE_DETACH
+        watcher.look()
+        assert not found
+        while not found and time.monotonic() < end + 10:
+            watcher.look()
+            time.sleep(0.02)
+        assert found and time.monotonic() > end + 0.2
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(descriptor)
+
+
+def test_stacks_that_were_asked_for_before_take_no_memory(watchdog):
+    beat = watchdog.beats.read(0)
+    sizes = []
+    for _ in range(3):
+        stacks = stacks_of([beat])[beat.rank]
+        sizes.append(os.fstat(watchdog._stacks).st_size)
+        assert stacks.count("most recent call first") == threading.active_count() and "\0" not in stacks
+    assert max(sizes) < 1.5 * min(sizes)
 
 
 def test_the_main_threads_stack_is_told_from_the_others():
@@ -394,23 +573,122 @@ def test_nodes_see_what_each_other_sees_and_hear_the_verdict(store):
     (asks, _), (answers, thread) = neighbours(store, mine), neighbours(store, theirs)
     thread.start()
     time.sleep(0.6)  # it has looked once
-    sights, hosts = asks.ask(mine)
-    assert sights == mine | theirs and hosts == {0: "a", 1: "b"}
-    asks.tell(judge(sights))
+    sights, hosts, silent, heard = asks.ask(mine)
+    assert sights == mine | theirs and hosts == {0: "a", 1: "b"} and heard and not silent
+    asks.tell(judge(sights), sights)
     thread.join()
     (found,) = answers.heard
     assert found[0] == sights and found[1].ranks == (1,) and not asks.is_cut
 
 
-def test_a_store_that_does_not_answer_holds_nobody_up():
+def test_a_store_that_does_not_answer_holds_nobody_up_and_is_cut_only_when_asked_again(monkeypatch):
+    monkeypatch.setattr(neighbours_module, "ANSWERS", 0.2)
     with socket.socket() as silent:  # it takes connections, and says nothing
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         address = silent.getsockname()[:2]
         node = Neighbours(lambda: socket.create_connection(address).recv(1), lambda: {0: "a", 1: "b"})
+        node._failures = 1  # it has answered nothing, a moment ago
+        node._failed_first = time.monotonic() - 0.1
         mine = {0: seen(0, DP2, wait=("world", 5, 1), host="a")}
         start = time.monotonic()
-        assert node.ask(mine)[0] == mine
-        node.tell(judge(mine, [1]))
-        assert time.monotonic() - start < 2
+        answers = node.ask(mine)
+        assert answers.sights == mine and not answers.heard and not answers.silent and not node.is_cut
+        node.tell(judge(mine, [1]), mine)
+        assert time.monotonic() - start < 1
+        node._failed_first -= APART
+        assert node.is_cut and node._silent({1}, 0.0, heard=False) == {1}
     assert judge(mine, [1]).ranks == (1,) and judge(mine, [1]).unreachable
+
+
+def test_a_first_question_has_the_time_to_connect(store, monkeypatch):
+    monkeypatch.setattr(neighbours_module, "ANSWERS", 0.2)
+
+    def connect():
+        time.sleep(0.6)
+        return TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False)
+
+    node = Neighbours(connect, lambda: {0: "a"})
+    assert node.ask({0: seen(0)}).heard and not node.is_cut
+
+
+def test_a_node_is_out_of_reach_when_it_has_not_answered_twice_some_seconds_apart():
+    node, now = Neighbours(lambda: None, dict), time.monotonic()
+    assert node._silent({1, 2}, now, heard=True) == set() == node._silent({1, 2}, now + 1, heard=True)
+    assert node._silent({2}, now + APART + 1, heard=True) == {2}  # rank 1 has answered meanwhile
+    node._asked_last, node._missed = now - FORGOTTEN, {2: now - FORGOTTEN}
+    assert node._silent({2}, now, heard=True) == set()  # that was another time
+
+
+def test_questions_that_a_node_has_asked_before_are_removed(store):
+    node, _ = neighbours(store, {})
+    mine = {0: seen(0)}
+    node._hosts = lambda: {0: "a"}
+    for _ in range(20):
+        answers = node.ask(mine)
+        node.tell(judge(mine), answers.sights, seconds=0.01)
+    assert store.num_keys() <= 4 + 1 and not store.check(["seen/1"]) and store.check(["seen/20", "found/20"])
+
+
+class Asked:
+    """Other nodes that are asked, and what they say each time: the last goes on."""
+
+    is_cut = False
+
+    def __init__(self, *answers):
+        self.answers, self.times, self.told = list(answers), [], []
+
+    def listen(self, see):
+        return None
+
+    def ask(self, mine):
+        self.times.append(time.monotonic())
+        answers = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        return answers._replace(sights=answers.sights | mine)
+
+    def tell(self, verdict, sights):
+        self.told.append(verdict)
+
+
+def a_late_rank_with(others: Asked, monkeypatch, seconds: float) -> tuple[list[Hang], int]:
+    """The hangs that are found while rank 0 waits in a collective over world; how often stacks are read."""
+    beats, descriptor = Beats.make()
+    os.close(descriptor)
+    beats.introduce(0, -1)
+    beats.shape(DP2)
+    beats.begin(Phase.STEP, 5.0, since=time.monotonic_ns() - 6 * SECOND)
+    beats.own[words.AXIS], beats.own[words.OPERATION] = AXES.index("world"), 1
+    beats.own[words.WAITS_SINCE], beats.own[words.COUNTS + AXES.index("world")] = time.monotonic_ns(), 5
+    found, reads = [], []
+    for name, value in (("AGAIN", 0.05), ("MOST_AGAIN", 0.2), ("APART", 0.1)):
+        monkeypatch.setattr(watcher_module, name, value)
+    monkeypatch.setattr(watcher_module, "stacks_of", lambda beats: reads.append(1) or {})
+    watcher = Watcher(slots_of(beats, 1), lambda hang: bool(found.append(hang)) or True, others)
+    watcher._again = 0.05
+    end = time.monotonic() + seconds
+    while not found and time.monotonic() < end:
+        watcher.look()
+        time.sleep(0.01)
+    return found, len(reads)
+
+
+def test_who_is_late_but_in_time_asks_less_and_less_often_and_reads_no_stacks(monkeypatch):
+    saves = {1: seen(1, DP2, phase=Phase.SAVE, allowed=100.0, counts={"world": 4}, host="b")}
+    others = Asked(Answers(saves, {0: "a", 1: "b"}))
+    found, reads = a_late_rank_with(others, monkeypatch, 0.7)
+    gaps = [later - earlier for earlier, later in zip(others.times, others.times[1:], strict=False)]
+    assert not found and not reads and 4 <= len(others.times) <= 6
+    assert all(gap >= least for gap, least in zip(gaps, (0.05, 0.1, 0.2, 0.2, 0.2), strict=False))
+
+
+def test_one_question_that_is_not_answered_ends_no_job(monkeypatch):
+    hosts = {0: "a", 1: "b"}
+    late = {1: seen(1, DP2, counts={"world": 4}, host="b")}
+    nothing, half = Answers({}, hosts, heard=False), Answers({}, hosts)
+    others = Asked(nothing, half, nothing)
+    found, reads = a_late_rank_with(others, monkeypatch, 0.5)
+    assert not found and not reads and len(others.times) >= 3
+    for last in (Answers(late, hosts), Answers({}, hosts, frozenset({1}))):
+        found, reads = a_late_rank_with(Asked(nothing, last), monkeypatch, 5.0)
+        assert found[0].verdict.ranks == (1,) and reads == 1
+        assert found[0].verdict.unreachable == (1 not in last.sights)
