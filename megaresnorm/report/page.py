@@ -18,7 +18,7 @@ from megaresnorm.text import shown
 
 SPIKE = (
     "A spike is a loss above the mean of the 128 steps before it (at least 64) plus 6 of their standard deviations, as "
-    "in OLMo-core's SkipStep."
+    "in OLMo-core's SkipStep; guard.spike refuses steps by another rule, their median plus 6 robust deviations."
 )
 
 

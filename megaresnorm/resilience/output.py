@@ -1,5 +1,6 @@
 """The output folder of a run: held by one job at a time, seen by all of its ranks, and found writable before step 0."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -49,10 +50,13 @@ class OutputFolder:
         """Check that the folder is still held.
 
         Raises:
-            TrainingError: another job has taken it over.
+            TrainingError: another job has taken it over, or it is gone.
         """
         if self._lock is not None and self._lock.lost:
-            raise TrainingError(f"train.output={self.path}: another job has taken it over; nothing more is written")
+            why = "another job has taken it over"
+            if not os.path.lexists(self.path / LOCK):
+                why = f"its {LOCK} was removed" if os.path.exists(self.path) else "the folder was removed"
+            raise TrainingError(f"train.output={self.path}: {why}; nothing more is written")
 
     def prepare(self, files: Mapping[str, str | None], groups: Groups, keep: int, *, drill: bool = False) -> None:
         """Write what describes the run, and remove what killed runs have left half-written.

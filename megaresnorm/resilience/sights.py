@@ -156,8 +156,9 @@ class Sight:
                 return f"while its loggers end or begin again, after step {step}"
             case Phase.CLOSING | Phase.REST:
                 return f"at the end of the run, after step {step}"
-        more = f", microbatch {words[MICROBATCH]}" if place in (Place.FORWARD, Place.BACKWARD) else ""
-        more += f", block {words[BLOCK]}" if words[BLOCK] >= 0 and more else ""
+        passes = place in (Place.FORWARD, Place.BACKWARD)
+        more = f", microbatch {words[MICROBATCH]}" if passes and words[MICROBATCH] >= 0 else ""
+        more += f", block {words[BLOCK]}" if passes and words[BLOCK] >= 0 else ""
         return f"in step {step} {PLACES[place]}{more}"
 
     def to_json(self) -> dict[str, Any]:

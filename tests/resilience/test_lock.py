@@ -11,8 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from megaresnorm.errors import TrainingError
+from megaresnorm.parallel.control import ALONE
 from megaresnorm.resilience import lock
 from megaresnorm.resilience.lock import STALE, FolderLock
+from megaresnorm.resilience.output import OutputFolder
 
 
 def test_the_owner_is_named_and_the_folder_free_after_release(tmp_path):
@@ -155,6 +157,16 @@ def test_the_heart_notices_that_its_file_is_gone_and_beats_no_longer(tmp_path, m
         assert time.monotonic() < end
         time.sleep(0.01)
     held.release()
+
+
+def test_a_folder_or_lock_that_is_gone_is_not_called_another_jobs(tmp_path):
+    for gone, says in ((".lock", "its .lock was removed"), ("", "the folder was removed")):
+        folder = OutputFolder(tmp_path / "run", ALONE, None)
+        folder.check()
+        (tmp_path / "run" / gone).rename(tmp_path / f"aside{gone}")
+        with pytest.raises(TrainingError, match=f"{says}; nothing more is written"):
+            folder.check()
+        folder.release()
 
 
 def test_a_run_whose_lock_was_removed_saves_nothing_more(tiny, tmp_path, monkeypatch):

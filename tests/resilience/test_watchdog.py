@@ -45,7 +45,7 @@ def seen(rank, sizes=ONE, *, step=7, phase=Phase.STEP, place=Place.FORWARD, allo
     now = time.monotonic_ns()
     beats.introduce(rank, -1)
     beats.shape(sizes)
-    beats.own[words.STEP], beats.own[words.MICROBATCH] = step, 0
+    beats.own[words.STEP], beats.own[words.MICROBATCH] = step, more.get("microbatch", 0)
     beats.begin(phase, allowed, since=now - int(age * SECOND))
     beats.at(place)
     for axis, count in more.get("counts", {}).items():
@@ -303,6 +303,11 @@ def test_a_writer_that_hangs_is_named_though_all_go_on_training():
     hangs = seen(1, DP2, age=0.1, writing=11.0, counts={"control": 7})
     assert named(waiting, hangs) == ((1,),)
     assert hangs.where == "while saving step 7" and hangs.setting == "watchdog.checkpoint=10"
+
+
+def test_a_microbatch_that_is_not_known_is_left_out():
+    assert seen(0, microbatch=3).where == "in step 7 in the forward pass, microbatch 3"
+    assert seen(0, microbatch=-1).where == "in step 7 in the forward pass"
 
 
 def test_who_waits_for_a_rank_that_is_within_its_time_does_not_hang():
