@@ -163,6 +163,7 @@ class Trainer:
         return record, stopped
 
     def _went_back(self, metrics: MetricsWriter | None) -> None:
+        self.rank_times.begin_anew()
         if metrics is not None:
             metrics.go_back(self.run.steps_done + 1)
             self.goodput.went_back(metrics.kept)
@@ -190,6 +191,7 @@ class Trainer:
 
     def _step(self) -> dict[str, float | None] | None:
         self.goodput.begin_step()
+        self.rank_times.begin_step()
         run, start = self.run, time.perf_counter()
         lr, batch = learning_rate(run.steps_done, run.recipe), run.next_batch()
         step = partial(run.engine.step, batch, lr, lambda: self._stop is not None and self._stop.exit_code != 0)

@@ -100,7 +100,7 @@ class RankTimes:
         self._context, self._beats, self._device = context, beats, engine.assembled.device
         self._incidents, self._tell_waited = incidents, waited
         self._before = self._words()
-        self._steps, self._seconds, self._after = 0, 0.0, 0.0
+        self._clear()
         self._down: float | None = None  # when backward has come to the embedding, and what had been waited until then
         self._waited_down = 0
         self._judge = Judge(_stages(context), all_gather_json(host_name(), context.control))
@@ -144,6 +144,18 @@ class RankTimes:
 
         return watched
 
+    def begin_step(self) -> None:
+        """What is waited for between steps, in evaluations and checkpoints, is none of theirs."""
+        self._before = self._words()
+
+    def begin_anew(self) -> None:
+        """Forget the steps that are not told yet: the run has gone back, or steps were left out."""
+        self._clear()
+        self.means = []
+
+    def _clear(self) -> None:
+        self._steps, self._seconds, self._read, self._waited, self._after = 0, 0.0, 0.0, 0.0, 0.0
+
     def _words(self) -> tuple[int, int]:
         return self._beats.own[READ], self._beats.own[WAITED]
 
@@ -163,14 +175,15 @@ class RankTimes:
             return []
         self._steps += 1
         self._seconds += seconds
+        read, waited = (now - before for now, before in zip(self._words(), self._before, strict=True))
+        self._read, self._waited = self._read + read / SECOND, self._waited + waited / SECOND
         if self._steps < EVERY:
             return []
-        read, waited = (now - before for now, before in zip(self._words(), self._before, strict=True))
-        own = self._seconds - waited / SECOND - self._after
-        mine = [self._seconds, read / SECOND, max(0.0, own)]
+        own = self._seconds - self._waited - self._after
+        mine = [self._seconds, self._read, max(0.0, own)]
         told = torch.tensor(mine, dtype=torch.float64, device=self._device) / self._steps
         self.means = [Times(*one) for one in all_gather_blocks(told, self._context.world).tolist()]
-        self._steps, self._seconds, self._after, self._before = 0, 0.0, 0.0, self._words()
+        self._clear()
         return self._judge.look(self.means)
 
     def record(self, step: int, seconds: float) -> dict[str, float | None]:

@@ -1,8 +1,9 @@
 """The rank's side of the watchdog: it tells what it is at, how long that may last, and has somebody look.
 
 Under a supervisor the agent of the node looks (agent.py), which is another process. Elsewhere a thread of the first
-rank of a node does; where that rank is itself what hangs in a C call that keeps the interpreter's lock, a timer in C
-ends it a few seconds later.
+rank of a node does; where that rank is itself stopped, or hangs in a C call that keeps the interpreter's lock, the
+time-outs of process groups end the others. No timer of the system does: it would go off when a process that was stopped
+goes on.
 """
 
 import faulthandler
@@ -11,7 +12,6 @@ import logging
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from megaresnorm.parallel.environment import Environment, host_name
 from megaresnorm.resilience.beats import (
     RANK,
-    SECOND,
     SINCE,
     Beat,
     Beats,
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LAST_RESORT = 4.0  # seconds behind it at which a rank without a supervisor ends itself
 START = 1800.0  # seconds for the start until the recipe has been read; watchdog.start's default
 
 
@@ -69,7 +67,6 @@ class Watchdog:
             shared, self._memory = Beats.make()
         self.beats, self._stacks = shared, _take_signal()
         self._watcher: Watcher | None = None
-        self._armed = float("inf")
         self._undo: list[Callable[[], object]] = []
         self._others_here: list[Beats] = []
         self._output: Path | None = None
@@ -126,22 +123,6 @@ class Watchdog:
     def begin(self, phase: Phase, allowed: float, since: int | None = None) -> None:
         """Begin a phase, see ``Beats.begin``."""
         self.beats.begin(phase, allowed, since)
-        if self._alone:
-            gone = 0.0 if since is None else (time.monotonic_ns() - since) / SECOND
-            self._arm(max(0.1, allowed - gone) if allowed else 0.0)
-
-    def _arm(self, allowed: float) -> None:
-        """Have a timer in C end this process a little after its time, whatever holds the interpreter's lock."""
-        now = time.monotonic()
-        at = now + allowed + LAST_RESORT if allowed else float("inf")
-        if (allowed and abs(at - self._armed) < 1.0) or at == self._armed:
-            return
-        self._armed = at
-        if not allowed:
-            faulthandler.cancel_dump_traceback_later()
-        elif not self._person:
-            with suppress(ValueError, AttributeError, OSError):  # a stderr without a descriptor
-                faulthandler.dump_traceback_later(at - now, exit=True, file=sys.__stderr__ or sys.stderr)
 
     def _look(self) -> None:
         """Have a thread look at the slots of this node, where nobody else does."""
