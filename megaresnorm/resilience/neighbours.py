@@ -1,9 +1,9 @@
 """How the watchers of several nodes tell each other what they see, through the store of torchrun's rendezvous.
 
 Whoever sees a hang draws a number, and appends what it sees of its ranks under it; all others, who look for a new
-number twice a second, append theirs. So each node names the same rank. One that has not answered two questions some
-seconds apart is out of reach: a single answer may be late for many reasons. What a node has asked before, it removes.
-Messages are JSON. No call may hold a watcher up: on a link that is cut a store answers neither yes nor no.
+number twice a second, append theirs. So each node names the same rank. One that has not answered two questions, which
+begin two seconds apart, is out of reach: a single answer may be late for many reasons. What a node has asked before, it
+removes. Messages are JSON. No call may hold a watcher up: on a link that is cut a store answers neither yes nor no.
 """
 
 import json
@@ -21,7 +21,7 @@ ANSWERS = 1.2  # seconds in which other nodes answer
 EVERY = 0.5  # seconds between two looks for a question
 LISTENS = 5.0  # seconds after an answer in which the verdict is waited for
 CONNECT = 3.0  # seconds to reach the store
-APART = 1.5  # seconds from the end of a question that was not answered to the next one, which says who is out of reach
+APART = 1.0  # seconds from the end of a question that was not answered to the next one, which says who is out of reach
 FORGOTTEN = 30.0  # seconds after which a question that was not answered tells nothing any more
 AGAIN = 5.0  # seconds after which a store that did not answer is tried again
 T = TypeVar("T")

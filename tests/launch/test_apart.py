@@ -80,7 +80,7 @@ def test_a_cut_link_ends_both_sides_and_names_the_other_host(hosts, nodes):
     assert codes == [EXIT_CODE, EXIT_CODE], text_of(both)
     for node, other in zip(both, (1, 0), strict=True):
         named = [at - cut for at, line in node.lines if f"rank {other} on mrn-{other}: cannot be reached" in line]
-        assert named and named[0] < STEP + 4, node.text
+        assert named and named[0] < STEP + 5, node.text
         print(f"named after {named[0]:.1f} s, ended after {seconds[1 - other]:.1f} s")
     assert not any(map(alive, everybody))
 
