@@ -62,12 +62,7 @@ def test_a_flipped_bit_is_planned_where_a_majority_can_name_it(tiny):
 @pytest.mark.parametrize(
     ("kind", "ranks", "parallel", "says"),
     [
-        (
-            "flip",
-            1,
-            {},
-            "flip: nobody would notice it: one rank has no second replica to compare with; possible here: ",
-        ),
+        ("flip", 1, {}, "flip: nobody would notice it: one rank has no second replica to compare with; possible here:"),
         ("flip", 2, {"tp": 2}, "2 ranks have no second replica"),
         ("cut", 1, {}, "one rank has no connections; possible here: kill, stop, hang, nan, torn_write,"),
         ("slow", 1, {}, "one rank has no others to be slower than"),
