@@ -16,6 +16,7 @@ from megaresnorm.resilience.hang_report import EXIT_CODE, Hang
 from megaresnorm.resilience.launcher import Launcher, kill
 from megaresnorm.resilience.neighbours import Neighbours
 from megaresnorm.resilience.sights import GONE, Sight, main_stack, sight_of, stacks_of
+from megaresnorm.resilience.signals import exit_reason
 from megaresnorm.resilience.suspects import Verdict, judge
 from megaresnorm.text import say
 
@@ -25,6 +26,7 @@ EVERY = 0.2  # seconds between two looks
 PAUSE = 2.0  # seconds between two looks from which on the watcher itself stood still
 MOST_PAUSES = 64
 WARNED = 600.0  # seconds between two warnings, where that is all that is done
+HEARD = 1.0  # seconds in which other nodes hear of a hang through a store that may end with this process
 AGAIN = 1.0  # seconds until ranks that are within their time are looked at again
 
 
@@ -143,7 +145,8 @@ def _is_late(sights: Mapping[int, Sight]) -> bool:
 def ends_ranks(launcher: Launcher, others: Neighbours | None = None) -> Callable[[Hang], bool]:
     """What the agent of a node does about a hang: it says and writes it down, and ends the ranks of its node.
 
-    Where the link to the store that the nodes share is cut, torchrun waits for that in vain: the agent ends as well.
+    Where the link to the store that the nodes share is cut, torchrun waits for that in vain: the agent ends as well. It
+    also does where the job was asked to stop, so that torchrun does not start ranks again that are not to go on.
 
     Args:
         launcher: the node's files; there the ranks have said where the run's folder is.
@@ -156,9 +159,14 @@ def ends_ranks(launcher: Launcher, others: Neighbours | None = None) -> Callable
         with suppress(OSError):
             launcher.note_failure(failure, launcher.read("attempt") or 0)
         say(f"megaresnorm: {failure}", error=True)
+        if stop := launcher.asked_to_stop():
+            with suppress(OSError):
+                launcher.write("end", stop)
+            say(f"megaresnorm: {exit_reason(stop)}: ended without saving, since rank {hang.named} hung", error=True)
+            time.sleep(0.0 if others is None else HEARD)
         end(hang)
-        if others is not None and others.is_cut:
-            os._exit(EXIT_CODE)
+        if stop or (others is not None and others.is_cut):
+            os._exit(stop or EXIT_CODE)
         return True
 
     return act

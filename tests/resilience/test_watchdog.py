@@ -18,9 +18,11 @@ from torch.distributed import TCPStore
 from megaresnorm.parallel.environment import Environment
 from megaresnorm.parallel.mesh import MESH_AXES, Sizes
 from megaresnorm.resilience import beats as words
+from megaresnorm.resilience import watcher
 from megaresnorm.resilience.beats import ACTIVATIONS, AXES, GRADIENTS, SECOND, SENDS, Beats, Phase, Place
 from megaresnorm.resilience.following import LEAST, StepDeadline
 from megaresnorm.resilience.hang_report import Hang
+from megaresnorm.resilience.launcher import Launcher
 from megaresnorm.resilience.neighbours import Neighbours
 from megaresnorm.resilience.sights import Sight, main_stack, sight_of
 from megaresnorm.resilience.suspects import judge, members
@@ -340,6 +342,21 @@ def test_a_process_that_hangs_is_found_in_time_named_and_its_stacks_are_read(how
     assert "in step 7 in the update" in hang.line and "the other waits in all-reduce #1 over world" in hang.line
     assert "stopped by a signal" in hang.line if how == "stopped" else "in hangs\n" in hang.sights[rank].stacks
     assert "in wait\n" in hang.sights[1 - rank].stacks and hang.sights[1 - rank].stack[1].startswith("wait (telling.py")
+
+
+@pytest.mark.parametrize("stop", [0, 143])
+def test_a_hang_after_a_stop_ends_the_job_rather_than_to_start_ranks_again(tmp_path, monkeypatch, capsys, stop):
+    launcher, ended = Launcher(tmp_path), []
+    monkeypatch.setattr(watcher, "end", lambda hang: ended.append("ranks"))
+    monkeypatch.setattr(os, "_exit", ended.append)
+    if stop:
+        launcher.write("stop", stop)
+    sights = {rank: seen(rank, DP2, state="S" if rank else "T") for rank in (0, 1)}
+    assert watcher.ends_ranks(launcher)(Hang(sights, judge(sights), {}, "a", frozenset({0, 1})))
+    assert ended == (["ranks", 143] if stop else ["ranks"]) and launcher.read("end") == (stop or None)
+    lines = capsys.readouterr().err.splitlines()
+    assert "rank 0 on a: hangs in step 7" in lines[0]
+    assert lines[1:] == ["megaresnorm: SIGTERM: ended without saving, since rank 0 hung"] * bool(stop)
 
 
 def test_the_main_threads_stack_is_told_from_the_others():
