@@ -187,6 +187,24 @@ def write_json(file: Path, value: Any) -> None:
         raise ConfigError(f"--json {file}: cannot be written (no file can have this name)") from None
 
 
+def check_json(file: Path | None) -> None:
+    """Check that what --json names can be written: said now rather than after the work. A file that is there stays.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if file is None or str(file) == "-":
+        return
+    try:
+        there = file.exists()
+        if file.is_dir() or file.is_file() or not there:  # opening a pipe would end its reader
+            file.open("a").close()
+        if not there:
+            file.unlink()
+    except OSError as e:
+        raise ConfigError(f"--json {file}: cannot be written ({e.strerror})") from None
+
+
 def report(json_file: Path | None, value: Any, *tables: Any) -> None:
     """Print tables, and write what --json names; JSON that goes to standard output stands there alone.
 

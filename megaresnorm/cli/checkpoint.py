@@ -14,6 +14,7 @@ from megaresnorm.cli.arguments import (
     CheckpointFolder,
     JsonFile,
     RunFolder,
+    check_json,
     count,
     new_app,
     path,
@@ -151,6 +152,7 @@ def verify(checkpoints: _Checkpoints, *, json: JsonFile = None) -> None:
     from megaresnorm.checkpoint.format import MANIFEST, checkpoints_of, human_bytes
     from megaresnorm.telemetry.log import Table, progress_bar
 
+    check_json(json)
     folders: list[Path] = []
     for given in checkpoints:
         inspect.newest_of(given)
@@ -194,6 +196,7 @@ def diff(one: _A, other: _B, *, only: _Only = None, rows: _Rows = 20, json: Json
     from megaresnorm.recipe.load import differences
     from megaresnorm.telemetry.log import progress_bar
 
+    check_json(json)
     folders = [newest_of(one), newest_of(other)]
     with progress_bar("verifying", sum(map(num_bytes, folders)), of_bytes=True) as bar:
         a, b = (Checkpoint(f, progress=bar.advance) for f in folders)

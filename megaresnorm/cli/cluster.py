@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megaresnorm.cli.arguments import check_json
 from megaresnorm.errors import ConfigError, UserError
 
 if TYPE_CHECKING:  # commands import what they need, so that --help is instant
@@ -41,6 +42,8 @@ def doctor_cluster(recipe: str | None, overrides: Sequence[str], ranks: int | No
         return load_recipe(recipe, overrides)
 
     environment = read_environment()
+    if environment.rank == 0:  # which writes it
+        check_json(json)
     if environment.world_size > 1 or environment.has_parent:
         if ranks is not None:
             raise ConfigError(f"--ranks={ranks}: a launcher has started {environment.world_size} already; leave it out")

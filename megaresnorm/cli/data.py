@@ -12,6 +12,7 @@ import typer
 from megaresnorm.cli.arguments import (
     EndToken,
     JsonFile,
+    check_json,
     count_up_to,
     examples,
     new_app,
@@ -156,6 +157,7 @@ def show(paths: _Shown, *, json: JsonFile = None) -> None:
     recipes = [name for name in paths if name.endswith((".yaml", ".yml"))]
     if recipes and len(paths) > 1:
         raise ConfigError(f"{recipes[0]}: give one recipe, or data sets, not both")
+    check_json(json)
     sets, parts, draws = _of_recipe(recipes[0]) if recipes else ([open_dataset(n) for n in paths], [], [])
     figures = [statistics_of(data) for data in sets]
     tables = [_statistics_table(figures), *([_parts_table(parts)] if parts else [])]

@@ -13,13 +13,13 @@ from megaresnorm.cli.arguments import (
     JsonFile,
     Overrides,
     Words,
+    check_json,
     count_up_to,
     depths,
     examples,
     path,
     report,
     words,
-    write_json,
 )
 from megaresnorm.errors import ConfigError, DataError
 from megaresnorm.limits import MAX_WIDTH
@@ -126,8 +126,7 @@ def _probe(topologies: Words, depths: Depths, seeds: int, dim: int, json: Path |
     if dim % setting.num_heads:
         raise ConfigError(f"--dim={dim} must be a multiple of {setting.num_heads}, the number of heads")
     _check_memory(PROBE_BYTES * max(depths) * dim**2)
-    if json is not None and str(json) != "-":
-        write_json(json, {})  # found out now rather than after the probe
+    check_json(json)
     results = []
     with progress_bar("probing", len(topologies) * len(depths) * seeds) as progress:
         for result in probe_all(topologies, depths, range(seeds), setting):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from megaresnorm.cli.arguments import JsonFile, Overrides, count_up_to, examples, path_text, report
+from megaresnorm.cli.arguments import JsonFile, Overrides, check_json, count_up_to, examples, path_text, report
 from megaresnorm.errors import ConfigError
 from megaresnorm.parallel.plan import MAX_LOCAL
 from megaresnorm.text import say
@@ -103,6 +103,7 @@ def doctor(
         raise ConfigError(f"{'--ranks' if recipe is None else recipe} has no effect without --cluster")
     from megaresnorm.assemble import choose_device
 
+    check_json(json)
     found = choose_device(device)
     if kernels:
         return _time_kernels(found, dtype or "fp32", shapes or USUAL, json)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +13,7 @@ from megaresnorm.cli.arguments import (
     JsonFile,
     Overrides,
     Words,
+    check_json,
     count_up_to,
     examples,
     number,
@@ -21,6 +24,7 @@ from megaresnorm.cli.arguments import (
 )
 from megaresnorm.errors import ConfigError
 from megaresnorm.parallel.plan import MAX_LOCAL
+from megaresnorm.resilience.signals import undone_on_sigterm
 
 if TYPE_CHECKING:  # commands import what they need, so that --help is instant
     from megaresnorm.launch.drill import Outcome
@@ -90,7 +94,10 @@ def drill(
         raise ConfigError(f"{recipe} has a drill of its own; megaresnorm launch with MEGARESNORM_DRILL=1 runs it")
     kinds = kinds_of(faults, loaded, ranks)
     folder = Path(f"{loaded.train.output}-drill") if out is None else out
-    outcome = DrillRun(loaded, folder, ranks).run(kinds, seed=seed, minutes=minutes, compares=compare)
+    check_json(json)
+    alone = redirect_stdout(sys.stderr) if str(json) == "-" else nullcontext()  # JSON stands alone on stdout
+    with undone_on_sigterm(), alone:
+        outcome = DrillRun(loaded, folder, ranks).run(kinds, seed=seed, minutes=minutes, compares=compare)
     _show(outcome, json)
     return 0 if outcome.passed else 1
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megaresnorm.cli.arguments import Overrides, count_up_to, examples, path, path_text
+from megaresnorm.cli.arguments import Overrides, check_json, count_up_to, examples, path, path_text
 from megaresnorm.cli.train import Full, NoFallback
 from megaresnorm.errors import ConfigError
 from megaresnorm.launch.request import new_job_name
@@ -151,7 +151,7 @@ def launch(
         return submit(by, words, settings, env or [], extras, dry_run=dry_run)
     extras.refuse(_ALONE, "ssh", "no_ssh", "sbatch", "wait", "image", "namespace", "claim")
     settings |= {"NODE_RANK": node_rank, "SAVED": None if saved is None else str(saved)}
-    return _this_node(words, settings, env or [], attached=attached, dry_run=dry_run)
+    return _this_node(words, settings, env or [], json, attached=attached, dry_run=dry_run)
 
 
 def _check_words(recipe: str, **options: str | None) -> None:
@@ -180,7 +180,13 @@ def _new_job_name(recipe: str, port: int | None, on_each: bool) -> str:
 
 
 def _this_node(
-    words: list[str], settings: dict[str, str | None], env: list[str], *, attached: bool, dry_run: bool
+    words: list[str],
+    settings: dict[str, str | None],
+    env: list[str],
+    json: Path | None,
+    *,
+    attached: bool,
+    dry_run: bool,
 ) -> int:
     from megaresnorm.launch.request import forwarded
     from megaresnorm.resilience.supervisor import describe, supervise
@@ -188,6 +194,8 @@ def _this_node(
     os.environ |= forwarded(env, only_named=True)
     if "--doctor" in words:
         settings, words = settings | {"COMMAND": "doctor"}, ["--cluster" if w == "--doctor" else w for w in words]
+        if not dry_run and settings["NODE_RANK"] in (None, "0"):
+            check_json(json)
     if attached:
         settings["ATTACHED"] = "1"
     if not dry_run:

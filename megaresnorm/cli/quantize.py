@@ -11,12 +11,12 @@ from megaresnorm.cli.arguments import (
     CHECKPOINT_OR_RUN,
     JsonFile,
     Words,
+    check_json,
     count,
     examples,
     path,
     report,
     words,
-    write_json,
 )
 from megaresnorm.errors import ConfigError
 from megaresnorm.text import say
@@ -76,8 +76,7 @@ def quantize(
             raise ConfigError(f"--output takes one run in one format, not {len(runs)} in {len(chosen)}: set --formats")
         refuse_existing(output)
     trained = [look(str(run), run) for run in runs]
-    if json is not None and str(json) != "-":
-        write_json(json, {})  # found out now rather than after the evaluations
+    check_json(json)
     found = []
     with progress_bar("evaluating", len(runs) * num_evaluations(chosen, inputs=activations)) as bar:
         for run in trained:

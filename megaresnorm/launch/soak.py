@@ -13,6 +13,7 @@ from megaresnorm.resilience.drill_table import Line
 from megaresnorm.text import say, shown
 
 BY_HAND = 5  # starts after errors that a person would look at: data that cannot be read
+PATIENCE = 90.0  # seconds that the launcher has to end once it was asked to
 RESTARTS = 100_000  # that the launcher may make by itself
 TOLD = re.compile(r"warning: |error: |hangs in|hangs while|started again|^rollback|^resumed|^weights ")
 
@@ -34,7 +35,8 @@ class Soak:
     def __init__(self, recipe: Path, ranks: int, log: Path, *, drill: bool) -> None:
         own = [f"{DRILL}=1"] if drill else ["-u", DRILL]
         launch = [sys.executable, "-m", "megaresnorm", "launch", str(recipe), "--ranks-per-node", str(ranks)]
-        self._command = ["env", *own, *launch, "--max-restarts", str(RESTARTS)]
+        # Attached: it ends in order where this process is gone.
+        self._command = ["env", *own, *launch, "--max-restarts", str(RESTARTS), "--attached"]
         self._log, self._drill = log, drill
         self.lines: list[Line] = []
         self.starts = 0
@@ -52,15 +54,19 @@ class Soak:
 
     def _start(self, file: object) -> int:
         process = subprocess.Popen(
-            self._command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
+            self._command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            bufsize=0,
+            start_new_session=True,  # Ctrl-C in a terminal reaches this process alone, which passes it on
         )
-        reader = threading.Thread(target=self._read, args=(process.stdout, file), daemon=True)
-        reader.start()
         try:
+            reader = threading.Thread(target=self._read, args=(process.stdout, file), daemon=True)
+            reader.start()
             code = process.wait()
-        except BaseException:  # Ctrl-C has reached it as well; it saves, and ends
-            process.terminate()
-            process.wait()
+        except BaseException:
+            _end(process)
             raise
         reader.join(2.0)
         return code if code >= 0 else 128 - code
@@ -72,3 +78,16 @@ class Soak:
             print(f"{self.lines[-1][0]:.3f} {text}", file=file, flush=True)  # type: ignore[call-overload]
             if TOLD.search(text):
                 say(f"  {text}")
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End a launcher: it saves and ends by itself, or, after ``PATIENCE`` or on a second signal, at once.
+
+    Its ranks end with it.
+    """
+    process.terminate()
+    try:
+        process.wait(PATIENCE)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        process.kill()
+        process.wait()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from megaresnorm.errors import ConfigError
 from megaresnorm.limits import MAX_SHOWN
 from megaresnorm.recipe import Recipe
+from megaresnorm.resilience.spikes import NEEDED
 
 LOST = 10.0  # seconds that a fault costs about: ranks are started again, and make some steps again
 SHARE = 0.1  # of a drill's time that its faults are to cost
@@ -74,17 +75,34 @@ def kinds_of(words: Sequence[str] | None, recipe: Recipe, ranks: int) -> list[st
         words: asked for; None for all that a run of this layout notices and survives exactly.
 
     Raises:
-        ConfigError: one is none.
+        ConfigError: one is none, or would not be noticed in this layout or by this recipe.
     """
+    parallel = recipe.parallel
+    copies = ranks // (parallel.tp * parallel.pp * parallel.dp_shard)
+    unnoticed = _unnoticed(ranks, copies, recipe)
     if words is None:
-        parallel = recipe.parallel
-        copies = ranks // (parallel.tp * parallel.pp * parallel.dp_shard)
         named = copies > 2 and parallel.dp_shard == 1  # else a flipped bit has no majority against it, or no copy
-        return [kind for kind, usual in KINDS.items() if usual.exact and (kind != "flip" or named)]
+        usual = [kind for kind, usual in KINDS.items() if usual.exact and (kind != "flip" or named)]
+        return [kind for kind in usual if kind not in unnoticed]
     for word in words:
         if word not in KINDS:
             raise ConfigError(f"--faults {word[:MAX_SHOWN]}: wanted some of {', '.join(KINDS)}, separated by commas")
+        if word in unnoticed:
+            possible = ", ".join(kind for kind in KINDS if kind not in unnoticed)
+            raise ConfigError(f"--faults {word}: nobody would notice it: {unnoticed[word]}; possible here: {possible}")
     return list(dict.fromkeys(words))
+
+
+def _unnoticed(ranks: int, copies: int, recipe: Recipe) -> dict[str, str]:
+    """Kinds that nobody can notice, and why: with ``copies`` replicas of the model."""
+    found: dict[str, str] = {}
+    if ranks == 1:
+        found |= {"slow": "one rank has no others to be slower than", "cut": "one rank has no connections"}
+    if copies < 2:
+        found["flip"] = f"{'one rank has' if ranks == 1 else f'{ranks} ranks have'} no second replica to compare with"
+    if recipe.guard.spike == "none":
+        found["spike"] = "guard.spike=none looks for none (add guard.spike=skip)"
+    return found
 
 
 def plan_drill(kinds: Sequence[str], *, seed: int, ranks: int, seconds: float, step_seconds: float) -> DrillPlan:
@@ -102,13 +120,14 @@ def plan_drill(kinds: Sequence[str], *, seed: int, ranks: int, seconds: float, s
     room = max(least, int((seconds - LOST * count) / count / step_seconds))
     order = [kind for _ in range(ceil(count / len(kinds))) for kind in chance.sample(list(kinds), len(kinds))]
     faults: list[dict[str, Any]] = []
+    begin = NEEDED if "spike" in kinds else 0  # before which no step is a spike
     for number, kind in enumerate(order[:count]):
-        step = number * room + every + 1 + chance.randrange(every)
+        step = begin + number * room + every + 1 + chance.randrange(every)
         fault = {
             "kind": kind,
             "step": step,
             "rank": chance.randrange(ranks),
-            "place": chance.choice(KINDS[kind].places),
+            "place": chance.choice([p for p in KINDS[kind].places if ranks > 1 or p != "collective"]),
         }
         if kind == "slow":
             fault |= {"times": SLOW_STEPS, "seconds": max(SLOWER, 2 * step_seconds)}
@@ -121,4 +140,4 @@ def plan_drill(kinds: Sequence[str], *, seed: int, ranks: int, seconds: float, s
                 {"kind": "kill", "step": saved + every // 2 + chance.randrange(every // 2), "rank": fault["rank"]}
             )
     deadline = max(LEAST_DEADLINE, ceil(20 * step_seconds))
-    return DrillPlan(count * room + 2 * every, every, deadline, faults)
+    return DrillPlan(begin + count * room + 2 * every, every, deadline, faults)

@@ -214,9 +214,13 @@ class Supervisor:
         self._last_ranks = set(ranks) or self._last_ranks
         if (progress := self._launcher.read("progress")) != self._progress:
             self._progress, self._starts = progress, 1
-        if self._starts > self._said_starts and self._starts > 1:
-            allowed = "" if self._plan.elastic else f" of at most {self._plan.max_restarts}"
-            self._say(f"ranks are started again ({self._starts - 1}{allowed} without a new checkpoint){self._why()}")
+        if self._starts > self._said_starts and self._starts > 1 and not self._hearing.stop:
+            again, most = self._starts - 1, None if self._plan.elastic else self._plan.max_restarts
+            if most is None or again <= most:
+                allowed = "" if most is None else f" of at most {most}"
+                self._say(f"ranks are started again ({again}{allowed} without a new checkpoint){self._why()}")
+            elif again == most + 1:  # they count as well, and end at once (opening.py)
+                self._say(f"ranks are not started again (MAX_RESTARTS={most} without a new checkpoint){self._why()}")
         self._said_starts = self._starts
         if self._plan.elastic or self._starts <= self._plan.max_restarts + 3:
             return False

@@ -16,6 +16,7 @@ from megaresnorm.resilience.hang_report import EXIT_CODE, Hang
 from megaresnorm.resilience.launcher import Launcher, kill
 from megaresnorm.resilience.neighbours import APART, Answers, Neighbours
 from megaresnorm.resilience.sights import GONE, Sight, main_stack, sight_of, stacks_of
+from megaresnorm.resilience.signals import exit_reason
 from megaresnorm.resilience.suspects import Verdict, judge
 from megaresnorm.text import say
 
@@ -27,6 +28,7 @@ MOST_PAUSES = 64
 WARNED = 600.0  # seconds between two warnings, where that is all that is done
 SAID = 60.0  # seconds between two errors of its own that a watcher says
 AGAIN, MOST_AGAIN = 1.0, 8.0  # seconds until ranks that are within their time are looked at again; doubled with others
+HEARD = 1.0  # seconds in which other nodes hear of a hang through a store that may end with this process
 
 
 class Watcher:
@@ -187,7 +189,8 @@ def _late(sights: Mapping[int, Sight]) -> list[int]:
 def ends_ranks(launcher: Launcher, others: Neighbours | None = None) -> Callable[[Hang], bool]:
     """What the agent of a node does about a hang: it says and writes it down, and ends the ranks of its node.
 
-    Where the link to the store that the nodes share is cut, torchrun waits for that in vain: the agent ends as well.
+    Where the link to the store that the nodes share is cut, torchrun waits for that in vain: the agent ends as well. It
+    also does where the job was asked to stop, so that torchrun does not start ranks again that are not to go on.
 
     Args:
         launcher: the node's files; there the ranks have said where the run's folder is.
@@ -200,9 +203,14 @@ def ends_ranks(launcher: Launcher, others: Neighbours | None = None) -> Callable
         with suppress(OSError):
             launcher.note_failure(failure, launcher.read("attempt") or 0)
         say(f"megaresnorm: {failure}", error=True)
+        if stop := launcher.asked_to_stop():
+            with suppress(OSError):
+                launcher.write("end", stop)
+            say(f"megaresnorm: {exit_reason(stop)}: ended without saving, since rank {hang.named} hung", error=True)
+            time.sleep(0.0 if others is None else HEARD)
         end(hang)
-        if others is not None and others.is_cut:
-            os._exit(EXIT_CODE)
+        if stop or (others is not None and others.is_cut):
+            os._exit(stop or EXIT_CODE)
         return True
 
     return act

@@ -172,6 +172,9 @@ def test_bad_arguments_are_one_line(tiny, tmp_path, monkeypatch, capsys):
     for arguments, words in (
         (["doctor", "--cluster", "--ranks", "0"], "--ranks: '0' is not a whole number"),
         (["doctor", "--cluster", str(tmp_path / "no.yaml")], "no.yaml: cannot be read"),
+        (["doctor", "--cluster", "--json", str(tmp_path)], f"--json {tmp_path}: cannot be written (Is a directory)"),
+        (["launch", str(recipe), "--doctor", "--json", str(tmp_path / "a" / "b")], "cannot be written (No such file"),
+        (["doctor", "--json", str(tmp_path)], "cannot be written (Is a directory)"),
         (["doctor", "--cluster", str(recipe), "train.stepz=1"], "did you mean train.steps?"),
         (["doctor", "--cluster", "--kernels"], "--kernels has no effect with --cluster"),
         (["doctor", "--ranks", "2"], "--ranks has no effect without --cluster"),

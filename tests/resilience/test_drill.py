@@ -7,6 +7,7 @@ from launched import Launched
 
 from megaresnorm.cli import main
 from megaresnorm.recipe.load import dump_recipe
+from megaresnorm.resilience.drill_table import NOTICES, Notice
 
 MODEL = {"dim": 32, "num_blocks": 8, "num_heads": 4, "ffn_dim": 64, "seq_len": 32}
 
@@ -32,9 +33,10 @@ def test_a_soak_of_faults_is_noticed_named_and_ends_as_an_undisturbed_run(tiny, 
 
 
 @pytest.mark.slow
-def test_a_fault_that_nobody_notices_fails_a_drill(tiny, tmp_path, capfd):
-    """A poisoned batch, while guard.spike looks for none."""
-    code, report = drilled(tiny, tmp_path, "--faults", "spike", "--minutes", "0.1", "--no-compare")
+def test_a_fault_that_nobody_notices_fails_a_drill(tiny, tmp_path, capfd, monkeypatch):
+    """A NaN, of which no line is found."""
+    monkeypatch.setitem(NOTICES, "nan", Notice("never"))
+    code, report = drilled(tiny, tmp_path, "--faults", "nan", "--minutes", "0.1", "--no-compare")
     assert code == 1 and not report["passed"] and report["differing"] is None
     (row,) = report["rows"]
     assert row["injected"] and not row["noticed"] and "NOTHING" in capfd.readouterr().out

@@ -1,7 +1,11 @@
 """Which faults a drill plans, and what its table makes of what was injected and what noticed it."""
 
 import json
+import os
+import signal
+import sys
 from itertools import pairwise
+from json import loads
 from pathlib import Path
 from typing import get_args
 
@@ -9,11 +13,17 @@ import pytest
 
 from megaresnorm.cli import main
 from megaresnorm.errors import ConfigError
+from megaresnorm.launch import soak
+from megaresnorm.launch.drill import DrillRun, Outcome
+from megaresnorm.launch.soak import Soak
 from megaresnorm.recipe import FaultRecipe
 from megaresnorm.recipe.drill import PLACES, FaultKind, Place
 from megaresnorm.recipe.load import dump_recipe
-from megaresnorm.resilience.drill_plan import KINDS, kinds_of, plan_drill
+from megaresnorm.resilience.drill_plan import KINDS, DrillPlan, kinds_of, plan_drill
 from megaresnorm.resilience.drill_table import NOTICES, rows_of
+from megaresnorm.resilience.signals import Terminated, undone_on_sigterm
+from megaresnorm.resilience.spikes import NEEDED
+from megaresnorm.text import say
 
 
 def test_a_kind_of_fault_has_its_places_alone_and_each_can_be_made(tiny):
@@ -74,10 +84,79 @@ def test_a_longer_drill_has_more_faults_and_costs_a_tenth():
 def test_a_flipped_bit_is_planned_where_a_majority_can_name_it(tiny):
     assert "flip" in kinds_of(None, tiny(), 4) and "flip" not in kinds_of(None, tiny(), 2)
     assert "flip" not in kinds_of(None, tiny(parallel={"tp": 2}), 4)
-    assert "spike" not in kinds_of(None, tiny(), 4) and kinds_of(["spike"], tiny(), 1) == ["spike"]
+    spikes = tiny(guard={"spike": "skip"})
+    assert "spike" not in kinds_of(None, spikes, 4) and kinds_of(["spike"], spikes, 1) == ["spike"]
     with pytest.raises(ConfigError, match="--faults keel: wanted some of kill, stop"):
         kinds_of(["keel"], tiny(), 1)
     assert set(NOTICES) == set(KINDS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "parallel", "says"),
+    [
+        ("flip", 1, {}, "flip: nobody would notice it: one rank has no second replica to compare with; possible here:"),
+        ("flip", 2, {"tp": 2}, "2 ranks have no second replica"),
+        ("cut", 1, {}, "one rank has no connections; possible here: kill, stop, hang, nan, torn_write,"),
+        ("slow", 1, {}, "one rank has no others to be slower than"),
+        ("spike", 4, {}, "guard.spike=none looks for none .add guard.spike=skip.; possible here: kill"),
+    ],
+)
+def test_what_nobody_would_notice_is_refused_before_anything_runs(tiny, kind, ranks, parallel, says):
+    recipe = tiny(parallel=parallel)
+    with pytest.raises(ConfigError, match=says) as caught:
+        kinds_of(["kill", kind], recipe, ranks)
+    assert "\n" not in str(caught.value) and kind not in kinds_of(None, recipe, ranks)
+    assert {"kill", "stop", "hang"} <= set(kinds_of(None, recipe, ranks))
+
+
+def test_a_spike_comes_when_enough_steps_are_known_and_one_rank_meets_no_collective():
+    for seed in range(20):
+        plan = plan_drill(["spike", "kill", "hang"], seed=seed, ranks=1, seconds=60, step_seconds=0.02)
+        assert plan.faults[0]["step"] > NEEDED and plan.faults[-1]["step"] + plan.every < plan.steps
+        assert all(fault.get("place") != "collective" for fault in plan.faults)
+
+
+def test_sigterm_ends_the_launcher_of_a_drill_in_order_and_then_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(soak, "say", lambda line: os.kill(os.getpid(), signal.SIGTERM))  # once it runs
+    monkeypatch.setattr(soak, "PATIENCE", 0.3)
+    for trap, last in (("echo saved; exit 143", "saved"), ("", "error: runs")):
+        launcher = Soak(Path("recipe.yaml"), 1, tmp_path / "log", drill=True)
+        launcher._command = ["sh", "-c", f"trap '{trap}' TERM; echo error: runs; while :; do sleep 0.05; done"]
+        with undone_on_sigterm(), pytest.raises(Terminated):
+            launcher.run()
+        assert [text for _, text in launcher.lines][-1] == last
+
+
+def test_the_launcher_of_a_drill_ends_with_it_and_hears_no_terminal(tmp_path):
+    launcher = Soak(Path("recipe.yaml"), 1, tmp_path / "log", drill=False)
+    assert "--attached" in launcher._command
+    launcher._command = [
+        sys.executable,
+        "-c",
+        "from megaresnorm.resilience import processes as p; print(p.launchers())",
+    ]
+    assert launcher.run() == 0 and [text for _, text in launcher.lines] == [f"({os.getpid()},)"]
+
+
+@pytest.mark.parametrize("json", ["", "no/such", "-"])
+def test_json_of_a_drill_is_tried_at_the_start_and_stands_alone(tiny, tmp_path, monkeypatch, capsys, json):
+    outcome = Outcome(DrillPlan(9, 4, 8, []), [], 0, 1.0, 1, None)
+    ran = []
+
+    def run(drill, *arguments, **options) -> Outcome:
+        ran.append(say("timing    40 steps"))
+        return outcome
+
+    monkeypatch.setattr(DrillRun, "run", run)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(tiny()))
+    file = json if json == "-" else str(tmp_path / json)
+    code = main(["drill", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out"), "--json", file])
+    said = capsys.readouterr()
+    if json == "-":
+        assert code == 0 and loads(said.out)["passed"] and said.err == "timing    40 steps\n"
+    else:
+        (line,) = said.err.splitlines()
+        assert code == 2 and not ran and not said.out and f"--json {file}: cannot be written (" in line
 
 
 def table(tmp_path: Path, faults, injected, events=(), lines=()):

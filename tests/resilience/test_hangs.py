@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -95,6 +96,17 @@ def test_ranks_that_hang_are_named_ended_and_started_again(tiny, tmp_path, layou
     check(run, faults, 2)
     starts = sum(line.startswith("model     ") for _, line in run.lines)
     assert starts == len(faults) + 1 and not any(map(alive, everybody))
+
+
+@pytest.mark.slow
+def test_a_job_that_was_asked_to_stop_ends_with_its_hang(tiny, tmp_path):
+    run = hanging(tiny, tmp_path, "dp2", [("stop", 1, 7)], 4)
+    run.wait_for(lambda: injected(run), "a stopped rank")
+    run.process.send_signal(signal.SIGTERM)
+    assert run.finish() == 143, run.text
+    assert [event["rank"] for event in events_of(run)] == [1], run.text
+    assert run.lines[-1][1] == "megaresnorm: SIGTERM: ended without saving, since rank 1 hung", run.text
+    assert "before the first step" not in run.text and "started again" not in run.text
 
 
 @pytest.mark.slow

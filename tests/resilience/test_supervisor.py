@@ -265,6 +265,16 @@ def test_node_0_says_that_usr1_has_saved_where_it_has(end, progress, node_rank, 
     assert ended._last_word() == end and (tmp_path / "saved").exists() == leaves
 
 
+def test_a_start_of_the_ranks_that_is_not_allowed_is_not_announced_as_one(tmp_path, capsys):
+    watched = ended_supervisor(tmp_path, None, max_restarts=1)
+    watched._starts, watched._last_ranks, watched._said_starts, watched._said_failure = 0, set(), 0, -1
+    watched._progress = None
+    assert not any(watched._starts_in_vain([pid]) for pid in (1, 2, 3, 4))
+    again, refused = capsys.readouterr().err.splitlines()
+    assert "ranks are started again (1 of at most 1 without a new checkpoint)" in again
+    assert "ranks are not started again (MAX_RESTARTS=1 without a new checkpoint)" in refused
+
+
 def ended_supervisor(folder, end, *, stop=0, torchrun=0, **plan):
     """A supervisor whose torchrun has ended, without the signal handlers of one."""
     supervisor = Supervisor.__new__(Supervisor)

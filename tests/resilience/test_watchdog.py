@@ -521,6 +521,21 @@ def test_stacks_that_were_asked_for_before_take_no_memory(watchdog):
     assert max(sizes) < 1.5 * min(sizes)
 
 
+@pytest.mark.parametrize("stop", [0, 143])
+def test_a_hang_after_a_stop_ends_the_job_rather_than_to_start_ranks_again(tmp_path, monkeypatch, capsys, stop):
+    launcher, ended = Launcher(tmp_path), []
+    monkeypatch.setattr(watcher_module, "end", lambda hang: ended.append("ranks"))
+    monkeypatch.setattr(os, "_exit", ended.append)
+    if stop:
+        launcher.write("stop", stop)
+    sights = {rank: seen(rank, DP2, state="S" if rank else "T") for rank in (0, 1)}
+    assert watcher_module.ends_ranks(launcher)(Hang(sights, judge(sights), {}, "a", frozenset({0, 1})))
+    assert ended == (["ranks", 143] if stop else ["ranks"]) and launcher.read("end") == (stop or None)
+    lines = capsys.readouterr().err.splitlines()
+    assert "rank 0 on a: hangs in step 7" in lines[0]
+    assert lines[1:] == ["megaresnorm: SIGTERM: ended without saving, since rank 0 hung"] * bool(stop)
+
+
 def test_the_main_threads_stack_is_told_from_the_others():
     main = '  File "/x/a.py", line 3 in inner\n  File "/x/a.py", line 9 in f\n'
     text = 'Thread 0x2 (most recent call first):\n  File "/x/t.py", line 1 in run\n\n'
