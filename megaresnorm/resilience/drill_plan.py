@@ -95,7 +95,7 @@ def kinds_of(words: Sequence[str] | None, recipe: Recipe, ranks: int) -> list[st
 
 def _unnoticed(ranks: int, copies: int, recipe: Recipe) -> dict[str, str]:
     """Kinds that nobody can notice, and why: with ``copies`` replicas of the model."""
-    found = {}
+    found: dict[str, str] = {}
     if ranks == 1:
         found |= {"slow": "one rank has no others to be slower than", "cut": "one rank has no connections"}
     if copies < 2:
