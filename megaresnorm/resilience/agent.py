@@ -15,11 +15,13 @@ import threading
 from contextlib import suppress
 from dataclasses import fields, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from megaresnorm.errors import LostRankError
 from megaresnorm.parallel.environment import host_name, listening_socket, node_number, read_environment
-from megaresnorm.resilience.beats import Beats
+from megaresnorm.resilience.beats import STEP, Beats
+from megaresnorm.resilience.hang_report import WRITING
 from megaresnorm.resilience.launcher import SIGNALS, Failure, Launcher, children, end_with, kill
 from megaresnorm.resilience.neighbours import CONNECT, Neighbours
 from megaresnorm.resilience.watcher import Watcher, ends_ranks, known_hosts, slots_of
@@ -37,15 +39,15 @@ def main() -> None:
     launcher = Launcher(folder)
     threading.Thread(target=_pass_on, args=(supervisor,), name="signals", daemon=True).start()
     end_with(supervisor, launcher, first=_kill_ranks)
-    _watch(launcher)
+    deaths = Deaths(launcher, _watch(launcher))
     from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import main as torchrun
 
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addHandler(_Killed(launcher))
-    _see_all_that_failed(launcher)
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addHandler(_Failed(deaths))
+    _see_all_that_failed(deaths)
     if (node := node_number()) is not None:
         _number_this_node(node)
     store = None
@@ -93,8 +95,76 @@ def _number_this_node(node: int) -> None:
     _NodeDesc.__lt__ = comes_first  # type: ignore[method-assign, assignment]
 
 
-def _see_all_that_failed(launcher: Launcher) -> None:
-    """Note a rank that a signal has killed, also where another, which has lost it, is the one that torchrun logs.
+class Deaths:
+    """Notes ranks of this node that have died by themselves: for the supervisor, and in the run's events.jsonl.
+
+    A rank that a signal has killed could not do so itself. Not noted are ranks that end because they were asked to, or
+    were killed since they hung, and those that only lost another rank.
+
+    Args:
+        launcher: the node's files; there the ranks have said where the run's folder is.
+        beats: in which they have told their steps; None where nobody knows these.
+    """
+
+    def __init__(self, launcher: Launcher, beats: Beats | None = None) -> None:
+        self._launcher, self._beats = launcher, beats
+        self._noted: set[tuple[int, int]] = set()
+
+    def note(self, code: int, local_rank: int) -> None:
+        """Note the end of a rank, once in a start of the ranks.
+
+        Args:
+            code: its exit code; - the signal that has killed it.
+        """
+        if -code == signal.SIGTERM:
+            return
+        launcher, attempt = self._launcher, self._launcher.read("attempt") or 0
+        rank = launcher.ranks().get(local_rank, local_rank)
+        if code < 0:
+            name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
+            hint = "; was its memory used up? (dmesg)" if -code == signal.SIGKILL else ""
+            with suppress(OSError):
+                launcher.note_failure(Failure(rank, host_name(), f"killed by {name}{hint}", 128 - code), attempt)
+        failure = launcher.failure() if launcher.last_failed == attempt else None
+        if failure is None or failure.rank != rank or failure.exit_code == LostRankError.exit_code:
+            return  # of another rank, which has caused this, or of a hang, which is noted as such
+        ended = launcher.asked_to_stop() or (code < 0 and launcher.read("end") is not None)
+        output = launcher.read_json("run").get("output")
+        if not ended and isinstance(output, str) and (attempt, rank) not in self._noted:
+            self._noted.add((attempt, rank))
+            step = 0 if self._beats is None else self._beats.read(local_rank).words[STEP]
+            _write_down(Path(output), failure, step)
+
+
+def _write_down(output: Path, failure: Failure, step: int) -> None:
+    """Append a death to a run's events, unless that takes too long: what has killed a rank may be the folder's disk."""
+    from megaresnorm.telemetry.incidents import Incidents
+
+    about = {"rank": failure.rank, "host": failure.host, "exit_code": failure.exit_code}
+    arguments = ("died", step, failure.line)
+    thread = threading.Thread(target=Incidents(output).note, args=arguments, kwargs=about, daemon=True)
+    thread.start()
+    thread.join(WRITING)
+
+
+class _Failed(logging.Handler):
+    """Hears which rank has failed first: torchrun logs its exit code."""
+
+    def __init__(self, deaths: Deaths) -> None:
+        super().__init__(logging.ERROR)
+        self._deaths = deaths
+
+    def emit(self, record: logging.LogRecord) -> None:
+        arguments = record.args if isinstance(record.args, tuple) else ()
+        if not str(record.msg).startswith("failed (exitcode: %s) local_rank: %s") or len(arguments) < 2:
+            return
+        code, local_rank = arguments[:2]
+        if isinstance(code, int) and isinstance(local_rank, int):
+            self._deaths.note(code, local_rank)
+
+
+def _see_all_that_failed(deaths: Deaths) -> None:
+    """Note a rank that has died, also where another, which has lost it, is the one that torchrun logs.
 
     Before torchrun ends the other ranks it looks which have failed by themselves.
     """
@@ -109,39 +179,12 @@ def _see_all_that_failed(launcher: Launcher) -> None:
         known = bool(self._failures)
         look(self, done_local_ranks)
         for failure in () if known else self._failures.values():
-            _note_killed(launcher, failure.exitcode, failure.local_rank)
+            deaths.note(failure.exitcode, failure.local_rank)
 
     SubprocessContext._capture_process_failures = seen  # type: ignore[method-assign]
 
 
-def _note_killed(launcher: Launcher, code: int, local_rank: int) -> None:
-    if code >= 0 or -code == signal.SIGTERM:
-        return
-    name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
-    rank = launcher.ranks().get(local_rank, local_rank)
-    hint = "; was its memory used up? (dmesg)" if -code == signal.SIGKILL else ""
-    attempt = launcher.read("attempt") or 0
-    with suppress(OSError):
-        launcher.note_failure(Failure(rank, host_name(), f"killed by {name}{hint}", 128 - code), attempt)
-
-
-class _Killed(logging.Handler):
-    """Notes a rank that a signal has killed, which could not do so itself: torchrun logs its exit code."""
-
-    def __init__(self, launcher: Launcher) -> None:
-        super().__init__(logging.ERROR)
-        self._launcher = launcher
-
-    def emit(self, record: logging.LogRecord) -> None:
-        arguments = record.args if isinstance(record.args, tuple) else ()
-        if not str(record.msg).startswith("failed (exitcode: %s) local_rank: %s") or len(arguments) < 2:
-            return
-        code, local_rank = arguments[:2]
-        if isinstance(code, int) and isinstance(local_rank, int):
-            _note_killed(self._launcher, code, local_rank)
-
-
-def _watch(launcher: Launcher) -> None:
+def _watch(launcher: Launcher) -> Beats:
     """Watch the ranks of this node: they tell what they are at in memory that they open through this process."""
     num_ranks = int(sys.argv[sys.argv.index("--nproc-per-node") + 1])
     beats, descriptor = Beats.make(num_ranks)
@@ -150,6 +193,7 @@ def _watch(launcher: Launcher) -> None:
         launcher.write("beats", descriptor)
     others = _neighbours(launcher)
     Watcher(slots_of(beats, num_ranks), ends_ranks(launcher, others), others).start()
+    return beats
 
 
 def _neighbours(launcher: Launcher) -> Neighbours | None:

@@ -18,13 +18,16 @@ from megaresnorm.opening import ENDED, idle, note_progress, open_recipe
 from megaresnorm.parallel import addresses
 from megaresnorm.parallel import rendezvous as control
 from megaresnorm.parallel.addresses import address_towards, interface_of
-from megaresnorm.parallel.environment import Environment
+from megaresnorm.parallel.environment import Environment, host_name
 from megaresnorm.parallel.mesh import lost_contact, usable_ranks
 from megaresnorm.parallel.plan import Plan, read_plan
+from megaresnorm.resilience.agent import Deaths
+from megaresnorm.resilience.beats import STEP, Beats
 from megaresnorm.resilience.launcher import Failure, Launcher
 from megaresnorm.resilience.supervisor import Supervisor
 from megaresnorm.resilience.torchrun import JOIN, environment_of, torchrun_command
 from megaresnorm.run import Run
+from megaresnorm.telemetry.incidents import read_incidents
 from megaresnorm.trainer import Trainer
 
 TWO_NODES = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -263,6 +266,37 @@ def test_node_0_says_that_usr1_has_saved_where_it_has(end, progress, node_rank, 
     if progress is not None:
         ended._launcher.write("progress", progress)
     assert ended._last_word() == end and (tmp_path / "saved").exists() == leaves
+
+
+def test_a_rank_that_died_is_an_event_of_the_run_and_one_that_was_ended_is_none(tmp_path):
+    launcher, output = Launcher(tmp_path / "launcher"), tmp_path / "run"
+    launcher.folder.mkdir()
+    output.mkdir()
+    launcher.write_json("run", {"output": str(output)})
+    launcher.write("rank-1", 3)
+    beats, descriptor = Beats.make(2)
+    Beats(descriptor, own=1).own[STEP] = 7
+    deaths = Deaths(launcher, beats)
+
+    def in_attempt(number: int, code: int, failure: Failure | None = None) -> list[dict]:
+        launcher.write("attempt", number)
+        if failure is not None:
+            launcher.note_failure(failure, number)
+        before = len(list(read_incidents(output)))
+        deaths.note(code, 1)
+        deaths.note(code, 1)  # torchrun logs it as well
+        return list(read_incidents(output))[before:]
+
+    (killed,) = in_attempt(0, -9)
+    assert (killed["kind"], killed["rank"], killed["step"], killed["exit_code"]) == ("died", 3, 7, 137)
+    assert killed["what"].startswith("killed by SIGKILL") and killed["host"] == host_name()
+    (failed,) = in_attempt(1, 1, Failure(3, "n1", "ValueError: x", 1))
+    assert (failed["what"], failed["rank"], failed["host"]) == ("ValueError: x", 3, "n1")
+    assert not in_attempt(2, 1, Failure(2, "n1", "ValueError: x", 1)), "rank 2 has died, rank 3 has lost it"
+    assert not in_attempt(3, -9, Failure(3, "n1", "hangs in step 4", 6)), "that is an event of its own"
+    assert not in_attempt(4, 6) and not in_attempt(5, -15)
+    launcher.write("stop", 143)
+    assert not in_attempt(6, -9), "a second signal has ended it"
 
 
 def test_a_start_of_the_ranks_that_is_not_allowed_is_not_announced_as_one(tmp_path, capsys):
