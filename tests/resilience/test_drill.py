@@ -8,6 +8,7 @@ from launched import Launched
 from megaresnorm.cli import main
 from megaresnorm.recipe.load import dump_recipe
 from megaresnorm.resilience.drill_table import NOTICES, Notice
+from megaresnorm.telemetry.incidents import read_incidents
 
 MODEL = {"dim": 32, "num_blocks": 8, "num_heads": 4, "ffn_dim": 64, "seq_len": 32}
 
@@ -51,3 +52,5 @@ def test_a_killed_rank_is_named_where_the_ranks_are_started_again(tiny, tmp_path
     assert run.finish() == 0, run.text
     (line,) = [line for line in run.text.splitlines() if "started again" in line]
     assert ": rank 1 on " in line and "killed by SIGKILL" in line
+    (died,) = [one for one in read_incidents(run.output) if one["kind"] == "died"]
+    assert (died["rank"], died["step"], died["exit_code"]) == (1, 5, 137) and "killed by SIGKILL" in died["what"]
