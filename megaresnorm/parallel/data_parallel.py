@@ -165,7 +165,11 @@ def _as_sharded(module: nn.Module) -> "FSDPModule | None":
 
 
 def replicate_model(model: nn.Module, data: Axis) -> DistributedDataParallel | Replicas:
-    """Wrap a model in DistributedDataParallel that sums gradients, or with weights in BF16 in ``Replicas``.
+    """Wrap a model in DistributedDataParallel that sums gradients, or in ``Replicas``.
+
+    The latter for weights in BF16; and for three copies or more on CPUs. DDP makes its buckets anew after the first
+    step of a process, and where three ranks add, a gradient's place in its bucket decides in which order: a run that
+    resumes would differ from one that never stopped in the last bits of one step.
 
     Gradients become views of DDP's buckets once they are summed: they are not copied back. Until then those of earlier
     microbatches are beside the buckets.
@@ -174,7 +178,9 @@ def replicate_model(model: nn.Module, data: Axis) -> DistributedDataParallel | R
         In the backward pass of a step's last microbatch (``grad_sync``) one all-reduce of each of DDP's buckets, which
         together are all gradients.
     """
-    if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
+    parameters = list(model.parameters())
+    on_cpus = data.size > 2 and parameters[0].device.type == "cpu"
+    if on_cpus or any(parameter.dtype == torch.bfloat16 for parameter in parameters):
         return Replicas(model, data)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames the option; 2.11 does not know the new name

@@ -1,6 +1,7 @@
-"""Data parallelism with whole copies for weights in BF16, whose gradients are summed in FP32.
+"""Data parallelism with whole copies whose messages stay the same: of weights in BF16, and of three copies on CPUs.
 
-DistributedDataParallel gives its messages the type of the weights and refuses gradients of another.
+DistributedDataParallel gives its messages the type of the weights and refuses gradients of another, and it makes them
+anew after the first step.
 """
 
 from collections.abc import Iterator
