@@ -121,6 +121,12 @@ def run_rank(
     return code
 
 
+def _is_in_group() -> bool:
+    """Whether this process is in a process group of torch, which may not have been imported."""
+    torch = sys.modules.get("torch.distributed")
+    return torch is not None and torch.is_available() and torch.is_initialized()
+
+
 def _leave(code: int) -> None:
     """End this rank now: threads of torch may outlive the group, and abort the interpreter at its end."""
     with suppress(OSError):  # a full disk under the log, or a reader that went away
@@ -208,7 +214,7 @@ def exit_code_of(work: Callable[[], int]) -> int:
         code = _code_of(e, environment)
         if not e.agreed and not isinstance(e, LostRankError):
             _note_failure(str(e), e.exit_code, environment)
-        if environment.world_size > 1 and environment.has_parent:
+        if environment.world_size > 1 and environment.has_parent and _is_in_group():
             _leave(code)
         return code
     except KeyboardInterrupt as e:

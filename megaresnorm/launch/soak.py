@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 from megaresnorm.parallel.environment import DRILL
 from megaresnorm.resilience.drill_table import Line
@@ -52,7 +53,7 @@ class Soak:
                     break
         return code
 
-    def _start(self, file: object) -> int:
+    def _start(self, file: TextIO) -> int:
         process = subprocess.Popen(
             self._command,
             stdin=subprocess.DEVNULL,
@@ -71,11 +72,12 @@ class Soak:
         reader.join(2.0)
         return code if code >= 0 else 128 - code
 
-    def _read(self, stream: Sequence[bytes], file: object) -> None:
+    def _read(self, stream: Sequence[bytes], file: TextIO) -> None:
         for raw in stream:
             text = shown(raw.decode(errors="backslashreplace").rstrip("\r\n"))
             self.lines.append((time.time(), text))
-            print(f"{self.lines[-1][0]:.3f} {text}", file=file, flush=True)  # type: ignore[call-overload]
+            file.write(f"{self.lines[-1][0]:.3f} {text}\n")
+            file.flush()
             if TOLD.search(text):
                 say(f"  {text}")
 
