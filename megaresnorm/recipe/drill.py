@@ -47,7 +47,7 @@ class FaultRecipe(Section):
     rank: Annotated[int, Field(ge=0)] = 0
     """On which rank; a poisoned batch is one on all."""
     place: Place | None = None
-    """Where in the step, or in what; unset: the usual one of its kind, of slow forward."""
+    """Where in the step, or in what; unset: as it begins; of slow the forward pass, of nan and flip a weight."""
     block: BlocksOr0 | None = None
     """nan, flip: of which block numbers are spoilt; unset, or not on that rank: chosen by the seed."""
     times: Count = 1
