@@ -64,6 +64,7 @@ class Marking:
         self._engine, self._rows, self._marks, self._splits = engine, rows, marks, splits
         self._context = engine.assembled.context
         self._calls = Calls(rows, marks)
+        self._stages: set[int] = set()  # whose passes are marked
         self._compiled = engine.assembled.compiled != "none"
         # Weights are gathered by hooks between the blocks: of FSDP2, or of ZeRO-3.
         self._gathers = engine.gathers_weights
@@ -182,8 +183,9 @@ class Marking:
         from megaresnorm.parallel.pipeline import stages_in  # imported by runs with stages alone
 
         for stage in stages_in(schedule):
-            for kind, name in (("F", "forward_one_chunk"), ("B", "backward_one_chunk")):
-                if name not in vars(stage):
+            if id(stage) not in self._stages:  # which schedules have in common
+                self._stages.add(id(stage))
+                for kind, name in (("F", "forward_one_chunk"), ("B", "backward_one_chunk")):
                     wrapped.method(stage, name, partial(self._chunk, kind, stage.stage_index))
         return schedule
 

@@ -104,7 +104,10 @@ def without_rings(rank: int, parallel: dict, counts: list[int]) -> tuple[list[in
     return held_by_pipeline(rank, parallel, counts)
 
 
-@pytest.mark.parametrize("pipeline", ["1f1b", pytest.param("gpipe", marks=pytest.mark.slow), "interleaved"])
+@pytest.mark.parametrize(
+    "pipeline",
+    [pytest.param("1f1b", marks=pytest.mark.slow), pytest.param("gpipe", marks=pytest.mark.slow), "interleaved"],
+)
 def test_a_pipeline_keeps_no_more_receive_buffers_than_its_stage_uses(pipeline):
     """After ramps of microbatches; the bits are those of a buffer for each microbatch."""
     parallel, counts = {"pp": 4, "pipeline": pipeline}, [8, 32]

@@ -186,7 +186,7 @@ def test_nothing_outlives_a_killed_script_or_torchrun(long_run, tmp_path, victim
     again.wait_for_step(3)
 
 
-STOPS = 4  # in CI; 200 with the slow tests
+STOPS = 2  # in CI; 200 with the slow tests
 
 
 @pytest.mark.parametrize("count", [STOPS, pytest.param(200, marks=pytest.mark.slow)])
