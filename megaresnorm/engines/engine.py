@@ -58,7 +58,8 @@ class StepStats:
         return (self.loss_scale or 1.0) > 1.0 and isfinite(self.loss or 0.0)
 
     def __str__(self) -> str:
-        return f"loss {self.loss:g}, gradient norm {self.gradient_norm:g}"
+        loss = "none" if self.loss is None else f"{self.loss:g}"  # without labels
+        return f"loss {loss}, gradient norm {self.gradient_norm:g}"
 
 
 class Updated(NamedTuple):

@@ -44,7 +44,7 @@ class BadNumbers:
             case "gradient" | "activation":
                 self._in_step(fault, fires, chance, wrapped)
             case _:
-                raise NotImplementedError(fault.place)
+                raise AssertionError(f"checked with the recipe: {fault.place}")
 
     def poisoned(self, step: int, vocab_size: int, fires: Fires) -> Callable[[Callable], Callable]:
         """What makes of a loader's ``step`` one whose labels are random tokens, as on ranks with the same samples."""

@@ -18,7 +18,6 @@ from time import monotonic_ns
 
 WORDS = 40
 BYTES = 8 * WORDS
-MOST_SLOTS = 1024  # ranks of a node
 SECOND = 10**9
 AXES = ("pp", "dp_replicate", "dp_shard", "tp", "dp", "model_shards", "world", "embedding", "control")
 OPERATIONS = ("nothing", "all-reduce", "all-gather", "reduce-scatter", "activations", "gradients", "sends")
